@@ -1,0 +1,79 @@
+// Package admin serves what operators and kubelet ask of a broker: whether it lives and whether it
+// is ready. It shows no credential, and decides nothing.
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/gorilla/mux"
+)
+
+// Check is one condition of readiness.
+type Check struct {
+	// Name stands in the answer of /readyz.
+	Name string
+	// Err is nil when the condition holds, and otherwise says why not.
+	Err func() error
+}
+
+// Ready returns nil when every check passes, and otherwise an error with a line for each that does
+// not.
+func Ready(checks []Check) error {
+	var errs []error
+	for _, check := range checks {
+		if err := check.Err(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", check.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Handler serves /healthz, which answers 200 while the process runs, and /readyz, which answers 200
+// when every check passes and otherwise 503 and why.
+func Handler(checks ...Check) http.Handler {
+	router := mux.NewRouter()
+	router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
+		writeText(w, http.StatusOK, "ok")
+	}).Methods(http.MethodGet)
+	router.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := Ready(checks); err != nil {
+			writeText(w, http.StatusServiceUnavailable, err.Error())
+			return
+		}
+		writeText(w, http.StatusOK, "ready")
+	}).Methods(http.MethodGet)
+	return router
+}
+
+func writeText(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = w.Write([]byte(text + "\n"))
+}
+
+// Bounds of a request: probes are small and their callers near.
+const (
+	readTimeout = 5 * time.Second
+	maxHeaders  = 8 << 10
+	drainTime   = 2 * time.Second
+)
+
+// Serve serves handler on listener until ctx ends.
+func Serve(ctx context.Context, listener net.Listener, handler http.Handler) error {
+	server := &http.Server{Handler: handler, ReadTimeout: readTimeout, ReadHeaderTimeout: readTimeout, MaxHeaderBytes: maxHeaders}
+	stop := context.AfterFunc(ctx, func() {
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		_ = server.Shutdown(drain)
+	})
+	defer stop()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving the admin endpoint: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,266 @@
+package ststest
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base32"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// The limits of AssumeRole, from the STS API reference. Lengths are in
+// characters.
+const (
+	minDuration     = 15 * time.Minute
+	maxDuration     = 12 * time.Hour
+	defaultDuration = time.Hour
+	maxChained      = time.Hour // for a caller that is itself an assumed role
+
+	maxTags       = 50
+	maxPolicyARNs = 10
+	maxPolicy     = 2048 // the session policies together, as plain text
+)
+
+var (
+	roleARNPattern    = regexp.MustCompile(`^arn:(aws(?:-[a-z]+)*):iam::([0-9]{12}):role/(?:[!-~]*/)?([\w+=,.@-]{1,64})$`)
+	namePattern       = regexp.MustCompile(`^[\w+=,.@-]*$`)
+	externalIDPattern = regexp.MustCompile(`^[\w+=,.@:/-]*$`)
+	tagPattern        = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
+)
+
+// roleARN is the parts of a role's ARN that a session's identity is made of.
+type roleARN struct{ partition, account, name string }
+
+func parseRoleARN(arn string) (roleARN, error) {
+	m := roleARNPattern.FindStringSubmatch(arn)
+	if m == nil {
+		return roleARN{}, fmt.Errorf("%q is not a role ARN; want arn:aws:iam::ACCOUNT:role/NAME", arn)
+	}
+	return roleARN{partition: m[1], account: m[2], name: m[3]}, nil
+}
+
+// assumeRole answers a call whose caller is known: it checks the parameters, then
+// the role's trust, then mints.
+func (s *Server) assumeRole(ctx context.Context, form url.Values, caller principal, b Behavior) (*assumeRoleResult, error) {
+	q, err := parseAssumeRole(form)
+	if err != nil {
+		return nil, err
+	}
+	switch chained := !caller.token.Empty(); {
+	case chained && q.duration > maxChained:
+		return nil, validation("The requested DurationSeconds exceeds the 1 hour session limit for roles assumed by role chaining")
+	case q.duration > cmp.Or(b.MaxDuration, maxDuration):
+		return nil, validation("The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
+	case b.Deny, b.ExternalID != "" && b.ExternalID != form.Get("ExternalId"):
+		return nil, fail(http.StatusForbidden, "AccessDenied", "User: %s is not authorized to perform: sts:AssumeRole on resource: %s", caller.arn, q.arn)
+	}
+
+	session := principal{
+		arn:     "arn:" + q.role.partition + ":sts::" + q.role.account + ":assumed-role/" + q.role.name + "/" + q.sessionName,
+		userID:  stableID("AROA", q.arn) + ":" + q.sessionName,
+		account: q.role.account,
+	}
+	life := q.duration
+	if s.sessionLife != nil {
+		life = s.sessionLife(q.duration)
+	}
+	session.expires = time.Now().Add(life).UTC().Truncate(time.Second)
+	id := "ASIA" + rand.Text()[:16]
+	if s.minio == nil {
+		session.secret, session.token = newSecret(), newToken()
+	} else {
+		minted, err := s.minio.assumeRole(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		id, session.secret, session.token = minted.id, minted.secret, minted.token
+		if minted.expires.Before(session.expires) {
+			session.expires = minted.expires
+		}
+	}
+	s.remember(id, session)
+	return &assumeRoleResult{
+		AssumedRoleUser: assumedRoleUser{AssumedRoleID: session.userID, Arn: session.arn},
+		Credentials: credentialsXML{
+			AccessKeyID: id, SecretAccessKey: session.secret.Reveal(), SessionToken: session.token.Reveal(),
+			Expiration: session.expires.Format("2006-01-02T15:04:05Z"),
+		},
+		PackedPolicySize: q.packed,
+		SourceIdentity:   form.Get("SourceIdentity"),
+	}, nil
+}
+
+// assumeRoleInput is what of a checked request decides the session.
+type assumeRoleInput struct {
+	arn         string
+	role        roleARN
+	sessionName string
+	duration    time.Duration
+	policy      string
+	packed      int // percent
+}
+
+// parseAssumeRole checks the parameters. Like STS it names every broken
+// constraint at once.
+func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
+	q := assumeRoleInput{
+		arn: form.Get("RoleArn"), sessionName: form.Get("RoleSessionName"),
+		duration: defaultDuration, policy: form.Get("Policy"),
+	}
+	var c constraints
+	c.required(form, "RoleArn", "roleArn")
+	c.required(form, "RoleSessionName", "roleSessionName")
+	c.text(form, "RoleArn", "roleArn", 20, 2048, nil)
+	c.text(form, "RoleSessionName", "roleSessionName", 2, 64, namePattern)
+	c.text(form, "ExternalId", "externalId", 2, 1224, externalIDPattern)
+	c.text(form, "SourceIdentity", "sourceIdentity", 2, 64, namePattern)
+	if form.Has("DurationSeconds") {
+		// 32 bits: a larger number is out of bounds as well.
+		seconds, err := strconv.ParseInt(form.Get("DurationSeconds"), 10, 32)
+		q.duration = time.Duration(seconds) * time.Second
+		switch {
+		case err != nil:
+			return q, fail(http.StatusBadRequest, "MalformedInput", "DurationSeconds is not an integer")
+		case q.duration < minDuration:
+			c.add(form.Get("DurationSeconds"), "durationSeconds", "Member must have value greater than or equal to 900")
+		case q.duration > maxDuration:
+			c.add(form.Get("DurationSeconds"), "durationSeconds", "Member must have value less than or equal to 43200")
+		}
+	}
+
+	keys := members(form, "Tags", ".Key")
+	c.atMost(len(keys), maxTags, "tags")
+	c.atMost(len(members(form, "TransitiveTagKeys", "")), maxTags, "transitiveTagKeys")
+	policyARNs := members(form, "PolicyArns", ".arn")
+	c.atMost(len(policyARNs), maxPolicyARNs, "policyArns")
+	for i, arn := range policyARNs {
+		c.value(arn, fmt.Sprintf("policyArns.%d.member.arn", i+1), 20, 2048, nil)
+	}
+	size := utf8.RuneCountInString(q.policy + strings.Join(policyARNs, ""))
+	if size > maxPolicy {
+		c.add("", "policy", "Member must have length less than or equal to 2048")
+	}
+	seen := make(map[string]bool, len(keys))
+	for i, key := range keys {
+		value := form.Get(fmt.Sprintf("Tags.member.%d.Value", i+1))
+		c.value(key, fmt.Sprintf("tags.%d.member.key", i+1), 1, 128, tagPattern)
+		c.value(value, fmt.Sprintf("tags.%d.member.value", i+1), 0, 256, tagPattern)
+		folded := strings.ToLower(key)
+		if strings.HasPrefix(folded, "aws:") {
+			return q, validation("Tag keys that begin with aws: are reserved for system use")
+		}
+		if seen[folded] {
+			return q, validation("Duplicate tag keys found. Please note that Tag keys are case insensitive.")
+		}
+		seen[folded] = true
+		size += utf8.RuneCountInString(key + value)
+	}
+	if err := c.err(); err != nil {
+		return q, err
+	}
+
+	var err error
+	if q.role, err = parseRoleARN(q.arn); err != nil {
+		return q, validation("%s is invalid", q.arn)
+	}
+	if strings.HasPrefix(form.Get("SourceIdentity"), "aws:") {
+		return q, validation("SourceIdentity must not begin with aws:")
+	}
+	if q.policy != "" && json.Unmarshal([]byte(q.policy), &map[string]any{}) != nil {
+		return q, fail(http.StatusBadRequest, "MalformedPolicyDocument", "This policy contains invalid Json")
+	}
+	// AWS's packed form is not public. This takes one byte of the plain text's
+	// limit for each character of policies and tags; the service runs out sooner.
+	q.packed = (100*size + maxPolicy - 1) / maxPolicy
+	if q.packed > 100 {
+		return q, fail(http.StatusBadRequest, "PackedPolicyTooLarge", "Packed policy consumes %d%% of allotted space, please use smaller policy.", q.packed)
+	}
+	return q, nil
+}
+
+// members returns a list of the Query protocol: name.member.1, name.member.2 and
+// so on, up to the first gap. It stops one beyond the longest list that is
+// allowed, which is enough to refuse a longer one.
+func members(form url.Values, name, suffix string) []string {
+	var list []string
+	for i := range maxTags + 1 {
+		key := name + ".member." + strconv.Itoa(i+1) + suffix
+		if !form.Has(key) {
+			break
+		}
+		list = append(list, form.Get(key))
+	}
+	return list
+}
+
+func validation(format string, args ...any) error {
+	return fail(http.StatusBadRequest, "ValidationError", format, args...)
+}
+
+// constraints collects what is wrong with a request, worded as the service words
+// it, so that what a caller does with the text can be tested.
+type constraints []string
+
+func (c *constraints) add(value, name, rule string) {
+	*c = append(*c, fmt.Sprintf("Value '%s' at '%s' failed to satisfy constraint: %s", value, name, rule))
+}
+
+func (c *constraints) required(form url.Values, param, name string) {
+	if form.Get(param) == "" {
+		*c = append(*c, fmt.Sprintf("Value null at '%s' failed to satisfy constraint: Member must not be null", name))
+	}
+}
+
+// text checks a parameter where it was sent; an empty one counts as not sent,
+// because required has the word on that.
+func (c *constraints) text(form url.Values, param, name string, least, most int, pattern *regexp.Regexp) {
+	if v := form.Get(param); v != "" {
+		c.value(v, name, least, most, pattern)
+	}
+}
+
+func (c *constraints) value(v, name string, least, most int, pattern *regexp.Regexp) {
+	n := utf8.RuneCountInString(v)
+	if n < least {
+		c.add(v, name, fmt.Sprintf("Member must have length greater than or equal to %d", least))
+	}
+	if n > most {
+		c.add(v, name, fmt.Sprintf("Member must have length less than or equal to %d", most))
+	}
+	if pattern != nil && !pattern.MatchString(v) {
+		c.add(v, name, "Member must satisfy regular expression pattern: "+strings.Trim(pattern.String(), "^$"))
+	}
+}
+
+func (c *constraints) atMost(n, most int, name string) {
+	if n > most {
+		c.add("["+strconv.Itoa(n)+" members]", name, fmt.Sprintf("Member must have length less than or equal to %d", most))
+	}
+}
+
+func (c constraints) err() error {
+	switch len(c) {
+	case 0:
+		return nil
+	case 1:
+		return validation("1 validation error detected: %s", c[0])
+	}
+	return validation("%d validation errors detected: %s", len(c), strings.Join(c, "; "))
+}
+
+// stableID returns a unique id of IAM's form (a prefix that tells the kind, then
+// 17 characters). It is a function of the name, so that every server and every
+// run gives a role the same one.
+func stableID(prefix, name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return prefix + base32.StdEncoding.EncodeToString(sum[:])[:17]
+}

@@ -1,0 +1,188 @@
+package ststest
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// Signature Version 4, as the IAM User Guide describes it ("Create a signed AWS
+// API request"), as far as STS needs it: one path, header authentication, the
+// whole body signed. The double needs both directions, to verify its callers and
+// to sign for MinIO.
+const (
+	sigAlgorithm  = "AWS4-HMAC-SHA256"
+	sigTerminator = "aws4_request"
+	sigService    = "sts"
+	sigTimeFormat = "20060102T150405Z"
+
+	// sigSkew is how far a signature's time may be from the server's: the five
+	// minutes that STS's own error messages name.
+	sigSkew = 5 * time.Minute
+
+	// maxSignedHeaders bounds the work one request can cause. SDKs sign about
+	// ten headers.
+	maxSignedHeaders = 50
+)
+
+// authorization is a parsed Authorization header.
+type authorization struct {
+	accessKeyID   string
+	date          string // yyyymmdd
+	region        string
+	service       string
+	signedHeaders []string
+	signature     string // hex
+}
+
+// parseAuthorization reads an Authorization header. Nothing in the result is
+// verified.
+func parseAuthorization(header string) (authorization, error) {
+	if header == "" {
+		return authorization{}, fail(http.StatusForbidden, "MissingAuthenticationToken", "Request is missing Authentication Token")
+	}
+	// The message must not repeat the header: it is made from a secret.
+	incomplete := fail(http.StatusBadRequest, "IncompleteSignature", "Authorization header is not a complete %s signature", sigAlgorithm)
+	rest, ok := strings.CutPrefix(header, sigAlgorithm+" ")
+	if !ok {
+		return authorization{}, incomplete
+	}
+	fields := make(map[string]string, 3)
+	for field := range strings.SplitSeq(rest, ",") {
+		key, value, _ := strings.Cut(strings.TrimSpace(field), "=")
+		fields[key] = value
+	}
+	scope := strings.Split(fields["Credential"], "/")
+	if len(scope) != 5 || slices.Contains(scope, "") || scope[4] != sigTerminator ||
+		fields["SignedHeaders"] == "" || fields["Signature"] == "" {
+		return authorization{}, incomplete
+	}
+	signed := strings.Split(fields["SignedHeaders"], ";")
+	if len(signed) > maxSignedHeaders {
+		return authorization{}, incomplete
+	}
+	return authorization{
+		accessKeyID: scope[0], date: scope[1], region: scope[2], service: scope[3],
+		signedHeaders: signed, signature: fields["Signature"],
+	}, nil
+}
+
+// verify reports, as STS's error, what is wrong with the signature of r; nil when
+// secret made it.
+func (a authorization) verify(r *http.Request, body []byte, secret credential.Secret, now time.Time) error {
+	mismatch := func(message string, args ...any) error {
+		return fail(http.StatusForbidden, "SignatureDoesNotMatch", message, args...)
+	}
+	if a.service != sigService {
+		return mismatch("Credential should be scoped to correct service: '%s'.", sigService)
+	}
+	stamp := r.Header.Get("X-Amz-Date")
+	at, err := time.Parse(sigTimeFormat, stamp)
+	if err != nil {
+		return fail(http.StatusBadRequest, "IncompleteSignature", "X-Amz-Date is missing or not of the form %s", sigTimeFormat)
+	}
+	if !strings.HasPrefix(stamp, a.date) {
+		return mismatch("Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP")
+	}
+	if earliest := now.Add(-sigSkew); at.Before(earliest) {
+		return mismatch("Signature expired: %s is now earlier than %s (%s - 5 min.)",
+			stamp, earliest.UTC().Format(sigTimeFormat), now.UTC().Format(sigTimeFormat))
+	}
+	if latest := now.Add(sigSkew); at.After(latest) {
+		return mismatch("Signature not yet current: %s is still later than %s (%s + 5 min.)",
+			stamp, latest.UTC().Format(sigTimeFormat), now.UTC().Format(sigTimeFormat))
+	}
+	// What decides who may do what must be signed, or it could be swapped.
+	for _, name := range []string{"host", "x-amz-date", "x-amz-security-token"} {
+		present := name != "x-amz-security-token" || r.Header.Get(name) != ""
+		if present && !slices.Contains(a.signedHeaders, name) {
+			return mismatch("'%s' must be a 'SignedHeader' in the AWS Authorization.", name)
+		}
+	}
+	if subtle.ConstantTimeCompare([]byte(a.signature), []byte(a.sign(r, body, secret))) != 1 {
+		return mismatch("The request signature we calculated does not match the signature you provided. " +
+			"Check your AWS Secret Access Key and signing method. Consult the service documentation for details.")
+	}
+	return nil
+}
+
+// sign returns the signature, in hex, that secret makes for r.
+func (a authorization) sign(r *http.Request, body []byte, secret credential.Secret) string {
+	scope := strings.Join([]string{a.date, a.region, a.service, sigTerminator}, "/")
+	toSign := strings.Join([]string{
+		sigAlgorithm, r.Header.Get("X-Amz-Date"), scope, hexSHA256([]byte(a.canonicalRequest(r, body))),
+	}, "\n")
+	key := []byte("AWS4" + secret.Reveal())
+	for _, part := range []string{a.date, a.region, a.service, sigTerminator} {
+		key = hmacSHA256(key, part)
+	}
+	return hex.EncodeToString(hmacSHA256(key, toSign))
+}
+
+func (a authorization) canonicalRequest(r *http.Request, body []byte) string {
+	var b strings.Builder
+	b.WriteString(r.Method + "\n/\n" + canonicalQuery(r.URL.Query()) + "\n")
+	for _, name := range a.signedHeaders {
+		b.WriteString(name + ":" + headerValue(r, name) + "\n")
+	}
+	b.WriteString("\n" + strings.Join(a.signedHeaders, ";") + "\n" + hexSHA256(body))
+	return b.String()
+}
+
+// headerValue returns a header's canonical value: its values joined, outer spaces
+// cut, inner ones made single. net/http keeps two headers outside the map.
+func headerValue(r *http.Request, name string) string {
+	switch name {
+	case "host":
+		return r.Host
+	case "content-length":
+		return strconv.FormatInt(r.ContentLength, 10)
+	}
+	values := slices.Clone(r.Header.Values(name))
+	for i, v := range values {
+		values[i] = strings.Join(strings.Fields(v), " ")
+	}
+	return strings.Join(values, ",")
+}
+
+func canonicalQuery(query url.Values) string {
+	for _, values := range query {
+		slices.Sort(values)
+	}
+	// url.Values.Encode differs from RFC 3986 only in how it writes a space.
+	return strings.ReplaceAll(query.Encode(), "+", "%20")
+}
+
+// signRequest signs r, whose body is body, for the keys.
+func signRequest(r *http.Request, body []byte, accessKeyID string, secret credential.Secret, region string, now time.Time) {
+	stamp := now.UTC().Format(sigTimeFormat)
+	r.Header.Set("X-Amz-Date", stamp)
+	a := authorization{
+		accessKeyID: accessKeyID, date: stamp[:8], region: region, service: sigService,
+		signedHeaders: []string{"content-type", "host", "x-amz-date"},
+	}
+	r.Header.Set("Authorization", sigAlgorithm+
+		" Credential="+strings.Join([]string{a.accessKeyID, a.date, a.region, a.service, sigTerminator}, "/")+
+		", SignedHeaders="+strings.Join(a.signedHeaders, ";")+
+		", Signature="+a.sign(r, body, secret))
+}
+
+func hexSHA256(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+func hmacSHA256(key []byte, data string) []byte {
+	h := hmac.New(sha256.New, key)
+	h.Write([]byte(data))
+	return h.Sum(nil)
+}

@@ -1,0 +1,134 @@
+package ststest
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// serving is a Server that is being served.
+type serving struct {
+	url    string
+	http   *http.Server
+	client *http.Client
+	done   chan struct{} // closed when Serve has returned
+}
+
+// Start makes a Server and serves it on a free port of 127.0.0.1 until ctx ends
+// or Close is called. A test gives it t.Context() and need not close it.
+func Start(ctx context.Context, cfg Config) (*Server, error) {
+	s, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, fmt.Errorf("listening for STS: %w", err)
+	}
+	// A transport of its own uses no proxy, and its connections end with it.
+	s.serve(ctx, l, "http://"+l.Addr().String(), &http.Transport{})
+	return s, nil
+}
+
+// StartInMemory is Start without a network: requests travel through Client
+// alone, over pipes in memory. Called within a testing/synctest bubble it makes a
+// server whose time is the bubble's. Its URL is only a name.
+func StartInMemory(ctx context.Context, cfg Config) (*Server, error) {
+	s, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+	s.serve(ctx, l, "http://sts.invalid", &http.Transport{DialContext: l.dial})
+	return s, nil
+}
+
+func (s *Server) serve(ctx context.Context, l net.Listener, url string, transport *http.Transport) {
+	s.serving = &serving{
+		url: url,
+		// Ten seconds for headers: clients here are local.
+		http:   &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second},
+		client: &http.Client{Transport: transport},
+		done:   make(chan struct{}),
+	}
+	go func() {
+		defer close(s.serving.done)
+		_ = s.serving.http.Serve(l) // ends by Close, with http.ErrServerClosed
+	}()
+	context.AfterFunc(ctx, s.Close)
+}
+
+// URL returns the base URL, for an SDK's BaseEndpoint or the CLI's
+// --endpoint-url; "" for a Server that Start did not make.
+func (s *Server) URL() string {
+	if s.serving == nil {
+		return ""
+	}
+	return s.serving.url
+}
+
+// Client returns an HTTP client that reaches the server, for an SDK's HTTPClient.
+// It is required after StartInMemory and a convenience after Start; for a Server
+// that neither made it is http.DefaultClient.
+func (s *Server) Client() *http.Client {
+	if s.serving == nil {
+		return http.DefaultClient
+	}
+	return s.serving.client
+}
+
+// Close ends what Start began: it closes every connection, which ends the calls
+// that hang. It may be called more than once, and does nothing for a Server that
+// New made.
+func (s *Server) Close() {
+	if s.serving == nil {
+		return
+	}
+	_ = s.serving.http.Close() // all it can tell is that the listener was closed before
+	<-s.serving.done
+	s.serving.client.CloseIdleConnections()
+}
+
+// pipeListener accepts the far ends of the pipes that dial makes.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *pipeListener) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	near, far := net.Pipe()
+	select {
+	case l.conns <- far:
+		return near, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return pipeAddr{} }
+
+type pipeAddr struct{}
+
+func (pipeAddr) Network() string { return "pipe" }
+func (pipeAddr) String() string  { return "sts.invalid:80" }

@@ -1,0 +1,170 @@
+// Package broker exchanges a pod's identity for AWS credentials. It is the one place where the
+// parts meet: verify the token, bind it to the live pod, decide on the grant, answer from the
+// cache, and write down what was decided.
+//
+// Its promise: no credential leaves without a valid token for our audience, a live pod, an opted-in
+// namespace and a permitted role; there is no fallback. It knows neither Kubernetes nor AWS: those
+// are behind the interfaces of [Config].
+package broker
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/brokerpb"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// Binder finds the live pod behind a verified identity.
+//
+// Bind returns the pod and its namespace as they are now. It refuses with
+// credential.ErrNotFound or credential.ErrDenied a pod that is gone, was recreated, has finished or
+// was not injected, and answers credential.ErrUnavailable only when that could not be found out.
+type Binder interface {
+	Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error)
+}
+
+// Sessions answers grants.
+//
+// Get returns a valid session for the grant, waiting no longer than ctx.
+type Sessions interface {
+	Get(ctx context.Context, grant policy.Grant) (cache.Value, error)
+}
+
+// Config configures [New].
+type Config struct {
+	// Verifier proves tokens. Required.
+	Verifier identity.Verifier
+	// Binder finds pods. Required.
+	Binder Binder
+	// Rules decide on grants. Required.
+	Rules *policy.Rules
+	// Sessions answers grants. Required.
+	Sessions Sessions
+	// Audit records every decision. Required.
+	Audit *audit.Log
+	// Region is told to pods that ask for none themselves. Default: none is told.
+	Region string
+	// Logger is told of failures that are the broker's own. Required.
+	Logger *slog.Logger
+}
+
+// Broker answers the one RPC; [Serve] puts it on a listener.
+type Broker struct {
+	brokerpb.UnimplementedBrokerServer
+	cfg Config
+}
+
+// New checks cfg.
+func New(cfg Config) (*Broker, error) {
+	if cfg.Verifier == nil || cfg.Binder == nil || cfg.Rules == nil || cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
+		return nil, errors.New("a broker needs a Verifier, a Binder, Rules, Sessions, an Audit log and a Logger")
+	}
+	return &Broker{cfg: cfg}, nil
+}
+
+// replyMargin is shaved off the caller's deadline, so that the caller hears from us what took so
+// long, and not from its own clock that something did.
+const replyMargin = 50 * time.Millisecond
+
+// GetCredentials implements brokerpb.BrokerServer.
+func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-replyMargin))
+		defer cancel()
+	}
+	entry := audit.Entry{Decision: audit.Deny}
+	if p, ok := peer.FromContext(ctx); ok {
+		entry.Peer = p.Addr.String()
+	}
+	lease, err := b.decide(ctx, &entry)
+	if err != nil {
+		entry.Reason, entry.Message = credential.ReasonOf(err), message(err)
+	}
+	// Written before the answer leaves: a decision that cannot be recorded does not take effect.
+	if auditErr := b.cfg.Audit.Record(entry); err == nil && auditErr != nil {
+		err = auditErr
+	}
+	if err != nil {
+		if credential.ReasonOf(err) == credential.ReasonInternal {
+			b.cfg.Logger.ErrorContext(ctx, "Answering failed", "namespace", entry.Namespace, "pod", entry.Pod, "error", err)
+		}
+		return nil, brokerpb.ToStatus(err).Err()
+	}
+	return &brokerpb.GetCredentialsResponse{
+		AccessKeyId:     lease.AccessKeyID,
+		SecretAccessKey: lease.SecretAccessKey.Reveal(),
+		SessionToken:    lease.SessionToken.Reveal(),
+		Expiration:      timestamppb.New(lease.Expiration),
+		RefreshAfter:    durationpb.New(lease.RefreshAfter),
+		RoleArn:         lease.Role.String(),
+		AccountId:       lease.Role.Account(),
+		Region:          lease.Region,
+	}, nil
+}
+
+// decide goes from the call's token to the session, and fills in entry as it learns.
+func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lease, error) {
+	token, err := bearer(ctx)
+	if err != nil {
+		return credential.Lease{}, err
+	}
+	id, err := b.cfg.Verifier.Verify(ctx, token)
+	if err != nil {
+		return credential.Lease{}, err
+	}
+	entry.Namespace, entry.Pod, entry.PodUID, entry.ServiceAccount = id.Namespace, id.Name, id.UID, id.ServiceAccount
+	pod, ns, err := b.cfg.Binder.Bind(ctx, id)
+	if err != nil {
+		return credential.Lease{}, err
+	}
+	grant, err := b.cfg.Rules.Grant(pod, ns)
+	if err != nil {
+		return credential.Lease{}, err
+	}
+	entry.Role, entry.SessionName = grant.Role().String(), grant.SessionName()
+	session, err := b.cfg.Sessions.Get(ctx, grant)
+	if err != nil {
+		return credential.Lease{}, err
+	}
+	entry.Decision, entry.AccessKeyID, entry.Expiration = audit.Allow, session.AccessKeyID, session.Expiration
+	region := pod.Annotations[b.cfg.Rules.Keys().Name(policy.Region)]
+	if region == "" {
+		region = b.cfg.Region
+	}
+	return credential.Lease{Credential: session.Credential, Role: grant.Role(), Region: region, RefreshAfter: session.RefreshAfter}, nil
+}
+
+// bearer takes the token out of the call's metadata.
+func bearer(ctx context.Context) (identity.UnverifiedToken, error) {
+	values := metadata.ValueFromIncomingContext(ctx, "authorization")
+	if len(values) == 1 {
+		// The scheme's case does not matter (RFC 9110, 11.1).
+		if scheme, token, ok := strings.Cut(values[0], " "); ok && strings.EqualFold(scheme, "Bearer") {
+			return identity.NewUnverifiedToken(token), nil
+		}
+	}
+	return identity.UnverifiedToken{}, credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenMissing,
+		`the call carries no service-account token: send exactly one "authorization: Bearer TOKEN"`)
+}
+
+// message is the part of err that may leave the process.
+func message(err error) string {
+	if e, ok := errors.AsType[*credential.Error](err); ok {
+		return e.Message
+	}
+	return ""
+}

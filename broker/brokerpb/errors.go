@@ -1,0 +1,107 @@
+package brokerpb
+
+import (
+	"errors"
+	"regexp"
+	"strings"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// ErrorDomain is the domain of every google.rpc.ErrorInfo that the broker sends.
+const ErrorDomain = "credence"
+
+// Bounds of what a caller takes from an error: a message is shown to users and may end in an HTTP
+// body (the AWS common runtime refuses bodies over 10,000 bytes), and a delay that came from a
+// faulty or hostile broker must not silence a sidecar for hours.
+const (
+	maxMessage    = 2 << 10
+	maxRetryAfter = time.Hour
+)
+
+// reasonForm is what a reason may be (AIP-193), so that one that came over the wire is safe as a
+// metric label.
+var reasonForm = regexp.MustCompile(`^[A-Z0-9_]{1,63}$`)
+
+// kinds pairs each kind of error with its gRPC code, both ways.
+var kinds = []struct {
+	kind error
+	code codes.Code
+}{
+	{credential.ErrUnauthenticated, codes.Unauthenticated},
+	{credential.ErrDenied, codes.PermissionDenied},
+	{credential.ErrInvalid, codes.FailedPrecondition},
+	{credential.ErrNotFound, codes.NotFound},
+	{credential.ErrUnavailable, codes.Unavailable},
+}
+
+// ToStatus turns err into the status that crosses the wire: code, message, ErrorInfo and, where a
+// later call may succeed, RetryInfo. An error that carries no [credential.Error] becomes INTERNAL
+// with no text of its own, so that causes stay inside. A nil err gives OK.
+func ToStatus(err error) *status.Status {
+	if err == nil {
+		return status.New(codes.OK, "")
+	}
+	e, ok := errors.AsType[*credential.Error](err)
+	if !ok {
+		e = credential.Errorf(nil, credential.ReasonInternal, "the broker failed; its log says why")
+	}
+	code := codes.Internal
+	for _, k := range kinds {
+		if e.Kind == k.kind { //nolint:errorlint // Kind is a sentinel itself, never a wrapped one.
+			code = k.code
+		}
+	}
+	st := status.New(code, clip(e.Message))
+	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Reason: string(e.Reason), Domain: ErrorDomain}}
+	if e.RetryAfter > 0 {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(e.RetryAfter)})
+	}
+	detailed, err := st.WithDetails(details...)
+	if err != nil {
+		return st // Marshalling of known messages fails for invalid UTF-8 only, which clip removes.
+	}
+	return detailed
+}
+
+// FromError turns the error of a call into a [*credential.Error]. Failures of the connection itself
+// and codes that the broker does not send become credential.ErrUnavailable, because they say nothing
+// about the pod. A nil err gives nil.
+func FromError(err error) error {
+	if err == nil {
+		return nil
+	}
+	st := status.Convert(err)
+	e := &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: clip(st.Message())}
+	for _, k := range kinds {
+		if st.Code() == k.code {
+			e.Kind = k.kind
+		}
+	}
+	if e.Message == "" {
+		e.Message = "the broker's answer is " + st.Code().String()
+	}
+	for _, d := range st.Details() {
+		switch d := d.(type) {
+		case *errdetails.ErrorInfo:
+			if d.GetDomain() == ErrorDomain && reasonForm.MatchString(d.GetReason()) {
+				e.Reason = credential.Reason(d.GetReason())
+			}
+		case *errdetails.RetryInfo:
+			e.RetryAfter = min(max(d.GetRetryDelay().AsDuration(), 0), maxRetryAfter)
+		}
+	}
+	return e
+}
+
+// clip bounds s to valid UTF-8 of at most maxMessage bytes.
+func clip(s string) string {
+	return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "")
+}

@@ -1,0 +1,162 @@
+// Package brokertest runs a real broker in memory, for tests of those who call it: real gRPC over
+// real TLS, real rules and a real cache, behind which the test sets who the pods are and what STS
+// answers.
+package brokertest
+
+import (
+	"context"
+	"crypto/tls"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"testing"
+
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/certs/certstest"
+)
+
+// Name is the host name that the broker's certificate is for.
+const Name = "credence-broker.credence.svc"
+
+// STS stands in for STS: it answers grants as the test wants.
+type STS func(ctx context.Context, grant policy.Grant) (credential.Credential, error)
+
+// Credential implements credential.Source.
+func (s STS) Credential(ctx context.Context, grant policy.Grant) (credential.Credential, error) {
+	return s(ctx, grant)
+}
+
+// Pod is a live pod and the token that proves it.
+type Pod struct {
+	Token       string
+	Identity    identity.Pod
+	Annotations map[string]string
+	// Namespace defaults to one that is opted in and permits every role.
+	Namespace policy.Namespace
+}
+
+// Broker is a broker that runs until the test ends.
+type Broker struct {
+	listener *bufconn.Listener
+	roots    *certs.Roots
+	sessions *cache.Cache[policy.Grant]
+
+	mu     sync.Mutex
+	pods   map[string]Pod // :: token → pod; guarded by mu
+	panics bool           // guarded by mu
+}
+
+// Start runs a broker whose sessions come from sts. Role names are completed to roles of account
+// 123456789012.
+func Start(t testing.TB, sts STS, audited io.Writer) *Broker {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	ca := certstest.NewCA(t)
+	certFile, keyFile := ca.Leaf(Name).WriteTo(t.TempDir())
+	pair, err := certs.NewKeyPair(certFile, keyFile, log)
+	must(t, err)
+	roots, err := certs.NewRoots(ca.WriteTo(t.TempDir()), log)
+	must(t, err)
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	must(t, err)
+	base, err := credential.BaseOf("aws", "123456789012")
+	must(t, err)
+	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	must(t, err)
+	sessions, err := cache.New(cache.Config[policy.Grant]{Source: sts, Logger: log})
+	must(t, err)
+	decisions, err := audit.New(audit.Config{Writer: audited, Logger: log})
+	must(t, err)
+	b := &Broker{listener: bufconn.Listen(1 << 20), roots: roots, sessions: sessions, pods: make(map[string]Pod)}
+	served, err := broker.New(broker.Config{
+		Verifier: b, Binder: b, Rules: rules, Sessions: sessions, Audit: decisions, Region: "eu-central-1", Logger: log,
+	})
+	must(t, err)
+
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	running.Go(func() { _ = sessions.Run(ctx) })
+	running.Go(func() { _ = decisions.Run(ctx) })
+	running.Go(func() {
+		_ = broker.Serve(ctx, b.listener, served, certs.ServerConfig(pair), func() bool { return true }, log)
+	})
+	t.Cleanup(func() {
+		cancel()
+		_ = b.listener.Close()
+		running.Wait()
+	})
+	return b
+}
+
+// Set makes p live: its token is accepted from now on.
+func (b *Broker) Set(p Pod) {
+	if p.Namespace.Name == "" {
+		p.Namespace = policy.Namespace{
+			Name:        p.Identity.Namespace,
+			Labels:      map[string]string{policy.DefaultPrefix + "/" + string(policy.Inject): policy.Enabled},
+			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Permitted): ".*"},
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.pods[p.Token] = p
+}
+
+// PanicOnBind makes every later call panic inside the broker.
+func (b *Broker) PanicOnBind() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.panics = true
+}
+
+// Dial connects to the broker.
+func (b *Broker) Dial(ctx context.Context, _ string) (net.Conn, error) {
+	return b.listener.DialContext(ctx)
+}
+
+// ClientTLS trusts the broker.
+func (b *Broker) ClientTLS() *tls.Config { return certs.ClientConfig(b.roots, Name) }
+
+// Verify implements identity.Verifier.
+func (b *Broker) Verify(_ context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	pod, ok := b.pods[token.Reveal()]
+	if !ok {
+		return identity.Pod{}, credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "the token is unknown to this test")
+	}
+	return pod.Identity, nil
+}
+
+// Bind implements broker.Binder.
+func (b *Broker) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.panics {
+		panic("the test asked for it")
+	}
+	for _, p := range b.pods {
+		if p.Identity == id {
+			return policy.Pod{
+				Namespace: id.Namespace, Name: id.Name, UID: id.UID, ServiceAccount: id.ServiceAccount, Annotations: p.Annotations,
+			}, p.Namespace, nil
+		}
+	}
+	return policy.Pod{}, policy.Namespace{}, credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "pod %s does not exist", id)
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,467 @@
+// Package cache keeps credentials fresh: one session per key, fetched once however many ask, renewed
+// well before anybody needs the next one, and served until it really expires.
+//
+// What it promises: callers never run the fetch on their own context, so one who leaves takes
+// nothing from the others; a session that is still valid is never dropped because its renewal
+// failed; no key that is kept is ever forgotten, however many fall due together. It does not know
+// what a key means, and it does not decide who may have what.
+package cache
+
+import (
+	"container/heap"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// Renewal, as fractions of a session's life L. A session is renewed when what remains falls to
+// somewhere between renewLow and renewHigh, spread so that sessions made together are not renewed
+// together. Its holders are told to come back when between askLow and askHigh remain: after the
+// renewal, so that they meet the new session, and early enough that what they serve never falls
+// under 0.45 L, which is 27 minutes of the default hour and more than the 25 minutes below which
+// botocore distrusts instance metadata.
+const (
+	renewLow, renewHigh = 0.50, 0.60
+	askLow, askHigh     = 0.45, 0.50
+)
+
+// Bounds of RefreshAfter: less would let a broken clock turn holders into a storm, more would leave
+// a holder of a 12 h session blind to a revocation for half a day.
+const (
+	minRefreshAfter = 30 * time.Second
+	maxRefreshAfter = time.Hour
+)
+
+// Waits between failed fetches of one key: from the least, doubled each time and jittered, to the most.
+const (
+	// A dependency that is away is asked again soon at first: its recovery should not go unseen.
+	minAwayWait, maxAwayWait = 200 * time.Millisecond, 30 * time.Second
+	// A refusal is for a person to mend; IAM itself takes seconds to minutes to spread a change.
+	minRefusedWait, maxRefusedWait = 10 * time.Second, 60 * time.Second
+)
+
+// failureMemory is how long a key that nobody keeps is remembered after its wait, so that the next
+// failure counts as one more in a row and is followed by a longer wait.
+const failureMemory = maxRefusedWait
+
+// staleWait is how long a caller waits for the renewal of a session that is past half of its life,
+// before it is given the old one. Callers hold a valid session themselves and are in no hurry.
+const staleWait = 500 * time.Millisecond
+
+// Config configures [New].
+type Config[K comparable] struct {
+	// Source fetches what the cache does not hold. Required.
+	Source credential.Source[K]
+	// Concurrency bounds the fetches that run at once. Default 64.
+	Concurrency int
+	// Rate bounds the fetches begun per second. Default 400: STS takes 600 calls per second and
+	// account, and is used by others too. rate.Inf lifts it.
+	Rate rate.Limit
+	// FetchTimeout bounds one fetch, whoever waits for it. Default 30 s.
+	FetchTimeout time.Duration
+	// Logger receives a line for each failed fetch. Required.
+	Logger *slog.Logger
+}
+
+// Cache is a cache of credentials by key. It fetches nothing until Run is called. Its methods are
+// safe for concurrent use.
+type Cache[K comparable] struct {
+	cfg     Config[K]
+	limiter *rate.Limiter
+	wake    chan struct{} // tells Run that there is something new to do; holds one
+
+	mu      sync.Mutex // guards what follows, and the fields of every entry
+	entries map[K]*entry[K]
+	due     dueHeap[K]   // entries by the time they need attention
+	queue   queueHeap[K] // entries whose fetch has not begun
+	running int          // fetches that have begun and not ended
+	stopped bool
+}
+
+// entry is what is known of one key.
+type entry[K comparable] struct {
+	key  K
+	kept int // how many Keep calls have not been released
+
+	held      credential.Credential // zero until the first fetch succeeded
+	failure   error                 // of the last fetch; nil after a success
+	failures  int                   // in a row
+	notBefore time.Time             // after a failure: no fetch begins earlier
+
+	flight *flight // the fetch under way or queued; nil when there is none
+
+	dueAt    time.Time
+	dueIndex int // in Cache.due; -1 when not there
+	queued   int // index in Cache.queue; -1 when not there
+}
+
+// flight is one fetch and those who wait for it.
+type flight struct {
+	done    chan struct{} // closed when cred and err are final
+	waiters int           // guarded by Cache.mu
+	cred    credential.Credential
+	err     error
+}
+
+// Value is the answer to a caller.
+type Value struct {
+	credential.Credential
+	// RefreshAfter is how long the caller should wait before asking again.
+	RefreshAfter time.Duration
+}
+
+// New checks cfg and returns an empty cache.
+func New[K comparable](cfg Config[K]) (*Cache[K], error) {
+	if cfg.Source == nil || cfg.Logger == nil {
+		return nil, errors.New("a cache needs a Source and a Logger")
+	}
+	if cfg.Concurrency == 0 {
+		cfg.Concurrency = 64
+	}
+	if cfg.Rate == 0 {
+		cfg.Rate = 400
+	}
+	if cfg.FetchTimeout == 0 {
+		cfg.FetchTimeout = 30 * time.Second
+	}
+	if cfg.Concurrency < 0 || cfg.Rate < 0 || cfg.FetchTimeout < 0 {
+		return nil, fmt.Errorf("cache bounds must not be negative: concurrency %d, rate %v, fetch timeout %s", cfg.Concurrency, cfg.Rate, cfg.FetchTimeout)
+	}
+	return &Cache[K]{
+		cfg: cfg,
+		// A burst of the concurrency: the bound on running fetches is reached at once after a
+		// quiet time, and the rate holds from then on.
+		limiter: rate.NewLimiter(cfg.Rate, cfg.Concurrency),
+		wake:    make(chan struct{}, 1),
+		entries: make(map[K]*entry[K]),
+	}, nil
+}
+
+// Get returns the credential of key, fetching it when none is held. It waits for a fetch no longer
+// than ctx, and the fetch goes on without it. The error is the source's own, credential.ErrUnavailable
+// when ctx ended first, or when the cache has stopped.
+func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
+	c.mu.Lock()
+	now := time.Now()
+	e := c.entry(key)
+	valid := e.held.Valid(now)
+	switch {
+	case c.stopped:
+		c.settle(e, now)
+		c.mu.Unlock()
+		return Value{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
+	case valid && (fraction(e.held, now) >= askHigh || now.Before(e.notBefore)):
+		defer c.mu.Unlock()
+		return value(e.held, now), nil
+	case !valid && now.Before(e.notBefore):
+		defer c.mu.Unlock()
+		return Value{}, retryAt(e.failure, e.notBefore.Sub(now))
+	}
+	f := c.ask(e)
+	f.waiters++
+	if e.queued >= 0 {
+		heap.Fix(&c.queue, e.queued)
+	}
+	held := e.held
+	c.mu.Unlock()
+	c.poke()
+
+	var patience <-chan time.Time
+	if valid {
+		timer := time.NewTimer(staleWait)
+		defer timer.Stop()
+		patience = timer.C
+	}
+	select {
+	case <-f.done:
+	case <-patience:
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f.waiters--
+	if e.queued >= 0 {
+		heap.Fix(&c.queue, e.queued)
+	}
+	now = time.Now()
+	select {
+	case <-f.done:
+		if f.err == nil {
+			return value(f.cred, now), nil
+		}
+		if held.Valid(now) {
+			return value(held, now), nil
+		}
+		return Value{}, f.err
+	default:
+	}
+	if held.Valid(now) {
+		return value(held, now), nil
+	}
+	return Value{}, &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Cause: context.Cause(ctx),
+		Message: "the credentials are still being fetched; ask again",
+	}
+}
+
+// Keep says that key is wanted: it is fetched ahead of the first Get and renewed until as many
+// Release calls have been made.
+func (c *Cache[K]) Keep(key K) {
+	c.mu.Lock()
+	e := c.entry(key)
+	e.kept++
+	if e.kept == 1 {
+		c.settle(e, time.Now())
+	}
+	c.mu.Unlock()
+	c.poke()
+}
+
+// Release takes back one Keep. A key that nobody keeps is not renewed; its session is served until
+// it expires, and then forgotten.
+func (c *Cache[K]) Release(key K) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.entries[key]
+	if !ok || e.kept == 0 {
+		return
+	}
+	e.kept--
+	if e.kept > 0 {
+		return
+	}
+	if e.queued >= 0 && e.flight.waiters == 0 {
+		heap.Remove(&c.queue, e.queued)
+		e.flight = nil
+	}
+	c.settle(e, time.Now())
+}
+
+// Warm reports how many kept keys hold a valid session, and how many are kept.
+func (c *Cache[K]) Warm() (warm, kept int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	for _, e := range c.entries {
+		if e.kept > 0 {
+			kept++
+			if e.held.Valid(now) {
+				warm++
+			}
+		}
+	}
+	return warm, kept
+}
+
+// Run fetches and renews until ctx ends. Fetches that are under way then are cancelled and waited
+// for, and those who wait for them are told that the broker is shutting down.
+func (c *Cache[K]) Run(ctx context.Context) error {
+	var fetches sync.WaitGroup
+	defer c.stop(&fetches)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		c.mu.Lock()
+		next := c.advance(ctx, &fetches)
+		c.mu.Unlock()
+		timer.Reset(next)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-c.wake:
+		case <-timer.C:
+		}
+	}
+}
+
+// advance moves what is due into the queue, begins what may begin, and returns how long until it
+// should be called again.
+func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Duration {
+	now := time.Now()
+	for len(c.due) > 0 && !c.due[0].dueAt.After(now) {
+		e := c.due[0]
+		heap.Pop(&c.due)
+		if e.kept > 0 {
+			c.ask(e)
+		} else {
+			c.settle(e, now)
+		}
+	}
+	next := time.Hour // Nothing to do for longer than that is no reason not to look.
+	if len(c.due) > 0 {
+		next = c.due[0].dueAt.Sub(now)
+	}
+	for len(c.queue) > 0 && c.running < c.cfg.Concurrency {
+		reservation := c.limiter.ReserveN(now, 1)
+		if wait := reservation.DelayFrom(now); wait > 0 {
+			reservation.CancelAt(now)
+			return min(next, wait)
+		}
+		e := heap.Pop(&c.queue).(*entry[K])
+		c.running++
+		fetches.Go(func() { c.fetch(ctx, e) })
+	}
+	return next
+}
+
+// fetch runs one fetch and shares its outcome. It runs on the cache's own context: a caller's would
+// end with the caller.
+func (c *Cache[K]) fetch(ctx context.Context, e *entry[K]) {
+	fetchCtx, cancel := context.WithTimeout(ctx, c.cfg.FetchTimeout)
+	defer cancel()
+	cred, err := c.cfg.Source.Credential(fetchCtx, e.key)
+	now := time.Now()
+	if err == nil && !cred.Valid(now) {
+		err = credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable,
+			"the credentials that came had expired already: is the broker's clock right?")
+	}
+	if err != nil && ctx.Err() != nil {
+		err = credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
+	}
+
+	c.mu.Lock()
+	f := e.flight
+	e.flight = nil
+	c.running--
+	if err == nil {
+		e.held, e.failure, e.failures, e.notBefore = cred, nil, 0, time.Time{}
+	} else {
+		e.failures++
+		e.failure, e.notBefore = err, now.Add(failureWait(err, e.failures))
+	}
+	f.cred, f.err = cred, err
+	c.settle(e, now)
+	held, waiters, retry := e.held, f.waiters, e.notBefore.Sub(now)
+	c.mu.Unlock()
+
+	close(f.done)
+	c.poke()
+	if err != nil && ctx.Err() == nil {
+		c.cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "Fetching credentials failed",
+			slog.String("key", fmt.Sprint(e.key)), slog.String("reason", string(credential.ReasonOf(err))), slog.Any("error", err),
+			slog.Int("waiters", waiters), slog.Duration("retry_in", retry), slog.Duration("still_valid_for", max(held.Remaining(now), 0)))
+	}
+}
+
+// stop ends every wait, once Run's context has ended.
+func (c *Cache[K]) stop(fetches *sync.WaitGroup) {
+	fetches.Wait()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stopped = true
+	for _, e := range c.queue {
+		f := e.flight
+		e.flight, e.queued = nil, -1
+		f.err = credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
+		close(f.done)
+	}
+	c.queue = nil
+}
+
+// entry returns the entry of key, making it if need be. The caller must make sure that the entry
+// gets a flight or is settled, so that none is left that nothing ever looks at.
+func (c *Cache[K]) entry(key K) *entry[K] {
+	e, ok := c.entries[key]
+	if !ok {
+		e = &entry[K]{key: key, dueIndex: -1, queued: -1}
+		c.entries[key] = e
+	}
+	return e
+}
+
+// ask returns the entry's flight, queueing one if there is none.
+func (c *Cache[K]) ask(e *entry[K]) *flight {
+	if e.flight == nil {
+		e.flight = &flight{done: make(chan struct{})}
+		heap.Push(&c.queue, e)
+	}
+	return e.flight
+}
+
+// settle decides when an entry without a flight needs attention next, and forgets an entry that
+// nobody needs.
+func (c *Cache[K]) settle(e *entry[K], now time.Time) {
+	if e.dueIndex >= 0 {
+		heap.Remove(&c.due, e.dueIndex)
+	}
+	if e.flight != nil {
+		return // fetch settles it.
+	}
+	switch valid := e.held.Valid(now); {
+	case e.kept > 0 && e.failure != nil:
+		e.dueAt = e.notBefore
+	case e.kept > 0 && valid:
+		e.dueAt = e.held.Expiration.Add(-jitter(e.held.Life(), renewLow, renewHigh))
+	case e.kept > 0:
+		e.dueAt = now
+	case valid:
+		e.dueAt = e.held.Expiration
+	case e.failure != nil && now.Before(e.notBefore.Add(failureMemory)):
+		e.dueAt = e.notBefore.Add(failureMemory)
+	default:
+		delete(c.entries, e.key)
+		return
+	}
+	heap.Push(&c.due, e)
+}
+
+// poke makes Run look again.
+func (c *Cache[K]) poke() {
+	select {
+	case c.wake <- struct{}{}:
+	default: // Run has not yet looked since the last poke; it will see this one's work too.
+	}
+}
+
+// value is what a caller is told of cred.
+func value(cred credential.Credential, now time.Time) Value {
+	after := cred.Remaining(now) - jitter(cred.Life(), askLow, askHigh)
+	return Value{Credential: cred, RefreshAfter: min(max(after, minRefreshAfter), maxRefreshAfter)}
+}
+
+// fraction is the part of the session's life that remains.
+func fraction(cred credential.Credential, now time.Time) float64 {
+	return float64(cred.Remaining(now)) / float64(cred.Life())
+}
+
+// failureWait is how long to leave a key alone after its nth failure in a row, and never less than
+// the failure itself asks for.
+func failureWait(err error, n int) time.Duration {
+	shortest, longest := minAwayWait, maxAwayWait
+	if errors.Is(err, credential.ErrDenied) || errors.Is(err, credential.ErrInvalid) {
+		shortest, longest = minRefusedWait, maxRefusedWait
+	}
+	if e, ok := errors.AsType[*credential.Error](err); ok {
+		shortest = min(max(shortest, e.RetryAfter), longest)
+	}
+	wait := longest
+	if n < 16 { // beyond that the shift has passed every bound above
+		wait = min(shortest<<n, longest)
+	}
+	// Half fixed, half random, so that keys that failed together are not asked for together.
+	return max(jitter(wait, 0.5, 1), shortest)
+}
+
+// retryAt is err with the time until its key is looked at again.
+func retryAt(err error, wait time.Duration) error {
+	e, ok := errors.AsType[*credential.Error](err)
+	if !ok {
+		return err
+	}
+	again := *e
+	again.RetryAfter = wait
+	return &again
+}
+
+// jitter returns a random part of d between the fractions low and high.
+func jitter(d time.Duration, low, high float64) time.Duration {
+	return time.Duration(float64(d) * (low + (high-low)*rand.Float64())) //nolint:gosec // Spreads load; nothing is kept secret by it.
+}

@@ -1,0 +1,53 @@
+package cache
+
+import "fmt"
+
+// Len is how many keys the cache knows of.
+func (c *Cache[K]) Len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.entries)
+}
+
+// Check says what is wrong with the cache's own bookkeeping.
+func (c *Cache[K]) Check() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	inFlight := 0
+	for key, e := range c.entries {
+		switch {
+		case e.key != key:
+			return fmt.Errorf("entry of %v stands under %v", e.key, key)
+		case e.flight == nil && e.dueIndex < 0 && !c.stopped:
+			return fmt.Errorf("nothing will ever look at %v again", key)
+		case e.queued >= 0 && (e.queued >= len(c.queue) || c.queue[e.queued] != e):
+			return fmt.Errorf("%v is not at its place in the queue", key)
+		case e.dueIndex >= 0 && (e.dueIndex >= len(c.due) || c.due[e.dueIndex] != e):
+			return fmt.Errorf("%v is not at its place in the heap of what is due", key)
+		case e.queued >= 0 && e.flight == nil:
+			return fmt.Errorf("%v is queued without a flight", key)
+		case e.kept < 0 || e.flight != nil && e.flight.waiters < 0:
+			return fmt.Errorf("%v is kept or awaited by less than nobody", key)
+		}
+		if e.flight != nil && e.queued < 0 {
+			inFlight++
+		}
+	}
+	for _, e := range c.due {
+		if c.entries[e.key] != e {
+			return fmt.Errorf("%v is due and not known", e.key)
+		}
+	}
+	for i, e := range c.queue {
+		if c.entries[e.key] != e {
+			return fmt.Errorf("%v is queued and not known", e.key)
+		}
+		if i > 0 && c.queue.Less(i, (i-1)/2) {
+			return fmt.Errorf("the queue is out of order at %v", e.key)
+		}
+	}
+	if inFlight != c.running {
+		return fmt.Errorf("%d fetches are under way, %d are counted", inFlight, c.running)
+	}
+	return nil
+}

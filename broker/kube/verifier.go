@@ -1,0 +1,298 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+)
+
+const (
+	// keysMaxAge is how old the signing keys may grow before they are fetched again, so that a
+	// removed key stops being trusted.
+	keysMaxAge = 10 * time.Minute
+	// keysMinAge bounds how often tokens with unknown key ids make us fetch the keys.
+	keysMinAge = 10 * time.Second
+	// notBeforeLeeway forgives clocks that differ; expiry gets none.
+	notBeforeLeeway = 10 * time.Second
+	// maxKeySet bounds the key set: one RSA-4096 key is under 1 kB.
+	maxKeySet = 1 << 20
+)
+
+// algorithms are those with which API servers sign service-account tokens: RS256 and ES256 with
+// their own keys, any of these with an external signer (KEP-740). Naming them shuts out "none" and
+// HMAC with a public key.
+var algorithms = []jose.SignatureAlgorithm{jose.RS256, jose.RS384, jose.RS512, jose.ES256, jose.ES384, jose.ES512}
+
+// JWKSConfig configures [NewJWKS].
+type JWKSConfig struct {
+	// REST reaches the API server, whose key set and issuer are fetched. Required.
+	REST *rest.Config
+	// Audience is the audience that tokens must be made for. Required.
+	Audience string
+	// Issuers are the accepted issuers. Default: the one that the API server's discovery document
+	// names.
+	Issuers []string
+	// Logger. Required.
+	Logger *slog.Logger
+}
+
+// JWKS verifies tokens against the API server's published signing keys, without asking it about
+// each token: it goes on while the API server is away. It implements identity.Verifier.
+type JWKS struct {
+	cfg    JWKSConfig
+	client rest.Interface
+
+	mu      sync.Mutex                   // guards what follows
+	keys    map[string][]jose.JSONWebKey // :: key id → keys of that id
+	issuers []string
+	fetched time.Time     // when keys were last fetched
+	tried   time.Time     // when that was last begun
+	flight  chan struct{} // closed when the fetch under way ends; nil when there is none
+}
+
+var _ identity.Verifier = (*JWKS)(nil)
+
+// NewJWKS checks cfg. It fetches nothing until Run, or until the first token comes.
+func NewJWKS(cfg JWKSConfig) (*JWKS, error) {
+	if cfg.REST == nil || cfg.Logger == nil {
+		return nil, errors.New("a REST configuration and a Logger are required")
+	}
+	if cfg.Audience == "" {
+		return nil, errors.New("no audience: tokens made for any other service would be accepted; set --audience")
+	}
+	core, err := corev1client.NewForConfig(cfg.REST)
+	if err != nil {
+		return nil, fmt.Errorf("making a client for the key set: %w", err)
+	}
+	return &JWKS{cfg: cfg, client: core.RESTClient(), issuers: cfg.Issuers}, nil
+}
+
+// Ready reports whether keys are held.
+func (v *JWKS) Ready() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.keys) > 0 && len(v.issuers) > 0
+}
+
+// Run keeps the keys no older than ten minutes, until ctx ends. Old ones are used for as long as the
+// API server is away.
+func (v *JWKS) Run(ctx context.Context) error {
+	ticker := time.NewTicker(keysMinAge)
+	defer ticker.Stop()
+	for {
+		v.mu.Lock()
+		age := time.Since(v.fetched)
+		v.mu.Unlock()
+		// A tick's length early, so that a failed attempt is repeated before the age is reached.
+		if age >= keysMaxAge-3*keysMinAge {
+			v.refresh(ctx)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// claims are the parts of a service-account token that are looked at.
+type claims struct {
+	jwt.Claims
+	Kubernetes struct {
+		Namespace      string   `json:"namespace"`
+		Pod            *nameUID `json:"pod"`
+		ServiceAccount *nameUID `json:"serviceaccount"`
+	} `json:"kubernetes.io"`
+}
+
+type nameUID struct {
+	Name string `json:"name"`
+	UID  string `json:"uid"`
+}
+
+// Verify implements identity.Verifier.
+func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
+	raw := token.Reveal()
+	switch {
+	case raw == "":
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenMissing, nil, "the call carries no service-account token")
+	case len(raw) > identity.MaxTokenBytes:
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is longer than %d bytes", identity.MaxTokenBytes)
+	}
+	signed, err := jwt.ParseSigned(raw, algorithms)
+	if err != nil {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, err, "the token is not a signed service-account token")
+	}
+	// ParseSigned takes the compact form only, which has exactly one header.
+	keys, err := v.keysOf(ctx, signed.Headers[0].KeyID)
+	if err != nil {
+		return identity.Pod{}, err
+	}
+	var c claims
+	if !slices.ContainsFunc(keys, func(k jose.JSONWebKey) bool { c = claims{}; return signed.Claims(k, &c) == nil }) {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is not signed by this cluster's API server, or its claims cannot be read")
+	}
+	return v.check(c, time.Now())
+}
+
+// check judges the claims of a token whose signature holds.
+func (v *JWKS) check(c claims, now time.Time) (identity.Pod, error) {
+	v.mu.Lock()
+	issuers := v.issuers
+	v.mu.Unlock()
+	switch {
+	case !slices.Contains(issuers, c.Issuer):
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", c.Issuer)
+	case !slices.Contains(c.Audience, v.cfg.Audience):
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil, "the token is made for %q, not for %q", []string(c.Audience), v.cfg.Audience)
+	case c.Expiry == nil:
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token never expires; use a bound token")
+	case !now.Before(c.Expiry.Time()):
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenExpired, nil, "the token expired at %s", c.Expiry.Time().UTC().Format(time.RFC3339))
+	case c.NotBefore != nil && now.Add(notBeforeLeeway).Before(c.NotBefore.Time()):
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is not valid yet: is a clock wrong?")
+	}
+	k := c.Kubernetes
+	if k.Pod == nil || k.ServiceAccount == nil || slices.Contains([]string{k.Namespace, k.Pod.Name, k.Pod.UID, k.ServiceAccount.Name, k.ServiceAccount.UID}, "") {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenNotPodBound, nil, "the token is not bound to a pod; use the one that kubelet projects")
+	}
+	if want := strings.Join([]string{"system:serviceaccount", k.Namespace, k.ServiceAccount.Name}, ":"); c.Subject != want {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token's subject %q is not %q", c.Subject, want)
+	}
+	return identity.Pod{
+		Namespace: k.Namespace, Name: k.Pod.Name, UID: k.Pod.UID,
+		ServiceAccount: k.ServiceAccount.Name, ServiceAccountUID: k.ServiceAccount.UID,
+	}, nil
+}
+
+// unauthenticated makes a refusal. Messages may quote claims, which are no secret, and never the
+// token.
+func unauthenticated(reason credential.Reason, cause error, format string, args ...any) error {
+	e := credential.Errorf(credential.ErrUnauthenticated, reason, format, args...)
+	e.Cause = cause
+	return e
+}
+
+// keysOf returns the keys of that id. For an id that is unknown it fetches the key set, unless that
+// was tried a moment ago.
+func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error) {
+	v.mu.Lock()
+	keys, ok := v.keys[id]
+	recent := time.Since(v.tried) < keysMinAge && v.flight == nil
+	v.mu.Unlock()
+	if !ok && !recent {
+		v.refresh(ctx)
+		v.mu.Lock()
+		keys, ok = v.keys[id]
+		v.mu.Unlock()
+	}
+	if ok {
+		return keys, nil
+	}
+	if !v.Ready() {
+		return nil, &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
+			Message: "the broker has not fetched the cluster's token-signing keys yet; ask again",
+		}
+	}
+	return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
+}
+
+// refresh fetches keys and issuer once, however many ask, and not on a caller's context: one who
+// leaves must not make it fail for the others. It returns when that is done or ctx ends.
+func (v *JWKS) refresh(ctx context.Context) {
+	v.mu.Lock()
+	if v.flight == nil {
+		v.flight = make(chan struct{})
+		v.tried = time.Now()
+		go v.fetch(context.WithoutCancel(ctx))
+	}
+	flight := v.flight
+	v.mu.Unlock()
+	select {
+	case <-flight:
+	case <-ctx.Done():
+	}
+}
+
+func (v *JWKS) fetch(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, liveReadTimeout)
+	defer cancel()
+	keys, err := v.fetchKeys(ctx)
+	var issuer string
+	if err == nil && len(v.cfg.Issuers) == 0 {
+		issuer, err = v.fetchIssuer(ctx)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	close(v.flight)
+	v.flight = nil
+	if err != nil {
+		v.cfg.Logger.WarnContext(ctx, "Fetching the cluster's token-signing keys failed", "error", err, "held", len(v.keys))
+		return
+	}
+	v.keys, v.fetched = keys, time.Now()
+	if issuer != "" {
+		v.issuers = []string{issuer}
+	}
+}
+
+// fetchKeys asks the API server itself. The jwks_uri of its discovery document may point outside
+// the cluster, where pods of the same issuer are verified by others.
+func (v *JWKS) fetchKeys(ctx context.Context) (map[string][]jose.JSONWebKey, error) {
+	var set jose.JSONWebKeySet
+	if err := v.getJSON(ctx, "/openid/v1/jwks", &set); err != nil {
+		return nil, err
+	}
+	keys := make(map[string][]jose.JSONWebKey)
+	for _, k := range set.Keys {
+		if k.Valid() && k.IsPublic() {
+			keys[k.KeyID] = append(keys[k.KeyID], k)
+		}
+	}
+	if len(keys) == 0 {
+		return nil, errors.New("the API server publishes no token-signing key at /openid/v1/jwks")
+	}
+	return keys, nil
+}
+
+func (v *JWKS) fetchIssuer(ctx context.Context) (string, error) {
+	var document struct {
+		Issuer string `json:"issuer"`
+	}
+	if err := v.getJSON(ctx, "/.well-known/openid-configuration", &document); err != nil {
+		return "", err
+	}
+	if document.Issuer == "" {
+		return "", errors.New("the API server names no issuer at /.well-known/openid-configuration; set --issuer")
+	}
+	return document.Issuer, nil
+}
+
+func (v *JWKS) getJSON(ctx context.Context, path string, into any) error {
+	body, err := v.client.Get().AbsPath(path).DoRaw(ctx)
+	if err != nil {
+		return fmt.Errorf("getting %s: %w", path, err)
+	}
+	if len(body) > maxKeySet {
+		return fmt.Errorf("getting %s: the answer has %d bytes, the limit is %d", path, len(body), maxKeySet)
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("reading %s: %w", path, err)
+	}
+	return nil
+}

@@ -1,0 +1,300 @@
+package kube_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/kube"
+)
+
+const (
+	issuer   = "https://kubernetes.default.svc"
+	audience = "credence-broker"
+)
+
+// apiServer publishes keys as an API server does, over connections that stay inside a synctest
+// bubble.
+type apiServer struct {
+	listener pipes
+	away     atomic.Bool
+	fetches  atomic.Int64 // of the key set
+
+	mu   sync.Mutex
+	keys []jose.JSONWebKey // guarded by mu
+}
+
+// pipes is a listener of in-memory connections.
+type pipes struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.done:
+		return nil, net.ErrClosed
+	}
+}
+func (p pipes) Close() error   { return nil }
+func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "api-server"} }
+
+func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
+	t.Helper()
+	s := &apiServer{listener: pipes{make(chan net.Conn), make(chan struct{})}}
+	s.publish(keys...)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
+		_ = json.NewEncoder(w).Encode(map[string]string{"issuer": issuer})
+	})
+	mux.HandleFunc("/openid/v1/jwks", func(w http.ResponseWriter, _ *http.Request) {
+		s.fetches.Add(1)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: s.keys})
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
+	go func() { _ = server.Serve(s.listener) }()
+	t.Cleanup(func() { close(s.listener.done); _ = server.Close() })
+	return s, &rest.Config{Host: "http://api-server", Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		if s.away.Load() {
+			return nil, errors.New("connection refused")
+		}
+		ours, theirs := net.Pipe()
+		select {
+		case s.listener.conns <- theirs:
+			return ours, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}, QPS: -1}
+}
+
+func (s *apiServer) publish(keys ...signer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys = nil
+	for _, k := range keys {
+		s.keys = append(s.keys, jose.JSONWebKey{Key: k.key.Public(), KeyID: k.id, Algorithm: string(jose.ES256), Use: "sig"})
+	}
+}
+
+// signer is one signing key of the API server.
+type signer struct {
+	id  string
+	key *ecdsa.PrivateKey
+}
+
+func newSigner(t *testing.T, id string) signer {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signer{id, key}
+}
+
+// token signs a pod's token, after change has had its way with the claims.
+func (s signer) token(t *testing.T, change func(claims map[string]any)) identity.UnverifiedToken {
+	t.Helper()
+	claims := map[string]any{
+		"iss": issuer, "aud": []string{audience}, "sub": "system:serviceaccount:shop:cart",
+		"iat": time.Now().Unix(), "nbf": time.Now().Unix(), "exp": time.Now().Add(24 * time.Hour).Unix(),
+		"kubernetes.io": map[string]any{
+			"namespace": "shop", "pod": map[string]string{"name": "cart-1", "uid": "u-1"},
+			"serviceaccount": map[string]string{"name": "cart", "uid": "s-1"},
+		},
+	}
+	if change != nil {
+		change(claims)
+	}
+	jws, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: s.key, KeyID: s.id}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := jwt.Signed(jws).Claims(claims).Serialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return identity.NewUnverifiedToken(text)
+}
+
+func newVerifier(t *testing.T, config *rest.Config, issuers ...string) *kube.JWKS {
+	t.Helper()
+	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func wantReason(t *testing.T, v *kube.JWKS, token identity.UnverifiedToken, want credential.Reason) {
+	t.Helper()
+	id, err := v.Verify(t.Context(), token)
+	if got := credential.ReasonOf(err); got != want {
+		t.Errorf("answered %q (%v), want %q", got, err, want)
+	}
+	if (err == nil) != (id != identity.Pod{}) {
+		t.Errorf("answered %v beside error %v", id, err)
+	}
+	if err != nil && token.Reveal() != "" && strings.Contains(err.Error(), token.Reveal()) {
+		t.Errorf("the error holds the token: %v", err)
+	}
+}
+
+func TestVerifyClaims(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key, stranger := newSigner(t, "a"), newSigner(t, "a")
+		_, config := startAPIServer(t, key)
+		v := newVerifier(t, config)
+		now := time.Now()
+		set := func(claim string, value any) func(map[string]any) {
+			return func(c map[string]any) { c[claim] = value }
+		}
+		in := func(object string, value any) func(map[string]any) {
+			return func(c map[string]any) { c["kubernetes.io"].(map[string]any)[object] = value }
+		}
+		tests := []struct {
+			name  string
+			token identity.UnverifiedToken
+			want  credential.Reason
+		}{
+			{"good", key.token(t, nil), ""},
+			{"one audience as a string", key.token(t, set("aud", audience)), ""},
+			{"audience among others", key.token(t, set("aud", []string{"x", audience})), ""},
+			{"not yet valid by less than clocks differ", key.token(t, set("nbf", now.Add(9*time.Second).Unix())), ""},
+			{"none", identity.UnverifiedToken{}, credential.ReasonTokenMissing},
+			{"too long", identity.NewUnverifiedToken(strings.Repeat("a", identity.MaxTokenBytes+1)), credential.ReasonTokenInvalid},
+			{"signed by a stranger under our key's id", stranger.token(t, nil), credential.ReasonTokenInvalid},
+			{"of a key that is not published", newSigner(t, "z").token(t, nil), credential.ReasonTokenInvalid},
+			{"expired this second", key.token(t, set("exp", now.Unix())), credential.ReasonTokenExpired},
+			{"no expiry", key.token(t, func(c map[string]any) { delete(c, "exp") }), credential.ReasonTokenInvalid},
+			{"not yet valid", key.token(t, set("nbf", now.Add(time.Minute).Unix())), credential.ReasonTokenInvalid},
+			{"no audience", key.token(t, func(c map[string]any) { delete(c, "aud") }), credential.ReasonTokenAudience},
+			{"claims of other types", key.token(t, set("aud", 7)), credential.ReasonTokenInvalid},
+			{"other audience", key.token(t, set("aud", "x")), credential.ReasonTokenAudience},
+			{"other issuer", key.token(t, set("iss", "https://elsewhere.example")), credential.ReasonTokenIssuer},
+			{"no pod", key.token(t, in("pod", nil)), credential.ReasonTokenNotPodBound},
+			{"pod without UID", key.token(t, in("pod", map[string]string{"name": "cart-1"})), credential.ReasonTokenNotPodBound},
+			{"no service account", key.token(t, in("serviceaccount", nil)), credential.ReasonTokenNotPodBound},
+			{"other subject", key.token(t, set("sub", "system:serviceaccount:shop:other")), credential.ReasonTokenInvalid},
+			{"subject of another namespace", key.token(t, set("sub", "system:serviceaccount:bank:cart")), credential.ReasonTokenInvalid},
+		}
+		for _, tt := range tests {
+			wantReason(t, v, tt.token, tt.want)
+			if t.Failed() {
+				t.Fatalf("the token was %q", tt.name) // no subtests inside a bubble
+			}
+		}
+		id, err := v.Verify(t.Context(), tests[0].token)
+		want := identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"}
+		if err != nil || id != want {
+			t.Errorf("the good one is %+v (%v), want %+v", id, err, want)
+		}
+	})
+}
+
+func TestKeysAreFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old, replacement := newSigner(t, "old"), newSigner(t, "new")
+		server, config := startAPIServer(t, old)
+		v := newVerifier(t, config)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { _ = v.Run(ctx) }()
+		synctest.Wait()
+		if !v.Ready() {
+			t.Fatal("the keys were not fetched at the start")
+		}
+		wantReason(t, v, old.token(t, nil), "")
+
+		// A new key is known with the first token that it signs.
+		time.Sleep(time.Minute)
+		server.publish(old, replacement)
+		wantReason(t, v, replacement.token(t, nil), "")
+
+		// A removed one stops being trusted within ten minutes, without any token that asks for it.
+		server.publish(replacement)
+		time.Sleep(10 * time.Minute)
+		wantReason(t, v, old.token(t, nil), credential.ReasonTokenInvalid)
+
+		// While the API server is away, what is known goes on, however long.
+		server.away.Store(true)
+		time.Sleep(3 * time.Hour)
+		wantReason(t, v, replacement.token(t, nil), "")
+	})
+}
+
+func TestUnknownKeysDoNotFloodTheAPIServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := newSigner(t, "a")
+		server, config := startAPIServer(t, key)
+		v := newVerifier(t, config)
+		wantReason(t, v, key.token(t, nil), "")
+		before := server.fetches.Load()
+		var flood sync.WaitGroup
+		for range 10 {
+			for i := range 50 {
+				forged := newSigner(t, fmt.Sprint("forged-", i)).token(t, nil)
+				flood.Go(func() { wantReason(t, v, forged, credential.ReasonTokenInvalid) })
+			}
+			time.Sleep(2 * time.Second)
+		}
+		flood.Wait()
+		// 20 s of it: one fetch in each ten.
+		if n := server.fetches.Load() - before; n > 2 {
+			t.Errorf("500 unknown key ids in 20 s made %d fetches of the key set", n)
+		}
+	})
+}
+
+func TestWithoutKeysTheAnswerIsToAskAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := newSigner(t, "a")
+		server, config := startAPIServer(t, key)
+		server.away.Store(true)
+		v := newVerifier(t, config)
+		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerAway)
+		server.away.Store(false)
+		time.Sleep(11 * time.Second)
+		wantReason(t, v, key.token(t, nil), "")
+	})
+}
+
+func TestGivenIssuersReplaceTheClustersOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := newSigner(t, "a")
+		_, config := startAPIServer(t, key)
+		v := newVerifier(t, config, "https://one.example", "https://two.example")
+		wantReason(t, v, key.token(t, func(c map[string]any) { c["iss"] = "https://two.example" }), "")
+		wantReason(t, v, key.token(t, nil), credential.ReasonTokenIssuer)
+	})
+}
+
+func TestNewJWKSWantsAnAudience(t *testing.T) {
+	_, err := kube.NewJWKS(kube.JWKSConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
+	if err == nil || !strings.Contains(err.Error(), "--audience") {
+		t.Errorf("answered %v", err)
+	}
+}

@@ -1,0 +1,446 @@
+package policy_test
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// anything permits every role.
+var anything = map[policy.Key]string{policy.Permitted: ".*"}
+
+func TestNew(t *testing.T) {
+	keys := newKeys(t)
+	for _, cluster := range []string{"", "ab", "prod.eu-1", strings.Repeat("c", 32)} {
+		if _, err := policy.New(policy.Config{Keys: keys, Cluster: cluster}); err != nil {
+			t.Errorf("cluster %q: %v", cluster, err)
+		}
+	}
+	for _, cluster := range []string{"a", "a b", "a/b", strings.Repeat("c", 33)} {
+		if rules, err := policy.New(policy.Config{Keys: keys, Cluster: cluster}); err == nil || rules != nil || !strings.Contains(err.Error(), "cluster name") {
+			t.Errorf("cluster %q: %v", cluster, err)
+		}
+	}
+	if rules, err := policy.New(policy.Config{}); err == nil || rules != nil {
+		t.Error("rules without keys are made")
+	}
+	rules, err := policy.New(policy.Config{Keys: keys})
+	if err != nil || rules.Keys() != keys {
+		t.Errorf("Keys = %v, %v", rules.Keys(), err)
+	}
+}
+
+func TestZeroRulesRefuse(t *testing.T) {
+	var zero policy.Rules
+	for _, pod := range []policy.Pod{
+		{},
+		cart(map[policy.Key]string{policy.Role: rolePrefix + "reader"}),
+		{Namespace: "shop", Name: "cart", Annotations: map[string]string{"/role": rolePrefix + "reader"}},
+	} {
+		ns := policy.Namespace{
+			Name:        pod.Namespace,
+			Labels:      map[string]string{"/inject": "enabled", "iam.amazonaws.com/inject": "enabled", "inject": "enabled"},
+			Annotations: map[string]string{"/permitted": ".*", "iam.amazonaws.com/permitted": ".*"},
+		}
+		if grant, err := zero.Grant(pod, ns); !errors.Is(err, credential.ErrDenied) || !grant.IsZero() {
+			t.Errorf("the zero Rules grant %s, %v", grant, err)
+		}
+	}
+}
+
+func TestZeroGrant(t *testing.T) {
+	var zero policy.Grant
+	if !zero.IsZero() || !zero.Role().IsZero() || zero.SessionName() != "" || zero.ExternalID() != "" || zero.Tags() != nil ||
+		zero.SessionPolicy() != "" || zero.PolicyARNs() != nil || zero.Duration() != 0 {
+		t.Errorf("the zero Grant grants something: %s", zero)
+	}
+}
+
+func TestGrantRefuses(t *testing.T) {
+	based, baseless := newRules(t, rolePrefix), newRules(t, "")
+	reader := map[policy.Key]string{policy.Role: "reader"}
+	for name, tt := range map[string]struct {
+		rules     *policy.Rules
+		pod       policy.Pod
+		ns        policy.Namespace
+		kind      error
+		reason    credential.Reason
+		fragments []string
+	}{
+		"zero pod and namespace": {
+			based, policy.Pod{}, policy.Namespace{}, credential.ErrDenied, credential.ReasonNamespaceNotFound, nil,
+		},
+		"another namespace": {
+			based, cart(reader), policy.Namespace{Name: "other", Labels: shop(nil).Labels, Annotations: annotations(anything)},
+			credential.ErrDenied, credential.ReasonNamespaceNotFound, []string{`"shop" is not known`},
+		},
+		"not opted in": {
+			based, cart(reader), policy.Namespace{Name: "shop", Annotations: annotations(anything)},
+			credential.ErrDenied, credential.ReasonNamespaceNotOpted, []string{`namespace "shop" is not opted in`, "label it iam.amazonaws.com/inject=enabled"},
+		},
+		"opted out": {
+			based, cart(reader), policy.Namespace{Name: "shop", Labels: map[string]string{"iam.amazonaws.com/inject": "false"}, Annotations: annotations(anything)},
+			credential.ErrDenied, credential.ReasonNamespaceNotOpted, nil,
+		},
+		"opted in by an annotation": {
+			based, cart(reader), policy.Namespace{Name: "shop", Annotations: annotations(map[policy.Key]string{policy.Inject: "enabled", policy.Permitted: ".*"})},
+			credential.ErrDenied, credential.ReasonNamespaceNotOpted, nil,
+		},
+		"no annotations": {
+			based, cart(nil), shop(anything), credential.ErrInvalid, credential.ReasonRoleMissing, []string{"iam.amazonaws.com/role"},
+		},
+		"misspelt": {
+			based, cart(map[policy.Key]string{"roel": "reader"}), shop(anything),
+			credential.ErrInvalid, credential.ReasonAnnotationUnknown, []string{`did you mean "iam.amazonaws.com/role"`},
+		},
+		"wrong value": {
+			based, cart(map[policy.Key]string{policy.Role: "reader", policy.Duration: "5m"}), shop(anything),
+			credential.ErrInvalid, credential.ReasonAnnotationInvalid, []string{`"iam.amazonaws.com/duration"`},
+		},
+		"empty role without a default": {
+			based, cart(map[policy.Key]string{policy.Role: " "}), shop(anything),
+			credential.ErrInvalid, credential.ReasonRoleMissing, []string{`"iam.amazonaws.com/role" is empty`, `namespace "shop" has no "iam.amazonaws.com/default-role"`},
+		},
+		"blank default role": {
+			based, cart(map[policy.Key]string{policy.Role: ""}), shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: " "}),
+			credential.ErrInvalid, credential.ReasonRoleMissing, nil,
+		},
+		"wrong role": {
+			based, cart(map[policy.Key]string{policy.Role: "read er"}), shop(anything),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{"annotation iam.amazonaws.com/role", `"read er"`, "letters, digits"},
+		},
+		"wrong ARN": {
+			based, cart(map[policy.Key]string{policy.Role: "arn:aws:iam::12:role/reader"}), shop(anything),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{"12 digits"},
+		},
+		"very long role": {
+			based, cart(map[policy.Key]string{policy.Role: strings.Repeat("a/", 100_000)}), shop(anything),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{"the limit is 2048"},
+		},
+		"wrong default role": {
+			based, cart(map[policy.Key]string{policy.Role: ""}), shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: "a//b"}),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{"namespace annotation iam.amazonaws.com/default-role", `"a//b"`},
+		},
+		"nothing permitted": {
+			based, cart(reader), shop(nil),
+			credential.ErrDenied, credential.ReasonNothingPermitted, []string{`namespace "shop" permits no roles`, `"iam.amazonaws.com/permitted"`, rolePrefix + "reader"},
+		},
+		"another role permitted": {
+			based, cart(reader), shop(map[policy.Key]string{policy.Permitted: ".*/writer"}),
+			credential.ErrDenied, credential.ReasonRoleNotPermitted, []string{rolePrefix + "reader"},
+		},
+		"default role is not permitted by being the default": {
+			based, cart(map[policy.Key]string{policy.Role: ""}), shop(map[policy.Key]string{policy.DefaultRole: "reader"}),
+			credential.ErrDenied, credential.ReasonNothingPermitted, nil,
+		},
+		"tags without permission": {
+			based, cart(map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "team=shop"}), shop(anything),
+			credential.ErrDenied, credential.ReasonTagNotPermitted, []string{`session tag "team"`, `"iam.amazonaws.com/permitted-tags"`},
+		},
+		"another tag": {
+			based, cart(map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "team=shop,cost=1"}),
+			shop(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: "team"}),
+			credential.ErrDenied, credential.ReasonTagNotPermitted, []string{`session tag "cost"`},
+		},
+		"tag in other letters": {
+			based, cart(map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "Team=shop"}),
+			shop(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: "team"}),
+			credential.ErrDenied, credential.ReasonTagNotPermitted, []string{`session tag "Team"`},
+		},
+		"wrong permitted tags": {
+			based, cart(map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "team=shop"}),
+			shop(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: "team,,cost"}),
+			credential.ErrInvalid, credential.ReasonAnnotationInvalid, []string{`annotation "iam.amazonaws.com/permitted-tags" of namespace "shop"`, "empty name"},
+		},
+		"name without a base": {
+			baseless, cart(reader), shop(anything),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{"annotation iam.amazonaws.com/role", `"reader" is not a full ARN`, "--base-arn"},
+		},
+		"default name without a base": {
+			baseless, cart(map[policy.Key]string{policy.Role: ""}), shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: "/reader"}),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{"namespace annotation iam.amazonaws.com/default-role", "--base-arn"},
+		},
+		"allowed names without a base": {
+			baseless, cart(map[policy.Key]string{policy.Role: rolePrefix + "reader"}), shop(map[policy.Key]string{policy.AllowedRoles: `["reader"]`}),
+			credential.ErrInvalid, credential.ReasonRoleInvalid, []string{`annotation "iam.amazonaws.com/allowed-roles" of namespace "shop"`, "--base-arn"},
+		},
+	} {
+		grant, err := tt.rules.Grant(tt.pod, tt.ns)
+		mustRefuse(t, name, err, tt.kind, tt.reason, tt.fragments...)
+		if !grant.IsZero() {
+			t.Errorf("%s: a refusal comes with %s", name, grant)
+		}
+		if got, want := errors.Is(err, policy.ErrNoBase), strings.HasSuffix(name, "without a base"); got != want {
+			t.Errorf("%s: errors.Is(err, ErrNoBase) is %v", name, got)
+		}
+	}
+}
+
+func TestGrant(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	grant, err := rules.Grant(cart(map[policy.Key]string{
+		policy.Role:          "/team/reader",
+		policy.SessionName:   "my-session",
+		policy.ExternalID:    "ext/1",
+		policy.SessionTags:   "team=shop, cost=1",
+		policy.SessionPolicy: `{"Statement": []}`,
+		policy.PolicyARNs:    "arn:aws:iam::aws:policy/B,arn:aws:iam::aws:policy/A",
+		policy.SessionScope:  "pod",
+		policy.Duration:      "2h",
+	}), shop(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: " cost , team,more"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]policy.Tag{{Key: "cost", Value: "1"}, {Key: "team", Value: "shop"}}, grant.Tags()); diff != "" {
+		t.Errorf("tags (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"arn:aws:iam::aws:policy/A", "arn:aws:iam::aws:policy/B"}, grant.PolicyARNs()); diff != "" {
+		t.Errorf("policy ARNs (-want +got):\n%s", diff)
+	}
+	for what, pair := range map[string][2]any{
+		"role":           {grant.Role().String(), rolePrefix + "team/reader"},
+		"session name":   {grant.SessionName(), "my-session"},
+		"external id":    {grant.ExternalID(), "ext/1"},
+		"session policy": {grant.SessionPolicy(), `{"Statement":[]}`},
+		"duration":       {grant.Duration(), 2 * time.Hour},
+		"string":         {grant.String(), rolePrefix + "team/reader as my-session for shop/cart-1/u-1"},
+		"zero":           {grant.IsZero(), false},
+	} {
+		if pair[0] != pair[1] {
+			t.Errorf("%s is %v, want %v", what, pair[0], pair[1])
+		}
+	}
+}
+
+func TestDefaultRole(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	ns := shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: " fallback "})
+	for said, want := range map[string]string{"": "fallback", " ": "fallback", "reader": "reader"} {
+		grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: said}), ns)
+		if err != nil || grant.Role().String() != rolePrefix+want {
+			t.Errorf("role %q is granted as %s, %v", said, grant.Role(), err)
+		}
+	}
+	// An empty role asks for the default one; no role asks for nothing.
+	_, err := rules.Grant(cart(map[policy.Key]string{policy.Duration: "1h"}), ns)
+	mustRefuse(t, "no role annotation", err, credential.ErrInvalid, credential.ReasonRoleMissing)
+}
+
+// Session names are seen in CloudTrail, and some services refuse to go on under another one: a change
+// of these is a change for users.
+func TestSessionNames(t *testing.T) {
+	const longName = "a-name-that-is-as-long-as-the-names-of-generated-pods-become-5d4f8"
+	sessionNames := map[string]string{}
+	for _, tt := range []struct {
+		cluster, namespace, pod, account string
+		scope                            policy.Scope
+		said, want                       string
+	}{
+		{"", "shop", "cart-1", "cart", policy.ScopeRole, "", "credence"},
+		{"prod", "shop", "cart-1", "cart", policy.ScopeRole, "", "prod"},
+		{"", "shop", "cart-1", "cart", policy.ScopeServiceAccount, "", "credence.shop.cart"},
+		{"", "shop", "cart-1", "cart", policy.ScopePod, "", "credence.shop.cart-1"},
+		{"prod", "shop", "cart-1", "cart", policy.ScopePod, "said", "said"},
+		{"", "shop", longName, "cart", policy.ScopePod, "", "credence.shop.a-name-that-is-as-long-as-the-names-of--ca7ba571fc"},
+		{"", "shop", longName + "x", "cart", policy.ScopePod, "", ""},
+		{"", "shop", longName + "y", "cart", policy.ScopePod, "", ""},
+		{"", "shop", "p", longName + "z", policy.ScopeServiceAccount, "", ""},
+		{strings.Repeat("c", 32), strings.Repeat("n", 63), strings.Repeat("p", 253), "cart", policy.ScopePod, "", ""},
+		{strings.Repeat("c", 32), strings.Repeat("n", 63), strings.Repeat("p", 252) + "q", "cart", policy.ScopePod, "", ""},
+		{"", "shop", strings.Repeat("p", 64-len("credence.shop.")), "cart", policy.ScopePod, "", "credence.shop." + strings.Repeat("p", 64-len("credence.shop."))},
+	} {
+		rules, err := policy.New(policy.Config{Keys: newKeys(t), Cluster: tt.cluster})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pairs := map[policy.Key]string{policy.Role: rolePrefix + "reader", policy.SessionScope: string(tt.scope)}
+		if tt.said != "" {
+			pairs[policy.SessionName] = tt.said
+		}
+		pod := policy.Pod{Namespace: tt.namespace, Name: tt.pod, UID: "u", ServiceAccount: tt.account, Annotations: annotations(pairs)}
+		ns := shop(anything)
+		ns.Name = tt.namespace
+		grant, err := rules.Grant(pod, ns)
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := grant.SessionName()
+		if tt.want != "" && name != tt.want {
+			t.Errorf("the session of %s/%s, scope %s, is named %q, want %q", tt.namespace, tt.pod, tt.scope, name, tt.want)
+		}
+		if !regexp.MustCompile(`^[\w+=,.@-]{2,64}$`).MatchString(name) {
+			t.Errorf("STS does not take the session name %q of %d characters", name, len(name))
+		}
+		if other, taken := sessionNames[name]; taken && tt.want == "" {
+			t.Errorf("the sessions of %s and %s are both named %q", other, tt.pod, name)
+		}
+		sessionNames[name] = tt.pod
+	}
+	if len(sessionNames) < 8 {
+		t.Errorf("only %d names were looked at", len(sessionNames))
+	}
+}
+
+// subject is what one decision depends on, one field for each thing that may differ.
+type subject struct {
+	role, sessionName, externalID, tags, policy, policyARNs, duration, scope string
+	namespace, account, pod, uid                                             string
+	region, containers, imds, startTimeout, hint, otherLabel                 string
+}
+
+// choices are values of each field, the first of which is the default. Each list's values mean
+// different things to STS, unless the field is no matter of STS at all.
+var choices = map[string][]string{
+	"role":         {"reader", "writer", "team/reader", "arn:aws:iam::999999999999:role/reader", ""},
+	"sessionName":  {"", "one", "two"},
+	"externalID":   {"", "11", "12"},
+	"tags":         {"", "a=1", "a=2", "b=1", "a=1,b=1", "a=1,b="},
+	"policy":       {"", `{"Statement":[]}`, `{"Statement":[{}]}`, `{"Statement":"a b"}`, `{"Statement":"ab"}`},
+	"policyARNs":   {"", "arn:aws:iam::aws:policy/A", "arn:aws:iam::aws:policy/B", "arn:aws:iam::aws:policy/A,arn:aws:iam::aws:policy/B"},
+	"duration":     {"", "15m", "59m59s", "12h"},
+	"scope":        {"", "service-account", "pod"},
+	"namespace":    {"shop", "sho", "shop-cart"},
+	"account":      {"default", "cart", "cart.u"},
+	"pod":          {"cart-1", "cart-2", "default"},
+	"uid":          {"u-1", "u-2"},
+	"region":       {"", "eu-central-1"},
+	"containers":   {"", "app", "app,proxy"},
+	"imds":         {"", "v1", "off"},
+	"startTimeout": {"", "0", "10s"},
+	"hint":         {"", "cart"},
+	"otherLabel":   {"", "x"},
+}
+
+func (s subject) field(name string) string { return reflect.ValueOf(s).FieldByName(name).String() }
+
+func (s subject) with(name, value string) subject {
+	fields := map[string]*string{
+		"role": &s.role, "sessionName": &s.sessionName, "externalID": &s.externalID, "tags": &s.tags, "policy": &s.policy,
+		"policyARNs": &s.policyARNs, "duration": &s.duration, "scope": &s.scope, "namespace": &s.namespace, "account": &s.account,
+		"pod": &s.pod, "uid": &s.uid, "region": &s.region, "containers": &s.containers, "imds": &s.imds,
+		"startTimeout": &s.startTimeout, "hint": &s.hint, "otherLabel": &s.otherLabel,
+	}
+	*fields[name] = value
+	return s
+}
+
+// grant decides on s, written in one of several ways that mean the same.
+func (s subject) grant(t *testing.T, rules *policy.Rules, random *rand.Rand) policy.Grant {
+	t.Helper()
+	pairs := map[policy.Key]string{policy.Role: s.role}
+	for key, value := range map[policy.Key]string{
+		policy.SessionName: s.sessionName, policy.ExternalID: s.externalID, policy.SessionTags: s.tags, policy.SessionPolicy: s.policy,
+		policy.PolicyARNs: s.policyARNs, policy.Duration: s.duration, policy.SessionScope: s.scope, policy.Region: s.region,
+		policy.Containers: s.containers, policy.IMDS: s.imds, policy.StartTimeout: s.startTimeout, policy.ServiceAccount: s.hint,
+	} {
+		if value == "" {
+			continue
+		}
+		if key == policy.SessionTags || key == policy.PolicyARNs {
+			list := strings.Split(value, ",")
+			random.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+			value = strings.Join(list, blanks(random)+","+blanks(random))
+		}
+		if key == policy.SessionPolicy {
+			value = strings.ReplaceAll(value, ":", blanks(random)+":"+blanks(random))
+		}
+		pairs[key] = blanks(random) + value + blanks(random)
+	}
+	if s.role == "reader" && random.IntN(2) == 0 {
+		pairs[policy.Role] = rolePrefix + "reader"
+	}
+	if s.scope == "" && random.IntN(2) == 0 {
+		pairs[policy.SessionScope] = "role"
+	}
+	if s.duration == "" && random.IntN(2) == 0 {
+		pairs[policy.Duration] = "60m"
+	}
+	grant, err := rules.Grant(
+		policy.Pod{Namespace: s.namespace, Name: s.pod, UID: s.uid, ServiceAccount: s.account, Annotations: annotations(pairs)},
+		policy.Namespace{
+			Name:        s.namespace,
+			Labels:      map[string]string{"iam.amazonaws.com/inject": "enabled", "other": s.otherLabel},
+			Annotations: annotations(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: "a,b", policy.DefaultRole: "fallback"}),
+		})
+	if err != nil {
+		t.Fatalf("%+v: %v", s, err)
+	}
+	return grant
+}
+
+func blanks(random *rand.Rand) string { return []string{"", " ", "\n\t"}[random.IntN(3)] }
+
+// matters says whether a field is part of what AssumeRole is called with, or of whom the session is
+// shared by.
+func (s subject) matters(field string) bool {
+	switch field {
+	case "role", "sessionName", "externalID", "tags", "policy", "policyARNs", "duration", "scope":
+		return true
+	case "namespace":
+		return s.scope != ""
+	case "account":
+		return s.scope == "service-account"
+	case "pod", "uid":
+		return s.scope == "pod"
+	}
+	return false
+}
+
+// A pod never gets a session that was made for another external id, session name, set of tags,
+// policy, duration or scope; and pods that ask for the same share one.
+func TestGrantsDifferExactlyWhenSessionsDo(t *testing.T) {
+	if n := reflect.TypeFor[subject]().NumField(); n != len(choices) {
+		t.Fatalf("subject has %d fields, and %d have choices", n, len(choices))
+	}
+	// Whoever adds a field to Grant adds what it comes from to subject.
+	if n := reflect.TypeFor[policy.Grant]().NumField(); n != 8 {
+		t.Errorf("Grant has %d fields, and this test knows of 8", n)
+	}
+	rules := newRules(t, rolePrefix)
+	random := rand.New(rand.NewPCG(1, 2))
+	fields := slices.Sorted(maps.Keys(choices))
+	for range 300 {
+		var s subject
+		for _, field := range fields {
+			s = s.with(field, choices[field][0])
+			if random.IntN(2) == 0 {
+				s = s.with(field, choices[field][random.IntN(len(choices[field]))])
+			}
+		}
+		grant := s.grant(t, rules, random)
+		if again := s.grant(t, rules, random); again != grant {
+			t.Fatalf("%+v\ngives two grants: %s\nand: %s\n%s", s, grant, again, describe(grant, again))
+		}
+		for _, field := range fields {
+			for _, value := range choices[field] {
+				if value == s.field(field) {
+					continue
+				}
+				other := s.with(field, value)
+				got := other.grant(t, rules, random)
+				if (got != grant) != s.matters(field) {
+					t.Fatalf("%+v\nwith another %s, %q: grants are equal: %v\n%s", s, field, value, got == grant, describe(grant, got))
+				}
+			}
+		}
+	}
+}
+
+func describe(a, b policy.Grant) string {
+	form := func(g policy.Grant) string {
+		return fmt.Sprintf("%s\n%q %q %q %q %s", g, g.ExternalID(), g.Tags(), g.SessionPolicy(), g.PolicyARNs(), g.Duration())
+	}
+	return cmp.Diff(form(a), form(b))
+}

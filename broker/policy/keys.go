@@ -1,0 +1,195 @@
+// Package policy decides which AWS session a pod may have. It names and parses the annotations
+// that users write, and turns (pod, namespace, rules) into a [Grant] or into a refusal that says
+// what to change.
+//
+// It is pure: no clock, no randomness, no network. The webhook and the broker use the same code, so
+// what admission accepts the broker grants. Only [Rules.Grant] makes a Grant, and the zero Rules
+// refuses everything.
+package policy
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// DefaultPrefix is the prefix of every key: the one kiam and kube2iam use, so that their manifests
+// work unchanged.
+const DefaultPrefix = "iam.amazonaws.com"
+
+// Key is the part of a label or annotation key behind the prefix and the slash.
+type Key string
+
+// Labels and annotations of namespaces.
+const (
+	// Inject is the namespace label that opts a namespace in, when its value is [Enabled].
+	Inject Key = "inject"
+	// Permitted is a regular expression on the role's ARN (kiam's form).
+	Permitted Key = "permitted"
+	// AllowedRoles is a JSON list of globs on the role's ARN (kube2iam's form).
+	AllowedRoles Key = "allowed-roles"
+	// DefaultRole is the role of annotated pods whose own role is empty.
+	DefaultRole Key = "default-role"
+	// PermittedTags is a comma list of the session tag keys that pods may set.
+	PermittedTags Key = "permitted-tags"
+)
+
+// Enabled is the value of the [Inject] label that opts in.
+const Enabled = "enabled"
+
+// Annotations of pods.
+const (
+	// Role is a role's name, /path/name or ARN; it asks for injection.
+	Role Key = "role"
+	// SessionName is the RoleSessionName, instead of the default one.
+	SessionName Key = "session-name"
+	// ExternalID is sent to STS for roles whose trust policy asks for one.
+	ExternalID Key = "external-id"
+	// SessionTags is key=value,… to put on the session.
+	SessionTags Key = "session-tags"
+	// SessionPolicy is an inline JSON policy that scopes the session down.
+	SessionPolicy Key = "session-policy"
+	// PolicyARNs is a comma list of managed policies that scope the session down.
+	PolicyARNs Key = "policy-arns"
+	// SessionScope says which pods share a session: role, service-account or pod.
+	SessionScope Key = "session-scope"
+	// Duration is the length of the session.
+	Duration Key = "duration"
+	// Region sets AWS_REGION and AWS_DEFAULT_REGION where unset.
+	Region Key = "region"
+	// Containers is a comma list of the only containers that get the environment.
+	Containers Key = "containers"
+	// SkipContainers is a comma list of containers that do not get the environment.
+	SkipContainers Key = "skip-containers"
+	// IMDS says how the sidecar emulates instance metadata: v2, v1 or off.
+	IMDS Key = "imds"
+	// StartTimeout is how long the application waits for first credentials.
+	StartTimeout Key = "start-timeout"
+)
+
+// What the webhook writes on pods.
+const (
+	// Injected is the pod label, with value "true", by which the broker finds injected pods.
+	Injected Key = "injected"
+	// ServiceAccount is the pod annotation that repeats spec.serviceAccountName, for prefetch. It
+	// is a hint: the token decides.
+	ServiceAccount Key = "service-account"
+)
+
+var (
+	podKeys = []Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
+		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout}
+	namespaceKeys = []Key{Inject, Permitted, AllowedRoles, DefaultRole, PermittedTags}
+)
+
+// prefixForm is a DNS subdomain, as Kubernetes asks of the prefix of a label key.
+var prefixForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+
+// Keys makes full keys of one prefix. The zero Keys has no prefix and recognizes nothing.
+type Keys struct {
+	prefix string
+}
+
+// NewKeys returns the keys under prefix, which must be a DNS subdomain of at most 253 characters.
+func NewKeys(prefix string) (Keys, error) {
+	if len(prefix) > 253 || !prefixForm.MatchString(prefix) {
+		return Keys{}, fmt.Errorf("annotation prefix %q is not a DNS subdomain such as %s", prefix, DefaultPrefix)
+	}
+	return Keys{prefix: prefix}, nil
+}
+
+// Prefix returns the prefix without the slash.
+func (k Keys) Prefix() string { return k.prefix }
+
+// Name returns the full label or annotation key, such as iam.amazonaws.com/role.
+func (k Keys) Name(key Key) string { return k.prefix + "/" + string(key) }
+
+// Annotated reports whether any annotation key is under the prefix, known or not: such a pod asks
+// for something of ours and is never let through unseen.
+func (k Keys) Annotated(annotations map[string]string) bool {
+	for name := range annotations {
+		if key, ok := k.cut(name); ok && key != ServiceAccount {
+			return true
+		}
+	}
+	return false
+}
+
+// OptedIn reports whether a namespace with these labels is opted in.
+func (k Keys) OptedIn(labels map[string]string) bool {
+	return k.prefix != "" && labels[k.Name(Inject)] == Enabled
+}
+
+// cut splits the prefix off a full key.
+func (k Keys) cut(name string) (Key, bool) {
+	if k.prefix == "" {
+		return "", false
+	}
+	rest, ok := strings.CutPrefix(name, k.prefix+"/")
+	return Key(rest), ok
+}
+
+// checkKnown refuses pod annotations under the prefix that mean nothing, in the order of their
+// names, so that one pod always gets the same answer.
+func (k Keys) checkKnown(annotations map[string]string) error {
+	var unknown []string
+	for name := range annotations {
+		if key, ok := k.cut(name); ok && key != ServiceAccount && !slices.Contains(podKeys, key) {
+			unknown = append(unknown, name)
+		}
+	}
+	if len(unknown) == 0 {
+		return nil
+	}
+	name := slices.Min(unknown)
+	key, _ := k.cut(name)
+	if slices.Contains(namespaceKeys, key) {
+		return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
+			"annotation %q has no meaning on a pod: set it on the namespace", name)
+	}
+	if len(key) > maxKey {
+		return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
+			"annotation %.100q… is unknown, and longer than any known one", name)
+	}
+	return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
+		"annotation %q is unknown: did you mean %q?", name, k.Name(nearest(key, podKeys)))
+}
+
+// nearest returns the candidate with the smallest edit distance to key. A transposition, the usual
+// typing error, counts as one edit.
+func nearest(key Key, candidates []Key) Key {
+	return slices.MinFunc(candidates, func(a, b Key) int { return editDistance(key, a) - editDistance(key, b) })
+}
+
+// maxKey is how long Kubernetes lets the name of an annotation be behind its prefix. It checks that
+// after admission has run, so a longer one can come in there.
+const maxKey = 63
+
+// editDistance is the optimal string alignment distance. Its callers compare at most maxKey
+// characters, so the table is small.
+func editDistance(a, b Key) int {
+	d := make([][]int, len(a)+1)
+	for i := range d {
+		d[i] = make([]int, len(b)+1)
+		d[i][0] = i
+	}
+	for j := range d[0] {
+		d[0][j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		for j := 1; j <= len(b); j++ {
+			cost := 1
+			if a[i-1] == b[j-1] {
+				cost = 0
+			}
+			d[i][j] = min(d[i-1][j]+1, d[i][j-1]+1, d[i-1][j-1]+cost)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				d[i][j] = min(d[i][j], d[i-2][j-2]+1)
+			}
+		}
+	}
+	return d[len(a)][len(b)]
+}

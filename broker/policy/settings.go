@@ -1,0 +1,290 @@
+package policy
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// Scope says which pods share one AWS session.
+type Scope string
+
+// The scopes.
+const (
+	// ScopeRole: all pods whose grants are otherwise equal. The default: fewest STS calls.
+	ScopeRole Scope = "role"
+	// ScopeServiceAccount: the pods of one service account.
+	ScopeServiceAccount Scope = "service-account"
+	// ScopePod: one pod alone.
+	ScopePod Scope = "pod"
+)
+
+// Metadata says how the sidecar emulates the EC2 instance metadata service.
+type Metadata string
+
+// The forms of metadata emulation.
+const (
+	// MetadataV2 answers IMDSv2, which begins with a session token. The default.
+	MetadataV2 Metadata = "v2"
+	// MetadataV1 answers IMDSv1 as well.
+	MetadataV1 Metadata = "v1"
+	// MetadataOff answers none.
+	MetadataOff Metadata = "off"
+)
+
+// Tag is an STS session tag.
+type Tag struct {
+	Key   string `json:"key"`
+	Value string `json:"value"`
+}
+
+// Bounds of sessions, from the STS API reference for AssumeRole.
+const (
+	// MinDuration and MaxDuration bound a session's length.
+	MinDuration = 15 * time.Minute
+	MaxDuration = 12 * time.Hour
+	// DefaultDuration is what STS itself defaults to. Shorter sessions make SDKs ask again on
+	// nearly every call: botocore and the Java SDK refresh inside the last 15 minutes.
+	DefaultDuration = time.Hour
+	// DefaultStartTimeout is how long an application waits for its first credentials.
+	DefaultStartTimeout = 2 * time.Minute
+
+	minSessionName = 2
+	maxSessionName = 64
+	minExternalID  = 2
+	maxExternalID  = 1224
+	maxTags        = 50
+	maxTagKey      = 128
+	maxTagValue    = 256
+	// maxPolicy is the plain-text limit of the inline policy and the managed policies' ARNs
+	// together. The packed limit beside it is known to STS alone.
+	maxPolicy     = 2048
+	maxPolicyARNs = 10
+	minPolicyARN  = 20
+	// maxContainerNames bounds the comma lists: no pod near etcd's 1.5 MB has so many containers.
+	maxContainerNames = 1000
+	// maxStartTimeout: longer than a day is a typing error. "0" waits for ever.
+	maxStartTimeout = 24 * time.Hour
+)
+
+var (
+	sessionNameForm = regexp.MustCompile(`^[\w+=,.@-]+$`)
+	externalIDForm  = regexp.MustCompile(`^[\w+=,.@:/-]+$`)
+	tagForm         = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
+	policyARNForm   = regexp.MustCompile(`^arn:aws(-[a-z]+)*:iam::([0-9]{12}|aws):policy/[\w+=,.@/-]+$`)
+	regionForm      = regexp.MustCompile(`^[a-z]{2,}(-[a-z0-9]+)+-[0-9]{1,2}$`)
+)
+
+// reservedTags are the keys under which Kubernetes' own facts are put on sessions, ours and those of
+// EKS Pod Identity. A pod that could set them could pass for another.
+var reservedTags = []string{
+	"kubernetes-namespace", "kubernetes-service-account", "kubernetes-pod-name", "kubernetes-pod-uid",
+	"eks-cluster-arn", "eks-cluster-name",
+}
+
+// Settings is what the annotations of one pod say, parsed, with defaults filled in.
+type Settings struct {
+	Role           string // as written; empty asks for the namespace's default role
+	SessionName    string // empty: the default name
+	ExternalID     string // empty: none
+	SessionTags    []Tag  // sorted by key
+	SessionPolicy  string // compact JSON; empty: none
+	PolicyARNs     []string
+	Scope          Scope
+	Duration       time.Duration
+	Region         string // empty: none asked for
+	Containers     []string
+	SkipContainers []string
+	Metadata       Metadata
+	StartTimeout   time.Duration // 0: wait for ever
+}
+
+// Parse reads the annotations of a pod. It refuses keys under the prefix that it does not know and
+// values that do not parse, with an [*credential.Error] of kind credential.ErrInvalid whose message
+// names the annotation; nothing is ignored.
+func (k Keys) Parse(annotations map[string]string) (Settings, error) {
+	if err := k.checkKnown(annotations); err != nil {
+		return Settings{}, err
+	}
+	s := Settings{Scope: ScopeRole, Duration: DefaultDuration, Metadata: MetadataV2, StartTimeout: DefaultStartTimeout}
+	if _, ok := annotations[k.Name(Role)]; !ok {
+		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonRoleMissing,
+			"the pod has annotations of %s but no role: set %q (empty asks for the namespace's %q)",
+			k.prefix, k.Name(Role), k.Name(DefaultRole))
+	}
+	for _, key := range podKeys {
+		value, ok := annotations[k.Name(key)]
+		if !ok {
+			continue
+		}
+		if err := s.set(key, strings.TrimSpace(value)); err != nil {
+			return Settings{}, &credential.Error{
+				Kind: credential.ErrInvalid, Reason: credential.ReasonAnnotationInvalid,
+				Message: fmt.Sprintf("annotation %q: %v", k.Name(key), err),
+			}
+		}
+	}
+	if len(s.Containers) > 0 && len(s.SkipContainers) > 0 {
+		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
+			"annotations %q and %q exclude each other: keep one", k.Name(Containers), k.Name(SkipContainers))
+	}
+	if n := len(s.SessionPolicy) + len(strings.Join(s.PolicyARNs, "")); n > maxPolicy {
+		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
+			"annotations %q and %q have %d characters together, STS takes %d", k.Name(SessionPolicy), k.Name(PolicyARNs), n, maxPolicy)
+	}
+	return s, nil
+}
+
+// set parses the value of one key. What it says of a value quotes at most 100 characters: Kubernetes
+// bounds annotations only after admission has run.
+func (s *Settings) set(key Key, value string) (err error) {
+	switch key {
+	case Role:
+		s.Role = value
+	case SessionName:
+		s.SessionName, err = parseText(value, sessionNameForm, minSessionName, maxSessionName, "letters, digits and any of _+=,.@-")
+	case ExternalID:
+		s.ExternalID, err = parseText(value, externalIDForm, minExternalID, maxExternalID, "letters, digits and any of _+=,.@:/-")
+	case SessionTags:
+		s.SessionTags, err = parseTags(value)
+	case SessionPolicy:
+		s.SessionPolicy, err = parseSessionPolicy(value)
+	case PolicyARNs:
+		s.PolicyARNs, err = parsePolicyARNs(value)
+	case SessionScope:
+		s.Scope, err = parseChoice(value, ScopeRole, ScopeServiceAccount, ScopePod)
+	case Duration:
+		s.Duration, err = parseDuration(value, MinDuration, MaxDuration)
+	case Region:
+		s.Region, err = parseText(value, regionForm, 1, 64, "a region such as eu-central-1")
+	case Containers:
+		s.Containers, err = parseList(value, maxContainerNames)
+	case SkipContainers:
+		s.SkipContainers, err = parseList(value, maxContainerNames)
+	case IMDS:
+		s.Metadata, err = parseChoice(value, MetadataV2, MetadataV1, MetadataOff)
+	case StartTimeout:
+		s.StartTimeout, err = parseDuration(value, 0, maxStartTimeout)
+	default:
+		// podKeys and this switch list the same keys; a test walks both.
+		return fmt.Errorf("key %q is not parsed", key)
+	}
+	return err
+}
+
+func parseText(value string, form *regexp.Regexp, shortest, longest int, want string) (string, error) {
+	if n := len(value); n < shortest || n > longest {
+		return "", fmt.Errorf("has %d characters, must have %d to %d", n, shortest, longest)
+	}
+	if !form.MatchString(value) {
+		return "", fmt.Errorf("%q must be %s", value, want)
+	}
+	return value, nil
+}
+
+func parseChoice[T ~string](value string, choices ...T) (T, error) {
+	if !slices.Contains(choices, T(value)) {
+		return "", fmt.Errorf("%.100q is none of %q", value, choices)
+	}
+	return T(value), nil
+}
+
+func parseDuration(value string, shortest, longest time.Duration) (time.Duration, error) {
+	d, err := time.ParseDuration(value)
+	if err != nil {
+		return 0, fmt.Errorf("%.100q is not a duration such as 90m or 2h", value)
+	}
+	if d < shortest || d > longest {
+		return 0, fmt.Errorf("%s is out of bounds: from %s to %s", d, shortest, longest)
+	}
+	// STS counts in seconds: what it cannot be told must not tell two grants apart.
+	if d%time.Second != 0 {
+		return 0, fmt.Errorf("%s must be whole seconds", d)
+	}
+	return d, nil
+}
+
+// parseList splits a comma list. Blanks around names are dropped; empty names are refused.
+func parseList(value string, most int) ([]string, error) {
+	var list []string
+	for name := range strings.SplitSeq(value, ",") {
+		name = strings.TrimSpace(name)
+		switch {
+		case name == "":
+			return nil, fmt.Errorf("%.100q has an empty name in its comma list", value)
+		case slices.Contains(list, name):
+			return nil, fmt.Errorf("%.100q is named twice", name)
+		case len(list) == most:
+			return nil, fmt.Errorf("has more than %d names", most)
+		}
+		list = append(list, name)
+	}
+	return list, nil
+}
+
+func parseTags(value string) ([]Tag, error) {
+	pairs, err := parseList(value, maxTags)
+	if err != nil {
+		return nil, err
+	}
+	var tags []Tag
+	for _, pair := range pairs {
+		key, val, ok := strings.Cut(pair, "=")
+		if !ok {
+			return nil, fmt.Errorf("%.100q is not key=value", pair)
+		}
+		// Blanks are legal within keys, so those around one would make another key of it.
+		key, val = strings.TrimSpace(key), strings.TrimSpace(val)
+		switch {
+		case key == "" || len([]rune(key)) > maxTagKey || !tagForm.MatchString(key):
+			return nil, fmt.Errorf("tag key %.100q must have 1 to %d letters, digits, blanks or any of _.:/=+-@", key, maxTagKey)
+		case len([]rune(val)) > maxTagValue || !tagForm.MatchString(val):
+			return nil, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
+		case strings.HasPrefix(strings.ToLower(key), "aws:"):
+			return nil, fmt.Errorf("tag key %q: keys that begin with aws: belong to AWS", key)
+		case slices.ContainsFunc(reservedTags, func(r string) bool { return strings.EqualFold(r, key) }):
+			return nil, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
+		// STS compares keys without regard to case.
+		case slices.ContainsFunc(tags, func(t Tag) bool { return strings.EqualFold(t.Key, key) }):
+			return nil, fmt.Errorf("tag key %q is set twice", key)
+		}
+		tags = append(tags, Tag{Key: key, Value: val})
+	}
+	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
+	return tags, nil
+}
+
+func parseSessionPolicy(value string) (string, error) {
+	var object map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(value), &object); err != nil {
+		return "", fmt.Errorf("is not a JSON object: %w", err)
+	}
+	if _, ok := object["Statement"]; !ok {
+		return "", fmt.Errorf("is not an IAM policy: it has no Statement")
+	}
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, []byte(value)); err != nil {
+		return "", err
+	}
+	return compact.String(), nil
+}
+
+func parsePolicyARNs(value string) ([]string, error) {
+	arns, err := parseList(value, maxPolicyARNs)
+	if err != nil {
+		return nil, err
+	}
+	for _, arn := range arns {
+		if len(arn) < minPolicyARN || len(arn) > maxPolicy || !policyARNForm.MatchString(arn) {
+			return nil, fmt.Errorf("%.100q is not the ARN of a managed policy such as arn:aws:iam::aws:policy/ReadOnlyAccess", arn)
+		}
+	}
+	slices.Sort(arns)
+	return arns, nil
+}

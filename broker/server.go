@@ -1,0 +1,117 @@
+package broker
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/credence-iam/credence/broker/brokerpb"
+	"github.com/credence-iam/credence/broker/identity"
+)
+
+// Bounds of one connection.
+const (
+	// maxRequest: the request is empty; what unknown fields a later sidecar may add is small.
+	maxRequest = 4 << 10
+	// maxHeaders: one token, and the few headers of gRPC itself.
+	maxHeaders = identity.MaxTokenBytes + 4<<10
+	// maxStreams: a sidecar makes one call at a time.
+	maxStreams = 16
+	// handshakeTimeout ends connections that never say anything.
+	handshakeTimeout = 10 * time.Second
+	// maxIdle closes connections that sidecars have finished with.
+	maxIdle = time.Minute
+	// maxAge spreads load over new brokers, and moves clients to renewed certificates. gRPC adds
+	// 10 % of jitter by itself.
+	maxAge = 15 * time.Minute
+	// maxAgeGrace lets the calls of an aged connection end; none takes longer than a minute.
+	maxAgeGrace = time.Minute
+)
+
+// drainTime bounds the wait for calls that are under way when the broker is told to end. Kubernetes
+// gives a pod 30 s by default.
+const drainTime = 20 * time.Second
+
+// readyPoll is how often readiness is looked at for the health service.
+const readyPoll = 250 * time.Millisecond
+
+// Serve serves b on listener, with the standard gRPC health service beside it, until ctx ends. Then
+// it reports itself unhealthy, lets the calls under way end, and returns.
+func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Config, ready func() bool, log *slog.Logger) error {
+	server := grpc.NewServer(options(config, log)...)
+	brokerpb.RegisterBrokerServer(server, b)
+	status := health.NewServer()
+	healthpb.RegisterHealthServer(server, status)
+	set := func(s healthpb.HealthCheckResponse_ServingStatus) {
+		status.SetServingStatus("", s)
+		status.SetServingStatus(brokerpb.Broker_ServiceDesc.ServiceName, s)
+	}
+	set(healthpb.HealthCheckResponse_NOT_SERVING)
+
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	ticker := time.NewTicker(readyPoll)
+	defer ticker.Stop()
+	for healthy := false; ; {
+		select {
+		case err := <-served:
+			return fmt.Errorf("serving gRPC: %w", err)
+		case <-ticker.C:
+			if now := ready(); now != healthy {
+				healthy = now
+				if healthy {
+					set(healthpb.HealthCheckResponse_SERVING)
+				} else {
+					set(healthpb.HealthCheckResponse_NOT_SERVING)
+				}
+			}
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	status.Shutdown()
+	drained := make(chan struct{})
+	go func() { server.GracefulStop(); close(drained) }()
+	select {
+	case <-drained:
+	case <-time.After(drainTime): //nolint:forbidigo // Once in a process's life.
+		server.Stop()
+		<-drained
+	}
+	return nil
+}
+
+// options are the bounds of a gRPC server, its keepalive, and panics turned into errors.
+func options(config *tls.Config, log *slog.Logger) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.Creds(credentials.NewTLS(config)),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: maxIdle, MaxConnectionAge: maxAge, MaxConnectionAgeGrace: maxAgeGrace,
+		}),
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+			defer func() {
+				if p := recover(); p != nil {
+					// The request may hold a token; the stack's arguments are addresses only.
+					log.ErrorContext(ctx, "Panic while answering", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+					resp, err = nil, brokerpb.ToStatus(fmt.Errorf("panic: %v", p)).Err()
+				}
+			}()
+			return handler(ctx, req)
+		}),
+	}
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+const usage = `credence-sidecar serves a pod's AWS credentials to the SDKs in that pod; with the argument probe,
+it waits until the one that serves has credentials.
+
+Usage: credence-sidecar [flags] [probe]
+
+The webhook runs it in each pod that it injects. Each flag but version can be set by an environment variable:
+--token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, metadata and start-timeout are required
+to serve; probe needs none.`
+
+type options struct {
+	broker, listen, tokenFile, rootsFile, authorization, metadata string
+	startTimeout                                                  time.Duration
+	probe                                                         bool
+}
+
+// flags defines the flags, with what the environment says as their defaults.
+func flags(f *flag.FlagSet) func([]string) (options, error) {
+	var o options
+	f.StringVar(&o.broker, "broker", "", "address of the broker, `HOST:PORT`")
+	f.StringVar(&o.listen, "listen", "127.0.0.1:9779", "loopback `address` to serve on")
+	f.StringVar(&o.tokenFile, "token-file", "", "`file` with the pod's token for the broker; read at each call")
+	f.StringVar(&o.rootsFile, "roots-file", "", "PEM `file` with the certificates that the broker is verified against; read at each handshake")
+	f.StringVar(&o.authorization, "authorization", "", "`text` that requests for container credentials must carry")
+	f.StringVar(&o.metadata, "metadata", string(policy.MetadataV2), "`form` of the emulated instance metadata: v2, v1 as well, or off")
+	f.DurationVar(&o.startTimeout, "start-timeout", policy.DefaultStartTimeout,
+		"how long probe waits for the first credentials; 0 for ever (`duration`)")
+	problem := setFromEnv(f)
+
+	return func(args []string) (options, error) {
+		switch {
+		case problem != nil:
+			return options{}, problem
+		case len(args) == 1 && args[0] == "probe":
+			o.probe = true
+			return o, nil
+		case len(args) > 0:
+			return options{}, fmt.Errorf("unexpected argument %q: there is probe, and none to serve", args[0])
+		}
+		for _, name := range []string{"broker", "token-file", "roots-file", "authorization"} {
+			if f.Lookup(name).Value.String() == "" {
+				return options{}, fmt.Errorf("--%s or %s is required", name, variable(name))
+			}
+		}
+		return o, nil
+	}
+}
+
+// variable returns the name of the environment variable for a flag.
+func variable(name string) string {
+	return "CREDENCE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+func setFromEnv(f *flag.FlagSet) error {
+	var problems []error
+	f.VisitAll(func(f *flag.Flag) {
+		value, ok := os.LookupEnv(variable(f.Name))
+		if !ok || f.Name == "version" {
+			return
+		}
+		if err := f.Value.Set(value); err != nil {
+			problems = append(problems, fmt.Errorf("%s is %q: %w", variable(f.Name), value, err))
+		}
+	})
+	return errors.Join(problems...)
+}

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"go/build"
+	"go/parser"
+	"go/token"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/credence-iam/credence/certs/certstest"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"credence-sidecar": main})
+}
+
+// TestScripts runs the program as a program.
+func TestScripts(t *testing.T) {
+	if scripts, err := filepath.Glob("testdata/*.txt"); err != nil || len(scripts) == 0 {
+		t.Fatalf("no scripts in testdata: %v", err)
+	}
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata", RequireExplicitExec: true, RequireUniqueNames: true,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"sigterm": sigterm},
+		Setup: func(env *testscript.Env) error {
+			certstest.NewCA(t).WriteTo(filepath.Join(env.WorkDir, "mounted"))
+			env.Setenv("ADDRESS", freeAddress(t))
+			return nil
+		},
+	})
+}
+
+// sigterm ends what runs in the background as the kubelet does; testscript's own kill knows no SIGTERM.
+func sigterm(ts *testscript.TestScript, _ bool, _ []string) {
+	for _, cmd := range ts.BackgroundCmds() {
+		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
+	}
+}
+
+// freeAddress returns a loopback address that nobody listens on.
+func freeAddress(t *testing.T) string {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+const module = "github.com/credence-iam/credence"
+
+// forbidden are the modules that would make a process that runs once in every pod large, with the reason
+// that it needs none of them.
+var forbidden = map[string]string{
+	"k8s.io/":                        "the sidecar talks to the broker alone",
+	"sigs.k8s.io/":                   "the sidecar talks to the broker alone",
+	"github.com/aws/":                "the broker calls STS",
+	"go.opentelemetry.io/":           "spans begin in the broker",
+	"github.com/cert-manager/":       "the kubelet mounts what it issued",
+	"github.com/prometheus/":         "nobody scrapes a pod's loopback",
+	"github.com/go-jose/":            "the broker verifies tokens",
+	"github.com/evanphx/json-patch/": "the webhook patches",
+}
+
+func checkAllowed(t *testing.T, path, where string) {
+	t.Helper()
+	for prefix, reason := range forbidden {
+		if strings.HasPrefix(path+"/", prefix) {
+			t.Errorf("%s: %s is not for the sidecar: %s", where, path, reason)
+		}
+	}
+}
+
+// TestModules looks at what the linker put into this test, which holds all that the program does.
+func TestModules(t *testing.T) {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || len(info.Deps) == 0 {
+		t.Fatal("the test binary does not tell its modules")
+	}
+	grpc := false
+	for _, dep := range info.Deps {
+		checkAllowed(t, dep.Path, "linked modules")
+		grpc = grpc || dep.Path == "google.golang.org/grpc"
+	}
+	if !grpc {
+		t.Errorf("gRPC is not among %d modules: this looks at something else", len(info.Deps))
+	}
+}
+
+// TestImports follows the import clauses of this module's packages from here. It reads the files
+// itself: the answer of a subprocess is hidden from the test cache, which would keep a pass.
+func TestImports(t *testing.T) {
+	root := filepath.Join("..", "..")
+	if _, err := os.Stat(filepath.Join(root, "go.mod")); err != nil {
+		t.Fatalf("looking for the module's root: %v", err)
+	}
+	seen := map[string]bool{}
+	var visit func(path string)
+	visit = func(path string) {
+		if seen[path] {
+			return
+		}
+		seen[path] = true
+		for _, imported := range imports(t, filepath.Join(root, strings.TrimPrefix(path, module))) {
+			checkAllowed(t, imported, path)
+			if strings.HasPrefix(imported, module+"/") {
+				visit(imported)
+			}
+		}
+	}
+	visit(module + "/cmd/sidecar")
+	for _, path := range []string{module + "/sidecar", module + "/broker/client", module + "/broker/credential"} {
+		if !seen[path] {
+			t.Errorf("%s was not reached: this looks at something else", path)
+		}
+	}
+}
+
+// imports returns what the files of a folder import, whatever they are built for, but for tests.
+func imports(t *testing.T, dir string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no Go files in %s: %v", dir, err)
+	}
+	var paths []string
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, spec := range parsed.Imports {
+			path, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			paths = append(paths, path)
+		}
+	}
+	return paths
+}
+
+// maxSize bounds the program, which every node of a cluster fetches, in bytes (MB = 10^6).
+const maxSize = 11_000_000
+
+func TestSize(t *testing.T) {
+	if testing.Short() {
+		t.Skip("not run: -short was given, and this builds the program for two architectures")
+	}
+	goTool := filepath.Join(build.Default.GOROOT, "bin", "go")
+	if _, err := os.Stat(goTool); err != nil {
+		goTool = "go"
+	}
+	for _, arch := range []string{"amd64", "arm64"} {
+		t.Run(arch, func(t *testing.T) {
+			binary := filepath.Join(t.TempDir(), "credence-sidecar")
+			// What "make build" does.
+			cmd := exec.CommandContext(t.Context(), goTool, "build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", binary, ".")
+			cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("building: %v\n%s", err, out)
+			}
+			info, err := os.Stat(binary)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%d bytes", info.Size())
+			if info.Size() > maxSize {
+				t.Errorf("the program has %d bytes, want at most %d", info.Size(), maxSize)
+			}
+		})
+	}
+}

@@ -1,0 +1,77 @@
+// Command credence-webhook is the admission webhook that injects pods.
+//
+// It serves admission reviews, health and readiness over HTTPS on --listen, and watches namespaces
+// to tell early what the broker would refuse. Logs go to standard error as JSON. It exits with 1 when
+// it cannot go on, and with 2 when a flag cannot be right.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/webhook"
+)
+
+func main() {
+	program.Program[options]{Name: "credence-webhook", Usage: usage, Flags: flags, Run: run}.Main()
+}
+
+// run builds the parts and runs them until ctx ends: first the server drains, then the watch that it
+// judges by stops.
+func run(ctx context.Context, o options) error {
+	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
+	pair, err := certs.NewKeyPair(o.tlsCert, o.tlsKey, log)
+	if err != nil {
+		return fmt.Errorf("--tls-cert, --tls-key: %w", err)
+	}
+	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
+	if err != nil {
+		return fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
+	}
+	namespaces, err := kube.NewNamespaces(rest, o.rules.Keys(), log)
+	if err != nil {
+		return err
+	}
+	server, err := webhook.New(webhook.Config{
+		Injector:   o.injector,
+		Rules:      o.rules,
+		Namespaces: namespaces,
+		KeyPair:    pair,
+		Ready: map[string]func() error{"namespaces": func() error {
+			if !namespaces.Synced() {
+				return errors.New("not all are listed yet")
+			}
+			return nil
+		}},
+		Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "version", program.Version())
+
+	group, work := errgroup.WithContext(context.WithoutCancel(ctx))
+	work, stopWork := context.WithCancel(work)
+	ctx, stopServing := context.WithCancel(ctx)
+	defer context.AfterFunc(work, stopServing)()
+	group.Go(func() error { return namespaces.Run(work) })
+	group.Go(func() error {
+		defer stopWork()
+		return server.Run(ctx, listener)
+	})
+	return group.Wait()
+}

@@ -1,0 +1,238 @@
+//go:build unix
+
+// Command bench measures Credence against its goals: what the sidecar costs each pod, and what the
+// broker adds to the work that no broker can avoid.
+//
+//	go run ./integration/bench [flags]
+//
+// It prints a table and writes the same as JSON to .build/bench/bench.json, and to the file that
+// BENCH_OUT names. Speed and memory are measured beside a baseline in the same run, alternately, for
+// the figures of two machines, or of one machine at two hours, do not compare. Load generators share
+// the processors with what they load.
+//
+// A goal that is missed is printed as MISSED, and makes the exit status 1 with --strict only: on a
+// busy machine a ratio can be missed by accident, and who gates on it should say so. A metric that
+// should have run and failed makes it 1 always. Ctrl-C ends all programs that were started, and
+// writes nothing.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"runtime/pprof"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/credence-iam/credence/integration/bench/report"
+	"github.com/credence-iam/credence/integration/process"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	interrupted := ctx.Err() != nil
+	stop()
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+	case interrupted:
+		fmt.Fprintln(os.Stderr, "bench: interrupted; nothing was written")
+		os.Exit(130) // as shells report SIGINT
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// bench is what the measurements share.
+type bench struct {
+	root     string // of the checkout
+	bin      string // where programs are built
+	programs *process.Run
+	runs     int
+	duration time.Duration // of one run, for each of its two sides
+}
+
+// metric is a thing to measure.
+type metric struct {
+	report.Metric
+	// about says what is measured, how, and what is left out.
+	about string
+	// measure returns the runs. A notRun error says that they are not to be had here.
+	measure func(context.Context, *bench) ([]report.Run, error)
+}
+
+// notRun is why a metric cannot be measured here, which is no failure.
+type notRun string
+
+func (n notRun) Error() string { return string(n) }
+
+func metrics() []metric { return slices.Concat(sidecarMetrics, brokerMetrics) }
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	only := flags.String("only", "", "comma `list` of metrics to measure; default all")
+	runs := flags.Int("runs", 5, "`number` of runs of each metric, whose median counts")
+	duration := flags.Duration("duration", 1500*time.Millisecond, "`length` of one run of what is measured, and of its baseline")
+	strict := flags.Bool("strict", false, "exit with status 1 when a goal is missed")
+	profile := flags.String("cpuprofile", "", "`file` for a CPU profile of this program, which is also the broker that is measured")
+	flags.Usage = func() {
+		_, _ = fmt.Fprintln(stderr, "usage: go run ./integration/bench [flags]\n\nFlags:")
+		flags.PrintDefaults()
+		_, _ = fmt.Fprintln(stderr, "\nMetrics:")
+		for _, m := range metrics() {
+			_, _ = fmt.Fprintf(stderr, "  %s (%s)\n\t%s\n", m.Name, m.Unit, m.about)
+		}
+	}
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	selected, err := choose(*only)
+	switch {
+	case err != nil:
+		return fmt.Errorf("--only: %w", err)
+	case flags.NArg() > 0:
+		return fmt.Errorf("unexpected argument %q: everything is set by flags", flags.Arg(0))
+	case *runs < 1 || *duration <= 0:
+		return errors.New("--runs and --duration must be positive")
+	}
+	gomod, err := output(ctx, "go", "env", "GOMOD")
+	if err != nil {
+		return err
+	}
+	out := filepath.Join(filepath.Dir(gomod), ".build", "bench")
+	programs, err := process.Open(ctx, process.Config{Parent: filepath.Join(out, "runs"), Name: "bench"})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, programs.Close()) }()
+	if *profile != "" {
+		file, err := os.Create(*profile)
+		if err != nil {
+			return fmt.Errorf("--cpuprofile: %w", err)
+		}
+		defer file.Close()
+		if err := pprof.StartCPUProfile(file); err != nil {
+			return fmt.Errorf("--cpuprofile: %w", err)
+		}
+		defer pprof.StopCPUProfile()
+	}
+
+	b := &bench{root: filepath.Dir(gomod), bin: filepath.Join(programs.Dir(), "bin"), programs: programs, runs: *runs, duration: *duration}
+	r, measureErr := b.measure(ctx, metrics(), selected, stderr)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	err = errors.Join(measureErr, r.WriteTable(stdout))
+	for _, file := range []string{filepath.Join(out, "bench.json"), os.Getenv("BENCH_OUT")} {
+		if file != "" {
+			err = errors.Join(err, write(r, file))
+		}
+	}
+	missed := slices.DeleteFunc(slices.Clone(r.Metrics), func(m report.Metric) bool { return !m.Missed() })
+	for _, m := range missed {
+		_, _ = fmt.Fprintln(stderr, "MISSED:", m.Name)
+	}
+	if *strict && len(missed) > 0 {
+		err = errors.Join(err, fmt.Errorf("%d goals were missed", len(missed)))
+	}
+	return err
+}
+
+// measure measures what is selected. The report is whole even where the error says that measuring
+// some of it failed.
+func (b *bench) measure(ctx context.Context, all []metric, selected func(name string) bool, progress io.Writer) (report.Report, error) {
+	r := b.describe(ctx)
+	var errs []error
+	for _, m := range all {
+		if !selected(m.Name) {
+			r.Metrics = append(r.Metrics, m.NotRun("left out by --only"))
+			continue
+		}
+		_, _ = fmt.Fprintln(progress, "measuring", m.Name)
+		result, err := m.result(ctx, b)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("measuring %s: %w", m.Name, err))
+		}
+		r.Metrics = append(r.Metrics, result)
+	}
+	return r, errors.Join(errs...)
+}
+
+// result measures m. On a failure it returns the metric as not run, and the error.
+func (m metric) result(ctx context.Context, b *bench) (report.Metric, error) {
+	runs, err := m.measure(ctx, b)
+	if reason, ok := errors.AsType[notRun](err); ok {
+		return m.NotRun(string(reason)), nil
+	}
+	if err != nil {
+		return m.NotRun("failed: " + err.Error()), err
+	}
+	result, err := m.Measured(runs)
+	if err != nil {
+		return m.NotRun("failed: " + err.Error()), err
+	}
+	return result, nil
+}
+
+// choose returns what tells whether a metric is in the comma list; an empty list has all.
+func choose(list string) (func(name string) bool, error) {
+	if list == "" {
+		return func(string) bool { return true }, nil
+	}
+	names := strings.Split(list, ",")
+	for _, name := range names {
+		if !slices.ContainsFunc(metrics(), func(m metric) bool { return m.Name == name }) {
+			return nil, fmt.Errorf("there is no metric %q; -h lists them", name)
+		}
+	}
+	return func(name string) bool { return slices.Contains(names, name) }, nil
+}
+
+// describe begins a report. Where git does not say which commit this is, it might be any.
+func (b *bench) describe(ctx context.Context) report.Report {
+	r := report.Report{
+		Schema: report.Schema, Commit: "unknown", Dirty: true,
+		Go: runtime.Version(), CPUs: runtime.GOMAXPROCS(0), Started: time.Now().UTC().Truncate(time.Second),
+	}
+	commit, err := output(ctx, "git", "-C", b.root, "rev-parse", "--verify", "--quiet", "HEAD")
+	if err != nil {
+		return r
+	}
+	changes, err := output(ctx, "git", "-C", b.root, "status", "--porcelain")
+	r.Commit, r.Dirty = commit, err != nil || changes != ""
+	return r
+}
+
+// output runs a program and returns what it prints, without the space around it.
+func output(ctx context.Context, name string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, name, args...).Output() //nolint:gosec // The names are constants of this program.
+	if err != nil {
+		return "", fmt.Errorf("running %s %s: %w", name, strings.Join(args, " "), err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+func write(r report.Report, file string) error {
+	if err := os.MkdirAll(filepath.Dir(file), 0o750); err != nil {
+		return fmt.Errorf("writing the report: %w", err)
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		return fmt.Errorf("writing the report: %w", err)
+	}
+	if err := errors.Join(r.WriteJSON(f), f.Close()); err != nil {
+		return fmt.Errorf("writing the report %s: %w", file, err)
+	}
+	return nil
+}

@@ -1,0 +1,198 @@
+//go:build unix
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/integration/bench/report"
+	"github.com/credence-iam/credence/integration/process"
+)
+
+// newBench returns a bench that measures as little as it can.
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	programs, err := process.Open(t.Context(), process.Config{Parent: t.TempDir(), Name: "bench"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := programs.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &bench{root: "../..", bin: t.TempDir(), programs: programs, runs: 2, duration: slice}
+}
+
+func everything(string) bool { return true }
+
+// Whatever is measured must be describable before it is.
+func TestMetricsAreDescribed(t *testing.T) {
+	r := newBench(t).describe(t.Context())
+	for _, m := range metrics() {
+		if m.about == "" {
+			t.Errorf("%s does not say what it measures", m.Name)
+		}
+		r.Metrics = append(r.Metrics, m.NotRun("not in a test"))
+	}
+	if err := r.Check(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestOutcomes(t *testing.T) {
+	runs := func(value float64) func(context.Context, *bench) ([]report.Run, error) {
+		return func(context.Context, *bench) ([]report.Run, error) { return []report.Run{{Value: value}}, nil }
+	}
+	fails := func(err error) func(context.Context, *bench) ([]report.Run, error) {
+		return func(context.Context, *bench) ([]report.Run, error) { return nil, err }
+	}
+	goal := &report.Goal{Of: report.Value, Op: "<=", Value: 1}
+	broken := errors.New("broken")
+	all := []metric{
+		{Metric: report.Metric{Name: "met", Unit: "u", Goal: goal}, measure: runs(1)},
+		{Metric: report.Metric{Name: "missed", Unit: "u", Goal: goal}, measure: runs(2)},
+		{Metric: report.Metric{Name: "elsewhere", Unit: "u", Goal: goal}, measure: fails(notRun("no such system"))},
+		{Metric: report.Metric{Name: "failed", Unit: "u", Goal: goal}, measure: fails(broken)},
+		{Metric: report.Metric{Name: "useless", Unit: "u", Goal: goal}, measure: fails(nil)},
+		{Metric: report.Metric{Name: "unselected", Unit: "u", Goal: goal}, measure: fails(broken)},
+	}
+	r, err := newBench(t).measure(t.Context(), all, func(name string) bool { return name != "unselected" }, io.Discard)
+	if !errors.Is(err, broken) {
+		t.Errorf("the failure is not in %v", err)
+	}
+	if err := r.WriteJSON(io.Discard); err != nil {
+		t.Errorf("a failure spoils the report: %v", err)
+	}
+	type outcome struct {
+		Met    string
+		Reason string
+	}
+	got := make(map[string]outcome)
+	for _, m := range r.Metrics {
+		o := outcome{Reason: m.Reason}
+		if m.Met != nil {
+			o.Met = map[bool]string{true: "yes", false: "no"}[*m.Met]
+		}
+		got[m.Name] = o
+	}
+	want := map[string]outcome{
+		"met":        {Met: "yes"},
+		"missed":     {Met: "no"},
+		"elsewhere":  {Reason: "no such system"},
+		"failed":     {Reason: "failed: broken"},
+		"useless":    {Reason: "failed: judging useless: of 0 runs, 0 have a baseline; all or none must have one"},
+		"unselected": {Reason: "left out by --only"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("outcomes (-want +got):\n%s", diff)
+	}
+}
+
+func TestChoose(t *testing.T) {
+	selected, err := choose("broker_get_rps,sidecar_get_c1_p50")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{"broker_get_rps": true, "sidecar_get_c1_p50": true, "sidecar_rss_anon_bytes": false} {
+		if selected(name) != want {
+			t.Errorf("%s: selected is %v", name, !want)
+		}
+	}
+	if _, err := choose("broker_get_rsp"); err == nil {
+		t.Error("a metric that does not exist was chosen")
+	}
+}
+
+// The two sides take turns, the one that begins changes, and the first turn does not count.
+func TestPaired(t *testing.T) {
+	var order strings.Builder
+	record := func(name byte, values ...float64) side {
+		return func(context.Context, time.Duration) ([]float64, error) {
+			order.WriteByte(name)
+			value := values[0]
+			values = values[1:]
+			return []float64{value}, nil
+		}
+	}
+	b := &bench{runs: 2, duration: 3 * slice}
+	got, err := b.paired(t.Context(), record('a', 1000, 1, 2, 3, 1000, 4, 5, 6), record('b', 1000, 10, 20, 30, 1000, 40, 50, 60))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []report.Run{{Value: 2, Baseline: new(20.0)}, {Value: 5, Baseline: new(50.0)}}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("runs (-want +got):\n%s", diff)
+	}
+	if want := "abbaabba" + "baabbaab"; order.String() != want {
+		t.Errorf("the order is %s, want %s", order.String(), want)
+	}
+}
+
+func TestPairedEndsWithItsContext(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	stops := func(context.Context, time.Duration) ([]float64, error) { cancel(); return []float64{1}, nil }
+	if _, err := (&bench{runs: 1000, duration: time.Hour}).paired(ctx, stops, stops); !errors.Is(err, context.Canceled) {
+		t.Errorf("the error is %v", err)
+	}
+}
+
+// What is measured is what is released.
+func TestBuildsAsTheMakefile(t *testing.T) {
+	text, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`(?m)^BUILD +:= (.*)$`).FindSubmatch(text)
+	if found == nil {
+		t.Fatal("the Makefile has no BUILD")
+	}
+	want := strings.Join(slices.Concat(buildEnv, []string{"go", "build"}, buildFlags), " ")
+	if got := strings.ReplaceAll(string(found[1]), "'", ""); got != want {
+		t.Errorf("the Makefile builds with %q, the benchmark with %q", got, want)
+	}
+}
+
+func TestRSSAnon(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is no /proc")
+	}
+	small, err := rssAnon(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const size = 64 << 20
+	held := make([]byte, size)
+	for i := range held {
+		held[i] = 1
+	}
+	large, err := rssAnon(os.Getpid())
+	runtime.KeepAlive(held)
+	if err != nil || large-small < size/2 {
+		t.Errorf("holding %d bytes more, RssAnon grew from %.0f to %.0f (%v)", size, small, large, err)
+	}
+}
+
+// Both sides of the pair answer; how fast does not matter here.
+func TestBrokerThroughput(t *testing.T) {
+	r, err := newBench(t).measure(t.Context(), brokerMetrics, everything, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, run := range r.Metrics[0].Runs {
+		if run.Value <= 0 || *run.Baseline <= 0 {
+			t.Errorf("a side answered no call: %+v", run)
+		}
+	}
+}

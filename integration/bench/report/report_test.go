@@ -1,0 +1,176 @@
+package report_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/integration/bench/report"
+)
+
+var update = flag.Bool("update", false, "write what is compared in testdata")
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	file := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(file, got, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("%s (-want +got; -update accepts):\n%s", file, diff)
+	}
+}
+
+func measured(t *testing.T, m report.Metric, runs ...report.Run) report.Metric {
+	t.Helper()
+	m, err := m.Measured(runs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func run(value float64) report.Run              { return report.Run{Value: value} }
+func beside(value, baseline float64) report.Run { return report.Run{Value: value, Baseline: &baseline} }
+
+// example has a metric of every kind.
+func example(t *testing.T) report.Report {
+	t.Helper()
+	return report.Report{
+		Schema: report.Schema, Commit: "0123456789abcdef0123456789abcdef01234567", Dirty: true,
+		Go: "go1.99", CPUs: 2, Started: time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC),
+		Metrics: []report.Metric{
+			measured(t, report.Metric{Name: "size", Unit: "bytes", Goal: &report.Goal{Of: report.Value, Op: "<=", Value: 11e6}},
+				run(10_400_123)),
+			measured(t, report.Metric{Name: "latency", Unit: "us", Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.15}},
+				beside(30, 20), beside(24, 20), beside(62, 31)),
+			measured(t, report.Metric{Name: "rate", Unit: "calls/s", Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.8}},
+				beside(900, 1000), beside(850, 1000)),
+			measured(t, report.Metric{Name: "start", Unit: "ms", NoGoal: "watched only"},
+				beside(20.04, 5.11), beside(18, 5)),
+			report.Metric{Name: "memory", Unit: "bytes", Goal: &report.Goal{Of: report.Value, Op: "<=", Value: 3 << 20}}.
+				NotRun("there is no /proc here\nand more that a table has no room for"),
+		},
+	}
+}
+
+func TestTable(t *testing.T) {
+	var b bytes.Buffer
+	if err := example(t).WriteTable(&b); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "table.txt", b.Bytes())
+}
+
+func TestJSON(t *testing.T) {
+	want := example(t)
+	var b bytes.Buffer
+	if err := want.WriteJSON(&b); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "report.json", b.Bytes())
+
+	var got report.Report
+	d := json.NewDecoder(&b)
+	d.DisallowUnknownFields()
+	if err := d.Decode(&got); err != nil {
+		t.Fatal(err)
+	}
+	if err := got.Check(); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("after a round trip (-want +got):\n%s", diff)
+	}
+}
+
+func TestMeasured(t *testing.T) {
+	tests := map[string]struct {
+		goal            report.Goal
+		runs            []report.Run
+		value           float64
+		baseline, ratio *float64
+		met             bool
+	}{
+		"odd":                   {report.Goal{Of: report.Value, Op: "<=", Value: 2}, []report.Run{run(3), run(1), run(2)}, 2, nil, nil, true},
+		"even":                  {report.Goal{Of: report.Value, Op: ">=", Value: 2}, []report.Run{run(1), run(2)}, 1.5, nil, nil, false},
+		"equal is within <=":    {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{run(1)}, 1, nil, nil, true},
+		"equal is within >=":    {report.Goal{Of: report.Value, Op: ">=", Value: 1}, []report.Run{run(1)}, 1, nil, nil, true},
+		"too much":              {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{run(1.01)}, 1.01, nil, nil, false},
+		"a value has its bound": {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{beside(2, 4)}, 2, new(4.0), new(0.5), false},
+		"a ratio has its bound": {report.Goal{Of: report.Ratio, Op: "<=", Value: 1}, []report.Run{beside(2, 4)}, 2, new(4.0), new(0.5), true},
+		// Of the medians the ratio would be 1.
+		"ratios are those of runs": {
+			report.Goal{Of: report.Ratio, Op: "<=", Value: 1.5},
+			[]report.Run{beside(20, 10), beside(10, 20), beside(400, 200)}, 20, new(20.0), new(2.0), false,
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			want := report.Metric{
+				Name: "m", Unit: "u", Goal: &test.goal, Value: &test.value, Baseline: test.baseline, Ratio: test.ratio, Met: &test.met, Runs: test.runs,
+			}
+			got := measured(t, report.Metric{Name: "m", Unit: "u", Goal: &test.goal}, test.runs...)
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+			if got.Missed() == test.met {
+				t.Errorf("Missed is %v", got.Missed())
+			}
+		})
+	}
+}
+
+func TestMeasuredRefuses(t *testing.T) {
+	ratio := report.Metric{Name: "m", Unit: "u", Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1}}
+	for name, runs := range map[string][]report.Run{
+		"no runs":           nil,
+		"half a baseline":   {beside(1, 2), run(1)},
+		"ratio to nothing":  {run(1)},
+		"division by zero":  {beside(1, 0)},
+		"zero against zero": {beside(0, 0)},
+	} {
+		if m, err := ratio.Measured(runs); err == nil || m.Value != nil {
+			t.Errorf("%s: judged as %+v", name, m)
+		}
+	}
+}
+
+func TestCheck(t *testing.T) {
+	for want, spoil := range map[string]func(*report.Report){
+		"schema":                                 func(r *report.Report) { r.Schema++ },
+		"no metric":                              func(r *report.Report) { r.Metrics = nil },
+		"no name":                                func(r *report.Report) { r.Metrics[0].Name = "" },
+		"used before":                            func(r *report.Report) { r.Metrics[0].Name = r.Metrics[1].Name },
+		"no unit":                                func(r *report.Report) { r.Metrics[0].Unit = "" },
+		"neither a goal nor a reason for none":   func(r *report.Report) { r.Metrics[3].NoGoal = "" },
+		"a goal and a reason for none":           func(r *report.Report) { r.Metrics[0].NoGoal = "because" },
+		"unknown figure":                         func(r *report.Report) { r.Metrics[0].Goal.Of = "median" },
+		"unknown operator":                       func(r *report.Report) { r.Metrics[0].Goal.Op = "<" },
+		"neither a value nor a reason for none":  func(r *report.Report) { r.Metrics[4].Reason = "" },
+		"a value and a reason for none":          func(r *report.Report) { r.Metrics[0].Reason = "because" },
+		"a value and no runs":                    func(r *report.Report) { r.Metrics[0].Runs = nil },
+		"a judgement without a goal and a value": func(r *report.Report) { r.Metrics[4].Met = new(true) },
+		"or these without one":                   func(r *report.Report) { r.Metrics[0].Met = nil },
+	} {
+		r := example(t)
+		spoil(&r)
+		var written bytes.Buffer
+		if err := r.WriteJSON(&written); err == nil || !strings.Contains(err.Error(), want) || written.Len() > 0 {
+			t.Errorf("a report with %q: %d bytes were written, and the error is %v", want, written.Len(), err)
+		}
+	}
+}

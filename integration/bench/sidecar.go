@@ -1,0 +1,220 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/credence-iam/credence/integration/bench/report"
+	"github.com/credence-iam/credence/sidecar"
+)
+
+// sidecarMetrics are what a pod pays. None has a container's limits on it.
+var sidecarMetrics = []metric{
+	{
+		Metric: report.Metric{Name: "sidecar_binary_bytes_amd64", Unit: "bytes", Goal: &binaryGoal},
+		about:  "Size of the program for linux/amd64, built as it is released. Exact, so it has one run.",
+		measure: func(ctx context.Context, b *bench) ([]report.Run, error) {
+			return b.binarySize(ctx, "amd64")
+		},
+	}, {
+		Metric: report.Metric{Name: "sidecar_binary_bytes_arm64", Unit: "bytes", Goal: &binaryGoal},
+		about:  "The same for linux/arm64.",
+		measure: func(ctx context.Context, b *bench) ([]report.Run, error) {
+			return b.binarySize(ctx, "arm64")
+		},
+	}, {
+		Metric: report.Metric{
+			Name: "sidecar_rss_anon_bytes", Unit: "bytes",
+			// It is paid once per pod, and a node has a hundred.
+			Goal: &report.Goal{Of: report.Value, Op: "<=", Value: 3 << 20},
+		},
+		about: "RssAnon of a sidecar that has fetched and served its credentials once and is idle; beside it, a bare net/http server\n" +
+			"\tthat has served once. Each run is another process. The file-backed pages of the program, which all pods of a\n" +
+			"\tnode share, are not in it.",
+		measure: memory,
+	}, {
+		Metric: report.Metric{
+			Name: "sidecar_start_to_first_200_ms", Unit: "ms",
+			NoGoal: "watched only: a pod's start takes seconds",
+		},
+		about: "From the start of the program to the first 200 with credentials, by a broker that answers at once over TLS; beside it,\n" +
+			"\tthe start of a bare net/http server. Starting a process and finding that it listens are in both.",
+		measure: startTime,
+	}, {
+		Metric: report.Metric{
+			Name: "sidecar_get_c1_p50", Unit: "us",
+			// What time limits, routing and the check of headers may cost.
+			Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.15},
+		},
+		about: "Median latency of GET " + sidecar.CredentialsPath + " on one connection that is kept; beside it, a bare net/http server with a body\n" +
+			"\tof the same size. The client writes prepared bytes, so that its own work hides no difference.\n" +
+			"\tEach run has processes of its own.",
+		measure: getLatency,
+	},
+}
+
+// binaryGoal: every pod's node pulls the program once. 10 MB are gRPC, TLS and HTTP.
+var binaryGoal = report.Goal{Of: report.Value, Op: "<=", Value: 11e6}
+
+// How a program is built for release.
+var (
+	buildEnv   = []string{"CGO_ENABLED=0"}
+	buildFlags = []string{"-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"}
+)
+
+// build builds the package in folder of this module and returns the program's file. It has been done
+// once for a name that was asked for before.
+func (b *bench) build(ctx context.Context, folder, name string, env ...string) (string, error) {
+	file := filepath.Join(b.bin, name)
+	if _, err := os.Stat(file); err == nil {
+		return file, nil
+	}
+	args := append(append([]string{"build"}, buildFlags...), "-o", file, "./"+folder)
+	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // The arguments are constants of this program.
+	cmd.Dir = b.root
+	cmd.Env = append(append(os.Environ(), buildEnv...), env...)
+	if printed, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building %s: %w\n%s", folder, err, printed)
+	}
+	return file, nil
+}
+
+func (b *bench) binarySize(ctx context.Context, arch string) ([]report.Run, error) {
+	file, err := b.build(ctx, "cmd/sidecar", "credence-sidecar-linux-"+arch, "GOOS=linux", "GOARCH="+arch)
+	if err != nil {
+		return nil, err
+	}
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, fmt.Errorf("measuring the sidecar's size: %w", err)
+	}
+	return []report.Run{{Value: float64(info.Size())}}, nil
+}
+
+func startTime(ctx context.Context, b *bench) ([]report.Run, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	p, err := b.newPod(ctx)
+	if err != nil {
+		return nil, err
+	}
+	started := func(start func(context.Context) (*server, error)) side {
+		return timed(func(ctx context.Context) (time.Duration, error) {
+			s, err := start(ctx)
+			if err != nil {
+				return 0, err
+			}
+			s.stop()
+			return s.took, nil
+		}, time.Millisecond)
+	}
+	return b.paired(ctx, started(p.startSidecar), started(p.startBare))
+}
+
+func getLatency(ctx context.Context, b *bench) ([]report.Run, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	p, err := b.newPod(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var runs []report.Run
+	for i := range b.runs {
+		run, err := p.compareGets(ctx, b, i)
+		if err != nil {
+			return nil, err
+		}
+		runs = append(runs, run)
+	}
+	return runs, nil
+}
+
+// compareGets is one run of getLatency. It has processes of its own: where one lies in memory can make it a tenth
+// faster or slower for all its life.
+func (p *pod) compareGets(ctx context.Context, b *bench, i int) (report.Run, error) {
+	ours, err := p.startSidecar(ctx)
+	if err != nil {
+		return report.Run{}, err
+	}
+	defer ours.stop()
+	bare, err := p.startBare(ctx)
+	if err != nil {
+		return report.Run{}, err
+	}
+	defer bare.stop()
+	if ours.size != bare.size {
+		return report.Run{}, fmt.Errorf("the sidecar answers %d bytes and the bare server %d", ours.size, bare.size)
+	}
+	return b.pair(ctx, i, timed(ours.get, time.Microsecond), timed(bare.get, time.Microsecond))
+}
+
+// settle is how long after its first answer a process counts as idle: what it frees by itself, it has
+// freed by then.
+const settle = 3 * time.Second
+
+func memory(ctx context.Context, b *bench) ([]report.Run, error) {
+	if runtime.GOOS != "linux" {
+		return nil, notRun("RssAnon is in /proc, which " + runtime.GOOS + " does not have")
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	p, err := b.newPod(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var pids []int // a sidecar and a bare server in turn
+	for range b.runs {
+		for _, start := range []func(context.Context) (*server, error){p.startSidecar, p.startBare} {
+			s, err := start(ctx)
+			if err != nil {
+				return nil, err
+			}
+			defer s.stop()
+			_ = s.conn.Close() // an SDK that has what it wanted
+			pids = append(pids, s.PID())
+		}
+	}
+	timer := time.NewTimer(settle)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	var runs []report.Run
+	for pair := range slices.Chunk(pids, 2) {
+		value, err := rssAnon(pair[0])
+		baseline, bareErr := rssAnon(pair[1])
+		if err := errors.Join(err, bareErr); err != nil {
+			return nil, err
+		}
+		runs = append(runs, report.Run{Value: value, Baseline: &baseline})
+	}
+	return runs, nil
+}
+
+// rssAnon reads a process's resident anonymous memory, in bytes: proc_pid_status(5).
+func rssAnon(pid int) (float64, error) {
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return 0, fmt.Errorf("reading a process's memory: %w", err)
+	}
+	_, after, _ := bytes.Cut(status, []byte("\nRssAnon:"))
+	line, _, _ := bytes.Cut(after, []byte("\n"))
+	kb, err := strconv.Atoi(string(bytes.TrimSpace(bytes.TrimSuffix(bytes.TrimSpace(line), []byte("kB")))))
+	if err != nil {
+		return 0, fmt.Errorf("reading RssAnon of process %d: %w", pid, err)
+	}
+	return float64(kb) * 1024, nil
+}

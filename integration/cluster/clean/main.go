@@ -1,0 +1,28 @@
+//go:build unix
+
+// Command clean ends what killed tests and demonstrations left running, and removes their folders and the
+// logs of those that failed. It touches none that still run, and no built program.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/credence-iam/credence/integration/cluster"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	removed, err := cluster.Clean(ctx)
+	for _, dir := range removed {
+		_, _ = fmt.Fprintln(os.Stdout, "removed", dir)
+	}
+	if err != nil {
+		_, _ = fmt.Fprintln(os.Stderr, "clean:", err)
+		os.Exit(1)
+	}
+}

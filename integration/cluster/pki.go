@@ -1,0 +1,152 @@
+//go:build unix
+
+package cluster
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// certificateLife is more than any run lasts, and little enough that a leaked key is soon worth nothing.
+const certificateLife = 24 * time.Hour
+
+// An authority issues the certificates of one cluster. Its key stays in memory.
+type authority struct {
+	key  *ecdsa.PrivateKey
+	cert *x509.Certificate
+	pem  []byte
+}
+
+func newAuthority() (*authority, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("making the key of the cluster's CA: %w", err)
+	}
+	template := validFromNow(pkix.Name{CommonName: "kubernetes-ca"})
+	template.IsCA = true
+	template.BasicConstraintsValid = true
+	template.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, fmt.Errorf("making the cluster's CA: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("making the cluster's CA: %w", err)
+	}
+	return &authority{key, cert, encode("CERTIFICATE", der)}, nil
+}
+
+// validFromNow begins a certificate. The API server runs on this machine, so no allowance for another clock.
+func validFromNow(subject pkix.Name) *x509.Certificate {
+	now := time.Now()
+	return &x509.Certificate{
+		SerialNumber: new(big.Int).SetInt64(now.UnixNano()),
+		Subject:      subject,
+		NotBefore:    now.Add(-time.Second), // X.509 counts in seconds
+		NotAfter:     now.Add(certificateLife),
+	}
+}
+
+// server issues the API server's certificate, for the names and addresses that clients use.
+func (a *authority) server(names []string, addresses []net.IP) (cert, key []byte, err error) {
+	template := validFromNow(pkix.Name{CommonName: "kube-apiserver"})
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	template.DNSNames, template.IPAddresses = names, addresses
+	return a.issue(template)
+}
+
+// client issues a certificate that the API server takes for the user and the groups.
+func (a *authority) client(user string, groups []string) (cert, key []byte, err error) {
+	template := validFromNow(pkix.Name{CommonName: user, Organization: groups})
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	return a.issue(template)
+}
+
+func (a *authority) issue(template *x509.Certificate) (cert, key []byte, err error) {
+	name := template.Subject.CommonName
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making the key of %s: %w", name, err)
+	}
+	template.KeyUsage = x509.KeyUsageDigitalSignature
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, private.Public(), a.key)
+	if err != nil {
+		return nil, nil, fmt.Errorf("issuing the certificate of %s: %w", name, err)
+	}
+	key, err = encodeKey(private)
+	return encode("CERTIFICATE", der), key, err
+}
+
+// newTokenKey makes the key that signs ServiceAccount tokens. RSA, so that tokens are RS256 as those of most
+// clusters are.
+func newTokenKey() (private, public []byte, err error) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making the token-signing key: %w", err)
+	}
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return nil, nil, fmt.Errorf("encoding the token-signing key: %w", err)
+	}
+	private, err = encodeKey(key)
+	return private, encode("PUBLIC KEY", der), err
+}
+
+func encodeKey(key crypto.Signer) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encoding a key: %w", err)
+	}
+	return encode("PRIVATE KEY", der), nil
+}
+
+func encode(kind string, der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+}
+
+// Files that the components read, below the run's folder, which is also their working folder.
+const (
+	caFile           = "ca.crt"
+	serverCertFile   = "apiserver.crt"
+	serverKeyFile    = "apiserver.key"
+	tokenPrivateFile = "service-account.key"
+	tokenPublicFile  = "service-account.pub"
+	kubeconfigFile   = "admin.kubeconfig"
+)
+
+// writePKI writes what the components need into dir.
+func writePKI(dir string, ca *authority) error {
+	cert, key, err := ca.server(
+		[]string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
+		[]net.IP{net.ParseIP(loopback), net.ParseIP(kubernetesServiceIP)},
+	)
+	if err != nil {
+		return err
+	}
+	private, public, err := newTokenKey()
+	if err != nil {
+		return err
+	}
+	for name, content := range map[string][]byte{
+		caFile: ca.pem, serverCertFile: cert, serverKeyFile: key,
+		tokenPrivateFile: private, tokenPublicFile: public,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			return fmt.Errorf("writing the cluster's keys: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,125 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/credence-iam/credence/integration/stack"
+)
+
+// TestDemo runs the whole demonstration with the role that is not the default.
+func TestDemo(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short, and the demonstration takes as long as a person would watch it")
+	}
+	var out bytes.Buffer
+	d := &demo{printer: newPrinter(&out, false), role: "other", runs: t.TempDir()}
+	err := d.run(t.Context())
+	shown := out.String()
+	for name, unwanted := range map[string]*regexp.Regexp{
+		"a JSON Web Token":     regexp.MustCompile(`eyJ[\w-]{10,}`),
+		"a secret access key":  regexp.MustCompile(`(?i)secret_?access_?key`),
+		"a private key":        regexp.MustCompile(`PRIVATE KEY`),
+		"an escape sequence":   regexp.MustCompile(`\x1b`),
+		"a line that is long":  regexp.MustCompile(`(?m)^.{101,}$`),
+		"a space after a line": regexp.MustCompile(`(?m) $`),
+	} {
+		if unwanted.MatchString(shown) {
+			t.Fatalf("it has shown %s; its output is not repeated here", name)
+		}
+	}
+	if err != nil {
+		t.Errorf("it has failed: %v", err)
+	}
+	for _, want := range []string{
+		"iam.amazonaws.com/role: other\n",
+		"arn:aws:sts::" + stack.Account + ":assumed-role/other/",
+		"$ awsclient ls reports\n",
+		"AccessDenied",
+		"does not permit role",
+		`"decision":"allow"`,
+	} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("it has not shown %q", want)
+		}
+	}
+	if left := folders(t, d.runs); len(left) > 0 {
+		t.Errorf("it has left %q", left)
+	}
+	if t.Failed() {
+		t.Logf("It has shown:\n%s", shown)
+	}
+}
+
+// TestInterruptedDemo cancels the demonstration while a command of it runs, as Ctrl-C does.
+func TestInterruptedDemo(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short, and the demonstration takes as long as a person would watch it")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	out := &watcher{text: "kubectl apply", seen: cancel}
+	d := &demo{printer: newPrinter(out, false), role: "other", runs: t.TempDir()}
+	err := d.run(ctx)
+	if err == nil || !strings.Contains(err.Error(), "interrupted") {
+		t.Errorf("it ended with %v, want an error that says that it was interrupted", err)
+	}
+	if strings.Contains(out.shown.String(), "pod/app created") {
+		t.Error("it went on")
+	}
+	if left := folders(t, d.runs); len(left) > 0 {
+		t.Errorf("it has left %q", left)
+	}
+}
+
+// TestFold checks that folding loses nothing but spaces at the folds, and keeps to the width.
+func TestFold(t *testing.T) {
+	for line, want := range map[string][]string{
+		"":               {""},
+		"0123456789":     {"0123456789"},
+		"012345678 9ab":  {"012345678", "9ab"},
+		`{"a":1,"b":23}`: {`{"a":1,`, `"b":23}`},
+		"0123456789abc":  {"0123456789", "abc"},
+		"012345678é":     {"012345678", "é"},
+	} {
+		if got := fold(line, 10); !slices.Equal(got, want) {
+			t.Errorf("fold(%q) = %q, want %q", line, got, want)
+		}
+	}
+}
+
+// watcher calls seen when a text has been written to it.
+type watcher struct {
+	text  string
+	seen  func()
+	shown bytes.Buffer
+}
+
+func (w *watcher) Write(b []byte) (int, error) {
+	if strings.Contains(string(b), w.text) {
+		w.seen()
+	}
+	return w.shown.Write(b)
+}
+
+// folders are the runs in a folder, which has a lock of its own beside them.
+func folders(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}

@@ -1,0 +1,6 @@
+//go:build unix && !linux
+
+package process
+
+// DisableDeathSignal has nothing to do here.
+func DisableDeathSignal() {}

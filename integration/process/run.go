@@ -1,0 +1,314 @@
+//go:build unix
+
+// Package process runs child programs for tests and the demonstration, and leaves nothing behind.
+//
+// A [Run] is a folder with a lock, logs, and a record of each program that runs. Its owner is the process
+// that opened it. Programs end with [Run.Close]. Should the owner die without it, even by SIGKILL, Linux
+// ends them with the owner; and on every system the next [Open] or [Sweep] ends what is left and removes the
+// folder. Runs whose owner is alive are never touched, so several work side by side. Nor is a process that
+// merely got the number of one that has ended: a record holds the time a process started at.
+//
+// Only the programs themselves are looked after when their owner dies. Processes they started in turn end
+// with them on [Process.Stop], and when an owner's leftovers are swept, as long as they stay in the process
+// group.
+package process
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/credence-iam/credence/integration/process/filelock"
+)
+
+// Files of a run's folder, and of the folder that holds runs.
+const (
+	lockFile   = "lock"
+	logFolder  = "logs"
+	recFolder  = "processes" // a record per running program
+	keptMarker = "kept"      // stands beside the logs of a run that was closed with them kept
+)
+
+// KeepFor is how long kept logs of a closed run stay before a later run's start removes them: long enough to
+// come back to a failure the next day, and short enough to bound the disk they take.
+const KeepFor = 24 * time.Hour
+
+// Config configures a run.
+type Config struct {
+	// Parent is the folder that runs are made in. Required; made if missing, for this user alone. Only
+	// folders of runs may lie in it.
+	Parent string
+	// Name begins the name of the run's folder. Required.
+	Name string
+	// Report is told of each program that ends without having been stopped, from a goroutine of its own.
+	// Default: nobody is told, and the error waits in Process.Err.
+	Report func(error)
+}
+
+// A Run owns child programs and their folder.
+type Run struct {
+	dir    string
+	lock   *filelock.Lock
+	report func(error)
+
+	mu        sync.Mutex
+	processes []*Process // in order of their start
+	keepLogs  bool
+}
+
+// Open sweeps what dead owners left in c.Parent, and makes a new run there. ctx bounds the sweep and the
+// wait for another process that does the same.
+func Open(ctx context.Context, c Config) (_ *Run, err error) {
+	if c.Parent == "" || c.Name == "" {
+		return nil, errors.New("opening a run: Parent and Name must be set")
+	}
+	// Absolute, since a program can have another working folder.
+	parent, err := filepath.Abs(c.Parent)
+	if err != nil {
+		return nil, fmt.Errorf("opening a run: %w", err)
+	}
+	unlock, err := lockParent(ctx, parent)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	if _, err := sweep(ctx, parent, KeepFor); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(parent, c.Name+"-")
+	if err != nil {
+		return nil, fmt.Errorf("making the folder of a run: %w", err)
+	}
+	lock, err := filelock.Acquire(ctx, filepath.Join(dir, lockFile))
+	if err != nil {
+		return nil, err
+	}
+	for _, folder := range []string{logFolder, recFolder} {
+		if err := os.Mkdir(filepath.Join(dir, folder), 0o700); err != nil {
+			return nil, errors.Join(fmt.Errorf("making the folder of a run: %w", err), lock.Release())
+		}
+	}
+	return &Run{dir: dir, lock: lock, report: c.Report}, nil
+}
+
+// lockParent keeps runs from being made while others sweep: a new folder must not be seen before it is
+// locked.
+func lockParent(ctx context.Context, parent string) (unlock func() error, err error) {
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return nil, fmt.Errorf("making the folder of runs: %w", err)
+	}
+	lock, err := filelock.Acquire(ctx, filepath.Join(parent, lockFile))
+	if err != nil {
+		return nil, err
+	}
+	return lock.Release, nil
+}
+
+// Dir returns the run's folder, an absolute path. It goes away with the run.
+func (r *Run) Dir() string { return r.dir }
+
+// Logs returns the folder of the programs' logs.
+func (r *Run) Logs() string { return filepath.Join(r.dir, logFolder) }
+
+// KeepLogs makes Close leave the logs where they are, for [KeepFor].
+func (r *Run) KeepLogs() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.keepLogs = true
+}
+
+// Close kills the programs that still run, the last one started first, and removes the folder, but for logs
+// that are to be kept. What needs a chance to end by itself must be stopped before. A second call does
+// nothing.
+func (r *Run) Close() error {
+	r.mu.Lock()
+	processes, keep, lock := slices.Clone(r.processes), r.keepLogs, r.lock
+	r.lock = nil
+	r.mu.Unlock()
+	if lock == nil {
+		return nil
+	}
+	for _, p := range slices.Backward(processes) {
+		p.Stop(0)
+	}
+	var err error
+	if keep {
+		err = keepOnlyLogs(r.dir)
+	} else {
+		err = remove(r.dir)
+	}
+	return errors.Join(err, lock.Release())
+}
+
+// remove removes a run's folder, its lock last: a sweep takes a folder that has none for somebody else's.
+func remove(dir string) error {
+	return errors.Join(removeExcept(dir, lockFile), os.RemoveAll(dir))
+}
+
+func keepOnlyLogs(dir string) error {
+	if err := os.WriteFile(filepath.Join(dir, keptMarker), nil, 0o600); err != nil {
+		return fmt.Errorf("keeping logs: %w", err)
+	}
+	return removeExcept(dir, lockFile, keptMarker, logFolder)
+}
+
+func removeExcept(dir string, names ...string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("removing a run's folder: %w", err)
+	}
+	for _, entry := range entries {
+		if slices.Contains(names, entry.Name()) {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, entry.Name())); err != nil {
+			return fmt.Errorf("removing a run's folder: %w", err)
+		}
+	}
+	return nil
+}
+
+// Sweep ends the programs of runs in parent whose owners have died, and removes the folders. Kept logs stay
+// until they are older than keep. It returns the folders that it removed. A parent that does not exist has
+// nothing to sweep.
+func Sweep(ctx context.Context, parent string, keep time.Duration) (removed []string, err error) {
+	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	unlock, err := lockParent(ctx, parent)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	return sweep(ctx, parent, keep)
+}
+
+// sweep does it, under the parent's lock.
+func sweep(ctx context.Context, parent string, keep time.Duration) (removed []string, err error) {
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return nil, fmt.Errorf("looking for runs: %w", err)
+	}
+	for _, entry := range entries {
+		if !entry.IsDir() {
+			continue
+		}
+		dir := filepath.Join(parent, entry.Name())
+		lock, err := filelock.Try(filepath.Join(dir, lockFile))
+		switch {
+		case errors.Is(err, filelock.ErrHeld):
+			continue // its owner lives
+		case errors.Is(err, fs.ErrNotExist):
+			// An owner that died right before or after it had the lock leaves an empty folder. Anything
+			// else is not a run.
+			if os.Remove(dir) == nil {
+				removed = append(removed, dir)
+			}
+			continue
+		case err != nil:
+			return removed, fmt.Errorf("looking at run %s: %w", dir, err)
+		}
+		gone, err := sweepOne(ctx, dir, keep)
+		if gone {
+			removed = append(removed, dir)
+		}
+		if err := errors.Join(err, lock.Release()); err != nil {
+			return removed, fmt.Errorf("sweeping run %s: %w", dir, err)
+		}
+	}
+	return removed, nil
+}
+
+func sweepOne(ctx context.Context, dir string, keep time.Duration) (gone bool, err error) {
+	if info, err := os.Stat(filepath.Join(dir, keptMarker)); err == nil && time.Since(info.ModTime()) < keep {
+		return false, nil
+	}
+	records, err := filepath.Glob(filepath.Join(dir, recFolder, "*.json"))
+	if err != nil {
+		return false, fmt.Errorf("looking for records: %w", err)
+	}
+	for _, path := range records {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return false, fmt.Errorf("reading a record: %w", err)
+		}
+		var rec record
+		if len(bytes.TrimSpace(content)) == 0 || json.Unmarshal(content, &rec) != nil {
+			continue // the owner died while it wrote; a program is let run only after that
+		}
+		if err := rec.end(ctx); err != nil {
+			return false, err
+		}
+	}
+	return true, remove(dir)
+}
+
+// A record identifies a process beyond doubt, for as long as it lies on disk.
+type record struct {
+	PID int `json:"pid"`
+	// Started is when it started, in a form that only this system understands and that no process which
+	// later gets the same number can have.
+	Started string `json:"started"`
+}
+
+func newRecord(pid int) (record, error) {
+	at, alive := started(pid)
+	if !alive {
+		return record{}, os.ErrProcessDone
+	}
+	return record{pid, at}, nil
+}
+
+// endTimeout bounds the wait for a killed process to go. A process in uninterruptible sleep can take
+// seconds; one that takes longer hangs in the kernel, and waiting is no use.
+const endTimeout = 10 * time.Second
+
+// end kills the recorded process and its group, and waits until the process is gone.
+//
+// On Linux the handle is a pidfd: whatever it names stays the same process even if the number is given to
+// another one. It is taken before the start time is compared, so what was compared is what gets stopped.
+// Stopped, it can't end by itself, and its number can't become another group's before the group is killed.
+func (rec record) end(ctx context.Context) error {
+	handle, err := os.FindProcess(rec.PID)
+	if err != nil {
+		return fmt.Errorf("finding process %d: %w", rec.PID, err)
+	}
+	defer func() { _ = handle.Release() }()
+	if !rec.alive() {
+		return nil
+	}
+	if err := handle.Signal(syscall.SIGSTOP); errors.Is(err, os.ErrProcessDone) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("stopping process %d: %w", rec.PID, err)
+	}
+	if err := signalGroup(rec.PID, syscall.SIGKILL); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, endTimeout, fmt.Errorf("it lives on after SIGKILL for %v", endTimeout))
+	defer cancel()
+	ticker := time.NewTicker(10 * time.Millisecond)
+	defer ticker.Stop()
+	for rec.alive() {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("ending process %d: %w", rec.PID, context.Cause(ctx))
+		case <-ticker.C:
+		}
+	}
+	return nil
+}
+
+func (rec record) alive() bool {
+	at, alive := started(rec.PID)
+	return alive && at == rec.Started
+}

@@ -1,0 +1,6 @@
+//go:build unix && race
+
+package stack
+
+// raceFlags build our programs as the tests themselves are built.
+var raceFlags = []string{"-race"}

@@ -1,0 +1,192 @@
+//go:build unix
+
+package stack
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/integration/process"
+)
+
+// SidecarName is the name of the injected container.
+const SidecarName = "credence-sidecar"
+
+// Sidecar is the injected container of a stored pod, run as a program.
+type Sidecar struct {
+	*process.Process
+
+	stack *Stack
+	pod   *corev1.Pod
+	files string // where its volumes are
+	port  int    // instead of the one in the pod
+}
+
+// RunSidecar runs the injected container of pod with the command, the environment and the volumes of
+// its spec, and returns when its startup probe has passed, which waits for first credentials.
+//
+// Two things differ from a kubelet, because these pods share one machine's files and loopback
+// address: a mount path is replaced by a folder, and the pod's own port by a free one, wherever they
+// stand in a value.
+func (s *Stack) RunSidecar(ctx context.Context, pod *corev1.Pod) (*Sidecar, error) {
+	c := &Sidecar{stack: s, pod: pod, files: filepath.Join(s.run.Dir(), "pods", string(pod.UID))}
+	i := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == SidecarName })
+	if i < 0 {
+		return nil, fmt.Errorf("pod %s/%s has no container %s", pod.Namespace, pod.Name, SidecarName)
+	}
+	container := pod.Spec.InitContainers[i]
+	var err error
+	if c.port, err = process.FreePort(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.WriteVolumes(ctx); err != nil {
+		return nil, err
+	}
+	env, err := c.Env(container)
+	if err != nil {
+		return nil, err
+	}
+	env = append(env, "GORACE=halt_on_error=1")
+	name := "sidecar-" + string(pod.UID)
+	c.Process, err = s.run.Start(process.Command{Name: name, Path: s.program(container.Command[0]), Args: container.Command[1:], Env: env})
+	if err != nil {
+		return nil, err
+	}
+	err = c.probe(ctx, container.StartupProbe.Exec.Command, env)
+	if err != nil {
+		c.Stop(stopGrace)
+		return nil, fmt.Errorf("starting the sidecar of pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	return c, nil
+}
+
+// probe runs the startup probe's command, until it succeeds or the sidecar ends.
+func (c *Sidecar) probe(ctx context.Context, command, env []string) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-c.Done():
+			cancel(fmt.Errorf("the sidecar ended: %w", c.Err()))
+		case <-ctx.Done():
+		}
+	}()
+	probe := exec.CommandContext(ctx, c.stack.program(command[0]), command[1:]...) //nolint:gosec // Our own program.
+	probe.Env = env
+	output, err := probe.CombinedOutput()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("probing: %w: %s", err, output)
+	}
+	return nil
+}
+
+// program is our build of the program that an image would have at path.
+func (s *Stack) program(path string) string { return filepath.Join(s.programs, filepath.Base(path)) }
+
+// WriteVolumes writes the projected volumes of the pod, as a kubelet does at a pod's start and again
+// when a source has changed: with a fresh token, and the ConfigMap as it is now.
+func (c *Sidecar) WriteVolumes(ctx context.Context) error {
+	for _, volume := range c.pod.Spec.Volumes {
+		if volume.Projected == nil {
+			continue
+		}
+		files := make(map[string][]byte)
+		for _, source := range volume.Projected.Sources {
+			switch {
+			case source.ServiceAccountToken != nil:
+				token, err := c.stack.Token(ctx, c.pod, source.ServiceAccountToken.Audience, *source.ServiceAccountToken.ExpirationSeconds)
+				if err != nil {
+					return err
+				}
+				files[source.ServiceAccountToken.Path] = []byte(token)
+			case source.ConfigMap != nil:
+				m, err := c.stack.Client.CoreV1().ConfigMaps(c.pod.Namespace).Get(ctx, source.ConfigMap.Name, metav1.GetOptions{})
+				if err != nil {
+					return fmt.Errorf("reading ConfigMap %s: %w", source.ConfigMap.Name, err)
+				}
+				for _, item := range source.ConfigMap.Items {
+					files[item.Path] = []byte(m.Data[item.Key])
+				}
+			}
+		}
+		dir := c.volume(volume.Name)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("making a volume: %w", err)
+		}
+		if err := certificates(func() { certstest.WriteVolume(tb{}, dir, files) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Sidecar) volume(name string) string { return filepath.Join(c.files, name) }
+
+// Env is the environment of one of the pod's containers.
+func (c *Sidecar) Env(container corev1.Container) ([]string, error) {
+	var replace []string
+	for _, sidecar := range c.pod.Spec.InitContainers {
+		for _, mount := range sidecar.VolumeMounts {
+			if sidecar.Name == SidecarName {
+				replace = append(replace, mount.MountPath, c.volume(mount.Name))
+			}
+		}
+		for _, e := range sidecar.Env {
+			if _, port, err := net.SplitHostPort(e.Value); sidecar.Name == SidecarName && e.Name == "CREDENCE_LISTEN" && err == nil {
+				replace = append(replace, loopback+":"+port, net.JoinHostPort(loopback, strconv.Itoa(c.port)))
+			}
+		}
+	}
+	replacer := strings.NewReplacer(replace...)
+	var env []string
+	for _, e := range container.Env {
+		value := replacer.Replace(e.Value)
+		if from := e.ValueFrom; from != nil {
+			if from.FieldRef == nil || from.FieldRef.FieldPath != "metadata.uid" {
+				return nil, fmt.Errorf("variable %s comes from something other than metadata.uid", e.Name)
+			}
+			value = string(c.pod.UID)
+		}
+		env = append(env, e.Name+"="+value)
+	}
+	return env, nil
+}
+
+// AppEnv is the environment of the pod's first container, as an AWS SDK in it sees it.
+func (c *Sidecar) AppEnv() ([]string, error) { return c.Env(c.pod.Spec.Containers[0]) }
+
+// Token requests a token that is bound to pod, as a kubelet does for a projected volume.
+func (s *Stack) Token(ctx context.Context, pod *corev1.Pod, audience string, seconds int64) (string, error) {
+	request := &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
+		ExpirationSeconds: &seconds,
+		BoundObjectRef:    &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID},
+	}}
+	if audience != "" {
+		request.Spec.Audiences = []string{audience}
+	}
+	account := pod.Spec.ServiceAccountName
+	answer, err := s.Client.CoreV1().ServiceAccounts(pod.Namespace).CreateToken(ctx, account, request, metav1.CreateOptions{})
+	if err != nil {
+		return "", fmt.Errorf("requesting a token for pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	return answer.Status.Token, nil
+}
+
+// TokenSeconds is the shortest life that the TokenRequest API gives.
+const TokenSeconds = int64(10 * time.Minute / time.Second)

@@ -1,0 +1,99 @@
+// Command sts runs ststest, the STS double, as a process: for the demo, and for
+// whatever wants an STS that is not in its own process.
+//
+// Its first line on stdout is "listening on http://ADDRESS"; after that comes one
+// line of JSON for each call, without secrets. It ends on SIGINT or SIGTERM.
+//
+// The base user's keys are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the
+// environment. With MINIO_ENDPOINT set, that MinIO mints the keys it answers, as
+// MINIO_ROOT_USER with MINIO_ROOT_PASSWORD.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout); err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "sts:", err)
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx ends.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("sts", flag.ContinueOnError)
+	listen := flags.String("listen", "127.0.0.1:0", "`address` to listen on; port 0 takes a free one")
+	account := flags.String("account", "123456789012", "the base user's `account`")
+	latency := flags.Duration("latency", 0, "`time` to wait before each answer to AssumeRole")
+	life := flags.Duration("session-life", 0, "the longest `life` of a session, whatever is asked; 0 leaves it to the caller")
+	policies := flags.String("minio-policies", "", "`file` with a JSON object: role ARN to the policy (an object) of its sessions in MinIO")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	cfg := ststest.Config{
+		Account:         *account,
+		AccessKeyID:     getenv("AWS_ACCESS_KEY_ID"),
+		SecretAccessKey: credential.NewSecret(getenv("AWS_SECRET_ACCESS_KEY")),
+		Default:         ststest.Behavior{Latency: *latency},
+	}
+	if cfg.AccessKeyID == "" || cfg.SecretAccessKey.Empty() {
+		return errors.New("reading the base keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+	}
+	if *life > 0 {
+		cfg.SessionLife = func(requested time.Duration) time.Duration { return min(requested, *life) }
+	}
+	if endpoint := getenv("MINIO_ENDPOINT"); endpoint != "" {
+		cfg.MinIO = &ststest.MinIO{Endpoint: endpoint, AccessKey: getenv("MINIO_ROOT_USER"), SecretKey: credential.NewSecret(getenv("MINIO_ROOT_PASSWORD"))}
+		if *policies != "" {
+			text, err := os.ReadFile(*policies)
+			if err != nil {
+				return fmt.Errorf("reading --minio-policies: %w", err)
+			}
+			byRole := map[string]json.RawMessage{}
+			if err := json.Unmarshal(text, &byRole); err != nil {
+				return fmt.Errorf("parsing --minio-policies %s: %w", *policies, err)
+			}
+			cfg.MinIO.Policies = make(map[string]string, len(byRole))
+			for role, policy := range byRole {
+				cfg.MinIO.Policies[role] = string(policy)
+			}
+		}
+	} else if *policies != "" {
+		return errors.New("checking --minio-policies: set MINIO_ENDPOINT, or drop the flag")
+	}
+	cfg.OnCall = func(c ststest.Call) { _ = json.NewEncoder(stdout).Encode(c) } // a reader that has gone does not end the service
+	server, err := ststest.New(cfg)
+	if err != nil {
+		return err
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", *listen)
+	if err != nil {
+		return fmt.Errorf("listening on --listen %s: %w", *listen, err)
+	}
+	if _, err := fmt.Fprintf(stdout, "listening on http://%s\n", l.Addr()); err != nil {
+		return fmt.Errorf("announcing the address: %w", err)
+	}
+	s := &http.Server{Handler: server, ReadHeaderTimeout: 10 * time.Second}
+	defer context.AfterFunc(ctx, func() { _ = s.Close() })()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving STS: %w", err)
+	}
+	return nil
+}

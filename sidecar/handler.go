@@ -1,0 +1,221 @@
+package sidecar
+
+import (
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/gorilla/mux"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// Paths that the webhook and [Probe] know.
+const (
+	// CredentialsPath is the path of AWS_CONTAINER_CREDENTIALS_FULL_URI.
+	CredentialsPath = "/v1/credentials"
+	// readyPath answers the probe. It tells whether there is a credential, never which.
+	readyPath = "/v1/ready"
+)
+
+// Handler returns what Run serves. It answers only what is asked of a loopback address by that
+// address or as localhost.
+func (s *Sidecar) Handler() http.Handler {
+	router := mux.NewRouter()
+	// Without it mux redirects //v1/credentials to the clean path: an SDK would follow, and whoever
+	// can make one ask a wrong path should get a 404.
+	router.SkipClean(true)
+	router.NotFoundHandler = http.HandlerFunc(notFound)
+	router.MethodNotAllowedHandler = http.HandlerFunc(methodNotAllowed)
+
+	s.route(router, http.MethodGet, CredentialsPath, s.serveCredentials)
+	s.route(router, http.MethodGet, readyPath, s.serveReady)
+	if s.metadata != policy.MetadataOff {
+		s.routeMetadata(router)
+	}
+	return requireLoopback(router)
+}
+
+// route registers a path with and without a slash at its end: SDKs differ.
+func (s *Sidecar) route(router *mux.Router, method, path string, handler http.HandlerFunc) {
+	for _, p := range []string{path, path + "/"} {
+		router.HandleFunc(p, handler).Methods(method)
+	}
+}
+
+// requireLoopback refuses requests whose Host is a name other than localhost. A web page whose name
+// was made to resolve to 127.0.0.1 reaches this server, but cannot choose that header.
+func requireLoopback(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !isLoopback(r.Host) {
+			writeError(w, http.StatusForbidden, "HOST_NOT_LOOPBACK", "ask for 127.0.0.1, not for another name of it")
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// isLoopback reports whether host, the value of a Host header, is localhost or a loopback address,
+// with or without a port.
+func isLoopback(host string) bool {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	} else if name, ok := strings.CutPrefix(host, "["); ok {
+		host = strings.TrimSuffix(name, "]")
+	}
+	if strings.EqualFold(host, "localhost") {
+		return true
+	}
+	addr, err := netip.ParseAddr(host)
+	return err == nil && addr.IsLoopback() && addr.Zone() == ""
+}
+
+// serveCredentials is the container-credentials endpoint.
+func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
+	// The length is no secret: it is that of a pod's UID.
+	if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), s.authorization) != 1 {
+		writeError(w, http.StatusForbidden, "AUTHORIZATION_INVALID",
+			"the Authorization header must be the value of AWS_CONTAINER_AUTHORIZATION_TOKEN")
+		return
+	}
+	st, err := s.await(r.Context(), patience)
+	if err != nil {
+		writeFailure(w, err)
+		return
+	}
+	writeJSON(w, http.StatusOK, st.body)
+}
+
+// readyPoll is how long a request for readiness waits. The probe asks again; a longer wait would need
+// other time limits than the rest of the server.
+const readyPoll = 5 * time.Second
+
+// serveReady answers 204 once a credential is held or the start timeout has passed, and 503 when
+// neither happens within readyPoll.
+func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
+	poll := time.NewTimer(readyPoll)
+	defer poll.Stop()
+	var start <-chan time.Time // never, for a start timeout of 0
+	if s.startTimeout > 0 {
+		timer := time.NewTimer(time.Until(s.started.Add(s.startTimeout)))
+		defer timer.Stop()
+		start = timer.C
+	}
+	for {
+		st := s.state.Load()
+		if st.lease.Valid(time.Now()) {
+			w.WriteHeader(http.StatusNoContent)
+			return
+		}
+		select {
+		case <-st.changed:
+		case <-start:
+			w.WriteHeader(http.StatusNoContent)
+			return
+		case <-poll.C:
+			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet")
+			return
+		case <-r.Context().Done():
+			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet")
+			return
+		}
+	}
+}
+
+// timeForm is RFC 3339 in UTC with whole seconds: botocore parses no other form on the metadata path,
+// and passes over a fraction's credential silently.
+const timeForm = "2006-01-02T15:04:05Z"
+
+// containerCredentials is the answer of the container-credentials endpoint. JavaScript, botocore and
+// Rust refuse it when one of the first four is missing; some SDKs take the account from one of the
+// last two.
+type containerCredentials struct {
+	AccessKeyID     string `json:"AccessKeyId"`
+	SecretAccessKey string
+	Token           string
+	Expiration      string
+	RoleArn         string
+	AccountID       string `json:"AccountId"`
+}
+
+func render(lease credential.Lease) []byte {
+	return mustJSON(containerCredentials{
+		AccessKeyID:     lease.AccessKeyID,
+		SecretAccessKey: lease.SecretAccessKey.Reveal(),
+		Token:           lease.SessionToken.Reveal(),
+		Expiration:      lease.Expiration.UTC().Format(timeForm),
+		RoleArn:         lease.Role.String(),
+		AccountID:       lease.Role.Account(),
+	})
+}
+
+// failure is an error as SDKs read it: Go v1 and Java look for the lower-case names, JavaScript for
+// the capitalized ones.
+type failure struct {
+	LowerCode    string `json:"code"`
+	LowerMessage string `json:"message"`
+	Code         string
+	Message      string
+}
+
+// writeFailure answers with the reason why no credential is held. SDKs retry a 503 and give up on
+// most 4xx, so a 4xx is for what will not change by itself.
+func writeFailure(w http.ResponseWriter, err error) {
+	e, ok := errors.AsType[*credential.Error](err)
+	if !ok {
+		e = credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal,
+			"credentials cannot be had at the moment; the sidecar's log says why")
+	}
+	code := http.StatusServiceUnavailable
+	switch {
+	case errors.Is(e.Kind, credential.ErrInvalid):
+		code = http.StatusBadRequest
+	case refused(e):
+		code = http.StatusForbidden
+	}
+	writeError(w, code, string(e.Reason), e.Message)
+}
+
+func notFound(w http.ResponseWriter, _ *http.Request) {
+	writeError(w, http.StatusNotFound, "NOT_FOUND", "nothing is served at this path")
+}
+
+func methodNotAllowed(w http.ResponseWriter, r *http.Request) {
+	allow := http.MethodGet
+	if strings.TrimSuffix(r.URL.Path, "/") == metadataTokenPath {
+		allow = http.MethodPut
+	}
+	w.Header().Set("Allow", allow) // RFC 9110, section 15.5.6
+	writeError(w, http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "this path takes "+allow)
+}
+
+func writeError(w http.ResponseWriter, status int, code, message string) {
+	writeJSON(w, status, mustJSON(failure{code, message, code, message}))
+}
+
+// writeJSON sends body. The Go SDK reads an error's message only if the type has no charset.
+func writeJSON(w http.ResponseWriter, status int, body []byte) {
+	write(w, status, "application/json", body)
+}
+
+func write(w http.ResponseWriter, status int, contentType string, body []byte) {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // the client has gone: nobody is left to tell
+}
+
+// mustJSON encodes a struct of strings, which cannot fail.
+func mustJSON(v any) []byte {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return []byte("{}")
+	}
+	return body
+}

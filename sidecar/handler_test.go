@@ -1,0 +1,417 @@
+package sidecar_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar"
+)
+
+// Bytes and header fields are what the SDKs of sdk-compatibility read: a change here is a change to them.
+func TestCredentials(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lease, err := yields(t, time.Hour, 27*time.Minute)(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		lease.AccessKeyID = "ASIAEXAMPLE"
+		// A zone and a fraction that must not show.
+		lease.Expiration = time.Date(2000, 1, 1, 3, 4, 5, 987654321, time.FixedZone("", 7200))
+		w := start(t, func(context.Context) (credential.Lease, error) { return lease, nil })
+		for _, path := range []string{"/v1/credentials", "/v1/credentials/"} {
+			a := w.do(http.MethodGet, path, "Authorization", authorization)
+			a.want(t, http.StatusOK, "")
+			const want = `{"AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"secret/key+text=","Token":"session/token+text==",` +
+				`"Expiration":"2000-01-01T01:04:05Z","RoleArn":"arn:aws:iam::123456789012:role/team/app","AccountId":"123456789012"}`
+			if diff := cmp.Diff(want, a.body); diff != "" {
+				t.Errorf("body (-want +got):\n%s", diff)
+			}
+			if got := a.header.Get("Content-Type"); got != "application/json" {
+				t.Errorf("Content-Type = %q", got)
+			}
+			if got := a.header.Get("Cache-Control"); got != "no-store" {
+				t.Errorf("Cache-Control = %q", got)
+			}
+		}
+	})
+}
+
+func TestAuthorization(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		for _, value := range []string{
+			"", "x", authorization + " ", authorization[1:], authorization + "0",
+			"Bearer " + authorization, strings.ToUpper(authorization),
+		} {
+			header := []string{"Authorization", value}
+			if value == "" {
+				header = nil
+			}
+			if strings.TrimSpace(value) == authorization {
+				continue // HTTP takes blanks around a value away
+			}
+			w.do(http.MethodGet, sidecar.CredentialsPath, header...).want(t, http.StatusForbidden, "AUTHORIZATION_INVALID")
+		}
+		w.credentials().want(t, http.StatusOK, "")
+	})
+}
+
+// Wrong requests are told so at once, whether there are credentials or not.
+func TestRouting(t *testing.T) {
+	tests := []struct {
+		method, path string
+		status       int
+		code         string
+	}{
+		{http.MethodGet, "/", 404, "NOT_FOUND"},
+		{http.MethodGet, "/v1", 404, "NOT_FOUND"},
+		{http.MethodGet, "/v1/credentials/x", 404, "NOT_FOUND"},
+		{http.MethodGet, "//v1/credentials", 404, "NOT_FOUND"},
+		{http.MethodGet, "/v1/../v1/credentials", 404, "NOT_FOUND"},
+		{http.MethodGet, "/latest/meta-data/iam/security-credentials-extended/", 404, "NOT_FOUND"},
+		{http.MethodGet, "/latest/meta-data/iam/security-credentials-extended/app", 404, "NOT_FOUND"},
+		{http.MethodGet, "/latest/user-data", 404, "NOT_FOUND"},
+		{http.MethodPost, "/v1/credentials", 405, "METHOD_NOT_ALLOWED"},
+		{http.MethodGet, "/latest/api/token", 405, "METHOD_NOT_ALLOWED"},
+		{http.MethodPut, "/latest/meta-data/iam/info", 405, "METHOD_NOT_ALLOWED"},
+	}
+	allow := map[string]string{"/v1/credentials": "GET", "/latest/api/token": "PUT", "/latest/meta-data/iam/info": "GET"}
+	for _, answer := range []sourceFunc{hangs, yields(t, time.Hour, 27*time.Minute)} {
+		synctest.Test(t, func(t *testing.T) {
+			w := start(t, answer)
+			for _, test := range tests {
+				a := w.do(test.method, test.path, "Authorization", authorization)
+				a.want(t, test.status, test.code)
+				if a.took != 0 {
+					t.Errorf("%s %s took %v", test.method, test.path, a.took)
+				}
+				if got := a.header.Get("Allow"); test.status == 405 && got != allow[test.path] {
+					t.Errorf("%s %s: Allow = %q, want %q", test.method, test.path, got, allow[test.path])
+				}
+			}
+		})
+	}
+}
+
+func TestHost(t *testing.T) {
+	s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataV2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	handler := s.Handler()
+	for host, allowed := range map[string]bool{
+		"127.0.0.1:9779": true, "127.0.0.1": true, "127.1.2.3:80": true, "localhost:9779": true, "LocalHost": true,
+		"[::1]:9779": true, "[::1]": true, "[::ffff:127.0.0.1]:9779": true,
+		"": false, "evil.example:9779": false, "evil.example": false, "localhost.evil.example:9779": false,
+		"127.0.0.1.evil.example": false, "169.254.169.254": false, "10.0.0.1:9779": false, "0.0.0.0:9779": false,
+		"[::]:9779": false, "2130706433": false, "0x7f.1": false, "[::1%25lo]:9779": false, "localhost.": false,
+	} {
+		// What is asked for is neither secret nor slow, and needs the check all the same.
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/latest/api/token", http.NoBody)
+		request.Header.Set("X-aws-ec2-metadata-token-ttl-seconds", "60")
+		request.Host = host
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, request)
+		if want := map[bool]int{true: http.StatusOK, false: http.StatusForbidden}[allowed]; w.Code != want {
+			t.Errorf("Host %q: status %d, want %d", host, w.Code, want)
+		}
+	}
+}
+
+// The Host of paths that do not exist is checked as well: nothing is found out from elsewhere.
+func TestHostIsCheckedFirst(t *testing.T) {
+	s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"/", "/v1/credentials", "/v1/ready", "/latest/api/token"} {
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, http.NoBody)
+		request.Host = "evil.example"
+		w := httptest.NewRecorder()
+		s.Handler().ServeHTTP(w, request)
+		if w.Code != http.StatusForbidden {
+			t.Errorf("%s: status %d, want 403", path, w.Code)
+		}
+	}
+}
+
+// While there is nothing to give, an answer comes before SDKs give up.
+func TestPatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, hangs)
+		a := w.credentials()
+		a.want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING")
+		if a.took != 900*time.Millisecond {
+			t.Errorf("credentials took %v", a.took)
+		}
+		token := w.metadataToken()
+		a = w.do(http.MethodGet, "/latest/meta-data/iam/security-credentials/", "X-aws-ec2-metadata-token", token)
+		a.want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING")
+		if a.took != 400*time.Millisecond {
+			t.Errorf("metadata took %v", a.took)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, func(ctx context.Context) (credential.Lease, error) {
+			time.Sleep(300 * time.Millisecond)
+			return yields(t, time.Hour, 27*time.Minute)(ctx)
+		})
+		a := w.credentials()
+		a.want(t, http.StatusOK, "")
+		if a.took != 300*time.Millisecond {
+			t.Errorf("the answer took %v, want it with the first credential", a.took)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, fails(errAway))
+		a := w.credentials()
+		a.want(t, http.StatusServiceUnavailable, string(credential.ReasonInternal))
+		if a.took != 900*time.Millisecond {
+			t.Errorf("the answer took %v: retries under way were not waited for", a.took)
+		}
+	})
+}
+
+// SDKs retry a 503 and give up on other errors, and show the message of both.
+func TestRefusals(t *testing.T) {
+	tests := map[string]struct {
+		err    error
+		status int
+		code   string
+		text   string
+	}{
+		"denied":          {errDenied, 403, "ROLE_NOT_PERMITTED", "annotate the namespace"},
+		"wrapped":         {fmt.Errorf("asking: %w", errDenied), 403, "ROLE_NOT_PERMITTED", "annotate the namespace"},
+		"invalid":         {credential.Errorf(credential.ErrInvalid, credential.ReasonRoleInvalid, "bad role"), 400, "ROLE_INVALID", "bad role"},
+		"unauthenticated": {credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenExpired, "old"), 403, "TOKEN_EXPIRED", "old"},
+		"not found":       {credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "no pod"), 403, "POD_NOT_FOUND", "no pod"},
+		"unavailable":     {errAway, 503, "INTERNAL", "broker away"},
+		"cause is ours": {&credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: "away", Cause: fmt.Errorf("dialling 10.1.2.3"),
+		}, 503, "INTERNAL", "away"},
+		"internal": {fmt.Errorf("some detail"), 503, "INTERNAL", "credentials cannot be had at the moment; the sidecar's log says why"},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := start(t, fails(test.err))
+				synctest.Wait()
+				a := w.credentials()
+				a.want(t, test.status, test.code)
+				var body struct{ Message string }
+				if err := json.Unmarshal([]byte(a.body), &body); err != nil {
+					t.Fatal(err)
+				}
+				if body.Message != test.text {
+					t.Errorf("message = %q, want %q", body.Message, test.text)
+				}
+				if test.status != 503 && a.took != 0 {
+					t.Errorf("a refusal took %v", a.took)
+				}
+			})
+		})
+	}
+}
+
+func TestReady(t *testing.T) {
+	ready := func(w *world) answer { return w.do(http.MethodGet, "/v1/ready") }
+	t.Run("credential", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			w := start(t, func(ctx context.Context) (credential.Lease, error) {
+				time.Sleep(3 * time.Second)
+				return yields(t, time.Hour, 27*time.Minute)(ctx)
+			})
+			a := ready(w)
+			a.want(t, http.StatusNoContent, "")
+			if a.took != 3*time.Second {
+				t.Errorf("took %v, want 3s", a.took)
+			}
+		})
+	})
+	t.Run("start timeout", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			w := start(t, fails(errDenied), func(c *sidecar.Config) { c.StartTimeout = 12 * time.Second })
+			for ready(w).status != http.StatusNoContent {
+			}
+			// Counted from the sidecar's start, however often the probe asks.
+			if took := time.Since(began); took != 12*time.Second {
+				t.Errorf("took %v, want 12s", took)
+			}
+			if a := ready(w); a.status != http.StatusNoContent || a.took != 0 {
+				t.Errorf("later: status %d after %v", a.status, a.took)
+			}
+		})
+	})
+	t.Run("for ever", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			w := start(t, fails(errAway), func(c *sidecar.Config) { c.StartTimeout = 0 })
+			for range 1000 {
+				a := ready(w)
+				a.want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING")
+				if a.took != 5*time.Second {
+					t.Fatalf("took %v: the probe would ask in a busy loop, or run into the server's time limits", a.took)
+				}
+			}
+		})
+	})
+}
+
+// Clients that send little, slowly or not at all are let go.
+func TestSlowClients(t *testing.T) {
+	tests := map[string]struct {
+		send string
+		open time.Duration
+	}{
+		"nothing":     {"", 2 * time.Second},
+		"half a line": {"GET /v1/cred", 2 * time.Second},
+		"idle after a request": {
+			"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 5 * time.Second,
+		},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := start(t, hangs)
+				conn := w.dial()
+				defer conn.Close()
+				began := time.Now()
+				if _, err := io.WriteString(conn, test.send); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := io.Copy(io.Discard, conn); err != nil {
+					t.Fatal(err)
+				}
+				if took := time.Since(began); took != test.open {
+					t.Errorf("the connection was open for %v, want %v", took, test.open)
+				}
+			})
+		})
+	}
+}
+
+func TestHeaderIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		conn := w.dial()
+		defer conn.Close()
+		go func() {
+			_, _ = fmt.Fprintf(conn, "GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nX-Long: %s\r\n\r\n", strings.Repeat("x", 16<<10))
+		}()
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+			t.Errorf("status = %d, want 431", response.StatusCode)
+		}
+	})
+}
+
+// More connections than the limit wait for their turn; none is refused, and none is served meanwhile.
+func TestConnectionsAreLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		for range sidecar.MaxConnections {
+			defer w.dial().Close()
+		}
+		synctest.Wait()
+		a := w.credentials()
+		a.want(t, http.StatusOK, "")
+		if a.took != 2*time.Second {
+			t.Errorf("a further connection was answered after %v, want 2s, when the silent ones are let go", a.took)
+		}
+	})
+}
+
+func TestLimitedListenerCloses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		listener := sidecar.Limit(&pipeListener{conns: make(chan net.Conn, 1), closed: make(chan struct{})}, 0)
+		done := make(chan error)
+		go func() {
+			_, err := listener.Accept()
+			done <- err
+		}()
+		synctest.Wait()
+		for range 2 {
+			if err := listener.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := <-done; err == nil {
+			t.Error("Accept returned a connection over the limit")
+		}
+	})
+}
+
+// FuzzHandler sends whatever and wants: no panic, and no secret without what protects it.
+func FuzzHandler(f *testing.F) {
+	for _, seed := range []struct{ method, path, host, name, value string }{
+		{"GET", "/v1/credentials", "127.0.0.1:9779", "Authorization", "Bearer x"},
+		{"GET", "/v1/credentials/", "localhost", "Authorization", ""},
+		{"GET", "/v1/ready", "[::1]:1", "", ""},
+		{"PUT", "/latest/api/token", "127.0.0.1", "X-aws-ec2-metadata-token-ttl-seconds", "21600"},
+		{"PUT", "/latest/api/token", "127.0.0.1", "X-aws-ec2-metadata-token-ttl-seconds", "-1"},
+		{"GET", "/latest/meta-data/iam/security-credentials/app", "127.0.0.1", "X-aws-ec2-metadata-token", strings.Repeat("\n", 54)},
+		{"GET", "/latest/meta-data/iam/security-credentials/%2e%2e/app", "127.0.0.1", "X-aws-ec2-metadata-token", strings.Repeat("A", 54)},
+		{"GET", "/latest/dynamic/instance-identity/document", "evil.example", "X-Forwarded-For", "10.0.0.1"},
+		{"HEAD", "*", "", "Host", "\x00"},
+	} {
+		f.Add(seed.method, seed.path, seed.host, seed.name, seed.value)
+	}
+	s, err := sidecar.New(sidecar.Config{
+		Source: yields(f, time.Hour, time.Hour), Authorization: authorization, Metadata: policy.MetadataV2,
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		f.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := s.Run(f.Context(), listener); err != nil {
+			f.Errorf("Run = %v", err)
+		}
+	}()
+	f.Cleanup(func() { <-ended }) // f.Context ends before
+	if err := sidecar.Probe(f.Context(), listener.Addr().String()); err != nil {
+		f.Fatal(err)
+	}
+	handler := s.Handler()
+	f.Fuzz(func(t *testing.T, method, path, host, name, value string) {
+		if value == authorization {
+			t.Skip("that is allowed")
+		}
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
+		request.Method, request.URL.Path, request.Host = method, path, host
+		request.Header[name] = []string{value}
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, request)
+		for _, secret := range []string{secretText, tokenText} {
+			if strings.Contains(w.Body.String(), secret) {
+				t.Errorf("%q %q told a secret", method, path)
+			}
+		}
+		if w.Code < 200 || w.Code > 599 {
+			t.Errorf("status %d", w.Code)
+		}
+	})
+}

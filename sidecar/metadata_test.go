@@ -1,0 +1,210 @@
+package sidecar_test
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"regexp"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar"
+)
+
+const (
+	headerToken = "X-aws-ec2-metadata-token"
+	headerTTL   = "X-aws-ec2-metadata-token-ttl-seconds"
+
+	tokenPath  = "/latest/api/token"
+	rolesPath  = "/latest/meta-data/iam/security-credentials/"
+	regionPath = "/latest/meta-data/placement/region"
+)
+
+// metadataToken begins a session of the length that most SDKs ask for.
+func (w *world) metadataToken() string {
+	w.t.Helper()
+	a := w.do(http.MethodPut, tokenPath, headerTTL, "21600")
+	a.want(w.t, http.StatusOK, "")
+	return a.body
+}
+
+func metadataMode(mode policy.Metadata) func(*sidecar.Config) {
+	return func(c *sidecar.Config) { c.Metadata = mode }
+}
+
+func TestMetadataCredentials(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute)) // at midnight: synctest begins there
+		time.Sleep(10 * time.Minute)
+		token := w.metadataToken()
+		for _, path := range []string{rolesPath, strings.TrimSuffix(rolesPath, "/")} {
+			a := w.do(http.MethodGet, path, headerToken, token)
+			a.want(t, http.StatusOK, "")
+			if a.body != "app" || a.header.Get("Content-Type") != "text/plain" {
+				t.Errorf("%s = %q as %s, want the role's name", path, a.body, a.header.Get("Content-Type"))
+			}
+		}
+		for _, path := range []string{rolesPath + "app", rolesPath + "app/"} {
+			a := w.do(http.MethodGet, path, headerToken, token)
+			a.want(t, http.StatusOK, "")
+			const want = `{"Code":"Success","LastUpdated":"2000-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"ASIA000000",` +
+				`"SecretAccessKey":"secret/key+text=","Token":"session/token+text==","Expiration":"2000-01-01T00:55:00Z"}`
+			if diff := cmp.Diff(want, a.body); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", path, diff)
+			}
+		}
+		w.do(http.MethodGet, rolesPath+"other", headerToken, token).want(t, http.StatusNotFound, "ROLE_UNKNOWN")
+	})
+}
+
+// An expiration that is past makes SDKs invent one that is later than the real one.
+func TestMetadataExpirationIsNeverPast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		synctest.Wait()
+		w.broker.set(fails(errAway))
+		token := w.metadataToken()
+		end := time.Now().Add(time.Hour)
+		for time.Now().Before(end) {
+			a := w.do(http.MethodGet, rolesPath+"app", headerToken, token)
+			a.want(t, http.StatusOK, "")
+			var body struct{ Expiration time.Time }
+			if err := json.Unmarshal([]byte(a.body), &body); err != nil {
+				t.Fatal(err)
+			}
+			early := time.Until(end) > 5*time.Minute
+			if early && !body.Expiration.Equal(end.Add(-5*time.Minute)) || !early && !body.Expiration.Equal(end) {
+				t.Fatalf("%v before the end, Expiration is %v before it", time.Until(end), end.Sub(body.Expiration))
+			}
+			time.Sleep(30 * time.Second)
+		}
+		w.do(http.MethodGet, rolesPath+"app", headerToken, token).want(t, http.StatusServiceUnavailable, "INTERNAL")
+	})
+}
+
+func TestMetadataSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		for _, ttl := range []string{"", "0", "-1", "+5", "21601", "1.5", "1e3", "0x10", "x", "18446744073709551617"} {
+			w.do(http.MethodPut, tokenPath, headerTTL, ttl).want(t, http.StatusBadRequest, "TTL_INVALID")
+		}
+		w.do(http.MethodPut, tokenPath).want(t, http.StatusBadRequest, "TTL_INVALID")
+		w.do(http.MethodPut, tokenPath, headerTTL, "60", "X-Forwarded-For", "").want(t, http.StatusForbidden, "FORWARDED")
+		w.do(http.MethodPut, tokenPath, headerTTL, "60", "X-Forwarded-For", "10.0.0.1").want(t, http.StatusForbidden, "FORWARDED")
+
+		// The Go and Rust SDKs want the TTL back.
+		a := w.do(http.MethodPut, tokenPath+"/", headerTTL, "300")
+		a.want(t, http.StatusOK, "")
+		if got := a.header.Get(headerTTL); got != "300" {
+			t.Errorf("TTL in the answer = %q, want 300", got)
+		}
+		if !regexp.MustCompile(`^[\w-]{40,100}$`).MatchString(a.body) {
+			t.Errorf("token %q cannot be a header's value", a.body)
+		}
+		time.Sleep(299 * time.Second)
+		w.do(http.MethodGet, regionPath, headerToken, a.body).want(t, http.StatusOK, "")
+		time.Sleep(time.Second)
+		w.do(http.MethodGet, regionPath, headerToken, a.body).want(t, http.StatusUnauthorized, "METADATA_TOKEN_INVALID")
+
+		good := w.metadataToken()
+		flip := map[bool]string{true: "B", false: "A"}
+		other := start(t, yields(t, time.Hour, 27*time.Minute))
+		for name, bad := range map[string]string{
+			"none": "", "other": "x", "cut": good[1:], "longer": good + "A",
+			"time changed":      flip[good[0] == 'A'] + good[1:],
+			"signature changed": good[:20] + flip[good[20] == 'A'] + good[21:],
+			"other process":     other.metadataToken(),
+		} {
+			a := w.do(http.MethodGet, regionPath, headerToken, bad)
+			if a.status != http.StatusUnauthorized {
+				t.Errorf("%s: status %d, want 401", name, a.status)
+			}
+		}
+	})
+}
+
+func TestMetadataV1(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute), metadataMode(policy.MetadataV1))
+		w.do(http.MethodGet, rolesPath).want(t, http.StatusOK, "")
+		w.do(http.MethodGet, rolesPath, headerToken, w.metadataToken()).want(t, http.StatusOK, "")
+		w.do(http.MethodGet, rolesPath, headerToken, "wrong").want(t, http.StatusUnauthorized, "METADATA_TOKEN_INVALID")
+	})
+}
+
+// metadataPaths is all of the emulation.
+var metadataPaths = []string{
+	rolesPath, rolesPath + "app", "/latest/meta-data/iam/info", regionPath, "/latest/meta-data/placement/availability-zone",
+	"/latest/dynamic/instance-identity/document", "/latest/meta-data/instance-id",
+}
+
+func TestMetadataNeedsASession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		for _, path := range metadataPaths {
+			w.do(http.MethodGet, path).want(t, http.StatusUnauthorized, "METADATA_TOKEN_INVALID")
+		}
+	})
+}
+
+func TestMetadataOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute), metadataMode(policy.MetadataOff))
+		w.do(http.MethodPut, tokenPath, headerTTL, "60").want(t, http.StatusNotFound, "NOT_FOUND")
+		for _, path := range metadataPaths {
+			w.do(http.MethodGet, path).want(t, http.StatusNotFound, "NOT_FOUND")
+		}
+		w.credentials().want(t, http.StatusOK, "")
+	})
+}
+
+func TestMetadataFacts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		token := w.metadataToken()
+		for path, want := range map[string]string{
+			regionPath: "eu-central-1",
+			"/latest/dynamic/instance-identity/document": `{"accountId":"123456789012","region":"eu-central-1"}`,
+			"/latest/meta-data/iam/info":                 `{"Code":"Success","LastUpdated":"2000-01-01T00:00:00Z"}`,
+		} {
+			a := w.do(http.MethodGet, path, headerToken, token)
+			a.want(t, http.StatusOK, "")
+			if a.body != want {
+				t.Errorf("%s = %s, want %s", path, a.body, want)
+			}
+		}
+		w.do(http.MethodGet, "/latest/meta-data/placement/availability-zone/", headerToken, token).want(t, http.StatusNotFound, "ZONE_UNKNOWN")
+
+		id := w.do(http.MethodGet, "/latest/meta-data/instance-id", headerToken, token)
+		id.want(t, http.StatusOK, "")
+		if !regexp.MustCompile(`^i-[0-9a-f]{17}$`).MatchString(id.body) {
+			t.Errorf("instance id %q is not of EC2's form", id.body)
+		}
+		again := start(t, hangs)
+		if got := again.do(http.MethodGet, "/latest/meta-data/instance-id", headerToken, again.metadataToken()); got.body != id.body {
+			t.Errorf("instance id after a restart = %q, was %q", got.body, id.body)
+		}
+	})
+}
+
+// What the broker does not know is not made up.
+func TestMetadataUnknownRegion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, func(ctx context.Context) (credential.Lease, error) {
+			lease, err := yields(t, time.Hour, 27*time.Minute)(ctx)
+			lease.Region = ""
+			return lease, err
+		})
+		token := w.metadataToken()
+		for _, path := range []string{regionPath, "/latest/dynamic/instance-identity/document"} {
+			w.do(http.MethodGet, path, headerToken, token).want(t, http.StatusNotFound, "REGION_UNKNOWN")
+		}
+		w.do(http.MethodGet, rolesPath+"app", headerToken, token).want(t, http.StatusOK, "")
+	})
+}

@@ -1,0 +1,105 @@
+package sidecar_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar"
+)
+
+// freeAddress returns an address nobody listens on yet.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// The probe is started before the sidecar listens, and outlasts the time until there are credentials.
+func TestProbeWaits(t *testing.T) {
+	address := freeAddress(t)
+	probed := make(chan error, 1)
+	go func() { probed <- sidecar.Probe(t.Context(), address) }()
+
+	var got atomic.Bool
+	release := make(chan struct{})
+	s, err := sidecar.New(sidecar.Config{
+		Source: sourceFunc(func(ctx context.Context) (credential.Lease, error) {
+			<-release
+			got.Store(true)
+			return yields(t, time.Hour, time.Hour)(ctx)
+		}),
+		Authorization: authorization, Metadata: policy.MetadataOff,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Skipf("the port that was free has been taken: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx, listener) }()
+
+	close(release)
+	if err := <-probed; err != nil {
+		t.Errorf("Probe = %v", err)
+	}
+	if !got.Load() {
+		t.Error("Probe returned before there were credentials")
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Run = %v", err)
+	}
+}
+
+func TestProbeAsksAgain(t *testing.T) {
+	var asked atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(map[bool]int{true: http.StatusNoContent, false: http.StatusServiceUnavailable}[asked.Add(1) == 3])
+	}))
+	defer server.Close()
+	if err := sidecar.Probe(t.Context(), server.Listener.Addr().String()); err != nil {
+		t.Errorf("Probe = %v", err)
+	}
+	if n := asked.Load(); n != 3 {
+		t.Errorf("asked %d times, want 3", n)
+	}
+}
+
+func TestProbeFails(t *testing.T) {
+	other := httptest.NewServer(http.NotFoundHandler())
+	defer other.Close()
+	for name, address := range map[string]string{
+		"another program": other.Listener.Addr().String(),
+		"no address":      "127.0.0.1:port",
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := sidecar.Probe(t.Context(), address)
+			if err == nil || !strings.Contains(err.Error(), "not a sidecar") || !strings.Contains(err.Error(), address) {
+				t.Errorf("Probe = %v", err)
+			}
+		})
+	}
+	t.Run("context ends", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := sidecar.Probe(ctx, freeAddress(t)); !errors.Is(err, context.Canceled) {
+			t.Errorf("Probe = %v", err)
+		}
+	})
+}

@@ -1,0 +1,54 @@
+package sidecar
+
+import (
+	"log/slog"
+	"time"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// repeatAfter is how long the same trouble stays unmentioned when nothing but its wording changed: a port
+// number in it differs at each attempt, yet a broker that turns from absent to untrusted is news.
+const repeatAfter = time.Minute
+
+// reporter logs what changed, not what was tried. The zero reporter has reported nothing. It belongs
+// to the renewal loop.
+type reporter struct {
+	accessKey string // the session that was last reported as held
+	failing   bool
+	reason    credential.Reason
+	holding   bool
+	text      string
+	at        time.Time
+}
+
+// held reports a lease that was got. The broker yields the same session again when it has no newer
+// one; that is no news.
+func (r *reporter) held(log *slog.Logger, lease credential.Lease, renewAt time.Time) {
+	if !r.failing && r.accessKey == lease.AccessKeyID {
+		return
+	}
+	*r = reporter{accessKey: lease.AccessKeyID}
+	log.Info("got credentials",
+		"role", lease.Role.String(), "access_key_id", lease.AccessKeyID,
+		"expiration", lease.Expiration.UTC(), "renews_at", renewAt.UTC())
+}
+
+// failed reports why there is no new lease, and whether old still serves.
+func (r *reporter) failed(log *slog.Logger, err error, old credential.Lease, now time.Time) {
+	reason, holding, text := credential.ReasonOf(err), old.Valid(now), err.Error()
+	if r.failing && r.reason == reason && r.holding == holding && (r.text == text || now.Sub(r.at) < repeatAfter) {
+		return
+	}
+	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, holding: holding, text: text, at: now}
+	switch {
+	case holding:
+		log.Warn("cannot renew credentials: serving those held", "reason", string(reason), "error", text,
+			"expiration", old.Expiration.UTC())
+	case old.AccessKeyID != "":
+		log.Error("cannot renew credentials: those held have expired", "reason", string(reason), "error", text,
+			"expiration", old.Expiration.UTC())
+	default:
+		log.Error("cannot get credentials", "reason", string(reason), "error", text)
+	}
+}

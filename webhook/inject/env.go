@@ -1,0 +1,85 @@
+package inject
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// The environment of AWS SDKs.
+const (
+	containerPrefix  = "AWS_CONTAINER_"
+	fullURI          = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+	authorization    = "AWS_CONTAINER_AUTHORIZATION_TOKEN"
+	metadataEndpoint = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+	region           = "AWS_REGION"
+	defaultRegion    = "AWS_DEFAULT_REGION"
+	webIdentity      = "AWS_WEB_IDENTITY_TOKEN_FILE"
+	credentialsPath  = "/v1/credentials"
+	uidFieldPath     = "metadata.uid"
+)
+
+// env returns the variables that container c lacks.
+func (i *Injector) env(c container, settings policy.Settings) []corev1.EnvVar {
+	var vars []corev1.EnvVar
+	// All of the family or none: which of its members wins, when several are set, differs from SDK to
+	// SDK and from version to version. The address is a literal of 127.0.0.1, the only form of the
+	// loopback interface that all SDKs take.
+	if !i.hasContainerFamily(c) {
+		vars = append(vars,
+			corev1.EnvVar{Name: fullURI, Value: i.endpoint + credentialsPath},
+			// The UID is unique and stored nowhere. It keeps a request that an application was talked
+			// into making (SSRF) from working; it is no secret from those who may read the pod.
+			fromUID(authorization))
+	}
+	// Also with metadata "off": the sidecar then answers 404 to everything. Without the variable, an
+	// SDK that finds nothing else would go on to the node's metadata service, and so to the node's
+	// role. A container that needs the real service sets the variable itself.
+	if !has(c, metadataEndpoint) {
+		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: i.endpoint})
+	}
+	if settings.Region != "" && !has(c, region) && !has(c, defaultRegion) {
+		vars = append(vars,
+			corev1.EnvVar{Name: region, Value: settings.Region},
+			corev1.EnvVar{Name: defaultRegion, Value: settings.Region})
+	}
+	return vars
+}
+
+func has(c container, name string) bool {
+	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == name })
+}
+
+func (i *Injector) hasContainerFamily(c container) bool {
+	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return strings.HasPrefix(v.Name, containerPrefix) })
+}
+
+// ours reports whether v is a variable of the AWS_CONTAINER_ family as this package writes it.
+func (i *Injector) ours(v corev1.EnvVar) bool {
+	switch v.Name {
+	case fullURI:
+		return v.Value == i.endpoint+credentialsPath
+	case authorization:
+		return isFromUID(v)
+	default:
+		return false
+	}
+}
+
+func fromUID(name string) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{
+		FieldRef: &corev1.ObjectFieldSelector{FieldPath: uidFieldPath},
+	}}
+}
+
+func isFromUID(v corev1.EnvVar) bool {
+	// The API server's defaults add an apiVersion.
+	return v.ValueFrom != nil && v.ValueFrom.FieldRef != nil && v.ValueFrom.FieldRef.FieldPath == uidFieldPath
+}
+
+// sentence makes one warning.
+func sentence(format string, args ...any) string { return fmt.Sprintf(format, args...) }

@@ -1,0 +1,246 @@
+// Package inject decides what a pod needs to get its own AWS credentials: one sidecar, one volume,
+// and the environment that points AWS SDKs at the sidecar.
+//
+// It is a pure function of a pod's JSON and a configuration: no clock, no randomness, no network.
+// It promises that
+//   - a pod without annotations of ours is left alone, and one with any of them is either injected
+//     or refused with a sentence that says what to change: nothing in between;
+//   - the patch consists of RFC 6902 "add" operations made by hand against the JSON as it came.
+//     Nothing of the user's is removed, changed or reordered, fields newer than this program's
+//     Kubernetes API included: a patch made by comparing typed pods would drop those;
+//   - injecting twice is injecting once, and a container that another webhook added in between gets
+//     its environment from the second time.
+//
+// It does not decide which role a pod may have: see package policy. It does not touch ephemeral
+// containers, which cannot be part of a new pod.
+package inject
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// Defaults of [Config].
+const (
+	DefaultAudience       = "credence-broker"
+	DefaultTrustConfigMap = "credence-trust"
+	DefaultPort           = 9779
+	// DefaultRunAsUser is the "nonroot" user of distroless images. It is not the default of the
+	// field, whose nil means that the platform chooses.
+	DefaultRunAsUser int64 = 65532
+	// defaultMemory is several times what the sidecar uses, because its limit is also its request:
+	// a kernel that counts socket buffers must never kill it.
+	defaultMemory = "16Mi"
+)
+
+// OnShadowed says what becomes of a container whose own environment would outrank the sidecar in
+// SDKs without any fall-through.
+type OnShadowed string
+
+// The choices of [OnShadowed].
+const (
+	// RefuseShadowed refuses the pod. The default.
+	RefuseShadowed OnShadowed = "refuse"
+	// WarnShadowed injects it and warns: for the time of a migration, when the pod still runs on its
+	// old credentials.
+	WarnShadowed OnShadowed = "warn"
+)
+
+// Config configures [New].
+type Config struct {
+	// Keys are the annotation keys in use. Required.
+	Keys policy.Keys
+	// Image is the sidecar's image. Required.
+	Image string
+	// ImagePullPolicy of the sidecar. Empty leaves Kubernetes to choose by the image's tag.
+	ImagePullPolicy corev1.PullPolicy
+	// Broker is the gRPC target that the sidecar dials, such as credence-broker.credence.svc:9443.
+	// Required.
+	Broker string
+	// Audience of the token that the sidecar shows the broker. Default [DefaultAudience].
+	Audience string
+	// TrustConfigMap is the ConfigMap, in the pod's namespace, whose key roots.pem holds the
+	// broker's roots. Default [DefaultTrustConfigMap].
+	TrustConfigMap string
+	// Port is where the sidecar listens on 127.0.0.1, from 1024 to 65535: it has no capability to
+	// bind a lower one. Default [DefaultPort].
+	Port int
+	// RunAsUser is the sidecar's user id, never 0. Nil omits it, for platforms that choose one for
+	// each namespace (OpenShift).
+	RunAsUser *int64
+	// Memory is the sidecar's memory request and limit. Default 16Mi.
+	Memory resource.Quantity
+	// OnShadowed is what to do about web identity in a container. Default [RefuseShadowed].
+	OnShadowed OnShadowed
+}
+
+// Injector injects pods. Make it with [New]; the zero value must not be used. It may be used
+// concurrently.
+type Injector struct {
+	cfg      Config
+	endpoint string // http://127.0.0.1:PORT
+}
+
+// New checks cfg and fills in its defaults.
+func New(cfg Config) (*Injector, error) {
+	cfg.Audience = defaultTo(cfg.Audience, DefaultAudience)
+	cfg.TrustConfigMap = defaultTo(cfg.TrustConfigMap, DefaultTrustConfigMap)
+	cfg.Port = defaultTo(cfg.Port, DefaultPort)
+	cfg.OnShadowed = defaultTo(cfg.OnShadowed, RefuseShadowed)
+	if cfg.Memory.IsZero() {
+		cfg.Memory = resource.MustParse(defaultMemory)
+	}
+	switch {
+	case cfg.Keys.Prefix() == "":
+		return nil, errors.New("injecting without annotation keys would inject nothing")
+	case cfg.Image == "" || strings.ContainsAny(cfg.Image, " \t\n"):
+		return nil, fmt.Errorf("sidecar image %q: set --sidecar-image to one such as registry.example/credence-sidecar:v1", cfg.Image)
+	case cfg.Broker == "" || strings.ContainsAny(cfg.Broker, " \t\n"):
+		return nil, fmt.Errorf("broker address %q: set --broker to a gRPC target such as credence-broker.credence.svc:9443", cfg.Broker)
+	case cfg.Port < 1024 || cfg.Port > 65535:
+		return nil, fmt.Errorf("sidecar port %d: --sidecar-port must be from 1024 to 65535", cfg.Port)
+	case cfg.RunAsUser != nil && *cfg.RunAsUser <= 0:
+		return nil, fmt.Errorf("sidecar user id %d: the sidecar never runs as root, so --sidecar-run-as-user must be above 0", *cfg.RunAsUser)
+	case cfg.Memory.Sign() < 0:
+		return nil, fmt.Errorf("sidecar memory %s must be above 0", cfg.Memory.String())
+	case len(validation.IsDNS1123Subdomain(cfg.TrustConfigMap)) > 0:
+		return nil, fmt.Errorf("trust ConfigMap %q: --trust-config-map must be a name that Kubernetes takes", cfg.TrustConfigMap)
+	}
+	switch cfg.ImagePullPolicy {
+	case "", corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
+	default:
+		return nil, fmt.Errorf("image pull policy %q: --sidecar-image-pull-policy must be Always, IfNotPresent or Never", cfg.ImagePullPolicy)
+	}
+	switch cfg.OnShadowed {
+	case RefuseShadowed, WarnShadowed:
+	default:
+		return nil, fmt.Errorf("on shadowed credentials %q: --on-shadowed must be %s or %s", cfg.OnShadowed, RefuseShadowed, WarnShadowed)
+	}
+	return &Injector{cfg: cfg, endpoint: fmt.Sprintf("http://127.0.0.1:%d", cfg.Port)}, nil
+}
+
+// Keys returns the annotation keys in use.
+func (i *Injector) Keys() policy.Keys { return i.cfg.Keys }
+
+func defaultTo[T comparable](value, fallback T) T {
+	var zero T
+	if value == zero {
+		return fallback
+	}
+	return value
+}
+
+// Result is what [Injector.Inject] made of a pod.
+type Result struct {
+	// Patch injects the pod. Nil: there is nothing to add. Always nil beside an error.
+	Patch []Operation
+	// Warnings are sentences for whoever creates the pod. They quote no values of its environment.
+	Warnings []string
+	// Annotated reports whether the pod asks for anything of ours; if not, it is to be let through.
+	Annotated bool
+	// Pod is what package policy decides by. Set for annotated pods, beside an error too.
+	Pod policy.Pod
+	// Name is the pod's name or, where the API server makes one, what it is made of; for logs. Set
+	// beside an error too.
+	Name string
+}
+
+// Inject returns the patch that injects the pod, given as JSON, into a namespace. namespace is the
+// admission request's, which a pod's own metadata need not repeat. The caller bounds the length of
+// raw.
+//
+// A refusal is an [*credential.Error] of kind credential.ErrInvalid whose message says what to
+// change; its reason is one of those that package policy gives for annotations,
+// credential.ReasonPodUnsupported or credential.ReasonShadowed.
+func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
+	p, err := parsePod(raw)
+	if err != nil {
+		return Result{}, err
+	}
+	result := Result{Name: defaultTo(p.Metadata.Name, p.Metadata.GenerateName)}
+	if !i.cfg.Keys.Annotated(p.Metadata.Annotations) {
+		return result, nil
+	}
+	result.Annotated = true
+	result.Pod = policy.Pod{
+		Namespace:      namespace,
+		Name:           p.Metadata.Name,
+		UID:            p.Metadata.UID,
+		ServiceAccount: defaultServiceAccount,
+		Annotations:    p.Metadata.Annotations,
+	}
+	settings, err := i.cfg.Keys.Parse(p.Metadata.Annotations)
+	if err != nil {
+		return result, err
+	}
+	spec, err := p.parseSpec()
+	if err != nil {
+		return result, err
+	}
+	result.Pod.ServiceAccount = spec.serviceAccount()
+
+	patch, warnings, err := i.patch(p, spec, settings)
+	if err != nil {
+		return result, err
+	}
+	result.Patch, result.Warnings = patch, warnings
+	return result, nil
+}
+
+// patch makes the operations in an order in which the indices of the pod as it came stay right: what
+// edits existing containers first, and the container that shifts all others last.
+func (i *Injector) patch(p *pod, spec *podSpec, settings policy.Settings) (ops []Operation, warnings []string, err error) {
+	if err := i.checkSupported(p, spec); err != nil {
+		return nil, nil, err
+	}
+	present, err := i.checkPresent(spec, settings)
+	if err != nil {
+		return nil, nil, err
+	}
+	if warnings, err = i.checkSettings(spec, settings); err != nil {
+		return nil, nil, err
+	}
+	for _, list := range []struct {
+		path       string
+		containers []container
+	}{{"/spec/containers", spec.Containers}, {"/spec/initContainers", spec.InitContainers}} {
+		for at, c := range list.containers {
+			if c.Name == sidecarName || !selected(c.Name, settings) {
+				continue
+			}
+			shadows, err := i.shadowed(c)
+			if err != nil {
+				return nil, nil, err
+			}
+			warnings = append(warnings, shadows...)
+			path := fmt.Sprintf("%s/%d/env", list.path, at)
+			ops = appendAll(ops, path, c.Env, i.env(c, settings))
+		}
+	}
+	ops = i.mark(ops, p, spec)
+	if !present {
+		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{i.volume(spec)})
+		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, i.sidecar(spec, settings))
+	}
+	return ops, warnings, nil
+}
+
+// mark adds the label and the annotation by which the broker finds the pod. Both keys are the
+// webhook's own: a wrong value, which only a copied manifest can have, is overwritten.
+func (i *Injector) mark(ops []Operation, p *pod, spec *podSpec) []Operation {
+	ops = setKey(ops, "/metadata/labels", p.Metadata.Labels, i.cfg.Keys.Name(policy.Injected), "true")
+	return setKey(ops, "/metadata/annotations", p.Metadata.Annotations, i.cfg.Keys.Name(policy.ServiceAccount), spec.serviceAccount())
+}
+
+// unsupported refuses a pod for its shape.
+func unsupported(format string, args ...any) error {
+	return credential.Errorf(credential.ErrInvalid, credential.ReasonPodUnsupported, format, args...)
+}

@@ -1,0 +1,379 @@
+package inject_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	jsonpatch "github.com/evanphx/json-patch/v5"
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"sigs.k8s.io/yaml"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+var update = flag.Bool("update", false, "write the results of golden tests as what is wanted")
+
+const namespace = "team-a"
+
+// config returns the configuration of all tests that do not change it.
+func config(t testing.TB) inject.Config {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return inject.Config{
+		Keys:      keys,
+		Image:     "registry.example/credence-sidecar:v1",
+		Broker:    "credence-broker.credence.svc:9443",
+		RunAsUser: new(inject.DefaultRunAsUser),
+	}
+}
+
+func newInjector(t testing.TB, change ...func(*inject.Config)) *inject.Injector {
+	t.Helper()
+	cfg := config(t)
+	for _, f := range change {
+		f(&cfg)
+	}
+	i, err := inject.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+// apply returns raw with the operations applied, as the API server would.
+func apply(t testing.TB, raw []byte, ops []inject.Operation) []byte {
+	t.Helper()
+	if ops == nil {
+		return raw
+	}
+	encoded, err := json.Marshal(ops)
+	if err != nil {
+		t.Fatal(err)
+	}
+	patch, err := jsonpatch.DecodePatch(encoded)
+	if err != nil {
+		t.Fatalf("%v in %s", err, encoded)
+	}
+	out, err := patch.Apply(raw)
+	if err != nil {
+		t.Fatalf("%v by %s to %s", err, encoded, raw)
+	}
+	return out
+}
+
+// decode keeps numbers as they are written.
+func decode(t testing.TB, raw []byte) any {
+	t.Helper()
+	var v any
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.UseNumber()
+	if err := d.Decode(&v); err != nil {
+		t.Fatalf("%v in %s", err, raw)
+	}
+	return v
+}
+
+func golden(t testing.TB) []string {
+	t.Helper()
+	files, err := filepath.Glob("testdata/*.in.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) == 0 {
+		t.Fatal("testdata has no *.in.yaml: nothing would be tested")
+	}
+	return files
+}
+
+func readYAML(t testing.TB, file string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := yaml.YAMLToJSON(text)
+	if err != nil {
+		t.Fatalf("%s: %v", file, err)
+	}
+	return raw
+}
+
+// TestGolden compares pods after injection, warnings above them as comments, with files. Each pod is
+// injected a second time, which must change nothing.
+func TestGolden(t *testing.T) {
+	i := newInjector(t)
+	for _, in := range golden(t) {
+		t.Run(strings.TrimSuffix(filepath.Base(in), ".in.yaml"), func(t *testing.T) {
+			raw := readYAML(t, in)
+			result, err := i.Inject(raw, namespace)
+			if err != nil {
+				t.Fatal(err)
+			}
+			patched := apply(t, raw, result.Patch)
+			var got bytes.Buffer
+			for _, warning := range result.Warnings {
+				got.WriteString("# warning: " + warning + "\n")
+			}
+			text, err := yaml.JSONToYAML(patched)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got.Write(text)
+
+			out := strings.TrimSuffix(in, ".in.yaml") + ".out.yaml"
+			if *update {
+				if err := os.WriteFile(out, got.Bytes(), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(out)
+			if err != nil {
+				t.Fatalf("%v: run with -update, and read what it writes", err)
+			}
+			if diff := cmp.Diff(string(want), got.String()); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", out, diff)
+			}
+
+			again, err := i.Inject(patched, namespace)
+			if err != nil {
+				t.Fatalf("injecting again: %v", err)
+			}
+			if again.Patch != nil {
+				t.Errorf("injecting again adds %v", again.Patch)
+			}
+		})
+	}
+}
+
+func TestUnknownFieldsKeepTheirText(t *testing.T) {
+	// YAML would round these numbers; the API server's JSON must come back as it was.
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"},"new":12345678901234567890},` +
+		`"spec":{"new":{"x":9007199254740993},"initContainers":[{"name":"i","new":[1.10]}],"containers":[{"name":"c","new":1e400,"env":[{"name":"A","new":null}]}]}}`)
+	result, err := newInjector(t).Inject(raw, namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := decode(t, apply(t, raw, result.Patch))
+	if err := embedded("", decode(t, raw), out); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNew(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change func(*inject.Config)
+		want   string
+	}{
+		{"keys", func(c *inject.Config) { c.Keys = policy.Keys{} }, "injecting without annotation keys would inject nothing"},
+		{"image", func(c *inject.Config) { c.Image = "" }, `sidecar image "": set --sidecar-image to one such as registry.example/credence-sidecar:v1`},
+		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "": set --broker to a gRPC target such as credence-broker.credence.svc:9443`},
+		{"low port", func(c *inject.Config) { c.Port = 80 }, "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
+		{"high port", func(c *inject.Config) { c.Port = 65536 }, "sidecar port 65536: --sidecar-port must be from 1024 to 65535"},
+		{"root", func(c *inject.Config) { c.RunAsUser = new(int64(0)) }, "sidecar user id 0: the sidecar never runs as root, so --sidecar-run-as-user must be above 0"},
+		{"memory", func(c *inject.Config) { c.Memory = resource.MustParse("-1") }, "sidecar memory -1 must be above 0"},
+		{"trust", func(c *inject.Config) { c.TrustConfigMap = "A b" }, `trust ConfigMap "A b": --trust-config-map must be a name that Kubernetes takes`},
+		{"pull policy", func(c *inject.Config) { c.ImagePullPolicy = "Sometimes" }, `image pull policy "Sometimes": --sidecar-image-pull-policy must be Always, IfNotPresent or Never`},
+		{"shadowed", func(c *inject.Config) { c.OnShadowed = "ignore" }, `on shadowed credentials "ignore": --on-shadowed must be refuse or warn`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cfg := config(t)
+			tc.change(&cfg)
+			i, err := inject.New(cfg)
+			if err == nil || err.Error() != tc.want {
+				t.Errorf("error is %v, want %s", err, tc.want)
+			}
+			if i != nil {
+				t.Error("an error came with an Injector")
+			}
+		})
+	}
+}
+
+// TestRefusals has the whole sentence of each refusal, because they are what users see.
+func TestRefusals(t *testing.T) {
+	const (
+		role   = `"metadata":{"annotations":{"iam.amazonaws.com/role":"reader"}}`
+		copied = `: the webhook adds it to each new pod, so remove it from the manifest, with volume "credence-identity" and variables AWS_CONTAINER_*`
+	)
+	present := func(edit ...string) string {
+		raw := []byte(`{` + role + `,"spec":{"containers":[{"name":"app"}]}}`)
+		result, err := newInjector(t).Inject(raw, namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(apply(t, raw, result.Patch))
+		changed := strings.NewReplacer(edit...).Replace(text)
+		if changed == text {
+			t.Fatalf("%q changes nothing in %s", edit, text)
+		}
+		return changed
+	}
+	differs := func(what string) string {
+		return `init container "credence-sidecar" is not the one that this version of the webhook adds (` + what + `)` + copied
+	}
+	for _, tc := range []struct {
+		name   string
+		raw    string
+		reason credential.Reason
+		want   string
+	}{
+		{"no JSON", `{`, credential.ReasonPodUnsupported, "the pod cannot be read: unexpected end of JSON input"},
+		{"no spec", `{` + role + `}`, credential.ReasonPodUnsupported, "the pod's spec cannot be read: unexpected end of JSON input"},
+		{"no containers", `{` + role + `,"spec":{}}`, credential.ReasonPodUnsupported, "the pod has no containers"},
+		{"null container", `{` + role + `,"spec":{"containers":[null]}}`, credential.ReasonPodUnsupported, "the pod has a container without a name"},
+		{"misspelt", `{"metadata":{"annotations":{"iam.amazonaws.com/roel":"reader"}},"spec":{"containers":[{"name":"app"}]}}`,
+			credential.ReasonAnnotationUnknown, `annotation "iam.amazonaws.com/roel" is unknown: did you mean "iam.amazonaws.com/role"?`},
+		{"hostNetwork", `{` + role + `,"spec":{"hostNetwork":true,"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
+			`the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation "iam.amazonaws.com/role"`},
+		{"windows", `{` + role + `,"spec":{"os":{"name":"windows"},"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
+			`the pod is for Windows, and the sidecar runs on Linux only: remove annotation "iam.amazonaws.com/role"`},
+		{"windows by selector", `{` + role + `,"spec":{"nodeSelector":{"kubernetes.io/os":"windows"},"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
+			`the pod is for Windows, and the sidecar runs on Linux only: remove annotation "iam.amazonaws.com/role"`},
+		{"static", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","kubernetes.io/config.mirror":"x"}},"spec":{"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
+			`the pod is static: its kubelet runs it from a file, which admission cannot change; remove annotation "iam.amazonaws.com/role" there, or make it a DaemonSet`},
+		{"port", `{` + role + `,"spec":{"containers":[{"name":"app","ports":[{"containerPort":80},{"containerPort":9779}]}]}}`, credential.ReasonPodUnsupported,
+			`container "app" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port`},
+		{"port of init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","ports":[{"containerPort":9779}]}],"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
+			`container "i" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port`},
+		{"containers", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/containers":"app,ap"}},"spec":{"initContainers":[{"name":"i"}],"containers":[{"name":"app"}]}}`,
+			credential.ReasonPodUnsupported, `annotation "iam.amazonaws.com/containers" names ["ap"], and the pod has only ["app" "i"]`},
+		{"web identity", `{` + role + `,"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`, credential.ReasonShadowed,
+			`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
+		{"web identity in init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","valueFrom":{"configMapKeyRef":{"name":"c","key":"k"}}}]}],"containers":[{"name":"app"}]}}`, credential.ReasonShadowed,
+			`container "i" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
+		{"our name", `{` + role + `,"spec":{"containers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
+			`container name "credence-sidecar" is taken by the sidecar that the webhook adds: choose another one`},
+		{"our volume's name", `{` + role + `,"spec":{"containers":[{"name":"app"}],"volumes":[{"name":"credence-identity","emptyDir":{}}]}}`, credential.ReasonPodUnsupported,
+			`volume name "credence-identity" is taken by the volume that the webhook adds: remove it from the manifest, or choose another name`},
+		{"sidecar without volume", `{` + role + `,"spec":{"containers":[{"name":"app"}],"initContainers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
+			`init container "credence-sidecar" has no volume "credence-identity"` + copied},
+
+		{"older version", present(`credence-sidecar:v1"`, `credence-sidecar:v0"`), credential.ReasonPodUnsupported,
+			differs(`its image is "registry.example/credence-sidecar:v0", not "registry.example/credence-sidecar:v1"`)},
+		{"other image", present(`credence-sidecar:v1"`, `evil:v1"`), credential.ReasonPodUnsupported,
+			differs(`its image is "registry.example/evil:v1", not "registry.example/credence-sidecar:v1"`)},
+		{"image without tag", present(`credence-sidecar:v1"`, `credence-sidecar"`), credential.ReasonPodUnsupported,
+			differs(`its image is "registry.example/credence-sidecar", not "registry.example/credence-sidecar:v1"`)},
+		{"command", present(`"command":["/credence-sidecar"]`, `"command":["/bin/sh"]`), credential.ReasonPodUnsupported, differs(`its command differs`)},
+		{"args", present(`"command":["/credence-sidecar"]`, `"command":["/credence-sidecar"],"args":["--x"]`), credential.ReasonPodUnsupported, differs(`its command differs`)},
+		{"restart policy", present(`"restartPolicy":"Always",`, ``), credential.ReasonPodUnsupported, differs(`its restartPolicy is not Always`)},
+		{"probe", present(`"probe"]`, `"prob"]`), credential.ReasonPodUnsupported, differs(`its startupProbe differs`)},
+		{"no probe", present(`"startupProbe"`, `"startupProb"`), credential.ReasonPodUnsupported, differs(`its startupProbe differs`)},
+		{"mount", present(`"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"`, `"mountPath":"/other"`), credential.ReasonPodUnsupported,
+			differs(`it does not mount volume "credence-identity" at /var/run/secrets/kubernetes.io/serviceaccount`)},
+		{"broker", present(`"credence-broker.credence.svc:9443"`, `"evil:9443"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_BROKER differs`)},
+		{"authorization", present(`{"name":"CREDENCE_AUTHORIZATION","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}`, `{"name":"CREDENCE_AUTHORIZATION","value":"known"}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_AUTHORIZATION differs`)},
+		{"set twice", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_METADATA","value":"v2"}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_METADATA differs`)},
+		{"missing", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"OTHER"}`), credential.ReasonPodUnsupported, differs(`it lacks variable CREDENCE_METADATA`)},
+		{"changed setting", present(`"iam.amazonaws.com/role":"reader"`, `"iam.amazonaws.com/role":"reader","iam.amazonaws.com/imds":"v1"`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_METADATA differs`)},
+		{"audience", present(`"audience":"credence-broker"`, `"audience":"other"`), credential.ReasonPodUnsupported, differs(`the token in volume "credence-identity" differs`)},
+		{"roots", present(`"name":"credence-trust"`, `"name":"other"`), credential.ReasonPodUnsupported, differs(`the roots in volume "credence-identity" differ`)},
+		{"optional roots", present(`"name":"credence-trust"`, `"optional":true,"name":"credence-trust"`), credential.ReasonPodUnsupported, differs(`the roots in volume "credence-identity" differ`)},
+		{"other volume", present(`"projected"`, `"projecte"`), credential.ReasonPodUnsupported, differs(`volume "credence-identity" is not its volume`)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			result, err := newInjector(t).Inject([]byte(tc.raw), namespace)
+			if err == nil {
+				t.Fatalf("injected %s", tc.raw)
+			}
+			if err.Error() != tc.want {
+				t.Errorf("refusal is\n%s\nwant\n%s", err, tc.want)
+			}
+			if !errors.Is(err, credential.ErrInvalid) || credential.ReasonOf(err) != tc.reason {
+				t.Errorf("reason is %s, want %s of kind invalid", credential.ReasonOf(err), tc.reason)
+			}
+			if result.Patch != nil {
+				t.Errorf("a refusal came with the patch %v", result.Patch)
+			}
+		})
+	}
+}
+
+func TestWarnShadowed(t *testing.T) {
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`)
+	result, err := newInjector(t, func(c *inject.Config) { c.OnShadowed = inject.WarnShadowed }).Inject(raw, namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE: SDKs use that identity, not the annotated role`}
+	if diff := cmp.Diff(want, result.Warnings); diff != "" {
+		t.Errorf("warnings (-want +got):\n%s", diff)
+	}
+	if result.Patch == nil {
+		t.Error("not injected")
+	}
+}
+
+func TestNoRunAsUser(t *testing.T) {
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
+	result, err := newInjector(t, func(c *inject.Config) { c.RunAsUser = nil }).Inject(raw, namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := string(apply(t, raw, result.Patch))
+	if strings.Contains(out, "runAsUser") || !strings.Contains(out, `"runAsNonRoot":true`) {
+		t.Errorf("want runAsNonRoot and no runAsUser in %s", out)
+	}
+}
+
+func TestResult(t *testing.T) {
+	raw := []byte(`{"metadata":{"generateName":"app-","annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"serviceAccount":"old-name","hostNetwork":true,"containers":[{"name":"app"}]}}`)
+	got, err := newInjector(t).Inject(raw, namespace)
+	if err == nil {
+		t.Fatal("a pod with hostNetwork was injected")
+	}
+	want := inject.Result{
+		Annotated: true,
+		Name:      "app-",
+		Pod: policy.Pod{
+			Namespace: namespace, ServiceAccount: "old-name",
+			Annotations: map[string]string{"iam.amazonaws.com/role": "r"},
+		},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("result (-want +got):\n%s", diff)
+	}
+}
+
+// TestTokenLife checks the life of the token against what it is for: a fifth of it, which is the
+// least that is left when a pod begins to terminate, and 25 minutes cover the grace period.
+func TestTokenLife(t *testing.T) {
+	for _, tc := range []struct {
+		grace string
+		want  string
+	}{
+		{"", "7200"},
+		{`"terminationGracePeriodSeconds":-9223372036854775808,`, "7200"},
+		{`"terminationGracePeriodSeconds":0,`, "7200"},
+		{`"terminationGracePeriodSeconds":2940,`, "7200"},
+		{`"terminationGracePeriodSeconds":2941,`, "7205"},
+		{`"terminationGracePeriodSeconds":18779,`, "86395"},
+		{`"terminationGracePeriodSeconds":18781,`, "86400"},
+		{`"terminationGracePeriodSeconds":9223372036854775807,`, "86400"},
+	} {
+		raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{` + tc.grace + `"containers":[{"name":"app"}]}}`)
+		result, err := newInjector(t).Inject(raw, namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out := string(apply(t, raw, result.Patch)); !strings.Contains(out, `"expirationSeconds":`+tc.want+`,`) {
+			t.Errorf("%q: want expirationSeconds %s in %s", tc.grace, tc.want, out)
+		}
+	}
+}

@@ -1,0 +1,191 @@
+package inject
+
+import (
+	stdjson "encoding/json"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/json"
+
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// The types of this file are a view of the pod's JSON: the fields that decisions read, and no
+// others. They are never encoded, so what they leave out is never lost. A nil slice or map stands for
+// one that is absent or null, which the patch has to tell from an empty one.
+
+type pod struct {
+	Metadata struct {
+		Name         string            `json:"name"`
+		GenerateName string            `json:"generateName"`
+		UID          string            `json:"uid"`
+		Labels       map[string]string `json:"labels"`
+		Annotations  map[string]string `json:"annotations"`
+	} `json:"metadata"`
+	// Spec is decoded for annotated pods only: nothing in the spec of another pod is a reason to
+	// refuse it.
+	Spec stdjson.RawMessage `json:"spec"`
+}
+
+type podSpec struct {
+	Containers                    []container                  `json:"containers"`
+	InitContainers                []container                  `json:"initContainers"`
+	Volumes                       []volume                     `json:"volumes"`
+	ServiceAccountName            string                       `json:"serviceAccountName"`
+	DeprecatedServiceAccount      string                       `json:"serviceAccount"`
+	HostNetwork                   bool                         `json:"hostNetwork"`
+	OS                            *corev1.PodOS                `json:"os"`
+	NodeSelector                  map[string]string            `json:"nodeSelector"`
+	TerminationGracePeriodSeconds *int64                       `json:"terminationGracePeriodSeconds"`
+	Resources                     *corev1.ResourceRequirements `json:"resources"`
+}
+
+type container struct {
+	Name          string                         `json:"name"`
+	Image         string                         `json:"image"`
+	Command       []string                       `json:"command"`
+	Args          []string                       `json:"args"`
+	Env           []corev1.EnvVar                `json:"env"`
+	EnvFrom       []corev1.EnvFromSource         `json:"envFrom"`
+	Ports         []corev1.ContainerPort         `json:"ports"`
+	Resources     corev1.ResourceRequirements    `json:"resources"`
+	VolumeMounts  []corev1.VolumeMount           `json:"volumeMounts"`
+	RestartPolicy *corev1.ContainerRestartPolicy `json:"restartPolicy"`
+	StartupProbe  *corev1.Probe                  `json:"startupProbe"`
+}
+
+type volume struct {
+	Name      string                        `json:"name"`
+	Projected *corev1.ProjectedVolumeSource `json:"projected"`
+}
+
+// defaultServiceAccount is whom a pod runs as that names nobody.
+const defaultServiceAccount = "default"
+
+// parsePod decodes the part of a pod that tells whether it concerns us. Keys are matched by case,
+// unlike those of encoding/json, because a patch addresses them by case.
+func parsePod(raw []byte) (*pod, error) {
+	var p pod
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return nil, unsupported("the pod cannot be read: %v", err)
+	}
+	return &p, nil
+}
+
+func (p *pod) parseSpec() (*podSpec, error) {
+	var spec podSpec
+	if err := json.Unmarshal(p.Spec, &spec); err != nil {
+		return nil, unsupported("the pod's spec cannot be read: %v", err)
+	}
+	if len(spec.Containers) == 0 {
+		return nil, unsupported("the pod has no containers")
+	}
+	for c := range spec.all() {
+		if c.Name == "" {
+			return nil, unsupported("the pod has a container without a name")
+		}
+	}
+	return &spec, nil
+}
+
+// all yields every container and init container.
+func (s *podSpec) all() func(yield func(container) bool) {
+	return func(yield func(container) bool) {
+		for _, list := range [][]container{s.Containers, s.InitContainers} {
+			for _, c := range list {
+				if !yield(c) {
+					return
+				}
+			}
+		}
+	}
+}
+
+func (s *podSpec) serviceAccount() string {
+	// serviceAccount is the older name of the field, which the API server copies to the newer one.
+	return defaultTo(defaultTo(s.ServiceAccountName, s.DeprecatedServiceAccount), defaultServiceAccount)
+}
+
+// windows reports whether the pod says that it is for Windows nodes.
+func (s *podSpec) windows() bool {
+	return s.OS != nil && s.OS.Name == corev1.Windows ||
+		s.NodeSelector[corev1.LabelOSStable] == string(corev1.Windows)
+}
+
+// guaranteed reports whether the quality-of-service class of the pod as it came is Guaranteed: every
+// container has limits of CPU and memory, and requests of the same size or none, which then default
+// to the limits. Pods with resources of their own get their class from those, whatever we add.
+func (s *podSpec) guaranteed() bool {
+	for c := range s.all() {
+		for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+			limit, ok := c.Resources.Limits[name]
+			if !ok || limit.IsZero() {
+				return false
+			}
+			if request, ok := c.Resources.Requests[name]; ok && !request.Equal(limit) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// mirrorAnnotation marks the API server's image of a static pod, which a kubelet runs from a file.
+const mirrorAnnotation = corev1.MirrorPodAnnotationKey
+
+// checkSupported refuses pods in which a sidecar could not do its work, or would do it for others.
+func (i *Injector) checkSupported(p *pod, spec *podSpec) error {
+	role := i.cfg.Keys.Name(policy.Role)
+	switch {
+	case spec.HostNetwork:
+		return unsupported("the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation %q", role)
+	case spec.windows():
+		return unsupported("the pod is for Windows, and the sidecar runs on Linux only: remove annotation %q", role)
+	case p.Metadata.Annotations[mirrorAnnotation] != "":
+		return unsupported("the pod is static: its kubelet runs it from a file, which admission cannot change; remove annotation %q there, or make it a DaemonSet", role)
+	}
+	for c := range spec.all() {
+		for _, port := range c.Ports {
+			if c.Name != sidecarName && int(port.ContainerPort) == i.cfg.Port {
+				return unsupported("container %q has port %d, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port", c.Name, i.cfg.Port)
+			}
+		}
+	}
+	return nil
+}
+
+// checkSettings refuses lists of containers that name some which are not there, and warns of
+// settings that are legal and unwise.
+func (i *Injector) checkSettings(spec *podSpec, settings policy.Settings) (warnings []string, err error) {
+	var names []string
+	for c := range spec.all() {
+		if c.Name != sidecarName {
+			names = append(names, c.Name)
+		}
+	}
+	missing := func(list []string) []string {
+		return slices.DeleteFunc(slices.Clone(list), func(name string) bool { return slices.Contains(names, name) })
+	}
+	if unknown := missing(settings.Containers); len(unknown) > 0 {
+		return nil, unsupported("annotation %q names %q, and the pod has only %q",
+			i.cfg.Keys.Name(policy.Containers), unknown, names)
+	}
+	// A container to skip may come from a webhook that is called after this one, so that refusing
+	// would be wrong; and missing one makes no container go without.
+	if unknown := missing(settings.SkipContainers); len(unknown) > 0 {
+		warnings = append(warnings, sentence("annotation %q names %q, which the pod does not have so far", i.cfg.Keys.Name(policy.SkipContainers), unknown))
+	}
+	if settings.Duration < policy.DefaultDuration {
+		warnings = append(warnings, sentence("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", i.cfg.Keys.Name(policy.Duration), settings.Duration))
+	}
+	return warnings, nil
+}
+
+// selected reports whether the user wants the container to have credentials. That is no boundary:
+// the containers of a pod share the loopback interface that the sidecar listens on.
+func selected(name string, settings policy.Settings) bool {
+	if len(settings.Containers) > 0 {
+		return slices.Contains(settings.Containers, name)
+	}
+	return !slices.Contains(settings.SkipContainers, name)
+}

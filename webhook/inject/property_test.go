@@ -1,0 +1,301 @@
+package inject_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utiljson "k8s.io/apimachinery/pkg/util/json"
+	psaapi "k8s.io/pod-security-admission/api"
+	psapolicy "k8s.io/pod-security-admission/policy"
+)
+
+// allowed are the places where injection may add something.
+var allowed = regexp.MustCompile(`^(` +
+	`/metadata/labels|/metadata/labels/iam\.amazonaws\.com~injected|/metadata/annotations/iam\.amazonaws\.com~service-account|` +
+	`/spec/volumes|/spec/volumes/credence-identity|` +
+	`/spec/initContainers|/spec/initContainers/credence-sidecar|` +
+	`/spec/(initC|c)ontainers/[^/]+/env|/spec/(initC|c)ontainers/[^/]+/env/AWS_[A-Z0-9_]+)$`)
+
+// embedded reports where out has lost, changed or reordered something of in, or has gained something
+// that injection has no business to add.
+func embedded(path string, in, out any) error {
+	switch in := in.(type) {
+	case map[string]any:
+		out, ok := out.(map[string]any)
+		if !ok {
+			return fmt.Errorf("%s is an object no longer", path)
+		}
+		for key, value := range in {
+			if _, ok := out[key]; !ok {
+				return fmt.Errorf("%s/%s was removed", path, key)
+			}
+			if err := embedded(path+"/"+segment(key), value, out[key]); err != nil {
+				return err
+			}
+		}
+		for key := range out {
+			if _, ok := in[key]; !ok && !allowed.MatchString(path+"/"+segment(key)) {
+				return fmt.Errorf("%s/%s was added", path, key)
+			}
+		}
+		return nil
+	case []any:
+		out, ok := out.([]any)
+		if !ok {
+			return fmt.Errorf("%s is an array no longer", path)
+		}
+		next := 0
+		for _, element := range out {
+			name := fmt.Sprintf("%s/%s", path, nameOf(element))
+			if next < len(in) && nameOf(in[next]) == nameOf(element) {
+				if err := embedded(name, in[next], element); err != nil {
+					return err
+				}
+				next++
+			} else if !allowed.MatchString(name) {
+				return fmt.Errorf("%s was added or moved", name)
+			}
+		}
+		if next < len(in) {
+			return fmt.Errorf("%s/%s was removed or moved", path, nameOf(in[next]))
+		}
+		return nil
+	case nil:
+		if out != nil && !allowed.MatchString(path) {
+			return fmt.Errorf("%s is null no longer", path)
+		}
+		return nil
+	default:
+		if !reflect.DeepEqual(in, out) {
+			return fmt.Errorf("%s was %v and is %v", path, in, out)
+		}
+		return nil
+	}
+}
+
+func segment(key string) string { return strings.ReplaceAll(key, "/", "~") }
+
+func nameOf(element any) string {
+	if object, ok := element.(map[string]any); ok {
+		return fmt.Sprint(object["name"])
+	}
+	return fmt.Sprint(element)
+}
+
+// generator makes pods that a user, a controller or another webhook might send, with fields that this
+// program does not know at every level.
+type generator struct{ *rand.Rand }
+
+func (g generator) some(percent int) bool { return g.IntN(100) < percent }
+
+// list returns an array of up to most elements, or nothing to set, or null.
+func (g generator) list(into map[string]any, key string, most int, element func(n int) any) {
+	switch g.IntN(4) {
+	case 0:
+		return
+	case 1:
+		into[key] = nil
+	case 2:
+		into[key] = []any{}
+	default:
+		var list []any
+		for n := range 1 + g.IntN(most) {
+			list = append(list, element(n))
+		}
+		into[key] = list
+	}
+}
+
+func (g generator) unknown(into map[string]any) {
+	if g.some(40) {
+		into["fieldOfTomorrow"] = []any{json.Number("9007199254740993"), nil, map[string]any{"a/b~c": g.IntN(9)}}
+	}
+	if g.some(10) {
+		into["Name"] = "differs by case"
+	}
+}
+
+func (g generator) container(name string) map[string]any {
+	c := map[string]any{"name": name, "image": "registry.example/" + name}
+	g.unknown(c)
+	names := []string{"A", "AWS_REGION", "AWS_PROFILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "AWS_ACCESS_KEY_ID"}
+	g.list(c, "env", 3, func(n int) any {
+		v := map[string]any{"name": names[g.IntN(len(names))] + []string{"", "_"}[g.IntN(2)] + []string{"", "X", "Y", "Z"}[n], "value": "v"}
+		g.unknown(v)
+		return v
+	})
+	if g.some(30) {
+		c["resources"] = map[string]any{"limits": map[string]any{"cpu": "1", "memory": "1Gi"}}
+	}
+	if g.some(20) {
+		c["ports"] = []any{map[string]any{"containerPort": 8080}}
+	}
+	return c
+}
+
+func (g generator) pod() map[string]any {
+	annotations := map[string]any{"iam.amazonaws.com/role": "reader", "other/key": "x"}
+	if g.some(30) {
+		annotations["iam.amazonaws.com/region"] = "eu-central-1"
+	}
+	if g.some(20) {
+		annotations["iam.amazonaws.com/skip-containers"] = "c0"
+	}
+	metadata := map[string]any{"annotations": annotations}
+	switch g.IntN(4) {
+	case 0:
+		metadata["labels"] = nil
+	case 1:
+		metadata["labels"] = map[string]any{}
+	case 2:
+		metadata["labels"] = map[string]any{"a.example/b": "c"}
+	}
+	g.unknown(metadata)
+	spec := map[string]any{}
+	g.unknown(spec)
+	g.list(spec, "initContainers", 3, func(n int) any { return g.container(fmt.Sprintf("i%d", n)) })
+	g.list(spec, "volumes", 3, func(n int) any {
+		v := map[string]any{"name": fmt.Sprintf("v%d", n), "emptyDir": map[string]any{}}
+		g.unknown(v)
+		return v
+	})
+	var containers []any
+	for n := range 1 + g.IntN(3) {
+		containers = append(containers, g.container(fmt.Sprintf("c%d", n)))
+	}
+	spec["containers"] = containers
+	if g.some(20) {
+		spec["resources"] = map[string]any{"limits": map[string]any{"cpu": "1"}}
+	}
+	pod := map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+	g.unknown(pod)
+	return pod
+}
+
+// addContainers is another webhook: it puts a container of its own first among the init containers
+// and one last among the containers.
+func addContainers(pod map[string]any) map[string]any {
+	spec := pod["spec"].(map[string]any)
+	initial, _ := spec["initContainers"].([]any)
+	spec["initContainers"] = append([]any{map[string]any{"name": "mesh-init"}}, initial...)
+	spec["containers"] = append(spec["containers"].([]any), map[string]any{"name": "mesh"})
+	return pod
+}
+
+func TestProperties(t *testing.T) {
+	i := newInjector(t)
+	inject := func(t *testing.T, pod any) any {
+		t.Helper()
+		raw, err := json.Marshal(pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		result, err := i.Inject(raw, namespace)
+		if err != nil {
+			t.Fatalf("%v: %s", err, raw)
+		}
+		return decode(t, apply(t, raw, result.Patch))
+	}
+	for seed := range uint64(500) {
+		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+			in := generator{rand.New(rand.NewPCG(seed, 0))}.pod()
+			raw, err := json.Marshal(in)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := decode(t, raw)
+			once := inject(t, in)
+			if err := embedded("", before, once); err != nil {
+				t.Errorf("%v: %s", err, raw)
+			}
+			if first := at(once, "spec", "initContainers", 0, "name"); first != "credence-sidecar" {
+				t.Errorf("the first init container is %v", first)
+			}
+			if twice := inject(t, once); !reflect.DeepEqual(once, twice) {
+				t.Errorf("injecting twice is not injecting once: %s", raw)
+			}
+			// Another webhook before and after ours gives the same, but for the order of init containers.
+			reinvoked := inject(t, addContainers(once.(map[string]any)))
+			last := inject(t, addContainers(decode(t, raw).(map[string]any)))
+			byName(reinvoked)
+			byName(last)
+			// Whether the pod is Guaranteed may depend on who came first; resources are not compared.
+			if !reflect.DeepEqual(reinvoked, last) {
+				t.Errorf("called before another webhook and again: %v\ncalled after it: %v", reinvoked, last)
+			}
+		})
+	}
+}
+
+func at(v any, path ...any) any {
+	for _, step := range path {
+		switch step := step.(type) {
+		case string:
+			v = v.(map[string]any)[step]
+		case int:
+			v = v.([]any)[step]
+		}
+	}
+	return v
+}
+
+// byName makes an object of the init containers, and takes the sidecar's resources out of it.
+func byName(pod any) {
+	spec := at(pod, "spec").(map[string]any)
+	byName := map[string]any{}
+	for _, c := range spec["initContainers"].([]any) {
+		c := c.(map[string]any)
+		if c["name"] == "credence-sidecar" {
+			delete(c, "resources")
+		}
+		byName[c["name"].(string)] = c
+	}
+	spec["initContainers"] = byName
+}
+
+// TestRestricted: a pod that PodSecurity admits at level "restricted" is still admitted injected.
+func TestRestricted(t *testing.T) {
+	evaluator, err := psapolicy.NewEvaluator(psapolicy.DefaultChecks(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refusals := func(t *testing.T, raw []byte) psapolicy.AggregateCheckResult {
+		t.Helper()
+		var pod corev1.Pod
+		// Like the API server, and unlike encoding/json, by the case of keys.
+		if err := utiljson.Unmarshal(raw, &pod); err != nil {
+			t.Fatal(err)
+		}
+		return psapolicy.AggregateCheckResults(evaluator.EvaluatePod(
+			psaapi.LevelVersion{Level: psaapi.LevelRestricted, Version: psaapi.LatestVersion()},
+			&metav1.ObjectMeta{Annotations: pod.Annotations}, &pod.Spec))
+	}
+	evaluated := 0
+	for _, file := range golden(t) {
+		raw := readYAML(t, file)
+		if !refusals(t, raw).Allowed {
+			continue
+		}
+		result, err := newInjector(t).Inject(raw, namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if result.Patch == nil {
+			continue
+		}
+		evaluated++
+		if got := refusals(t, apply(t, raw, result.Patch)); !got.Allowed {
+			t.Errorf("%s: %s", file, got.ForbiddenDetail())
+		}
+	}
+	if evaluated == 0 {
+		t.Error("no pod in testdata is restricted: nothing was tested")
+	}
+}

@@ -1,0 +1,284 @@
+package inject
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// What the sidecar's binary and the broker expect of the pod.
+const (
+	sidecarName   = "credence-sidecar"
+	sidecarBinary = "/credence-sidecar"
+	sidecarEnv    = "CREDENCE_"
+	volumeName    = "credence-identity"
+	// mountPath is where the API server would mount an API token into every container that has
+	// nothing there. The sidecar needs none, and so gets none.
+	mountPath = "/var/run/secrets/kubernetes.io/serviceaccount"
+	tokenFile = "token"
+	rootsFile = "roots.pem"
+)
+
+// sidecar returns the container to put first among the init containers: a native sidecar, that is one
+// which starts before all others, stays, and is ended after them.
+func (i *Injector) sidecar(spec *podSpec, settings policy.Settings) corev1.Container {
+	return corev1.Container{
+		Name:            sidecarName,
+		Image:           i.cfg.Image,
+		ImagePullPolicy: i.cfg.ImagePullPolicy,
+		Command:         []string{sidecarBinary},
+		Env:             i.sidecarEnv(settings),
+		Resources:       i.resources(spec),
+		VolumeMounts:    []corev1.VolumeMount{{Name: volumeName, MountPath: mountPath, ReadOnly: true}},
+		RestartPolicy:   new(corev1.ContainerRestartPolicyAlways),
+		StartupProbe:    startupProbe(settings.StartTimeout),
+		// No readiness probe: it would count for the pod, and take an application that holds valid
+		// credentials out of its Services while the broker is away. No liveness probe: a restart
+		// loses the credentials, and mends nothing.
+		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
+		SecurityContext: &corev1.SecurityContext{
+			RunAsNonRoot:             new(true),
+			RunAsUser:                i.cfg.RunAsUser,
+			AllowPrivilegeEscalation: new(false),
+			ReadOnlyRootFilesystem:   new(true),
+			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		},
+	}
+}
+
+// sidecarEnv is all of the sidecar's configuration: in variables and not in arguments, because the
+// probe, which is a process of its own, inherits them.
+func (i *Injector) sidecarEnv(settings policy.Settings) []corev1.EnvVar {
+	return []corev1.EnvVar{
+		{Name: "CREDENCE_BROKER", Value: i.cfg.Broker},
+		{Name: "CREDENCE_LISTEN", Value: strings.TrimPrefix(i.endpoint, "http://")},
+		{Name: "CREDENCE_TOKEN_FILE", Value: mountPath + "/" + tokenFile},
+		{Name: "CREDENCE_ROOTS_FILE", Value: mountPath + "/" + rootsFile},
+		fromUID("CREDENCE_AUTHORIZATION"),
+		{Name: "CREDENCE_START_TIMEOUT", Value: settings.StartTimeout.String()},
+		{Name: "CREDENCE_METADATA", Value: string(settings.Metadata)},
+	}
+}
+
+const (
+	// probeMargin is how much longer than the start timeout the kubelet lets the probe run. It covers
+	// what lies between the two clocks: starting a process under CPU pressure, and the sidecar's own
+	// start if the probe comes first.
+	probeMargin = 30 * time.Second
+	// endlessProbe is how long one probe may run when the start timeout is 0, for ever. The kubelet
+	// then ends the probe and starts another; an hour makes that too rare to cost anything.
+	endlessProbe = time.Hour
+)
+
+// startupProbe holds back all other containers until the sidecar says that they may start. The
+// waiting is done inside the call, which succeeds with the first credentials, or when the start
+// timeout has passed. It never fails the container: MaxInt32 failures, one per second at most, take
+// 68 years, and their product still fits the 32 bits in which tools multiply the two.
+// It is an exec because PodSecurity refuses probes that name a host, and only loopback is listened on.
+func startupProbe(startTimeout time.Duration) *corev1.Probe {
+	timeout := startTimeout + probeMargin
+	if startTimeout == 0 {
+		timeout = endlessProbe
+	}
+	return &corev1.Probe{
+		ProbeHandler: corev1.ProbeHandler{
+			Exec: &corev1.ExecAction{Command: []string{sidecarBinary, "probe"}},
+		},
+		// Policy bounds the start timeout to a day, far from what int32 holds.
+		TimeoutSeconds:   int32(math.Ceil(timeout.Seconds())),
+		PeriodSeconds:    1, // the least there is: the next call follows at once on one that failed
+		FailureThreshold: math.MaxInt32,
+	}
+}
+
+var (
+	cpuRequest = resource.MustParse("5m")
+	// cpuLimit lets a first handshake be done in milliseconds. A limit of 10m stretches it to 400 ms.
+	cpuLimit = resource.MustParse("100m")
+	// cpuGuaranteed is request and limit where both must be equal.
+	cpuGuaranteed = resource.MustParse("50m")
+)
+
+// resources returns the sidecar's requests and limits. A pod that would be of class Guaranteed
+// remains so. Of a resource that the pod as a whole declares, the sidecar declares nothing: it lives
+// on that budget, which the API server requires to cover the sum of all containers' requests.
+func (i *Injector) resources(spec *podSpec) corev1.ResourceRequirements {
+	r := corev1.ResourceRequirements{
+		// Of memory the request is the limit, so that a full node has no reason to kill the sidecar.
+		Requests: corev1.ResourceList{corev1.ResourceCPU: cpuRequest, corev1.ResourceMemory: i.cfg.Memory},
+		Limits:   corev1.ResourceList{corev1.ResourceCPU: cpuLimit, corev1.ResourceMemory: i.cfg.Memory},
+	}
+	if spec.guaranteed() {
+		r.Requests[corev1.ResourceCPU] = cpuGuaranteed
+		r.Limits[corev1.ResourceCPU] = cpuGuaranteed
+	}
+	if whole := spec.Resources; whole != nil {
+		for _, declared := range []corev1.ResourceList{whole.Requests, whole.Limits} {
+			for name := range declared {
+				delete(r.Requests, name)
+				delete(r.Limits, name)
+			}
+		}
+	}
+	return r
+}
+
+// volume returns what the sidecar alone mounts: the token that proves to the broker which pod this
+// is, and the roots by which the broker proves itself. The roots are not optional: the kubelet
+// retries a ConfigMap that is missing within seconds, and shows a late optional one after a minute.
+func (i *Injector) volume(spec *podSpec) corev1.Volume {
+	return corev1.Volume{
+		Name: volumeName,
+		VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+			Sources: []corev1.VolumeProjection{
+				{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
+					Audience:          i.cfg.Audience,
+					ExpirationSeconds: new(tokenSeconds(spec.TerminationGracePeriodSeconds)),
+					Path:              tokenFile,
+				}},
+				{ConfigMap: &corev1.ConfigMapProjection{
+					LocalObjectReference: corev1.LocalObjectReference{Name: i.cfg.TrustConfigMap},
+					Items:                []corev1.KeyToPath{{Key: rootsFile, Path: rootsFile}},
+				}},
+			},
+		}},
+	}
+}
+
+const (
+	minTokenSeconds     = int64(2 * time.Hour / time.Second)
+	maxTokenSeconds     = int64(24 * time.Hour / time.Second)
+	servedAheadSeconds  = int64(25 * time.Minute / time.Second)
+	defaultGraceSeconds = int64(corev1.DefaultTerminationGracePeriodSeconds)
+)
+
+// tokenSeconds returns how long the token is valid for. The kubelet renews a token at 80 % of its life,
+// but no longer once the pod is terminating: for the whole grace period, the sidecar then has the
+// last fifth of a life to rely on, and after it the credentials it still holds, which are good for at
+// least 25 minutes. So a fifth of the life must cover the grace period but for 25 minutes. Less than
+// two hours gains nothing; more than a day is more than the kubelet lets a token grow old.
+func tokenSeconds(grace *int64) int64 {
+	seconds := defaultGraceSeconds
+	if grace != nil {
+		seconds = *grace
+	}
+	// Clamped before it is multiplied, too: the field holds any int64.
+	seconds = min(max(seconds, 0), maxTokenSeconds)
+	return min(max(5*(seconds-servedAheadSeconds), minTokenSeconds), maxTokenSeconds)
+}
+
+// checkPresent reports whether the pod has our sidecar and our volume already, as it has when we are
+// called again because another webhook changed it. What goes by our names and would not work is
+// refused, not replaced: it is the user's until they remove it. It comes from a manifest that was
+// copied from a running pod, perhaps of an older version; a forged one would gain nothing, because
+// the broker believes tokens and annotations only.
+func (i *Injector) checkPresent(spec *podSpec, settings policy.Settings) (bool, error) {
+	const mend = "the webhook adds it to each new pod, so remove it from the manifest, with volume %q and variables %s*"
+	for _, c := range spec.Containers {
+		if c.Name == sidecarName {
+			return false, unsupported("container name %q is taken by the sidecar that the webhook adds: choose another one", sidecarName)
+		}
+	}
+	c := slices.IndexFunc(spec.InitContainers, func(c container) bool { return c.Name == sidecarName })
+	v := slices.IndexFunc(spec.Volumes, func(v volume) bool { return v.Name == volumeName })
+	switch {
+	case c < 0 && v < 0:
+		return false, nil
+	case c < 0:
+		return false, unsupported("volume name %q is taken by the volume that the webhook adds: remove it from the manifest, or choose another name", volumeName)
+	case v < 0:
+		return false, unsupported("init container %q has no volume %q: "+mend, sidecarName, volumeName, volumeName, containerPrefix)
+	}
+	difference := cmp.Or(
+		i.sidecarDifference(spec.InitContainers[c], settings),
+		i.volumeDifference(spec.Volumes[v]),
+	)
+	if difference != "" {
+		return false, unsupported("init container %q is not the one that this version of the webhook adds (%s): "+mend,
+			sidecarName, difference, volumeName, containerPrefix)
+	}
+	return true, nil
+}
+
+// sidecarDifference names what keeps c from doing what our sidecar does, or is empty. Other webhooks
+// and defaults may add to a container, move its image to a mirror, or change its resources and its
+// security context: that is theirs to do.
+func (i *Injector) sidecarDifference(c container, settings policy.Settings) string {
+	switch {
+	case !sameImage(c.Image, i.cfg.Image):
+		return fmt.Sprintf("its image is %q, not %q", c.Image, i.cfg.Image)
+	case !slices.Equal(c.Command, []string{sidecarBinary}) || len(c.Args) > 0:
+		return "its command differs"
+	case c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways:
+		return "its restartPolicy is not Always"
+	case c.StartupProbe == nil || c.StartupProbe.Exec == nil || !slices.Equal(c.StartupProbe.Exec.Command, []string{sidecarBinary, "probe"}):
+		return "its startupProbe differs"
+	case !slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool {
+		return m.Name == volumeName && m.MountPath == mountPath && m.SubPath == "" && m.SubPathExpr == ""
+	}):
+		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
+	}
+	want := i.sidecarEnv(settings)
+	for _, v := range c.Env {
+		if !strings.HasPrefix(v.Name, sidecarEnv) {
+			continue
+		}
+		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
+		if at < 0 || v.Value != want[at].Value || (want[at].ValueFrom != nil) != (v.ValueFrom != nil) || v.ValueFrom != nil && !isFromUID(v) {
+			return fmt.Sprintf("its variable %s differs", v.Name)
+		}
+		// Taken off the list, so that a second one of the same name differs.
+		want = slices.Delete(want, at, at+1)
+	}
+	if len(want) > 0 {
+		return fmt.Sprintf("it lacks variable %s", want[0].Name)
+	}
+	return ""
+}
+
+// volumeDifference names what keeps v from holding what our volume holds, or is empty. The life of
+// the token is not compared: another webhook may have changed the grace period since.
+func (i *Injector) volumeDifference(v volume) string {
+	if v.Projected == nil || len(v.Projected.Sources) != 2 {
+		return fmt.Sprintf("volume %q is not its volume", volumeName)
+	}
+	token, roots := v.Projected.Sources[0].ServiceAccountToken, v.Projected.Sources[1].ConfigMap
+	switch {
+	case token == nil || token.Audience != i.cfg.Audience || token.Path != tokenFile:
+		return fmt.Sprintf("the token in volume %q differs", volumeName)
+	case roots == nil || roots.Name != i.cfg.TrustConfigMap || roots.Optional != nil && *roots.Optional || len(roots.Items) != 1 ||
+		roots.Items[0].Key != rootsFile || roots.Items[0].Path != rootsFile:
+		return fmt.Sprintf("the roots in volume %q differ", volumeName)
+	}
+	return ""
+}
+
+// sameImage reports whether the image that is there can be the one we asked for, after a webhook that
+// moves images to a mirror or pins tags to digests: the last component of its name is the same, and
+// so are tag and digest where both have one.
+func sameImage(there, asked string) bool {
+	a, b := splitImage(there), splitImage(asked)
+	same := func(x, y string) bool { return x == y || x == "" || y == "" }
+	if a.tag == "" && a.digest == "" || b.tag == "" && b.digest == "" {
+		return there == asked
+	}
+	return a.name == b.name && same(a.tag, b.tag) && same(a.digest, b.digest)
+}
+
+type image struct{ name, tag, digest string }
+
+func splitImage(s string) (i image) {
+	s, i.digest, _ = strings.Cut(s, "@")
+	s = s[strings.LastIndexByte(s, '/')+1:]
+	i.name, i.tag, _ = strings.Cut(s, ":")
+	return i
+}

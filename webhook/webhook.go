@@ -1,0 +1,201 @@
+// Package webhook answers the API server's admission reviews: it has pods injected that ask for AWS
+// credentials, and refuses those that policy would refuse later, while somebody is looking.
+//
+// It promises that
+//   - an annotated pod leaves admission injected or refused; when in doubt (a panic, an API server
+//     that cannot be asked) it is refused, because a pod without its sidecar would silently get the
+//     role of its node;
+//   - all that is not the creation of an annotated pod is let through untouched;
+//   - each review it can read is answered by a review with the same uid, and all else by a 4xx;
+//   - no admission is lost while it stops: see [Server.Run];
+//   - its log has one line per decision, and in none of them an environment value or a pod.
+//
+// It holds no authority but reading namespaces: what it lets through, the broker judges again. It
+// does not register itself with the API server.
+package webhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/mux"
+
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+// Namespaces tells what is known of namespaces.
+type Namespaces interface {
+	// Namespace returns the labels and annotations of a namespace. An error that is
+	// credential.ErrNotFound says that there is no such namespace; any other, that it cannot be known
+	// now. Implementations return when ctx ends.
+	Namespace(ctx context.Context, name string) (policy.Namespace, error)
+}
+
+// Config configures [New].
+type Config struct {
+	// Injector makes the patches. Required.
+	Injector *inject.Injector
+	// Rules judges as the broker will: with the same keys as Injector, and the broker's base ARN.
+	// Without a base ARN, what needs one is left to the broker. Required.
+	Rules *policy.Rules
+	// Namespaces is asked once for each annotated pod. Required.
+	Namespaces Namespaces
+	// KeyPair is what the server proves itself with. Required.
+	KeyPair *certs.KeyPair
+	// Ready has the conditions of readiness by name, besides the server's own; each returns nil or
+	// what is missing. They are called at each probe, and must not block.
+	Ready map[string]func() error
+	// DrainDelay is how long [Server.Run] goes on accepting connections after it was told to stop.
+	// It is the time for the API servers' nodes to learn that this endpoint is gone. Default 5 s.
+	DrainDelay time.Duration
+	// Logger gets the decisions. Nil discards them.
+	Logger *slog.Logger
+}
+
+const defaultDrainDelay = 5 * time.Second
+
+// Time limits of connections. The API server waits at most 30 seconds for a webhook, and for this one
+// 5 by our own configuration.
+const (
+	// reviewTimeout leaves a second of those 5 for our answer to arrive: it says more than the API
+	// server's own "context deadline exceeded".
+	reviewTimeout = 4 * time.Second
+	headerTimeout = 5 * time.Second
+	readTimeout   = 10 * time.Second
+	writeTimeout  = 15 * time.Second
+	// idleTimeout is above the 90 seconds after which the API server's client closes an idle
+	// connection, so that no request meets one that we are closing.
+	idleTimeout = 2 * time.Minute
+	// shutdownTimeout is how long reviews in flight may take: longer than any can.
+	shutdownTimeout = writeTimeout + time.Second
+	// maxHeader is far above what the API server sends: some hundred bytes, and a token where it
+	// authenticates itself to webhooks.
+	maxHeader = 32 << 10
+)
+
+// Server is the admission webhook, as an http.Handler of
+//
+//	POST /mutate   admission.k8s.io/v1 AdmissionReview in and out
+//	GET  /healthz  whether the process answers
+//	GET  /readyz   whether to send it reviews; if not, why not
+//
+// Make it with [New]. It may be used concurrently.
+type Server struct {
+	cfg      Config
+	log      *slog.Logger
+	router   *mux.Router
+	stopping atomic.Bool
+}
+
+// New checks cfg. It starts nothing.
+func New(cfg Config) (*Server, error) {
+	switch {
+	case cfg.Injector == nil:
+		return nil, errors.New("webhook without an injector")
+	case cfg.Rules == nil:
+		return nil, errors.New("webhook without rules")
+	case cfg.Injector.Keys() != cfg.Rules.Keys():
+		return nil, fmt.Errorf("injector and rules have different annotation prefixes, %q and %q",
+			cfg.Injector.Keys().Prefix(), cfg.Rules.Keys().Prefix())
+	case cfg.Namespaces == nil:
+		return nil, errors.New("webhook without a source of namespaces")
+	case cfg.KeyPair == nil:
+		return nil, errors.New("webhook without a key pair: the API server speaks TLS only")
+	case cfg.DrainDelay < 0:
+		return nil, fmt.Errorf("drain delay %s is negative", cfg.DrainDelay)
+	}
+	if cfg.DrainDelay == 0 {
+		cfg.DrainDelay = defaultDrainDelay
+	}
+	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter()}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	s.router.HandleFunc("/mutate", s.mutate).Methods(http.MethodPost)
+	s.router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, "ok") }).Methods(http.MethodGet)
+	s.router.HandleFunc("/readyz", s.readyz).Methods(http.MethodGet)
+	return s, nil
+}
+
+// ServeHTTP implements [http.Handler].
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.router.ServeHTTP(w, r) }
+
+// Run serves TLS on listener, which it closes, until ctx ends. It then reports itself as not ready,
+// accepts new connections for the drain delay, lets the reviews in flight end, and returns nil. An
+// error says why it could not go on serving before ctx ended, or that reviews were cut off.
+func (s *Server) Run(ctx context.Context, listener net.Listener) error {
+	server := &http.Server{
+		Handler:           s,
+		TLSConfig:         certs.ServerConfig(s.cfg.KeyPair),
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		// Failed handshakes of port scanners, mostly.
+		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.ServeTLS(listener, "", "") }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serving admission reviews: %w", err)
+	case <-ctx.Done():
+	}
+
+	s.stopping.Store(true)
+	s.log.InfoContext(ctx, "Stopping to serve admission reviews", "drain_delay", s.cfg.DrainDelay)
+	drained := time.NewTimer(s.cfg.DrainDelay)
+	defer drained.Stop()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serving admission reviews: %w", err)
+	case <-drained.C:
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		return fmt.Errorf("waiting for admission reviews in flight: %w", err)
+	}
+	return nil
+}
+
+// readyz answers 200, or 503 and what is missing, a line for each.
+func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
+	var missing []string
+	if s.stopping.Load() {
+		missing = append(missing, "server: stopping")
+	}
+	if end := s.cfg.KeyPair.NotAfter(); time.Now().After(end) {
+		missing = append(missing, "key pair: expired at "+end.UTC().Format(time.RFC3339))
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.cfg.Ready)) {
+		if err := s.cfg.Ready[name](); err != nil {
+			missing = append(missing, fmt.Sprintf("%s: %v", name, err))
+		}
+	}
+	if len(missing) > 0 {
+		answer(w, http.StatusServiceUnavailable, strings.Join(missing, "\n"))
+		return
+	}
+	answer(w, http.StatusOK, "ok")
+}
+
+func answer(w http.ResponseWriter, code int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(code)
+	// An error here means that the client has gone.
+	_, _ = fmt.Fprintln(w, text)
+}

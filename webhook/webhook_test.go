@@ -1,0 +1,571 @@
+package webhook_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	admissionv1 "k8s.io/api/admission/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/webhook"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+// namespaces is a source of namespaces as a function.
+type namespaces func(ctx context.Context, name string) (policy.Namespace, error)
+
+func (f namespaces) Namespace(ctx context.Context, name string) (policy.Namespace, error) {
+	return f(ctx, name)
+}
+
+// teamA is opted in, and permits roles below /team-a/ of one account.
+func teamA(_ context.Context, name string) (policy.Namespace, error) {
+	return policy.Namespace{
+		Name:        name,
+		Labels:      map[string]string{"iam.amazonaws.com/inject": "enabled"},
+		Annotations: map[string]string{"iam.amazonaws.com/permitted": "arn:aws:iam::123456789012:role/team-a/.*"},
+	}, nil
+}
+
+func config(t testing.TB) webhook.Config {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules, err := policy.New(policy.Config{Keys: keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	injector, err := inject.New(inject.Config{Keys: keys, Image: "registry.example/credence-sidecar:v1", Broker: "broker:9443"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile := certstest.NewCA(t).Leaf("webhook.example").WriteTo(t.TempDir())
+	pair, err := certs.NewKeyPair(certFile, keyFile, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return webhook.Config{Injector: injector, Rules: rules, Namespaces: namespaces(teamA), KeyPair: pair}
+}
+
+func newServer(t testing.TB, change ...func(*webhook.Config)) *webhook.Server {
+	t.Helper()
+	cfg := config(t)
+	for _, f := range change {
+		f(&cfg)
+	}
+	s, err := webhook.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// start runs s on listener and returns a client that reaches it by dial, and what stops it and
+// returns the error of Run.
+func start(t testing.TB, s *webhook.Server, pair *certs.KeyPair, listener net.Listener, dial func(ctx context.Context, network, address string) (net.Conn, error)) (client *http.Client, stop func() error) {
+	t.Helper()
+	cert, err := pair.GetCertificate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(cert.Leaf) // a leaf may be a root of trust: which authority signed it is not the matter here
+	transport := &http.Transport{
+		DialContext:       dial,
+		TLSClientConfig:   &tls.Config{RootCAs: roots, ServerName: "webhook.example", MinVersion: tls.VersionTLS13},
+		ForceAttemptHTTP2: true, // like the API server
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx, listener) }()
+	return &http.Client{Transport: transport}, sync.OnceValue(func() error {
+		cancel()
+		defer transport.CloseIdleConnections()
+		return <-done
+	})
+}
+
+// startTCP runs a server on a port of the loopback interface until the test ends.
+func startTCP(t testing.TB, change ...func(*webhook.Config)) (client *http.Client, url string) {
+	t.Helper()
+	cfg := config(t)
+	cfg.DrainDelay = time.Nanosecond
+	for _, f := range change {
+		f(&cfg)
+	}
+	s, err := webhook.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, stop := start(t, s, cfg.KeyPair, listener, nil)
+	t.Cleanup(func() {
+		client.CloseIdleConnections() // or stopping takes a second, for HTTP/2's good-bye
+		if err := stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return client, "https://" + listener.Addr().String()
+}
+
+func post(t testing.TB, client *http.Client, url, contentType, body string) (code int, text string) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Content-Type", contentType)
+	return do(t, client, request)
+}
+
+func get(t testing.TB, client *http.Client, url string) (code int, text string) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return do(t, client, request)
+}
+
+func do(t testing.TB, client *http.Client, request *http.Request) (code int, text string) {
+	t.Helper()
+	response, err := client.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	answer, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(answer)
+}
+
+// pod returns a pod annotated with a role, and more of its fields.
+func pod(role, spec string) string {
+	return `{"metadata":{"generateName":"app-","annotations":{"iam.amazonaws.com/role":"` + role + `"}},"spec":{` + spec + `"containers":[{"name":"app","env":[{"name":"PASSWORD","value":"hunter2"}]}]}}`
+}
+
+const permitted = "arn:aws:iam::123456789012:role/team-a/reader"
+
+// review returns the review of the creation of a pod, with some of its text replaced.
+func review(object string, edit ...string) string {
+	return strings.NewReplacer(edit...).Replace(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"0b2e5d3c",` +
+		`"kind":{"group":"","version":"v1","kind":"Pod"},"resource":{"group":"","version":"v1","resource":"pods"},` +
+		`"namespace":"team-a","operation":"CREATE","object":` + object + `,"oldObject":null,"dryRun":true,"options":{"kind":"CreateOptions"}}}`)
+}
+
+// decodeReview fails the test unless text is a review with an answer to uid.
+func decodeReview(t testing.TB, text, uid string) *admissionv1.AdmissionResponse {
+	t.Helper()
+	var got admissionv1.AdmissionReview
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&got); err != nil {
+		t.Fatalf("%v in %s", err, text)
+	}
+	if got.APIVersion != "admission.k8s.io/v1" || got.Kind != "AdmissionReview" || got.Request != nil || got.Response == nil {
+		t.Fatalf("not an answered review: %s", text)
+	}
+	if string(got.Response.UID) != uid {
+		t.Fatalf("uid is %q, want %q", got.Response.UID, uid)
+	}
+	if (got.Response.Patch == nil) != (got.Response.PatchType == nil) || !got.Response.Allowed && got.Response.Patch != nil {
+		t.Fatalf("patch and its type do not go with the decision: %s", text)
+	}
+	return got.Response
+}
+
+func TestDecisions(t *testing.T) {
+	refusal := func(code int32, reason metav1.StatusReason, cause credential.Reason, retry int32, message string) *metav1.Status {
+		return &metav1.Status{Status: "Failure", Code: code, Reason: reason, Message: "credence: " + message,
+			Details: &metav1.StatusDetails{RetryAfterSeconds: retry, Causes: []metav1.StatusCause{{Type: metav1.CauseType(cause), Message: message}}}}
+	}
+	away := namespaces(func(context.Context, string) (policy.Namespace, error) {
+		return policy.Namespace{}, errors.New("dial tcp 192.0.2.1:443: connection refused")
+	})
+	gone := namespaces(func(context.Context, string) (policy.Namespace, error) {
+		return policy.Namespace{}, fmt.Errorf("reading: %w", credential.ErrNotFound)
+	})
+	panicking := namespaces(func(context.Context, string) (policy.Namespace, error) { panic("hunter2") })
+	closed := namespaces(func(_ context.Context, name string) (policy.Namespace, error) {
+		return policy.Namespace{Name: name, Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}}, nil
+	})
+	for _, tc := range []struct {
+		name       string
+		review     string
+		namespaces namespaces // teamA if nil
+		patched    bool
+		want       *admissionv1.AdmissionResponse
+		log        string
+	}{
+		{
+			name: "injected", review: review(pod(permitted, "")), patched: true,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted}},
+			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
+		},
+		{
+			name: "warned", review: review(pod(permitted, ""), "PASSWORD", "AWS_ACCESS_KEY_ID"), patched: true,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted},
+				Warnings: []string{`credence: container "app" has AWS_ACCESS_KEY_ID: SDKs use these keys, not the annotated role`}},
+			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
+		},
+		{
+			name: "left to the broker for want of a base ARN", review: review(pod("reader", "")), patched: true,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected"}},
+			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role="" dry_run=true`,
+		},
+		{
+			name: "not annotated", review: review(`{"metadata":{"name":"app","annotations":{"a":"b"}},"spec":{"hostNetwork":true}}`), namespaces: away,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
+			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app decision=untouched reason="" role="" dry_run=true`,
+		},
+		{
+			name: "update", review: review(pod("x y z", ""), "CREATE", "UPDATE"), namespaces: away,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
+			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
+		},
+		{
+			name: "subresource", review: review(pod("x y z", ""), `"operation"`, `"subResource":"ephemeralcontainers","operation"`), namespaces: away,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
+			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
+		},
+		{
+			name: "another resource", review: review(pod("x y z", ""), `"resource":"pods"`, `"resource":"jobs"`), namespaces: away,
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
+			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
+		},
+		{
+			name: "shape", review: review(pod(permitted, `"hostNetwork":true,`)),
+			want: &admissionv1.AdmissionResponse{
+				Result: refusal(400, "BadRequest", "POD_UNSUPPORTED", 0,
+					`the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation "iam.amazonaws.com/role"`),
+				AuditAnnotations: map[string]string{"decision": "refused", "reason": "POD_UNSUPPORTED"}},
+			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=POD_UNSUPPORTED role="" dry_run=true`,
+		},
+		{
+			name: "role not permitted", review: review(pod("arn:aws:iam::123456789012:role/admin", "")),
+			want: &admissionv1.AdmissionResponse{
+				Result: refusal(403, "Forbidden", "ROLE_NOT_PERMITTED", 0,
+					`namespace "team-a" does not permit role arn:aws:iam::123456789012:role/admin: change the pod's "iam.amazonaws.com/role", or the namespace's "iam.amazonaws.com/permitted" or "iam.amazonaws.com/allowed-roles"`),
+				AuditAnnotations: map[string]string{"decision": "refused", "reason": "ROLE_NOT_PERMITTED"}},
+			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=ROLE_NOT_PERMITTED role="" dry_run=true`,
+		},
+		{
+			name: "nothing permitted", review: review(pod(permitted, "")), namespaces: closed,
+			want: &admissionv1.AdmissionResponse{
+				Result: refusal(403, "Forbidden", "NOTHING_PERMITTED", 0,
+					`namespace "team-a" permits no roles: annotate it with "iam.amazonaws.com/permitted", a regular expression that matches `+permitted),
+				AuditAnnotations: map[string]string{"decision": "refused", "reason": "NOTHING_PERMITTED"}},
+			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NOTHING_PERMITTED role="" dry_run=true`,
+		},
+		{
+			name: "no such namespace", review: review(pod(permitted, "")), namespaces: gone,
+			want: &admissionv1.AdmissionResponse{
+				Result:           refusal(403, "Forbidden", "NAMESPACE_NOT_FOUND", 0, `namespace "team-a" does not exist`),
+				AuditAnnotations: map[string]string{"decision": "refused", "reason": "NAMESPACE_NOT_FOUND"}},
+			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NAMESPACE_NOT_FOUND role="" dry_run=true`,
+		},
+		{
+			name: "API server away", review: review(pod(permitted, "")), namespaces: away,
+			want: &admissionv1.AdmissionResponse{
+				Result: refusal(503, "ServiceUnavailable", "API_SERVER_UNAVAILABLE", 1,
+					`whether namespace "team-a" permits the role cannot be known now, because the API server does not answer: try again`),
+				AuditAnnotations: map[string]string{"decision": "refused", "reason": "API_SERVER_UNAVAILABLE"}},
+			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=API_SERVER_UNAVAILABLE role="" dry_run=true
+level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="dial tcp 192.0.2.1:443: connection refused"`,
+		},
+		{
+			name: "panic", review: review(pod(permitted, "")), namespaces: panicking,
+			want: &admissionv1.AdmissionResponse{
+				Result:           refusal(500, "InternalError", "INTERNAL", 0, `internal error: the webhook's log has it under uid 0b2e5d3c`),
+				AuditAnnotations: map[string]string{"decision": "refused", "reason": "INTERNAL"}},
+			log: `level=ERROR msg="Panic while deciding on an admission" uid=0b2e5d3c panic=string
+level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=refused reason=INTERNAL role="" dry_run=true
+level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="panic: string"`,
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var log bytes.Buffer
+			client, url := startTCP(t, func(c *webhook.Config) {
+				c.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+					if a.Key == slog.TimeKey || a.Key == "stack" {
+						return slog.Attr{}
+					}
+					return a
+				}}))
+				if tc.namespaces != nil {
+					c.Namespaces = tc.namespaces
+				}
+			})
+			code, text := post(t, client, url+"/mutate", "application/json; charset=utf-8", tc.review)
+			if code != http.StatusOK {
+				t.Fatalf("status %d: %s", code, text)
+			}
+			got := decodeReview(t, text, "0b2e5d3c")
+			if (got.Patch != nil) != tc.patched {
+				t.Errorf("patch is %s", got.Patch)
+			}
+			got.UID, got.Patch, got.PatchType = "", nil, nil
+			if diff := cmp.Diff(tc.want, got); diff != "" {
+				t.Errorf("answer (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tc.log+"\n", log.String()); diff != "" {
+				t.Errorf("log (-want +got):\n%s", diff)
+			}
+			if strings.Contains(log.String(), "hunter2") {
+				t.Error("the log has the pod's environment")
+			}
+		})
+	}
+}
+
+// TestPatchedTwice: the answer to a pod that is injected already has no patch, and does say so.
+func TestPatchedTwice(t *testing.T) {
+	cfg := config(t)
+	result, err := cfg.Injector.Inject([]byte(pod(permitted, "")), "team-a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	patched := applied(t, pod(permitted, ""), result.Patch)
+	client, url := startTCP(t)
+	_, text := post(t, client, url+"/mutate", "application/json", review(patched))
+	got := decodeReview(t, text, "0b2e5d3c")
+	if !got.Allowed || got.Patch != nil || got.AuditAnnotations["decision"] != "complete" {
+		t.Errorf("answer is %s", text)
+	}
+}
+
+func TestNotUnderstood(t *testing.T) {
+	client, url := startTCP(t)
+	for _, tc := range []struct {
+		name, path, contentType, body string
+		code                          int
+		want                          string
+	}{
+		{"content type", "/mutate", "text/yaml", review("{}"), 415, `content type "text/yaml" is not application/json`},
+		{"empty", "/mutate", "application/json", "", 400, "decoding the review: unexpected end of JSON input"},
+		{"two reviews", "/mutate", "application/json", review("{}") + review("{}"), 400, "decoding the review: invalid character '{' after top-level value"},
+		{"v1beta1", "/mutate", "application/json", review("{}", "admission.k8s.io/v1", "admission.k8s.io/v1beta1"), 400,
+			`the body is "AdmissionReview" of "admission.k8s.io/v1beta1", and only AdmissionReview of admission.k8s.io/v1 is understood: list v1 alone in the webhook's admissionReviewVersions`},
+		{"kind", "/mutate", "application/json", review("{}", "AdmissionReview", "Pod"), 400,
+			`the body is "Pod" of "admission.k8s.io/v1", and only AdmissionReview of admission.k8s.io/v1 is understood: list v1 alone in the webhook's admissionReviewVersions`},
+		{"no request", "/mutate", "application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`, 400, "the review has no request"},
+		{"no uid", "/mutate", "application/json", review("{}", "0b2e5d3c", ""), 400, "the review's request has no uid"},
+		{"too long", "/mutate", "application/json", strings.Repeat(" ", 7<<20) + review("{}"), 413, "the review is longer than 7340032 bytes"},
+		{"path", "/validate", "application/json", review("{}"), 404, "404 page not found"},
+		{"method", "/readyz", "application/json", review("{}"), 405, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			code, text := post(t, client, url+tc.path, tc.contentType, tc.body)
+			if code != tc.code || strings.TrimSpace(text) != tc.want {
+				t.Errorf("answer is %d %q, want %d %q", code, text, tc.code, tc.want)
+			}
+		})
+	}
+	// The longest body that is taken.
+	body := review("{}")
+	code, text := post(t, client, url+"/mutate", "application/json", strings.Repeat(" ", 7<<20-len(body))+body)
+	if code != http.StatusOK {
+		t.Errorf("a body of 7 MiB is answered %d %s", code, text)
+	}
+}
+
+func TestWarningsAreBounded(t *testing.T) {
+	containers := `"initContainers":[{"name":"x0","envFrom":[{}]}`
+	for n := range 40 {
+		containers += fmt.Sprintf(`,{"name":"%0253d","envFrom":[{}]}`, n)
+	}
+	client, url := startTCP(t)
+	_, text := post(t, client, url+"/mutate", "application/json", review(pod(permitted, containers+"],")))
+	got := decodeReview(t, text, "0b2e5d3c").Warnings
+	if len(got) != 16 || got[15] != "credence: and 26 more warnings" {
+		t.Errorf("%d warnings, the last is %q", len(got), got[len(got)-1])
+	}
+	for _, warning := range got {
+		if n := len([]rune(warning)); n > 256 {
+			t.Errorf("a warning has %d characters: %s", n, warning)
+		}
+	}
+	if !strings.HasSuffix(got[1], "…") {
+		t.Errorf("a warning that was cut does not show it: %s", got[1])
+	}
+}
+
+func TestReadiness(t *testing.T) {
+	var mu sync.Mutex
+	missing := errors.New("not all are listed yet")
+	client, url := startTCP(t, func(c *webhook.Config) {
+		c.Ready = map[string]func() error{
+			"namespaces": func() error { mu.Lock(); defer mu.Unlock(); return missing },
+			"always":     func() error { return nil },
+		}
+	})
+	if code, text := get(t, client, url+"/readyz"); code != 503 || strings.TrimSpace(text) != "namespaces: not all are listed yet" {
+		t.Errorf("before: %d %q", code, text)
+	}
+	if code, text := get(t, client, url+"/healthz"); code != 200 {
+		t.Errorf("health: %d %q", code, text)
+	}
+	mu.Lock()
+	missing = nil
+	mu.Unlock()
+	if code, text := get(t, client, url+"/readyz"); code != 200 {
+		t.Errorf("after: %d %q", code, text)
+	}
+}
+
+func TestExpiredKeyPairIsNotReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		time.Sleep(25 * time.Hour) // certstest's leaves live for a day
+		w := recorded(t, s, http.MethodGet, "/readyz", "")
+		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "key pair: expired at 2000-01-02T00:00:00Z") {
+			t.Errorf("answer is %d %q", w.Code, w.Body)
+		}
+	})
+}
+
+// TestStop: a server that is told to stop says so, goes on accepting for the drain delay, and ends
+// when the reviews in flight have been answered.
+func TestStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := config(t)
+		slow := 12 * time.Second
+		cfg.Namespaces = namespaces(func(ctx context.Context, name string) (policy.Namespace, error) {
+			time.Sleep(slow) // and does not heed ctx
+			return teamA(ctx, name)
+		})
+		s, err := webhook.New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pipes := newPipes()
+		client, stop := start(t, s, cfg.KeyPair, pipes, pipes.dial)
+
+		answered := make(chan string, 2)
+		ask := func(client *http.Client) {
+			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://webhook.example/mutate", strings.NewReader(review(pod(permitted, ""))))
+			if err != nil {
+				answered <- err.Error()
+				return
+			}
+			request.Header.Set("Content-Type", "application/json")
+			response, err := client.Do(request)
+			if err != nil {
+				answered <- err.Error()
+				return
+			}
+			defer response.Body.Close()
+			text, _ := io.ReadAll(response.Body)
+			answered <- string(text)
+		}
+		go ask(client)
+		time.Sleep(time.Second)
+		stopped := make(chan error, 1)
+		begun := time.Now()
+		go func() { stopped <- stop() }()
+		time.Sleep(4 * time.Second) // of 5
+		if code, text := get(t, client, "https://webhook.example/readyz"); code != 503 || !strings.HasPrefix(text, "server: stopping") {
+			t.Errorf("while stopping, readiness is %d %q", code, text)
+		}
+		other := client.Transport.(*http.Transport).Clone()
+		defer other.CloseIdleConnections()
+		go ask(&http.Client{Transport: other}) // over a connection of its own
+		if err := <-stopped; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if took := time.Since(begun); took < 16*time.Second {
+			t.Errorf("stopped after %s, with a review in flight", took)
+		}
+		for range 2 {
+			if got := decodeReview(t, <-answered, "0b2e5d3c"); !got.Allowed {
+				t.Errorf("a review in flight was refused: %v", got.Result)
+			}
+		}
+	})
+}
+
+// TestSlowNamespaces: who cannot be asked within 4 seconds is not waited for any longer, because the
+// API server would give up.
+func TestSlowNamespaces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, func(c *webhook.Config) {
+			c.Namespaces = namespaces(func(ctx context.Context, _ string) (policy.Namespace, error) {
+				<-ctx.Done()
+				return policy.Namespace{}, ctx.Err()
+			})
+		})
+		begun := time.Now()
+		w := recorded(t, s, http.MethodPost, "/mutate", review(pod(permitted, "")))
+		if took := time.Since(begun); took != 4*time.Second {
+			t.Errorf("answered after %s", took)
+		}
+		if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || got.Result.Code != 503 {
+			t.Errorf("answer is %s", w.Body)
+		}
+	})
+}
+
+func TestRunSaysWhyItEnds(t *testing.T) {
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener.Close()
+	if err := newServer(t).Run(t.Context(), listener); err == nil || !strings.HasPrefix(err.Error(), "serving admission reviews: ") {
+		t.Errorf("error is %v", err)
+	}
+}
+
+func TestNew(t *testing.T) {
+	other, err := policy.NewKeys("other.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules, err := policy.New(policy.Config{Keys: other})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		change func(*webhook.Config)
+		want   string
+	}{
+		{func(c *webhook.Config) { c.Injector = nil }, "webhook without an injector"},
+		{func(c *webhook.Config) { c.Rules = nil }, "webhook without rules"},
+		{func(c *webhook.Config) { c.Rules = rules }, `injector and rules have different annotation prefixes, "iam.amazonaws.com" and "other.example"`},
+		{func(c *webhook.Config) { c.Namespaces = nil }, "webhook without a source of namespaces"},
+		{func(c *webhook.Config) { c.KeyPair = nil }, "webhook without a key pair: the API server speaks TLS only"},
+		{func(c *webhook.Config) { c.DrainDelay = -1 }, "drain delay -1ns is negative"},
+	} {
+		cfg := config(t)
+		tc.change(&cfg)
+		if s, err := webhook.New(cfg); s != nil || err == nil || err.Error() != tc.want {
+			t.Errorf("error is %v, want %s", err, tc.want)
+		}
+	}
+}
