@@ -46,7 +46,7 @@ func main() {
 	case errors.Is(err, flag.ErrHelp):
 	case interrupted:
 		fmt.Fprintln(os.Stderr, "bench: interrupted; nothing was written")
-		os.Exit(130) // as shells report SIGINT
+		os.Exit(130) // as shells report Ctrl-C
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
@@ -150,11 +150,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 }
 
 // measure measures what is selected. The report is whole even where the error says that measuring
-// some of it failed.
+// some of it failed, unless ctx ended.
 func (b *bench) measure(ctx context.Context, all []metric, selected func(name string) bool, progress io.Writer) (report.Report, error) {
 	r := b.describe(ctx)
 	var errs []error
 	for _, m := range all {
+		if err := ctx.Err(); err != nil {
+			return r, err
+		}
 		if !selected(m.Name) {
 			r.Metrics = append(r.Metrics, m.NotRun("left out by --only"))
 			continue
@@ -176,7 +179,7 @@ func (m metric) result(ctx context.Context, b *bench) (report.Metric, error) {
 		return m.NotRun(string(reason)), nil
 	}
 	if err != nil {
-		return m.NotRun("failed: " + err.Error()), err
+		return m.NotRun("failed: " + err.Error()), nil
 	}
 	result, err := m.Measured(runs)
 	if err != nil {
