@@ -4,13 +4,11 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
-	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
@@ -38,27 +36,19 @@ type Directory struct {
 
 // NewDirectory prepares the watches. It asks the API server for nothing until Run.
 func NewDirectory(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Directory, error) {
-	if err := checkConfig(config, keys.Prefix(), log); err != nil {
+	client, core, err := clients(config, keys, log)
+	if err != nil {
 		return nil, err
-	}
-	client, err := metadata.NewForConfig(config)
-	if err != nil {
-		return nil, fmt.Errorf("making a metadata client: %w", err)
-	}
-	core, err := corev1client.NewForConfig(config)
-	if err != nil {
-		return nil, fmt.Errorf("making a core client: %w", err)
 	}
 	d := &Directory{keys: keys, log: log, core: core, changed: newBroadcast(), reads: newLiveReads()}
 	if d.namespaces, err = newNamespaces(client, core, keys, d.changed, d.reads); err != nil {
 		return nil, err
 	}
-	ours := func(name string) bool { return strings.HasPrefix(name, keys.Prefix()+"/") }
 	d.pods, err = newInformed(client, "pods", d.changed, byNamespace, func(o *metav1.ListOptions) {
 		// Finished pods leave the watch: they need no credentials, and cost no memory.
 		o.LabelSelector = keys.Name(policy.Injected) + "=true"
 		o.FieldSelector = "status.phase!=Succeeded,status.phase!=Failed"
-	}, func(m *metav1.PartialObjectMetadata) { keepOnly(m, nil, ours) })
+	}, func(m *metav1.PartialObjectMetadata) { keepOnly(m, nil, bears(keys)) })
 	if err != nil {
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,12 +18,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/metadata/metadatainformer"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
 )
 
 // informed is one metadata-only informer whose objects have been cut down to what decisions need.
@@ -192,10 +195,23 @@ func filter(all map[string]string, keep func(string) bool) map[string]string {
 	return kept
 }
 
-// checkConfig refuses what would fail later.
-func checkConfig(config *rest.Config, prefix string, log *slog.Logger) error {
-	if config == nil || prefix == "" || log == nil {
-		return errors.New("a REST configuration, annotation keys and a Logger are required")
+// clients checks what both kinds of watch need, and makes the clients they use.
+func clients(config *rest.Config, keys policy.Keys, log *slog.Logger) (metadata.Interface, corev1client.CoreV1Interface, error) {
+	if config == nil || keys.Prefix() == "" || log == nil {
+		return nil, nil, errors.New("a REST configuration, annotation keys and a Logger are required")
 	}
-	return nil
+	watch, err := metadata.NewForConfig(config)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making a metadata client: %w", err)
+	}
+	read, err := corev1client.NewForConfig(config)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making a core client: %w", err)
+	}
+	return watch, read, nil
+}
+
+// bears returns a filter for the names of labels and annotations that bear our prefix.
+func bears(keys policy.Keys) func(name string) bool {
+	return func(name string) bool { return strings.HasPrefix(name, keys.Prefix()+"/") }
 }

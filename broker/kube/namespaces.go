@@ -2,9 +2,7 @@ package kube
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
-	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
@@ -26,23 +24,15 @@ type Namespaces struct {
 
 // NewNamespaces prepares a watch of namespaces. It asks the API server for nothing until Run.
 func NewNamespaces(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Namespaces, error) {
-	if err := checkConfig(config, keys.Prefix(), log); err != nil {
+	client, core, err := clients(config, keys, log)
+	if err != nil {
 		return nil, err
-	}
-	client, err := metadata.NewForConfig(config)
-	if err != nil {
-		return nil, fmt.Errorf("making a metadata client: %w", err)
-	}
-	core, err := corev1client.NewForConfig(config)
-	if err != nil {
-		return nil, fmt.Errorf("making a core client: %w", err)
 	}
 	return newNamespaces(client, core, keys, newBroadcast(), newLiveReads())
 }
 
 func newNamespaces(client metadata.Interface, core corev1client.CoreV1Interface, keys policy.Keys, changed *broadcast, reads liveReads) (*Namespaces, error) {
-	ours := func(name string) bool { return strings.HasPrefix(name, keys.Prefix()+"/") }
-	i, err := newInformed(client, "namespaces", changed, cache.Indexers{}, nil, func(m *metav1.PartialObjectMetadata) { keepOnly(m, ours, ours) })
+	i, err := newInformed(client, "namespaces", changed, cache.Indexers{}, nil, func(m *metav1.PartialObjectMetadata) { keepOnly(m, bears(keys), bears(keys)) })
 	if err != nil {
 		return nil, err
 	}
