@@ -141,7 +141,7 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lea
 		return credential.Lease{}, err
 	}
 	entry.Decision, entry.AccessKeyID, entry.Expiration = audit.Allow, session.AccessKeyID, session.Expiration
-	region := pod.Annotations[b.cfg.Rules.Keys().Name(policy.Region)]
+	region := strings.TrimSpace(pod.Annotations[b.cfg.Rules.Keys().Name(policy.Region)])
 	if region == "" {
 		region = b.cfg.Region
 	}

@@ -206,12 +206,12 @@ func classify(g policy.Grant, err error) error {
 	_, throttled := retry.DefaultThrottleErrorCodes[code]
 	e := &credential.Error{Cause: err}
 	switch {
-	case errors.Is(err, errOwnCredentials) || slices.Contains(baseCredentialCodes, code):
-		e.Kind, e.Reason = credential.ErrUnavailable, credential.ReasonBaseCredential
-		e.Message = "the broker's own AWS credentials do not work; its operator must see to it"
 	case throttled || status == http.StatusTooManyRequests:
 		e.Kind, e.Reason, e.RetryAfter = credential.ErrUnavailable, credential.ReasonSTSThrottled, throttledWait
 		e.Message = "STS throttles this account; the broker asks again by itself"
+	case errors.Is(err, errOwnCredentials) || slices.Contains(baseCredentialCodes, code):
+		e.Kind, e.Reason = credential.ErrUnavailable, credential.ReasonBaseCredential
+		e.Message = "the broker's own AWS credentials do not work; its operator must see to it"
 	case code == "AccessDenied" || code == "AccessDeniedException":
 		e.Kind, e.Reason = credential.ErrDenied, credential.ReasonSTSDenied
 		e.Message = fmt.Sprintf("STS refuses role %s: check that it exists, that its trust policy names the broker's role%s, and that the broker may assume it", g.Role(), conditions(g))

@@ -143,7 +143,7 @@ func TestForeignCodes(t *testing.T) {
 		}
 		err := brokerpb.FromError(status.Error(code, "from elsewhere"))
 		for kind := range kinds {
-			if errors.Is(err, kind) != (kind == want) {
+			if errors.Is(err, kind) != errors.Is(want, kind) {
 				t.Errorf("%s becomes %v: errors.Is with %v is %v", code, err, kind, errors.Is(err, kind))
 			}
 		}

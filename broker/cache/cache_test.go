@@ -907,6 +907,27 @@ func TestShutdown(t *testing.T) {
 	})
 }
 
+// Run returns when the last fetch has, so that nothing of the source is used after it.
+func TestRunWaitsForFetches(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ended atomic.Bool
+		s := new(source)
+		s.answer = func(ctx context.Context, _ string) (credential.Credential, error) {
+			<-ctx.Done()
+			time.Sleep(time.Second) // an HTTP client that takes its time
+			ended.Store(true)
+			return credential.Credential{}, ctx.Err()
+		}
+		c, stop := startStoppable(t, s, cache.Config[string]{})
+		c.Keep("a")
+		synctest.Wait()
+		stop()
+		if !ended.Load() {
+			t.Error("Run returned while a fetch was under way")
+		}
+	})
+}
+
 // Before Run, callers wait as long as they like, and are answered once it runs.
 func TestGetBeforeRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

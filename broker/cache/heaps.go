@@ -38,6 +38,9 @@ func (h queueHeap[K]) Less(i, j int) bool {
 	if (a.flight.waiters > 0) != (b.flight.waiters > 0) {
 		return a.flight.waiters > 0
 	}
+	if a.flight.waiters > 0 && a.held.Expiration.IsZero() != b.held.Expiration.IsZero() {
+		return a.held.Expiration.IsZero() // Those who wait for the other are given the old session soon.
+	}
 	return expiry(a).Before(expiry(b))
 }
 

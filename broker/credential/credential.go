@@ -68,7 +68,8 @@ type Lease struct {
 //
 // Credential returns a credential that is valid when it returns, or an error and the zero
 // Credential. Where the failure is for the user to mend, or says when to try again, the error is or
-// wraps an [*Error]. An implementation must return soon after ctx ends.
+// wraps an [*Error]. Issued and Expiration are both set: renewal is paced by the time between them. An
+// implementation must return soon after ctx ends.
 type Source[K any] interface {
 	Credential(ctx context.Context, key K) (Credential, error)
 }

@@ -274,7 +274,7 @@ func FuzzParseRoleARN(f *testing.F) {
 func FuzzResolve(f *testing.F) {
 	f.Add("arn:aws:iam::"+account+":role/", "reader")
 	f.Add("arn:aws:iam::"+account+":role/team/", "/other/reader")
-	f.Add("arn:aws"+strings.Repeat("-x", 900)+":iam::"+account+":role/", "a/reader")
+	f.Add("arn:aws"+strings.Repeat("-x", 990)+":iam::"+account+":role/", longName)
 	f.Add("", "arn:aws:iam::"+account+":role/reader")
 	f.Fuzz(func(t *testing.T, baseText, said string) {
 		base, err := credential.ParseRoleBase(baseText)
