@@ -179,7 +179,7 @@ func (m metric) result(ctx context.Context, b *bench) (report.Metric, error) {
 		return m.NotRun(string(reason)), nil
 	}
 	if err != nil {
-		return m.NotRun("failed: " + err.Error()), nil
+		return m.NotRun("failed: " + err.Error()), err
 	}
 	result, err := m.Measured(runs)
 	if err != nil {

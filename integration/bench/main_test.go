@@ -4,6 +4,8 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"errors"
 	"io"
 	"os"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
@@ -193,6 +196,28 @@ func TestBrokerThroughput(t *testing.T) {
 	for _, run := range r.Metrics[0].Runs {
 		if run.Value <= 0 || *run.Baseline <= 0 {
 			t.Errorf("a side answered no call: %+v", run)
+		}
+	}
+}
+
+// A baseline that let every token pass would be too fast, and the broker look slow beside it.
+func TestBaselineVerifies(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, tokens, err := makePods(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	header, rest, _ := strings.Cut(tokens[0], ".")
+	_, signature, _ := strings.Cut(rest, ".")
+	_, rest, _ = strings.Cut(tokens[1], ".")
+	claims, _, _ := strings.Cut(rest, ".")
+	for token, want := range map[string]bool{tokens[0]: true, header + "." + claims + "." + signature: false} {
+		ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer "+token))
+		if _, err := verifying(key.Public(), nil).answer(ctx); (err == nil) != want {
+			t.Errorf("genuine is %v, and the error is %v", want, err)
 		}
 	}
 }
