@@ -402,7 +402,7 @@ func FuzzHandler(f *testing.F) {
 		}
 		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
 		request.Method, request.URL.Path, request.Host = method, path, host
-		request.Header[name] = []string{value}
+		request.Header.Set(name, value)
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, request)
 		for _, secret := range []string{secretText, tokenText} {
