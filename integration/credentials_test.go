@@ -122,7 +122,8 @@ func TestSTSCallOutlivesTheFirstCaller(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t, ".*")
 	role := arn("slow")
-	credence.STS.SetRole(role, ststest.Behavior{Latency: 1500 * time.Millisecond})
+	// Long enough that the first caller is there before the answer, on the most loaded machine.
+	credence.STS.SetRole(role, ststest.Behavior{Latency: 5 * time.Second})
 	c := dial(t, token(t, create(t, ns, "app", map[string]string{roleKey: "slow"})))
 	// The deadline of an SDK: the first call gives up, and the session it began to wait for must not
 	// be lost with it.
