@@ -10,7 +10,9 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"regexp"
 	"strings"
 	"time"
 
@@ -61,6 +63,9 @@ type Config struct {
 	Logger *slog.Logger
 }
 
+// regionForm is what sidecars take for a region: it ends in answers to other programs.
+var regionForm = regexp.MustCompile(`^[a-z0-9-]{0,64}$`)
+
 // Broker answers the one RPC; [Serve] puts it on a listener.
 type Broker struct {
 	brokerpb.UnimplementedBrokerServer
@@ -72,6 +77,9 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.Verifier == nil || cfg.Binder == nil || cfg.Rules == nil || cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
 		return nil, errors.New("a broker needs a Verifier, a Binder, Rules, Sessions, an Audit log and a Logger")
 	}
+	if !regionForm.MatchString(cfg.Region) {
+		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens: sidecars take no other", cfg.Region)
+	}
 	return &Broker{cfg: cfg}, nil
 }
 
@@ -79,13 +87,17 @@ func New(cfg Config) (*Broker, error) {
 // long, and not from its own clock that something did.
 const replyMargin = 50 * time.Millisecond
 
+// maxCall bounds a call whose caller sets no deadline, or a long one.
+const maxCall = 30 * time.Second
+
 // GetCredentials implements brokerpb.BrokerServer.
 func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	if deadline, ok := ctx.Deadline(); ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-replyMargin))
-		defer cancel()
+	deadline := time.Now().Add(maxCall)
+	if asked, ok := ctx.Deadline(); ok && asked.Before(deadline) {
+		deadline = asked
 	}
+	ctx, cancel := context.WithDeadline(ctx, deadline.Add(-replyMargin))
+	defer cancel()
 	entry := audit.Entry{Decision: audit.Deny}
 	if p, ok := peer.FromContext(ctx); ok {
 		entry.Peer = p.Addr.String()

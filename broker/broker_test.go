@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -182,6 +183,34 @@ func TestPanicIsAnError(t *testing.T) {
 	b.PanicOnBind()
 	if _, err := call(t, b, "authorization", "Bearer cart-token"); status.Code(err) != codes.Internal {
 		t.Errorf("answered %v", err)
+	}
+}
+
+func TestHealthIsChecked(t *testing.T) {
+	b := brokertest.Start(t, session, &lines{})
+	conn, err := grpc.NewClient("passthrough:///broker", grpc.WithContextDialer(b.Dial), grpc.WithTransportCredentials(credentials.NewTLS(b.ClientTLS())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	health := healthpb.NewHealthClient(conn)
+	for { // it is looked at four times a second
+		answer, err := health.Check(t.Context(), &healthpb.HealthCheckRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if answer.GetStatus() == healthpb.HealthCheckResponse_SERVING {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	// A stream that anybody may open would hold up each drain.
+	watch, err := health.Watch(t.Context(), &healthpb.HealthCheckRequest{})
+	if err == nil {
+		_, err = watch.Recv()
+	}
+	if status.Code(err) != codes.Unimplemented {
+		t.Errorf("a watch was answered %v", err)
 	}
 }
 

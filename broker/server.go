@@ -9,11 +9,14 @@ import (
 	"runtime/debug"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/identity"
@@ -27,6 +30,9 @@ const (
 	maxHeaders = identity.MaxTokenBytes + 4<<10
 	// maxStreams: a sidecar makes one call at a time.
 	maxStreams = 16
+	// maxConnections bounds what strangers can make us hold. A sidecar closes its connection after each
+	// call, so this many are calls under way; at some 50 kB each they take 200 MB.
+	maxConnections = 4096
 	// handshakeTimeout ends connections that never say anything.
 	handshakeTimeout = 10 * time.Second
 	// maxIdle closes connections that sidecars have finished with.
@@ -50,16 +56,16 @@ const readyPoll = 250 * time.Millisecond
 func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Config, ready func() bool, log *slog.Logger) error {
 	server := grpc.NewServer(options(config, log)...)
 	brokerpb.RegisterBrokerServer(server, b)
-	status := health.NewServer()
-	healthpb.RegisterHealthServer(server, status)
+	state := health.NewServer()
+	healthpb.RegisterHealthServer(server, state)
 	set := func(s healthpb.HealthCheckResponse_ServingStatus) {
-		status.SetServingStatus("", s)
-		status.SetServingStatus(brokerpb.Broker_ServiceDesc.ServiceName, s)
+		state.SetServingStatus("", s)
+		state.SetServingStatus(brokerpb.Broker_ServiceDesc.ServiceName, s)
 	}
 	set(healthpb.HealthCheckResponse_NOT_SERVING)
 
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
+	go func() { served <- server.Serve(netutil.LimitListener(listener, maxConnections)) }()
 	ticker := time.NewTicker(readyPoll)
 	defer ticker.Stop()
 	for healthy := false; ; {
@@ -80,7 +86,7 @@ func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Co
 		}
 		break
 	}
-	status.Shutdown()
+	state.Shutdown()
 	drained := make(chan struct{})
 	go func() { server.GracefulStop(); close(drained) }()
 	select {
@@ -102,6 +108,11 @@ func options(config *tls.Config, log *slog.Logger) []grpc.ServerOption {
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: maxIdle, MaxConnectionAge: maxAge, MaxConnectionAgeGrace: maxAgeGrace,
+		}),
+		// Nothing here streams but the health service's Watch, which anybody may open and nobody would
+		// close: it would hold up every drain. Kubernetes and gRPC's own tools use Check.
+		grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
+			return status.Error(codes.Unimplemented, "this server has no streams; use Check")
 		}),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 			defer func() {

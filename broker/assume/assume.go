@@ -39,7 +39,8 @@ type Config struct {
 	// Endpoint replaces the regional STS endpoint, for STS-compatible services. Default: AWS's own.
 	Endpoint string
 	// FirstHop is a role to assume before any other, with the broker's own credentials. Default:
-	// none. Behind it AWS limits sessions to one hour (role chaining).
+	// none. AWS limits sessions to one hour whenever the caller is itself an assumed role, as it is
+	// behind this hop (role chaining).
 	FirstHop credential.RoleARN
 }
 
@@ -180,11 +181,12 @@ var (
 	baseCredentialCodes = []string{
 		"ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException",
 		"SignatureDoesNotMatch", "RequestExpired", "MissingAuthenticationToken", "IncompleteSignature",
+		"RegionDisabledException", // the broker's region, which no pod chose
 	}
 	rejectedCodes = []string{
 		"ValidationError", "MalformedPolicyDocument", "MalformedPolicyDocumentException",
 		"PackedPolicyTooLarge", "PackedPolicyTooLargeException", "InvalidParameterValue",
-		"InvalidParameterCombination", "MissingParameter", "RegionDisabledException",
+		"InvalidParameterCombination", "MissingParameter",
 	}
 )
 

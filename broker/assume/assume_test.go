@@ -287,7 +287,7 @@ func TestClassification(t *testing.T) {
 		{ststest.Fault{Code: "ValidationError", Message: "too long by far", Status: 400}, invalid, credential.ReasonSTSRejected, []string{roleARN, "ValidationError", "too long by far"}},
 		{ststest.Fault{Code: "MalformedPolicyDocument", Message: "m", Status: 400}, invalid, credential.ReasonSTSRejected, []string{"MalformedPolicyDocument"}},
 		{ststest.Fault{Code: "PackedPolicyTooLarge", Message: "m", Status: 400}, invalid, credential.ReasonSTSRejected, nil},
-		{ststest.Fault{Code: "RegionDisabledException", Message: "m", Status: 403}, invalid, credential.ReasonSTSRejected, nil},
+		{ststest.Fault{Code: "RegionDisabledException", Message: "m", Status: 403}, unavailable, credential.ReasonBaseCredential, nil},
 
 		{ststest.Fault{Code: "ExpiredToken", Status: 403}, unavailable, credential.ReasonBaseCredential, []string{"broker's own AWS credentials", "operator"}},
 		{ststest.Fault{Code: "ExpiredTokenException", Status: 400}, unavailable, credential.ReasonBaseCredential, nil},

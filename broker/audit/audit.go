@@ -6,13 +6,14 @@
 package audit
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/bits"
 	"sync/atomic"
 	"time"
 
@@ -92,7 +93,7 @@ func (l *Log) Record(e Entry) error {
 		default:
 		}
 	}
-	l.lost.Add(1)
+	l.lose(1)
 	if !l.cfg.Required {
 		return nil
 	}
@@ -100,30 +101,37 @@ func (l *Log) Record(e Entry) error {
 		"the broker cannot write its audit log, and it is required to")
 }
 
+// lose counts lines that will not be written, and says so each time their number has doubled: a writer
+// that hangs must not hide its losses, nor fill the log with them.
+func (l *Log) lose(n int) {
+	lost := l.lost.Add(uint64(n))                                           //nolint:gosec // Never negative.
+	if before := lost - uint64(n); bits.Len64(lost) != bits.Len64(before) { //nolint:gosec // Likewise.
+		l.cfg.Logger.Error("Audit lines were lost", "lost", lost)
+	}
+}
+
 // Lost counts the entries that were not written.
 func (l *Log) Lost() uint64 { return l.lost.Load() }
 
-// Run writes lines until ctx ends, and then those that are still queued.
+// Run writes lines until ctx ends, and then those that are still queued. A required line is tried
+// until it is written or ctx ends; meanwhile Record refuses.
 func (l *Log) Run(ctx context.Context) error {
-	w := bufio.NewWriter(l.cfg.Writer)
-	reported := uint64(0)
-	write := func(e Entry) {
-		l.write(ctx, w, e)
-		if lost := l.Lost(); lost != reported {
-			l.cfg.Logger.ErrorContext(ctx, "Audit lines were lost", "lost", lost)
-			reported = lost
-		}
-	}
+	var b batch
 	for {
 		select {
 		case e := <-l.entries:
-			write(e)
+			b.add(e)
+			if len(l.entries) > 0 && len(b.text) < maxBatch {
+				continue
+			}
+			l.write(ctx, &b)
 		case <-ctx.Done():
 			for {
 				select {
 				case e := <-l.entries:
-					write(e)
+					b.add(e)
 				default:
+					l.write(ctx, &b)
 					return nil
 				}
 			}
@@ -131,11 +139,10 @@ func (l *Log) Run(ctx context.Context) error {
 	}
 }
 
-// write writes one line, and flushes once nothing else waits. A required line is tried until it is
-// written or ctx ends; meanwhile Record refuses.
-func (l *Log) write(ctx context.Context, w *bufio.Writer, e Entry) {
+// write writes the batch, and leaves it empty.
+func (l *Log) write(ctx context.Context, b *batch) {
 	for {
-		err := l.tryWrite(w, e)
+		err := b.writeTo(l.cfg.Writer)
 		l.broken.Store(err != nil)
 		if err == nil {
 			return
@@ -148,23 +155,57 @@ func (l *Log) write(ctx context.Context, w *bufio.Writer, e Entry) {
 			case <-ctx.Done():
 			}
 		}
-		l.lost.Add(1)
+		l.lose(b.drop())
 		return
 	}
 }
 
-func (l *Log) tryWrite(w *bufio.Writer, e Entry) error {
+// maxBatch is how much is written at once while more is queued: a page of the page cache.
+const maxBatch = 4 << 10
+
+// batch is the lines that are to be written next.
+type batch struct {
+	text []byte
+	open bool // the writer has the beginning of a line, and text begins with its rest
+}
+
+// add appends the entry's line.
+func (b *batch) add(e Entry) {
 	line, err := json.Marshal(e)
-	if err == nil {
-		_, err = w.Write(append(line, '\n'))
-	}
-	if err == nil && len(l.entries) == 0 {
-		err = w.Flush()
-	}
 	if err != nil {
-		// A bufio.Writer keeps its first error for ever; the file behind it may be well again.
-		w.Reset(l.cfg.Writer)
-		return fmt.Errorf("writing audit line: %w", err)
+		// Only a year beyond 9999 cannot be encoded.
+		line, _ = json.Marshal(Entry{Decision: e.Decision, Pod: e.Pod, Namespace: e.Namespace, Message: err.Error()})
+	}
+	b.text = append(append(b.text, line...), '\n')
+}
+
+// writeTo writes the text and keeps what was not written.
+func (b *batch) writeTo(w io.Writer) error {
+	if len(b.text) == 0 {
+		return nil
+	}
+	n, err := w.Write(b.text)
+	if n == len(b.text) {
+		err = nil
+	} else if err == nil {
+		err = io.ErrShortWrite
+	}
+	if n > 0 {
+		b.open = b.text[n-1] != '\n'
+	}
+	b.text = b.text[n:]
+	if err != nil {
+		return fmt.Errorf("writing audit lines: %w", err)
 	}
 	return nil
+}
+
+// drop gives up what was not written, and returns how many lines that were.
+func (b *batch) drop() int {
+	lines := bytes.Count(b.text, []byte{'\n'})
+	b.text = nil
+	if b.open { // What comes next must not be glued to half a line.
+		b.text, b.open = []byte{'\n'}, false
+	}
+	return lines
 }

@@ -151,3 +151,46 @@ func TestRequiredAuditRefusesWhileTheWriterFails(t *testing.T) {
 		}
 	})
 }
+
+func TestOneFailedWriteLosesNothingUncounted(t *testing.T) {
+	for _, required := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			out := &faulty{failures: 1, taken: 10}
+			l := newLog(t, out, required)
+			const lines = 100
+			for range lines {
+				_ = l.Record(audit.Entry{Decision: audit.Allow, Pod: "cart"})
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { _ = l.Run(ctx) })
+			time.Sleep(5 * time.Second)
+			cancel()
+			running.Wait()
+			whole := 0
+			for line := range strings.SplitSeq(strings.TrimSuffix(out.buf.String(), "\n"), "\n") {
+				if json.Valid([]byte(line)) {
+					whole++
+				}
+			}
+			if lost := int(l.Lost()); whole+lost != lines || required != (lost == 0) {
+				t.Errorf("required=%v: %d whole lines and %d lost of %d", required, whole, lost, lines)
+			}
+		})
+	}
+}
+
+// faulty takes a few bytes of its first writes and fails.
+type faulty struct {
+	failures, taken int
+	buf             bytes.Buffer
+}
+
+func (f *faulty) Write(p []byte) (int, error) {
+	if f.failures == 0 {
+		return f.buf.Write(p)
+	}
+	f.failures--
+	f.buf.Write(p[:f.taken])
+	return f.taken, errors.New("disk full")
+}

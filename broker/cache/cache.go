@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -106,10 +107,13 @@ type entry[K comparable] struct {
 // flight is one fetch and those who wait for it.
 type flight struct {
 	done    chan struct{} // closed when cred and err are final
-	waiters int           // guarded by Cache.mu
+	waiters int           // callers who have nothing to go on with; guarded by Cache.mu
+	since   time.Time     // when the first of them came; guarded by Cache.mu
 	cred    credential.Credential
 	err     error
 }
+
+func (f *flight) waitedFor() bool { return f.waiters > 0 }
 
 // Value is the answer to a caller.
 type Value struct {
@@ -166,9 +170,11 @@ func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
 		return Value{}, retryAt(e.failure, e.notBefore.Sub(now))
 	}
 	f := c.ask(e)
-	f.waiters++
-	if e.queued >= 0 {
-		heap.Fix(&c.queue, e.queued)
+	if !valid {
+		if f.waiters == 0 {
+			f.since = now
+		}
+		c.wait(e, f, +1)
 	}
 	held := e.held
 	c.mu.Unlock()
@@ -187,9 +193,8 @@ func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	f.waiters--
-	if e.queued >= 0 {
-		heap.Fix(&c.queue, e.queued)
+	if !valid {
+		c.wait(e, f, -1)
 	}
 	now = time.Now()
 	select {
@@ -209,6 +214,14 @@ func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
 	return Value{}, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Cause: context.Cause(ctx),
 		Message: "the credentials are still being fetched; ask again",
+	}
+}
+
+// wait counts a caller in or out of a flight, and moves the flight in the queue accordingly.
+func (c *Cache[K]) wait(e *entry[K], f *flight, n int) {
+	f.waiters += n
+	if e.flight == f && e.queued >= 0 {
+		heap.Fix(&c.queue, e.queued)
 	}
 }
 
@@ -282,6 +295,10 @@ func (c *Cache[K]) Run(ctx context.Context) error {
 	}
 }
 
+// lookEvery bounds how long Run sleeps. Its timer stands still while a machine is suspended, and
+// sessions go on expiring.
+const lookEvery = time.Minute
+
 // advance moves what is due into the queue, begins what may begin, and returns how long until it
 // should be called again.
 func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Duration {
@@ -295,9 +312,9 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 			c.settle(e, now)
 		}
 	}
-	next := time.Hour // Nothing to do for longer than that is no reason not to look.
+	next := lookEvery
 	if len(c.due) > 0 {
-		next = c.due[0].dueAt.Sub(now)
+		next = min(next, c.due[0].dueAt.Sub(now))
 	}
 	for len(c.queue) > 0 && c.running < c.cfg.Concurrency {
 		reservation := c.limiter.ReserveN(now, 1)
@@ -317,7 +334,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 func (c *Cache[K]) fetch(ctx context.Context, e *entry[K]) {
 	fetchCtx, cancel := context.WithTimeout(ctx, c.cfg.FetchTimeout)
 	defer cancel()
-	cred, err := c.cfg.Source.Credential(fetchCtx, e.key)
+	cred, err := c.source(fetchCtx, e.key)
 	now := time.Now()
 	if err == nil && !cred.Valid(now) {
 		err = credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable,
@@ -349,6 +366,16 @@ func (c *Cache[K]) fetch(ctx context.Context, e *entry[K]) {
 			slog.String("key", fmt.Sprint(e.key)), slog.String("reason", string(credential.ReasonOf(err))), slog.Any("error", err),
 			slog.Int("waiters", waiters), slog.Duration("retry_in", retry), slog.Duration("still_valid_for", max(held.Remaining(now), 0)))
 	}
+}
+
+// source asks the source. A panic in it is that fetch's failure, and not the end of the program.
+func (c *Cache[K]) source(ctx context.Context, key K) (cred credential.Credential, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			cred, err = credential.Credential{}, fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return c.cfg.Source.Credential(ctx, key)
 }
 
 // stop ends every wait, once Run's context has ended.
@@ -410,6 +437,8 @@ func (c *Cache[K]) settle(e *entry[K], now time.Time) {
 		delete(c.entries, e.key)
 		return
 	}
+	// By the wall clock, as expirations are: an order of mixed clocks would break when one is set.
+	e.dueAt = e.dueAt.Round(0)
 	heap.Push(&c.due, e)
 }
 

@@ -1251,3 +1251,58 @@ func BenchmarkGetWarm(b *testing.B) {
 		}
 	})
 }
+
+// TestOldTenantsAreNotStarved: after an outage that outlasted a session, its callers wait no longer
+// than those who came with new keys before them, however many keep coming.
+func TestOldTenantsAreNotStarved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{}
+		c := start(t, s, cache.Config[string]{Rate: 10, Concurrency: 1})
+		c.Keep("old")
+		mustGet(t, c, "old")
+		s.fail(away())
+		time.Sleep(life + time.Minute)
+		s.become(nil)
+
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var flood sync.WaitGroup
+		flood.Go(func() { // twice as many new keys as may be fetched
+			for i := 0; ctx.Err() == nil; i++ {
+				flood.Go(func() { _, _ = c.Get(ctx, fmt.Sprint("new", i)) })
+				_ = sleep(ctx, 50*time.Millisecond)
+			}
+		})
+		// The wait after the last failure is up to 30 s, and as long is the queue of those who came then.
+		recovered := time.Now()
+		for {
+			attempt, stop := context.WithTimeout(ctx, 3*time.Minute)
+			_, err := c.Get(attempt, "old")
+			stop()
+			if err == nil {
+				break
+			}
+			if time.Since(recovered) > 2*time.Minute {
+				t.Error("the caller of an old key still waits behind new ones")
+				break
+			}
+			time.Sleep(time.Second)
+		}
+		cancel()
+		flood.Wait()
+	})
+}
+
+func TestPanicIsAFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{}
+		s.become(func(context.Context, string) (credential.Credential, error) { panic("odd answer") })
+		c := start(t, s, cache.Config[string]{})
+		if _, err := c.Get(t.Context(), "a"); credential.ReasonOf(err) != credential.ReasonInternal {
+			t.Errorf("answered %v", err)
+		}
+		s.become(nil)
+		time.Sleep(time.Minute)
+		mustGet(t, c, "a")
+	})
+}

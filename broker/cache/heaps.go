@@ -27,21 +27,22 @@ func (h *dueHeap[K]) Pop() any {
 	return e
 }
 
-// queueHeap orders entries that wait for their fetch: those that somebody waits for, then those
-// whose session expires first, then those that are fetched ahead of any need.
+// queueHeap orders entries that wait for their fetch: those whose callers have nothing to go on with,
+// first come first served; then those whose session expires first; then those that are fetched ahead
+// of any need.
 type queueHeap[K comparable] []*entry[K]
 
 func (h queueHeap[K]) Len() int { return len(h) }
 
 func (h queueHeap[K]) Less(i, j int) bool {
-	a, b := h[i], h[j]
-	if (a.flight.waiters > 0) != (b.flight.waiters > 0) {
-		return a.flight.waiters > 0
+	a, b := h[i].flight.waitedFor(), h[j].flight.waitedFor()
+	switch {
+	case a && b:
+		return h[i].flight.since.Before(h[j].flight.since)
+	case a || b:
+		return a
 	}
-	if a.flight.waiters > 0 && a.held.Expiration.IsZero() != b.held.Expiration.IsZero() {
-		return a.held.Expiration.IsZero() // Those who wait for the other are given the old session soon.
-	}
-	return expiry(a).Before(expiry(b))
+	return expiry(h[i]).Before(expiry(h[j]))
 }
 
 // expiry sorts entries that hold nothing behind all that do.

@@ -73,8 +73,8 @@ func (d *Directory) Run(ctx context.Context) error {
 func (d *Directory) Synced() bool { return synced(d.pods, d.serviceAccounts, d.namespaces.informed) }
 
 // Bind finds the live pod that a verified token is bound to, with its namespace. A pod or service
-// account that was deleted, or recreated under the same name, or a pod that has finished or was not
-// injected, is refused. What the watch does not know yet is waited for a little and then read from
+// account that was deleted, or recreated under the same name, a pod that has finished or was not
+// injected, and a pod of a namespace that is not opted in, is refused. What the watch does not know yet is waited for a little and then read from
 // the API server; credential.ErrUnavailable is returned only when that could not be asked.
 func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
 	accountIsLive := func() bool {
@@ -84,6 +84,15 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 	podIsLive := func() bool {
 		m := d.pods.get(id.Namespace + "/" + id.Name)
 		return m != nil && string(m.UID) == id.UID
+	}
+	// First, because pods of other namespaces can have tokens for our audience too, and must not make us
+	// wait and ask for them.
+	ns, err := d.namespaces.Namespace(ctx, id.Namespace)
+	if err == nil {
+		err = d.keys.CheckOptedIn(ns)
+	}
+	if err != nil {
+		return policy.Pod{}, policy.Namespace{}, err
 	}
 	d.changed.until(ctx, lagPatience, func() bool { return podIsLive() && accountIsLive() })
 	if !accountIsLive() {
@@ -100,10 +109,6 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 			return policy.Pod{}, policy.Namespace{}, err
 		}
 		pod.Annotations = annotations
-	}
-	ns, err := d.namespaces.Namespace(ctx, id.Namespace)
-	if err != nil {
-		return policy.Pod{}, policy.Namespace{}, err
 	}
 	return pod, ns, nil
 }
@@ -170,7 +175,7 @@ func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok boo
 }
 
 // OnChange calls changed with the key NAMESPACE/NAME of each injected pod that appears, changes or
-// goes, and of each pod whose namespace changes. changed must not block. Call it before Run.
+// goes, and of each pod whose namespace changes; first, of each that there is. changed must not block.
 func (d *Directory) OnChange(changed func(key string)) error {
 	if _, err := d.pods.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    func(obj any) { changed(keyOf(obj)) },

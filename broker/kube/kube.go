@@ -200,6 +200,8 @@ func clients(config *rest.Config, keys policy.Keys, log *slog.Logger) (metadata.
 	if config == nil || keys.Prefix() == "" || log == nil {
 		return nil, nil, errors.New("a REST configuration, annotation keys and a Logger are required")
 	}
+	config = rest.CopyConfig(config)
+	config.QPS = -1 // liveReads bounds the reads; client-go's own limit of 5 a second would queue them.
 	watch, err := metadata.NewForConfig(config)
 	if err != nil {
 		return nil, nil, fmt.Errorf("making a metadata client: %w", err)

@@ -3,6 +3,8 @@ package kube
 import (
 	"context"
 	"log/slog"
+	"sync"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
@@ -20,7 +22,18 @@ type Namespaces struct {
 	keys  policy.Keys
 	core  corev1client.CoreV1Interface
 	reads liveReads
+
+	mu    sync.Mutex
+	asked map[string]time.Time // :: name → when the API server last said that it is not opted in; guarded by mu
 }
+
+// trustFor is how long the API server's word that a namespace is not opted in is not asked for again:
+// a namespace with many pods that was opted out must not use up the reads of all others.
+const trustFor = 5 * time.Second
+
+// maxRemembered bounds what is remembered of namespaces that are not opted in. Far more than a cluster
+// has; should it be reached, all is forgotten and asked anew.
+const maxRemembered = 10_000
 
 // NewNamespaces prepares a watch of namespaces. It asks the API server for nothing until Run.
 func NewNamespaces(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Namespaces, error) {
@@ -53,10 +66,31 @@ func (n *Namespaces) Synced() bool { return synced(n.informed) }
 // returns credential.ErrNotFound for a namespace that does not exist, and credential.ErrUnavailable
 // when the API server could not be asked.
 func (n *Namespaces) Namespace(ctx context.Context, name string) (policy.Namespace, error) {
-	if m := n.get(name); m != nil && n.keys.OptedIn(m.Labels) {
-		return namespace(m.ObjectMeta), nil
+	ns, known := n.Known(name)
+	if known && (n.keys.OptedIn(ns.Labels) || n.askedLately(name)) {
+		return ns, nil
 	}
-	return n.read(ctx, name)
+	ns, err := n.ask(ctx, name)
+	if err == nil && !n.keys.OptedIn(ns.Labels) {
+		n.remember(name)
+	}
+	return ns, err
+}
+
+func (n *Namespaces) askedLately(name string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	at, ok := n.asked[name]
+	return ok && time.Since(at) < trustFor
+}
+
+func (n *Namespaces) remember(name string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.asked == nil || len(n.asked) >= maxRemembered {
+		n.asked = make(map[string]time.Time)
+	}
+	n.asked[name] = time.Now()
 }
 
 // Known returns what the watch knows of the namespace, without asking anybody.
@@ -68,8 +102,8 @@ func (n *Namespaces) Known(name string) (policy.Namespace, bool) {
 	return namespace(m.ObjectMeta), true
 }
 
-// read asks the API server.
-func (n *Namespaces) read(ctx context.Context, name string) (policy.Namespace, error) {
+// ask asks the API server.
+func (n *Namespaces) ask(ctx context.Context, name string) (policy.Namespace, error) {
 	var meta metav1.ObjectMeta
 	found, err := n.reads.do(ctx, "namespace "+name, func(ctx context.Context) error {
 		ns, err := n.core.Namespaces().Get(ctx, name, metav1.GetOptions{})

@@ -97,7 +97,7 @@ func (v *JWKS) Run(ctx context.Context) error {
 		v.mu.Lock()
 		age := time.Since(v.fetched)
 		v.mu.Unlock()
-		// A tick's length early, so that a failed attempt is repeated before the age is reached.
+		// Three ticks early, so that a failed attempt is repeated before the age is reached.
 		if age >= keysMaxAge-3*keysMinAge {
 			v.refresh(ctx)
 		}
@@ -188,28 +188,37 @@ func unauthenticated(reason credential.Reason, cause error, format string, args 
 }
 
 // keysOf returns the keys of that id. For an id that is unknown it fetches the key set, unless that
-// was tried a moment ago.
+// was tried a moment ago. A token is refused for its key only by a key set that was fetched after the
+// token came: before that, the key may be a new one.
 func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error) {
+	came := time.Now()
 	v.mu.Lock()
 	keys, ok := v.keys[id]
-	recent := time.Since(v.tried) < keysMinAge && v.flight == nil
-	v.mu.Unlock()
-	if !ok && !recent {
-		v.refresh(ctx)
-		v.mu.Lock()
-		keys, ok = v.keys[id]
-		v.mu.Unlock()
+	wait := keysMinAge - time.Since(v.tried)
+	if v.flight != nil {
+		wait = 0 // Joined: nothing more is asked of the API server.
 	}
+	v.mu.Unlock()
 	if ok {
 		return keys, nil
 	}
-	if !v.Ready() {
-		return nil, &credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
-			Message: "the broker has not fetched the cluster's token-signing keys yet; ask again",
+	if wait <= 0 {
+		v.refresh(ctx)
+		v.mu.Lock()
+		keys, ok = v.keys[id]
+		known := !v.fetched.Before(came) && len(v.issuers) > 0
+		v.mu.Unlock()
+		switch {
+		case ok:
+			return keys, nil
+		case known:
+			return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
 		}
 	}
-	return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
+	return nil, &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: max(wait, time.Second),
+		Message: "the broker does not know the key that the token is signed with, and could not ask the API server since; ask again",
+	}
 }
 
 // refresh fetches keys and issuer once, however many ask, and not on a caller's context: one who

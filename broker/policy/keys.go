@@ -123,6 +123,15 @@ func (k Keys) OptedIn(labels map[string]string) bool {
 	return k.prefix != "" && labels[k.Name(Inject)] == Enabled
 }
 
+// CheckOptedIn refuses a namespace that is not opted in, with what to do about it.
+func (k Keys) CheckOptedIn(ns Namespace) error {
+	if k.OptedIn(ns.Labels) {
+		return nil
+	}
+	return credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotOpted,
+		"namespace %q is not opted in: label it %s=%s", ns.Name, k.Name(Inject), Enabled)
+}
+
 // cut splits the prefix off a full key.
 func (k Keys) cut(name string) (Key, bool) {
 	if k.prefix == "" {

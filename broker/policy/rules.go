@@ -138,9 +138,8 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 		return Grant{}, credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotFound,
 			"the pod's namespace %q is not known", pod.Namespace)
 	}
-	if !r.keys.OptedIn(ns.Labels) {
-		return Grant{}, credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotOpted,
-			"namespace %q is not opted in: label it %s=%s", ns.Name, r.keys.Name(Inject), Enabled)
+	if err := r.keys.CheckOptedIn(ns); err != nil {
+		return Grant{}, err
 	}
 	s, err := r.keys.Parse(pod.Annotations)
 	if err != nil {
@@ -174,6 +173,9 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	switch s.Scope {
 	case ScopeRole:
 	case ScopeServiceAccount:
+		if pod.ServiceAccount == "" {
+			return Grant{}, errors.New("the pod's service account is not known")
+		}
 		g.sharedBy = pod.Namespace + "/" + pod.ServiceAccount
 		name += "." + pod.Namespace + "." + pod.ServiceAccount
 	case ScopePod:

@@ -71,7 +71,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 			return options{}, fmt.Errorf("--audit=%s: must be best-effort or required", audit)
 		}
 		o.auditRequired = audit == "required"
-		o.issuers = strings.FieldsFunc(issuers, func(r rune) bool { return r == ',' })
+		o.issuers = strings.FieldsFunc(issuers, func(r rune) bool { return r == ',' || r == ' ' })
 		return o, nil
 	}
 }

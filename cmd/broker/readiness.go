@@ -3,22 +3,21 @@ package main
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/credence-iam/credence/broker/admin"
-	"github.com/credence-iam/credence/broker/cache"
-	"github.com/credence-iam/credence/broker/kube"
-	"github.com/credence-iam/credence/broker/policy"
 )
 
 // readiness are the conditions under which this broker should be asked.
-func readiness(directory *kube.Directory, verifier *kube.JWKS, sessions *cache.Cache[policy.Grant]) []admin.Check {
+func (p parts) readiness(based *atomic.Bool) []admin.Check {
 	return []admin.Check{
+		{Name: "base ARN", Err: func() error { return unless(based.Load(), "STS has not said which account this is") }},
 		{Name: "informers", Err: func() error {
-			return unless(directory.Synced(), "not all pods, namespaces and service accounts are listed yet")
+			return unless(p.directory.Synced(), "not all pods, namespaces and service accounts are listed yet")
 		}},
-		{Name: "signing keys", Err: func() error { return unless(verifier.Ready(), "not fetched yet") }},
-		{Name: "sessions", Err: warm(sessions.Warm)},
+		{Name: "signing keys", Err: func() error { return unless(p.verifier.Ready(), "not fetched yet") }},
+		{Name: "sessions", Err: warm(p.sessions.Warm)},
 	}
 }
 
@@ -30,8 +29,11 @@ const warmTime = 30 * time.Second
 func warm(count func() (warm, kept int)) func() error {
 	started := time.Now()
 	return func() error {
+		if time.Since(started) > warmTime {
+			return nil
+		}
 		warm, kept := count()
-		return unless(warm == kept || time.Since(started) > warmTime, fmt.Sprintf("%d of %d are warm", warm, kept))
+		return unless(warm == kept, fmt.Sprintf("%d of %d are warm", warm, kept))
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/certs"
@@ -30,6 +31,7 @@ func main() {
 // judges by stops.
 func run(ctx context.Context, o options) error {
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
+	klog.SetSlogLogger(log) // client-go's own lines
 	pair, err := certs.NewKeyPair(o.tlsCert, o.tlsKey, log)
 	if err != nil {
 		return fmt.Errorf("--tls-cert, --tls-key: %w", err)

@@ -1,7 +1,6 @@
 package inject
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 
@@ -80,6 +79,3 @@ func isFromUID(v corev1.EnvVar) bool {
 	// The API server's defaults add an apiVersion.
 	return v.ValueFrom != nil && v.ValueFrom.FieldRef != nil && v.ValueFrom.FieldRef.FieldPath == uidFieldPath
 }
-
-// sentence makes one warning.
-func sentence(format string, args ...any) string { return fmt.Sprintf(format, args...) }

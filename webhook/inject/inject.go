@@ -208,6 +208,10 @@ func (i *Injector) patch(p *pod, spec *podSpec, settings policy.Settings) (ops [
 	if warnings, err = i.checkSettings(spec, settings); err != nil {
 		return nil, nil, err
 	}
+	if present && spec.InitContainers[0].Name != sidecarName {
+		// Patches of "add" cannot reorder, and the order is the other webhook's to choose.
+		warnings = append(warnings, fmt.Sprintf("init container %q stands before the sidecar: it has no credentials while it runs", spec.InitContainers[0].Name))
+	}
 	for _, list := range []struct {
 		path       string
 		containers []container

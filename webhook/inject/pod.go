@@ -2,6 +2,7 @@ package inject
 
 import (
 	stdjson "encoding/json"
+	"fmt"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
@@ -173,10 +174,10 @@ func (i *Injector) checkSettings(spec *podSpec, settings policy.Settings) (warni
 	// A container to skip may come from a webhook that is called after this one, so that refusing
 	// would be wrong; and missing one makes no container go without.
 	if unknown := missing(settings.SkipContainers); len(unknown) > 0 {
-		warnings = append(warnings, sentence("annotation %q names %q, which the pod does not have so far", i.cfg.Keys.Name(policy.SkipContainers), unknown))
+		warnings = append(warnings, fmt.Sprintf("annotation %q names %q, which the pod does not have so far", i.cfg.Keys.Name(policy.SkipContainers), unknown))
 	}
 	if settings.Duration < policy.DefaultDuration {
-		warnings = append(warnings, sentence("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", i.cfg.Keys.Name(policy.Duration), settings.Duration))
+		warnings = append(warnings, fmt.Sprintf("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", i.cfg.Keys.Name(policy.Duration), settings.Duration))
 	}
 	return warnings, nil
 }

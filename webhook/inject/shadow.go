@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
@@ -37,20 +38,20 @@ func (i *Injector) shadowed(c container) (warnings []string, err error) {
 				"container %q has %s, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in %q",
 				c.Name, webIdentity, i.cfg.Keys.Name(policy.SkipContainers))
 		}
-		warnings = append(warnings, sentence("container %q has %s: SDKs use that identity, not the annotated role", c.Name, webIdentity))
+		warnings = append(warnings, fmt.Sprintf("container %q has %s: SDKs use that identity, not the annotated role", c.Name, webIdentity))
 	}
 	for _, v := range outranking {
 		if at := last(c.Env, v.name); at >= 0 && (v.evenEmpty || !empty(c.Env[at])) {
-			warnings = append(warnings, sentence("container %q has %s: %s", c.Name, v.name, v.what))
+			warnings = append(warnings, fmt.Sprintf("container %q has %s: %s", c.Name, v.name, v.what))
 		}
 	}
 	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
 		return strings.HasPrefix(v.Name, containerPrefix) && !i.ours(v)
 	}); at >= 0 {
-		warnings = append(warnings, sentence("container %q has %s: it is left as it is, and does not get the annotated role", c.Name, c.Env[at].Name))
+		warnings = append(warnings, fmt.Sprintf("container %q has %s: it is left as it is, and does not get the annotated role", c.Name, c.Env[at].Name))
 	}
 	if len(c.EnvFrom) > 0 {
-		warnings = append(warnings, sentence("container %q has envFrom, which admission cannot see into: AWS_* variables in it may outrank the annotated role", c.Name))
+		warnings = append(warnings, fmt.Sprintf("container %q has envFrom, which admission cannot see into: AWS_* variables in it may outrank the annotated role", c.Name))
 	}
 	return warnings, nil
 }
