@@ -1,7 +1,7 @@
 //go:build unix
 
 // Package tools builds, once, the programs that tests, the demonstration and the checks run: a Kubernetes
-// control plane, MinIO, linters and code generators. Each has a pinned version, and is built from the Go
+// control plane and its nodes, Helm, MinIO, linters and code generators. Each has a pinned version, and is built from the Go
 // module proxy, so nothing but a Go toolchain is needed.
 //
 // A built program lies in the cache folder, outside the checkout, under a name that holds its version and a
@@ -45,6 +45,16 @@ const (
 	KubeAPIServer         Tool = "kube-apiserver"
 	KubeControllerManager Tool = "kube-controller-manager"
 	Kubectl               Tool = "kubectl"
+	KubeScheduler         Tool = "kube-scheduler"
+	KubeProxy             Tool = "kube-proxy"
+	Kubelet               Tool = "kubelet"
+	Containerd            Tool = "containerd"
+	ContainerdShim        Tool = "containerd-shim-runc-v2"
+	Ctr                   Tool = "ctr"
+	CoreDNS               Tool = "coredns"
+	CNIPtp                Tool = "ptp"
+	CNIHostLocal          Tool = "host-local"
+	Helm                  Tool = "helm"
 	MinIO                 Tool = "minio"
 	GolangciLint          Tool = "golangci-lint"
 	Buf                   Tool = "buf"
@@ -61,6 +71,12 @@ const AssetsVariable = "KUBEBUILDER_ASSETS"
 // ControlPlane returns the programs of a small control plane.
 func ControlPlane() []Tool { return []Tool{Etcd, KubeAPIServer, KubeControllerManager, Kubectl} }
 
+// Node returns the programs that a cluster with nodes runs in addition. runc and iptables are not among
+// them: both are bound to C libraries, and come from the system.
+func Node() []Tool {
+	return []Tool{KubeScheduler, KubeProxy, Kubelet, Containerd, ContainerdShim, Ctr, CoreDNS, CNIPtp, CNIHostLocal}
+}
+
 // All returns every program that can be built, sorted by name.
 func All() []Tool { return slices.Sorted(maps.Keys(recipes)) }
 
@@ -69,6 +85,7 @@ func All() []Tool { return slices.Sorted(maps.Keys(recipes)) }
 type nested struct {
 	folder  string                      // below modules/, with a go.mod
 	source  string                      // required module whose version names the folder in the cache
+	tags    string                      // build tags, with commas
 	ldflags func(version string) string // in addition to those that all get; may be nil
 }
 
@@ -84,6 +101,9 @@ var kubernetes = nested{
 		return variable + "gitVersion=" + version + variable + "gitMajor=" + major + variable + "gitMinor=" + minor
 	},
 }
+
+// containerd: without the snapshotters that need C libraries. It does know its version.
+var containerd = nested{folder: "containerd", source: "github.com/containerd/containerd/v2", tags: "no_btrfs,no_devmapper,no_zfs"}
 
 var minio = nested{folder: "minio", source: "github.com/minio/minio"}
 
@@ -111,6 +131,31 @@ var recipes = map[Tool]recipe{
 		nested: &kubernetes, source: "k8s.io/kubernetes", pkg: "/cmd/kubectl",
 		takes: "about 40 s on 2 cores the first time after kube-apiserver",
 	},
+	KubeScheduler: {nested: &kubernetes, source: "k8s.io/kubernetes", pkg: "/cmd/kube-scheduler"},
+	KubeProxy:     {nested: &kubernetes, source: "k8s.io/kubernetes", pkg: "/cmd/kube-proxy"},
+	Kubelet: {
+		nested: &kubernetes, source: "k8s.io/kubernetes", pkg: "/cmd/kubelet",
+		takes: "about 3 min on 2 cores the first time after kube-apiserver",
+	},
+
+	Containerd: {
+		nested: &containerd, source: "github.com/containerd/containerd/v2", pkg: "/cmd/containerd",
+		takes: "about 90 s on 2 cores the first time",
+	},
+	ContainerdShim: {nested: &containerd, source: "github.com/containerd/containerd/v2", pkg: "/cmd/containerd-shim-runc-v2"},
+	Ctr:            {nested: &containerd, source: "github.com/containerd/containerd/v2", pkg: "/cmd/ctr"},
+	CoreDNS: {
+		source: "github.com/coredns/coredns", version: "v1.15.0",
+		takes: "about 2 min on 2 cores the first time",
+	},
+	CNIPtp:       {source: "github.com/containernetworking/plugins", version: "v1.9.1", pkg: "/plugins/main/ptp"},
+	CNIHostLocal: {source: "github.com/containernetworking/plugins", version: "v1.9.1", pkg: "/plugins/ipam/host-local"},
+
+	Helm: {
+		source: "helm.sh/helm/v4", version: "v4.3.1", pkg: "/cmd/helm",
+		takes: "about 100 s on 2 cores the first time",
+	},
+
 	MinIO: {nested: &minio, source: "github.com/minio/minio", takes: "about 5 min on 2 cores the first time"},
 
 	GolangciLint: {
@@ -213,6 +258,7 @@ type target struct {
 	path    string // of the program
 	workDir string // where the go command runs
 	pkg     string // what it builds; with a version: what it installs
+	tags    string
 	ldflags string
 }
 
@@ -263,8 +309,9 @@ func (r recipe) resolve(tool Tool, root, cache string) (*target, error) {
 		if r.nested.ldflags != nil {
 			t.ldflags += r.nested.ldflags(version)
 		}
+		t.tags = r.nested.tags
 		folder = r.nested.folder + "-" + version
-		_, _ = fmt.Fprintf(hash, "%s%s%s", pins, sums, t.ldflags)
+		_, _ = fmt.Fprintf(hash, "%s%s%s%s", pins, sums, t.tags, t.ldflags)
 	}
 	_, _ = fmt.Fprintf(hash, "%s/%s", runtime.GOOS, runtime.GOARCH)
 	folder += "-" + hex.EncodeToString(hash.Sum(nil))[:12]
@@ -394,7 +441,7 @@ func (t *target) beat(progress io.Writer, what string) (stop func()) {
 //
 // The go command stays in our process group, so that Ctrl-C in a terminal reaches it and its compilers too.
 func (t *target) run(ctx context.Context, folder string) error {
-	args := []string{"build", "-trimpath", "-ldflags", t.ldflags, "-o", filepath.Join(folder, string(t.tool)), t.pkg}
+	args := []string{"build", "-trimpath", "-tags", t.tags, "-ldflags", t.ldflags, "-o", filepath.Join(folder, string(t.tool)), t.pkg}
 	if strings.Contains(t.pkg, "@") {
 		args = []string{"install", "-trimpath", "-ldflags", t.ldflags, t.pkg}
 	}
