@@ -32,6 +32,9 @@ type Command struct {
 	// Env is added to an environment of PATH, and HOME, which is the run's folder. Nothing else is
 	// inherited: many programs take settings from variables, and the user's must not change a test.
 	Env []string
+	// Launch starts the prepared command. Default: [Launch]. Set, it can start it elsewhere than where its
+	// owner is, such as in other namespaces.
+	Launch func(*exec.Cmd) error
 }
 
 // A Process is a program that was started.
@@ -79,7 +82,11 @@ func (r *Run) Start(c Command) (*Process, error) {
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + r.dir}, c.Env...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := start(cmd); err != nil {
+	launch := c.Launch
+	if launch == nil {
+		launch = Launch
+	}
+	if err := launch(cmd); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", c.Name, err)
 	}
 	p.pid = cmd.Process.Pid
@@ -90,6 +97,10 @@ func (r *Run) Start(c Command) (*Process, error) {
 	go p.wait(cmd, recPath, r.report)
 	return p, nil
 }
+
+// Launch starts cmd, whose SysProcAttr must be set, so that it ends with this process: by a signal of the
+// kernel on Linux; elsewhere the next [Open] or [Sweep] ends what lives on.
+func Launch(cmd *exec.Cmd) error { return start(cmd) }
 
 // writeRecord is not atomic: the only reader is a sweep after our death, and takes half a record for none.
 func writeRecord(path string, pid int) error {

@@ -36,6 +36,7 @@ const (
 	logFolder  = "logs"
 	recFolder  = "processes" // a record per running program
 	keptMarker = "kept"      // stands beside the logs of a run that was closed with them kept
+	cgroupFile = "cgroup"    // holds the name of the run's cgroup, if it has one
 )
 
 // KeepFor is how long kept logs of a closed run stay before a later run's start removes them: long enough to
@@ -149,12 +150,47 @@ func (r *Run) Close() error {
 	return errors.Join(err, lock.Release())
 }
 
-// remove removes a run's folder, its lock last: a sweep takes a folder that has none for somebody else's.
+// remove removes a run's cgroup and folder, its lock last: a sweep takes a folder that has none for somebody
+// else's.
 func remove(dir string) error {
+	if err := removeCgroupOf(dir); err != nil {
+		return err
+	}
 	return errors.Join(removeExcept(dir, lockFile), os.RemoveAll(dir))
 }
 
+// Cgroup makes a cgroup for the run, in every hierarchy of this machine, and returns its absolute path as
+// seen from their roots. It is empty: what is to run there goes there by itself. When the run is closed or
+// swept, what is in it or below is killed, and it is removed. Linux only; needs root.
+func (r *Run) Cgroup() (string, error) {
+	name := "/credence-" + filepath.Base(r.dir)
+	// Written first: what is not made yet need not be removed, but what is made must be.
+	if err := os.WriteFile(filepath.Join(r.dir, cgroupFile), []byte(name), 0o600); err != nil {
+		return "", fmt.Errorf("recording the cgroup: %w", err)
+	}
+	return name, makeCgroup(name)
+}
+
+// removeCgroupOf removes the cgroup that the run in dir has recorded.
+func removeCgroupOf(dir string) error {
+	name, err := os.ReadFile(filepath.Join(dir, cgroupFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("looking for the run's cgroup: %w", err)
+	}
+	// Not what Cgroup writes whole: the owner died before it made the cgroup.
+	if want := "/credence-" + filepath.Base(dir); string(name) != want {
+		return nil
+	}
+	return removeCgroup(string(name))
+}
+
 func keepOnlyLogs(dir string) error {
+	if err := removeCgroupOf(dir); err != nil {
+		return err
+	}
 	if err := os.WriteFile(filepath.Join(dir, keptMarker), nil, 0o600); err != nil {
 		return fmt.Errorf("keeping logs: %w", err)
 	}

@@ -1,0 +1,110 @@
+//go:build linux
+
+package machine
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+)
+
+// bridge is the device of a machine that is the switch of a network.
+const bridge = "machines"
+
+// nic is the device by which a machine is on a network.
+const nic = "eth0"
+
+// handle returns a means to change the machine's network, from outside.
+func (m *Machine) handle() (*netlink.Handle, func(), error) {
+	ns, err := netns.GetFromPid(m.PID())
+	if err != nil {
+		return nil, nil, fmt.Errorf("reaching the network of machine %s: %w", m.name, err)
+	}
+	h, err := netlink.NewHandleAt(ns)
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("reaching the network of machine %s: %w", m.name, err), ns.Close())
+	}
+	return h, func() { h.Close(); _ = ns.Close() }, nil
+}
+
+// Network makes the machine the switch of a network, and gives it an address there.
+func (m *Machine) Network(address *net.IPNet) error {
+	h, done, err := m.handle()
+	if err != nil {
+		return err
+	}
+	defer done()
+	link := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge}}
+	if err := h.LinkAdd(link); err != nil {
+		return fmt.Errorf("making a bridge in machine %s: %w", m.name, err)
+	}
+	return m.up(h, link, address)
+}
+
+// Join connects the machine to the network whose switch is hub, with an address there. What is for others
+// goes to gateway.
+func (m *Machine) Join(hub *Machine, address *net.IPNet, gateway net.IP) error {
+	h, done, err := hub.handle()
+	if err != nil {
+		return err
+	}
+	defer done()
+	own, ownDone, err := m.handle()
+	if err != nil {
+		return err
+	}
+	defer ownDone()
+	at, err := h.LinkByName(bridge)
+	if err != nil {
+		return fmt.Errorf("finding the bridge of machine %s: %w", hub.name, err)
+	}
+	cable := &netlink.Veth{
+		LinkAttrs:     netlink.LinkAttrs{Name: "to-" + m.name, MasterIndex: at.Attrs().Index},
+		PeerName:      nic,
+		PeerNamespace: netlink.NsPid(m.PID()),
+	}
+	if err := h.LinkAdd(cable); err != nil {
+		return fmt.Errorf("connecting machine %s to %s: %w", m.name, hub.name, err)
+	}
+	if err := h.LinkSetUp(cable); err != nil {
+		return fmt.Errorf("connecting machine %s to %s: %w", m.name, hub.name, err)
+	}
+	peer, err := own.LinkByName(nic)
+	if err != nil {
+		return fmt.Errorf("connecting machine %s to %s: %w", m.name, hub.name, err)
+	}
+	if err := m.up(own, peer, address); err != nil {
+		return err
+	}
+	return m.route(own, nil, gateway)
+}
+
+// Route sends what is for the network to the machine at address.
+func (m *Machine) Route(network *net.IPNet, address net.IP) error {
+	h, done, err := m.handle()
+	if err != nil {
+		return err
+	}
+	defer done()
+	return m.route(h, network, address)
+}
+
+func (m *Machine) route(h *netlink.Handle, network *net.IPNet, address net.IP) error {
+	if err := h.RouteReplace(&netlink.Route{Dst: network, Gw: address}); err != nil {
+		return fmt.Errorf("routing %v to %v in machine %s: %w", network, address, m.name, err)
+	}
+	return nil
+}
+
+func (m *Machine) up(h *netlink.Handle, link netlink.Link, address *net.IPNet) error {
+	if err := h.AddrAdd(link, &netlink.Addr{IPNet: address}); err != nil {
+		return fmt.Errorf("giving machine %s the address %v: %w", m.name, address, err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return fmt.Errorf("bringing up %s of machine %s: %w", link.Attrs().Name, m.name, err)
+	}
+	return nil
+}

@@ -1,0 +1,107 @@
+package process
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// hierarchies returns where cgroup hierarchies are mounted: one in a system of version 2 alone, and one a
+// controller where version 1 is in use.
+func hierarchies() ([]string, error) {
+	mounts, err := os.Open("/proc/self/mounts")
+	if err != nil {
+		return nil, fmt.Errorf("looking for cgroups: %w", err)
+	}
+	defer func() { _ = mounts.Close() }()
+	var roots []string
+	for lines := bufio.NewScanner(mounts); lines.Scan(); {
+		// fstab(5): what, where, type.
+		fields := strings.Fields(lines.Text())
+		if len(fields) >= 3 && (fields[2] == "cgroup" || fields[2] == "cgroup2") && !slices.Contains(roots, fields[1]) {
+			roots = append(roots, fields[1])
+		}
+	}
+	if len(roots) == 0 {
+		return nil, errors.New("no cgroup hierarchy is mounted")
+	}
+	return roots, nil
+}
+
+func makeCgroup(name string) error {
+	roots, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	for _, root := range roots {
+		if err := os.Mkdir(filepath.Join(root, name), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("making a cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// removeCgroup kills what is in the cgroup or below it, and removes all of it, from every hierarchy.
+func removeCgroup(name string) error {
+	roots, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	for _, root := range roots {
+		if err := emptyAndRemove(filepath.Join(root, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func emptyAndRemove(top string) error {
+	deadline := time.Now().Add(endTimeout)
+	for {
+		err := removeTree(top)
+		if err == nil || !errors.Is(err, syscall.EBUSY) || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond) // killed processes take a moment to go
+	}
+}
+
+// removeTree removes a cgroup with all below it, children first. One with processes in it is busy; they are
+// killed.
+func removeTree(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("removing a cgroup: %w", err)
+	}
+	for _, entry := range entries {
+		if entry.IsDir() {
+			if err := removeTree(filepath.Join(dir, entry.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	inside, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENODEV) {
+		return fmt.Errorf("removing a cgroup: %w", err)
+	}
+	for _, number := range strings.Fields(string(inside)) {
+		if pid, err := strconv.Atoi(number); err == nil && pid > 0 {
+			_ = syscall.Kill(pid, syscall.SIGKILL) // gone already, if it fails
+		}
+	}
+	if err := syscall.Rmdir(dir); err != nil && !errors.Is(err, syscall.ENOENT) {
+		return fmt.Errorf("removing the cgroup %s: %w", dir, err)
+	}
+	return nil
+}
