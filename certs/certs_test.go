@@ -513,6 +513,7 @@ func TestZeroValuesRefuse(t *testing.T) {
 	server := certs.ServerConfig(keyPair(t, certFile, keyFile, nil))
 	client := certs.ClientConfig(newRoots(t, ca.WriteTo(t.TempDir()), nil), name)
 	for _, pair := range []*certs.KeyPair{nil, {}} {
+		pair.HoldBack(func(*tls.Certificate, *tls.Certificate) error { return nil })
 		if _, err := dial(t, serve(t, certs.ServerConfig(pair)), client); err == nil {
 			t.Error("a server without a pair completed a handshake")
 		}
@@ -592,4 +593,52 @@ func BenchmarkKeyPair(b *testing.B) {
 			}
 		}
 	})
+}
+
+func TestHeldBackPair(t *testing.T) {
+	ca := certstest.NewCA(t)
+	dir := t.TempDir()
+	first, second, third := ca.Leaf(name), ca.Leaf(name), ca.Leaf(name)
+	certFile, keyFile := first.WriteTo(dir)
+	var log bytes.Buffer
+	pair := keyPair(t, certFile, keyFile, slog.New(slog.NewTextHandler(&log, nil)))
+	notYet := errors.New("its root is not known everywhere")
+	why := notYet
+	pair.HoldBack(func(serving, next *tls.Certificate) error {
+		if !serving.Leaf.Equal(first.TLS().Leaf) || next.Leaf.Equal(first.TLS().Leaf) {
+			t.Error("judged is not what is served beside what appeared")
+		}
+		return why
+	})
+	addr := serve(t, certs.ServerConfig(pair))
+	client := certs.ClientConfig(newRoots(t, ca.WriteTo(t.TempDir()), nil), name)
+	steps := []struct {
+		what  string
+		do    func()
+		serve *certstest.Leaf
+		held  bool
+	}{
+		{"as started", func() {}, first, false},
+		{"a new pair that must wait", func() { second.WriteTo(dir) }, first, true},
+		{"another", func() { third.WriteTo(dir) }, first, true},
+		{"the first again", func() { first.WriteTo(dir) }, first, false},
+		{"the last once more", func() { third.WriteTo(dir) }, first, true},
+		{"files that are of no use", func() { put(t, dir, file{"tls.crt", nil}) }, first, false},
+		{"a pair whose time has come", func() { why = nil; certstest.WriteVolume(t, dir, nil); third.WriteTo(dir) }, third, false},
+	}
+	for _, step := range steps {
+		step.do()
+		for range 2 {
+			if cs, err := dial(t, addr, client); err != nil || !served(cs, step.serve) {
+				t.Fatalf("%s: another leaf was served (error %v)", step.what, err)
+			}
+		}
+		err := pair.Err()
+		if errors.Is(err, certs.ErrHeld) != step.held || errors.Is(err, notYet) != step.held {
+			t.Errorf("%s: Err is %v, want it to say held back: %v", step.what, err, step.held)
+		}
+	}
+	if got := strings.Count(log.String(), "held back"); got != 3 {
+		t.Errorf("%d lines about pairs held back, want one for each of 3:\n%s", got, &log)
+	}
 }

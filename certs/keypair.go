@@ -64,6 +64,27 @@ func (p *KeyPair) NotAfter() time.Time {
 	return cert.Leaf.NotAfter
 }
 
+// ErrHeld is in what [KeyPair.Err] returns while the files hold a good pair that
+// is not served yet.
+var ErrHeld = errors.New("the new pair is held back")
+
+// HoldBack lets judge decide when a pair that has appeared on disk replaces the
+// one that is served. judge returns nil to have next served from now on, or why
+// not yet, and is asked again at each handshake; so it must be quick, and must
+// not call methods of p. The pair that NewKeyPair loaded is not judged: beside
+// it there is nothing to serve.
+//
+// A pair that is held back is kept in memory beside the other. If the files
+// change again, the newest is judged.
+func (p *KeyPair) HoldBack(judge func(serving, next *tls.Certificate) error) {
+	if p == nil || p.files == nil {
+		return // The zero value serves nothing.
+	}
+	p.files.mu.Lock()
+	defer p.files.mu.Unlock()
+	p.files.judge = judge
+}
+
 // Err returns nil if what is served is what the files hold at this moment, and
 // otherwise why it is an earlier pair.
 func (p *KeyPair) Err() error {

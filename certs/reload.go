@@ -29,10 +29,13 @@ type reloader[T any] struct {
 	parse func(contents [][]byte) (*T, error)
 	log   *slog.Logger
 
-	mu      sync.Mutex // guards all below; concurrent handshakes read one after the other
+	mu      sync.Mutex                // guards all below; concurrent handshakes read one after the other
+	judge   func(good, next *T) error // why next must not replace good yet; nil if nothing is held back
 	good    *T
 	goodSum digest // of the content that good was made of
-	err     error  // why good is not what the files held when last read; nil if it is
+	held    *T     // what judge refused last, so that it is parsed once; nil if nothing is held back
+	heldSum digest
+	err     error // why good is not what the files held when last read; nil if it is
 	warned  failure
 }
 
@@ -83,14 +86,26 @@ func (r *reloader[T]) current() (v *T, stale error) {
 		}
 		return r.good, r.err
 	}
+	if sum != r.goodSum && r.judge != nil {
+		if why := r.judge(r.good, v); why != nil {
+			r.held, r.heldSum = v, sum
+			r.err = fmt.Errorf("reloading %s: %w: %w", r.what, ErrHeld, why)
+			if f := (failure{sum, ErrHeld.Error()}); f != r.warned { // once, though why may count the minutes
+				r.warned = f
+				r.log.Info("keeping the present certificates for a while: the new ones are held back",
+					"what", r.what, "files", r.files, "why", why)
+			}
+			return r.good, r.err
+		}
+	}
 	if sum != r.goodSum || r.err != nil {
 		r.log.Info("certificates reloaded", "what", r.what, "files", r.files)
 	}
-	r.good, r.goodSum, r.err, r.warned = v, sum, nil, failure{}
+	r.good, r.goodSum, r.held, r.err, r.warned = v, sum, nil, nil, failure{}
 	return r.good, nil
 }
 
-// load reads the files, and parses them unless they hold what good was made of.
+// load reads the files, and parses them unless they hold what good or held was made of.
 func (r *reloader[T]) load() (*T, digest, error) {
 	contents := make([][]byte, len(r.files))
 	hash := sha256.New()
@@ -108,6 +123,9 @@ func (r *reloader[T]) load() (*T, digest, error) {
 	sum := digest(hash.Sum(nil))
 	if r.good != nil && sum == r.goodSum {
 		return r.good, sum, nil
+	}
+	if r.held != nil && sum == r.heldSum {
+		return r.held, sum, nil
 	}
 	for i, data := range contents {
 		if err := whole(data); err != nil {

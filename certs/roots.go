@@ -42,25 +42,42 @@ func NewRoots(file string, log *slog.Logger) (*Roots, error) {
 }
 
 func parsePool(data []byte) (*x509.CertPool, error) {
-	pool, n := x509.NewCertPool(), 0
-	for ; ; n++ {
+	roots, err := ParseRoots(data)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	for _, root := range roots {
+		pool.AddCert(root)
+	}
+	return pool, nil
+}
+
+// ParseRoots parses a bundle of PEM certificates by the rules of [NewRoots]: it
+// holds at least one, and nothing else but text between them.
+func ParseRoots(data []byte) ([]*x509.Certificate, error) {
+	if err := whole(data); err != nil {
+		return nil, err
+	}
+	var roots []*x509.Certificate
+	for {
 		var block *pem.Block
 		if block, data = pem.Decode(data); block == nil {
 			break
 		}
 		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("block %d is a %s, not a CERTIFICATE", n+1, block.Type)
+			return nil, fmt.Errorf("block %d is a %s, not a CERTIFICATE", len(roots)+1, block.Type)
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("certificate %d: %w", n+1, err)
+			return nil, fmt.Errorf("certificate %d: %w", len(roots)+1, err)
 		}
-		pool.AddCert(cert)
+		roots = append(roots, cert)
 	}
-	if n == 0 {
+	if len(roots) == 0 {
 		return nil, errors.New("holds no PEM certificate")
 	}
-	return pool, nil
+	return roots, nil
 }
 
 // Err returns nil if what is trusted is what the file holds at this moment, and

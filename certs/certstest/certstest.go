@@ -64,9 +64,16 @@ type Leaf struct {
 // NewCA returns a new self-signed root, valid from an hour ago to a day ahead.
 func NewCA(tb TB) *CA {
 	tb.Helper()
+	return NewCAWith(tb, func(*x509.Certificate) {})
+}
+
+// NewCAWith is NewCA, with change applied to the template before it is signed: to make one that lives
+// longer, or has expired.
+func NewCAWith(tb TB, change func(*x509.Certificate)) *CA {
+	tb.Helper()
 	ca := &CA{tb: tb}
 	ca.root = ca
-	ca.sign(nil)
+	ca.sign(nil, change)
 	return ca
 }
 
@@ -75,13 +82,13 @@ func NewCA(tb TB) *CA {
 func (ca *CA) Intermediate() *CA {
 	ca.tb.Helper()
 	sub := &CA{tb: ca.tb, root: ca.root}
-	sub.sign(ca)
+	sub.sign(ca, func(*x509.Certificate) {})
 	sub.chain = append(slices.Clone(sub.PEM), ca.chain...)
 	return sub
 }
 
 // sign makes ca's key and certificate; by a nil parent, it is self-signed.
-func (ca *CA) sign(parent *CA) {
+func (ca *CA) sign(parent *CA, change func(*x509.Certificate)) {
 	ca.tb.Helper()
 	ca.key = newKey(ca.tb)
 	tmpl := template()
@@ -89,6 +96,7 @@ func (ca *CA) sign(parent *CA) {
 	tmpl.IsCA = true
 	tmpl.BasicConstraintsValid = true
 	tmpl.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
+	change(tmpl)
 	signer, by := ca.key, tmpl
 	if parent != nil {
 		tmpl.Subject.CommonName = "certstest intermediate"
