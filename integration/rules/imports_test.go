@@ -44,7 +44,9 @@ var floors = map[string]int{
 	"broker/assume/ststest": 4,
 	"broker/brokertest":     4,
 	"operator":              4,
-	"cmd/internal/program":  4, // what the mains share
+
+	"cmd/internal/program":             4, // what the mains share
+	"cmd/internal/program/programtest": 4,
 
 	// 5: programs.
 	"cmd/broker":   5,
@@ -84,7 +86,9 @@ var doors = []struct {
 }{
 	{"github.com/aws", []string{"broker/assume", integration}},
 	{"github.com/cert-manager", []string{"certs/pki", "operator", integration}},
+	{"github.com/google/go-containerregistry", []string{integration}},
 	{"github.com/gorilla/mux", []string{"broker/admin", "sidecar", "webhook"}},
+	{"golang.org/x/crypto/x509roots", []string{"cmd/broker", integration}},
 	{"k8s.io/client-go", []string{"broker/kube", "certs/trust", "cmd", "operator", integration}},
 }
 

@@ -1,0 +1,371 @@
+package trust
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/metadata/metadatainformer"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/workqueue"
+)
+
+const (
+	// lookAgain is how often the leader reads the roots' file and the clock. Both are cheap.
+	lookAgain = 2 * time.Second
+	// checkAll is how often every namespace is compared, should a watch have missed something. It costs no
+	// call where nothing is wrong.
+	checkAll = 10 * time.Minute
+)
+
+// held is what is kept of each ConfigMap in memory, instead of its data.
+type held struct {
+	metav1.ObjectMeta // cut down to what is compared
+
+	roots, record [sha256.Size]byte // digests of the data
+	owners        []types.UID
+	immutable     bool
+	drop          string // DropAnnotation
+}
+
+// strip makes a held of a ConfigMap. It may meet one that it made before.
+func strip(obj any) (any, error) {
+	m, ok := obj.(*corev1.ConfigMap)
+	if !ok {
+		return obj, nil
+	}
+	h := &held{
+		ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion},
+		roots:      sha256.Sum256([]byte(m.Data[RootsKey])),
+		record:     sha256.Sum256([]byte(m.Data[RecordKey])),
+		immutable:  m.Immutable != nil && *m.Immutable,
+		drop:       strings.Clone(m.Annotations[DropAnnotation]), // not the whole object with it
+	}
+	for _, owner := range m.OwnerReferences {
+		if owner.Kind == ownerKind {
+			h.owners = append(h.owners, owner.UID)
+		}
+	}
+	return h, nil
+}
+
+// term is the time for which one replica leads.
+type term struct {
+	*Trust
+	namespaces cache.SharedIndexInformer // the opted-in ones
+	configMaps cache.SharedIndexInformer // of held
+	queue      workqueue.TypedRateLimitingInterface[string]
+	order      *order
+	limiter    *rate.Limiter
+	owner      owner
+	poke       chan struct{} // asks for a look ahead of time
+
+	mu      sync.Mutex
+	record  record               // guarded by mu
+	want    map[string]string    // the data in our own namespace; nil while there is nothing to publish; guarded by mu
+	written map[string]time.Time // :: namespace → last write, for minRepair; guarded by mu
+	failing map[string]error     // :: namespace → why it has not what it should; guarded by mu
+	fileErr error                // guarded by mu
+	dropErr error                // guarded by mu
+	noRoot  error                // guarded by mu
+	synced  bool                 // guarded by mu
+}
+
+// lead publishes until ctx ends.
+func (t *Trust) lead(ctx context.Context) {
+	t.leading.Store(true)
+	defer t.leading.Store(false)
+	order := newOrder()
+	p := &term{
+		Trust: t, order: order, limiter: rate.NewLimiter(publishRate, publishBurst),
+		queue: workqueue.NewTypedRateLimitingQueueWithConfig(
+			workqueue.NewTypedItemExponentialFailureRateLimiter[string](firstRetry, lastRetry),
+			workqueue.TypedRateLimitingQueueConfig[string]{
+				DelayingQueue: workqueue.NewTypedDelayingQueueWithConfig(workqueue.TypedDelayingQueueConfig[string]{
+					Queue: workqueue.NewTypedWithConfig(workqueue.TypedQueueConfig[string]{Queue: order}),
+				}),
+			}),
+		owner:   owner{meta: t.meta, name: t.cfg.Owner},
+		poke:    make(chan struct{}, 1),
+		written: make(map[string]time.Time), failing: make(map[string]error),
+	}
+	t.mu.Lock()
+	t.term = p
+	t.mu.Unlock()
+	defer func() {
+		t.mu.Lock()
+		t.term = nil
+		t.mu.Unlock()
+	}()
+	t.cfg.Logger.InfoContext(ctx, "Publishing roots: this replica leads")
+	defer t.cfg.Logger.InfoContext(ctx, "Publishing roots: this replica does not lead any more")
+	if err := p.run(ctx); err != nil {
+		t.cfg.Logger.ErrorContext(ctx, "Publishing roots is impossible", "error", err)
+		<-ctx.Done()
+	}
+}
+
+func (p *term) run(ctx context.Context) error {
+	if err := p.watch(); err != nil {
+		return err
+	}
+	if !p.restore(ctx) {
+		return nil
+	}
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer p.queue.ShutDown()
+	running.Go(func() { p.namespaces.RunWithContext(ctx) })
+	running.Go(func() { p.configMaps.RunWithContext(ctx) })
+	// Else what is there already would be written again.
+	if !cache.WaitForCacheSync(ctx.Done(), p.namespaces.HasSynced, p.configMaps.HasSynced) {
+		return nil
+	}
+	p.mu.Lock()
+	p.synced = true
+	p.mu.Unlock()
+	p.look(ctx)
+	for range workers {
+		running.Go(func() {
+			for p.work(ctx) {
+			}
+		})
+	}
+	clock, all := time.NewTicker(lookAgain), time.NewTicker(checkAll)
+	defer clock.Stop()
+	defer all.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-clock.C:
+			p.look(ctx)
+		case <-p.poke:
+			p.look(ctx)
+		case <-all.C:
+			p.owner.doubt()
+			p.everywhere()
+		}
+	}
+}
+
+// watch prepares the informers.
+func (p *term) watch() error {
+	p.namespaces = metadatainformer.NewFilteredMetadataInformer(p.meta, corev1.SchemeGroupVersion.WithResource("namespaces"),
+		metav1.NamespaceAll, 0, cache.Indexers{}, func(o *metav1.ListOptions) { o.LabelSelector = p.cfg.Namespaces }).Informer()
+	p.configMaps = cache.NewSharedIndexInformer(p.maps(metav1.NamespaceAll), &corev1.ConfigMap{}, 0, cache.Indexers{})
+	err := errors.Join(
+		p.namespaces.SetTransform(func(obj any) (any, error) {
+			if m, ok := obj.(*metav1.PartialObjectMetadata); ok {
+				m.ObjectMeta = metav1.ObjectMeta{Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion, DeletionTimestamp: m.DeletionTimestamp}
+			}
+			return obj, nil
+		}),
+		p.configMaps.SetTransform(strip))
+	if err != nil {
+		return fmt.Errorf("preparing the watches: %w", err)
+	}
+	_, err = p.namespaces.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(obj any) { p.hurry(nameOf(obj)) },
+		UpdateFunc: func(_, obj any) { p.hurry(nameOf(obj)) },
+		DeleteFunc: func(obj any) { p.forget(nameOf(obj)) },
+	})
+	if err != nil {
+		return fmt.Errorf("watching namespaces: %w", err)
+	}
+	_, err = p.configMaps.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(obj any) { p.changed(namespaceOf(obj)) },
+		UpdateFunc: func(_, obj any) { p.changed(namespaceOf(obj)) },
+		DeleteFunc: func(obj any) {
+			// Perhaps the garbage collector, because our owner is another one now.
+			p.owner.doubt()
+			p.changed(namespaceOf(obj))
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("watching ConfigMaps: %w", err)
+	}
+	return nil
+}
+
+// restore reads the record that an earlier leader left. It returns false only when ctx ends first: roots
+// that are still in use must not be withdrawn because the API server was away for a moment.
+func (p *term) restore(ctx context.Context) bool {
+	retry := time.NewTicker(lookAgain)
+	defer retry.Stop()
+	for {
+		read, cancel := context.WithTimeout(ctx, writeTimeout)
+		m, err := p.core.ConfigMaps(p.cfg.Namespace).Get(read, p.cfg.ConfigMap, metav1.GetOptions{})
+		cancel()
+		if apierrors.IsNotFound(err) {
+			return true
+		}
+		if err == nil {
+			r, err := parseRecord(m.Data)
+			if err != nil {
+				p.cfg.Logger.WarnContext(ctx, "The record of roots is of no use; earlier roots are forgotten", "error", err)
+			}
+			p.mu.Lock()
+			p.record = r
+			p.mu.Unlock()
+			return true
+		}
+		p.fail(ctx, p.cfg.Namespace, fmt.Errorf("reading the record of roots: %w", err))
+		select {
+		case <-ctx.Done():
+			return false
+		case <-retry.C:
+		}
+	}
+}
+
+// look brings the record up to date with file, leaf, annotation, clock and namespaces.
+func (p *term) look(ctx context.Context) {
+	file, fileErr := readRoots(p.cfg.RootsFile)
+	serving, err := p.serving()
+	if err != nil {
+		return // The zero pair, which New has refused.
+	}
+	var drop map[string]bool
+	var dropErr, noRoot error
+	if own := p.held(p.cfg.Namespace); own != nil {
+		drop, dropErr = parseDigests(own.drop)
+	}
+	now := time.Now()
+
+	p.mu.Lock()
+	before := p.record
+	record, changes := before.next(facts{now: now, file: file, serving: serving, drop: drop})
+	if len(record) > 0 && !verifies(serving, now, record.certs()...) {
+		noRoot = fmt.Errorf("the broker's leaf, which expires at %s, verifies under none of the roots in %s, nor under earlier ones",
+			serving.Leaf.NotAfter.Format(time.RFC3339), p.cfg.RootsFile)
+	}
+	news := p.news(fileErr, dropErr, noRoot)
+	p.fileErr, p.dropErr, p.noRoot = fileErr, dropErr, noRoot
+	p.set(record)
+	if !record.complete() && p.landed() {
+		record = record.stamped(now)
+		p.set(record)
+		changes = append(changes, change{what: "published in every namespace"})
+	}
+	p.mu.Unlock()
+
+	for _, c := range changes {
+		attrs := []any{"what", c.what}
+		if c.cert != nil {
+			attrs = append(attrs, "sha256", c.id, "subject", c.cert.Subject.String(), "expires", c.cert.NotAfter)
+		}
+		p.cfg.Logger.InfoContext(ctx, "Roots changed", attrs...)
+	}
+	for _, err := range news {
+		p.cfg.Logger.ErrorContext(ctx, "Publishing roots is not in order", "error", err)
+	}
+}
+
+// news are those of the errors whose text is new. The caller holds mu.
+func (p *term) news(fileErr, dropErr, noRoot error) (news []error) {
+	for _, pair := range [][2]error{{p.fileErr, fileErr}, {p.dropErr, dropErr}, {p.noRoot, noRoot}} {
+		if pair[1] != nil && (pair[0] == nil || pair[0].Error() != pair[1].Error()) {
+			news = append(news, pair[1])
+		}
+	}
+	return news
+}
+
+// set makes r what is to be published, and has it written where it is not. The caller holds mu.
+func (p *term) set(r record) {
+	p.record = r
+	if len(r) == 0 {
+		return // What is there stays: see the package comment.
+	}
+	data, err := r.data()
+	if err != nil {
+		p.cfg.Logger.Error("Encoding the record failed", "error", err) // Times outside of years 0 to 9999.
+		return
+	}
+	old := p.want
+	p.want = data
+	if old[RecordKey] != data[RecordKey] {
+		p.hurry(p.cfg.Namespace)
+	}
+	if old[RootsKey] != data[RootsKey] {
+		p.everywhere()
+	}
+}
+
+// landed reports whether every namespace has the present roots, by what the API server has told. Left out
+// are those where there is no ConfigMap yet, and so no pod runs that could miss a root; and those where
+// one that cannot be changed is in the way, with which a tenant could otherwise hold up everybody's
+// rotation. The caller holds mu.
+func (p *term) landed() bool {
+	if p.want == nil {
+		return false
+	}
+	want := sha256.Sum256([]byte(p.want[RootsKey]))
+	if own := p.held(p.cfg.Namespace); own == nil || own.roots != want {
+		return false
+	}
+	for _, obj := range p.namespaces.GetStore().List() {
+		ns := obj.(*metav1.PartialObjectMetadata)
+		if m := p.held(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != want && !m.immutable {
+			return false
+		}
+	}
+	return true
+}
+
+// held is what the API server has told of a namespace's ConfigMap; nil when there is none.
+func (p *term) held(namespace string) *held {
+	obj, ok, err := p.configMaps.GetStore().GetByKey(namespace + "/" + p.cfg.ConfigMap)
+	if err != nil || !ok {
+		return nil
+	}
+	return obj.(*held)
+}
+
+// problem is why not all is well; nil when it is.
+func (p *term) problem() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	errs := []error{p.dropErr, p.noRoot}
+	switch {
+	case errors.Is(p.fileErr, os.ErrNotExist) && p.want == nil:
+		errs = append(errs, fmt.Errorf("no roots are published: %w", p.fileErr))
+	case p.fileErr != nil:
+		errs = append(errs, p.fileErr)
+	}
+	if !p.synced {
+		errs = append(errs, errors.New("not all namespaces and ConfigMaps are listed yet"))
+	}
+	for namespace, err := range p.failing {
+		errs = append(errs, fmt.Errorf("%d namespaces fail, such as %s: %w", len(p.failing), namespace, err))
+		break
+	}
+	return errors.Join(errs...)
+}
+
+func nameOf(obj any) string {
+	name, err := cache.DeletionHandlingObjectToName(obj)
+	if err != nil {
+		return "" // No object: no namespace has that name.
+	}
+	return name.Name
+}
+
+func namespaceOf(obj any) string {
+	name, err := cache.DeletionHandlingObjectToName(obj)
+	if err != nil {
+		return ""
+	}
+	return name.Namespace
+}

@@ -1,0 +1,772 @@
+package trust_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2"
+
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/certs/trust"
+)
+
+const (
+	home = "credence" // the broker's own namespace
+	host = "credence-broker.credence.svc"
+)
+
+func TestMain(m *testing.M) {
+	// One of client-go's handlers sleeps if there was an error lately, by a time that it took before any
+	// bubble's clock began: for 26 years.
+	utilruntime.ErrorHandlers = utilruntime.ErrorHandlers[:1]
+	klog.SetSlogLogger(slog.New(slog.DiscardHandler))
+	m.Run()
+}
+
+// settle is longer than the leader takes to look at its file again.
+const settle = 5 * time.Second
+
+// bench is an API server with one opted-in namespace, shop, and a volume that all replicas mount.
+type bench struct {
+	t      *testing.T
+	api    *apiServer
+	volume string
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	api, _ := startAPIServer(t)
+	b := &bench{t: t, api: api, volume: filepath.Join(t.TempDir(), "tls")}
+	api.put("clusterroles", "", "credence-broker", object{})
+	api.namespace(home, "")
+	api.namespace("shop", "enabled")
+	return b
+}
+
+// newCA makes an authority that lives for a year.
+func newCA(t *testing.T) *certstest.CA {
+	t.Helper()
+	return certstest.NewCAWith(t, func(c *x509.Certificate) { c.NotAfter = time.Now().AddDate(1, 0, 0) })
+}
+
+// mount writes a leaf that lives for 90 days, and its root, to the volume.
+func (b *bench) mount(ca *certstest.CA) *certstest.Leaf {
+	b.t.Helper()
+	return b.mountWith(ca, time.Now(), time.Now().AddDate(0, 0, 90))
+}
+
+func (b *bench) mountWith(ca *certstest.CA, from, to time.Time) *certstest.Leaf {
+	b.t.Helper()
+	leaf := ca.LeafWith(func(c *x509.Certificate) { c.NotBefore, c.NotAfter = from, to }, host)
+	leaf.WriteTo(b.volume)
+	return leaf
+}
+
+// replica is one broker, as far as its certificate is concerned.
+type replica struct {
+	*trust.Trust
+	pair *certs.KeyPair
+	stop func() // and wait until it has
+}
+
+func (b *bench) start(change func(*trust.Config)) *replica {
+	b.t.Helper()
+	r, err := b.tryStart(change)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return r
+}
+
+func (b *bench) tryStart(change func(*trust.Config)) (*replica, error) {
+	b.t.Helper()
+	pair, err := certs.NewKeyPair(filepath.Join(b.volume, "tls.crt"), filepath.Join(b.volume, "tls.key"), nil)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	cfg := trust.Config{
+		REST: b.api.config(), Pair: pair, RootsFile: filepath.Join(b.volume, "ca.crt"), Namespace: home, ConfigMap: "credence-trust",
+		Namespaces: "iam.amazonaws.com/inject=enabled", Owner: "credence-broker", Propagation: trust.DefaultPropagation,
+		Logger: slog.New(slog.DiscardHandler),
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	tr, err := trust.New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(b.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := tr.Run(ctx); err != nil {
+			b.t.Errorf("Run returned %v", err)
+		}
+	}()
+	r := &replica{Trust: tr, pair: pair, stop: func() { cancel(); <-done }}
+	b.t.Cleanup(r.stop)
+	return r, nil
+}
+
+func serves(t *testing.T, r *replica, leaf *certstest.Leaf) bool {
+	t.Helper()
+	cert, err := r.pair.GetCertificate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert.Leaf.Equal(leaf.TLS().Leaf)
+}
+
+// published are the authorities that a namespace's pods trust, in the order of the arguments.
+func (b *bench) published(namespace string, among ...*certstest.CA) (found []int) {
+	b.t.Helper()
+	m := b.api.configMap(b.t, namespace)
+	if m == nil {
+		return nil
+	}
+	roots, err := certs.ParseRoots([]byte(m.Data[trust.RootsKey]))
+	if err != nil {
+		b.t.Errorf("namespace %s has roots that do not parse: %v", namespace, err)
+	}
+	for i, ca := range among {
+		if slices.ContainsFunc(roots, ca.Cert.Equal) {
+			found = append(found, i)
+		}
+	}
+	if len(found) != len(roots) {
+		b.t.Errorf("namespace %s has %d roots, %d of them unknown", namespace, len(roots), len(roots)-len(found))
+	}
+	return found
+}
+
+func (b *bench) want(what, namespace string, among []*certstest.CA, want ...int) {
+	b.t.Helper()
+	if got := b.published(namespace, among...); !slices.Equal(got, want) {
+		b.t.Errorf("%s: namespace %s has roots %v, want %v", what, namespace, got, want)
+	}
+}
+
+func TestOptedInNamespacesGetTheRoots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t)}
+		b.mount(cas[0])
+		b.api.namespace("refusing", "disabled")
+		b.api.namespace("plain", "")
+		b.api.namespace("later", "")
+		r := b.start(nil)
+		time.Sleep(settle)
+		b.want("from the start", "shop", cas, 0)
+		b.want("from the start", home, cas, 0)
+		for _, namespace := range []string{"refusing", "plain", "later"} {
+			b.want("not opted in", namespace, cas)
+		}
+		if err := r.Err(); err != nil || !r.Leading() {
+			t.Errorf("leads: %v, error: %v", r.Leading(), err)
+		}
+		m := b.api.configMap(t, "shop")
+		if m == nil {
+			t.Fatal("there is no ConfigMap to look at")
+		}
+		uid := b.api.get("clusterroles", "", "credence-broker").meta()["uid"]
+		if o := m.OwnerReferences; len(o) != 1 || o[0].Kind != "ClusterRole" || o[0].Name != "credence-broker" ||
+			string(o[0].UID) != uid || o[0].APIVersion != "rbac.authorization.k8s.io/v1" || o[0].BlockOwnerDeletion != nil {
+			t.Errorf("owned by %+v", o)
+		}
+		if len(m.Data) != 1 {
+			t.Errorf("a namespace has more than the roots: %v", m.Data)
+		}
+
+		// Its first pod may come a second later: not even a moment may pass.
+		b.api.namespace("later", "enabled")
+		synctest.Wait()
+		b.want("just labelled", "later", cas, 0)
+
+		// Running pods mount it.
+		b.api.namespace("later", "")
+		time.Sleep(15 * time.Minute)
+		b.want("unlabelled", "later", cas, 0)
+	})
+}
+
+func TestWhatIsOursIsRepaired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		// Somebody had that name before.
+		b.api.put("configmaps", "shop", "credence-trust", object{"data": map[string]any{"theirs": "1", trust.RootsKey: string(cas[1].PEM)}})
+		b.start(nil)
+		time.Sleep(settle)
+		for _, damage := range []struct {
+			what string
+			do   func(namespace string, o object)
+		}{
+			{"nothing", func(string, object) {}},
+			{"another root", func(ns string, o object) {
+				o["data"].(map[string]any)[trust.RootsKey] = string(cas[1].PEM)
+				b.api.put("configmaps", ns, "credence-trust", o)
+			}},
+			{"no roots", func(ns string, o object) {
+				delete(o["data"].(map[string]any), trust.RootsKey)
+				b.api.put("configmaps", ns, "credence-trust", o)
+			}},
+			{"no owner", func(ns string, o object) {
+				delete(o.meta(), "ownerReferences")
+				b.api.put("configmaps", ns, "credence-trust", o)
+			}},
+			{"no record", func(ns string, o object) {
+				delete(o["data"].(map[string]any), trust.RecordKey)
+				b.api.put("configmaps", ns, "credence-trust", o)
+			}},
+			{"deleted", func(ns string, o object) { b.api.put("configmaps", ns, "credence-trust", nil) }},
+		} {
+			for _, namespace := range []string{"shop", home} {
+				before := b.api.get("configmaps", namespace, "credence-trust")
+				damage.do(namespace, before.clone())
+				time.Sleep(1100 * time.Millisecond) // the least time between two writes
+				after := b.api.configMap(t, namespace)
+				b.want(damage.what, namespace, cas, 0)
+				if after == nil || len(after.OwnerReferences) != 1 || (after.Data[trust.RecordKey] != "") != (namespace == home) {
+					t.Errorf("%s in %s: repaired to %+v", damage.what, namespace, after)
+				} else if damage.what != "deleted" && (after.Data["theirs"] == "1") != (namespace == "shop") {
+					t.Errorf("%s in %s: the keys of others are %v", damage.what, namespace, after.Data)
+				}
+			}
+		}
+		if n := len(b.api.writes()); n > 15 {
+			t.Errorf("%d writes for 11 repairs and the first", n)
+		}
+		// A quarrel: another controller undoes each write at once.
+		for range 100 {
+			b.api.put("configmaps", "shop", "credence-trust", object{"data": map[string]any{trust.RootsKey: "theirs"}})
+			time.Sleep(100 * time.Millisecond)
+		}
+		if n := len(b.api.writes()); n < 8 || n > 11 {
+			t.Errorf("%d writes in a quarrel of 10 s, want about one a second", n)
+		}
+	})
+}
+
+func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)} // of the same name: by names nothing can be told
+		b.mount(cas[0])
+		replicas := []*replica{b.start(nil), b.start(nil)}
+		time.Sleep(settle)
+
+		first := b.mount(cas[0])
+		for i, r := range replicas {
+			if !serves(t, r, first) {
+				t.Errorf("replica %d holds back a leaf under the same root: %v", i, r.pair.Err())
+			}
+		}
+		time.Sleep(5 * time.Minute)
+
+		second := b.mount(cas[1])
+		for i, r := range replicas {
+			if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrHeld) {
+				t.Errorf("replica %d serves a leaf before anybody knows its root (%v)", i, r.pair.Err())
+			}
+		}
+		time.Sleep(settle)
+		b.want("once the file has changed", "shop", cas, 0, 1)
+		for range 17 {
+			time.Sleep(10 * time.Second)
+			for i, r := range replicas {
+				if !serves(t, r, first) {
+					t.Fatalf("replica %d serves the new leaf less than three minutes after its root was published", i)
+				}
+			}
+		}
+		time.Sleep(10 * time.Second)
+		for i, r := range replicas {
+			if !serves(t, r, second) || r.pair.Err() != nil {
+				t.Errorf("replica %d does not serve the new leaf after three minutes: %v", i, r.pair.Err())
+			}
+		}
+		b.want("when the new leaf is served", "shop", cas, 0, 1)
+		time.Sleep(settle)
+		if record := b.api.configMap(t, home).Data[trust.RecordKey]; strings.Count(record, "retired") != 1 {
+			t.Errorf("the record does not say that one root is out of use:\n%s", record)
+		}
+	})
+}
+
+func TestRecordOutlivesLeaders(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		one, two := b.start(nil), b.start(nil)
+		time.Sleep(settle)
+		if one.Leading() == two.Leading() {
+			t.Fatalf("leading: %v and %v", one.Leading(), two.Leading())
+		}
+		if two.Leading() {
+			one, two = two, one
+		}
+		b.mount(cas[1])
+		time.Sleep(settle)
+		b.want("staged", "shop", cas, 0, 1)
+		record := b.api.configMap(t, home).Data[trust.RecordKey]
+
+		// The leader is told to end: the other follows as soon as it looks.
+		one.stop()
+		if one.Leading() {
+			t.Error("a leader that has ended says that it leads")
+		}
+		b.api.writes()
+		time.Sleep(settle)
+		if !two.Leading() {
+			t.Fatal("the lead was not handed over")
+		}
+		if got := b.api.writes(); len(got) > 0 {
+			t.Errorf("a new leader that finds all in order wrote to %v", got)
+		}
+		if diff := cmp.Diff(record, b.api.configMap(t, home).Data[trust.RecordKey]); diff != "" {
+			t.Errorf("the record was changed (-before +after):\n%s", diff)
+		}
+		// A third replica has only the new pair, and still knows the root of the old.
+		two.stop()
+		three := b.start(nil)
+		time.Sleep(time.Minute)
+		b.want("under a third leader", "shop", cas, 0, 1)
+		// Nobody leads for a day, less some minutes.
+		three.stop()
+		time.Sleep(24*time.Hour - 5*time.Minute)
+		three = b.start(nil)
+		time.Sleep(settle)
+		b.want("just before a day has passed", "shop", cas, 0, 1)
+		time.Sleep(5 * time.Minute)
+		b.want("a day later", "shop", cas, 1)
+		b.want("a day later", home, cas, 1)
+		if err := three.Err(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestRootsThatTheRecordDoesNotNameAreNotOurs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		b.start(nil).stop()
+		one := b.start(nil)
+		time.Sleep(settle)
+		one.stop()
+		// Somebody adds a root while nobody looks.
+		o := b.api.get("configmaps", home, "credence-trust")
+		o["data"].(map[string]any)[trust.RootsKey] = string(cas[0].PEM) + string(cas[1].PEM)
+		b.api.put("configmaps", home, "credence-trust", o)
+		b.start(nil)
+		time.Sleep(settle)
+		b.want("under the next leader", home, cas, 0)
+		b.want("under the next leader", "shop", cas, 0)
+	})
+}
+
+func TestDeadLeaderIsFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t)}
+		b.mount(cas[0])
+		dead := false
+		one := b.start(func(c *trust.Config) {
+			dial := c.REST.Dial
+			c.REST.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+				if dead {
+					return nil, errors.New("no route")
+				}
+				return dial(ctx, network, address)
+			}
+		})
+		time.Sleep(settle)
+		two := b.start(nil)
+		time.Sleep(settle)
+		if !one.Leading() || two.Leading() {
+			t.Fatal("the first does not lead alone")
+		}
+		dead = true
+		b.api.cut()
+		b.api.namespace("later", "enabled")
+		time.Sleep(time.Minute)
+		if one.Leading() || !two.Leading() {
+			t.Errorf("after a minute: the dead one leads: %v, the other: %v", one.Leading(), two.Leading())
+		}
+		b.want("under the second", "later", cas, 0)
+	})
+}
+
+func TestLeafIsServedWhenTheOldOneIsAboutToExpire(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const left = 70 * time.Minute
+		for _, tt := range []struct{ life, last time.Duration }{
+			{75 * time.Minute, 7*time.Minute + 30*time.Second}, {90 * 24 * time.Hour, time.Hour},
+		} {
+			b := newBench(t)
+			cas := []*certstest.CA{newCA(t), newCA(t)}
+			first := b.mountWith(cas[0], time.Now().Add(left-tt.life), time.Now().Add(left))
+			r := b.start(nil)
+			time.Sleep(settle)
+			b.api.away.Store(true)
+			b.api.cut()
+			second := b.mount(cas[1])
+			time.Sleep(left - tt.last - 2*settle)
+			if !serves(t, r, first) {
+				t.Errorf("a leaf of %v: its successor was served before the last %v, though its root is not published", tt.life, tt.last)
+			}
+			time.Sleep(3 * settle)
+			if !serves(t, r, second) {
+				t.Errorf("a leaf of %v: its successor is not served in the last %v (%v)", tt.life, tt.last, r.pair.Err())
+			}
+			r.stop()
+		}
+	})
+}
+
+func TestOneNamespaceThatCannotBeWrittenHoldsBackTheLeaf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		b.api.namespace("stuck", "enabled")
+		r := b.start(nil)
+		time.Sleep(settle)
+		b.want("at first", "stuck", cas, 0)
+		b.api.mu.Lock()
+		b.api.refuse = func(method, _, namespace string) *metav1.Status {
+			if method == http.MethodPatch && (namespace == "stuck" || namespace == "never") {
+				return failure(http.StatusForbidden, metav1.StatusReasonForbidden, "a policy says no")
+			}
+			return nil
+		}
+		b.api.mu.Unlock()
+		b.api.namespace("never", "enabled") // no pod runs where there never was a ConfigMap
+		second := b.mount(cas[1])
+		time.Sleep(20 * time.Minute)
+		b.want("meanwhile", "shop", cas, 0, 1)
+		if serves(t, r, second) {
+			t.Error("a leaf is served whose root is not published in one namespace")
+		}
+		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "a policy says no") {
+			t.Errorf("Err does not say why: %v", err)
+		}
+		b.api.mu.Lock()
+		b.api.refuse = nil
+		b.api.mu.Unlock()
+		time.Sleep(10 * time.Minute) // tried again at least each five
+		b.want("once it can be written", "stuck", cas, 0, 1)
+		if !serves(t, r, second) || r.Err() != nil {
+			t.Errorf("the leaf is still held back: %v; %v", r.pair.Err(), r.Err())
+		}
+	})
+}
+
+func TestTenantsCannotHoldBackTheLeaf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		b.api.put("configmaps", "shop", "credence-trust", object{"immutable": true, "data": map[string]any{trust.RootsKey: string(cas[0].PEM)}})
+		b.api.refuse = func(method, _, namespace string) *metav1.Status {
+			if method == http.MethodPatch && namespace == "shop" {
+				return failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
+			}
+			return nil
+		}
+		r := b.start(nil)
+		time.Sleep(settle)
+		second := b.mount(cas[1])
+		time.Sleep(4 * time.Minute)
+		if !serves(t, r, second) {
+			t.Errorf("a ConfigMap that cannot be changed holds back the leaf: %v", r.pair.Err())
+		}
+		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "shop") {
+			t.Errorf("Err does not name the namespace: %v", err)
+		}
+	})
+}
+
+// drop sets the annotation, as kubectl annotate does.
+func (b *bench) drop(value string) {
+	o := b.api.get("configmaps", home, "credence-trust")
+	o.meta()["annotations"] = map[string]any{trust.DropAnnotation: value}
+	b.api.put("configmaps", home, "credence-trust", o)
+}
+
+func digest(ca *certstest.CA) string {
+	sum := sha256.Sum256(ca.Cert.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+func TestRootsAreDroppedAtOnceByCommand(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		r := b.start(nil)
+		time.Sleep(settle)
+		b.drop("not a digest")
+		time.Sleep(settle)
+		if err := r.Err(); err == nil || !strings.Contains(err.Error(), trust.DropAnnotation) {
+			t.Errorf("Err does not tell of an annotation that does not parse: %v", err)
+		}
+		// As openssl prints it. Its leaf is served, so it has to wait.
+		pairs := slices.Collect(slices.Chunk([]byte(strings.ToUpper(digest(cas[0]))), 2))
+		b.drop(string(bytes.Join(pairs, []byte(":"))) + ", " + strings.Repeat("0", 64))
+		second := b.mount(cas[1])
+		time.Sleep(settle)
+		b.want("while its leaf is served", "shop", cas, 0, 1)
+		if err := r.Err(); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(3*time.Minute + settle)
+		b.want("afterwards", "shop", cas, 1)
+		if !serves(t, r, second) {
+			t.Errorf("the new leaf is not served: %v", r.pair.Err())
+		}
+		// The old one does not come back by the file.
+		b.mount(cas[0])
+		time.Sleep(10 * time.Minute)
+		b.want("back in the file", "shop", cas, 1)
+		if !serves(t, r, second) {
+			t.Error("a leaf under a root that was dropped is served")
+		}
+	})
+}
+
+func TestManyNamespaces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		const many = 1500
+		for i := range many {
+			b.api.namespace(fmt.Sprintf("n%04d", i), "enabled")
+		}
+		r := b.start(nil)
+		time.Sleep(time.Minute)
+		if got := len(b.api.writes()); got < many+2 || got > many+4 { // shop, and ours before and after the stamp
+			t.Errorf("%d writes for %d namespaces", got, many)
+		}
+		b.mount(cas[1])
+		time.Sleep(settle)
+		begun := b.api.writes()
+		if n := len(begun); n < 100 || n > int(settle/time.Second)*100+20 {
+			t.Fatalf("%d writes in %v", n, settle)
+		}
+		repaired := begun[20] // Long enough ago to be written again.
+		// In the midst of it, somebody begins, and somebody else makes a mistake.
+		b.api.namespace("urgent", "enabled")
+		b.api.put("configmaps", repaired, "credence-trust", nil)
+		time.Sleep(time.Second)
+		got := b.api.writes()
+		for _, namespace := range []string{"urgent", repaired} {
+			if i := slices.Index(got, namespace); i < 0 || i > 15 {
+				t.Errorf("%s was written at place %d of %d, behind those that only take part in a change for all", namespace, i, len(got))
+			}
+		}
+		time.Sleep(time.Minute)
+		for i := range many {
+			b.want("in the end", fmt.Sprintf("n%04d", i), cas, 0, 1)
+		}
+		b.api.writes()
+		r.stop()
+		b.start(nil)
+		time.Sleep(11 * time.Minute) // all are compared every ten
+		// It serves the new leaf at once, having no other, and records that the old root is out of use.
+		if got := b.api.writes(); !slices.Equal(got, []string{home}) {
+			t.Errorf("a leader that finds all in order wrote to %v", got)
+		}
+	})
+}
+
+func TestNamespacesOnTheirWayOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t)}
+		b.mount(cas[0])
+		b.api.put("namespaces", "", "leaving", object{"metadata": map[string]any{
+			"labels": map[string]any{"iam.amazonaws.com/inject": "enabled"}, "deletionTimestamp": "2000-01-01T00:00:00Z",
+		}})
+		b.api.namespace("racing", "enabled") // is being deleted, as we are about to learn
+		var logged bytes.Buffer
+		b.api.refuse = func(method, _, namespace string) *metav1.Status {
+			if method != http.MethodPatch || namespace != "racing" {
+				return nil
+			}
+			status := failure(http.StatusForbidden, metav1.StatusReasonForbidden, "being terminated")
+			status.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: corev1.NamespaceTerminatingCause}}}
+			return status
+		}
+		r := b.start(func(c *trust.Config) { c.Logger = slog.New(slog.NewTextHandler(&logged, nil)) })
+		time.Sleep(settle)
+		if slices.Contains(b.api.writes(), "leaving") {
+			t.Error("a namespace that is being deleted was written to")
+		}
+		r.stop()
+		if err := r.Err(); err != nil || strings.Contains(logged.String(), "level=WARN") {
+			t.Errorf("error %v, log:\n%s", err, &logged)
+		}
+	})
+}
+
+func TestOwnerThatIsMadeAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t)}
+		b.mount(cas[0])
+		r := b.start(nil)
+		time.Sleep(settle)
+		// Uninstalled: the garbage collector deletes what is owned.
+		b.api.put("clusterroles", "", "credence-broker", nil)
+		for _, namespace := range []string{"shop", home} {
+			b.api.put("configmaps", namespace, "credence-trust", nil)
+		}
+		time.Sleep(settle)
+		b.want("without an owner", "shop", cas)
+		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "ClusterRole credence-broker") {
+			t.Errorf("Err is %v", err)
+		}
+		// And installed again, while this replica still runs.
+		b.api.put("clusterroles", "", "credence-broker", object{})
+		time.Sleep(10 * time.Minute)
+		uid := b.api.get("clusterroles", "", "credence-broker").meta()["uid"]
+		for _, namespace := range []string{"shop", home} {
+			m := b.api.configMap(t, namespace)
+			if m == nil || len(m.OwnerReferences) != 1 || string(m.OwnerReferences[0].UID) != uid {
+				t.Errorf("in %s: %+v, want an owner %v", namespace, m, uid)
+			}
+		}
+		if err := r.Err(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestBadFilesWithdrawNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), newCA(t)}
+		b.mount(cas[0])
+		file := filepath.Join(t.TempDir(), "roots")
+		r := b.start(func(c *trust.Config) { c.RootsFile = file })
+		time.Sleep(settle)
+		b.want("no file", "shop", cas)
+		if err := r.Err(); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("no file: Err is %v", err)
+		}
+		var huge []byte
+		for range 200 {
+			huge = append(huge, cas[1].PEM...)
+		}
+		for _, step := range []struct {
+			what    string
+			content []byte
+			good    bool
+			want    []int
+		}{
+			{"empty", nil, false, nil},
+			{"good", cas[0].PEM, true, []int{0}},
+			{"gone bad", []byte("x"), false, []int{0}},
+			{"empty again", nil, false, []int{0}},
+			{"absurd", huge, false, []int{0}},
+			{"another root, which does not verify the leaf", cas[1].PEM, true, []int{0, 1}},
+			{"bad once more", []byte("x"), false, []int{0, 1}},
+		} {
+			if err := os.WriteFile(file, step.content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(settle)
+			b.want(step.what, "shop", cas, step.want...)
+			if err := r.Err(); (err == nil) != step.good {
+				t.Errorf("%s: Err is %v", step.what, err)
+			}
+		}
+		if record := b.api.configMap(t, home).Data[trust.RecordKey]; strings.Contains(record, "retired") {
+			t.Errorf("a bad file retires roots:\n%s", record)
+		}
+		if err := os.WriteFile(file, cas[1].PEM, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.stop()
+		time.Sleep(25 * time.Hour)
+		b.start(func(c *trust.Config) { c.RootsFile = file })
+		time.Sleep(settle)
+		b.want("the root of the leaf that is served, a day after the file lost it", "shop", cas, 0, 1)
+	})
+}
+
+func TestExpiredRootsGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		cas := []*certstest.CA{newCA(t), certstest.NewCAWith(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(10 * time.Minute) })}
+		b.mount(cas[0])
+		cas[0].WriteTo(filepath.Join(b.volume, "both"), cas[1])
+		b.start(func(c *trust.Config) { c.RootsFile = filepath.Join(b.volume, "both", "ca.crt") })
+		time.Sleep(settle)
+		b.want("at first", "shop", cas, 0, 1)
+		time.Sleep(10 * time.Minute)
+		b.want("after its life", "shop", cas, 0)
+	})
+}
+
+func TestWithoutPropagationNothingIsHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.mount(newCA(t))
+		r := b.start(func(c *trust.Config) { c.Propagation = 0 })
+		time.Sleep(settle)
+		second := b.mount(newCA(t))
+		if !serves(t, r, second) {
+			t.Error("a leaf is held back")
+		}
+	})
+}
+
+func TestNewRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.mount(newCA(t))
+		for what, change := range map[string]func(*trust.Config){
+			"no REST":              func(c *trust.Config) { c.REST = nil },
+			"no pair":              func(c *trust.Config) { c.Pair = nil },
+			"no logger":            func(c *trust.Config) { c.Logger = nil },
+			"no file":              func(c *trust.Config) { c.RootsFile = "" },
+			"no namespace":         func(c *trust.Config) { c.Namespace = "" },
+			"no name":              func(c *trust.Config) { c.ConfigMap = "" },
+			"no selector":          func(c *trust.Config) { c.Namespaces = "" },
+			"negative propagation": func(c *trust.Config) { c.Propagation = -1 },
+			"broken REST":          func(c *trust.Config) { c.REST = &rest.Config{Host: "://"} },
+		} {
+			if _, err := b.tryStart(change); err == nil {
+				t.Errorf("%s: accepted", what)
+			}
+		}
+	})
+}
