@@ -36,13 +36,22 @@ func hierarchies() ([]string, error) {
 	return roots, nil
 }
 
-func makeCgroup(name string) error {
+// controllers are those that a kubelet needs. In version 2 a cgroup has those that its parent hands down.
+var controllers = []string{"cpu", "cpuset", "io", "memory", "pids", "hugetlb"}
+
+func makeCgroup(path string) error {
 	roots, err := hierarchies()
 	if err != nil {
 		return err
 	}
 	for _, root := range roots {
-		if err := os.Mkdir(filepath.Join(root, name), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		dir := filepath.Join(root, path)
+		handDown := filepath.Join(filepath.Dir(dir), "cgroup.subtree_control")
+		for _, controller := range controllers {
+			// Fails where there is none of that name, and in version 1, which has no such file.
+			_ = os.WriteFile(handDown, []byte("+"+controller), 0)
+		}
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) { //nolint:gosec // As all of them are.
 			return fmt.Errorf("making a cgroup: %w", err)
 		}
 	}
@@ -95,7 +104,7 @@ func removeTree(dir string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENODEV) {
 		return fmt.Errorf("removing a cgroup: %w", err)
 	}
-	for _, number := range strings.Fields(string(inside)) {
+	for number := range strings.FieldsSeq(string(inside)) {
 		if pid, err := strconv.Atoi(number); err == nil && pid > 0 {
 			_ = syscall.Kill(pid, syscall.SIGKILL) // gone already, if it fails
 		}

@@ -23,14 +23,17 @@ const (
 // portTries bounds the search. A machine on which 100 random ports out of 10,000 are taken has no room.
 const portTries = 100
 
-// FreePort returns a TCP port of 127.0.0.1 that nobody listens on. Somebody else may take it before the
-// caller does: then start again with another, which [Process.WaitReady] tells by [syscall.EADDRINUSE].
-func FreePort(ctx context.Context) (int, error) {
+// FreePort is FreePortOf for the loopback address of this machine.
+func FreePort(ctx context.Context) (int, error) { return FreePortOf(ctx, loopback{}) }
+
+// FreePortOf returns a TCP port of the host's address that nobody listens on. Somebody else may take it before
+// the caller does: then start again with another, which [Process.WaitReady] tells by [syscall.EADDRINUSE].
+func FreePortOf(ctx context.Context, host Host) (int, error) {
 	var err error
 	for range portTries {
 		port := firstPort + rand.IntN(lastPort-firstPort+1) //nolint:gosec // nobody is kept from guessing it
 		var listener net.Listener
-		listener, err = new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+		listener, err = host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), strconv.Itoa(port)))
 		if err == nil {
 			return port, listener.Close()
 		}

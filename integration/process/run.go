@@ -159,17 +159,21 @@ func remove(dir string) error {
 	return errors.Join(removeExcept(dir, lockFile), os.RemoveAll(dir))
 }
 
-// Cgroup makes a cgroup for the run, in every hierarchy of this machine, and returns its absolute path as
-// seen from their roots. It is empty: what is to run there goes there by itself. When the run is closed or
-// swept, what is in it or below is killed, and it is removed. Linux only; needs root.
-func (r *Run) Cgroup() (string, error) {
-	name := "/credence-" + filepath.Base(r.dir)
+// Cgroup makes a cgroup of the run's own with that name, in every hierarchy of this machine, and returns its
+// absolute path as seen from their roots. It is empty: what is to run there goes there by itself. When the
+// run is closed or swept, what is in it or below is killed, and it is removed. Linux only; needs root.
+func (r *Run) Cgroup(name string) (string, error) {
+	top := cgroupOf(r.dir)
 	// Written first: what is not made yet need not be removed, but what is made must be.
-	if err := os.WriteFile(filepath.Join(r.dir, cgroupFile), []byte(name), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(r.dir, cgroupFile), []byte(top), 0o600); err != nil {
 		return "", fmt.Errorf("recording the cgroup: %w", err)
 	}
-	return name, makeCgroup(name)
+	path := filepath.Join(top, name)
+	return path, errors.Join(makeCgroup(top), makeCgroup(path))
 }
+
+// cgroupOf is the cgroup of the run in dir.
+func cgroupOf(dir string) string { return "/credence-" + filepath.Base(dir) }
 
 // removeCgroupOf removes the cgroup that the run in dir has recorded.
 func removeCgroupOf(dir string) error {
@@ -181,10 +185,10 @@ func removeCgroupOf(dir string) error {
 		return fmt.Errorf("looking for the run's cgroup: %w", err)
 	}
 	// Not what Cgroup writes whole: the owner died before it made the cgroup.
-	if want := "/credence-" + filepath.Base(dir); string(name) != want {
+	if string(name) != cgroupOf(dir) {
 		return nil
 	}
-	return removeCgroup(string(name))
+	return removeCgroup(cgroupOf(dir))
 }
 
 func keepOnlyLogs(dir string) error {

@@ -19,6 +19,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -55,6 +56,7 @@ const (
 	CNIPtp                Tool = "ptp"
 	CNIHostLocal          Tool = "host-local"
 	Helm                  Tool = "helm"
+	CertManager           Tool = "cert-manager"
 	MinIO                 Tool = "minio"
 	GolangciLint          Tool = "golangci-lint"
 	Buf                   Tool = "buf"
@@ -77,6 +79,12 @@ func Node() []Tool {
 	return []Tool{KubeScheduler, KubeProxy, Kubelet, Containerd, ContainerdShim, Ctr, CoreDNS, CNIPtp, CNIHostLocal}
 }
 
+// Deployment returns the programs of a cluster with nodes, and those that put Credence and what it needs on
+// it.
+func Deployment() []Tool {
+	return slices.Concat(ControlPlane(), Node(), []Tool{Helm, CertManager, MinIO})
+}
+
 // All returns every program that can be built, sorted by name.
 func All() []Tool { return slices.Sorted(maps.Keys(recipes)) }
 
@@ -85,6 +93,7 @@ func All() []Tool { return slices.Sorted(maps.Keys(recipes)) }
 type nested struct {
 	folder  string                      // below modules/, with a go.mod
 	source  string                      // required module whose version names the folder in the cache
+	own     bool                        // the program is the nested module's own package
 	tags    string                      // build tags, with commas
 	ldflags func(version string) string // in addition to those that all get; may be nil
 }
@@ -104,6 +113,19 @@ var kubernetes = nested{
 
 // containerd: without the snapshotters that need C libraries. It does know its version.
 var containerd = nested{folder: "containerd", source: "github.com/containerd/containerd/v2", tags: "no_btrfs,no_devmapper,no_zfs"}
+
+// coreDNS: ours has the plugins that we need, and is built in a fraction of the time.
+var coreDNS = nested{folder: "coredns", source: "github.com/coredns/coredns", own: true}
+
+// certManager: its programs are in modules that the Go proxy does not serve. Ours is made of its library.
+var certManager = nested{
+	folder: "cert-manager",
+	source: "github.com/cert-manager/cert-manager",
+	own:    true,
+	ldflags: func(version string) string {
+		return " -X github.com/cert-manager/cert-manager/pkg/util.AppVersion=" + version
+	},
+}
 
 var minio = nested{folder: "minio", source: "github.com/minio/minio"}
 
@@ -145,8 +167,8 @@ var recipes = map[Tool]recipe{
 	ContainerdShim: {nested: &containerd, source: "github.com/containerd/containerd/v2", pkg: "/cmd/containerd-shim-runc-v2"},
 	Ctr:            {nested: &containerd, source: "github.com/containerd/containerd/v2", pkg: "/cmd/ctr"},
 	CoreDNS: {
-		source: "github.com/coredns/coredns", version: "v1.15.0",
-		takes: "about 2 min on 2 cores the first time",
+		nested: &coreDNS, source: "github.com/coredns/coredns",
+		takes: "about 1 min on 2 cores the first time",
 	},
 	CNIPtp:       {source: "github.com/containernetworking/plugins", version: "v1.9.1", pkg: "/plugins/main/ptp"},
 	CNIHostLocal: {source: "github.com/containernetworking/plugins", version: "v1.9.1", pkg: "/plugins/ipam/host-local"},
@@ -154,6 +176,11 @@ var recipes = map[Tool]recipe{
 	Helm: {
 		source: "helm.sh/helm/v4", version: "v4.3.1", pkg: "/cmd/helm",
 		takes: "about 100 s on 2 cores the first time",
+	},
+
+	CertManager: {
+		nested: &certManager, source: "github.com/cert-manager/cert-manager",
+		takes: "about 3 min on 2 cores the first time",
 	},
 
 	MinIO: {nested: &minio, source: "github.com/minio/minio", takes: "about 5 min on 2 cores the first time"},
@@ -215,6 +242,37 @@ func Built(tool Tool) bool {
 	}
 	t, err := find(tool)
 	return err == nil && executable(t.path)
+}
+
+// Source returns the folder of the source that a program of a nested module is built from, at the pinned
+// version, after downloading it if need be. It is in the Go module cache: not to be written to.
+func Source(ctx context.Context, tool Tool) (string, error) {
+	t, err := find(tool)
+	if err != nil {
+		return "", err
+	}
+	r := recipes[tool]
+	if r.nested == nil {
+		return "", fmt.Errorf("finding the source of %s: it has no nested module", tool)
+	}
+	cmd := exec.CommandContext(ctx, "go", "mod", "download", "-json", r.source) //nolint:gosec // a constant of ours
+	cmd.Dir = t.workDir
+	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=readonly", "GOWORK=off")
+	output, err := cmd.Output()
+	var module struct{ Dir, Error string }
+	if decodeErr := json.Unmarshal(output, &module); decodeErr != nil {
+		err = errors.Join(err, decodeErr)
+	}
+	if module.Error != "" {
+		err = errors.New(module.Error)
+	}
+	if err == nil && module.Dir == "" {
+		err = errors.New("the go command names no folder")
+	}
+	if err != nil {
+		return "", fmt.Errorf("downloading the source of %s %s: %w", tool, t.version, err)
+	}
+	return module.Dir, nil
 }
 
 // assetsTold makes what is said about AssetsVariable be said once per process.
@@ -312,11 +370,36 @@ func (r recipe) resolve(tool Tool, root, cache string) (*target, error) {
 		t.tags = r.nested.tags
 		folder = r.nested.folder + "-" + version
 		_, _ = fmt.Fprintf(hash, "%s%s%s%s", pins, sums, t.tags, t.ldflags)
+		if r.nested.own {
+			t.pkg = "."
+			if err := hashSource(hash, t.workDir); err != nil {
+				return nil, fmt.Errorf("reading the source of %s: %w", tool, err)
+			}
+		}
 	}
 	_, _ = fmt.Fprintf(hash, "%s/%s", runtime.GOOS, runtime.GOARCH)
 	folder += "-" + hex.EncodeToString(hash.Sum(nil))[:12]
 	t.path = filepath.Join(cache, "tools", folder, string(tool))
 	return t, nil
+}
+
+// hashSource adds the program in folder, which is one package, to a hash.
+func hashSource(hash io.Writer, folder string) error {
+	files, err := filepath.Glob(filepath.Join(folder, "*.go"))
+	if err != nil {
+		return err
+	}
+	if len(files) == 0 {
+		return fmt.Errorf("no Go files in %s", folder)
+	}
+	for _, file := range files { // sorted
+		content, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		_, _ = fmt.Fprintf(hash, "%s %d\n%s", filepath.Base(file), len(content), content)
+	}
+	return nil
 }
 
 // required returns the version of a module that a go.mod file requires; empty if it does not.

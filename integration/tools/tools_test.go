@@ -186,6 +186,49 @@ func TestPlaceDependsOnWhatIsBuilt(t *testing.T) {
 	other("another go.mod", resolve(t, fake, root, cache).path)
 }
 
+// TestNestedModuleCanBeTheProgram: what its own files say then decides where it lies.
+func TestNestedModuleCanBeTheProgram(t *testing.T) {
+	root, cache := fakeCheckout(t, "package unused\n"), t.TempDir()
+	own := fake
+	own.nested = &nested{folder: "fake", source: "example.com/fake", own: true}
+	if _, err := own.resolve("fake", root, cache); err == nil || !strings.Contains(err.Error(), "no Go files") {
+		t.Errorf("without a program: got %v", err)
+	}
+	main := filepath.Join(root, "integration", "tools", "modules", "fake", "main.go")
+	write(t, main, hello)
+	first := resolve(t, own, root, cache)
+	if err := first.build(t.Context(), &safeBuffer{}); err != nil {
+		t.Fatal(err)
+	}
+	runs(t, first.path)
+	write(t, main, hello+"\n// More.\n")
+	second := resolve(t, own, root, cache)
+	write(t, filepath.Join(filepath.Dir(main), "more.go"), "package main\n")
+	third := resolve(t, own, root, cache)
+	if first.path == second.path || second.path == third.path {
+		t.Errorf("changed files lie where the old ones did: %s, %s, %s", first.path, second.path, third.path)
+	}
+}
+
+func TestSourceOfANestedModule(t *testing.T) {
+	folder, err := Source(t.Context(), CertManager)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := checkout()
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := resolve(t, recipes[CertManager], root, t.TempDir()).version
+	content, err := os.ReadFile(filepath.Join(folder, "go.mod"))
+	if err != nil || !strings.HasSuffix(folder, "@"+version) || !strings.HasPrefix(string(content), "module "+certManager.source+"\n") {
+		t.Errorf("got %s, %v", folder, err)
+	}
+	if _, err := Source(t.Context(), Helm); err == nil || !strings.Contains(err.Error(), "helm") {
+		t.Errorf("a program without a nested module: got %v", err)
+	}
+}
+
 // TestInstalledFromAProxy has a module proxy of its own, in a folder.
 func TestInstalledFromAProxy(t *testing.T) {
 	proxy, modules := t.TempDir(), t.TempDir()
