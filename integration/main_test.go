@@ -58,7 +58,7 @@ const shortLife = 70 * time.Second
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	if missing := cluster.Missing(); testing.Short() && len(missing) > 0 {
+	if missing := cluster.Missing(0); testing.Short() && len(missing) > 0 {
 		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
 		return
 	}
@@ -79,7 +79,7 @@ func TestMain(m *testing.M) {
 }
 
 func setUp(ctx context.Context) (err error) {
-	if store, err = minio.Start(ctx, control.Run(), os.Stderr); err != nil {
+	if store, err = minio.Start(ctx, control.Run(), control.Host(), os.Stderr); err != nil {
 		return err
 	}
 	accessKey, secretKey := store.Root()

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/certs/trust"
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
@@ -23,8 +25,15 @@ type options struct {
 	region, stsEndpoint         string
 	firstHop                    credential.RoleARN // zero: none
 	auditRequired               bool
+	rootsFile                   string // empty: nothing is published
+	rootsRequired               bool   // the flag was given, so the file must be there
+	namespace, trustConfigMap   string
+	trustOwner                  string // empty: none
+	trustPropagation            time.Duration
 	level                       slog.Level
 }
+
+const rootsFileFlag = "roots-file"
 
 const usage = `credence-broker exchanges the identities of injected pods for AWS credentials.
 
@@ -48,6 +57,11 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
 	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
 	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
+	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
+	f.StringVar(&o.namespace, "namespace", "", "`namespace` that this broker runs in; empty takes POD_NAMESPACE, or that of the service account")
+	f.StringVar(&o.trustConfigMap, "trust-config-map", "credence-trust", "`name` of the ConfigMaps that hold the published roots")
+	f.StringVar(&o.trustOwner, "trust-owner", "", "`name` of the ClusterRole that owns those ConfigMaps, so that they go when it goes; empty leaves them")
+	f.DurationVar(&o.trustPropagation, "trust-propagation", trust.DefaultPropagation, "`time` that a root is published before a certificate under it is served: what kubelets need to bring a changed ConfigMap into pods; 0 serves at once")
 	f.TextVar(&o.level, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
 	return func(args []string) (options, error) {
 		err := program.NoArguments(args)
@@ -70,6 +84,10 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		if audit != "best-effort" && audit != "required" {
 			return options{}, fmt.Errorf("--audit=%s: must be best-effort or required", audit)
 		}
+		if o.trustPropagation < 0 {
+			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)
+		}
+		f.Visit(func(given *flag.Flag) { o.rootsRequired = o.rootsRequired || given.Name == rootsFileFlag })
 		o.auditRequired = audit == "required"
 		o.issuers = strings.FieldsFunc(issuers, func(r rune) bool { return r == ',' || r == ' ' })
 		return o, nil

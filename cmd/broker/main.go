@@ -47,6 +47,10 @@ func run(ctx context.Context, o options) error {
 	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.sessions.Run, p.decisions.Run} {
 		group.Go(func() error { return run(work) })
 	}
+	if p.trust != nil {
+		// Given up as soon as this broker is told to end, so that another one leads while it drains.
+		group.Go(func() error { return p.trust.Run(serving) })
+	}
 	var based atomic.Bool
 	checks := p.readiness(&based)
 	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(checks...)) })

@@ -5,7 +5,12 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 
+	// AWS's certificates have public roots, and an image of one program has no file of them. These are used only
+	// where the system has none; see cmd/broker/roots_test.go.
+	_ "golang.org/x/crypto/x509roots/fallback"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
@@ -17,12 +22,14 @@ import (
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/certs/trust"
 )
 
 // parts are what the broker is made of.
 type parts struct {
 	log       *slog.Logger
 	pair      *certs.KeyPair
+	trust     *trust.Trust // nil: nothing is published
 	directory *kube.Directory
 	verifier  *kube.JWKS
 	sts       *assume.STS
@@ -41,6 +48,9 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if err != nil {
 		return parts{}, fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
 	}
+	if p.trust, err = publisher(ctx, o, rest, p.pair, p.log); err != nil {
+		return parts{}, err
+	}
 	if p.directory, err = kube.NewDirectory(rest, o.keys, p.log); err != nil {
 		return parts{}, err
 	}
@@ -55,6 +65,49 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	}
 	p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log})
 	return p, err
+}
+
+// publisher makes what publishes the roots; nil when nothing is to be published.
+func publisher(ctx context.Context, o options, rest *rest.Config, pair *certs.KeyPair, log *slog.Logger) (*trust.Trust, error) {
+	if o.rootsFile == "" {
+		return nil, nil
+	}
+	if o.rootsRequired {
+		// At the start an operator looks; later the broker goes on with the roots it knew.
+		if _, err := certs.NewRoots(o.rootsFile, nil); err != nil {
+			return nil, fmt.Errorf("--%s: %w", rootsFileFlag, err)
+		}
+	}
+	if o.namespace == "" {
+		o.namespace = ownNamespace()
+	}
+	if o.namespace == "" {
+		if o.rootsRequired {
+			return nil, fmt.Errorf("--%s: set --namespace outside a cluster", rootsFileFlag)
+		}
+		log.InfoContext(ctx, "Publishing no roots: there is no namespace to publish from; set --namespace outside a cluster")
+		return nil, nil
+	}
+	t, err := trust.New(trust.Config{
+		REST: rest, Pair: pair, RootsFile: o.rootsFile, Namespace: o.namespace, ConfigMap: o.trustConfigMap,
+		Namespaces: o.keys.Name(policy.Inject) + "=" + policy.Enabled, Owner: o.trustOwner, Propagation: o.trustPropagation, Logger: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("--%s, --trust-config-map: %w", rootsFileFlag, err)
+	}
+	return t, nil
+}
+
+// ownNamespace is the namespace of the pod that this process runs in; empty outside a cluster.
+func ownNamespace() string {
+	if name := os.Getenv("POD_NAMESPACE"); name != "" {
+		return name
+	}
+	name, err := os.ReadFile("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(name))
 }
 
 // broker makes what decides, which needs the base ARN.

@@ -65,6 +65,7 @@ var forbidden = map[string]string{
 	"sigs.k8s.io/":                   "the sidecar talks to the broker alone",
 	"github.com/aws/":                "the broker calls STS",
 	"go.opentelemetry.io/":           "spans begin in the broker",
+	"golang.org/x/crypto/x509roots/": "the roots that verify the broker are mounted",
 	"github.com/cert-manager/":       "the kubelet mounts what it issued",
 	"github.com/prometheus/":         "nobody scrapes a pod's loopback",
 	"github.com/go-jose/":            "the broker verifies tokens",

@@ -1,10 +1,16 @@
 //go:build unix
 
-// Package cluster runs a real Kubernetes control plane for tests and the demonstration: etcd,
-// kube-apiserver and kube-controller-manager as child processes, without root, on the loopback address.
+// Package cluster runs a real Kubernetes for tests and the demonstration. There are two kinds.
 //
-// Everything a control plane does is there: admission with webhooks and policies, RBAC, ServiceAccount
-// tokens, informers, garbage collection. There is no node: pods can be made but do not run.
+// The small one is a control plane: etcd, kube-apiserver and kube-controller-manager as child processes,
+// without root, on the loopback address. Everything a control plane does is there: admission with webhooks
+// and policies, RBAC, ServiceAccount tokens, informers, garbage collection. There is no node: pods can be made
+// but do not run.
+//
+// The other has nodes, and with them kube-scheduler, DNS, and on each node kubelet, containerd, runc,
+// kube-proxy and a pod network: pods run, probes are made, volumes are refreshed. It needs root, on Linux. The
+// control plane and every node are machines of package machine, in networks of their own: nothing of the
+// cluster can be reached from outside, except through its Host, and its client configurations.
 //
 // A cluster leaves nothing behind: not after Stop, not when a test panics, and not after its owner was
 // killed; see package process. Any number of clusters run side by side. The programs are built on first
@@ -18,6 +24,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -40,10 +47,10 @@ const Issuer = "https://kubernetes.default.svc.cluster.local"
 
 const (
 	loopback = "127.0.0.1"
-	// advertised is the address that the API server puts into the kubernetes Service. Loopback is refused
-	// there, and any other of this machine may change or not exist. So it is one of RFC 5737, which
-	// nobody has; with no pods, nobody contacts it.
-	advertised          = "192.0.2.1"
+	// nobody is the address that the API server of a cluster without nodes puts into the kubernetes Service.
+	// Loopback is refused there, and any other of this machine may change or not exist. So it is one of RFC
+	// 5737, which nobody has; with no pods, nobody contacts it.
+	nobody              = "192.0.2.1"
 	serviceRange        = "10.96.0.0/16"
 	kubernetesServiceIP = "10.96.0.1" // the first of serviceRange, by Kubernetes' rule
 )
@@ -61,6 +68,9 @@ type Config struct {
 	// Runs is the folder that the cluster's folder is made in. Default: run, in tools.CacheDir. What dead
 	// owners left there is removed first.
 	Runs string
+	// Nodes is how many nodes to start with. Default: none, a control plane alone, which needs no root. To a
+	// cluster with nodes more can be added.
+	Nodes int
 	// Progress gets a line when a program is being built, and one when a component ends unexpectedly.
 	// Default: nobody is told.
 	Progress io.Writer
@@ -71,25 +81,31 @@ type Config struct {
 // A Cluster is a control plane that runs. Its methods can be called concurrently.
 type Cluster struct {
 	run      *process.Run
+	host     process.Host // where the control plane runs
 	ca       *authority
 	admin    *rest.Config
 	programs map[tools.Tool]string
 	flags    []string // of kube-apiserver
+	nodes    *nodes   // nil: it can have none
 
 	mu        sync.Mutex
 	apiServer *process.Process // nil while it is stopped; may have ended by itself
 }
 
 // programs are what a cluster runs.
-func programs() []tools.Tool {
-	return []tools.Tool{tools.Etcd, tools.KubeAPIServer, tools.KubeControllerManager}
+func programs(nodes int) []tools.Tool {
+	small := []tools.Tool{tools.Etcd, tools.KubeAPIServer, tools.KubeControllerManager}
+	if nodes == 0 {
+		return small
+	}
+	return append(small, tools.Node()...)
 }
 
-// Missing returns the programs that Start would have to build first, which takes minutes: a reason for a
-// test to skip itself under -short.
-func Missing() []tools.Tool {
+// Missing returns the programs that Start would have to build first for so many nodes, which takes minutes: a
+// reason for a test to skip itself under -short.
+func Missing(nodes int) []tools.Tool {
 	var missing []tools.Tool
-	for _, tool := range programs() {
+	for _, tool := range programs(nodes) {
 		if !tools.Built(tool) {
 			missing = append(missing, tool)
 		}
@@ -97,8 +113,8 @@ func Missing() []tools.Tool {
 	return missing
 }
 
-// Start starts a cluster and returns when it is ready to be used: the API server is ready, and pods can be
-// made in the default namespace. It first ends what dead owners of clusters left. ctx bounds the start, not
+// Start starts a cluster and returns when it is ready to be used: the API server is ready, pods can be made in
+// the default namespace, and the nodes, if there are any, are ready to run them. It first ends what dead owners of clusters left. ctx bounds the start, not
 // the cluster's life; the caller must Stop it. After a failure the logs are kept, and the error names the
 // one that matters and shows its end.
 func Start(ctx context.Context, config Config) (*Cluster, error) {
@@ -111,8 +127,13 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 			return nil, err
 		}
 	}
+	if config.Nodes > 0 {
+		if err := NodesPossible(); err != nil {
+			return nil, fmt.Errorf("starting a cluster with nodes: %w", err)
+		}
+	}
 	paths := make(map[tools.Tool]string)
-	for _, tool := range programs() {
+	for _, tool := range programs(config.Nodes) {
 		path, err := tools.Path(ctx, tool, config.Progress)
 		if err != nil {
 			return nil, err
@@ -140,10 +161,6 @@ func defaultRuns() (string, error) {
 
 // startOnce tries it with one choice of port.
 func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) (_ *Cluster, err error) {
-	port, err := process.FreePort(ctx)
-	if err != nil {
-		return nil, err
-	}
 	ca, err := newAuthority()
 	if err != nil {
 		return nil, err
@@ -164,28 +181,40 @@ func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) 
 			err = errors.Join(err, run.Close())
 		}
 	}()
-	c := &Cluster{
-		run:      run,
-		ca:       ca,
-		programs: paths,
-		flags:    append(apiServerFlags(port), config.APIServerFlags...),
+	c := &Cluster{run: run, host: run.Loopback(), ca: ca, programs: paths}
+	if config.Nodes > 0 {
+		if c.nodes, err = newNodes(ctx, c); err != nil {
+			return nil, err
+		}
+		c.host = c.nodes.hub()
 	}
+	port, err := process.FreePortOf(ctx, c.host)
+	if err != nil {
+		return nil, err
+	}
+	c.flags = append(c.apiServerFlags(port), config.APIServerFlags...)
 	c.admin = &rest.Config{
-		Host:            "https://" + net.JoinHostPort(loopback, strconv.Itoa(port)),
+		Host:            "https://" + net.JoinHostPort(c.host.Address(), strconv.Itoa(port)),
 		TLSClientConfig: rest.TLSClientConfig{CAData: ca.pem},
+		Dial:            c.host.Dial,
 		QPS:             -1, // tests are not to wait for client-go's limit of 5 requests a second
 	}
 	if c.admin, err = c.User("admin", "system:masters"); err != nil {
 		return nil, err
 	}
-	if err := writePKI(run.Dir(), ca); err != nil {
+	if err := c.writePKI(); err != nil {
 		return nil, err
 	}
-	if err := c.writeKubeconfig(); err != nil {
+	if err := writeKubeconfig(c.Kubeconfig(), c.admin); err != nil {
 		return nil, err
 	}
 	if err := c.startComponents(ctx); err != nil {
 		return nil, err
+	}
+	if c.nodes != nil {
+		if err := c.nodes.start(ctx, config.Nodes); err != nil {
+			return nil, err
+		}
 	}
 	return c, nil
 }
@@ -235,13 +264,17 @@ func (c *Cluster) startComponents(ctx context.Context) error {
 	})
 }
 
-func apiServerFlags(port int) []string {
-	return []string{
+func (c *Cluster) apiServerFlags(port int) []string {
+	advertised := nobody
+	if c.nodes != nil {
+		advertised = c.host.Address() // for pods
+	}
+	flags := []string{
 		"--etcd-servers=" + etcdSocket,
-		"--bind-address=" + loopback,
+		"--bind-address=" + c.host.Address(),
 		"--secure-port=" + strconv.Itoa(port),
 		"--advertise-address=" + advertised,
-		"--external-hostname=" + loopback, // or the discovery document's jwks_uri has the advertised address
+		"--external-hostname=" + c.host.Address(), // or the discovery document's jwks_uri has the advertised address
 		"--tls-cert-file=" + serverCertFile,
 		"--tls-private-key-file=" + serverKeyFile,
 		"--client-ca-file=" + caFile,
@@ -253,11 +286,22 @@ func apiServerFlags(port int) []string {
 		"--enable-admission-plugins=NodeRestriction",
 		"--allow-privileged",
 	}
+	if c.nodes == nil {
+		return flags
+	}
+	return append(flags,
+		"--kubelet-certificate-authority="+caFile,
+		"--kubelet-client-certificate="+kubeletClientCertFile,
+		"--kubelet-client-key="+kubeletClientKeyFile,
+		"--kubelet-preferred-address-types=InternalIP", // names of nodes are in no DNS
+		// Webhooks are called at their pods' addresses: there is no kube-proxy beside the API server.
+		"--enable-aggregator-routing",
+	)
 }
 
 // start starts a component, by the name of its program.
 func (c *Cluster) start(tool tools.Tool, flags ...string) (*process.Process, error) {
-	return c.run.Start(process.Command{Name: string(tool), Path: c.programs[tool], Args: flags})
+	return c.host.Start(process.Command{Name: string(tool), Path: c.programs[tool], Args: flags})
 }
 
 func (c *Cluster) await(ctx context.Context, p *process.Process, probe func(context.Context) error) error {
@@ -347,16 +391,17 @@ func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name string) (*
 // Kubeconfig returns the path of a kubeconfig file with all rights.
 func (c *Cluster) Kubeconfig() string { return filepath.Join(c.run.Dir(), kubeconfigFile) }
 
-func (c *Cluster) writeKubeconfig() error {
+// writeKubeconfig writes a kubeconfig file for what config configures.
+func writeKubeconfig(path string, config *rest.Config) error {
 	const name = "credence"
 	content, err := yaml.Marshal(clientcmdv1.Config{
 		APIVersion: clientcmdv1.SchemeGroupVersion.Version,
 		Kind:       "Config",
 		Clusters: []clientcmdv1.NamedCluster{{Name: name, Cluster: clientcmdv1.Cluster{
-			Server: c.admin.Host, CertificateAuthorityData: c.admin.CAData,
+			Server: config.Host, CertificateAuthorityData: config.CAData,
 		}}},
 		AuthInfos: []clientcmdv1.NamedAuthInfo{{Name: name, AuthInfo: clientcmdv1.AuthInfo{
-			ClientCertificateData: c.admin.CertData, ClientKeyData: c.admin.KeyData,
+			ClientCertificateData: config.CertData, ClientKeyData: config.KeyData,
 		}}},
 		Contexts:       []clientcmdv1.NamedContext{{Name: name, Context: clientcmdv1.Context{Cluster: name, AuthInfo: name}}},
 		CurrentContext: name,
@@ -364,7 +409,7 @@ func (c *Cluster) writeKubeconfig() error {
 	if err != nil {
 		return fmt.Errorf("encoding the kubeconfig file: %w", err)
 	}
-	if err := os.WriteFile(c.Kubeconfig(), content, 0o600); err != nil {
+	if err := os.WriteFile(path, content, 0o600); err != nil {
 		return fmt.Errorf("writing the kubeconfig file: %w", err)
 	}
 	return nil
@@ -373,6 +418,26 @@ func (c *Cluster) writeKubeconfig() error {
 // Run returns the run that the components belong to. Other programs started in it share its folder, its
 // logs and its end.
 func (c *Cluster) Run() *process.Run { return c.run }
+
+// Host returns where the control plane runs. Servers that pods are to reach run there too, or listen there.
+func (c *Cluster) Host() process.Host { return c.host }
+
+// Enter returns what a user types before a command that is to reach the API server, which for a cluster
+// without nodes is nothing.
+func (c *Cluster) Enter() []string {
+	if m, ok := c.host.(interface{ PID() int }); ok {
+		return []string{"nsenter", "--net=/proc/" + strconv.Itoa(m.PID()) + "/ns/net"}
+	}
+	return nil
+}
+
+// Command prepares a program that can reach the API server, such as kubectl, with the cluster's kubeconfig
+// file in its environment. It is started with Host().Launch.
+func (c *Cluster) Command(ctx context.Context, path string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // It runs what it is told.
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + c.run.Dir(), "KUBECONFIG=" + c.Kubeconfig()}
+	return cmd
+}
 
 // Logs returns the folder of the components' logs.
 func (c *Cluster) Logs() string { return c.run.Logs() }

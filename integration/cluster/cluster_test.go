@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	if runs := os.Getenv(ownerVariable); runs != "" {
 		own(ctx, runs)
 	}
-	if testing.Short() && len(cluster.Missing()) > 0 {
+	if testing.Short() && len(cluster.Missing(0)) > 0 {
 		os.Exit(m.Run())
 	}
 	os.Exit(cluster.RunTests(ctx, cluster.Config{Progress: os.Stderr}, func(c *cluster.Cluster) { shared = c }, m.Run))
@@ -68,7 +68,7 @@ func own(ctx context.Context, runs string) {
 func sharedCluster(t *testing.T) *cluster.Cluster {
 	t.Helper()
 	if shared == nil {
-		t.Skipf("-short, and %v are not built (go run ./integration/tools/install)", cluster.Missing())
+		t.Skipf("-short, and %v are not built (go run ./integration/tools/install)", cluster.Missing(0))
 	}
 	return shared
 }

@@ -60,9 +60,9 @@ func validFromNow(subject pkix.Name) *x509.Certificate {
 	}
 }
 
-// server issues the API server's certificate, for the names and addresses that clients use.
-func (a *authority) server(names []string, addresses []net.IP) (cert, key []byte, err error) {
-	template := validFromNow(pkix.Name{CommonName: "kube-apiserver"})
+// server issues a server's certificate, for the names and addresses that clients use.
+func (a *authority) server(name string, names []string, addresses []net.IP) (cert, key []byte, err error) {
+	template := validFromNow(pkix.Name{CommonName: name})
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 	template.DNSNames, template.IPAddresses = names, addresses
 	return a.issue(template)
@@ -125,14 +125,21 @@ const (
 	tokenPrivateFile = "service-account.key"
 	tokenPublicFile  = "service-account.pub"
 	kubeconfigFile   = "admin.kubeconfig"
+
+	kubeletClientCertFile = "kubelet-client.crt"
+	kubeletClientKeyFile  = "kubelet-client.key"
 )
 
-// writePKI writes what the components need into dir.
-func writePKI(dir string, ca *authority) error {
-	cert, key, err := ca.server(
+// writePKI writes what the components need into the run's folder.
+func (c *Cluster) writePKI() error {
+	cert, key, err := c.ca.server("kube-apiserver",
 		[]string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
-		[]net.IP{net.ParseIP(loopback), net.ParseIP(kubernetesServiceIP)},
+		[]net.IP{net.ParseIP(c.host.Address()), net.ParseIP(kubernetesServiceIP)},
 	)
+	if err != nil {
+		return err
+	}
+	clientCert, clientKey, err := c.ca.client("kube-apiserver-kubelet-client", []string{"system:masters"})
 	if err != nil {
 		return err
 	}
@@ -140,12 +147,22 @@ func writePKI(dir string, ca *authority) error {
 	if err != nil {
 		return err
 	}
-	for name, content := range map[string][]byte{
-		caFile: ca.pem, serverCertFile: cert, serverKeyFile: key,
+	return writeFiles(c.run.Dir(), map[string][]byte{
+		caFile: c.ca.pem, serverCertFile: cert, serverKeyFile: key,
+		kubeletClientCertFile: clientCert, kubeletClientKeyFile: clientKey,
 		tokenPrivateFile: private, tokenPublicFile: public,
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
-			return fmt.Errorf("writing the cluster's keys: %w", err)
+	})
+}
+
+// writeFiles writes files into a folder, for this user alone.
+func writeFiles(dir string, files map[string][]byte) error {
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			return fmt.Errorf("making a folder of the cluster: %w", err)
+		}
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			return fmt.Errorf("writing a file of the cluster: %w", err)
 		}
 	}
 	return nil

@@ -14,14 +14,28 @@ import (
 	"github.com/credence-iam/credence/integration/stack"
 )
 
-// TestDemo runs the whole demonstration with the role that is not the default.
+// TestDemo runs the whole demonstration without nodes, with the role that is not the default.
 func TestDemo(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short, and the demonstration takes as long as a person would watch it")
 	}
+	testDemo(t, onControlPlane, "$ awsclient ls reports\n")
+}
+
+// TestDemoOnNodes runs the whole demonstration with nodes.
+func TestDemoOnNodes(t *testing.T) {
+	if os.Getenv("CREDENCE_E2E") == "" {
+		t.Skip("it runs by make e2e, which sets CREDENCE_E2E")
+	}
+	testDemo(t, onNodes, "$ kubectl exec -n shop deploy/app -c app -- /awsclient ls reports\n", "Error creating: admission")
+}
+
+// testDemo runs a demonstration, which is to show these texts beside those that all show.
+func testDemo(t *testing.T, kind func(*demo) play, texts ...string) {
+	t.Helper()
 	var out bytes.Buffer
 	d := &demo{printer: newPrinter(&out, false), role: "other", runs: t.TempDir()}
-	err := d.run(t.Context())
+	err := d.run(t.Context(), kind(d))
 	shown := out.String()
 	for name, unwanted := range map[string]*regexp.Regexp{
 		"a JSON Web Token":     regexp.MustCompile(`eyJ[\w-]{10,}`),
@@ -38,14 +52,13 @@ func TestDemo(t *testing.T) {
 	if err != nil {
 		t.Errorf("it has failed: %v", err)
 	}
-	for _, want := range []string{
+	for _, want := range append(texts,
 		"iam.amazonaws.com/role: other\n",
-		"arn:aws:sts::" + stack.Account + ":assumed-role/other/",
-		"$ awsclient ls reports\n",
+		"arn:aws:sts::"+stack.Account+":assumed-role/other/",
 		"AccessDenied",
 		"does not permit role",
 		`"decision":"allow"`,
-	} {
+	) {
 		if !strings.Contains(shown, want) {
 			t.Errorf("it has not shown %q", want)
 		}
@@ -67,7 +80,7 @@ func TestInterruptedDemo(t *testing.T) {
 	defer cancel()
 	out := &watcher{text: "kubectl apply", seen: cancel}
 	d := &demo{printer: newPrinter(out, false), role: "other", runs: t.TempDir()}
-	err := d.run(ctx)
+	err := d.run(ctx, onControlPlane(d))
 	if err == nil || !strings.Contains(err.Error(), "interrupted") {
 		t.Errorf("it ended with %v, want an error that says that it was interrupted", err)
 	}
@@ -82,7 +95,7 @@ func TestInterruptedDemo(t *testing.T) {
 // TestFold checks that folding loses nothing but spaces at the folds, and keeps to the width.
 func TestFold(t *testing.T) {
 	for line, want := range map[string][]string{
-		"":               {""},
+		"":               nil,
 		"0123456789":     {"0123456789"},
 		"012345678 9ab":  {"012345678", "9ab"},
 		`{"a":1,"b":23}`: {`{"a":1,`, `"b":23}`},

@@ -1,19 +1,23 @@
 //go:build unix
 
-// Command demo shows the whole path from an annotated pod to an object in a bucket, step by step, on a
-// real Kubernetes control plane that it starts and removes again.
+// Command demo shows the whole path from an annotated pod to an object in a bucket, step by step, on a real
+// Kubernetes that it starts and removes again.
 //
 //	make demo
 //	DEMO_ROLE=other make demo
+//	KEEP=1 make demo
+//
+// As root on Linux it is a cluster with a node: cert-manager and Credence are installed with Helm, and pods run.
+// Elsewhere it is a control plane without nodes, and what a node would run, runs as local processes with what
+// their pod's spec says.
 //
 // Nothing it prints is canned: commands are run as they are shown, and show what they answered. The
 // role of the pod is $DEMO_ROLE, "reports" if that is not set. The namespace permits "reports" and
 // "other", by name or ARN, each of which opens the bucket of its own name; with any other role the
 // demonstration ends, with exit status 1, at the refusal that a user would meet.
 //
-// It needs neither root, nor AWS, nor a cluster, and leaves neither a process nor a folder behind, nor
-// when it is interrupted. After a failure the logs are kept, and the error says where. It runs no
-// container: there is no node, so programs run as local processes with what their pod's spec says.
+// It needs neither AWS nor a cluster, and leaves neither a process nor a folder behind, nor when it is
+// interrupted. After a failure the logs are kept, and the error says where.
 package main
 
 import (
@@ -23,14 +27,14 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/credence-iam/credence/integration/cluster"
-	"github.com/credence-iam/credence/integration/minio"
-	"github.com/credence-iam/credence/integration/stack"
+	"github.com/credence-iam/credence/integration/tools"
 )
 
 func main() {
@@ -38,8 +42,18 @@ func main() {
 	// end us before we could clean up.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer stop()
-	d := &demo{printer: newPrinter(os.Stdout, wantsColor(os.Stdout)), role: cmp.Or(os.Getenv("DEMO_ROLE"), "reports")}
-	if err := d.run(ctx); err != nil {
+	d := &demo{
+		printer: newPrinter(os.Stdout, wantsColor(os.Stdout)),
+		role:    cmp.Or(os.Getenv("DEMO_ROLE"), "reports"), keep: os.Getenv("KEEP") != "" && os.Getenv("KEEP") != "0",
+	}
+	err := cluster.NodesPossible()
+	if err == nil {
+		err = d.run(ctx, onNodes(d))
+	} else {
+		d.say("Pods cannot run on this machine: " + err.Error() + ". So this is the demonstration without nodes.")
+		err = d.run(ctx, onControlPlane(d))
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "\ndemo:", err)
 		os.Exit(1)
 	}
@@ -51,38 +65,32 @@ type demo struct {
 
 	role string // as the pod's annotation has it
 	runs string // where the cluster's folder is made; empty: the default
+	keep bool   // leave it running in the end, until a signal comes
 
-	cluster   *cluster.Cluster
-	store     *minio.Server
-	stack     *stack.Stack
-	kubectl   string // the path of the program
-	awsclient string // the path of the program
-	pod       *corev1.Pod
-	sidecar   *stack.Sidecar
+	cluster *cluster.Cluster
+	kubectl string // the path of the program
+	pod     *corev1.Pod
 }
 
-// steps are what is shown, in order. Each relies on those before it.
-var steps = []struct {
+// play is what a kind of demonstration consists of.
+type play struct {
+	opening string
+	needs   []tools.Tool
+	steps   []step // each relies on those before it
+	kept    func() // says more of how to use what is kept
+}
+
+// step is one headline, and what is shown under it.
+type step struct {
 	headline string
-	do       func(*demo, context.Context) error
-}{
-	{"Start a control plane, Credence, an STS and an object store", (*demo).start},
-	{"A namespace opts in, and says which roles its pods may have", (*demo).optIn},
-	{"A pod asks for a role", (*demo).createPod},
-	{"What the webhook has added to it", (*demo).showInjected},
-	{"The token that says which pod this is", (*demo).showToken},
-	{"The injected sidecar, run as the pod's spec says", (*demo).runSidecar},
-	{"The application: an AWS SDK that knows nothing of Credence", (*demo).runApplication},
-	{"What is refused, while somebody is looking", (*demo).showRefusals},
-	{"What the broker has written down", (*demo).showAudit},
-	{"Clean up", (*demo).cleanUp},
+	do       func(context.Context) error
 }
 
 // signalDelay is how long after a command's end a signal may come that has ended it: ample, and not felt.
 const signalDelay = 200 * time.Millisecond
 
 // run runs the steps until one fails or ctx ends, and cleans up whatever happens.
-func (d *demo) run(ctx context.Context) (err error) {
+func (d *demo) run(ctx context.Context, p play) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // ends the STS, which runs in this process
 	defer func() {
@@ -105,41 +113,69 @@ func (d *demo) run(ctx context.Context) (err error) {
 		}
 		err = errors.Join(err, d.cluster.Stop())
 	}()
-	d.say("Credence gives each annotated pod AWS credentials of its own. Here is the whole path, on a real " +
-		"Kubernetes control plane without nodes: what a node would run, runs here as local processes.")
-	took := make([]time.Duration, len(steps))
-	for i, step := range steps {
+	d.say("Credence gives each annotated pod AWS credentials of its own. Here is the whole path, on a real " + p.opening)
+	if err := d.build(ctx, p.needs); err != nil {
+		return err
+	}
+	took := make([]time.Duration, len(p.steps))
+	for i, step := range p.steps {
 		d.headline(fmt.Sprintf("%d  %s", i, step.headline))
 		began := time.Now()
-		if err := step.do(d, ctx); err != nil {
+		if err := step.do(ctx); err != nil {
 			return err
 		}
 		took[i] = time.Since(began)
 		d.took(took[i])
 	}
-	d.closing(took)
+	d.closing(p.steps, took)
+	if d.keep {
+		d.headline("Kept, until you press Ctrl-C")
+		d.say("In another terminal:")
+		d.typed("", append(d.cluster.Enter(), d.kubectl, "--kubeconfig="+d.cluster.Kubeconfig(), "get", "pods", "--all-namespaces")...)
+		p.kept()
+		<-ctx.Done()
+	}
+	return d.cleanUp()
+}
+
+// build builds the programs that are not built yet.
+func (d *demo) build(ctx context.Context, needed []tools.Tool) error {
+	missing := slices.DeleteFunc(slices.Clone(needed), tools.Built)
+	if len(missing) == 0 {
+		return nil
+	}
+	d.headline("Build what is missing, from source, once")
+	for _, tool := range missing {
+		if _, err := tools.Path(ctx, tool, d); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
 // closing prints the times of all steps, and what to try next.
-func (d *demo) closing(took []time.Duration) {
+func (d *demo) closing(steps []step, took []time.Duration) {
 	d.headline("Times")
 	var total time.Duration
 	for i, step := range steps {
-		d.line(plain, fmt.Sprintf("%s%6.2f s   %d  %s", proseIndent, took[i].Seconds(), i, step.headline))
+		d.line(plain, fmt.Sprintf("%s%6.2f s   %2d  %s", proseIndent, took[i].Seconds(), i, step.headline))
 		total += took[i]
 	}
 	d.line(plain, fmt.Sprintf("%s%6.2f s   in all", proseIndent, total.Seconds()))
 	d.headline("What to try next")
 	d.item("DEMO_ROLE="+d.foreign()+" make demo", "the other role: it opens the other bucket, and is refused this one")
 	d.item("DEMO_ROLE=admin make demo", "a role that the namespace does not permit")
+	if !d.keep {
+		d.item("KEEP=1 make demo", "the same, and it stays until you press Ctrl-C")
+	}
 	d.item("docs/architecture.md", "how it works, with one diagram")
 	d.item("make test", "the same and much more, as tests, on the same control plane")
 }
 
 // cleanUp ends every process and removes their folder. There is no data to save, so nobody is asked to
 // drain.
-func (d *demo) cleanUp(context.Context) error {
+func (d *demo) cleanUp() error {
+	d.headline("Clean up")
 	if err := d.cluster.Stop(); err != nil {
 		return err
 	}

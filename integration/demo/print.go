@@ -85,6 +85,9 @@ func (p *printer) output(text string) {
 		return
 	}
 	for line := range strings.SplitSeq(strings.TrimRight(text, "\n"), "\n") {
+		if line == "" {
+			p.line(plain, "")
+		}
 		for i, part := range fold(line, width-len(outputIndent)-2) {
 			if i > 0 {
 				part = "  " + part
@@ -141,6 +144,9 @@ func (p *printer) Write(b []byte) (int, error) { //nolint:unparam // The form of
 
 // fold breaks a line, after the last space or comma that fits, or where it must.
 func fold(line string, most int) []string {
+	if line == "" {
+		return nil
+	}
 	var lines []string
 	for len(line) > most {
 		at := strings.LastIndexAny(line[:most], " ,") + 1

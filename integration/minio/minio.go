@@ -1,7 +1,7 @@
 //go:build unix
 
 // Package minio runs a real MinIO, which is an S3 and an STS, for tests and the demonstration: a child
-// process on the loopback address, with root credentials that nobody has seen before.
+// process on a host of a run, with root credentials that nobody has seen before.
 //
 // It makes no buckets and no users; that is for an S3 or STS client to do. The program is built on first
 // use; see package tools.
@@ -27,28 +27,31 @@ import (
 const (
 	// startTimeout bounds one start, which takes half a second on an idle machine.
 	startTimeout = time.Minute
+	// clientTimeout bounds a call, which MinIO answers within milliseconds.
+	clientTimeout = 10 * time.Second
 	// startTries bounds how often Start tries again when somebody took a port first, which is rare once.
 	startTries = 3
 )
 
 // A Server is a MinIO that runs. It ends with its run.
 type Server struct {
+	host      process.Host
 	endpoint  string
 	accessKey string
 	secretKey string
 }
 
-// Start starts MinIO in the run, with its data in the run's folder, and returns when it is ready. A run can
-// have one. ctx bounds the start only. progress gets a line when the program is being built; nil means nobody
+// Start starts MinIO on a host of the run, with its data in the run's folder, and returns when it is ready. A
+// run can have one. ctx bounds the start only. progress gets a line when the program is being built; nil means nobody
 // is told.
-func Start(ctx context.Context, run *process.Run, progress io.Writer) (*Server, error) {
+func Start(ctx context.Context, run *process.Run, host process.Host, progress io.Writer) (*Server, error) {
 	path, err := tools.Path(ctx, tools.MinIO, progress)
 	if err != nil {
 		return nil, err
 	}
 	for range startTries {
 		var s *Server
-		if s, err = startOnce(ctx, run, path); err == nil {
+		if s, err = startOnce(ctx, run, host, path); err == nil {
 			return s, nil
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
@@ -59,14 +62,14 @@ func Start(ctx context.Context, run *process.Run, progress io.Writer) (*Server, 
 }
 
 // startOnce tries it with one choice of port.
-func startOnce(ctx context.Context, run *process.Run, path string) (*Server, error) {
-	port, err := process.FreePort(ctx)
+func startOnce(ctx context.Context, run *process.Run, host process.Host, path string) (*Server, error) {
+	port, err := process.FreePortOf(ctx, host)
 	if err != nil {
 		return nil, err
 	}
-	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
-	s := &Server{endpoint: "http://" + address, accessKey: rand.Text(), secretKey: rand.Text()}
-	p, err := run.Start(process.Command{
+	address := net.JoinHostPort(host.Address(), strconv.Itoa(port))
+	s := &Server{host: host, endpoint: "http://" + address, accessKey: rand.Text(), secretKey: rand.Text()}
+	p, err := host.Start(process.Command{
 		Name: "minio",
 		Path: path,
 		Args: []string{
@@ -100,7 +103,7 @@ func (s *Server) ready(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("making a request: %w", err)
 	}
-	answer, err := http.DefaultClient.Do(request)
+	answer, err := s.Client().Do(request)
 	if err != nil {
 		return err //nolint:wrapcheck // it names the URL; WaitReady says what for
 	}
@@ -111,6 +114,11 @@ func (s *Server) ready(ctx context.Context) error {
 		return fmt.Errorf("%s answers %s", request.URL, answer.Status)
 	}
 	return nil
+}
+
+// Client returns a client that reaches Endpoint, for an SDK's HTTPClient.
+func (s *Server) Client() *http.Client {
+	return &http.Client{Transport: &http.Transport{DialContext: s.host.Dial, DisableKeepAlives: true}, Timeout: clientTimeout}
 }
 
 // Endpoint returns the URL of both S3 and STS.

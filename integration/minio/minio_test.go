@@ -35,7 +35,7 @@ func TestRootUsesS3AndItsKeyIsNowhere(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	server, err := minio.Start(t.Context(), run, os.Stderr)
+	server, err := minio.Start(t.Context(), run, run.Loopback(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"strconv"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -16,7 +17,6 @@ import (
 
 const (
 	trustConfigMap = "credence-trust"
-	rootsKey       = "roots.pem"
 	configuration  = "credence"
 )
 
@@ -31,6 +31,8 @@ func (s *Stack) install(ctx context.Context) error {
 		brokerName: {
 			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: read},
 			{NonResourceURLs: []string{"/openid/v1/jwks", "/.well-known/openid-configuration"}, Verbs: []string{"get"}},
+			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{trustConfigMap}, Verbs: []string{"list", "watch", "create", "patch"}},
+			{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{brokerName}, Verbs: []string{"get"}},
 		},
 		webhookName: {
 			{APIGroups: []string{""}, Resources: []string{"namespaces"}, Verbs: read},
@@ -53,6 +55,27 @@ func (s *Stack) install(ctx context.Context) error {
 		if _, err := rbac.ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil {
 			return fmt.Errorf("installing: %w", err)
 		}
+	}
+	return s.installLead(ctx)
+}
+
+// installLead gives the broker what it needs in our own namespace, to be the one that publishes trust.
+func (s *Stack) installLead(ctx context.Context) error {
+	role := &rbacv1.Role{ObjectMeta: metav1.ObjectMeta{Name: brokerName}, Rules: []rbacv1.PolicyRule{
+		{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{trustConfigMap}, Verbs: []string{"get"}},
+		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, Verbs: []string{"create"}}, // never limited by name
+		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, ResourceNames: []string{brokerName}, Verbs: []string{"get", "update"}},
+	}}
+	if _, err := s.Client.RbacV1().Roles(SystemNamespace).Create(ctx, role, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("installing: %w", err)
+	}
+	binding := &rbacv1.RoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: brokerName},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: brokerName},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: SystemNamespace, Name: brokerName}},
+	}
+	if _, err := s.Client.RbacV1().RoleBindings(SystemNamespace).Create(ctx, binding, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("installing: %w", err)
 	}
 	return nil
 }
@@ -77,7 +100,7 @@ func (s *Stack) registerWebhook(ctx context.Context) error {
 				Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}, Scope: &scope},
 			}},
 			NamespaceSelector: &metav1.LabelSelector{
-				MatchLabels: map[string]string{"iam.amazonaws.com/inject": "enabled"},
+				MatchLabels: map[string]string{optedIn: "enabled"},
 				MatchExpressions: []metav1.LabelSelectorRequirement{{
 					Key: corev1.LabelMetadataName, Operator: metav1.LabelSelectorOpNotIn, Values: []string{SystemNamespace, metav1.NamespaceSystem},
 				}},

@@ -116,9 +116,9 @@ func (c *Sidecar) WriteVolumes(ctx context.Context) error {
 				}
 				files[source.ServiceAccountToken.Path] = []byte(token)
 			case source.ConfigMap != nil:
-				m, err := c.stack.Client.CoreV1().ConfigMaps(c.pod.Namespace).Get(ctx, source.ConfigMap.Name, metav1.GetOptions{})
+				m, err := c.configMap(ctx, source.ConfigMap.Name)
 				if err != nil {
-					return fmt.Errorf("reading ConfigMap %s: %w", source.ConfigMap.Name, err)
+					return err
 				}
 				for _, item := range source.ConfigMap.Items {
 					files[item.Path] = []byte(m.Data[item.Key])
@@ -134,6 +134,19 @@ func (c *Sidecar) WriteVolumes(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// configMap reads a ConfigMap. One that is not there yet is waited for, as a kubelet tries again.
+func (c *Sidecar) configMap(ctx context.Context, name string) (m *corev1.ConfigMap, err error) {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := poll(ctx, func() (bool, error) {
+		m, err = c.stack.Client.CoreV1().ConfigMaps(c.pod.Namespace).Get(ctx, name, metav1.GetOptions{})
+		return err == nil, nil
+	}); err != nil {
+		return nil, fmt.Errorf("reading ConfigMap %s/%s: %w", c.pod.Namespace, name, err)
+	}
+	return m, nil
 }
 
 func (c *Sidecar) volume(name string) string { return filepath.Join(c.files, name) }

@@ -21,6 +21,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -32,6 +33,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/certs/trust"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/process"
 )
@@ -58,6 +60,9 @@ const (
 	startTimeout = time.Minute
 	// stopGrace lets a program drain.
 	stopGrace = 10 * time.Second
+	// propagation is what the broker is told that a changed ConfigMap takes into pods. No kubelet is waited
+	// for here: whoever runs a sidecar writes its volumes.
+	propagation = 2 * time.Second
 )
 
 // Config configures [Start].
@@ -181,6 +186,8 @@ func (s *Stack) StartBroker(ctx context.Context) error {
 		Args: []string{
 			"--listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.brokerPort)), "--admin-listen=" + admin,
 			"--tls-cert=" + filepath.Join(s.dir(brokerName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(brokerName), "tls.key"),
+			"--roots-file=" + filepath.Join(s.dir(brokerName), "ca.crt"), "--namespace=" + SystemNamespace, "--trust-owner=" + brokerName,
+			"--trust-propagation=" + propagation.String(),
 			"--kubeconfig=" + kubeconfig, "--audience=" + Audience,
 			"--sts-endpoint=" + s.STS.URL(), "--region=" + Region,
 		},
@@ -281,30 +288,33 @@ func (s *Stack) writeCertificates(ca *certstest.CA) {
 	ca.Leaf(loopback).WriteTo(s.dir(webhookName))
 }
 
-// RotateCertificates makes a new authority, whose certificates both programs serve from their next
-// look at their files on. Its roots are published beside the old ones first, in every namespace that
-// was made with Namespace, as a rotation must.
+// RotateCertificates makes a new authority and gives both programs certificates of it, as cert-manager and
+// the kubelet would. It returns when the broker has published the new root in every opted-in namespace; the
+// broker serves the new leaf a moment later, when pods are thought to know it.
 func (s *Stack) RotateCertificates(ctx context.Context) error {
 	var old, ca *certstest.CA
 	if err := certificates(func() { old, ca = s.ca, certstest.NewCA(tb{}) }); err != nil {
 		return err
 	}
-	both := string(ca.PEM) + string(old.PEM)
-	maps, err := s.Client.CoreV1().ConfigMaps(metav1.NamespaceAll).List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + trustConfigMap})
-	if err != nil {
-		return fmt.Errorf("listing trust: %w", err)
-	}
-	for _, m := range maps.Items {
-		m.Data[rootsKey] = both
-		if _, err := s.Client.CoreV1().ConfigMaps(m.Namespace).Update(ctx, &m, metav1.UpdateOptions{}); err != nil {
-			return fmt.Errorf("publishing trust: %w", err)
-		}
-	}
-	s.ca = ca
-	if err := s.trustWebhook(ctx, []byte(both)); err != nil {
+	if err := s.trustWebhook(ctx, append(append([]byte(nil), ca.PEM...), old.PEM...)); err != nil {
 		return err
 	}
-	return certificates(func() { s.writeCertificates(ca) })
+	s.ca = ca
+	if err := certificates(func() { s.writeCertificates(ca) }); err != nil {
+		return err
+	}
+	namespaces, err := s.Client.CoreV1().Namespaces().List(ctx, metav1.ListOptions{LabelSelector: optedIn + "=enabled"})
+	if err != nil {
+		return fmt.Errorf("listing opted-in namespaces: %w", err)
+	}
+	for _, ns := range namespaces.Items {
+		if ns.DeletionTimestamp == nil {
+			if err := s.AwaitTrust(ctx, ns.Name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // ServedBy reports whether what address serves now is by the newest authority, to see whether a
@@ -343,33 +353,45 @@ func kubeconfigOf(config *rest.Config) clientcmdapi.Config {
 	}
 }
 
-// Namespace makes an opted-in namespace with these annotations, and the broker's roots in it.
+// optedIn is the label of namespaces, as users write it.
+const optedIn = "iam.amazonaws.com/inject"
+
+// Namespace makes an opted-in namespace with these annotations.
 func (s *Stack) Namespace(ctx context.Context, name string, annotations map[string]string) error {
 	return s.MakeNamespace(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
-		Name: name, Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, Annotations: annotations,
+		Name: name, Labels: map[string]string{optedIn: "enabled"}, Annotations: annotations,
 	}})
 }
 
-// MakeNamespace makes any namespace, with the broker's roots in it, and returns when pods can be made
-// there.
+// MakeNamespace makes any namespace, and returns when pods can be made there and, if it is opted in, the
+// broker has published its roots in it.
 func (s *Stack) MakeNamespace(ctx context.Context, ns *corev1.Namespace) error {
 	if _, err := s.Client.CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("making a namespace: %w", err)
 	}
-	return s.PublishTrust(ctx, ns.Name)
+	if err := poll(ctx, func() (bool, error) {
+		_, err := s.Client.CoreV1().ServiceAccounts(ns.Name).Get(ctx, "default", metav1.GetOptions{})
+		return err == nil, nil
+	}); err != nil {
+		return fmt.Errorf("waiting for the service account of namespace %s: %w", ns.Name, err)
+	}
+	if ns.Labels[optedIn] != "enabled" {
+		return nil
+	}
+	return s.AwaitTrust(ctx, ns.Name)
 }
 
-// PublishTrust puts the broker's roots into a namespace that somebody else made, and returns when pods
-// can be made there.
-func (s *Stack) PublishTrust(ctx context.Context, namespace string) error {
-	trust := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: trustConfigMap}, Data: map[string]string{rootsKey: string(s.ca.PEM)}}
-	if _, err := s.Client.CoreV1().ConfigMaps(namespace).Create(ctx, trust, metav1.CreateOptions{}); err != nil {
-		return fmt.Errorf("publishing trust: %w", err)
+// AwaitTrust waits until the broker has published its newest root in that namespace.
+func (s *Stack) AwaitTrust(ctx context.Context, namespace string) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := poll(ctx, func() (bool, error) {
+		roots, err := s.Client.CoreV1().ConfigMaps(namespace).Get(ctx, trustConfigMap, metav1.GetOptions{})
+		return err == nil && strings.Contains(roots.Data[trust.RootsKey], string(s.ca.PEM)), nil
+	}); err != nil {
+		return fmt.Errorf("waiting for the broker to publish its roots in namespace %s: %w", namespace, err)
 	}
-	return poll(ctx, func() (bool, error) {
-		_, err := s.Client.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
-		return err == nil, nil
-	})
+	return nil
 }
 
 // pollInterval: what is polled for here takes tens of milliseconds.

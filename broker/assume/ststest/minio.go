@@ -55,6 +55,10 @@ type MinIO struct {
 
 	// Region is the one requests are signed for. Default: us-east-1, MinIO's own.
 	Region string
+
+	// Client reaches Endpoint, where that takes more than a plain connection.
+	// Default: one that uses no proxy.
+	Client *http.Client
 }
 
 type minioFront struct {
@@ -82,14 +86,18 @@ func newMinIOFront(cfg MinIO) (*minioFront, error) {
 			return nil, fmt.Errorf("checking MinIO.Policies: the policy of %s must be JSON of at most %d bytes", arn, maxPolicy)
 		}
 	}
+	client := cfg.Client
+	if client == nil {
+		// No proxy: MinIO is on this machine or near it.
+		client = &http.Client{Transport: &http.Transport{IdleConnTimeout: time.Minute}, Timeout: minioTimeout}
+	}
 	return &minioFront{
 		url:      u.Scheme + "://" + u.Host + "/",
 		key:      cfg.AccessKey,
 		secret:   cfg.SecretKey,
 		region:   cmp.Or(cfg.Region, "us-east-1"),
 		policies: maps.Clone(cfg.Policies),
-		// No proxy: MinIO is on this machine or near it.
-		client: &http.Client{Transport: &http.Transport{IdleConnTimeout: time.Minute}, Timeout: minioTimeout},
+		client:   client,
 	}, nil
 }
 

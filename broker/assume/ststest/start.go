@@ -2,6 +2,7 @@ package ststest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -20,17 +21,27 @@ type serving struct {
 // Start makes a Server and serves it on a free port of 127.0.0.1 until ctx ends
 // or Close is called. A test gives it t.Context() and need not close it.
 func Start(ctx context.Context, cfg Config) (*Server, error) {
-	s, err := New(cfg)
-	if err != nil {
-		return nil, err
-	}
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("listening for STS: %w", err)
 	}
 	// A transport of its own uses no proxy, and its connections end with it.
-	s.serve(ctx, l, "http://"+l.Addr().String(), &http.Transport{})
+	return startOn(ctx, l, &http.Transport{}, cfg)
+}
+
+// StartOn is Start on a listener of the caller's, which need not be of this
+// process's network; dial is how Client reaches its address.
+func StartOn(ctx context.Context, l net.Listener, dial func(ctx context.Context, network, address string) (net.Conn, error), cfg Config) (*Server, error) {
+	return startOn(ctx, l, &http.Transport{DialContext: dial}, cfg)
+}
+
+func startOn(ctx context.Context, l net.Listener, transport *http.Transport, cfg Config) (*Server, error) {
+	s, err := New(cfg)
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	s.serve(ctx, l, "http://"+l.Addr().String(), transport)
 	return s, nil
 }
 

@@ -21,6 +21,8 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,12 +40,19 @@ type Config struct {
 	Init string
 }
 
-// A Machine runs. It ends with its run, or by Stop. Its methods can be called concurrently.
+// A Machine runs. It ends with its run, or by Stop. Its methods can be called concurrently, but for those that
+// change its network.
 type Machine struct {
-	run  *process.Run
-	name string
-	init *process.Process
+	run     *process.Run
+	name    string
+	init    *process.Process
+	address net.IP // nil: it is on no network
+
+	mu       sync.Mutex
+	programs []*process.Process // those started in it, in this order; some may have ended
 }
+
+var _ process.Host = (*Machine)(nil)
 
 // namespaces are those that a machine has of its own.
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC
@@ -88,13 +97,32 @@ func (m *Machine) Name() string { return m.name }
 func (m *Machine) PID() int { return m.init.PID() }
 
 // Stop ends everything in the machine at once.
-func (m *Machine) Stop() { m.init.Stop(0) }
+func (m *Machine) Stop() {
+	m.mu.Lock()
+	programs := m.programs
+	m.programs = nil
+	m.mu.Unlock()
+	// The first process would take all with it. These are told, so that their end is no surprise to the run.
+	for _, p := range slices.Backward(programs) {
+		p.Stop(0)
+	}
+	m.init.Stop(0)
+}
 
-// Process starts a program of the run in the machine.
-func (m *Machine) Process(c process.Command) (*process.Process, error) {
+// Address returns the address that the machine has in its network, and "<nil>" if it is in none.
+func (m *Machine) Address() string { return m.address.String() }
+
+// Start starts a program of the run in the machine.
+func (m *Machine) Start(c process.Command) (*process.Process, error) {
 	// No parent-death signal: the thread that starts it ends at once. The machine's end is its end.
 	c.Launch = func(cmd *exec.Cmd) error { return m.inside(namespaces, cmd.Start) }
-	return m.run.Start(c)
+	p, err := m.run.Start(c)
+	if err == nil {
+		m.mu.Lock()
+		m.programs = append(m.programs, p)
+		m.mu.Unlock()
+	}
+	return p, err
 }
 
 // Output runs a program in the machine until it ends, and returns what it has written to its standard
@@ -114,8 +142,9 @@ func (m *Machine) Output(ctx context.Context, stdin io.Reader, path string, args
 	return stdout.Bytes(), nil
 }
 
-// StartInNetwork starts a program that sees the machine's network, and otherwise what the caller sees.
-func (m *Machine) StartInNetwork(cmd *exec.Cmd) error { return m.inside(unix.CLONE_NEWNET, cmd.Start) }
+// Launch starts a command that sees the machine's network, and otherwise what the caller sees. It belongs to
+// nobody's run.
+func (m *Machine) Launch(cmd *exec.Cmd) error { return m.inside(unix.CLONE_NEWNET, cmd.Start) }
 
 // Dial connects from within the machine's network. The address must be one of IP: names are not looked up
 // there.

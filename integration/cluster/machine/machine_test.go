@@ -107,7 +107,7 @@ func TestMachinesReachEachOther(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	listener, err := one.Listen(t.Context(), "tcp", "10.99.0.11:80")
+	listener, err := one.Listen(t.Context(), "tcp", one.Address()+":80")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,12 +147,12 @@ func TestMachinesReachEachOther(t *testing.T) {
 func TestAllEndsWithTheMachine(t *testing.T) {
 	r, init := run(t)
 	m := start(t, r, init, "mortal")
-	p, err := m.Process(process.Command{Name: "sleep", Path: "/bin/sh", Args: []string{"-c", "sleep 3600 & sleep 3600"}})
+	p, err := m.Start(process.Command{Name: "sleep", Path: "/bin/sh", Args: []string{"-c", "sleep 3600 & sleep 3600"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	// It can be ended alone, too.
-	other, err := m.Process(process.Command{Name: "other", Path: "/bin/sleep", Args: []string{"3600"}})
+	other, err := m.Start(process.Command{Name: "other", Path: "/bin/sleep", Args: []string{"3600"}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -106,5 +106,6 @@ func (m *Machine) up(h *netlink.Handle, link netlink.Link, address *net.IPNet) e
 	if err := h.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bringing up %s of machine %s: %w", link.Attrs().Name, m.name, err)
 	}
+	m.address = address.IP
 	return nil
 }

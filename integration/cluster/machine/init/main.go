@@ -75,13 +75,40 @@ func mounts() error {
 	const layers = "/run/machine/var"
 	upper, work := filepath.Join(layers, "upper"), filepath.Join(layers, "work")
 	for _, dir := range []string{upper, work} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
+		if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // /var gets the mode of its upper layer.
 			return fmt.Errorf("making the layers of /var: %w", err)
 		}
 	}
 	data := "lowerdir=/var,upperdir=" + upper + ",workdir=" + work
 	if err := unix.Mount("var", "/var", "overlay", 0, data); err != nil {
 		return fmt.Errorf("mounting an overlay at /var: %w", err)
+	}
+	return shield()
+}
+
+// settings of the kernel that a kubelet changes, for the whole of the real machine, unless they are as it
+// wants them (KubeletConfiguration, protectKernelDefaults). The values are those.
+var settings = map[string]string{
+	"vm/overcommit_memory":      "1",
+	"vm/panic_on_oom":           "0",
+	"kernel/panic":              "10",
+	"kernel/panic_on_oops":      "1",
+	"kernel/keys/root_maxkeys":  "1000000",
+	"kernel/keys/root_maxbytes": "25000000",
+}
+
+// shield puts files in the place of those settings, so that programs of the machine see and change these
+// only.
+func shield() error {
+	for name, value := range settings {
+		file := filepath.Join("/run/machine", filepath.Base(name))
+		if err := os.WriteFile(file, []byte(value+"\n"), 0o600); err != nil {
+			return fmt.Errorf("shielding the kernel's settings: %w", err)
+		}
+		err := unix.Mount(file, filepath.Join("/proc/sys", name), "", unix.MS_BIND, "")
+		if err != nil && !errors.Is(err, unix.ENOENT) { // a kernel without that setting
+			return fmt.Errorf("shielding the kernel's setting %s: %w", name, err)
+		}
 	}
 	return nil
 }

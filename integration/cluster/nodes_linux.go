@@ -1,0 +1,358 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
+	"github.com/credence-iam/credence/integration/cluster/machine"
+	"github.com/credence-iam/credence/integration/images"
+	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/tools"
+)
+
+// module is ours.
+const module = "github.com/credence-iam/credence"
+
+// pauseImage is the reference of the image that holds the namespaces of pods.
+const pauseImage = "localhost/credence-pause:1"
+
+// The addresses of a cluster with nodes. They are seen in its own networks only.
+const (
+	// hubAddress is the control plane's. Node N has 10.99.0.(10+N), and its pods are in 10.244.N.0/24.
+	hubAddress = "10.99.0.1"
+	dnsAddress = "10.96.0.10" // in serviceRange; of DNS, as in most clusters
+	// maxNodes keeps the numbers above in a byte. Memory ends sooner.
+	maxNodes = 200
+)
+
+// fromSystem are the programs that a node takes from this machine, with the package that has each on Debian.
+var fromSystem = []struct{ program, debian string }{
+	{"runc", "runc"}, {"iptables", "iptables"}, {"iptables-restore", "iptables"},
+}
+
+// NodesPossible returns nil where clusters can have nodes, and otherwise what is missing.
+func NodesPossible() error {
+	if os.Geteuid() != 0 {
+		return errors.New("it needs root")
+	}
+	var missing []string
+	for _, needed := range fromSystem {
+		if _, err := lookPath(needed.program); err != nil && !slices.Contains(missing, needed.debian) {
+			missing = append(missing, needed.debian)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("it needs %s, which this machine lacks (on Debian: apt-get install %[1]s)", strings.Join(missing, " "))
+	}
+	return nil
+}
+
+// lookPath finds a program of root's, where the PATH of a user that has become root may lack sbin.
+func lookPath(program string) (string, error) {
+	path, err := exec.LookPath(program)
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if err != nil {
+			path, err = exec.LookPath(filepath.Join(dir, program))
+		}
+	}
+	return path, err //nolint:wrapcheck // It names the program.
+}
+
+// nodes are the nodes of a cluster, and the machine that their network hangs on.
+type nodes struct {
+	cluster *Cluster
+	init    string // the path of the machines' first program
+	control *machine.Machine
+
+	mu       sync.Mutex
+	running  []*Node
+	made     int
+	archives []string // of the images that every node has
+}
+
+// newNodes makes the control plane's machine.
+func newNodes(ctx context.Context, c *Cluster) (*nodes, error) {
+	n := &nodes{cluster: c, init: filepath.Join(c.run.Dir(), "bin", "init")}
+	if err := images.Compile(ctx, module+"/integration/cluster/machine/init", runtime.GOARCH, n.init); err != nil {
+		return nil, fmt.Errorf("building the machines' first program: %w", err)
+	}
+	pause, err := images.BuildLocal(ctx, filepath.Join(c.run.Dir(), "images"), pauseImage, module+"/integration/images/pause")
+	if err != nil {
+		return nil, fmt.Errorf("making the image of pods' sandboxes: %w", err)
+	}
+	n.archives = []string{pause.Path}
+	if n.control, err = machine.Start(ctx, machine.Config{Run: c.run, Name: "control", Init: n.init}); err != nil {
+		return nil, err
+	}
+	return n, n.control.Network(&net.IPNet{IP: net.ParseIP(hubAddress), Mask: net.CIDRMask(24, 32)})
+}
+
+func (n *nodes) hub() process.Host { return n.control }
+
+// start starts what only a cluster with nodes has, and the nodes.
+func (n *nodes) start(ctx context.Context, count int) error {
+	scheduler, err := n.cluster.start(tools.KubeScheduler,
+		"--kubeconfig="+n.cluster.Kubeconfig(), "--secure-port=0", "--leader-elect=false",
+		"--kube-api-qps=500", "--kube-api-burst=500",
+	)
+	if err != nil {
+		return err
+	}
+	if err := n.startDNS(ctx); err != nil {
+		return err
+	}
+	var starting sync.WaitGroup
+	failed := make([]error, count)
+	for i := range failed {
+		starting.Go(func() { _, failed[i] = n.add(ctx) })
+	}
+	starting.Wait()
+	if scheduler.Ended() {
+		failed = append(failed, scheduler.Err())
+	}
+	return errors.Join(failed...)
+}
+
+// startDNS runs CoreDNS beside the API server, and makes it known as a Service.
+func (n *nodes) startDNS(ctx context.Context) error {
+	c := n.cluster
+	corefile := ".:53 {\n bind " + hubAddress + "\n errors\n ready 127.0.0.1:8181\n" +
+		" kubernetes cluster.local in-addr.arpa ip6.arpa {\n  kubeconfig " + c.Kubeconfig() + "\n  pods insecure\n }\n}\n"
+	if err := writeFiles(c.run.Dir(), map[string][]byte{"Corefile": []byte(corefile)}); err != nil {
+		return err
+	}
+	if _, err := c.start(tools.CoreDNS, "-conf=Corefile"); err != nil {
+		return err
+	}
+	client, err := kubernetes.NewForConfig(c.Config())
+	if err != nil {
+		return fmt.Errorf("making a client: %w", err)
+	}
+	const name = "kube-dns" // as in every cluster, whatever serves it
+	udp, tcp, port := corev1.ProtocolUDP, corev1.ProtocolTCP, int32(53)
+	names := []string{"dns", "dns-tcp"}
+	if _, err := client.CoreV1().Services(metav1.NamespaceSystem).Create(ctx, &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		Spec: corev1.ServiceSpec{ClusterIP: dnsAddress, Ports: []corev1.ServicePort{
+			{Name: names[0], Port: port, Protocol: udp}, {Name: names[1], Port: port, Protocol: tcp},
+		}},
+	}, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("making the Service of DNS: %w", err)
+	}
+	if _, err := client.DiscoveryV1().EndpointSlices(metav1.NamespaceSystem).Create(ctx, &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: name}},
+		AddressType: discoveryv1.AddressTypeIPv4,
+		Ports:       []discoveryv1.EndpointPort{{Name: &names[0], Port: &port, Protocol: &udp}, {Name: &names[1], Port: &port, Protocol: &tcp}},
+		Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{hubAddress}}},
+	}, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("making the endpoints of DNS: %w", err)
+	}
+	return nil
+}
+
+// A Node runs pods. It ends with its cluster, or by Stop.
+type Node struct {
+	*machine.Machine
+
+	nodes  *nodes
+	folder string     // of its files, below the run's
+	pods   *net.IPNet // their addresses
+	cgroup string
+	taints []corev1.Taint
+}
+
+// Nodes returns the nodes that run.
+func (c *Cluster) Nodes() []*Node {
+	c.nodes.mu.Lock()
+	defer c.nodes.mu.Unlock()
+	return slices.Clone(c.nodes.running)
+}
+
+// AddNode adds a node, with taints, to a cluster that was started with some, and returns when it is ready.
+func (c *Cluster) AddNode(ctx context.Context, taints ...corev1.Taint) (*Node, error) {
+	if c.nodes == nil {
+		return nil, errors.New("adding a node: the cluster was started without nodes")
+	}
+	return c.nodes.add(ctx, taints...)
+}
+
+func (n *nodes) add(ctx context.Context, taints ...corev1.Taint) (*Node, error) {
+	node, archives, err := n.connect(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("adding a node: %w", err)
+	}
+	node.taints = taints
+	if err := node.start(ctx, archives); err != nil {
+		node.Stop()
+		return nil, fmt.Errorf("starting %s: %w", node.Name(), err)
+	}
+	return node, nil
+}
+
+// connect makes a node's machine, and routes between it and all others.
+func (n *nodes) connect(ctx context.Context) (node *Node, archives []string, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.made == maxNodes {
+		return nil, nil, fmt.Errorf("there were %d nodes, which is all that addresses are left for", maxNodes)
+	}
+	n.made++
+	number := byte(n.made) //nolint:gosec // It is at most maxNodes.
+	name := "node" + strconv.Itoa(n.made)
+	node = &Node{
+		nodes: n, folder: filepath.Join(n.cluster.run.Dir(), name),
+		pods: &net.IPNet{IP: net.IPv4(10, 244, number, 0), Mask: net.CIDRMask(24, 32)},
+	}
+	if node.cgroup, err = n.cluster.run.Cgroup(name); err != nil {
+		return nil, nil, err
+	}
+	if node.Machine, err = machine.Start(ctx, machine.Config{Run: n.cluster.run, Name: name, Init: n.init}); err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			node.Machine.Stop()
+		}
+	}()
+	address := &net.IPNet{IP: net.IPv4(10, 99, 0, 10+number), Mask: net.CIDRMask(24, 32)}
+	if err := node.Join(n.control, address, net.ParseIP(hubAddress)); err != nil {
+		return nil, nil, err
+	}
+	if err := n.control.Route(node.pods, address.IP); err != nil {
+		return nil, nil, err
+	}
+	for _, other := range n.running {
+		if err := errors.Join(other.Route(node.pods, address.IP), node.Route(other.pods, net.ParseIP(other.Address()))); err != nil {
+			return nil, nil, err
+		}
+	}
+	n.running = append(n.running, node)
+	return node, slices.Clone(n.archives), nil
+}
+
+// Stop takes the node away, with all that runs on it, as if its power had failed. Its Node object stays.
+func (node *Node) Stop() {
+	node.nodes.mu.Lock()
+	defer node.nodes.mu.Unlock()
+	node.nodes.running = slices.DeleteFunc(node.nodes.running, func(n *Node) bool { return n == node })
+	node.Machine.Stop()
+}
+
+// containerdSocket is where it listens, in the machine.
+const containerdSocket = "/run/containerd/containerd.sock"
+
+func (node *Node) start(ctx context.Context, archives []string) error {
+	c := node.nodes.cluster
+	if err := node.writeFiles(); err != nil {
+		return err
+	}
+	containerd, err := node.program(tools.Containerd, "--config="+filepath.Join(node.folder, containerdFile))
+	if err != nil {
+		return err
+	}
+	// The machine's /run is seen from here by its first process.
+	socket := filepath.Join("/proc", strconv.Itoa(node.PID()), "root", containerdSocket)
+	if err := c.await(ctx, containerd, func(ctx context.Context) error {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		if err != nil {
+			return err //nolint:wrapcheck // WaitReady says what was waited for.
+		}
+		return conn.Close() //nolint:wrapcheck // The same.
+	}); err != nil {
+		return err
+	}
+	for _, archive := range archives {
+		if err := node.load(ctx, archive); err != nil {
+			return err
+		}
+	}
+	kubelet, err := node.program(tools.Kubelet,
+		"--config="+filepath.Join(node.folder, kubeletFile), "--kubeconfig="+filepath.Join(node.folder, kubeconfigFile),
+		"--hostname-override="+node.Name(), "--node-ip="+node.Address(), "--root-dir="+filepath.Join(node.folder, "kubelet"),
+	)
+	if err != nil {
+		return err
+	}
+	if _, err := node.program(tools.KubeProxy,
+		"--kubeconfig="+filepath.Join(node.folder, proxyKubeconfigFile), "--hostname-override="+node.Name(),
+		"--cluster-cidr=10.244.0.0/16", "--proxy-mode=iptables",
+		"--conntrack-max-per-core=0", // it is the kernel's, for all machines
+	); err != nil {
+		return err
+	}
+	client, err := kubernetes.NewForConfig(c.Config())
+	if err != nil {
+		return fmt.Errorf("making a client: %w", err)
+	}
+	return c.await(ctx, kubelet, func(ctx context.Context) error {
+		object, err := client.CoreV1().Nodes().Get(ctx, node.Name(), metav1.GetOptions{})
+		if err != nil {
+			return err //nolint:wrapcheck // WaitReady says what was waited for.
+		}
+		for _, condition := range object.Status.Conditions {
+			if condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
+				return nil
+			}
+			if condition.Type == corev1.NodeReady {
+				err = errors.New(condition.Message)
+			}
+		}
+		return errors.Join(errors.New("the node is not ready"), err)
+	})
+}
+
+// program starts a program of the node's own.
+func (node *Node) program(tool tools.Tool, args ...string) (*process.Process, error) {
+	return node.Start(process.Command{
+		Name: node.Name() + "-" + string(tool), Path: node.nodes.cluster.programs[tool], Args: args,
+		// runc, iptables and the shim are looked for there.
+		Env: []string{"PATH=" + filepath.Dir(node.nodes.cluster.programs[tools.ContainerdShim]) + ":/usr/sbin:/usr/bin:/sbin:/bin"},
+	})
+}
+
+// LoadImage gives the image in an archive to all nodes, those that are added later included. The archive
+// must stay until the cluster is stopped.
+func (c *Cluster) LoadImage(ctx context.Context, archive string) error {
+	if c.nodes == nil {
+		return errors.New("loading an image: the cluster was started without nodes")
+	}
+	c.nodes.mu.Lock()
+	c.nodes.archives = append(c.nodes.archives, archive)
+	running := slices.Clone(c.nodes.running)
+	c.nodes.mu.Unlock()
+	for _, node := range running {
+		if err := node.load(ctx, archive); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (node *Node) load(ctx context.Context, archive string) error {
+	if _, err := node.ctr(ctx, nil, "images", "import", archive); err != nil {
+		return fmt.Errorf("loading the image %s: %w", archive, err)
+	}
+	return nil
+}
+
+// ctr runs containerd's client, in the namespace of the images and containers that kubelet sees.
+func (node *Node) ctr(ctx context.Context, stdin io.Reader, args ...string) ([]byte, error) {
+	args = append([]string{"--address=" + containerdSocket, "--namespace=k8s.io"}, args...)
+	return node.Output(ctx, stdin, node.nodes.cluster.programs[tools.Ctr], args...)
+}
