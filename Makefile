@@ -30,19 +30,41 @@ build: ## build the programs into .build/bin
 		echo ".build/bin/credence-$$p  $$(wc -c < .build/bin/credence-$$p) bytes"; \
 	done
 
+# Where images are to be pushed, and how they are tagged: see "go run ./integration/images/make -help".
+REGISTRY ?=
+TAG      ?=
+
+.PHONY: images
+images: ## build the container images into .build/images, without Docker; REGISTRY=host/path TAG=name
+	@go run ./integration/images/make -registry '$(REGISTRY)' -tag '$(TAG)'
+
 .PHONY: test
 test: ## all tests but the long ones, on a real control plane, with the race detector where gcc is there
 	@.ci/test
+
+.PHONY: e2e
+e2e: ## end-to-end tests on a cluster with nodes; needs root, on Linux
+	@.ci/e2e
+
+.PHONY: soak
+soak: ## the long end-to-end tests, with results in .build/soak; needs root, on Linux
+	@.ci/e2e soak
 
 .PHONY: check
 check: ## formatting, vet, lint, generated code, go.mod, wire compatibility, known vulnerabilities
 	@.ci/check
 
 .PHONY: demo
-demo: ## the whole path, told step by step; DEMO_ROLE=name chooses the role
-	@$(INSTALL) > /dev/null
-	@$(INSTALL) minio > /dev/null
+demo: ## the whole path, told step by step; DEMO_ROLE=name chooses the role, KEEP=1 keeps the cluster
 	@go run ./integration/demo
+
+.PHONY: chart
+chart: ## lint the Helm chart, and package it into .build/chart
+	@helm=$$($(INSTALL) helm); \
+	"$$helm" lint --strict --quiet charts/credence; \
+	mkdir -p .build/chart; \
+	"$$helm" package charts/credence --destination .build/chart > /dev/null; \
+	ls .build/chart/credence-*.tgz
 
 .PHONY: bench
 bench: ## measure against the goals, into .build/bench/bench.json and $BENCH_OUT

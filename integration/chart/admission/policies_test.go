@@ -1,0 +1,329 @@
+//go:build unix
+
+package admission
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+)
+
+// injected: an annotated pod of an opted-in namespace leaves admission with its sidecar or not at all.
+func (w *world) injected(t *testing.T) {
+	optedIn, plain := w.namespace(t, true), w.namespace(t, false)
+	initFirst := func(pod *corev1.Pod) {
+		pod.Spec.InitContainers = append(pod.Spec.InitContainers, corev1.Container{Name: "init", Image: "init:1"})
+	}
+	for name, tc := range map[string]struct {
+		namespace string
+		pod       *corev1.Pod
+		refused   bool
+	}{
+		"no sidecar":                          {optedIn, w.pod(w.annotated), true},
+		"an init container, and no sidecar":   {optedIn, w.pod(w.annotated, initFirst), true},
+		"a misspelt key":                      {optedIn, w.pod(annotate(w.prefix+"/roel", "cart")), true},
+		"an empty role":                       {optedIn, w.pod(annotate(w.prefix+"/role", "")), true},
+		"a sidecar that ends before the app":  {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].RestartPolicy = nil }), true},
+		"another image by its name":           {optedIn, w.pod(w.annotated, sidecar("pause:3")), true},
+		"another image below the name":        {optedIn, w.pod(w.annotated, sidecar("ghcr.io/credence-sidecar/other:1")), true},
+		"another image from a host so called": {optedIn, w.pod(w.annotated, sidecar("credence-sidecar:5000/other:1")), true},
+		"another image that ends like ours":   {optedIn, w.pod(w.annotated, sidecar("ghcr.io/not-credence-sidecar:1")), true},
+		"our image by another name": {optedIn, w.pod(w.annotated, sidecar(sidecarImage), func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Name = "other"
+		}), true},
+		"our image as a container of the app": {optedIn, w.pod(w.annotated, func(p *corev1.Pod) {
+			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "credence-sidecar", Image: sidecarImage})
+		}), true},
+
+		"injected":                               {optedIn, w.pod(w.complete), false},
+		"injected, behind somebody else's":       {optedIn, w.pod(initFirst, w.complete), false},
+		"from a mirror":                          {optedIn, w.pod(w.annotated, sidecar("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
+		"pinned":                                 {optedIn, w.pod(w.annotated, sidecar("credence-sidecar@sha256:"+strings.Repeat("0", 64))), false},
+		"of another version":                     {optedIn, w.pod(w.annotated, sidecar("ghcr.io/credence-iam/credence-sidecar:0.2.0")), false},
+		"only what the webhook writes":           {optedIn, w.pod(annotate(w.prefix+"/service-account", "default")), false},
+		"a key that only looks like ours":        {optedIn, w.pod(annotate(w.prefix+".example.org/role", "cart"), annotate("x"+w.prefix+"/role", "cart")), false},
+		"no annotation":                          {optedIn, w.pod(), false},
+		"annotated, in a namespace not opted in": {plain, w.pod(w.annotated), false},
+	} {
+		_, err := client.CoreV1().Pods(tc.namespace).Create(t.Context(), tc.pod, metav1.CreateOptions{})
+		switch {
+		case tc.refused:
+			if err := refusedBy("credence-injected", err); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		case err != nil:
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// attempt is one way to change a pod that exists. It returns the API server's answer.
+type attempt func(ctx context.Context, pod *corev1.Pod) error
+
+// update is an attempt by PUT, with all rights.
+func update(change func(*corev1.Pod)) attempt {
+	return func(ctx context.Context, pod *corev1.Pod) error {
+		changed := pod.DeepCopy()
+		change(changed)
+		_, err := client.CoreV1().Pods(pod.Namespace).Update(ctx, changed, metav1.UpdateOptions{})
+		return err
+	}
+}
+
+// patch is an attempt by a merge patch of metadata.
+func patch(who kubernetes.Interface, metadata map[string]any, subresources ...string) attempt {
+	return func(ctx context.Context, pod *corev1.Pod) error {
+		text, err := json.Marshal(map[string]any{"metadata": metadata})
+		if err != nil {
+			return err
+		}
+		_, err = who.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, text, metav1.PatchOptions{}, subresources...)
+		return err
+	}
+}
+
+// apply is an attempt by server-side apply, by a manager who takes what others own.
+func apply(metadata map[string]any, subresources ...string) attempt {
+	return func(ctx context.Context, pod *corev1.Pod) error {
+		metadata["name"], metadata["namespace"] = pod.Name, pod.Namespace
+		text, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
+		if err != nil {
+			return err
+		}
+		_, err = client.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", Force: new(true)}, subresources...)
+		return err
+	}
+}
+
+// fixedKeys: what admission has judged by stays as it was, whoever asks, by whatever way, wherever.
+func (w *world) fixedKeys(t *testing.T) {
+	role, session, injected := w.prefix+"/role", w.prefix+"/session-name", w.prefix+"/injected"
+	annotations := func(kv map[string]any) map[string]any { return map[string]any{"annotations": kv} }
+	labels := func(kv map[string]any) map[string]any { return map[string]any{"labels": kv} }
+	attempts := map[string]attempt{
+		"update of the role":                      update(annotate(role, "admin")),
+		"update that adds another key":            update(annotate(session, "admin")),
+		"update that adds an unknown key":         update(annotate(w.prefix+"/unknown", "x")),
+		"update that removes a key":               update(func(p *corev1.Pod) { delete(p.Annotations, role) }),
+		"update that removes all annotations":     update(func(p *corev1.Pod) { p.Annotations = nil }),
+		"update of the label":                     update(label(injected, "false")),
+		"update that removes all labels":          update(func(p *corev1.Pod) { p.Labels = nil }),
+		"update that adds a label":                update(label(w.prefix+"/inject", "enabled")),
+		"update of the webhook's own annotation":  update(annotate(w.prefix+"/service-account", "admin")),
+		"patch of the role":                       patch(client, annotations(map[string]any{role: "admin"})),
+		"patch that removes a key":                patch(client, annotations(map[string]any{role: nil})),
+		"patch that removes all annotations":      patch(client, map[string]any{"annotations": nil}),
+		"server-side apply of the role":           apply(annotations(map[string]any{role: "admin"})),
+		"server-side apply of another key":        apply(annotations(map[string]any{session: "admin"})),
+		"server-side apply of the label":          apply(labels(map[string]any{injected: "no"})),
+		"patch of the status by its node":         patch(node, annotations(map[string]any{role: "admin"}), "status"),
+		"another key by its node":                 patch(node, annotations(map[string]any{session: "admin"}), "status"),
+		"the label through the status":            patch(client, labels(map[string]any{injected: "no"}), "status"),
+		"server-side apply through the status":    apply(annotations(map[string]any{role: "admin"}), "status"),
+		"update of the status":                    updateStatus(client, annotate(role, "admin")),
+		"update of the status that removes a key": updateStatus(node, func(p *corev1.Pod) { delete(p.Annotations, role) }),
+		"a key together with an ordinary change":  update(func(p *corev1.Pod) { annotate("other", "x")(p); annotate(role, "admin")(p) }),
+		"one key's value moved to another":        update(func(p *corev1.Pod) { annotate(session, p.Annotations[role])(p); delete(p.Annotations, role) }),
+	}
+	for where, make := range map[string]func() string{
+		"opted in":       func() string { return w.namespace(t, true) },
+		"never opted in": func() string { return w.namespace(t, false) },
+		"opted out since": func() string {
+			namespace := w.namespace(t, true)
+			text := fmt.Appendf(nil, `{"metadata":{"labels":{%q:null}}}`, w.prefix+"/inject")
+			if _, err := client.CoreV1().Namespaces().Patch(t.Context(), namespace, types.MergePatchType, text, metav1.PatchOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			return namespace
+		},
+	} {
+		namespace := make()
+		pod := create(t, namespace, w.pod(w.complete, onNode))
+		for name, try := range attempts {
+			if err := refusedBy("credence-fixed-keys", try(t.Context(), pod)); err != nil {
+				t.Errorf("%s, namespace %s: %v", name, where, err)
+			}
+		}
+		// A pod that had nothing gets nothing.
+		bare := create(t, namespace, w.pod(onNode))
+		for _, name := range []string{"update of the role", "update of the label", "patch of the status by its node", "server-side apply of the label"} {
+			if err := refusedBy("credence-fixed-keys", attempts[name](t.Context(), bare)); err != nil {
+				t.Errorf("%s of a pod without any, namespace %s: %v", name, where, err)
+			}
+		}
+		w.unchanged(t, pod)
+		w.unchanged(t, bare)
+	}
+	t.Run("OtherSubresources", w.otherSubresources)
+	t.Run("Bindings", w.bindings)
+}
+
+func onNode(pod *corev1.Pod) { pod.Spec.NodeName = nodeName }
+
+func updateStatus(who kubernetes.Interface, change func(*corev1.Pod)) attempt {
+	return func(ctx context.Context, pod *corev1.Pod) error {
+		changed := pod.DeepCopy()
+		change(changed)
+		_, err := who.CoreV1().Pods(pod.Namespace).UpdateStatus(ctx, changed, metav1.UpdateOptions{})
+		return err
+	}
+}
+
+// unchanged checks that a pod has the keys that it was created with.
+func (w *world) unchanged(t *testing.T, created *corev1.Pod) {
+	t.Helper()
+	stored, err := client.CoreV1().Pods(created.Namespace).Get(t.Context(), created.Name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := func(pod *corev1.Pod) map[string]string {
+		ours := map[string]string{}
+		for kind, all := range map[string]map[string]string{"annotation ": pod.Annotations, "label ": pod.Labels} {
+			for key, value := range all {
+				if strings.HasPrefix(key, w.prefix+"/") {
+					ours[kind+key] = value
+				}
+			}
+		}
+		return ours
+	}
+	if diff := cmp.Diff(keys(created), keys(stored)); diff != "" {
+		t.Errorf("pod %s has other keys than it was created with (- created, + now):\n%s", created.Name, diff)
+	}
+}
+
+// otherSubresources pass over what they are not for, and so change no key.
+func (w *world) otherSubresources(t *testing.T) {
+	cpu := func(amount string) func(*corev1.Pod) {
+		return func(p *corev1.Pod) {
+			p.Spec.Containers[0].Resources.Requests = corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(amount)}
+		}
+	}
+	pod := create(t, w.namespace(t, true), w.pod(w.complete, onNode, cpu("20m")))
+	pods := client.CoreV1().Pods(pod.Namespace)
+	changed := func() *corev1.Pod {
+		current, err := pods.Get(t.Context(), pod.Name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		annotate(w.prefix+"/role", "admin")(current)
+		label(w.prefix+"/injected", "no")(current)
+		return current
+	}
+	resized := changed()
+	cpu("10m")(resized)
+	if _, err := pods.UpdateResize(t.Context(), pod.Name, resized, metav1.UpdateOptions{}); err != nil {
+		t.Errorf("resize: %v", err)
+	}
+	w.unchanged(t, pod)
+	debugged := changed()
+	debugged.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "debug:1"}}}
+	if _, err := pods.UpdateEphemeralContainers(t.Context(), pod.Name, debugged, metav1.UpdateOptions{}); err != nil {
+		t.Errorf("ephemeral containers: %v", err)
+	}
+	w.unchanged(t, pod)
+	for _, subresource := range []string{"resize", "ephemeralcontainers"} {
+		_ = patch(client, map[string]any{"annotations": map[string]any{w.prefix + "/role": "admin"}}, subresource)(t.Context(), pod)
+		w.unchanged(t, pod)
+	}
+}
+
+// bindings: the annotations of a Binding are copied to the pod that it binds.
+func (w *world) bindings(t *testing.T) {
+	namespace := w.namespace(t, true)
+	bind := func(pod *corev1.Pod, annotations map[string]string) *corev1.Binding {
+		return &corev1.Binding{
+			ObjectMeta: metav1.ObjectMeta{Name: pod.Name, Annotations: annotations},
+			Target:     corev1.ObjectReference{Kind: "Node", Name: nodeName},
+		}
+	}
+	stolen := map[string]string{w.prefix + "/role": "admin"}
+	pod := create(t, namespace, w.pod(w.complete))
+	err := client.CoreV1().Pods(namespace).Bind(t.Context(), bind(pod, stolen), metav1.CreateOptions{})
+	if err := refusedBy("credence-fixed-keys", err); err != nil {
+		t.Errorf("pods/binding: %v", err)
+	}
+	err = client.CoreV1().RESTClient().Post().Namespace(namespace).Resource("bindings").Body(bind(pod, stolen)).Do(t.Context()).Error()
+	if err := refusedBy("credence-fixed-keys", err); err != nil {
+		t.Errorf("bindings: %v", err)
+	}
+	w.unchanged(t, pod)
+	// A scheduler goes on as before.
+	for _, annotations := range []map[string]string{nil, {"scheduler.example.com/score": "1"}} {
+		pod := create(t, namespace, w.pod(w.complete))
+		if err := client.CoreV1().Pods(namespace).Bind(t.Context(), bind(pod, annotations), metav1.CreateOptions{}); err != nil {
+			t.Errorf("a binding with annotations %v: %v", annotations, err)
+		}
+		w.unchanged(t, pod)
+	}
+}
+
+// othersAreUnaffected: everything that does not touch our keys goes on, on pods with them and without.
+func (w *world) othersAreUnaffected(t *testing.T) {
+	namespace := w.namespace(t, true)
+	many := func(pod *corev1.Pod) {
+		for n := range 4000 { // of some 40 bytes each, against a limit of 256 KiB
+			annotate(fmt.Sprintf("example.com/annotation-number-%d", n), "0123456789")(pod)
+		}
+	}
+	for name, made := range map[string]*corev1.Pod{
+		"an injected pod":                         w.pod(w.complete, onNode),
+		"a pod without annotations or labels":     w.pod(onNode),
+		"a pod with others":                       w.pod(annotate("other", "x"), label("other", "x"), onNode),
+		"an injected pod with annotations galore": w.pod(w.complete, many, onNode),
+	} {
+		pod := create(t, namespace, made)
+		pods := client.CoreV1().Pods(namespace)
+		for step, try := range map[string]attempt{
+			"an annotation":             patch(client, map[string]any{"annotations": map[string]any{"example.com/x": "y"}}),
+			"a label":                   patch(client, map[string]any{"labels": map[string]any{"example.com/x": "y"}}),
+			"server-side apply":         apply(map[string]any{"labels": map[string]any{"example.com/y": "z"}}),
+			"an annotation by the node": patch(node, map[string]any{"annotations": map[string]any{"example.com/node": "y"}}, "status"),
+			"a finalizer":               patch(client, map[string]any{"finalizers": []string{"example.com/hold"}}),
+			"a new image": func(ctx context.Context, pod *corev1.Pod) error {
+				_, err := pods.Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(`{"spec":{"containers":[{"name":"app","image":"app:2"}]}}`), metav1.PatchOptions{})
+				return err
+			},
+			"the kubelet's status": func(ctx context.Context, pod *corev1.Pod) error {
+				_, err := node.CoreV1().Pods(namespace).Patch(ctx, pod.Name, types.StrategicMergePatchType,
+					[]byte(`{"status":{"phase":"Running","podIPs":[{"ip":"10.0.0.1"}],"conditions":[{"type":"Ready","status":"True"}]}}`), metav1.PatchOptions{}, "status")
+				return err
+			},
+			"an ephemeral container": func(ctx context.Context, pod *corev1.Pod) error {
+				_, err := pods.Patch(ctx, pod.Name, types.StrategicMergePatchType,
+					[]byte(`{"spec":{"ephemeralContainers":[{"name":"debug","image":"debug:1"}]}}`), metav1.PatchOptions{}, "ephemeralcontainers")
+				return err
+			},
+		} {
+			if err := try(t.Context(), pod); err != nil {
+				t.Errorf("%s: %s: %v", name, step, err)
+			}
+		}
+		// Deleted, and released by its finalizer while it is.
+		now := int64(0)
+		if err := pods.Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+			t.Errorf("%s: deletion: %v", name, err)
+		}
+		if err := patch(client, map[string]any{"finalizers": nil})(t.Context(), pod); err != nil {
+			t.Errorf("%s: removing the finalizer of a pod that is being deleted: %v", name, err)
+		}
+		if err := poll(t.Context(), func() error {
+			_, err := pods.Get(t.Context(), pod.Name, metav1.GetOptions{})
+			if err == nil {
+				return fmt.Errorf("%s is still there", pod.Name)
+			}
+			return nil
+		}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

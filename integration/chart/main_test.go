@@ -1,0 +1,94 @@
+//go:build unix
+
+package chart_test
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/credence-iam/credence/integration/chart"
+	"github.com/credence-iam/credence/integration/tools"
+)
+
+var update = flag.Bool("update", false, "write what the chart renders, and the table of values, anew")
+
+var helm string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if testing.Short() && !tools.Built(tools.Helm) {
+		fmt.Println("SKIP: -short, and helm would have to be built first (go run ./integration/tools/install helm)")
+		return
+	}
+	var err error
+	if helm, err = tools.Path(context.Background(), tools.Helm, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+const valuesEnding, goldenEnding = ".values.yaml", ".golden.yaml"
+
+// cases returns the files of values that the chart is rendered with, by their names without ending.
+func cases(t *testing.T) map[string]string {
+	t.Helper()
+	files, err := filepath.Glob("testdata/*" + valuesEnding)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) < 5 {
+		t.Fatalf("testdata has values for %d installations, want at least defaults, issuer, secrets, openshift and everything", len(files))
+	}
+	byName := map[string]string{}
+	for _, file := range files {
+		byName[strings.TrimSuffix(filepath.Base(file), valuesEnding)] = file
+	}
+	return byName
+}
+
+// render renders the chart with the values of a case.
+func render(t *testing.T, name string) []byte {
+	t.Helper()
+	rendered, err := chart.Render(t.Context(), chart.Config{Helm: helm, ValueFiles: []string{cases(t)[name]}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rendered
+}
+
+// objects is render, decoded.
+func objects(t *testing.T, name string) []runtime.Object {
+	t.Helper()
+	all, err := chart.Decode(render(t, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) == 0 {
+		t.Fatal("the chart renders nothing")
+	}
+	return all
+}
+
+// deployment returns the Deployment of a component.
+func deployment(t *testing.T, all []runtime.Object, component string) *appsv1.Deployment {
+	t.Helper()
+	found := chart.Of[*appsv1.Deployment](all)
+	if len(found) != 2 {
+		t.Fatalf("there are %d Deployments, want those of broker and webhook", len(found))
+	}
+	at := slices.IndexFunc(found, func(d *appsv1.Deployment) bool { return d.Name == "credence-"+component })
+	if at < 0 {
+		t.Fatalf("there is no Deployment credence-%s", component)
+	}
+	return found[at]
+}

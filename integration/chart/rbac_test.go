@@ -1,0 +1,97 @@
+//go:build unix
+
+package chart_test
+
+import (
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	rbacv1 "k8s.io/api/rbac/v1"
+
+	"github.com/credence-iam/credence/integration/chart"
+)
+
+// TestRights states every right of every program. Whoever widens one states it here too, with a reason.
+func TestRights(t *testing.T) {
+	t.Parallel()
+	read := []string{"get", "list", "watch"}
+	wantCluster := map[string][]rbacv1.PolicyRule{
+		"credence-broker": {
+			// The informers, and the reads that go past them: broker/kube.
+			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: read},
+			// The keys that tokens are verified by: broker/kube.
+			{NonResourceURLs: []string{"/openid/v1/jwks", "/.well-known/openid-configuration"}, Verbs: []string{"get"}},
+			// The roots, published by server-side apply: certs/trust.
+			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"credence-trust"}, Verbs: []string{"list", "watch", "create", "patch"}},
+			// The owner of what is published: certs/trust.
+			{APIGroups: []string{"rbac.authorization.k8s.io"}, Resources: []string{"clusterroles"}, ResourceNames: []string{"credence-broker"}, Verbs: []string{"get"}},
+		},
+		"credence-webhook": {
+			{APIGroups: []string{""}, Resources: []string{"namespaces"}, Verbs: read},
+		},
+	}
+	wantNamespace := map[string][]rbacv1.PolicyRule{
+		"credence-broker": {
+			// The record of what was published before: certs/trust.
+			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"credence-trust"}, Verbs: []string{"get"}},
+			// The election of who publishes: certs/trust.
+			{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"create"}},
+			{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, ResourceNames: []string{"credence-broker"}, Verbs: []string{"get", "update"}},
+		},
+	}
+	for name := range cases(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			all := objects(t, name)
+			cluster, namespace := map[string][]rbacv1.PolicyRule{}, map[string][]rbacv1.PolicyRule{}
+			for _, role := range chart.Of[*rbacv1.ClusterRole](all) {
+				if role.AggregationRule != nil || hasAggregationLabel(role.Labels) {
+					t.Errorf("ClusterRole %s is aggregated: its rules reach others, or others' reach it", role.Name)
+				}
+				cluster[role.Name] = role.Rules
+			}
+			for _, role := range chart.Of[*rbacv1.Role](all) {
+				namespace[role.Namespace+"/"+role.Name] = role.Rules
+			}
+			if diff := cmp.Diff(wantCluster, cluster); diff != "" {
+				t.Errorf("rights in the cluster (- want, + got):\n%s", diff)
+			}
+			if diff := cmp.Diff(map[string][]rbacv1.PolicyRule{chart.Namespace + "/credence-broker": wantNamespace["credence-broker"]}, namespace); diff != "" {
+				t.Errorf("rights in the namespace (- want, + got):\n%s", diff)
+			}
+
+			var bound []string
+			for _, b := range chart.Of[*rbacv1.ClusterRoleBinding](all) {
+				bound = append(bound, binding("ClusterRole", b.RoleRef, b.Subjects))
+			}
+			for _, b := range chart.Of[*rbacv1.RoleBinding](all) {
+				bound = append(bound, binding(b.Namespace, b.RoleRef, b.Subjects))
+			}
+			want := []string{
+				"ClusterRole: ClusterRole credence-broker to ServiceAccount credence/credence-broker",
+				"ClusterRole: ClusterRole credence-webhook to ServiceAccount credence/credence-webhook",
+				"credence: Role credence-broker to ServiceAccount credence/credence-broker",
+			}
+			if diff := cmp.Diff(want, bound); diff != "" {
+				t.Errorf("who has them (- want, + got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func hasAggregationLabel(labels map[string]string) bool {
+	for key := range labels {
+		if len(key) > len("rbac.") && key[:len("rbac.")] == "rbac." {
+			return true
+		}
+	}
+	return false
+}
+
+func binding(where string, role rbacv1.RoleRef, subjects []rbacv1.Subject) string {
+	text := where + ": " + role.Kind + " " + role.Name + " to"
+	for _, s := range subjects {
+		text += " " + s.Kind + " " + s.Namespace + "/" + s.Name
+	}
+	return text
+}

@@ -1,0 +1,227 @@
+//go:build unix
+
+package chart_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/credence-iam/credence/integration/chart"
+)
+
+const (
+	readme     = "../../charts/credence/README.md"
+	valuesFile = "../../charts/credence/values.yaml"
+	schemaFile = "../../charts/credence/values.schema.json"
+)
+
+// TestSchemaRefuses: a value that is misspelt or cannot be right is refused before anything is installed, and
+// the message says where it is and what is wrong.
+func TestSchemaRefuses(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct{ set, where, what string }{
+		{"replicas=3", "", "additional properties 'replicas' not allowed"},
+		{"aws.regoin=x", "/aws", "additional properties 'regoin' not allowed"},
+		{"images.broker.pullPolicy=Always", "/images/broker", "additional properties 'pullPolicy' not allowed"},
+		{"broker.extraEnv=x", "/broker", "additional properties 'extraEnv' not allowed"},
+		{"broker.resources.request.cpu=1", "/broker/resources", "additional properties 'request' not allowed"},
+		{"broker.serviceAccount.name=x", "/broker/serviceAccount", "additional properties 'name' not allowed"},
+		{"broker.env[0].name=A,broker.env[0].vaule=x", "/broker/env/0", "additional properties 'vaule' not allowed"},
+		{"images.pullSecrets[0]=registry", "/images/pullSecrets/0", "want object"},
+		{"webhook.failurePolicy=Ignore", "/webhook", "additional properties 'failurePolicy' not allowed"},
+		{"sidecar.image=x", "/sidecar", "additional properties 'image' not allowed"},
+		{"certificates.issuer=x", "/certificates", "additional properties 'issuer' not allowed"},
+		{"certificates.issuerRef.namespace=x", "/certificates/issuerRef", "additional properties 'namespace' not allowed"},
+		{"networkPolicy.enable=true", "/networkPolicy", "additional properties 'enable' not allowed"},
+
+		{"clusterName=x", "/clusterName", "does not match pattern"},
+		{"annotationPrefix=iam.amazonaws.com/", "/annotationPrefix", "does not match pattern"},
+		{"logLevel=verbose", "/logLevel", "value must be one of 'debug', 'info', 'warn', 'error'"},
+		{"aws.region=eu central", "/aws/region", "does not match pattern"},
+		{"aws.baseARN=arn:aws:iam::123456789012:role", "/aws/baseARN", "does not match pattern"},
+		{"aws.assumeRole=hop", "/aws/assumeRole", "does not match pattern"},
+		{"aws.stsEndpoint=sts.example.com", "/aws/stsEndpoint", "does not match pattern"},
+		{"images.broker.repository=broker:v1", "/images/broker/repository", "does not match pattern"},
+		{"images.broker.digest=0123", "/images/broker/digest", "does not match pattern"},
+		{"images.sidecar.pullPolicy=always", "/images/sidecar/pullPolicy", "value must be one of"},
+		{"runAsUser=0", "/runAsUser", "minimum: got 0, want 1"},
+		{"sidecar.runAsUser=-2", "/sidecar/runAsUser", "value must be -1"},
+		{"sidecar.port=80", "/sidecar/port", "minimum"},
+		{"sidecar.onShadowed=allow", "/sidecar/onShadowed", "value must be one of 'refuse', 'warn'"},
+		{"broker.replicas=0", "/broker/replicas", "minimum"},
+		{"webhook.replicas=0", "/webhook/replicas", "minimum"},
+		{"broker.audit=none", "/broker/audit", "value must be one of 'best-effort', 'required'"},
+		{"broker.podLabels.app\\.kubernetes\\.io/component=x", "/broker/podLabels/app.kubernetes.io~1component", "false schema"},
+		{"broker.env[0].name=POD_NAMESPACE", "/broker/env/0/name", "'not' failed"},
+		{"broker.volumes[0].name=tls", "/broker/volumes/0/name", "'not' failed"},
+		{"webhook.allowKubeSystem=maybe", "/webhook/allowKubeSystem", "want boolean"},
+		{"certificates.source=helm", "/certificates/source", "value must be one of 'self-signed', 'issuer', 'secrets'"},
+		{"certificates.source=issuer", "/certificates/issuerRef/name", "minLength"},
+		{"certificates.source=secrets", "/certificates/roots", "minLength"},
+		{"certificates.roots=ca.crt", "/certificates/roots", "does not match pattern"},
+		{"certificates.duration=90d", "/certificates/duration", "does not match pattern"},
+		{"certificates.renewBeforePercentage=100", "/certificates/renewBeforePercentage", "maximum"},
+	} {
+		t.Run(tc.set, func(t *testing.T) {
+			t.Parallel()
+			_, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: []string{tc.set}})
+			if err == nil {
+				t.Fatal("it was taken")
+			}
+			if text := err.Error(); !strings.Contains(text, "at '"+tc.where+"'") || !strings.Contains(text, tc.what) {
+				t.Errorf("the message is %q, want one that says at %q what is wrong: %q", text, tc.where, tc.what)
+			}
+		})
+	}
+}
+
+// TestSchemaIsClosed: every object whose keys are ours says that there are no others, and every value has a
+// place in the schema.
+func TestSchemaIsClosed(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile(schemaFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var schema map[string]any
+	if err := json.Unmarshal(text, &schema); err != nil {
+		t.Fatal(err)
+	}
+	closed := 0
+	var walk func(where string, node any)
+	walk = func(where string, node any) {
+		m, ok := node.(map[string]any)
+		if !ok {
+			return
+		}
+		_, properties := m["properties"].(map[string]any)
+		// The array items of Kubernetes' own types name what they require of them only.
+		theirs := strings.HasSuffix(where, "/items")
+		if more, said := m["additionalProperties"]; properties && m["type"] == "object" {
+			if !theirs && !free(where[strings.LastIndexByte(where, '/')+1:]) && (!said || more != false) {
+				t.Errorf("%s takes keys that it does not know", where)
+			}
+			closed++
+		}
+		for key, child := range m {
+			walk(where+"/"+key, child)
+		}
+	}
+	walk("", schema)
+	if closed < 10 {
+		t.Errorf("only %d objects were found in the schema", closed)
+	}
+	for key := range leaves(t, valuesFile) {
+		if err := described(schema, schema, strings.Split(key, ".")); err != nil {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+}
+
+// described follows a key through the schema.
+func described(root, node map[string]any, key []string) error {
+	if ref, ok := node["$ref"].(string); ok {
+		definitions, _ := root["definitions"].(map[string]any)
+		node, ok = definitions[strings.TrimPrefix(ref, "#/definitions/")].(map[string]any)
+		if !ok {
+			return fmt.Errorf("the schema has no definition %s", ref)
+		}
+	}
+	if len(key) == 0 {
+		return nil
+	}
+	properties, _ := node["properties"].(map[string]any)
+	next, ok := properties[key[0]].(map[string]any)
+	if !ok {
+		return fmt.Errorf("the schema has no property %s", key[0])
+	}
+	return described(root, next, key[1:])
+}
+
+// TestReadme: the table of values in the chart's README is made from values.yaml.
+func TestReadme(t *testing.T) {
+	t.Parallel()
+	const begin, end = "<!-- values: made from values.yaml by go test ./integration/chart -update -->\n", "<!-- end of values -->\n"
+	page, err := os.ReadFile(readme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok := strings.Cut(string(page), begin)
+	_, after, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no place for the values, between %q and %q", readme, begin, end)
+	}
+	table := valuesTable(t)
+	if n, want := strings.Count(table, "\n"), len(leaves(t, valuesFile)); n < want {
+		t.Fatalf("the table has %d lines for %d values", n, want)
+	}
+	want := before + begin + "\n" + table + "\n" + end + after
+	if *update {
+		if err := os.WriteFile(readme, []byte(want), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if want != string(page) {
+		t.Errorf("the values in %s are not those of values.yaml: go test ./integration/chart -update makes them anew", readme)
+	}
+}
+
+// valuesTable makes a Markdown table of values.yaml. A value without a comment fails the test.
+func valuesTable(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile(valuesFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var document yaml.Node
+	if err := yaml.Unmarshal(text, &document); err != nil {
+		t.Fatal(err)
+	}
+	var table strings.Builder
+	table.WriteString("| value | default | meaning |\n|---|---|---|\n")
+	var walk func(prefix string, node *yaml.Node)
+	walk = func(prefix string, node *yaml.Node) {
+		for at := 0; at < len(node.Content); at += 2 {
+			name, value := node.Content[at], node.Content[at+1]
+			key := strings.TrimPrefix(prefix+"."+name.Value, ".")
+			if value.Kind == yaml.MappingNode && len(value.Content) > 0 && !free(key) {
+				walk(key, value)
+				continue
+			}
+			comment := name.HeadComment
+			if i := strings.LastIndex(comment, "\n\n"); i >= 0 {
+				comment = comment[i+2:] // what stands apart is not about this value
+			}
+			comment = strings.Join(strings.Fields(strings.ReplaceAll("\n"+comment, "\n# ", " ")), " ")
+			if !strings.HasSuffix(comment, ".") {
+				t.Errorf("%s has no comment of whole sentences above it, but %q", key, comment)
+			}
+			_, _ = fmt.Fprintf(&table, "| `%s` | `%s` | %s |\n", key, flow(t, value), strings.ReplaceAll(comment, "|", `\|`))
+		}
+	}
+	walk("", document.Content[0])
+	return table.String()
+}
+
+// flow is a value on one line.
+func flow(t *testing.T, value *yaml.Node) string {
+	t.Helper()
+	if value.Kind == yaml.ScalarNode && value.Value != "" {
+		return value.Value
+	}
+	var plain any
+	if err := value.Decode(&plain); err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
