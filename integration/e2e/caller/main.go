@@ -1,0 +1,64 @@
+// Command caller asks the broker for credentials as the sidecar of its pod does, over a connection of its own
+// each time, ten times a second, until it is ended; and prints a line for each call that fails, and now and then
+// how many calls there were.
+//
+// It reads the variables that the webhook gives to sidecars.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/credence-iam/credence/broker/client"
+	"github.com/credence-iam/credence/certs"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "caller:", err)
+		os.Exit(1)
+	}
+}
+
+const (
+	// pause is between two calls.
+	pause = 100 * time.Millisecond
+	// patience is how long a call may take: what a sidecar gives it.
+	patience = 10 * time.Second
+	// every is how many calls there are to a line that says so.
+	every = 50
+)
+
+func run(ctx context.Context, out io.Writer) error {
+	roots, err := certs.NewRoots(os.Getenv("CREDENCE_ROOTS_FILE"), slog.New(slog.NewTextHandler(out, nil)))
+	if err != nil {
+		return err
+	}
+	broker, err := client.New(client.Config{
+		Target: os.Getenv("CREDENCE_BROKER"), TLS: certs.ClientConfig(roots, ""), TokenFile: os.Getenv("CREDENCE_TOKEN_FILE"),
+	})
+	if err != nil {
+		return err
+	}
+	for calls := 1; ctx.Err() == nil; calls++ {
+		call, cancel := context.WithTimeout(ctx, patience)
+		_, err := broker.Credentials(call)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			_, _ = fmt.Fprintln(out, "FAILED", err)
+		}
+		if calls%every == 0 {
+			_, _ = fmt.Fprintln(out, "calls", calls)
+		}
+		time.Sleep(pause)
+	}
+	return nil
+}

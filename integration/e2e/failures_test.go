@@ -1,0 +1,213 @@
+//go:build linux
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/credence-iam/credence/integration/deployment"
+)
+
+// The tests of this file take a part of Credence away, and so run one after the other, before those that run
+// side by side.
+
+// scale sets the number of replicas of a Deployment of ours, and returns when it has them and no others.
+func scale(t *testing.T, component string, replicas int32) {
+	t.Helper()
+	ctx := context.WithoutCancel(t.Context()) // it is called in cleaning up, too
+	patch := fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, replicas)
+	if _, err := d.Client.AppsV1().Deployments(deployment.Namespace).Patch(ctx, "credence-"+component, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		pods, err := d.Client.CoreV1().Pods(deployment.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
+		if err != nil {
+			t.Fatal(err)
+		}
+		good := 0
+		for _, pod := range pods.Items {
+			if pod.DeletionTimestamp == nil && ready(&pod) == nil {
+				good++
+			}
+		}
+		if good == int(replicas) && len(pods.Items) == good {
+			return
+		}
+		pause(ctx, t)
+	}
+}
+
+// away takes all replicas of a component away until the returned function is called, or the test ends.
+func away(t *testing.T, component string) (back func()) {
+	t.Helper()
+	const usual = 2
+	t.Cleanup(func() { scale(t, component, usual) })
+	scale(t, component, 0)
+	return func() { t.Helper(); scale(t, component, usual) }
+}
+
+// A broker that is away for minutes, past the time at which sidecars would have renewed their sessions, is
+// noticed by no running pod; and when it is back, sessions are renewed.
+//
+// A sidecar that is killed meanwhile has lost its session. Its pod is not ready until the start timeout has
+// passed, and never in a loop of crashes.
+func TestBrokerAwayForMinutes(t *testing.T) {
+	ns := namespace(t)
+	const count = 3
+	short := map[string]string{roleKey: bucket, durationKey: "15m"}
+	for i := range count {
+		create(t, ns, app("app-"+strconv.Itoa(i), short, "watch", "1h"))
+	}
+	killed := app("killed", map[string]string{roleKey: bucket, startTimeoutKey: "20s"})
+	killed.Spec.Containers[0].Image = "localhost/credence-pause:1" // it asks for nothing
+	create(t, ns, killed)
+	for i := range count {
+		awaitReady(t, ns, "app-"+strconv.Itoa(i))
+	}
+	victim := awaitReady(t, ns, "killed")
+
+	back := away(t, "broker")
+	kill(t, sidecarProcess(t, victim))
+	eventually(t, "the pod whose sidecar was killed is ready again, without a broker", func(ctx context.Context) error {
+		pod, err := get(ctx, ns, "killed")
+		if err != nil {
+			return err
+		}
+		s := status(t, pod, sidecarName)
+		if s.State.Waiting != nil && s.State.Waiting.Reason == "CrashLoopBackOff" {
+			return fatalError{errors.New("its sidecar is in CrashLoopBackOff")}
+		}
+		err = ready(pod)
+		if err == nil && s.RestartCount != 1 {
+			err = fmt.Errorf("its sidecar was restarted %d times", s.RestartCount)
+		}
+		return err
+	})
+	for i := range count {
+		name := "app-" + strconv.Itoa(i)
+		eventually(t, "the sidecar of "+name+" has asked for a new session in vain", func(context.Context) error {
+			if said := logs(t, ns, name, sidecarName); !strings.Contains(said, "WARN") {
+				return fmt.Errorf("it said:\n%s", said)
+			}
+			return nil
+		})
+	}
+	before := make([]int, count)
+	for i := range count {
+		before[i] = keys(t, ns, "app-"+strconv.Itoa(i))
+	}
+	back()
+	for i := range count {
+		name := "app-" + strconv.Itoa(i)
+		eventually(t, name+" has renewed its session", func(ctx context.Context) error {
+			pod, err := get(ctx, ns, name)
+			if err != nil {
+				return err
+			}
+			if s := status(t, pod, "app"); s.RestartCount != 0 {
+				return fatalError{fmt.Errorf("its application has failed: %s", states(pod))}
+			}
+			if now := keys(t, ns, name); now <= before[i] {
+				return fmt.Errorf("it has seen %d access keys", now)
+			}
+			return nil
+		})
+	}
+}
+
+// keys counts the access keys that awsclient's watch has seen.
+func keys(t *testing.T, namespace, name string) int {
+	t.Helper()
+	return len(strings.Fields(logs(t, namespace, name, "app")))
+}
+
+// reviews is how many admission reviews the API server has sent to our webhook, or tried to.
+func reviews(ctx context.Context, t *testing.T) (n int) {
+	t.Helper()
+	text, err := d.Client.Discovery().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(strings.NewReader(string(text))); lines.Scan(); {
+		line := lines.Text()
+		if !strings.HasPrefix(line, "apiserver_admission_webhook_admission_duration_seconds_count{") || !strings.Contains(line, `name="inject.credence-iam.github.io"`) {
+			continue
+		}
+		value, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
+		if err != nil {
+			t.Fatalf("metric %q: %v", line, err)
+		}
+		n += int(value)
+	}
+	return n
+}
+
+// Without a webhook, what it would have had to inject is refused, and all else starts: it is not even asked.
+func TestWebhookAway(t *testing.T) {
+	optedIn := namespace(t)
+	plain := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: optedIn + "-plain"}}
+	if _, err := d.Client.CoreV1().Namespaces().Create(t.Context(), plain, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// t.Context has ended here.
+		if err := d.Client.CoreV1().Namespaces().Delete(context.Background(), plain.Name, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	awaitServiceAccount(t, plain.Name)
+	// While it is there, it is asked about the annotated pod of the opted-in namespace, and no other.
+	others := func(suffix string) {
+		t.Helper()
+		for namespace, annotations := range map[string]map[string]string{optedIn: nil, plain.Name: annotated()} {
+			pod := app("other-"+suffix, annotations)
+			pod.Spec.Containers[0].Image = "localhost/credence-pause:1"
+			create(t, namespace, pod)
+			awaitReady(t, namespace, pod.Name)
+		}
+	}
+	// The count is of every API server's life, and nothing else is made meanwhile.
+	before := reviews(t.Context(), t)
+	others("before")
+	if n := reviews(t.Context(), t); n != before {
+		t.Errorf("the webhook was asked %d times about pods that are none of its business", n-before)
+	}
+	create(t, optedIn, once(app("asked", annotated(), "whoami")))
+	if n := reviews(t.Context(), t); n <= before {
+		t.Error("the webhook was not asked about an annotated pod: the count is wrong")
+	}
+
+	away(t, "webhook")
+	before = reviews(t.Context(), t)
+	others("away")
+	if n := reviews(t.Context(), t); n != before {
+		t.Errorf("the webhook was asked %d times about pods that are none of its business", n-before)
+	}
+	_, err := d.Client.CoreV1().Pods(optedIn).Create(t.Context(), app("refused", annotated()), metav1.CreateOptions{})
+	if err == nil || !strings.Contains(err.Error(), `failed calling webhook "inject.credence-iam.github.io"`) {
+		t.Errorf("an annotated pod: answered %v", err)
+	}
+	if !apierrors.IsInternalError(err) {
+		t.Errorf("it is no error that controllers try again after: %v", err)
+	}
+}
+
+func pause(ctx context.Context, t *testing.T) {
+	t.Helper()
+	if err := sleep(ctx); err != nil {
+		t.Fatal(err)
+	}
+}

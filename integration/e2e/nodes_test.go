@@ -1,0 +1,106 @@
+//go:build linux
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// A node that joins runs injected pods like any other: its pods reach brokers on other nodes.
+func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
+	t.Parallel()
+	// Tainted, so that no pod of another test comes here and goes with the node.
+	taint := corev1.Taint{Key: "example.com/far", Effect: corev1.TaintEffectNoSchedule}
+	node, err := world.AddNode(t.Context(), taint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		node.Stop()
+		// t.Context has ended here.
+		if err := d.Client.CoreV1().Nodes().Delete(context.Background(), node.Name(), metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			t.Error(err)
+		}
+	})
+	ns := namespace(t)
+	pod := once(app("far", annotated(), "ls", bucket))
+	pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: node.Name()}
+	pod.Spec.Tolerations = []corev1.Toleration{{Key: taint.Key, Operator: corev1.TolerationOpExists}}
+	create(t, ns, pod)
+	ended := awaitEnd(t, ns, "far")
+	if ended.Spec.NodeName != node.Name() {
+		t.Errorf("it ran on %s", ended.Spec.NodeName)
+	}
+	if said := logs(t, ns, "far", "app"); !strings.Contains(said, "only-for-"+bucket) {
+		t.Errorf("the application listed %q", said)
+	}
+	brokers, err := d.Client.CoreV1().Pods("credence").List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=broker"})
+	if err != nil || len(brokers.Items) == 0 {
+		t.Fatalf("brokers: %v, %v", brokers, err)
+	}
+	for _, broker := range brokers.Items {
+		if broker.Spec.NodeName == node.Name() {
+			t.Errorf("broker %s is on the same node", broker.Name)
+		}
+	}
+}
+
+// A namespace that was opted in a moment ago has the broker's roots when its first pod needs them.
+func TestNamespaceLabelledASecondBefore(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	create(t, ns, once(app("first", annotated(), "whoami")))
+	awaitEnd(t, ns, "first")
+}
+
+// The roots that sidecars need are repaired when somebody edits or deletes them.
+func TestTrustIsRepaired(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	maps := d.Client.CoreV1().ConfigMaps(ns)
+	const name, key = "credence-trust", "roots.pem"
+	var good string
+	eventually(t, "the roots are published", func(ctx context.Context) error {
+		m, err := maps.Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if good = m.Data[key]; good == "" {
+			return errors.New("there are none in it")
+		}
+		return nil
+	})
+	repaired := func(what string) {
+		t.Helper()
+		eventually(t, "the roots are repaired after "+what, func(ctx context.Context) error {
+			m, err := maps.Get(ctx, name, metav1.GetOptions{})
+			if err == nil && m.Data[key] != good {
+				err = fmt.Errorf("they are %q", m.Data[key])
+			}
+			return err
+		})
+	}
+	m, err := maps.Get(t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Data[key] = "somebody else's"
+	if _, err := maps.Update(t.Context(), m, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	repaired("an edit")
+	if err := maps.Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	repaired("a deletion")
+	create(t, ns, once(app("after", annotated(), "whoami")))
+	awaitEnd(t, ns, "after")
+}

@@ -1,0 +1,149 @@
+//go:build linux
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// sidecarProcess finds the process of a pod's sidecar, and returns its folder in /proc. The kubelet names the
+// cgroups of containers by their pod's UID.
+func sidecarProcess(t *testing.T, pod *corev1.Pod) (folder string) {
+	t.Helper()
+	eventually(t, "the sidecar's process is there", func(context.Context) error {
+		lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		if err != nil {
+			return err
+		}
+		for _, line := range lines {
+			command, err := os.ReadFile(line)
+			if err != nil || string(command) != "/credence-sidecar\x00" {
+				continue // another program, or it has ended
+			}
+			folder = filepath.Dir(line)
+			groups, err := os.ReadFile(filepath.Join(folder, "cgroup"))
+			if err == nil && strings.Contains(string(groups), "pod"+string(pod.UID)) {
+				return nil
+			}
+		}
+		return errors.New("no process is in a cgroup of that pod")
+	})
+	return folder
+}
+
+// kill kills a process as the kernel does when it lacks memory.
+func kill(t *testing.T, folder string) {
+	t.Helper()
+	pid, err := strconv.Atoi(filepath.Base(folder))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sidecarUser is the user and the group of the sidecar.
+const sidecarUser = 65532
+
+// writable says whether the sidecar's user can write to what is at path.
+func writable(path string, entry fs.DirEntry) (bool, error) {
+	info, err := entry.Info()
+	if err != nil {
+		return false, err
+	}
+	var system syscall.Statfs_t
+	if err := syscall.Statfs(path, &system); err != nil {
+		return false, err
+	}
+	const readOnly = 1 // ST_RDONLY of statfs(2)
+	owner, mode := info.Sys().(*syscall.Stat_t), info.Mode().Perm()
+	may := mode&0o002 != 0 || owner.Uid == sidecarUser && mode&0o200 != 0 || owner.Gid == sidecarUser && mode&0o020 != 0
+	return may && system.Flags&readOnly == 0, nil
+}
+
+// The sidecar has no token of the Kubernetes API, no file that it can write to, and no volume but its own.
+func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	create(t, ns, app("app", annotated(), "watch", "1h"))
+	pod := awaitReady(t, ns, "app")
+	for _, volume := range pod.Spec.Volumes {
+		if volume.EmptyDir != nil {
+			t.Errorf("volume %s is an emptyDir, which keeps the autoscaler from removing the node", volume.Name)
+		}
+	}
+	sidecar := sidecarProcess(t, pod)
+	root := filepath.Join(sidecar, "root")
+	seen := false
+	if err := filepath.WalkDir(root+"/", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		inside := strings.TrimPrefix(path, root)
+		switch {
+		case inside == "/dev" || inside == "/proc" || inside == "/sys":
+			return fs.SkipDir // what the container runtime gives to every container
+		case entry.Type() == fs.ModeSymlink:
+			return nil
+		}
+		seen = seen || inside == "/credence-sidecar"
+		may, err := writable(path, entry)
+		if may {
+			t.Errorf("the sidecar can write to %s", inside)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if !seen {
+		t.Error("its own program was not found: this looks in the wrong place")
+	}
+	files, err := os.ReadDir(filepath.Join(root, "var/run/secrets/kubernetes.io/serviceaccount"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, file := range files {
+		if !strings.HasPrefix(file.Name(), "..") { // the kubelet's own, which the others point to
+			names = append(names, file.Name())
+		}
+	}
+	if !slices.Equal(names, []string{"roots.pem", "token"}) {
+		t.Errorf("where an API token would be, the sidecar has %v", names)
+	}
+	for _, m := range sidecarOf(pod).VolumeMounts {
+		if strings.HasPrefix(m.Name, "kube-api-access") {
+			t.Errorf("the sidecar mounts the API token from volume %s", m.Name)
+		}
+	}
+	status, err := os.ReadFile(filepath.Join(sidecar, "status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Uid:\t65532", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("the sidecar's process lacks %q:\n%s", want, status)
+		}
+	}
+}
+
+func sidecarOf(pod *corev1.Pod) corev1.Container {
+	i := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == sidecarName })
+	if i < 0 {
+		panic(fmt.Sprintf("pod %s has no sidecar", pod.Name))
+	}
+	return pod.Spec.InitContainers[i]
+}
