@@ -81,6 +81,18 @@ func TestAMachineIsOnItsOwn(t *testing.T) {
 			t.Errorf("%s is seen outside: %v", name, err)
 		}
 	}
+	// A kubelet's change of the kernel's settings is not one of the real machine's.
+	const setting = "/proc/sys/kernel/panic"
+	before, err := os.ReadFile(setting)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := output(t, m, "/bin/sh", "-c", "echo 4711 > "+setting+"; cat "+setting); got != "4711" {
+		t.Errorf("%s holds %q inside", setting, got)
+	}
+	if after, err := os.ReadFile(setting); err != nil || string(after) != string(before) {
+		t.Errorf("%s holds %q outside, and held %q (%v)", setting, after, before, err)
+	}
 	// A mount made inside is not seen outside.
 	dir := t.TempDir()
 	output(t, m, "/bin/mount", "-t", "tmpfs", "tmpfs", dir)
