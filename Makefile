@@ -1,6 +1,6 @@
 # Everything here needs Go, make and git, and nothing else: other tools are built from pinned versions by
 # integration/tools, into a cache outside the checkout, the first time they are needed. The race detector
-# wants a C compiler too. "make help" lists the targets.
+# wants a C compiler too, and clusters with nodes want Linux, root, runc and iptables. "make help" lists the targets.
 
 SHELL         := bash
 .SHELLFLAGS   := -euo pipefail -c
@@ -84,6 +84,6 @@ generate: ## make the generated code anew from its sources
 	@.ci/generate .
 
 .PHONY: clean
-clean: ## end what killed tests left running, and remove .build
+clean: ## end what killed tests left running, and remove .build but for results of soak
 	@go run ./integration/cluster/clean
-	@rm -rf .build
+	@if [ -d .build ]; then find .build -mindepth 1 -maxdepth 1 ! -name soak -exec rm -rf {} +; fi

@@ -101,10 +101,13 @@ state = "/run/containerd"
 
 [plugins."io.containerd.nri.v1.nri"]
   disable = true
+
+[plugins."io.containerd.internal.v1.opt"]
+  path = %q
 `,
 		filepath.Join(node.folder, "containerd"), containerdSocket, pauseImage,
 		filepath.Dir(c.programs[tools.CNIPtp]), filepath.Dir(c.programs[tools.CNIHostLocal]),
-		filepath.Join(node.folder, filepath.Dir(networkFile)), runc), nil
+		filepath.Join(node.folder, filepath.Dir(networkFile)), runc, filepath.Join(node.folder, "opt")), nil
 }
 
 // networkConfig gives each pod a cable of its own to the node, which routes. With a bridge, packets between two

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -59,6 +61,45 @@ func NodesPossible() error {
 	}
 	if len(missing) > 0 {
 		return fmt.Errorf("it needs %s, which this machine lacks (on Debian: apt-get install %[1]s)", strings.Join(missing, " "))
+	}
+	if _, err := os.Stat("/dev/kmsg"); err != nil {
+		return fmt.Errorf("a kubelet reads the kernel's log: %w", err)
+	}
+	if err := machine.Possible(); err != nil {
+		return err
+	}
+	if err := process.CgroupsPossible(); err != nil {
+		return err
+	}
+	runs, err := defaultRuns()
+	if err != nil {
+		return err
+	}
+	return checkDisk(runs)
+}
+
+// checkDisk refuses a folder of runs where the layers of containers could not lie: on an overlay, as in a
+// container, or below what a machine has a view of its own of.
+func checkDisk(runs string) error {
+	const advice = "set XDG_CACHE_HOME to a folder on a disk"
+	if err := os.MkdirAll(runs, 0o700); err != nil {
+		return fmt.Errorf("making the folder of runs: %w", err)
+	}
+	real, err := filepath.EvalSymlinks(runs)
+	if err != nil {
+		return fmt.Errorf("looking at the folder of runs: %w", err)
+	}
+	for _, own := range []string{"/var/", "/run/", "/proc/"} {
+		if strings.HasPrefix(real, own) {
+			return fmt.Errorf("%s is below %s, of which nodes have a view of their own (%s)", real, own, advice)
+		}
+	}
+	var system unix.Statfs_t
+	if err := unix.Statfs(real, &system); err != nil {
+		return fmt.Errorf("looking at the file system of %s: %w", real, err)
+	}
+	if system.Type == unix.OVERLAYFS_SUPER_MAGIC {
+		return fmt.Errorf("%s is on an overlay, on which there can be no other (%s)", real, advice)
 	}
 	return nil
 }
@@ -133,11 +174,15 @@ func (n *nodes) start(ctx context.Context, count int) error {
 func (n *nodes) startDNS(ctx context.Context) error {
 	c := n.cluster
 	corefile := ".:53 {\n bind " + hubAddress + "\n errors\n ready 127.0.0.1:8181\n" +
-		" kubernetes cluster.local in-addr.arpa ip6.arpa {\n  kubeconfig " + c.Kubeconfig() + "\n  pods insecure\n }\n}\n"
+		" kubernetes cluster.local in-addr.arpa ip6.arpa {\n  kubeconfig " + kubeconfigFile + "\n  pods insecure\n }\n}\n"
 	if err := writeFiles(c.run.Dir(), map[string][]byte{"Corefile": []byte(corefile)}); err != nil {
 		return err
 	}
-	if _, err := c.start(tools.CoreDNS, "-conf=Corefile"); err != nil {
+	dns, err := c.start(tools.CoreDNS, "-conf=Corefile")
+	if err != nil {
+		return err
+	}
+	if err := c.await(ctx, dns, answers(n.control, "http://127.0.0.1:8181/ready")); err != nil {
 		return err
 	}
 	client, err := kubernetes.NewForConfig(c.Config())
@@ -166,6 +211,28 @@ func (n *nodes) startDNS(ctx context.Context) error {
 	return nil
 }
 
+// answers returns a probe of a URL on a host.
+func answers(host process.Host, url string) func(context.Context) error {
+	client := &http.Client{Transport: &http.Transport{DialContext: host.Dial, DisableKeepAlives: true}}
+	return func(ctx context.Context) error {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
+		if err != nil {
+			return fmt.Errorf("making a request: %w", err)
+		}
+		answer, err := client.Do(request)
+		if err != nil {
+			return err //nolint:wrapcheck // It names the URL.
+		}
+		if err := answer.Body.Close(); err != nil {
+			return fmt.Errorf("closing the answer: %w", err)
+		}
+		if answer.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s answers %s", url, answer.Status)
+		}
+		return nil
+	}
+}
+
 // A Node runs pods. It ends with its cluster, or by Stop.
 type Node struct {
 	*machine.Machine
@@ -177,8 +244,11 @@ type Node struct {
 	taints []corev1.Taint
 }
 
-// Nodes returns the nodes that run.
+// Nodes returns the nodes that run, or are about to.
 func (c *Cluster) Nodes() []*Node {
+	if c.nodes == nil {
+		return nil
+	}
 	c.nodes.mu.Lock()
 	defer c.nodes.mu.Unlock()
 	return slices.Clone(c.nodes.running)
@@ -289,11 +359,15 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := node.program(tools.KubeProxy,
+	proxy, err := node.program(tools.KubeProxy,
 		"--kubeconfig="+filepath.Join(node.folder, proxyKubeconfigFile), "--hostname-override="+node.Name(),
 		"--cluster-cidr=10.244.0.0/16", "--proxy-mode=iptables",
 		"--conntrack-max-per-core=0", // it is the kernel's, for all machines
-	); err != nil {
+	)
+	if err != nil {
+		return err
+	}
+	if err := c.await(ctx, proxy, answers(node, "http://127.0.0.1:10256/healthz")); err != nil {
 		return err
 	}
 	client, err := kubernetes.NewForConfig(c.Config())
@@ -319,10 +393,18 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 
 // program starts a program of the node's own.
 func (node *Node) program(tool tools.Tool, args ...string) (*process.Process, error) {
+	// The shim is looked for there, and what comes from the system.
+	path := filepath.Dir(node.nodes.cluster.programs[tools.ContainerdShim])
+	for _, needed := range fromSystem {
+		found, err := lookPath(needed.program)
+		if err != nil {
+			return nil, fmt.Errorf("finding %s: %w", needed.program, err)
+		}
+		path += ":" + filepath.Dir(found)
+	}
 	return node.Start(process.Command{
 		Name: node.Name() + "-" + string(tool), Path: node.nodes.cluster.programs[tool], Args: args,
-		// runc, iptables and the shim are looked for there.
-		Env: []string{"PATH=" + filepath.Dir(node.nodes.cluster.programs[tools.ContainerdShim]) + ":/usr/sbin:/usr/bin:/sbin:/bin"},
+		Env: []string{"PATH=" + path + ":/usr/sbin:/usr/bin:/sbin:/bin"},
 	})
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -186,7 +185,7 @@ func (p *nodes) describe(ctx context.Context, name string) error {
 		}
 		select {
 		case <-ctx.Done():
-			return cmp.Or(err, context.Cause(ctx))
+			return errors.Join(context.Cause(ctx), err)
 		case <-ticker.C:
 		}
 	}

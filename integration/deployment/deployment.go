@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awscredentials "github.com/aws/aws-sdk-go-v2/credentials"
@@ -56,6 +57,9 @@ const (
 	tag         = "local"
 	keysSecret  = "credence-aws-keys" // of the broker's own AWS user
 	helmTimeout = "3m"                // loading Go programs from a disk that others use too
+
+	trustTimeout = time.Minute // it takes a second
+	pollInterval = 50 * time.Millisecond
 )
 
 // Config configures [Prepare].
@@ -261,10 +265,28 @@ func (d *Deployment) Install(ctx context.Context, more ...string) error {
 	return d.Upgrade(ctx, more...)
 }
 
-// Upgrade installs Credence, or changes the installed one.
+// Upgrade installs Credence, or changes the installed one, and returns when pods can be injected.
 func (d *Deployment) Upgrade(ctx context.Context, more ...string) error {
-	_, err := d.Run(ctx, "", d.Helm, append(append([]string(nil), d.Credence...), more...)...)
-	return err
+	if _, err := d.Run(ctx, "", d.Helm, append(append([]string(nil), d.Credence...), more...)...); err != nil {
+		return err
+	}
+	// Helm does not wait for cert-manager to tell the API server whom to trust.
+	ctx, cancel := context.WithTimeout(ctx, trustTimeout)
+	defer cancel()
+	for {
+		hook, err := d.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(ctx, release, metav1.GetOptions{})
+		if err != nil {
+			return fmt.Errorf("waiting for the webhook's roots: %w", err)
+		}
+		if len(hook.Webhooks) > 0 && len(hook.Webhooks[0].ClientConfig.CABundle) > 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for the webhook's roots: %w", context.Cause(ctx))
+		case <-time.After(pollInterval):
+		}
+	}
 }
 
 // Uninstall removes Credence, and returns when it is gone.

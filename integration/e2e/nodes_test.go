@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // A node that joins runs injected pods like any other: its pods reach brokers on other nodes.
@@ -56,7 +57,20 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 // A namespace that was opted in a moment ago has the broker's roots when its first pod needs them.
 func TestNamespaceLabelledASecondBefore(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
+	ns := namespace(t, func(ns *corev1.Namespace) { delete(ns.Labels, injectLabel) })
+	patch := fmt.Appendf(nil, `{"metadata":{"labels":{%q:"enabled"}}}`, injectLabel)
+	if _, err := d.Client.CoreV1().Namespaces().Patch(t.Context(), ns, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	// The API server selects by the label from its next look at its own watch on. Until then it calls no webhook,
+	// and no policy of the namespace holds.
+	eventually(t, "the pod is injected", func(ctx context.Context) error {
+		pod, err := d.Client.CoreV1().Pods(ns).Create(ctx, once(app("first", annotated(), "whoami")), metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+		if err == nil && len(pod.Spec.InitContainers) == 0 {
+			err = errors.New("it has no sidecar")
+		}
+		return err
+	})
 	create(t, ns, once(app("first", annotated(), "whoami")))
 	awaitEnd(t, ns, "first")
 }

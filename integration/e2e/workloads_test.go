@@ -172,7 +172,7 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 	c.Args = []string{"/node", "/bin/sh", "-c", script}
 	c.Env = slices.DeleteFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "AWS_REGION" })
 	c.Env = append(c.Env, corev1.EnvVar{Name: "PATH", Value: filepath.Dir(aws) + ":/usr/local/bin:/usr/bin:/bin"})
-	c.VolumeMounts = []corev1.VolumeMount{{Name: "node", MountPath: "/node"}}
+	c.VolumeMounts = []corev1.VolumeMount{{Name: "node", MountPath: "/node", ReadOnly: true}}
 	create(t, ns, pod)
 	awaitEnd(t, ns, "cli")
 	said := strings.Split(strings.TrimSpace(logs(t, ns, "cli", "app")), "\n")

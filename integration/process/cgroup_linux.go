@@ -54,6 +54,28 @@ func makeCgroup(path string) error {
 		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) { //nolint:gosec // As all of them are.
 			return fmt.Errorf("making a cgroup: %w", err)
 		}
+		if len(roots) == 1 { // version 2 alone: all controllers are in this one
+			if err := checkControllers(dir); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// needed are the controllers without which a kubelet does not start.
+var needed = []string{"cpu", "cpuset", "memory", "pids"}
+
+func checkControllers(dir string) error {
+	content, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		return fmt.Errorf("looking for controllers: %w", err)
+	}
+	has := strings.Fields(string(content))
+	for _, controller := range needed {
+		if !slices.Contains(has, controller) {
+			return fmt.Errorf("the cgroup %s lacks the controller %s: it is not handed down to it, as in a container whose processes are in the root of its cgroups", dir, controller)
+		}
 	}
 	return nil
 }
@@ -65,11 +87,9 @@ func removeCgroup(name string) error {
 		return err
 	}
 	for _, root := range roots {
-		if err := emptyAndRemove(filepath.Join(root, name)); err != nil {
-			return err
-		}
+		err = errors.Join(err, emptyAndRemove(filepath.Join(root, name)))
 	}
-	return nil
+	return err
 }
 
 func emptyAndRemove(top string) error {

@@ -36,7 +36,7 @@ const (
 	logFolder  = "logs"
 	recFolder  = "processes" // a record per running program
 	keptMarker = "kept"      // stands beside the logs of a run that was closed with them kept
-	cgroupFile = "cgroup"    // holds the name of the run's cgroup, if it has one
+	cgroupFile = "cgroup"    // is there if the run has a cgroup
 )
 
 // KeepFor is how long kept logs of a closed run stay before a later run's start removes them: long enough to
@@ -164,8 +164,8 @@ func remove(dir string) error {
 // run is closed or swept, what is in it or below is killed, and it is removed. Linux only; needs root.
 func (r *Run) Cgroup(name string) (string, error) {
 	top := cgroupOf(r.dir)
-	// Written first: what is not made yet need not be removed, but what is made must be.
-	if err := os.WriteFile(filepath.Join(r.dir, cgroupFile), []byte(top), 0o600); err != nil {
+	// Marked first: what is not made yet need not be removed, but what is made must be.
+	if err := os.WriteFile(filepath.Join(r.dir, cgroupFile), nil, 0o600); err != nil {
 		return "", fmt.Errorf("recording the cgroup: %w", err)
 	}
 	path := filepath.Join(top, name)
@@ -175,20 +175,21 @@ func (r *Run) Cgroup(name string) (string, error) {
 // cgroupOf is the cgroup of the run in dir.
 func cgroupOf(dir string) string { return "/credence-" + filepath.Base(dir) }
 
-// removeCgroupOf removes the cgroup that the run in dir has recorded.
+// removeCgroupOf removes the cgroup of the run in dir, if it has one.
 func removeCgroupOf(dir string) error {
-	name, err := os.ReadFile(filepath.Join(dir, cgroupFile))
-	if errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(filepath.Join(dir, cgroupFile)); errors.Is(err, fs.ErrNotExist) {
 		return nil
-	}
-	if err != nil {
+	} else if err != nil {
 		return fmt.Errorf("looking for the run's cgroup: %w", err)
 	}
-	// Not what Cgroup writes whole: the owner died before it made the cgroup.
-	if string(name) != cgroupOf(dir) {
-		return nil
-	}
 	return removeCgroup(cgroupOf(dir))
+}
+
+// CgroupsPossible returns nil where [Run.Cgroup] works, with the controllers that a kubelet needs, and
+// otherwise what is in the way.
+func CgroupsPossible() error {
+	name := fmt.Sprintf("/credence-probe-%d", os.Getpid())
+	return errors.Join(makeCgroup(name), removeCgroup(name))
 }
 
 func keepOnlyLogs(dir string) error {
@@ -232,8 +233,8 @@ func Sweep(ctx context.Context, parent string, keep time.Duration) (removed []st
 	return sweep(ctx, parent, keep)
 }
 
-// sweep does it, under the parent's lock.
-func sweep(ctx context.Context, parent string, keep time.Duration) (removed []string, err error) {
+// sweep does it, under the parent's lock. One run that cannot be swept is no reason to leave the others.
+func sweep(ctx context.Context, parent string, keep time.Duration) (removed []string, failed error) {
 	entries, err := os.ReadDir(parent)
 	if err != nil {
 		return nil, fmt.Errorf("looking for runs: %w", err)
@@ -255,17 +256,18 @@ func sweep(ctx context.Context, parent string, keep time.Duration) (removed []st
 			}
 			continue
 		case err != nil:
-			return removed, fmt.Errorf("looking at run %s: %w", dir, err)
+			failed = errors.Join(failed, fmt.Errorf("looking at run %s: %w", dir, err))
+			continue
 		}
 		gone, err := sweepOne(ctx, dir, keep)
 		if gone {
 			removed = append(removed, dir)
 		}
 		if err := errors.Join(err, lock.Release()); err != nil {
-			return removed, fmt.Errorf("sweeping run %s: %w", dir, err)
+			failed = errors.Join(failed, fmt.Errorf("sweeping run %s: %w", dir, err))
 		}
 	}
-	return removed, nil
+	return removed, failed
 }
 
 func sweepOne(ctx context.Context, dir string, keep time.Duration) (gone bool, err error) {

@@ -57,6 +57,42 @@ var _ process.Host = (*Machine)(nil)
 // namespaces are those that a machine has of its own.
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC
 
+// Possible returns nil where machines can be made, and otherwise what is in the way. It makes what a machine is
+// made of, on a thread that takes all of it along.
+func Possible() error {
+	if os.Geteuid() != 0 {
+		return errors.New("machines need root")
+	}
+	result := make(chan error, 1)
+	onThreadOfItsOwn(func() {
+		if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC); err != nil {
+			result <- fmt.Errorf("making namespaces: %w", err)
+			return
+		}
+		result <- probeMounts()
+	})
+	return <-result
+}
+
+// probeMounts makes mounts like those of a machine.
+func probeMounts() error {
+	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("making mounts private: %w", err)
+	}
+	if err := unix.Mount("run", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("mounting a tmpfs: %w", err)
+	}
+	for _, dir := range []string{"/run/upper", "/run/work"} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return fmt.Errorf("making a folder: %w", err)
+		}
+	}
+	if err := unix.Mount("var", "/var", "overlay", 0, "lowerdir=/var,upperdir=/run/upper,workdir=/run/work"); err != nil {
+		return fmt.Errorf("mounting an overlay: %w", err)
+	}
+	return nil
+}
+
 // startTimeout bounds a start, which takes milliseconds on an idle machine.
 const startTimeout = 30 * time.Second
 
