@@ -58,7 +58,10 @@ func (g *gate) judge(serving, next *tls.Certificate) error {
 		return nil // Nothing was ever published: no pod trusts anything that next could break.
 	}
 	now := time.Now()
-	var known []*x509.Certificate
+	if (now.Before(next.Leaf.NotBefore) || now.After(next.Leaf.NotAfter)) && now.Before(serving.Leaf.NotAfter) {
+		return errors.New("it is not valid at this time")
+	}
+	var known, published []*x509.Certificate
 	for _, root := range g.base {
 		// One that the record has lost was dropped since.
 		if _, kept := g.record[digest(root)]; kept || g.record == nil {
@@ -67,6 +70,9 @@ func (g *gate) judge(serving, next *tls.Certificate) error {
 	}
 	var since time.Time // when the root of next was published, where it was
 	for _, c := range g.record {
+		if !c.published.IsZero() {
+			published = append(published, c.cert)
+		}
 		switch {
 		case c.published.IsZero():
 		case now.Sub(c.published) >= g.propagation:
@@ -76,6 +82,10 @@ func (g *gate) judge(serving, next *tls.Certificate) error {
 		}
 	}
 	if verifies(next, now, known...) {
+		return nil
+	}
+	// Roots can end before leaves do. Then nobody is served by waiting.
+	if verifies(next, now, published...) && !verifies(serving, now, append(published, known...)...) {
 		return nil
 	}
 	left := serving.Leaf.NotAfter.Sub(now)

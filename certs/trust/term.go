@@ -34,7 +34,6 @@ type held struct {
 
 	roots, record [sha256.Size]byte // digests of the data
 	owners        []types.UID
-	immutable     bool
 	drop          string // DropAnnotation
 }
 
@@ -48,7 +47,6 @@ func strip(obj any) (any, error) {
 		ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion},
 		roots:      sha256.Sum256([]byte(m.Data[RootsKey])),
 		record:     sha256.Sum256([]byte(m.Data[RecordKey])),
-		immutable:  m.Immutable != nil && *m.Immutable,
 		drop:       strings.Clone(m.Annotations[DropAnnotation]), // not the whole object with it
 	}
 	for _, owner := range m.OwnerReferences {
@@ -304,9 +302,9 @@ func (p *term) set(r record) {
 }
 
 // landed reports whether every namespace has the present roots, by what the API server has told. Left out
-// are those where there is no ConfigMap yet, and so no pod runs that could miss a root; and those where
-// one that cannot be changed is in the way, with which a tenant could otherwise hold up everybody's
-// rotation. The caller holds mu.
+// are those where there is no ConfigMap yet, and so no pod runs that could miss a root; and those where one
+// is in the way to which our key cannot be added: it is immutable, full, or has the key as binary data. A
+// tenant could otherwise hold up everybody's rotation with such. The caller holds mu.
 func (p *term) landed() bool {
 	if p.want == nil {
 		return false
@@ -317,7 +315,8 @@ func (p *term) landed() bool {
 	}
 	for _, obj := range p.namespaces.GetStore().List() {
 		ns := obj.(*metav1.PartialObjectMetadata)
-		if m := p.held(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != want && !m.immutable {
+		inTheWay := apierrors.IsInvalid(p.failing[ns.Name]) || apierrors.IsRequestEntityTooLargeError(p.failing[ns.Name])
+		if m := p.held(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != want && !inTheWay {
 			return false
 		}
 	}

@@ -487,27 +487,72 @@ func TestOneNamespaceThatCannotBeWrittenHoldsBackTheLeaf(t *testing.T) {
 	})
 }
 
+// A tenant has several ways to make a ConfigMap to which our key cannot be added.
 func TestTenantsCannotHoldBackTheLeaf(t *testing.T) {
+	for name, inTheWay := range map[string]struct {
+		object object
+		status int32
+		reason metav1.StatusReason
+	}{
+		"immutable":   {object{"immutable": true}, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
+		"binary data": {object{"binaryData": map[string]any{trust.RootsKey: ""}}, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
+		"full":        {object{}, http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t)
+				cas := []*certstest.CA{newCA(t), newCA(t)}
+				b.mount(cas[0])
+				b.api.put("configmaps", "shop", "credence-trust", inTheWay.object)
+				b.api.refuse = func(method, _, namespace string) *metav1.Status {
+					if method == http.MethodPatch && namespace == "shop" {
+						return failure(inTheWay.status, inTheWay.reason, "it cannot be changed")
+					}
+					return nil
+				}
+				r := b.start(nil)
+				time.Sleep(settle)
+				second := b.mount(cas[1])
+				time.Sleep(4 * time.Minute)
+				if !serves(t, r, second) {
+					t.Errorf("a ConfigMap that cannot be changed holds back the leaf: %v", r.pair.Err())
+				}
+				if err := r.Err(); err == nil || !strings.Contains(err.Error(), "shop") {
+					t.Errorf("Err does not name the namespace: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// A root can end before the leaves under it. Then nobody is served by keeping such a leaf for three minutes.
+func TestLeafOfAnExpiredRootIsReplacedAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
-		cas := []*certstest.CA{newCA(t), newCA(t)}
-		b.mount(cas[0])
-		b.api.put("configmaps", "shop", "credence-trust", object{"immutable": true, "data": map[string]any{trust.RootsKey: string(cas[0].PEM)}})
-		b.api.refuse = func(method, _, namespace string) *metav1.Status {
-			if method == http.MethodPatch && namespace == "shop" {
-				return failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
-			}
-			return nil
+		short := certstest.NewCAWith(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Hour) })
+		b.mount(short)
+		r := b.start(nil)
+		time.Sleep(time.Hour + time.Minute)
+		second := b.mount(newCA(t))
+		time.Sleep(settle)
+		if !serves(t, r, second) {
+			t.Errorf("the leaf that nobody can verify is still served: %v", r.pair.Err())
 		}
+	})
+}
+
+// A leaf that has expired is no reason to give up one that has not, whatever the files hold.
+func TestExpiredLeafIsNotTakenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		ca := newCA(t)
+		first := b.mount(ca)
 		r := b.start(nil)
 		time.Sleep(settle)
-		second := b.mount(cas[1])
-		time.Sleep(4 * time.Minute)
-		if !serves(t, r, second) {
-			t.Errorf("a ConfigMap that cannot be changed holds back the leaf: %v", r.pair.Err())
-		}
-		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "shop") {
-			t.Errorf("Err does not name the namespace: %v", err)
+		b.mountWith(ca, time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour))
+		time.Sleep(settle)
+		if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrHeld) {
+			t.Errorf("the good leaf is not served any more: %v", r.pair.Err())
 		}
 	})
 }
