@@ -12,6 +12,10 @@ import (
 // readiness are the conditions under which this broker should be asked.
 func (p parts) readiness(based *atomic.Bool) []admin.Check {
 	return []admin.Check{
+		{Name: "certificate", Err: func() error {
+			end := p.pair.NotAfter()
+			return unless(time.Now().Before(end), "it expired at "+end.UTC().Format(time.RFC3339))
+		}},
 		{Name: "base ARN", Err: func() error { return unless(based.Load(), "STS has not said which account this is") }},
 		{Name: "informers", Err: func() error {
 			return unless(p.directory.Synced(), "not all pods, namespaces and service accounts are listed yet")

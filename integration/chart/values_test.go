@@ -41,6 +41,7 @@ func TestSchemaRefuses(t *testing.T) {
 
 		{"clusterName=x", "/clusterName", "does not match pattern"},
 		{"annotationPrefix=iam.amazonaws.com/", "/annotationPrefix", "does not match pattern"},
+		{"annotationPrefix=pods.kubernetes.io", "/annotationPrefix", "'not' failed"},
 		{"logLevel=verbose", "/logLevel", "value must be one of 'debug', 'info', 'warn', 'error'"},
 		{"aws.region=eu central", "/aws/region", "does not match pattern"},
 		{"aws.baseARN=arn:aws:iam::123456789012:role", "/aws/baseARN", "does not match pattern"},

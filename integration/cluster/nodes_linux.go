@@ -394,17 +394,17 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 // program starts a program of the node's own.
 func (node *Node) program(tool tools.Tool, args ...string) (*process.Process, error) {
 	// The shim is looked for there, and what comes from the system.
-	path := filepath.Dir(node.nodes.cluster.programs[tools.ContainerdShim])
+	path := []string{filepath.Dir(node.nodes.cluster.programs[tools.ContainerdShim])}
 	for _, needed := range fromSystem {
 		found, err := lookPath(needed.program)
 		if err != nil {
 			return nil, fmt.Errorf("finding %s: %w", needed.program, err)
 		}
-		path += ":" + filepath.Dir(found)
+		path = append(path, filepath.Dir(found))
 	}
 	return node.Start(process.Command{
 		Name: node.Name() + "-" + string(tool), Path: node.nodes.cluster.programs[tool], Args: args,
-		Env: []string{"PATH=" + path + ":/usr/sbin:/usr/bin:/sbin:/bin"},
+		Env: []string{"PATH=" + strings.Join(append(path, "/usr/sbin", "/usr/bin", "/sbin", "/bin"), ":")},
 	})
 }
 

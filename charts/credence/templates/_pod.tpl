@@ -96,7 +96,7 @@ apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
   name: credence-{{ .component }}
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "credence.labels" . | nindent 4 }}
 spec:
@@ -115,7 +115,7 @@ apiVersion: v1
 kind: ServiceAccount
 metadata:
   name: credence-{{ .component }}
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "credence.labels" . | nindent 4 }}
   {{- with $values.serviceAccount.annotations }}
