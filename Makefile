@@ -56,6 +56,7 @@ check: ## formatting, vet, lint, generated code, go.mod, wire compatibility, kno
 
 .PHONY: demo
 demo: ## the whole path, told step by step; DEMO_ROLE=name chooses the role, KEEP=1 keeps the cluster
+	@.ci/packages runc=runc iptables=iptables
 	@go run ./integration/demo
 
 .PHONY: chart
