@@ -247,7 +247,8 @@ func (c *Cluster) startComponents(ctx context.Context) error {
 		"--leader-elect=false", // it is alone
 		"--service-account-private-key-file="+tokenPrivateFile,
 		"--root-ca-file="+caFile,
-		"--use-service-account-credentials", // as clusters do: controllers have no more rights than they need
+		"--flex-volume-plugin-dir="+filepath.Join(c.run.Dir(), "volume-plugins"), // it makes the default, in /usr
+		"--use-service-account-credentials",                                      // as clusters do: controllers have no more rights than they need
 		// They request some 50 tokens at the start, which the default limit of 20 a second stretches to seconds.
 		"--kube-api-qps=500", "--kube-api-burst=500",
 	)
