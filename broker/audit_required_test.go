@@ -33,7 +33,7 @@ func (world) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Namesp
 		}, nil
 }
 
-func (world) Get(ctx context.Context, g policy.Grant) (cache.Value, error) {
+func (world) Get(ctx context.Context, g policy.Grant, _ string) (cache.Value, error) {
 	c, err := session(ctx, g)
 	return cache.Value{Credential: c, RefreshAfter: time.Minute}, err
 }

@@ -40,9 +40,10 @@ type Binder interface {
 
 // Sessions answers grants.
 //
-// Get returns a valid session for the grant, waiting no longer than ctx.
+// Get returns a valid session for the grant of a pod in the namespace, waiting no longer than ctx, or
+// cache.ErrClassFull where the namespace has as many distinct grants as it may.
 type Sessions interface {
-	Get(ctx context.Context, grant policy.Grant) (cache.Value, error)
+	Get(ctx context.Context, grant policy.Grant, namespace string) (cache.Value, error)
 }
 
 // Config configures [New].
@@ -59,6 +60,9 @@ type Config struct {
 	Audit *audit.Log
 	// Region is told to pods that ask for none themselves. Default: none is told.
 	Region string
+	// Notify is told of each refusal that a person must mend, of a live pod: also while the pod still gets
+	// the session that could not be renewed. It must not block. Default: nobody is told.
+	Notify func(policy.Pod, *credential.Error)
 	// Logger is told of failures that are the broker's own. Required.
 	Logger *slog.Logger
 }
@@ -145,11 +149,20 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lea
 	}
 	grant, err := b.cfg.Rules.Grant(pod, ns)
 	if err != nil {
+		b.notify(pod, err)
 		return credential.Lease{}, err
 	}
 	entry.Role, entry.SessionName = grant.Role().String(), grant.SessionName()
-	session, err := b.cfg.Sessions.Get(ctx, grant)
-	if err != nil {
+	session, err := b.cfg.Sessions.Get(ctx, grant, pod.Namespace)
+	if errors.Is(err, cache.ErrClassFull) {
+		err = credential.Errorf(credential.ErrDenied, credential.ReasonTooManyGrants,
+			"namespace %q has as many distinct sessions as one namespace may: let its pods share them, by equal annotations and a wider %q",
+			pod.Namespace, b.cfg.Rules.Keys().Name(policy.SessionScope))
+	}
+	if err == nil {
+		b.notify(pod, session.Failure)
+	} else {
+		b.notify(pod, err)
 		return credential.Lease{}, err
 	}
 	entry.Decision, entry.AccessKeyID, entry.Expiration = audit.Allow, session.AccessKeyID, session.Expiration
@@ -158,6 +171,16 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lea
 		region = b.cfg.Region
 	}
 	return credential.Lease{Credential: session.Credential, Role: grant.Role(), Region: region, RefreshAfter: session.RefreshAfter}, nil
+}
+
+// notify passes on what a person must mend.
+func (b *Broker) notify(pod policy.Pod, err error) {
+	if b.cfg.Notify == nil || !errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) {
+		return
+	}
+	if e, ok := errors.AsType[*credential.Error](err); ok {
+		b.cfg.Notify(pod, e)
+	}
 }
 
 // bearer takes the token out of the call's metadata.

@@ -4,15 +4,17 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Keeper keeps sessions fresh while somebody wants them.
+// Keeper keeps sessions fresh while somebody wants them, on behalf of a namespace. Keep fails when the
+// namespace has as many distinct grants as it may; Release takes back a Keep that did not.
 type Keeper interface {
-	Keep(grant policy.Grant)
-	Release(grant policy.Grant)
+	Keep(grant policy.Grant, namespace string) error
+	Release(grant policy.Grant, namespace string)
 }
 
 // Prefetch keeps the grant of every injected pod warm, so that no pod waits for STS, and lets go of
@@ -24,10 +26,19 @@ type Prefetch struct {
 	cfg  PrefetchConfig
 	wake chan struct{} // holds one
 
-	mu    sync.Mutex
-	dirty map[string]struct{} // keys of pods to look at; guarded by mu
+	mu      sync.Mutex
+	dirty   map[string]struct{} // keys of pods to look at; guarded by mu
+	looking bool                // Run has taken keys out of dirty, and is not through with them; guarded by mu
 
-	grants map[string]policy.Grant // :: pod key → what is kept for it; used by Run alone
+	// Used by Run alone.
+	kept    map[string]held                // :: pod key → what is kept for it
+	waiting map[string]map[string]struct{} // :: namespace that is full → keys of pods that would want something
+}
+
+// held is what is kept for a pod.
+type held struct {
+	grant     policy.Grant
+	namespace string
 }
 
 // PrefetchConfig configures [NewPrefetch].
@@ -49,22 +60,35 @@ func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
 		return nil, errors.New("prefetching needs Lookup, Rules, Sessions and a Logger")
 	}
 	return &Prefetch{
-		cfg:    cfg,
-		wake:   make(chan struct{}, 1),
-		dirty:  make(map[string]struct{}),
-		grants: make(map[string]policy.Grant),
+		cfg:     cfg,
+		wake:    make(chan struct{}, 1),
+		dirty:   make(map[string]struct{}),
+		kept:    make(map[string]held),
+		waiting: make(map[string]map[string]struct{}),
 	}, nil
 }
 
-// Changed says that the pod of that key appeared, changed or went. It does not block.
-func (p *Prefetch) Changed(key string) {
+// Changed says that the pods of those keys appeared, changed or went. It does not block.
+func (p *Prefetch) Changed(keys ...string) {
 	p.mu.Lock()
-	p.dirty[key] = struct{}{}
+	for _, key := range keys {
+		p.dirty[key] = struct{}{}
+	}
 	p.mu.Unlock()
 	select {
 	case p.wake <- struct{}{}:
 	default:
 	}
+}
+
+// Pending returns how many pods are still to be looked at. It is not 0 before the last of them has been.
+func (p *Prefetch) Pending() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.looking {
+		return len(p.dirty) + 1
+	}
+	return len(p.dirty)
 }
 
 // Run follows changes until ctx ends.
@@ -78,35 +102,66 @@ func (p *Prefetch) Run(ctx context.Context) error {
 		p.mu.Lock()
 		keys := p.dirty
 		p.dirty = make(map[string]struct{})
+		p.looking = true
 		p.mu.Unlock()
 		for key := range keys {
 			p.look(ctx, key)
 		}
+		p.mu.Lock()
+		p.looking = false
+		p.mu.Unlock()
 	}
 }
 
 // look brings what is kept for one pod up to date.
 func (p *Prefetch) look(ctx context.Context, key string) {
-	var now policy.Grant
+	namespace, _, _ := strings.Cut(key, "/")
+	p.stopWaiting(namespace, key)
+	var now held
 	if pod, ns, ok := p.cfg.Lookup(key); ok {
 		grant, err := p.cfg.Rules.Grant(pod, ns)
 		if err != nil {
 			// The pod itself will be told, when it asks.
 			p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
+		} else {
+			now = held{grant, namespace}
 		}
-		now = grant
 	}
-	before := p.grants[key]
+	before := p.kept[key]
 	if now == before {
 		return
 	}
-	if !now.IsZero() {
-		p.cfg.Sessions.Keep(now)
-		p.grants[key] = now
-	} else {
-		delete(p.grants, key)
+	if before != (held{}) {
+		delete(p.kept, key)
+		p.release(before)
 	}
-	if !before.IsZero() {
-		p.cfg.Sessions.Release(before)
+	if now == (held{}) {
+		return
+	}
+	if err := p.cfg.Sessions.Keep(now.grant, namespace); err != nil {
+		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
+		if p.waiting[namespace] == nil {
+			p.waiting[namespace] = make(map[string]struct{})
+		}
+		p.waiting[namespace][key] = struct{}{}
+		return
+	}
+	p.kept[key] = now
+}
+
+// release lets go of what was kept, and has one of the pods looked at that may take its place.
+func (p *Prefetch) release(h held) {
+	p.cfg.Sessions.Release(h.grant, h.namespace)
+	for key := range p.waiting[h.namespace] {
+		p.stopWaiting(h.namespace, key)
+		p.Changed(key)
+		break
+	}
+}
+
+func (p *Prefetch) stopWaiting(namespace, key string) {
+	delete(p.waiting[namespace], key)
+	if len(p.waiting[namespace]) == 0 {
+		delete(p.waiting, namespace)
 	}
 }

@@ -10,12 +10,15 @@ import (
 	"testing/synctest"
 
 	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
 // keeper counts what is kept.
 type keeper struct {
+	most int // distinct roles, if not 0
+
 	mu   sync.Mutex
 	kept map[string]int // :: role name → Keep calls not released; guarded by mu
 }
@@ -28,8 +31,19 @@ func (k *keeper) add(g policy.Grant, n int) {
 		delete(k.kept, g.Role().Name())
 	}
 }
-func (k *keeper) Keep(g policy.Grant)    { k.add(g, 1) }
-func (k *keeper) Release(g policy.Grant) { k.add(g, -1) }
+
+func (k *keeper) Keep(g policy.Grant, _ string) error {
+	k.mu.Lock()
+	full := k.most > 0 && len(k.kept) == k.most && k.kept[g.Role().Name()] == 0
+	k.mu.Unlock()
+	if full {
+		return cache.ErrClassFull
+	}
+	k.add(g, 1)
+	return nil
+}
+
+func (k *keeper) Release(g policy.Grant, _ string) { k.add(g, -1) }
 
 func (k *keeper) want(t *testing.T, want map[string]int) {
 	t.Helper()
@@ -40,75 +54,130 @@ func (k *keeper) want(t *testing.T, want map[string]int) {
 	}
 }
 
+// pods are the pods of a namespace, and a Prefetch that follows them.
+type pods struct {
+	t        *testing.T
+	prefetch *broker.Prefetch
+
+	mu        sync.Mutex
+	roles     map[string]string // :: pod key → its role; guarded by mu
+	permitted string            // guarded by mu
+}
+
+func newPods(t *testing.T, sessions broker.Keeper) *pods {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	base, err := credential.BaseOf("aws", "123456789012")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pods{t: t, roles: map[string]string{}, permitted: ".*"}
+	p.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
+		Rules: rules, Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
+		Lookup: func(key string) (policy.Pod, policy.Namespace, bool) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			role, ok := p.roles[key]
+			return policy.Pod{Namespace: "shop", Name: key, UID: key, Annotations: map[string]string{keys.Name(policy.Role): role}},
+				policy.Namespace{
+					Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled},
+					Annotations: map[string]string{keys.Name(policy.Permitted): p.permitted},
+				}, ok
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// run follows the pods until the test ends.
+func (p *pods) run() {
+	ctx, cancel := context.WithCancel(p.t.Context())
+	p.t.Cleanup(cancel)
+	go func() { _ = p.prefetch.Run(ctx) }()
+}
+
+// set gives a pod a role; an empty one ends the pod.
+func (p *pods) set(name, role string) {
+	key := "shop/" + name
+	p.mu.Lock()
+	p.roles[key] = role
+	if role == "" {
+		delete(p.roles, key)
+	}
+	p.mu.Unlock()
+	p.prefetch.Changed(key)
+}
+
 func TestPrefetchFollowsPods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		keys, err := policy.NewKeys(policy.DefaultPrefix)
-		if err != nil {
-			t.Fatal(err)
-		}
-		base, err := credential.BaseOf("aws", "123456789012")
-		if err != nil {
-			t.Fatal(err)
-		}
-		rules, err := policy.New(policy.Config{Keys: keys, Base: base})
-		if err != nil {
-			t.Fatal(err)
-		}
-		var mu sync.Mutex
-		roles := map[string]string{} // :: pod key → its role; guarded by mu
-		permitted := ".*"            // guarded by mu
 		sessions := &keeper{kept: map[string]int{}}
-		p, err := broker.NewPrefetch(broker.PrefetchConfig{
-			Rules: rules, Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
-			Lookup: func(key string) (policy.Pod, policy.Namespace, bool) {
-				mu.Lock()
-				defer mu.Unlock()
-				role, ok := roles[key]
-				return policy.Pod{Namespace: "shop", Name: key, UID: key, Annotations: map[string]string{keys.Name(policy.Role): role}},
-					policy.Namespace{
-						Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled},
-						Annotations: map[string]string{keys.Name(policy.Permitted): permitted},
-					}, ok
-			},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		set := func(key, role string) {
-			mu.Lock()
-			roles[key] = role
-			if role == "" {
-				delete(roles, key)
-			}
-			mu.Unlock()
-			p.Changed(key)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
+		p := newPods(t, sessions)
 		// Far more changes than any buffer, before anybody looks: none is lost.
 		for i := range 5000 {
-			set(fmt.Sprintf("pod-%d", i), "a")
+			p.set(fmt.Sprintf("pod-%d", i), "a")
 		}
-		go func() { _ = p.Run(ctx) }()
+		if n := p.prefetch.Pending(); n != 5000 {
+			t.Errorf("%d pods are pending", n)
+		}
+		p.run()
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 5000})
+		if n := p.prefetch.Pending(); n != 0 {
+			t.Errorf("%d pods are pending after all", n)
+		}
 
-		set("pod-0", "b")
-		set("pod-1", "")
+		p.set("pod-0", "b")
+		p.set("pod-1", "")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998, "b": 1})
 
 		for range 3 {
-			p.Changed("pod-0") // nothing new
+			p.prefetch.Changed("shop/pod-0") // nothing new
 		}
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998, "b": 1})
 
-		mu.Lock()
-		permitted = ".*/a"
-		mu.Unlock()
-		p.Changed("pod-0")
+		p.mu.Lock()
+		p.permitted = ".*/a"
+		p.mu.Unlock()
+		p.prefetch.Changed("shop/pod-0")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998})
+	})
+}
+
+// What a full namespace could not have, it has as soon as there is room.
+func TestPrefetchOfAFullNamespace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sessions := &keeper{most: 2, kept: map[string]int{}}
+		p := newPods(t, sessions)
+		p.run()
+		for _, name := range []string{"a", "b", "c", "d"} {
+			p.set(name, name)
+			synctest.Wait()
+		}
+		sessions.want(t, map[string]int{"a": 1, "b": 1})
+		p.set("c", "") // which waited, and is gone
+		p.set("a", "")
+		synctest.Wait()
+		sessions.want(t, map[string]int{"b": 1, "d": 1})
+		// A pod may change to what takes its own place.
+		p.set("b", "e")
+		synctest.Wait()
+		sessions.want(t, map[string]int{"d": 1, "e": 1})
+		p.set("d", "")
+		p.set("e", "")
+		p.set("b", "")
+		synctest.Wait()
+		sessions.want(t, map[string]int{})
 	})
 }

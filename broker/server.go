@@ -3,10 +3,12 @@ package broker
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -51,10 +53,27 @@ const drainTime = 20 * time.Second
 // readyPoll is how often readiness is looked at for the health service.
 const readyPoll = 250 * time.Millisecond
 
-// Serve serves b on listener, with the standard gRPC health service beside it, until ctx ends. Then
-// it reports itself unhealthy, lets the calls under way end, and returns.
-func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Config, ready func() bool, log *slog.Logger) error {
-	server := grpc.NewServer(options(config, log)...)
+// ServerConfig configures [Broker.Serve].
+type ServerConfig struct {
+	// Listener accepts connections. Required; Serve closes it.
+	Listener net.Listener
+	// TLS proves the broker. Required.
+	TLS *tls.Config
+	// Ready says whether this broker should be asked, for the health service. Required.
+	Ready func() bool
+	// Interceptors see every call, the first one first. Default: none.
+	Interceptors []grpc.UnaryServerInterceptor
+	// Logger is told of panics. Required.
+	Logger *slog.Logger
+}
+
+// Serve answers calls, with the standard gRPC health service beside it, until ctx ends. Then it reports
+// itself unhealthy, lets the calls under way end, and returns.
+func (b *Broker) Serve(ctx context.Context, cfg ServerConfig) error {
+	if cfg.Listener == nil || cfg.TLS == nil || cfg.Ready == nil || cfg.Logger == nil {
+		return errors.New("serving needs a Listener, a TLS configuration, Ready and a Logger")
+	}
+	server := grpc.NewServer(options(cfg)...)
 	brokerpb.RegisterBrokerServer(server, b)
 	state := health.NewServer()
 	healthpb.RegisterHealthServer(server, state)
@@ -65,15 +84,15 @@ func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Co
 	set(healthpb.HealthCheckResponse_NOT_SERVING)
 
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(netutil.LimitListener(listener, maxConnections)) }()
+	go func() { served <- server.Serve(netutil.LimitListener(cfg.Listener, maxConnections)) }()
 	ticker := time.NewTicker(readyPoll)
 	defer ticker.Stop()
-	for healthy := false; ; {
+	for healthy := false; ctx.Err() == nil; {
 		select {
 		case err := <-served:
 			return fmt.Errorf("serving gRPC: %w", err)
 		case <-ticker.C:
-			if now := ready(); now != healthy {
+			if now := cfg.Ready(); now != healthy {
 				healthy = now
 				if healthy {
 					set(healthpb.HealthCheckResponse_SERVING)
@@ -81,17 +100,17 @@ func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Co
 					set(healthpb.HealthCheckResponse_NOT_SERVING)
 				}
 			}
-			continue
 		case <-ctx.Done():
 		}
-		break
 	}
 	state.Shutdown()
 	drained := make(chan struct{})
 	go func() { server.GracefulStop(); close(drained) }()
+	timeout := time.NewTimer(drainTime)
+	defer timeout.Stop()
 	select {
 	case <-drained:
-	case <-time.After(drainTime): //nolint:forbidigo // Once in a process's life.
+	case <-timeout.C:
 		server.Stop()
 		<-drained
 	}
@@ -99,9 +118,9 @@ func Serve(ctx context.Context, listener net.Listener, b *Broker, config *tls.Co
 }
 
 // options are the bounds of a gRPC server, its keepalive, and panics turned into errors.
-func options(config *tls.Config, log *slog.Logger) []grpc.ServerOption {
+func options(cfg ServerConfig) []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.Creds(credentials.NewTLS(config)),
+		grpc.Creds(credentials.NewTLS(cfg.TLS)),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
@@ -114,15 +133,15 @@ func options(config *tls.Config, log *slog.Logger) []grpc.ServerOption {
 		grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
 			return status.Error(codes.Unimplemented, "this server has no streams; use Check")
 		}),
-		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+		grpc.ChainUnaryInterceptor(append(slices.Clone(cfg.Interceptors), func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 			defer func() {
 				if p := recover(); p != nil {
 					// The request may hold a token; the stack's arguments are addresses only.
-					log.ErrorContext(ctx, "Panic while answering", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+					cfg.Logger.ErrorContext(ctx, "Panic while answering", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 					resp, err = nil, brokerpb.ToStatus(fmt.Errorf("panic: %v", p)).Err()
 				}
 			}()
 			return handler(ctx, req)
-		}),
+		})...),
 	}
 }

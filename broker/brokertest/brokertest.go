@@ -48,7 +48,8 @@ type Pod struct {
 type Broker struct {
 	listener *bufconn.Listener
 	roots    *certs.Roots
-	sessions *cache.Cache[policy.Grant]
+	stop     context.CancelFunc
+	ended    chan struct{}
 
 	mu     sync.Mutex
 	pods   map[string]Pod // :: token → pod; guarded by mu
@@ -76,25 +77,37 @@ func Start(t testing.TB, sts STS, audited io.Writer) *Broker {
 	must(t, err)
 	decisions, err := audit.New(audit.Config{Writer: audited, Logger: log})
 	must(t, err)
-	b := &Broker{listener: bufconn.Listen(1 << 20), roots: roots, sessions: sessions, pods: make(map[string]Pod)}
+	b := &Broker{listener: bufconn.Listen(1 << 20), roots: roots, pods: make(map[string]Pod)}
 	served, err := broker.New(broker.Config{
 		Verifier: b, Binder: b, Rules: rules, Sessions: sessions, Audit: decisions, Region: "eu-central-1", Logger: log,
 	})
 	must(t, err)
 
-	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	// As in the program: first the server drains, then what it needs stops.
+	work, stopWork := context.WithCancel(context.WithoutCancel(t.Context()))
+	serving, stop := context.WithCancel(work)
+	b.stop, b.ended = stop, make(chan struct{})
 	var running sync.WaitGroup
-	running.Go(func() { _ = sessions.Run(ctx) })
-	running.Go(func() { _ = decisions.Run(ctx) })
-	running.Go(func() {
-		_ = broker.Serve(ctx, b.listener, served, certs.ServerConfig(pair), func() bool { return true }, log)
-	})
-	t.Cleanup(func() {
-		cancel()
-		_ = b.listener.Close()
+	running.Go(func() { _ = sessions.Run(work) })
+	running.Go(func() { _ = decisions.Run(work) })
+	go func() {
+		defer close(b.ended)
+		_ = served.Serve(serving, broker.ServerConfig{Listener: b.listener, TLS: certs.ServerConfig(pair), Ready: func() bool { return true }, Logger: log})
+		stopWork()
 		running.Wait()
+	}()
+	t.Cleanup(func() {
+		stop()
+		_ = b.listener.Close()
+		<-b.ended
 	})
 	return b
+}
+
+// Stop tells the broker to end. The channel is closed when it has.
+func (b *Broker) Stop() (ended <-chan struct{}) {
+	b.stop()
+	return b.ended
 }
 
 // Set makes p live: its token is accepted from now on.

@@ -3,8 +3,9 @@
 //
 // What it promises: callers never run the fetch on their own context, so one who leaves takes
 // nothing from the others; a session that is still valid is never dropped because its renewal
-// failed; no key that is kept is ever forgotten, however many fall due together. It does not know
-// what a key means, and it does not decide who may have what.
+// failed; no key that is kept is ever forgotten, however many fall due together; and of those who
+// wait, no class is served before the others because it asks for more. It does not know what a key
+// or a class means, and it does not decide who may have what.
 package cache
 
 import (
@@ -15,6 +16,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -63,34 +65,49 @@ type Config[K comparable] struct {
 	Source credential.Source[K]
 	// Concurrency bounds the fetches that run at once. Default 64.
 	Concurrency int
-	// Rate bounds the fetches begun per second. Default 400: STS takes 600 calls per second and
-	// account, and is used by others too. rate.Inf lifts it.
+	// Rate bounds the fetches begun per second. Default [DefaultRate]. While the source says that it
+	// is throttled, or is away, fewer begin. rate.Inf lifts all of that.
 	Rate rate.Limit
+	// MaxPerClass bounds the distinct keys that one class has at a time, so that none can use up the
+	// memory and the rate of all. Default: no bound.
+	MaxPerClass int
 	// FetchTimeout bounds one fetch, whoever waits for it. Default 30 s.
 	FetchTimeout time.Duration
 	// Logger receives a line for each failed fetch. Required.
 	Logger *slog.Logger
 }
 
+// DefaultRate is how many fetches begin per second. STS takes 600 calls per second, account and
+// region, and is used by others too.
+const DefaultRate = 400
+
+// ErrClassFull refuses a key to a class that has as many as it may.
+var ErrClassFull = errors.New("the class has as many keys as it may")
+
 // Cache is a cache of credentials by key. It fetches nothing until Run is called. Its methods are
 // safe for concurrent use.
+//
+// Whoever asks for a key does so for a class, such as a tenant: queues are fair between classes.
 type Cache[K comparable] struct {
-	cfg     Config[K]
-	limiter *rate.Limiter
-	wake    chan struct{} // tells Run that there is something new to do; holds one
+	cfg  Config[K]
+	wake chan struct{} // tells Run that there is something new to do; holds one
 
-	mu      sync.Mutex // guards what follows, and the fields of every entry
-	entries map[K]*entry[K]
-	due     dueHeap[K]   // entries by the time they need attention
-	queue   queueHeap[K] // entries whose fetch has not begun
-	running int          // fetches that have begun and not ended
-	stopped bool
+	mu       sync.Mutex // guards what follows, and the fields of every entry
+	entries  map[K]*entry[K]
+	perClass map[string]int // :: class → how many entries it has
+	due      dueHeap[K]     // entries by the time they need attention
+	queue    queue[K]       // entries whose fetch has not begun
+	pace     pace
+	running  int // fetches that have begun and not ended
+	counts   counts
+	stopped  bool
 }
 
 // entry is what is known of one key.
 type entry[K comparable] struct {
-	key  K
-	kept int // how many Keep calls have not been released
+	key     K
+	classes []usage // who has asked for it; one, as a rule
+	kept    int     // how many Keep calls have not been released
 
 	held      credential.Credential // zero until the first fetch succeeded
 	failure   error                 // of the last fetch; nil after a success
@@ -104,13 +121,22 @@ type entry[K comparable] struct {
 	queued   int // index in Cache.queue; -1 when not there
 }
 
-// flight is one fetch and those who wait for it.
+// usage is what one class has of an entry.
+type usage struct {
+	class string
+	kept  int // of entry.kept
+}
+
+// flight is one fetch and those who wait for it. All but done is guarded by Cache.mu until done is
+// closed.
 type flight struct {
-	done    chan struct{} // closed when cred and err are final
-	waiters int           // callers who have nothing to go on with; guarded by Cache.mu
-	since   time.Time     // when the first of them came; guarded by Cache.mu
-	cred    credential.Credential
-	err     error
+	done     chan struct{}   // closed when cred and err are final
+	origin   context.Context // of who asked first, for its values; nil when nobody waits
+	waiters  int             // callers who have nothing to go on with
+	turn     turn            // its place among those of its kind
+	outdated bool            // what is being fetched is not wanted any more: fetch again
+	cred     credential.Credential
+	err      error
 }
 
 func (f *flight) waitedFor() bool { return f.waiters > 0 }
@@ -120,6 +146,8 @@ type Value struct {
 	credential.Credential
 	// RefreshAfter is how long the caller should wait before asking again.
 	RefreshAfter time.Duration
+	// Failure is why the session could not be renewed so far; nil when that has not failed.
+	Failure error
 }
 
 // New checks cfg and returns an empty cache.
@@ -131,48 +159,68 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 		cfg.Concurrency = 64
 	}
 	if cfg.Rate == 0 {
-		cfg.Rate = 400
+		cfg.Rate = DefaultRate
 	}
 	if cfg.FetchTimeout == 0 {
 		cfg.FetchTimeout = 30 * time.Second
 	}
-	if cfg.Concurrency < 0 || cfg.Rate < 0 || cfg.FetchTimeout < 0 {
-		return nil, fmt.Errorf("cache bounds must not be negative: concurrency %d, rate %v, fetch timeout %s", cfg.Concurrency, cfg.Rate, cfg.FetchTimeout)
+	if cfg.Concurrency < 0 || cfg.Rate < 0 || cfg.FetchTimeout < 0 || cfg.MaxPerClass < 0 {
+		return nil, fmt.Errorf("cache bounds must not be negative: concurrency %d, rate %v, fetch timeout %s, keys of a class %d",
+			cfg.Concurrency, cfg.Rate, cfg.FetchTimeout, cfg.MaxPerClass)
 	}
 	return &Cache[K]{
-		cfg: cfg,
-		// A burst of the concurrency: the bound on running fetches is reached at once after a
-		// quiet time, and the rate holds from then on.
-		limiter: rate.NewLimiter(cfg.Rate, cfg.Concurrency),
-		wake:    make(chan struct{}, 1),
-		entries: make(map[K]*entry[K]),
+		cfg:      cfg,
+		wake:     make(chan struct{}, 1),
+		entries:  make(map[K]*entry[K]),
+		perClass: make(map[string]int),
+		pace:     newPace(cfg.Rate, cfg.Concurrency),
 	}, nil
 }
 
 // Get returns the credential of key, fetching it when none is held. It waits for a fetch no longer
-// than ctx, and the fetch goes on without it. The error is the source's own, credential.ErrUnavailable
-// when ctx ended first, or when the cache has stopped.
-func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
+// than ctx, and the fetch goes on without it. The error is [ErrClassFull], the source's own, or
+// credential.ErrUnavailable when ctx ended first or the cache has stopped.
+//
+// A fetch runs with the values of the context of who asked first, and without its end.
+func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) {
 	c.mu.Lock()
 	now := time.Now()
-	e := c.entry(key)
+	if c.stopped {
+		c.mu.Unlock()
+		return Value{}, errShuttingDown()
+	}
+	e, err := c.entry(key, class)
+	if err != nil {
+		c.mu.Unlock()
+		return Value{}, err
+	}
 	valid := e.held.Valid(now)
 	switch {
-	case c.stopped:
-		c.settle(e, now)
-		c.mu.Unlock()
-		return Value{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
-	case valid && (fraction(e.held, now) >= askHigh || now.Before(e.notBefore)):
+	case valid && fraction(e.held, now) >= askHigh:
+		c.counts.hits++
 		defer c.mu.Unlock()
 		return value(e.held, now), nil
+	case valid && now.Before(e.notBefore):
+		c.counts.stale++
+		defer c.mu.Unlock()
+		v := value(e.held, now)
+		v.Failure = e.failure
+		return v, nil
 	case !valid && now.Before(e.notBefore):
+		c.counts.misses++
 		defer c.mu.Unlock()
 		return Value{}, retryAt(e.failure, e.notBefore.Sub(now))
 	}
-	f := c.ask(e)
-	if !valid {
-		if f.waiters == 0 {
-			f.since = now
+	f := c.ask(e, class)
+	if f.origin == nil {
+		f.origin = context.WithoutCancel(ctx)
+	}
+	if valid {
+		c.counts.stale++
+	} else {
+		c.counts.misses++
+		if f.waiters == 0 && e.queued >= 0 {
+			c.queue.begin(e, waiting, class)
 		}
 		c.wait(e, f, +1)
 	}
@@ -203,7 +251,9 @@ func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
 			return value(f.cred, now), nil
 		}
 		if held.Valid(now) {
-			return value(held, now), nil
+			v := value(held, now)
+			v.Failure = f.err
+			return v, nil
 		}
 		return Value{}, f.err
 	default:
@@ -220,58 +270,57 @@ func (c *Cache[K]) Get(ctx context.Context, key K) (Value, error) {
 // wait counts a caller in or out of a flight, and moves the flight in the queue accordingly.
 func (c *Cache[K]) wait(e *entry[K], f *flight, n int) {
 	f.waiters += n
-	if e.flight == f && e.queued >= 0 {
-		heap.Fix(&c.queue, e.queued)
+	if e.flight == f {
+		c.queue.fix(e)
 	}
 }
 
 // Keep says that key is wanted: it is fetched ahead of the first Get and renewed until as many
-// Release calls have been made.
-func (c *Cache[K]) Keep(key K) {
+// Release calls have been made. It fails with [ErrClassFull] alone; there is nothing to release then.
+func (c *Cache[K]) Keep(key K, class string) error {
 	c.mu.Lock()
-	e := c.entry(key)
+	e, err := c.entry(key, class)
+	if err != nil {
+		c.mu.Unlock()
+		return err
+	}
 	e.kept++
+	e.classes[e.classIndex(class)].kept++
 	if e.kept == 1 {
 		c.settle(e, time.Now())
 	}
 	c.mu.Unlock()
 	c.poke()
+	return nil
 }
 
-// Release takes back one Keep. A key that nobody keeps is not renewed; its session is served until
-// it expires, and then forgotten.
-func (c *Cache[K]) Release(key K) {
+// Release takes back one Keep of the same key and class. A key that nobody keeps is not renewed; its
+// session is served until it expires, and then forgotten.
+func (c *Cache[K]) Release(key K, class string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, ok := c.entries[key]
-	if !ok || e.kept == 0 {
+	if !ok {
+		return
+	}
+	i := e.classIndex(class)
+	if i < 0 || e.classes[i].kept == 0 {
 		return
 	}
 	e.kept--
+	e.classes[i].kept--
+	if e.classes[i].kept == 0 {
+		c.leave(class)
+		e.classes = slices.Delete(e.classes, i, i+1)
+	}
 	if e.kept > 0 {
 		return
 	}
-	if e.queued >= 0 && e.flight.waiters == 0 {
-		heap.Remove(&c.queue, e.queued)
+	if e.queued >= 0 && !e.flight.waitedFor() {
+		c.queue.remove(e)
 		e.flight = nil
 	}
 	c.settle(e, time.Now())
-}
-
-// Warm reports how many kept keys hold a valid session, and how many are kept.
-func (c *Cache[K]) Warm() (warm, kept int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := time.Now()
-	for _, e := range c.entries {
-		if e.kept > 0 {
-			kept++
-			if e.held.Valid(now) {
-				warm++
-			}
-		}
-	}
-	return warm, kept
 }
 
 // Run fetches and renews until ctx ends. Fetches that are under way then are cancelled and waited
@@ -307,7 +356,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 		e := c.due[0]
 		heap.Pop(&c.due)
 		if e.kept > 0 {
-			c.ask(e)
+			c.ask(e, e.classes[0].class)
 		} else {
 			c.settle(e, now)
 		}
@@ -316,23 +365,29 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 	if len(c.due) > 0 {
 		next = min(next, c.due[0].dueAt.Sub(now))
 	}
-	for len(c.queue) > 0 && c.running < c.cfg.Concurrency {
-		reservation := c.limiter.ReserveN(now, 1)
-		if wait := reservation.DelayFrom(now); wait > 0 {
-			reservation.CancelAt(now)
+	for c.queue.len() > 0 && c.running < c.cfg.Concurrency {
+		if wait := c.pace.take(now); wait > 0 {
 			return min(next, wait)
 		}
-		e := heap.Pop(&c.queue).(*entry[K])
+		e := c.queue.next()
 		c.running++
-		fetches.Go(func() { c.fetch(ctx, e) })
+		origin := e.flight.origin
+		fetches.Go(func() { c.fetch(ctx, origin, e) })
 	}
 	return next
 }
 
-// fetch runs one fetch and shares its outcome. It runs on the cache's own context: a caller's would
-// end with the caller.
-func (c *Cache[K]) fetch(ctx context.Context, e *entry[K]) {
-	fetchCtx, cancel := context.WithTimeout(ctx, c.cfg.FetchTimeout)
+// fetch runs one fetch and shares its outcome. It ends with the cache's own context: a caller's would
+// end with the caller, whose values alone are taken, from origin.
+func (c *Cache[K]) fetch(ctx, origin context.Context, e *entry[K]) {
+	fetchCtx := ctx
+	if origin != nil {
+		var stop context.CancelFunc
+		fetchCtx, stop = context.WithCancel(origin)
+		defer stop()
+		defer context.AfterFunc(ctx, stop)()
+	}
+	fetchCtx, cancel := context.WithTimeout(fetchCtx, c.cfg.FetchTimeout)
 	defer cancel()
 	cred, err := c.source(fetchCtx, e.key)
 	now := time.Now()
@@ -341,16 +396,26 @@ func (c *Cache[K]) fetch(ctx context.Context, e *entry[K]) {
 			"the credentials that came had expired already: is the broker's clock right?")
 	}
 	if err != nil && ctx.Err() != nil {
-		err = credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
+		err = errShuttingDown()
 	}
 
 	c.mu.Lock()
 	f := e.flight
-	e.flight = nil
 	c.running--
+	c.pace.ended(now, err)
+	if f.outdated && ctx.Err() == nil {
+		f.outdated = false
+		c.queue.push(e)
+		c.mu.Unlock()
+		c.poke()
+		return
+	}
+	e.flight = nil
 	if err == nil {
+		c.counts.fetched++
 		e.held, e.failure, e.failures, e.notBefore = cred, nil, 0, time.Time{}
 	} else {
+		c.counts.failed++
 		e.failures++
 		e.failure, e.notBefore = err, now.Add(failureWait(err, e.failures))
 	}
@@ -384,31 +449,65 @@ func (c *Cache[K]) stop(fetches *sync.WaitGroup) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.stopped = true
-	for _, e := range c.queue {
+	for c.queue.len() > 0 {
+		e := c.queue.next()
 		f := e.flight
-		e.flight, e.queued = nil, -1
-		f.err = credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
+		e.flight = nil
+		f.err = errShuttingDown()
 		close(f.done)
 	}
-	c.queue = nil
 }
 
-// entry returns the entry of key, making it if need be. The caller must make sure that the entry
-// gets a flight or is settled, so that none is left that nothing ever looks at.
-func (c *Cache[K]) entry(key K) *entry[K] {
+func errShuttingDown() error {
+	return credential.Errorf(credential.ErrUnavailable, credential.ReasonShuttingDown, "this broker is shutting down; ask another")
+}
+
+// entry returns the entry of key, making it if need be, and notes that class has it. The caller must
+// make sure that the entry gets a flight or is settled, so that none is left that nothing ever looks
+// at.
+func (c *Cache[K]) entry(key K, class string) (*entry[K], error) {
 	e, ok := c.entries[key]
+	if ok && e.classIndex(class) >= 0 {
+		return e, nil
+	}
+	if c.cfg.MaxPerClass > 0 && c.perClass[class] >= c.cfg.MaxPerClass {
+		return nil, ErrClassFull
+	}
 	if !ok {
 		e = &entry[K]{key: key, dueIndex: -1, queued: -1}
 		c.entries[key] = e
 	}
-	return e
+	e.classes = append(e.classes, usage{class: class})
+	c.perClass[class]++
+	return e, nil
 }
 
-// ask returns the entry's flight, queueing one if there is none.
-func (c *Cache[K]) ask(e *entry[K]) *flight {
+// classIndex returns where class is in e.classes, or -1.
+func (e *entry[K]) classIndex(class string) int {
+	return slices.IndexFunc(e.classes, func(u usage) bool { return u.class == class })
+}
+
+// leave notes that class has one entry less.
+func (c *Cache[K]) leave(class string) {
+	if c.perClass[class]--; c.perClass[class] == 0 {
+		delete(c.perClass, class)
+	}
+}
+
+// forget drops the entry.
+func (c *Cache[K]) forget(e *entry[K]) {
+	for _, u := range e.classes {
+		c.leave(u.class)
+	}
+	delete(c.entries, e.key)
+}
+
+// ask returns the entry's flight, queueing one for class if there is none.
+func (c *Cache[K]) ask(e *entry[K], class string) *flight {
 	if e.flight == nil {
 		e.flight = &flight{done: make(chan struct{})}
-		heap.Push(&c.queue, e)
+		c.queue.begin(e, ahead, class)
+		c.queue.push(e)
 	}
 	return e.flight
 }
@@ -434,7 +533,7 @@ func (c *Cache[K]) settle(e *entry[K], now time.Time) {
 	case e.failure != nil && now.Before(e.notBefore.Add(failureMemory)):
 		e.dueAt = e.notBefore.Add(failureMemory)
 	default:
-		delete(c.entries, e.key)
+		c.forget(e)
 		return
 	}
 	// By the wall clock, as expirations are: an order of mixed clocks would break when one is set.
@@ -465,7 +564,7 @@ func fraction(cred credential.Credential, now time.Time) float64 {
 // the failure itself asks for.
 func failureWait(err error, n int) time.Duration {
 	shortest, longest := minAwayWait, maxAwayWait
-	if errors.Is(err, credential.ErrDenied) || errors.Is(err, credential.ErrInvalid) {
+	if refused(err) {
 		shortest, longest = minRefusedWait, maxRefusedWait
 	}
 	if e, ok := errors.AsType[*credential.Error](err); ok {

@@ -186,7 +186,7 @@ func startStoppable(t testing.TB, s *source, cfg cache.Config[string]) (c *cache
 
 func mustGet(t *testing.T, c *cache.Cache[string], key string) cache.Value {
 	t.Helper()
-	v, err := c.Get(t.Context(), key)
+	v, err := c.Get(t.Context(), key, "")
 	if err != nil {
 		t.Fatalf("Get(%s): %v", key, err)
 	}
@@ -194,6 +194,13 @@ func mustGet(t *testing.T, c *cache.Cache[string], key string) cache.Value {
 		t.Fatalf("Get(%s) gives a session that is not valid: %s", key, v)
 	}
 	return v
+}
+
+func keep(t testing.TB, c *cache.Cache[string], key string) {
+	t.Helper()
+	if err := c.Keep(key, ""); err != nil {
+		t.Errorf("Keep(%s): %v", key, err)
+	}
 }
 
 func within(d, low, high time.Duration) bool { return low <= d && d <= high }
@@ -247,7 +254,7 @@ func TestFirstCallerLeaves(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			_, err := c.Get(ctx, "a")
+			_, err := c.Get(ctx, "a", "")
 			if !errors.Is(err, credential.ErrUnavailable) || !errors.Is(err, context.Canceled) {
 				t.Errorf("the one who left is told %v", err)
 			}
@@ -278,7 +285,7 @@ func TestFetchOutlivesDeadline(t *testing.T) {
 		c := start(t, s, cache.Config[string]{})
 		for try := range 3 {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			_, err := c.Get(ctx, "a")
+			_, err := c.Get(ctx, "a", "")
 			cancel()
 			if (err == nil) != (try > 0) {
 				t.Errorf("try %d: %v", try, err)
@@ -300,7 +307,7 @@ func TestAbandonedFetchIsKept(t *testing.T) {
 		c := start(t, s, cache.Config[string]{})
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := c.Get(ctx, "a"); !errors.Is(err, context.Canceled) {
+		if _, err := c.Get(ctx, "a", ""); !errors.Is(err, context.Canceled) {
 			t.Errorf("Get = %v", err)
 		}
 		time.Sleep(2 * time.Second)
@@ -318,7 +325,7 @@ func TestRenewalIsEarlyAndSpread(t *testing.T) {
 		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
 		const keys = 500
 		for i := range keys {
-			c.Keep(fmt.Sprint(i))
+			keep(t, c, fmt.Sprint(i))
 		}
 		time.Sleep(part(0.55))
 		var tenths [10]int
@@ -351,7 +358,7 @@ func TestRenewalWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{})
-		c.Keep("a")
+		keep(t, c, "a")
 		time.Sleep(1000 * time.Hour)
 		times := s.of("a")
 		for i := range len(times) - 1 {
@@ -408,7 +415,7 @@ func TestHoldersMeetRenewedSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(100 * time.Millisecond)
 		c := start(t, s, cache.Config[string]{})
-		c.Keep("a")
+		keep(t, c, "a")
 		v := mustGet(t, c, "a")
 		for range 200 {
 			time.Sleep(v.RefreshAfter)
@@ -428,7 +435,7 @@ func TestFailedRenewalKeepsTheOldSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{})
-		c.Keep("a")
+		keep(t, c, "a")
 		held := mustGet(t, c, "a")
 		s.fail(away())
 		for time.Now().Before(held.Expiration.Add(-time.Second)) {
@@ -441,10 +448,10 @@ func TestFailedRenewalKeepsTheOldSession(t *testing.T) {
 			t.Errorf("the renewal was tried %d times only", s.count())
 		}
 		time.Sleep(time.Second)
-		if _, err := c.Get(t.Context(), "a"); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonSTSUnavailable {
+		if _, err := c.Get(t.Context(), "a", ""); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonSTSUnavailable {
 			t.Errorf("at its expiration Get gives %v", err)
 		}
-		if warm, kept := c.Warm(); warm != 0 || kept != 1 {
+		if warm, kept := c.Settled(); warm != 0 || kept != 1 {
 			t.Errorf("%d of %d are warm", warm, kept)
 		}
 		s.become(nil)
@@ -453,7 +460,7 @@ func TestFailedRenewalKeepsTheOldSession(t *testing.T) {
 		if v := mustGet(t, c, "a"); v.AccessKeyID == held.AccessKeyID || s.count() != calls {
 			t.Errorf("after the recovery Get gives %s, by itself: %v", v, s.count() != calls)
 		}
-		if warm, kept := c.Warm(); warm != 1 || kept != 1 {
+		if warm, kept := c.Settled(); warm != 1 || kept != 1 {
 			t.Errorf("%d of %d are warm", warm, kept)
 		}
 	})
@@ -485,7 +492,7 @@ func TestRetries(t *testing.T) {
 			s := new(source)
 			s.fail(tt.err)
 			c := start(t, s, cache.Config[string]{})
-			c.Keep("a")
+			keep(t, c, "a")
 			time.Sleep(time.Hour)
 			all := waits(s.of("a"))
 			if len(all) < 50 {
@@ -516,11 +523,11 @@ func TestRefusalsAreCached(t *testing.T) {
 			s.fail(refusal())
 			c := start(t, s, cache.Config[string]{})
 			if kept {
-				c.Keep("a")
+				keep(t, c, "a")
 			}
 			// A sidecar that asks far too often.
 			for range 600 {
-				_, err := c.Get(t.Context(), "a")
+				_, err := c.Get(t.Context(), "a", "")
 				e, ok := errors.AsType[*credential.Error](err)
 				if !ok || !errors.Is(err, credential.ErrDenied) || e.Reason != credential.ReasonSTSDenied || e.Message != "STS refuses" {
 					t.Fatalf("Get = %v", err)
@@ -559,8 +566,8 @@ func TestCachedRefusalIsACopy(t *testing.T) {
 		original := credential.Errorf(credential.ErrDenied, credential.ReasonSTSDenied, "m")
 		s.fail(original)
 		c := start(t, s, cache.Config[string]{})
-		_, first := c.Get(t.Context(), "a")
-		_, second := c.Get(t.Context(), "a")
+		_, first := c.Get(t.Context(), "a", "")
+		_, second := c.Get(t.Context(), "a", "")
 		e, ok := errors.AsType[*credential.Error](second)
 		if first == nil || !ok || e.RetryAfter < 10*time.Second || original.RetryAfter != 0 {
 			t.Errorf("first %v, second %v, original %#v", first, second, original)
@@ -571,7 +578,7 @@ func TestCachedRefusalIsACopy(t *testing.T) {
 		// An error of another type is handed out as it is.
 		s.fail(context.DeadlineExceeded)
 		for range 2 {
-			if _, err := c.Get(t.Context(), "b"); !errors.Is(err, context.DeadlineExceeded) {
+			if _, err := c.Get(t.Context(), "b", ""); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("Get = %v", err)
 			}
 		}
@@ -585,12 +592,12 @@ func TestKeptKeysAreRenewedForEver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(50 * time.Millisecond)
 		c := start(t, s, cache.Config[string]{})
-		c.Keep("a")
-		c.Keep("a")
+		keep(t, c, "a")
+		keep(t, c, "a")
 		const week = 7 * 24 * time.Hour
 		for range 7 * 24 * 6 {
 			time.Sleep(10 * time.Minute)
-			if warm, kept := c.Warm(); warm != 1 || kept != 1 {
+			if warm, kept := c.Settled(); warm != 1 || kept != 1 {
 				t.Fatalf("%d of %d keys are warm", warm, kept)
 			}
 		}
@@ -602,12 +609,12 @@ func TestKeptKeysAreRenewedForEver(t *testing.T) {
 			t.Errorf("Get gives %s, with %s left", v, v.Remaining(time.Now()))
 		}
 		// Two kept it; when one lets go, the other still does.
-		c.Release("a")
+		c.Release("a", "")
 		time.Sleep(week)
 		if s.count() < calls+int(week/part(0.5))-1 {
 			t.Errorf("%d fetches in two weeks", s.count())
 		}
-		c.Release("a")
+		c.Release("a", "")
 		v := mustGet(t, c, "a")
 		calls = s.count()
 		time.Sleep(v.Remaining(time.Now()) - time.Second)
@@ -622,8 +629,8 @@ func TestKeptKeysAreRenewedForEver(t *testing.T) {
 		if s.count() != calls {
 			t.Errorf("%d fetches were made for a key that nobody keeps", s.count()-calls)
 		}
-		c.Release("a") // more than were kept: no harm
-		c.Release("never seen")
+		c.Release("a", "") // more than were kept: no harm
+		c.Release("never seen", "")
 		if c.Len() != 0 {
 			t.Error("Release made an entry")
 		}
@@ -635,15 +642,15 @@ func TestReleaseWhileQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{Concurrency: 1})
-		c.Keep("plug")
+		keep(t, c, "plug")
 		synctest.Wait()
-		c.Keep("unwanted")
-		c.Keep("awaited")
+		keep(t, c, "unwanted")
+		keep(t, c, "awaited")
 		var wg sync.WaitGroup
 		wg.Go(func() { mustGet(t, c, "awaited") })
 		synctest.Wait()
-		c.Release("unwanted")
-		c.Release("awaited")
+		c.Release("unwanted", "")
+		c.Release("awaited", "")
 		if err := c.Check(); err != nil {
 			t.Error(err)
 		}
@@ -668,7 +675,7 @@ func TestFailuresAreForgotten(t *testing.T) {
 		s.fail(refusal())
 		c := start(t, s, cache.Config[string]{})
 		for i := range 100 {
-			if _, err := c.Get(t.Context(), fmt.Sprint(i)); err == nil {
+			if _, err := c.Get(t.Context(), fmt.Sprint(i), ""); err == nil {
 				t.Error("Get gives no error")
 			}
 		}
@@ -700,10 +707,10 @@ func TestManyKeysFallDueTogether(t *testing.T) {
 			}
 			c := start(t, s, cache.Config[string]{})
 			for i := range keys {
-				c.Keep(fmt.Sprint(i))
+				keep(t, c, fmt.Sprint(i))
 			}
 			time.Sleep(time.Until(issued))
-			if warm, kept := c.Warm(); warm != keys || kept != keys || s.count() != keys {
+			if warm, kept := c.Settled(); warm != keys || kept != keys || s.count() != keys {
 				t.Fatalf("%d of %d keys are warm after %d fetches", warm, kept, s.count())
 			}
 			time.Sleep(time.Duration(0.55 * float64(length)))
@@ -751,20 +758,20 @@ func TestPriority(t *testing.T) {
 			return s.session(length), nil
 		}
 		c := start(t, s, cache.Config[string]{Concurrency: 1, FetchTimeout: time.Hour})
-		c.Keep("expires later")
-		c.Keep("expires sooner")
+		keep(t, c, "expires later")
+		keep(t, c, "expires sooner")
 		time.Sleep(210 * time.Second) // before either is due
-		c.Keep("plug")
+		keep(t, c, "plug")
 		time.Sleep(100 * time.Second) // after both are
-		c.Keep("ahead 1")
-		c.Keep("ahead, then awaited")
-		c.Keep("ahead, then left")
+		keep(t, c, "ahead 1")
+		keep(t, c, "ahead, then awaited")
+		keep(t, c, "ahead, then left")
 		var wg sync.WaitGroup
 		get := func(key string, patience time.Duration) {
 			wg.Go(func() {
 				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				defer cancel()
-				_, _ = c.Get(ctx, key)
+				_, _ = c.Get(ctx, key, "")
 			})
 			synctest.Wait()
 		}
@@ -799,7 +806,7 @@ func TestConcurrencyBound(t *testing.T) {
 			s := new(source).slow(time.Second)
 			c := start(t, s, cache.Config[string]{Concurrency: bound, Rate: rate.Inf})
 			for i := range 200 {
-				c.Keep(fmt.Sprint(i))
+				keep(t, c, fmt.Sprint(i))
 			}
 			want := bound
 			if want == 0 {
@@ -809,7 +816,7 @@ func TestConcurrencyBound(t *testing.T) {
 			if n, _ := s.atOnce(); n != want {
 				t.Errorf("with a bound of %d, %d fetches ran at once", bound, n)
 			}
-			if warm, _ := c.Warm(); warm != 200 {
+			if warm, _ := c.Settled(); warm != 200 {
 				t.Errorf("%d of 200 keys are warm", warm)
 			}
 		})
@@ -821,7 +828,7 @@ func TestRateBound(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{Concurrency: 4, Rate: 10})
 		for i := range 104 {
-			c.Keep(fmt.Sprint(i))
+			keep(t, c, fmt.Sprint(i))
 		}
 		time.Sleep(time.Minute)
 		calls := s.recorded()
@@ -852,7 +859,7 @@ func TestFetchTimeout(t *testing.T) {
 			s := new(source).slow(life)
 			c := start(t, s, cache.Config[string]{FetchTimeout: configured})
 			began := time.Now()
-			if _, err := c.Get(t.Context(), "a"); !errors.Is(err, context.DeadlineExceeded) {
+			if _, err := c.Get(t.Context(), "a", ""); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("Get = %v", err)
 			}
 			if took := time.Since(began); took != want {
@@ -875,7 +882,7 @@ func TestShutdown(t *testing.T) {
 		var wg sync.WaitGroup
 		for _, key := range []string{"running", "queued", "running", "queued"} {
 			wg.Go(func() {
-				_, err := c.Get(t.Context(), key)
+				_, err := c.Get(t.Context(), key, "")
 				if !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonShuttingDown {
 					t.Errorf("who waits for %s is told %v", key, err)
 				}
@@ -886,7 +893,7 @@ func TestShutdown(t *testing.T) {
 			synctest.Wait()
 		}
 		wg.Go(func() {
-			if v, err := c.Get(t.Context(), "stale"); err != nil || v.AccessKeyID != stale.AccessKeyID {
+			if v, err := c.Get(t.Context(), "stale", ""); err != nil || v.AccessKeyID != stale.AccessKeyID {
 				t.Errorf("who has waited for a renewal gets %s, %v", v, err)
 			}
 		})
@@ -895,12 +902,12 @@ func TestShutdown(t *testing.T) {
 		wg.Wait()
 		calls := s.count()
 		for _, key := range []string{"fresh", "held", "running", "unknown"} {
-			if _, err := c.Get(t.Context(), key); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonShuttingDown {
+			if _, err := c.Get(t.Context(), key, ""); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonShuttingDown {
 				t.Errorf("after the end, Get(%s) = %v", key, err)
 			}
 		}
-		c.Keep("late")
-		c.Release("late")
+		keep(t, c, "late")
+		c.Release("late", "")
 		if s.count() != calls || time.Since(began) != 100*time.Millisecond {
 			t.Errorf("after the end, %d fetches were made in %s", s.count()-calls, time.Since(began))
 		}
@@ -919,7 +926,7 @@ func TestRunWaitsForFetches(t *testing.T) {
 			return credential.Credential{}, ctx.Err()
 		}
 		c, stop := startStoppable(t, s, cache.Config[string]{})
-		c.Keep("a")
+		keep(t, c, "a")
 		synctest.Wait()
 		stop()
 		if !ended.Load() {
@@ -936,10 +943,10 @@ func TestGetBeforeRun(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.Keep("kept")
+		keep(t, c, "kept")
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, err := c.Get(ctx, "a"); !errors.Is(err, context.DeadlineExceeded) || s.count() != 0 {
+		if _, err := c.Get(ctx, "a", ""); !errors.Is(err, context.DeadlineExceeded) || s.count() != 0 {
 			t.Errorf("Get = %v, after %d fetches", err, s.count())
 		}
 		var wg sync.WaitGroup
@@ -1007,7 +1014,7 @@ func TestStaleSessions(t *testing.T) {
 		s.slow(life)
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		defer cancel()
-		if v, err := c.Get(ctx, "a"); err != nil || v.AccessKeyID != held.AccessKeyID {
+		if v, err := c.Get(ctx, "a", ""); err != nil || v.AccessKeyID != held.AccessKeyID {
 			t.Errorf("Get = %s, %v", v, err)
 		}
 	})
@@ -1018,7 +1025,7 @@ func TestStaleSessions(t *testing.T) {
 		held := mustGet(t, c, "a")
 		time.Sleep(held.Remaining(time.Now()) - 100*time.Millisecond)
 		s.slow(life)
-		if v, err := c.Get(t.Context(), "a"); !errors.Is(err, credential.ErrUnavailable) {
+		if v, err := c.Get(t.Context(), "a", ""); !errors.Is(err, credential.ErrUnavailable) {
 			t.Errorf("Get = %s, %v", v, err)
 		}
 	})
@@ -1037,13 +1044,13 @@ func TestUnusableAnswers(t *testing.T) {
 			s := new(source)
 			c := start(t, s, cache.Config[string]{})
 			held := mustGet(t, c, "held")
-			c.Keep("held")
+			keep(t, c, "held")
 			s.become(func(context.Context, string) (credential.Credential, error) {
 				cred := s.session(life)
 				spoil(&cred)
 				return cred, nil
 			})
-			v, err := c.Get(t.Context(), "a")
+			v, err := c.Get(t.Context(), "a", "")
 			if !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonSTSUnavailable || !strings.Contains(err.Error(), "clock") {
 				t.Errorf("%s: Get = %s, %v", name, v, err)
 			}
@@ -1064,7 +1071,7 @@ func TestLog(t *testing.T) {
 		var out bytes.Buffer
 		s := new(source)
 		c, stop := startStoppable(t, s, cache.Config[string]{Logger: slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{Level: slog.LevelDebug}))})
-		c.Keep("the-key")
+		keep(t, c, "the-key")
 		mustGet(t, c, "the-key")
 		s.fail(&credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "m", Cause: errors.New("the cause")})
 		time.Sleep(part(0.6))
@@ -1120,10 +1127,10 @@ func TestRandomDays(t *testing.T) {
 				mu.Unlock()
 				switch {
 				case what < 2:
-					c.Keep(key)
+					keep(t, c, key)
 					kept[key]++
 				case what < 4 && kept[key] > 0:
-					c.Release(key)
+					c.Release(key, "")
 					kept[key]--
 				default:
 					callers.Go(func() {
@@ -1132,7 +1139,7 @@ func TestRandomDays(t *testing.T) {
 						mu.Unlock()
 						ctx, cancel := context.WithTimeout(t.Context(), patience)
 						defer cancel()
-						v, err := c.Get(ctx, key)
+						v, err := c.Get(ctx, key, "")
 						now := time.Now()
 						if err == nil && !v.Valid(now) {
 							t.Errorf("Get gives a session that is not valid: %s", v)
@@ -1158,7 +1165,7 @@ func TestRandomDays(t *testing.T) {
 			for _, n := range kept {
 				want += min(n, 1)
 			}
-			if warm, n := c.Warm(); warm != want || n != want || c.Len() != want {
+			if warm, n := c.Settled(); warm != want || n != want || c.Len() != want {
 				t.Errorf("%d of %d keys are warm, %d are remembered, %d are kept", warm, n, c.Len(), want)
 			}
 		})
@@ -1181,14 +1188,14 @@ func TestStress(t *testing.T) {
 				key := fmt.Sprint(random.IntN(20))
 				switch random.IntN(4) {
 				case 0:
-					c.Keep(key)
-					defer c.Release(key)
+					keep(t, c, key)
+					defer c.Release(key, "")
 				case 1:
-					c.Keep(key)
-					c.Release(key)
+					keep(t, c, key)
+					c.Release(key, "")
 				default:
 					began := time.Now()
-					v, err := c.Get(t.Context(), key)
+					v, err := c.Get(t.Context(), key, "")
 					if err != nil || v.Expiration.Before(began) {
 						t.Errorf("Get = %s, %v", v, err)
 					}
@@ -1202,7 +1209,7 @@ func TestStress(t *testing.T) {
 	}
 	wg.Go(func() {
 		for range 200 {
-			c.Warm()
+			c.Settled()
 			if err := c.Check(); err != nil {
 				t.Error(err)
 			}
@@ -1212,7 +1219,7 @@ func TestStress(t *testing.T) {
 	if gets.Load() == 0 {
 		t.Error("nobody asked")
 	}
-	if warm, kept := c.Warm(); kept != 0 || warm != 0 {
+	if warm, kept := c.Settled(); kept != 0 || warm != 0 {
 		t.Errorf("%d keys are kept after all were released", kept)
 	}
 }
@@ -1225,7 +1232,7 @@ func TestStressShutdown(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 50 {
 			wg.Go(func() {
-				if _, err := c.Get(t.Context(), fmt.Sprint(i)); err != nil && credential.ReasonOf(err) != credential.ReasonShuttingDown {
+				if _, err := c.Get(t.Context(), fmt.Sprint(i), ""); err != nil && credential.ReasonOf(err) != credential.ReasonShuttingDown {
 					t.Errorf("Get = %v", err)
 				}
 			})
@@ -1238,13 +1245,13 @@ func TestStressShutdown(t *testing.T) {
 func BenchmarkGetWarm(b *testing.B) {
 	s := new(source)
 	c := start(b, s, cache.Config[string]{})
-	if _, err := c.Get(b.Context(), "a"); err != nil {
+	if _, err := c.Get(b.Context(), "a", ""); err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			if _, err := c.Get(b.Context(), "a"); err != nil {
+			if _, err := c.Get(b.Context(), "a", ""); err != nil {
 				b.Error(err)
 				return
 			}
@@ -1258,7 +1265,7 @@ func TestOldTenantsAreNotStarved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{}
 		c := start(t, s, cache.Config[string]{Rate: 10, Concurrency: 1})
-		c.Keep("old")
+		keep(t, c, "old")
 		mustGet(t, c, "old")
 		s.fail(away())
 		time.Sleep(life + time.Minute)
@@ -1269,7 +1276,7 @@ func TestOldTenantsAreNotStarved(t *testing.T) {
 		var flood sync.WaitGroup
 		flood.Go(func() { // twice as many new keys as may be fetched
 			for i := 0; ctx.Err() == nil; i++ {
-				flood.Go(func() { _, _ = c.Get(ctx, fmt.Sprint("new", i)) })
+				flood.Go(func() { _, _ = c.Get(ctx, fmt.Sprint("new", i), "") })
 				_ = sleep(ctx, 50*time.Millisecond)
 			}
 		})
@@ -1277,7 +1284,7 @@ func TestOldTenantsAreNotStarved(t *testing.T) {
 		recovered := time.Now()
 		for {
 			attempt, stop := context.WithTimeout(ctx, 3*time.Minute)
-			_, err := c.Get(attempt, "old")
+			_, err := c.Get(attempt, "old", "")
 			stop()
 			if err == nil {
 				break
@@ -1298,7 +1305,7 @@ func TestPanicIsAFailure(t *testing.T) {
 		s := &source{}
 		s.become(func(context.Context, string) (credential.Credential, error) { panic("odd answer") })
 		c := start(t, s, cache.Config[string]{})
-		if _, err := c.Get(t.Context(), "a"); credential.ReasonOf(err) != credential.ReasonInternal {
+		if _, err := c.Get(t.Context(), "a", ""); credential.ReasonOf(err) != credential.ReasonInternal {
 			t.Errorf("answered %v", err)
 		}
 		s.become(nil)

@@ -1,6 +1,9 @@
 package cache
 
-import "fmt"
+import (
+	"fmt"
+	"maps"
+)
 
 // Len is how many keys the cache knows of.
 func (c *Cache[K]) Len() int {
@@ -13,14 +16,14 @@ func (c *Cache[K]) Len() int {
 func (c *Cache[K]) Check() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	inFlight := 0
+	inFlight, perClass := 0, map[string]int{}
 	for key, e := range c.entries {
 		switch {
 		case e.key != key:
 			return fmt.Errorf("entry of %v stands under %v", e.key, key)
 		case e.flight == nil && e.dueIndex < 0 && !c.stopped:
 			return fmt.Errorf("nothing will ever look at %v again", key)
-		case e.queued >= 0 && (e.queued >= len(c.queue) || c.queue[e.queued] != e):
+		case e.queued >= 0 && (e.queued >= len(c.queue.heap) || c.queue.heap[e.queued] != e):
 			return fmt.Errorf("%v is not at its place in the queue", key)
 		case e.dueIndex >= 0 && (e.dueIndex >= len(c.due) || c.due[e.dueIndex] != e):
 			return fmt.Errorf("%v is not at its place in the heap of what is due", key)
@@ -28,6 +31,14 @@ func (c *Cache[K]) Check() error {
 			return fmt.Errorf("%v is queued without a flight", key)
 		case e.kept < 0 || e.flight != nil && e.flight.waiters < 0:
 			return fmt.Errorf("%v is kept or awaited by less than nobody", key)
+		}
+		kept := 0
+		for _, u := range e.classes {
+			perClass[u.class]++
+			kept += u.kept
+		}
+		if kept != e.kept {
+			return fmt.Errorf("%v is kept by %d, and by the classes' account by %d", key, e.kept, kept)
 		}
 		if e.flight != nil && e.queued < 0 {
 			inFlight++
@@ -38,13 +49,16 @@ func (c *Cache[K]) Check() error {
 			return fmt.Errorf("%v is due and not known", e.key)
 		}
 	}
-	for i, e := range c.queue {
+	for i, e := range c.queue.heap {
 		if c.entries[e.key] != e {
 			return fmt.Errorf("%v is queued and not known", e.key)
 		}
-		if i > 0 && c.queue.Less(i, (i-1)/2) {
+		if i > 0 && c.queue.heap.Less(i, (i-1)/2) {
 			return fmt.Errorf("the queue is out of order at %v", e.key)
 		}
+	}
+	if !maps.Equal(perClass, c.perClass) {
+		return fmt.Errorf("the classes have %v, counted are %v", perClass, c.perClass)
 	}
 	if inFlight != c.running {
 		return fmt.Errorf("%d fetches are under way, %d are counted", inFlight, c.running)

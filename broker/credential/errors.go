@@ -44,6 +44,7 @@ const (
 	ReasonRoleMissing        Reason = "ROLE_MISSING"
 	ReasonRoleInvalid        Reason = "ROLE_INVALID"
 	ReasonTagNotPermitted    Reason = "TAG_NOT_PERMITTED"
+	ReasonTooManyGrants      Reason = "TOO_MANY_GRANTS"
 	ReasonAnnotationUnknown  Reason = "ANNOTATION_UNKNOWN"
 	ReasonAnnotationInvalid  Reason = "ANNOTATION_INVALID"
 	ReasonPodUnsupported     Reason = "POD_UNSUPPORTED"

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs/trust"
@@ -24,6 +25,9 @@ type options struct {
 	cluster                     string
 	region, stsEndpoint         string
 	firstHop                    credential.RoleARN // zero: none
+	stsRate                     float64
+	stsConcurrency              int
+	maxGrants                   int
 	auditRequired               bool
 	rootsFile                   string // empty: nothing is published
 	rootsRequired               bool   // the flag was given, so the file must be there
@@ -56,6 +60,9 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
 	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
+	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "calls of STS that this broker begins per `second`; where there are several brokers, its share of what all together may: STS takes 600 of an account in a region, and is used by others too. Fewer while STS throttles")
+	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
+	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "distinct sessions that the pods of one namespace may have at a time; 0 sets no bound (`number`)")
 	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
 	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
 	f.StringVar(&o.namespace, "namespace", "", "`namespace` that this broker runs in; empty takes POD_NAMESPACE, or that of the service account")
@@ -83,6 +90,12 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		}
 		if audit != "best-effort" && audit != "required" {
 			return options{}, fmt.Errorf("--audit=%s: must be best-effort or required", audit)
+		}
+		if o.stsRate <= 0 || o.stsConcurrency <= 0 {
+			return options{}, fmt.Errorf("--sts-rate=%v, --sts-concurrency=%d: must be positive", o.stsRate, o.stsConcurrency)
+		}
+		if o.maxGrants < 0 {
+			return options{}, fmt.Errorf("--max-grants-per-namespace=%d: must not be negative", o.maxGrants)
 		}
 		if o.trustPropagation < 0 {
 			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)

@@ -51,8 +51,8 @@ func run(ctx context.Context, o options) error {
 		// Given up as soon as this broker is told to end, so that another one leads while it drains.
 		group.Go(func() error { return p.trust.Run(serving) })
 	}
-	var based atomic.Bool
-	checks := p.readiness(&based)
+	var prefetched atomic.Pointer[broker.Prefetch]
+	checks := p.readiness(serving, &prefetched)
 	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(checks...)) })
 	group.Go(func() error {
 		defer stopWork()
@@ -68,10 +68,13 @@ func run(ctx context.Context, o options) error {
 			return err
 		}
 		group.Go(func() error { return prefetch.Run(work) })
-		based.Store(true)
+		prefetched.Store(prefetch)
 		p.log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "admin", adminListener.Addr().String(),
 			"base_arn", base.String(), "region", p.sts.Region(), "version", program.Version())
-		return broker.Serve(serving, listener, b, certs.ServerConfig(p.pair), func() bool { return admin.Ready(checks) == nil }, p.log)
+		return b.Serve(serving, broker.ServerConfig{
+			Listener: listener, TLS: certs.ServerConfig(p.pair), Logger: p.log,
+			Ready: func() bool { return admin.Ready(checks) == nil },
+		})
 	})
 	return group.Wait()
 }

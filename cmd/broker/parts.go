@@ -10,6 +10,7 @@ import (
 	// AWS's certificates have public roots, and an image of one program has no file of them. These are used only
 	// where the system has none; see cmd/broker/roots_test.go.
 	_ "golang.org/x/crypto/x509roots/fallback"
+	"golang.org/x/time/rate"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
@@ -60,7 +61,9 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.sts, err = assume.New(ctx, assume.Config{Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop}); err != nil {
 		return parts{}, err
 	}
-	if p.sessions, err = cache.New(cache.Config[policy.Grant]{Source: p.sts, Logger: p.log}); err != nil {
+	if p.sessions, err = cache.New(cache.Config[policy.Grant]{
+		Source: p.sts, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerClass: o.maxGrants, Logger: p.log,
+	}); err != nil {
 		return parts{}, err
 	}
 	p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log})
@@ -120,7 +123,7 @@ func (p parts) broker(o options, base credential.RoleBase) (*broker.Broker, *bro
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := p.directory.OnChange(prefetch.Changed); err != nil {
+	if err := p.directory.OnChange(func(key string) { prefetch.Changed(key) }); err != nil {
 		return nil, nil, err
 	}
 	b, err := broker.New(broker.Config{

@@ -235,7 +235,7 @@ func serveBroker(ctx context.Context, t trust, api *rest.Config, pods podMap) (s
 		return "", nil, err
 	}
 	for _, run := range []func(context.Context) error{verifier.Run, sessions.Run, decisions.Run, func(ctx context.Context) error {
-		return broker.Serve(ctx, listener, b, certs.ServerConfig(t.pair), func() bool { return true }, discard)
+		return b.Serve(ctx, broker.ServerConfig{Listener: listener, TLS: certs.ServerConfig(t.pair), Ready: func() bool { return true }, Logger: discard})
 	}} {
 		go func() { _ = run(ctx) }()
 	}

@@ -1,0 +1,275 @@
+package cache_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+func every(string) bool { return true }
+
+func only(key string) func(string) bool { return func(k string) bool { return k == key } }
+
+func stateOf(t *testing.T, c *cache.Cache[string], key string) cache.State[string] {
+	t.Helper()
+	states := c.States(only(key))
+	if len(states) != 1 {
+		t.Fatalf("%d states of %s", len(states), key)
+	}
+	return states[0]
+}
+
+func TestDropForgetsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source).slow(time.Second)
+		c := start(t, s, cache.Config[string]{})
+		keep(t, c, "kept")
+		first := mustGet(t, c, "kept")
+		mustGet(t, c, "asked")
+		mustGet(t, c, "other")
+		if n := c.Drop(func(key string) bool { return key != "other" }); n != 2 {
+			t.Errorf("%d keys were dropped", n)
+		}
+		for _, key := range []string{"kept", "asked"} {
+			for _, state := range c.States(only(key)) {
+				if state.AccessKeyID != "" {
+					t.Errorf("%s is still held after it was dropped: %s", key, state.AccessKeyID)
+				}
+			}
+		}
+		if stateOf(t, c, "other").AccessKeyID == "" {
+			t.Error("a key that was not to be dropped is gone")
+		}
+		// What is kept is fetched without anybody asking.
+		time.Sleep(1100 * time.Millisecond)
+		if again := mustGet(t, c, "kept"); again.AccessKeyID == first.AccessKeyID || len(s.of("kept")) != 2 {
+			t.Errorf("after a drop %s is served, %d fetches", again, len(s.of("kept")))
+		}
+		if n := len(s.of("asked")); n != 1 {
+			t.Errorf("a key that nobody wants was fetched %d times", n)
+		}
+	})
+}
+
+func TestRenewServesTheOldMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source).slow(time.Second)
+		c := start(t, s, cache.Config[string]{})
+		keep(t, c, "a")
+		first := mustGet(t, c, "a")
+		mustGet(t, c, "nobody's")
+		if n := c.Renew(every); n != 1 {
+			t.Errorf("%d keys are renewed, one is wanted", n)
+		}
+		synctest.Wait()
+		if v := mustGet(t, c, "a"); v.AccessKeyID != first.AccessKeyID {
+			t.Errorf("meanwhile %s is served", v)
+		}
+		time.Sleep(1100 * time.Millisecond)
+		if v := mustGet(t, c, "a"); v.AccessKeyID == first.AccessKeyID {
+			t.Error("it was not renewed")
+		}
+	})
+}
+
+// A session that STS made before an operator revoked the role's sessions must not be served after.
+func TestDropOutdatesFetchesUnderWay(t *testing.T) {
+	for name, again := range map[string]func(*cache.Cache[string]) int{
+		"drop":  func(c *cache.Cache[string]) int { return c.Drop(every) },
+		"renew": func(c *cache.Cache[string]) int { return c.Renew(every) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := new(source)
+				s.answer = func(ctx context.Context, _ string) (credential.Credential, error) {
+					issued := s.session(life) // and then travels for a second
+					return issued, sleep(ctx, time.Second)
+				}
+				c := start(t, s, cache.Config[string]{})
+				began := time.Now()
+				var callers sync.WaitGroup
+				for range 3 {
+					callers.Go(func() {
+						if v := mustGet(t, c, "a"); v.AccessKeyID != "ASIA2" {
+							t.Errorf("a caller got %s, which is older than the revocation", v)
+						}
+						if took := time.Since(began); took != 2*time.Second {
+							t.Errorf("a caller waited %s", took)
+						}
+					})
+				}
+				time.Sleep(500 * time.Millisecond)
+				again(c)
+				callers.Wait()
+			})
+		})
+	}
+}
+
+func TestRenewForgetsRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		s.fail(refusal())
+		c := start(t, s, cache.Config[string]{})
+		keep(t, c, "a")
+		synctest.Wait()
+		if state := stateOf(t, c, "a"); !errors.Is(state.Failure, credential.ErrDenied) || state.Failures != 1 || !state.NotBefore.After(time.Now()) {
+			t.Errorf("state %+v", state)
+		}
+		s.become(nil) // a person has mended it, and does not want to wait
+		c.Renew(every)
+		synctest.Wait()
+		mustGet(t, c, "a")
+		if state := stateOf(t, c, "a"); state.Failure != nil || state.Failures != 0 {
+			t.Errorf("state %+v", state)
+		}
+	})
+}
+
+func TestStatsAndStates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{Concurrency: 1})
+		want := func(want cache.Stats) {
+			t.Helper()
+			synctest.Wait()
+			if got := c.Stats(); got != want {
+				t.Errorf("stats are\n%+v, want\n%+v", got, want)
+			}
+		}
+		want(cache.Stats{Rate: cache.DefaultRate})
+		keep(t, c, "held")
+		mustGet(t, c, "held")
+		want(cache.Stats{Entries: 1, Kept: 1, Warm: 1, Rate: cache.DefaultRate, Stalest: life, Misses: 1, Fetched: 1})
+
+		time.Sleep(time.Minute)
+		s.fail(refusal())
+		keep(t, c, "refused")
+		want(cache.Stats{Entries: 2, Kept: 2, Warm: 1, Refused: 1, Rate: cache.DefaultRate, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1})
+		if settled, kept := c.Settled(); settled != 2 || kept != 2 {
+			t.Errorf("%d of %d are settled", settled, kept)
+		}
+
+		time.Sleep(time.Second)
+		s.slow(time.Hour)
+		var callers sync.WaitGroup
+		ctx, cancel := context.WithCancel(t.Context())
+		for _, key := range []string{"hangs", "waits"} {
+			callers.Go(func() { _, _ = c.Get(ctx, key, "shop") })
+			synctest.Wait()
+		}
+		keep(t, c, "ahead")
+		c.Renew(only("held"))
+		mustGet(t, c, "held")
+		want(cache.Stats{
+			Entries: 5, Kept: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1, Rate: cache.DefaultRate,
+			Stalest: life - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1,
+		})
+		if settled, kept := c.Settled(); settled != 2 || kept != 3 {
+			t.Errorf("%d of %d are settled", settled, kept)
+		}
+		if state := stateOf(t, c, "waits"); !state.Fetching || state.Waiters != 1 || len(state.Classes) != 1 || state.Classes[0] != "shop" || !state.NextLook.IsZero() {
+			t.Errorf("state %+v", state)
+		}
+		if state := stateOf(t, c, "held"); state.AccessKeyID != "ASIA1" || state.Kept != 1 || !state.Fetching {
+			t.Errorf("state %+v", state)
+		}
+		if state := fmt.Sprintf("%+v", c.States(every)); strings.Contains(state, planted) {
+			t.Errorf("the states hold a secret: %s", state)
+		}
+		cancel()
+		callers.Wait()
+	})
+}
+
+func TestFetchHasTheFirstCallersValues(t *testing.T) {
+	type name struct{}
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		var mu sync.Mutex
+		var seen []string // guarded by mu
+		s.answer = func(ctx context.Context, _ string) (credential.Credential, error) {
+			value, _ := ctx.Value(name{}).(string)
+			mu.Lock()
+			seen = append(seen, value)
+			mu.Unlock()
+			if err := sleep(ctx, time.Second); err != nil {
+				return credential.Credential{}, err
+			}
+			return s.session(life), nil
+		}
+		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
+		ctx, cancel := context.WithCancel(context.WithValue(t.Context(), name{}, "first"))
+		var callers sync.WaitGroup
+		callers.Go(func() { _, _ = c.Get(ctx, "a", "") })
+		synctest.Wait()
+		callers.Go(func() { mustGet(t, c, "a") })
+		synctest.Wait()
+		cancel() // takes its values along, not the fetch
+		callers.Wait()
+		keep(t, c, "b")
+		time.Sleep(2 * time.Second)
+		mu.Lock()
+		defer mu.Unlock()
+		if got := strings.Join(seen, ","); got != "first," {
+			t.Errorf("the fetches saw %q", got)
+		}
+	})
+}
+
+func TestClassesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{MaxPerClass: 500})
+		served := 0
+		for i := range 10_000 {
+			err := c.Keep(fmt.Sprint(i), "greedy")
+			switch {
+			case err == nil:
+				served++
+			case !errors.Is(err, cache.ErrClassFull):
+				t.Fatal(err)
+			}
+		}
+		if served != 500 || c.Len() != 500 {
+			t.Errorf("of 10,000 keys of one class %d are kept, %d are known", served, c.Len())
+		}
+		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrClassFull) {
+			t.Errorf("a full class's caller is told %v", err)
+		}
+		if _, err := c.Get(t.Context(), "9999", "modest"); err != nil {
+			t.Errorf("another class is told %v", err)
+		}
+		// A key that another class has brought in counts all the same.
+		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrClassFull) {
+			t.Errorf("a full class's caller for a key that is held is told %v", err)
+		}
+		// What it has it may ask for, and what it gives back it may have again.
+		if _, err := c.Get(t.Context(), "0", "greedy"); err != nil {
+			t.Error(err)
+		}
+		c.Release("0", "greedy")
+		if err := c.Keep("9999", "greedy"); err != nil {
+			t.Error(err)
+		}
+		if err := c.Keep("9998", "greedy"); !errors.Is(err, cache.ErrClassFull) {
+			t.Errorf("one more than may be: %v", err)
+		}
+		// A release that was not preceded by a keep changes nothing.
+		c.Release("1", "modest")
+		c.Release("9999", "modest")
+		if err := c.Check(); err != nil {
+			t.Error(err)
+		}
+	})
+}

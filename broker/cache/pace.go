@@ -1,0 +1,102 @@
+package cache
+
+import (
+	"errors"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// How the rate of fetches follows what the source says, as congestion control does in TCP: less by half
+// when it throttles, then up again, doubling to where it was last half as fast and from there in small
+// steps. A source that is away is tried at minPace, so that its return does not meet all at once who
+// waited for it.
+const (
+	// minPace, in fetches per second, is slow enough for any source and finds its return within a
+	// fraction of a second.
+	minPace = 10
+	// stepsToFull is how many seconds it takes from nothing to the full rate in steps.
+	stepsToFull = 20
+	// reaction is the time in which the rate falls once, or rises once: what was begun before the last
+	// change says nothing about it.
+	reaction = time.Second
+	// awayAfter is how many fetches in a row, of whatever keys, must fail for the source to count as away.
+	// One key that fails by itself does not slow the others.
+	awayAfter = 20
+)
+
+// pace decides when the next fetch may begin.
+type pace struct {
+	full    rate.Limit // what was configured
+	burst   int        // at the full rate
+	limiter *rate.Limiter
+	safe    rate.Limit // up to here the rate doubles
+	fell    time.Time  // when the rate was last lowered
+	blocked time.Time  // when it was last found to be too high, or was raised: a second of quiet raises it
+	failed  int        // fetches in a row that found the source away
+}
+
+func newPace(full rate.Limit, concurrency int) pace {
+	// A burst of the concurrency: the bound on running fetches is reached at once after a
+	// quiet time, and the rate holds from then on.
+	return pace{full: full, burst: concurrency, limiter: rate.NewLimiter(full, concurrency), safe: full}
+}
+
+// take returns 0 when a fetch may begin now, and counts it; otherwise how long to wait.
+func (p *pace) take(now time.Time) time.Duration {
+	reservation := p.limiter.ReserveN(now, 1)
+	wait := reservation.DelayFrom(now)
+	if wait > 0 {
+		reservation.CancelAt(now)
+	}
+	return wait
+}
+
+// ended learns from the outcome of a fetch.
+func (p *pace) ended(now time.Time, err error) {
+	if p.full == rate.Inf {
+		return
+	}
+	throttled := credential.ReasonOf(err) == credential.ReasonSTSThrottled
+	switch {
+	case throttled:
+		p.failed = 0
+	case errors.Is(err, credential.ErrUnavailable):
+		p.failed++
+	default:
+		p.failed = 0 // A refusal is an answer too.
+	}
+	at := p.limiter.Limit()
+	lower := throttled || p.failed >= awayAfter
+	switch {
+	case lower && now.Sub(p.fell) < reaction:
+		p.blocked = now
+	case lower:
+		to := p.floor()
+		if throttled {
+			to = max(at/2, to)
+			p.safe = to
+		}
+		p.fell, p.blocked = now, now
+		p.set(now, to)
+	case p.failed > 0 || at >= p.full || now.Sub(p.blocked) < reaction:
+	default:
+		// Time without a fetch taught nothing, so it counts as one step.
+		to := min(at+p.full/stepsToFull, p.full)
+		if at < p.safe {
+			to = min(2*at, p.safe)
+		}
+		p.blocked = now
+		p.set(now, to)
+	}
+}
+
+// floor is the least rate.
+func (p *pace) floor() rate.Limit { return min(minPace, p.full) }
+
+func (p *pace) set(now time.Time, to rate.Limit) {
+	p.limiter.SetLimitAt(now, to)
+	p.limiter.SetBurstAt(now, max(1, int(float64(p.burst)*float64(to/p.full))))
+}

@@ -1,0 +1,50 @@
+package main
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestWarmth(t *testing.T) {
+	// What is found out at each look, and whether the broker is ready then.
+	type look struct {
+		after                  time.Duration
+		known                  bool
+		pending, settled, kept int
+		ready                  bool
+	}
+	for name, looks := range map[string][]look{
+		"all warm":                           {{0, true, 0, 3, 3, true}},
+		"nothing is wanted":                  {{0, true, 0, 0, 0, true}},
+		"pods are listed, not looked at":     {{0, true, 7, 0, 0, false}, {time.Second, true, 0, 7, 7, true}},
+		"never goes back":                    {{0, true, 0, 3, 3, true}, {time.Hour, true, 5, 0, 9, true}},
+		"waits no longer than half a minute": {{0, true, 0, 1, 3, false}, {29 * time.Second, true, 0, 2, 3, false}, {time.Second, true, 0, 2, 3, true}},
+		// STS or the API server may be away for long at the start; the half minute begins after that.
+		"the time begins when it is known": {
+			{0, false, 0, 0, 0, false}, {time.Hour, false, 0, 0, 0, false}, {0, true, 0, 0, 5, false},
+			{29 * time.Second, true, 0, 4, 5, false}, {time.Second, true, 0, 5, 5, true},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var now look
+				w := warmth{
+					known:   func() bool { return now.known },
+					pending: func() int { return now.pending },
+					settled: func() (int, int) { return now.settled, now.kept },
+				}
+				for i, l := range looks {
+					now = l
+					time.Sleep(now.after)
+					if err := w.check(); (err == nil) != now.ready {
+						t.Errorf("look %d %+v: %v", i, now, err)
+					} else if err != nil && now.known && !strings.Contains(err.Error(), "are warm") {
+						t.Errorf("look %d says %q", i, err)
+					}
+				}
+			})
+		})
+	}
+}
