@@ -31,14 +31,8 @@ type Prefetch struct {
 	looking bool                // Run has taken keys out of dirty, and is not through with them; guarded by mu
 
 	// Used by Run alone.
-	kept    map[string]held                // :: pod key → what is kept for it
-	waiting map[string]map[string]struct{} // :: namespace that is full → keys of pods that would want something
-}
-
-// held is what is kept for a pod.
-type held struct {
-	grant     policy.Grant
-	namespace string
+	kept map[string]policy.Grant // :: pod key → what is kept for it
+	full room
 }
 
 // PrefetchConfig configures [NewPrefetch].
@@ -60,11 +54,11 @@ func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
 		return nil, errors.New("prefetching needs Lookup, Rules, Sessions and a Logger")
 	}
 	return &Prefetch{
-		cfg:     cfg,
-		wake:    make(chan struct{}, 1),
-		dirty:   make(map[string]struct{}),
-		kept:    make(map[string]held),
-		waiting: make(map[string]map[string]struct{}),
+		cfg:   cfg,
+		wake:  make(chan struct{}, 1),
+		dirty: make(map[string]struct{}),
+		kept:  make(map[string]policy.Grant),
+		full:  room{waiting: make(map[string]map[string]struct{}), freed: make(map[string]bool)},
 	}, nil
 }
 
@@ -113,55 +107,93 @@ func (p *Prefetch) Run(ctx context.Context) error {
 	}
 }
 
-// look brings what is kept for one pod up to date.
+// look brings what is kept for one pod up to date, and has another one looked at where there may be room for it.
 func (p *Prefetch) look(ctx context.Context, key string) {
 	namespace, _, _ := strings.Cut(key, "/")
-	p.stopWaiting(namespace, key)
-	var now held
-	if pod, ns, ok := p.cfg.Lookup(key); ok {
-		grant, err := p.cfg.Rules.Grant(pod, ns)
-		if err != nil {
-			// The pod itself will be told, when it asks.
-			p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
-		} else {
-			now = held{grant, namespace}
-		}
+	p.full.leave(namespace, key)
+	p.change(ctx, key, namespace, p.wanted(ctx, key))
+	if next, ok := p.full.next(namespace); ok {
+		p.Changed(next)
 	}
+}
+
+// wanted is the grant of the pod; zero when it is gone or may have none.
+func (p *Prefetch) wanted(ctx context.Context, key string) policy.Grant {
+	pod, ns, ok := p.cfg.Lookup(key)
+	if !ok {
+		return policy.Grant{}
+	}
+	grant, err := p.cfg.Rules.Grant(pod, ns)
+	if err != nil {
+		// The pod itself will be told, when it asks.
+		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
+		return policy.Grant{}
+	}
+	return grant
+}
+
+// change keeps now for the pod instead of what was kept before; either may be zero.
+func (p *Prefetch) change(ctx context.Context, key, namespace string, now policy.Grant) {
 	before := p.kept[key]
 	if now == before {
 		return
 	}
-	if before != (held{}) {
+	if !before.IsZero() {
+		p.cfg.Sessions.Release(before, namespace)
 		delete(p.kept, key)
-		p.release(before)
+		p.full.free(namespace)
 	}
-	if now == (held{}) {
+	if now.IsZero() {
 		return
 	}
-	if err := p.cfg.Sessions.Keep(now.grant, namespace); err != nil {
+	if err := p.cfg.Sessions.Keep(now, namespace); err != nil {
 		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
-		if p.waiting[namespace] == nil {
-			p.waiting[namespace] = make(map[string]struct{})
-		}
-		p.waiting[namespace][key] = struct{}{}
+		p.full.enter(namespace, key)
 		return
 	}
 	p.kept[key] = now
 }
 
-// release lets go of what was kept, and has one of the pods looked at that may take its place.
-func (p *Prefetch) release(h held) {
-	p.cfg.Sessions.Release(h.grant, h.namespace)
-	for key := range p.waiting[h.namespace] {
-		p.stopWaiting(h.namespace, key)
-		p.Changed(key)
-		break
+// room knows the pods that wait until their namespace has room for one more grant.
+type room struct {
+	waiting map[string]map[string]struct{} // :: namespace → keys of pods
+	freed   map[string]bool                // :: namespace → whether a grant was let go since it was last found full
+}
+
+// enter says that the pod found its namespace full.
+func (r room) enter(namespace, key string) {
+	if r.waiting[namespace] == nil {
+		r.waiting[namespace] = make(map[string]struct{})
+	}
+	r.waiting[namespace][key] = struct{}{}
+	delete(r.freed, namespace)
+}
+
+// leave says that the pod does not wait.
+func (r room) leave(namespace, key string) {
+	delete(r.waiting[namespace], key)
+	if len(r.waiting[namespace]) == 0 {
+		delete(r.waiting, namespace)
+		delete(r.freed, namespace)
 	}
 }
 
-func (p *Prefetch) stopWaiting(namespace, key string) {
-	delete(p.waiting[namespace], key)
-	if len(p.waiting[namespace]) == 0 {
-		delete(p.waiting, namespace)
+// free says that a grant of the namespace was let go.
+func (r room) free(namespace string) {
+	if len(r.waiting[namespace]) > 0 {
+		r.freed[namespace] = true
 	}
+}
+
+// next takes out a pod that may find room. It is asked for one after each: those that have no use for the room
+// leave it to the others.
+func (r room) next(namespace string) (key string, ok bool) {
+	if !r.freed[namespace] {
+		return "", false
+	}
+	for key = range r.waiting[namespace] {
+		break
+	}
+	r.leave(namespace, key)
+	return key, true
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -42,6 +43,8 @@ type Config struct {
 	// none. AWS limits sessions to one hour whenever the caller is itself an assumed role, as it is
 	// behind this hop (role chaining).
 	FirstHop credential.RoleARN
+	// Dial opens connections to STS instead of the network. Default: TCP.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 // STS assumes roles. It implements credential.Source for grants.
@@ -68,6 +71,9 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 		// The SDK's own kind of client: with another one it refuses AWS_CA_BUNDLE.
 		config.WithHTTPClient(awshttp.NewBuildableClient().WithTimeout(callTimeout).WithTransportOptions(func(t *http.Transport) {
 			t.MaxIdleConnsPerHost = maxIdleConns
+			if cfg.Dial != nil {
+				t.DialContext = cfg.Dial
+			}
 		})),
 	}
 	if cfg.Region != "" {

@@ -15,6 +15,7 @@ type serving struct {
 	url    string
 	http   *http.Server
 	client *http.Client
+	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network's
 	done   chan struct{} // closed when Serve has returned
 }
 
@@ -64,6 +65,7 @@ func (s *Server) serve(ctx context.Context, l net.Listener, url string, transpor
 		// Ten seconds for headers: clients here are local.
 		http:   &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second},
 		client: &http.Client{Transport: transport},
+		dial:   transport.DialContext,
 		done:   make(chan struct{}),
 	}
 	go func() {
@@ -90,6 +92,14 @@ func (s *Server) Client() *http.Client {
 		return http.DefaultClient
 	}
 	return s.serving.client
+}
+
+// Dial connects to the host and port of URL as Client does, for a transport of the caller's own.
+func (s *Server) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if dial := s.serving.dial; dial != nil {
+		return dial(ctx, network, address)
+	}
+	return new(net.Dialer).DialContext(ctx, network, address)
 }
 
 // Close ends what Start began: it closes every connection, which ends the calls

@@ -1,0 +1,238 @@
+package broker_test
+
+import (
+	"cmp"
+	"context"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/metadata"
+
+	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/assume"
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/brokerpb"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+const (
+	account = "123456789012"
+	life    = time.Hour
+)
+
+func arnOf(role string) string { return "arn:aws:iam::" + account + ":role/" + role }
+
+// engine is a whole broker but for its sockets: the policy and the cache of the program, and pods that the test
+// makes. It lives in a synctest bubble, so a day takes a second.
+type engine struct {
+	t        *testing.T
+	sts      *ststest.Server // nil where the source is another one
+	broker   *broker.Broker
+	sessions *cache.Cache[policy.Grant]
+	prefetch *broker.Prefetch
+
+	mu   sync.Mutex
+	pods map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
+	told []*credential.Error   // what was notified; guarded by mu
+}
+
+// newEngine is an engine before an STS over HTTP, which it calls as the program does.
+func newEngine(t *testing.T, stsConfig ststest.Config, cacheConfig cache.Config[policy.Grant]) *engine {
+	t.Helper()
+	server, err := ststest.StartInMemory(t.Context(), stsConfig)
+	fatal(t, err)
+	keyID, secret := server.Keys()
+	for name, value := range map[string]string{
+		"AWS_ACCESS_KEY_ID": keyID, "AWS_SECRET_ACCESS_KEY": secret.Reveal(), "AWS_SESSION_TOKEN": "",
+		"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true",
+	} {
+		t.Setenv(name, value)
+	}
+	source, err := assume.New(t.Context(), assume.Config{Region: "eu-central-1", Endpoint: server.URL(), Dial: server.Dial})
+	fatal(t, err)
+	t.Cleanup(server.Close)
+	cacheConfig.Source = source
+	e := newEngineOn(t, cacheConfig)
+	e.sts = server
+	return e
+}
+
+// newEngineOn is an engine on the source that is configured. It runs until the test ends.
+func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	cacheConfig.Logger = log
+	e := &engine{t: t, pods: make(map[string]policy.Pod)}
+	var err error
+	e.sessions, err = cache.New(cacheConfig)
+	fatal(t, err)
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	fatal(t, err)
+	base, err := credential.BaseOf("aws", account)
+	fatal(t, err)
+	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	fatal(t, err)
+	decisions, err := audit.New(audit.Config{Writer: io.Discard, Logger: log})
+	fatal(t, err)
+	e.broker, err = broker.New(broker.Config{
+		Verifier: e, Binder: e, Rules: rules, Sessions: e.sessions, Audit: decisions, Logger: log,
+		Notify: func(_ policy.Pod, err *credential.Error) {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.told = append(e.told, err)
+		},
+	})
+	fatal(t, err)
+	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Rules: rules, Sessions: e.sessions, Logger: log})
+	fatal(t, err)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	for _, run := range []func(context.Context) error{e.sessions.Run, e.prefetch.Run, decisions.Run} {
+		running.Go(func() { _ = run(ctx) })
+	}
+	t.Cleanup(func() {
+		cancel()
+		running.Wait()
+	})
+	return e
+}
+
+func fatal(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pod starts a pod, whose annotations are given as key, value, ….
+func (e *engine) pod(namespace, name string, annotations ...string) string {
+	pod := policy.Pod{Namespace: namespace, Name: name, UID: "uid of " + namespace + "/" + name, ServiceAccount: "default", Annotations: map[string]string{}}
+	for pair := range slices.Chunk(annotations, 2) {
+		pod.Annotations[policy.DefaultPrefix+"/"+pair[0]] = pair[1]
+	}
+	key := namespace + "/" + name
+	e.mu.Lock()
+	e.pods[key] = pod
+	e.mu.Unlock()
+	e.prefetch.Changed(key)
+	return key
+}
+
+// end ends a pod, as its leaving the watch does.
+func (e *engine) end(key string) {
+	e.mu.Lock()
+	delete(e.pods, key)
+	e.mu.Unlock()
+	e.prefetch.Changed(key)
+}
+
+func (e *engine) lookup(key string) (policy.Pod, policy.Namespace, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	pod, ok := e.pods[key]
+	return pod, policy.Namespace{
+		Name:        pod.Namespace,
+		Labels:      map[string]string{policy.DefaultPrefix + "/" + string(policy.Inject): policy.Enabled},
+		Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Permitted): ".*"},
+	}, ok
+}
+
+// Verify implements identity.Verifier: a pod's token is its key.
+func (e *engine) Verify(_ context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
+	namespace, name, _ := strings.Cut(token.Reveal(), "/")
+	return identity.Pod{Namespace: namespace, Name: name}, nil
+}
+
+// Bind implements broker.Binder.
+func (e *engine) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
+	pod, ns, ok := e.lookup(id.String())
+	if !ok {
+		return pod, ns, credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "pod %s is gone", id)
+	}
+	return pod, ns, nil
+}
+
+// get asks as the sidecar of a pod does.
+func (e *engine) get(ctx context.Context, key string) (*brokerpb.GetCredentialsResponse, error) {
+	ctx = metadata.NewIncomingContext(ctx, metadata.Pairs("authorization", "Bearer "+key))
+	answer, err := e.broker.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
+	if err != nil {
+		return nil, brokerpb.FromError(err)
+	}
+	return answer, nil
+}
+
+// mustGet is get for a pod that must be given a valid session.
+func (e *engine) mustGet(key string) *brokerpb.GetCredentialsResponse {
+	e.t.Helper()
+	answer, err := e.get(e.t.Context(), key)
+	if err != nil {
+		e.t.Errorf("pod %s is told: %v", key, err)
+		return nil
+	}
+	if left := time.Until(answer.GetExpiration().AsTime()); left <= 0 {
+		e.t.Errorf("pod %s is given a session that ended %s ago", key, -left)
+	}
+	return answer
+}
+
+// assumed counts the calls of AssumeRole.
+func (e *engine) assumed() int { return e.sts.Count("AssumeRole", "") }
+
+// plainSTS answers after a while, and remembers when it was called. Where the wire does not matter, tens of
+// thousands of calls cost little on it.
+type plainSTS struct {
+	latency time.Duration
+
+	mu    sync.Mutex
+	calls []time.Time // guarded by mu
+}
+
+// Credential implements credential.Source.
+func (s *plainSTS) Credential(ctx context.Context, g policy.Grant) (credential.Credential, error) {
+	s.mu.Lock()
+	s.calls = append(s.calls, time.Now())
+	s.mu.Unlock()
+	select {
+	case <-time.After(s.latency):
+		return session(ctx, g)
+	case <-ctx.Done():
+		return credential.Credential{}, ctx.Err()
+	}
+}
+
+func (s *plainSTS) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.calls)
+}
+
+// perSecond returns how many calls began in the busiest second, counted from each call on.
+func (s *plainSTS) perSecond() (most int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first := 0
+	for i, at := range s.calls {
+		for at.Sub(s.calls[first]) >= time.Second {
+			first++
+		}
+		most = max(most, i-first+1)
+	}
+	return most
+}
+
+// allowed is how many calls may begin within a second: the rate and the burst that had gathered.
+func allowed(cfg cache.Config[policy.Grant]) int {
+	return int(cmp.Or(cfg.Rate, cache.DefaultRate)) + cmp.Or(cfg.Concurrency, 64)
+}
+
