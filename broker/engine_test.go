@@ -235,4 +235,3 @@ func (s *plainSTS) perSecond() (most int) {
 func allowed(cfg cache.Config[policy.Grant]) int {
 	return int(cmp.Or(cfg.Rate, cache.DefaultRate)) + cmp.Or(cfg.Concurrency, 64)
 }
-

@@ -35,6 +35,10 @@ const (
 	// maxConnections bounds what strangers can make us hold. A sidecar closes its connection after each
 	// call, so this many are calls under way; at some 50 kB each they take 200 MB.
 	maxConnections = 4096
+	// streamWorkers handle calls one after the other, and keep the stack that verifying a signature has grown
+	// for the next: see docs/performance.md. When all are waiting for STS, further calls have goroutines of
+	// their own.
+	streamWorkers = 32
 	// handshakeTimeout ends connections that never say anything.
 	handshakeTimeout = 10 * time.Second
 	// maxIdle closes connections that sidecars have finished with.
@@ -124,6 +128,7 @@ func options(cfg ServerConfig) []grpc.ServerOption {
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.NumStreamWorkers(streamWorkers),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: maxIdle, MaxConnectionAge: maxAge, MaxConnectionAgeGrace: maxAgeGrace,

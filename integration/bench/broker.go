@@ -12,10 +12,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -29,6 +31,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/client"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
@@ -37,24 +40,51 @@ import (
 	"github.com/credence-iam/credence/integration/bench/report"
 )
 
+// brokerMetrics are what the broker adds to the work that no broker can avoid, on sessions that are held.
 var brokerMetrics = []metric{{
 	Metric: report.Metric{
 		Name: "broker_get_rps", Unit: "calls/s",
 		// What reading claims, policy, the cache and audit may take of the whole.
 		Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.80},
 	},
-	about: "Calls per second of GetCredentials, on a session that is held, by " + strconv.Itoa(callers) + " callers that wait for each answer, each with a\n" +
+	about: "Calls per second of GetCredentials, on a session that is held, by " + strconv.Itoa(sidecars) + " callers that wait for each answer, each with a\n" +
 		"\tconnection and a pod-bound RS256 token of its own; beside it, a gRPC server over the same TLS that verifies the\n" +
 		"\tsignature of each token and answers a fixed message of the same size. Broker, callers and baseline are one process,\n" +
 		"\tso the callers' work is in both figures. Real in the broker: token verification with keys fetched from an API\n" +
 		"\tserver's endpoints, policy, cache, audit lines (to nowhere). Not: finding the pod, which is in a map here, not in\n" +
 		"\tinformers; and handshakes.",
-	measure: brokerThroughput,
+	measure: warmBroker(func(s scene) (ours, bare side) { return s.ours.throughput, s.bare.throughput }),
+}, {
+	Metric: report.Metric{
+		Name: "broker_get_p99", Unit: "us",
+		// The inverse of the goal for calls per second.
+		Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.25},
+	},
+	about: "The same calls and the same baseline: the latency that one call in a hundred exceeds, under the full load of all\n" +
+		"\tcallers; of each tenth of a second, and of those the median.",
+	measure: warmBroker(func(s scene) (ours, bare side) { return s.ours.p99, s.bare.p99 }),
+}, {
+	Metric: report.Metric{
+		Name: "broker_fresh_connection_rps", Unit: "calls/s",
+		Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.80},
+	},
+	about: "The same with a connection for each call, through the client that sidecars use: their calls are half an hour apart,\n" +
+		"\tand they keep none. The handshake is most of it, on both sides.",
+	measure: warmBroker(func(s scene) (ours, bare side) { return s.oursFresh.throughput, s.bareFresh.throughput }),
+}, {
+	Metric: report.Metric{
+		Name: "broker_verify_ns", Unit: "ns",
+		NoGoal: "a part of broker_get_rps, which has one",
+	},
+	about: "Verifying one pod-bound RS256 token: signature and claims; beside it, the signature alone.",
+	measure: warmBroker(func(s scene) (ours, bare side) {
+		return timed(s.verify, time.Nanosecond), timed(s.verifySignature, time.Nanosecond)
+	}),
 }}
 
 const (
-	// callers keep two processors busy; each stands for a sidecar.
-	callers = 8
+	// sidecars keep two processors busy.
+	sidecars = 8
 
 	account   = "123456789012"
 	region    = "eu-central-1"
@@ -64,53 +94,82 @@ const (
 	namespace = "bench"
 )
 
-func brokerThroughput(ctx context.Context, b *bench) ([]report.Run, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	t, err := newTrust(b.programs.Dir())
-	if err != nil {
-		return nil, err
+// scene is a broker with warm sessions, and beside it a server that does what every one must.
+type scene struct {
+	ours, bare              callers
+	oursFresh, bareFresh    callers
+	verify, verifySignature func(context.Context) (time.Duration, error)
+}
+
+// warmBroker measures a pair of sides of a scene.
+func warmBroker(choose func(scene) (ours, bare side)) func(context.Context, *bench) ([]report.Run, error) {
+	return func(ctx context.Context, b *bench) ([]report.Run, error) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		t, err := newTrust(b.programs.Dir())
+		if err != nil {
+			return nil, err
+		}
+		// What API servers make themselves: 2,048 bits, whose signatures are cheap to verify.
+		key, err := rsa.GenerateKey(rand.Reader, 2048)
+		if err != nil {
+			return nil, fmt.Errorf("making a token-signing key: %w", err)
+		}
+		pods, tokens, err := makePods(key)
+		if err != nil {
+			return nil, err
+		}
+		api, err := serveKeys(ctx, key, t)
+		if err != nil {
+			return nil, err
+		}
+		verifier, err := kube.NewJWKS(kube.JWKSConfig{REST: api, Audience: audience, Logger: discard})
+		if err != nil {
+			return nil, err
+		}
+		address, decisions, err := serveBroker(ctx, t, verifier, pods)
+		if err != nil {
+			return nil, err
+		}
+		ours, err := dial(address, t)
+		if err != nil {
+			return nil, err
+		}
+		defer ours.Close()
+		answer, err := call(ctx, ours, tokens[0])
+		if err != nil {
+			return nil, fmt.Errorf("asking the broker: %w", err)
+		}
+		var s scene
+		if s.ours, s.oursFresh, err = b.callers(address, t, tokens); err != nil {
+			return nil, err
+		}
+		defer s.ours.close()
+		if address, err = verifying(key.Public(), answer).serve(ctx, t); err != nil {
+			return nil, err
+		}
+		if s.bare, s.bareFresh, err = b.callers(address, t, tokens); err != nil {
+			return nil, err
+		}
+		defer s.bare.close()
+		token := identity.NewUnverifiedToken(tokens[0])
+		s.verify = func(ctx context.Context) (time.Duration, error) {
+			began := time.Now()
+			_, err := verifier.Verify(ctx, token)
+			return time.Since(began), err
+		}
+		s.verifySignature = func(context.Context) (time.Duration, error) {
+			began := time.Now()
+			err := verifySignature(key.Public(), tokens[0])
+			return time.Since(began), err
+		}
+		ourSide, bareSide := choose(s)
+		runs, err := b.paired(ctx, ourSide, bareSide)
+		if lost := decisions.Lost(); err == nil && lost > 0 {
+			err = fmt.Errorf("the broker lost %d audit lines: it did less than it should", lost)
+		}
+		return runs, err
 	}
-	// What API servers make themselves: 2,048 bits, whose signatures are cheap to verify.
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		return nil, fmt.Errorf("making a token-signing key: %w", err)
-	}
-	pods, tokens, err := makePods(key)
-	if err != nil {
-		return nil, err
-	}
-	api, err := serveKeys(ctx, key, t)
-	if err != nil {
-		return nil, err
-	}
-	address, decisions, err := serveBroker(ctx, t, api, pods)
-	if err != nil {
-		return nil, err
-	}
-	ours, err := dialAll(address, t, tokens)
-	if err != nil {
-		return nil, err
-	}
-	defer ours.close()
-	answer, err := ours[0].call(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("asking the broker: %w", err)
-	}
-	address, err = verifying(key.Public(), answer).serve(ctx, t)
-	if err != nil {
-		return nil, err
-	}
-	bare, err := dialAll(address, t, tokens)
-	if err != nil {
-		return nil, err
-	}
-	defer bare.close()
-	runs, err := b.paired(ctx, ours.throughput, bare.throughput)
-	if lost := decisions.Lost(); err == nil && lost > 0 {
-		err = fmt.Errorf("the broker lost %d audit lines: it did less than it should", lost)
-	}
-	return runs, err
 }
 
 // makePods returns a pod for each caller, by UID, and a token for each, with the claims that an API
@@ -127,7 +186,7 @@ func makePods(key *rsa.PrivateKey) (podMap, []string, error) {
 	uid := func(kind, n int) string { return fmt.Sprintf("%08d-0000-4000-8000-%012d", kind, n) }
 	pods, now := make(podMap), time.Now()
 	var tokens []string
-	for i := range callers {
+	for i := range sidecars {
 		pod := policy.Pod{
 			Namespace: namespace, Name: fmt.Sprintf("bench-6d4cf56db6-%05d", i), UID: uid(1, i), ServiceAccount: "default",
 			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): "bench"},
@@ -158,11 +217,7 @@ func (m podMap) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Nam
 	if !ok {
 		return policy.Pod{}, policy.Namespace{}, credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "pod %s does not exist", id)
 	}
-	return pod, policy.Namespace{
-		Name:        namespace,
-		Labels:      map[string]string{policy.DefaultPrefix + "/" + string(policy.Inject): policy.Enabled},
-		Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Permitted): "arn:aws:iam::[0-9]+:role/bench.*"},
-	}, nil
+	return pod, optedIn(namespace), nil
 }
 
 // serveKeys serves what the broker asks of an API server, until ctx ends.
@@ -199,20 +254,8 @@ func (sts) Credential(context.Context, policy.Grant) (credential.Credential, err
 }
 
 // serveBroker runs a broker until ctx ends, and returns its address and its audit log.
-func serveBroker(ctx context.Context, t trust, api *rest.Config, pods podMap) (string, *audit.Log, error) {
-	verifier, err := kube.NewJWKS(kube.JWKSConfig{REST: api, Audience: audience, Logger: discard})
-	if err != nil {
-		return "", nil, err
-	}
-	keys, err := policy.NewKeys(policy.DefaultPrefix)
-	if err != nil {
-		return "", nil, err
-	}
-	base, err := credential.BaseOf("aws", account)
-	if err != nil {
-		return "", nil, err
-	}
-	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+func serveBroker(ctx context.Context, t trust, verifier *kube.JWKS, pods podMap) (string, *audit.Log, error) {
+	rules, err := newRules()
 	if err != nil {
 		return "", nil, err
 	}
@@ -249,68 +292,119 @@ func verifying(key crypto.PublicKey, answer *brokerpb.GetCredentialsResponse) ba
 		if len(values) != 1 {
 			return nil, errors.New("the call carries no token")
 		}
-		token, err := jose.ParseSignedCompact(strings.TrimPrefix(values[0], "Bearer "), []jose.SignatureAlgorithm{jose.RS256})
-		if err != nil {
-			return nil, err
-		}
-		_, err = token.Verify(key)
-		return answer, err
+		return answer, verifySignature(key, strings.TrimPrefix(values[0], "Bearer "))
 	}}
 }
 
-// caller is one sidecar's side of the wire, with its connection kept.
-type caller struct {
-	conn  *grpc.ClientConn
-	token string
+func verifySignature(key crypto.PublicKey, token string) error {
+	signed, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256})
+	if err != nil {
+		return err
+	}
+	_, err = signed.Verify(key)
+	return err
 }
 
-type callerGroup []caller
-
-// dialAll makes a caller for each token. They connect with their first call.
-func dialAll(address string, t trust, tokens []string) (callerGroup, error) {
+func dial(address string, t trust) (*grpc.ClientConn, error) {
 	roots, err := certs.NewRoots(t.rootsFile, discard)
 	if err != nil {
 		return nil, err
 	}
-	var group callerGroup
-	for _, token := range tokens {
-		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(certs.ClientConfig(roots, ""))), grpc.WithNoProxy())
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(certs.ClientConfig(roots, ""))), grpc.WithNoProxy())
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s: %w", address, err)
+	}
+	return conn, nil
+}
+
+func call(ctx context.Context, conn *grpc.ClientConn, token string) (*brokerpb.GetCredentialsResponse, error) {
+	ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
+	return brokerpb.NewBrokerClient(conn).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
+}
+
+// callers are sidecars' side of the wire.
+type callers struct {
+	calls []func(context.Context) error
+	conns []*grpc.ClientConn // kept between calls
+}
+
+// callers makes a caller for each token that keeps its connection, and one that makes a connection for each call, as
+// sidecars do.
+func (b *bench) callers(address string, t trust, tokens []string) (kept, fresh callers, err error) {
+	roots, err := certs.NewRoots(t.rootsFile, discard)
+	if err != nil {
+		return callers{}, callers{}, err
+	}
+	for i, token := range tokens {
+		conn, err := dial(address, t)
 		if err != nil {
-			group.close()
-			return nil, fmt.Errorf("dialling %s: %w", address, err)
+			kept.close()
+			return callers{}, callers{}, err
 		}
-		group = append(group, caller{conn, token})
+		kept.conns = append(kept.conns, conn)
+		kept.calls = append(kept.calls, func(ctx context.Context) error {
+			_, err := call(ctx, conn, token)
+			return err
+		})
+		file := filepath.Join(b.programs.Dir(), fmt.Sprintf("token-%d", i))
+		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+			kept.close()
+			return callers{}, callers{}, fmt.Errorf("writing a token: %w", err)
+		}
+		c, err := client.New(client.Config{Target: address, TLS: certs.ClientConfig(roots, serverName), TokenFile: file})
+		if err != nil {
+			kept.close()
+			return callers{}, callers{}, err
+		}
+		fresh.calls = append(fresh.calls, func(ctx context.Context) error {
+			_, err := c.Credentials(ctx)
+			return err
+		})
 	}
-	return group, nil
+	return kept, fresh, nil
 }
 
-func (g callerGroup) close() {
-	for _, c := range g {
-		_ = c.conn.Close()
+func (c callers) close() {
+	for _, conn := range c.conns {
+		_ = conn.Close()
 	}
 }
 
-func (c caller) call(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
-	ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+c.token)
-	return brokerpb.NewBrokerClient(c.conn).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
-}
-
-// throughput lets all callers call, and returns the calls per second of all. It is a side.
-func (g callerGroup) throughput(ctx context.Context, length time.Duration) ([]float64, error) {
-	var calls atomic.Int64
-	errs := make([]error, len(g))
+// load lets all callers call for that long, and returns how long each call took.
+func (c callers) load(ctx context.Context, length time.Duration) ([]time.Duration, error) {
+	took := make([][]time.Duration, len(c.calls))
+	errs := make([]error, len(c.calls))
 	var calling sync.WaitGroup
-	began := time.Now()
-	for i, c := range g {
+	end := time.Now().Add(length)
+	for i, call := range c.calls {
 		calling.Go(func() {
-			for time.Since(began) < length {
-				if _, errs[i] = c.call(ctx); errs[i] != nil {
+			for now := time.Now(); now.Before(end); {
+				if errs[i] = call(ctx); errs[i] != nil {
 					return
 				}
-				calls.Add(1)
+				done := time.Now()
+				took[i] = append(took[i], done.Sub(now))
+				now = done
 			}
 		})
 	}
 	calling.Wait()
-	return []float64{float64(calls.Load()) / time.Since(began).Seconds()}, errors.Join(errs...)
+	return slices.Concat(took...), errors.Join(errs...)
+}
+
+// throughput is the calls per second of all callers together. It is a side.
+func (c callers) throughput(ctx context.Context, length time.Duration) ([]float64, error) {
+	began := time.Now()
+	took, err := c.load(ctx, length)
+	return []float64{float64(len(took)) / time.Since(began).Seconds()}, err
+}
+
+// p99 is the latency, in microseconds, that one call in a hundred exceeds. It is a side.
+func (c callers) p99(ctx context.Context, length time.Duration) ([]float64, error) {
+	took, err := c.load(ctx, length)
+	if err != nil || len(took) == 0 {
+		return nil, err
+	}
+	slices.Sort(took)
+	return []float64{float64(took[len(took)*99/100]) / float64(time.Microsecond)}, nil
 }

@@ -16,7 +16,7 @@ type serving struct {
 	http   *http.Server
 	client *http.Client
 	dial   func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network's
-	done   chan struct{} // closed when Serve has returned
+	done   chan struct{}                                                        // closed when Serve has returned
 }
 
 // Start makes a Server and serves it on a free port of 127.0.0.1 until ctx ends
