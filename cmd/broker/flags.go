@@ -25,6 +25,7 @@ type options struct {
 	region, stsEndpoint         string
 	firstHop                    credential.RoleARN // zero: none
 	auditRequired               bool
+	rulesFile                   string // empty: there is none
 	rootsFile                   string // empty: nothing is published
 	rootsRequired               bool   // the flag was given, so the file must be there
 	namespace, trustConfigMap   string
@@ -57,6 +58,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
 	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
 	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
+	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; a replaced file is taken up without a restart; empty sets no limits")
 	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
 	f.StringVar(&o.namespace, "namespace", "", "`namespace` that this broker runs in; empty takes POD_NAMESPACE, or that of the service account")
 	f.StringVar(&o.trustConfigMap, "trust-config-map", "credence-trust", "`name` of the ConfigMaps that hold the published roots")

@@ -63,11 +63,13 @@ func run(ctx context.Context, o options) error {
 				return listener.Close()
 			}
 		}
-		b, prefetch, err := p.broker(o, base)
+		b, runs, err := p.broker(o, base)
 		if err != nil {
 			return err
 		}
-		group.Go(func() error { return prefetch.Run(work) })
+		for _, run := range runs {
+			group.Go(func() error { return run(work) })
+		}
 		based.Store(true)
 		p.log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "admin", adminListener.Addr().String(),
 			"base_arn", base.String(), "region", p.sts.Region(), "version", program.Version())

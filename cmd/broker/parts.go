@@ -21,6 +21,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/trust"
 )
@@ -41,6 +42,12 @@ type parts struct {
 func build(ctx context.Context, o options) (p parts, err error) {
 	p.log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
 	klog.SetSlogLogger(p.log) // client-go's own lines
+	if o.rulesFile != "" {
+		// It is read again once the account is known. A wrong one is better told of before STS has answered.
+		if err := rulesfile.Check(o.rulesFile); err != nil {
+			return parts{}, fmt.Errorf("--rules-file: %w", err)
+		}
+	}
 	if p.pair, err = certs.NewKeyPair(o.tlsCert, o.tlsKey, p.log); err != nil {
 		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
@@ -110,11 +117,18 @@ func ownNamespace() string {
 	return strings.TrimSpace(string(name))
 }
 
-// broker makes what decides, which needs the base ARN.
-func (p parts) broker(o options, base credential.RoleBase) (*broker.Broker, *broker.Prefetch, error) {
+// broker makes what decides, which needs the base ARN, and returns what of it has to run.
+func (p parts) broker(o options, base credential.RoleBase) (b *broker.Broker, runs []func(context.Context) error, err error) {
 	rules, err := policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster})
 	if err != nil {
 		return nil, nil, fmt.Errorf("--cluster-name: %w", err)
+	}
+	if o.rulesFile != "" {
+		follower, err := rulesfile.New(rulesfile.Config{Path: o.rulesFile, Rules: rules, Logger: p.log})
+		if err != nil {
+			return nil, nil, fmt.Errorf("--rules-file: %w", err)
+		}
+		runs = append(runs, follower.Run)
 	}
 	prefetch, err := broker.NewPrefetch(broker.PrefetchConfig{Lookup: p.directory.Pod, Rules: rules, Sessions: p.sessions, Logger: p.log})
 	if err != nil {
@@ -123,9 +137,9 @@ func (p parts) broker(o options, base credential.RoleBase) (*broker.Broker, *bro
 	if err := p.directory.OnChange(prefetch.Changed); err != nil {
 		return nil, nil, err
 	}
-	b, err := broker.New(broker.Config{
+	b, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
 		Region: p.sts.Region(), Logger: p.log,
 	})
-	return b, prefetch, err
+	return b, append(runs, prefetch.Run), err
 }
