@@ -8,13 +8,19 @@ import (
 
 // BenchmarkGrant is the decision that each call of a sidecar costs the broker.
 func BenchmarkGrant(b *testing.B) {
-	rules := newRules(b, rolePrefix)
 	permitted := map[policy.Key]string{policy.Permitted: rolePrefix + "(reader|team/.*)"}
+	limited := policy.File{KubernetesTags: true, SourceIdentity: policy.SourceServiceAccount, Namespaces: []policy.NamespaceRules{
+		open("platform-*"), open("team-*"), edit("s*", func(n *policy.NamespaceRules) {
+			n.Accounts, n.Roles = []string{"210987654321", "123456789012"}, []string{"/shared/*", "/reader"}
+			n.ForcedTags = map[string]string{"team": "{namespace}", "environment": "production"}
+		}),
+	}}
 	for _, bench := range []struct {
 		name string
 		pod  map[policy.Key]string
 		ns   map[policy.Key]string
 	}{
+		{"limited", map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "service-account"}, permitted},
 		{"plain", map[policy.Key]string{policy.Role: "reader"}, permitted},
 		{"globs", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["writer","team/*","read*"]`}},
 		{"all", map[policy.Key]string{
@@ -24,7 +30,10 @@ func BenchmarkGrant(b *testing.B) {
 		}, map[policy.Key]string{policy.Permitted: rolePrefix + "(reader|team/.*)", policy.PermittedTags: "cost,team"}},
 	} {
 		b.Run(bench.name, func(b *testing.B) {
-			pod, ns := cart(bench.pod), shop(bench.ns)
+			pod, ns, rules := cart(bench.pod), shop(bench.ns), newRules(b, rolePrefix)
+			if bench.name == "limited" {
+				use(b, rules, limited)
+			}
 			// What other controllers put on nearly every pod and namespace.
 			pod.Annotations["iam.amazonaws.com/service-account"] = "cart"
 			pod.Annotations["kubectl.kubernetes.io/restartedAt"] = "2026-01-01T00:00:00Z"

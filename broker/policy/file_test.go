@@ -533,10 +533,10 @@ func FuzzGrant(f *testing.F) {
 func TestFieldsHaveNames(t *testing.T) {
 	for _, typ := range []reflect.Type{reflect.TypeFor[policy.File](), reflect.TypeFor[policy.NamespaceRules]()} {
 		seen := map[string]bool{}
-		for i := range typ.NumField() {
-			name := typ.Field(i).Tag.Get("json")
+		for field := range typ.Fields() {
+			name := field.Tag.Get("json")
 			if name == "" || strings.Contains(name, ",") || seen[name] {
-				t.Errorf("%s.%s has the name %q in the file", typ.Name(), typ.Field(i).Name, name)
+				t.Errorf("%s.%s has the name %q in the file", typ.Name(), field.Name, name)
 			}
 			seen[name] = true
 		}

@@ -133,18 +133,19 @@ func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 // transitiveOf returns those of the keys of tags that are to be transitive, a line each: STS takes no
 // others.
 func (l *limits) transitiveOf(tags []Tag) string {
-	var keys string
+	var keys strings.Builder
 	for _, tag := range tags {
 		if slices.ContainsFunc(l.transitive, func(key string) bool { return strings.EqualFold(key, tag.Key) }) {
-			keys += tag.Key + "\n"
+			keys.WriteString(tag.Key + "\n")
 		}
 	}
-	return keys
+	return keys.String()
 }
 
 // sourceIdentity returns the source identity of a session of that name; empty for none.
 func (l *limits) sourceIdentity(pod Pod, sessionName string) (string, error) {
 	switch l.source {
+	case SourceNone:
 	case SourceServiceAccount:
 		if pod.ServiceAccount == "" {
 			return "", errNoServiceAccount

@@ -332,6 +332,10 @@ func FuzzPermitted(f *testing.F) {
 		alone.Longest()
 		at := alone.FindStringIndex(role.String())
 		whole := at != nil && at[0] == 0 && at[1] == len(role.String())
+		// The naive form has the hole, but what it does not match is never granted either.
+		if naive, naiveErr := regexp.Compile("^(?:" + expression + ")$"); err == nil && (naiveErr != nil || !naive.MatchString(role.String())) {
+			t.Errorf("%q, put between anchors, does not match %s, and permits it", expression, role)
+		}
 		// An expression that ends within \Q… is refused: fail closed.
 		if err == nil && !whole {
 			t.Errorf("%q does not match the whole of %s, and permits it", expression, role)

@@ -97,7 +97,12 @@ func decode(node *yaml.Node, path string, v reflect.Value) error {
 			}
 		}
 		return nil
+	default:
+		return decodeScalar(node, path, v)
 	}
+}
+
+func decodeScalar(node *yaml.Node, path string, v reflect.Value) error {
 	if node.Kind != yaml.ScalarNode {
 		return wrong(node, path, "must be one value, not a list or a map")
 	}

@@ -217,8 +217,8 @@ func TestEveryKindIsRead(t *testing.T) {
 	known := map[string]bool{"bool": true, "string": true, "[]string": true, "map[string]string": true, "time.Duration": true,
 		"policy.SourceIdentity": true, "[]policy.NamespaceRules": true}
 	for _, typ := range []reflect.Type{reflect.TypeFor[policy.File](), reflect.TypeFor[policy.NamespaceRules]()} {
-		for i := range typ.NumField() {
-			if field := typ.Field(i); !known[fmt.Sprint(field.Type)] {
+		for field := range typ.Fields() {
+			if !known[fmt.Sprint(field.Type)] {
 				t.Errorf("%s.%s is a %s, which decode may not read: add it there, and here", typ.Name(), field.Name, field.Type)
 			}
 		}

@@ -255,6 +255,8 @@ func TestConfigMapSwap(t *testing.T) {
 			t.Errorf("without the folder: %+v, %s", s, reason(rules))
 		}
 		stop()
-		<-ended
+		if err := <-ended; err != nil {
+			t.Errorf("Run: %v", err)
+		}
 	})
 }

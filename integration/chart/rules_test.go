@@ -79,8 +79,8 @@ func TestRulesSchema(t *testing.T) {
 	}
 	for definition, typ := range map[string]reflect.Type{"rules": reflect.TypeFor[policy.File](), "namespaceRules": reflect.TypeFor[policy.NamespaceRules]()} {
 		var want []string
-		for i := range typ.NumField() {
-			want = append(want, typ.Field(i).Tag.Get("json"))
+		for field := range typ.Fields() {
+			want = append(want, field.Tag.Get("json"))
 		}
 		slices.Sort(want)
 		if diff := cmp.Diff(want, slices.Sorted(maps.Keys(schema.Definitions[definition].Properties))); diff != "" {
