@@ -3,9 +3,10 @@ package policy
 import "sync"
 
 // maxMemo bounds what one memo keeps, in bytes as its callers estimate them. Whoever may change a
-// namespace may write a new expression into it every second, so the number of entries bounds nothing.
-// It is enough for ten thousand namespaces with expressions of ordinary length.
-const maxMemo = 64 << 20
+// namespace may write a new expression into it every second, so a bound on their number would be none.
+// This is enough for some three thousand expressions of ordinary length. Where there are more, one is
+// compiled anew now and then, which takes 20 µs.
+const maxMemo = 32 << 20
 
 // memo keeps what was made of texts that every call brings again. The zero value is ready.
 type memo[T any] struct {
@@ -28,7 +29,7 @@ func (m *memo[T]) get(text string, parse func(string) (T, int, error)) (T, error
 	if err != nil {
 		return value, err
 	}
-	if cost += len(text); cost > maxMemo/16 {
+	if cost += len(text); cost > maxMemo/8 {
 		return value, nil
 	}
 	m.mu.Lock()

@@ -296,7 +296,7 @@ func TestExpressionsKeptAreBounded(t *testing.T) {
 		}
 		most = max(most, n)
 	}
-	if most < 100 || most == 400 {
+	if most < 10 || most == 400 {
 		t.Errorf("at most %d of 400 large expressions were kept at a time", most)
 	}
 }
