@@ -2,7 +2,6 @@ package credential
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 )
 
@@ -13,18 +12,81 @@ import (
 const (
 	maxARN       = 2048
 	maxPartition = 32
+	accountLen   = 12
 	maxRoleName  = 64
 	maxRolePath  = 512
 )
 
-var (
-	partitionForm = regexp.MustCompile(`^aws(-[a-z]+)*$`)
-	accountForm   = regexp.MustCompile(`^[0-9]{12}$`)
-	roleNameForm  = regexp.MustCompile(`^[A-Za-z0-9_+=,.@-]+$`)
-	// The path's characters are narrower than IAM's "printable ASCII": quotes, colons and spaces
-	// would be legal there, and no role that needs them has been seen.
-	rolePathForm = regexp.MustCompile(`^/([A-Za-z0-9_+=,.@!$%&'()*~-]+/)*$`)
-)
+// The forms are written out, and not as regular expressions: each call of a sidecar resolves a role,
+// and took a third of its decision for that.
+
+// isPartition reports whether s is "aws", followed by any number of "-" and lower-case letters. Which
+// partitions there are is not for us to know: AWS has opened eight so far, and goes on.
+func isPartition(s string) bool {
+	rest, ok := strings.CutPrefix(s, "aws")
+	if !ok || len(s) > maxPartition {
+		return false
+	}
+	for rest != "" {
+		word, ok := strings.CutPrefix(rest, "-")
+		if !ok {
+			return false
+		}
+		rest = strings.TrimLeft(word, "abcdefghijklmnopqrstuvwxyz")
+		if rest == word {
+			return false
+		}
+	}
+	return true
+}
+
+// IsAccount reports whether s has the form of an AWS account's id: 12 digits.
+func IsAccount(s string) bool {
+	for i := range len(s) {
+		if s[i] < '0' || s[i] > '9' {
+			return false
+		}
+	}
+	return len(s) == accountLen
+}
+
+// inName reports whether c may stand in a role's name: [A-Za-z0-9_+=,.@-].
+func inName(c byte) bool {
+	switch {
+	case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		return true
+	case c == '_', c == '+', c == '=', c == ',', c == '.', c == '@', c == '-':
+		return true
+	}
+	return false
+}
+
+func isRoleName(s string) bool {
+	for i := range len(s) {
+		if !inName(s[i]) {
+			return false
+		}
+	}
+	return s != ""
+}
+
+// isRolePath reports whether s is "/", or more of them with names between. Its characters are narrower
+// than IAM's "printable ASCII": quotes, colons and spaces would be legal there, and no role that needs
+// them has been seen.
+func isRolePath(s string) bool {
+	if s == "" || s[0] != '/' || s[len(s)-1] != '/' {
+		return false
+	}
+	for i := 1; i < len(s); i++ {
+		if s[i] == '/' && s[i-1] == '/' {
+			return false
+		}
+		if s[i] != '/' && !inName(s[i]) && strings.IndexByte("!$%&'()*~", s[i]) < 0 {
+			return false
+		}
+	}
+	return true
+}
 
 // RoleARN is the Amazon Resource Name of an IAM role. A RoleARN that is not the zero value is
 // valid: only [ParseRoleARN] and [RoleBase.Resolve] make one. Values compare with ==.
@@ -54,10 +116,10 @@ func cutRolePrefix(s string) (base RoleBase, rest string, err error) {
 	if len(parts) != 6 || parts[0] != "arn" || parts[2] != "iam" || parts[3] != "" || !strings.HasPrefix(parts[5], "role/") {
 		return RoleBase{}, "", fmt.Errorf("%q is not of the form arn:aws:iam::123456789012:role/NAME", s)
 	}
-	if len(parts[1]) > maxPartition || !partitionForm.MatchString(parts[1]) {
+	if !isPartition(parts[1]) {
 		return RoleBase{}, "", fmt.Errorf("%q: %q is not an AWS partition", s, parts[1])
 	}
-	if !accountForm.MatchString(parts[4]) {
+	if !IsAccount(parts[4]) {
 		return RoleBase{}, "", fmt.Errorf("%q: %q is not an AWS account id of 12 digits", s, parts[4])
 	}
 	return RoleBase{partition: parts[1], account: parts[4], path: "/"}, strings.TrimPrefix(parts[5], "role/"), nil
@@ -79,6 +141,9 @@ func (r RoleARN) Partition() string { return r.partition }
 
 // Account returns the 12 digits of the role's account.
 func (r RoleARN) Account() string { return r.account }
+
+// Path returns the role's path: "/", or one such as "/team/".
+func (r RoleARN) Path() string { return r.path }
 
 // Name returns the role's name without its path, as STS shows it in assumed-role ARNs.
 func (r RoleARN) Name() string { return r.name }
@@ -102,7 +167,7 @@ func ParseRoleBase(s string) (RoleBase, error) {
 		return RoleBase{}, fmt.Errorf("parsing base ARN: %w (a base ends in role/, as in arn:aws:iam::123456789012:role/)", err)
 	}
 	base.path = "/" + rest
-	if !strings.HasSuffix(base.path, "/") || !rolePathForm.MatchString(base.path) || len(base.path) > maxRolePath {
+	if !strings.HasSuffix(base.path, "/") || !isRolePath(base.path) || len(base.path) > maxRolePath {
 		return RoleBase{}, fmt.Errorf("parsing base ARN: %q must end in role/ or in a path and a slash, as in arn:aws:iam::123456789012:role/team/", s)
 	}
 	return base, nil
@@ -153,9 +218,9 @@ func (b RoleBase) join(said, full string) (RoleARN, error) {
 		return RoleARN{}, fmt.Errorf("%q names no role: it ends in a slash", said)
 	case len(name) > maxRoleName:
 		return RoleARN{}, fmt.Errorf("%q: a role's name has at most %d characters, this one has %d", said, maxRoleName, len(name))
-	case !roleNameForm.MatchString(name):
+	case !isRoleName(name):
 		return RoleARN{}, fmt.Errorf("%q: a role's name has letters, digits and any of _+=,.@- only", said)
-	case len(path) > maxRolePath || !rolePathForm.MatchString(path):
+	case len(path) > maxRolePath || !isRolePath(path):
 		return RoleARN{}, fmt.Errorf("%q: %q is not a role path such as /team/", said, path)
 	}
 	return RoleARN{partition: b.partition, account: b.account, path: path, name: name}, nil

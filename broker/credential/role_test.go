@@ -2,6 +2,7 @@ package credential_test
 
 import (
 	"encoding/json"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -16,16 +17,31 @@ var (
 	longPath = "/" + strings.Repeat("p", 510) + "/"
 )
 
+// partitions are all that AWS has named so far.
+var partitions = []string{"aws", "aws-cn", "aws-us-gov", "aws-iso", "aws-iso-b", "aws-iso-e", "aws-iso-f", "aws-eusc"}
+
 func TestParseRoleARN(t *testing.T) {
-	for _, partition := range []string{"aws", "aws-cn", "aws-us-gov", "aws-iso", "aws-iso-b", "aws-iso-e", "aws-iso-f", "aws-eusc"} {
+	for _, partition := range partitions {
 		arn := "arn:" + partition + ":iam::" + account + ":role/reader"
 		role, err := credential.ParseRoleARN(arn)
 		if err != nil {
 			t.Errorf("%s: %v", arn, err)
 			continue
 		}
-		if role.String() != arn || role.Partition() != partition || role.Account() != account || role.Name() != "reader" || role.IsZero() {
-			t.Errorf("%s parses as %q, %q, %q, %q", arn, role, role.Partition(), role.Account(), role.Name())
+		if role.String() != arn || role.Partition() != partition || role.Account() != account || role.Path() != "/" || role.Name() != "reader" || role.IsZero() {
+			t.Errorf("%s parses as %q, %q, %q, %q, %q", arn, role, role.Partition(), role.Account(), role.Path(), role.Name())
+		}
+		// The base of a broker that asked STS who it is completes names in its own partition.
+		base, err := credential.BaseOf(partition, account)
+		if err != nil {
+			t.Errorf("%s: %v", partition, err)
+			continue
+		}
+		for said, path := range map[string]string{"reader": "/", "team/reader": "/team/", "/team/reader": "/team/"} {
+			role, err := base.Resolve(said)
+			if want := "arn:" + partition + ":iam::" + account + ":role" + path + "reader"; err != nil || role.String() != want || role.Path() != path {
+				t.Errorf("%q in partition %s is %q (%v), want %q", said, partition, role, err, want)
+			}
 		}
 	}
 	for _, resource := range []string{
@@ -256,7 +272,15 @@ func checkRole(t *testing.T, role credential.RoleARN, err error) {
 	}
 }
 
+// roleForm is what ParseRoleARN takes, written as one expression; lengths are bounded beside it.
+var roleForm = regexp.MustCompile(`^arn:(aws(?:-[a-z]+)*):iam::[0-9]{12}:role(/(?:[A-Za-z0-9_+=,.@!$%&'()*~-]+/)*)([A-Za-z0-9_+=,.@-]+)$`)
+
 func FuzzParseRoleARN(f *testing.F) {
+	for _, partition := range partitions {
+		f.Add("arn:" + partition + ":iam::" + account + ":role/team/reader")
+	}
+	f.Add("arn:aws-:iam::" + account + ":role/a")
+	f.Add("arn:aws--b:iam::" + account + ":role/a")
 	f.Add("arn:aws:iam::" + account + ":role/reader")
 	f.Add("arn:aws-us-gov:iam::" + account + ":role/team/project/reader")
 	f.Add("arn:aws:iam::" + account + ":role//")
@@ -267,6 +291,14 @@ func FuzzParseRoleARN(f *testing.F) {
 		checkRole(t, role, err)
 		if err == nil && role.String() != s {
 			t.Errorf("%q parses as %q", s, role)
+		}
+		parts := roleForm.FindStringSubmatch(s)
+		takes := parts != nil && len(s) <= 2048 && len(parts[1]) <= 32 && len(parts[2]) <= 512 && len(parts[3]) <= 64
+		if takes != (err == nil) {
+			t.Errorf("%q parses with %v, and has the form of a role: %v", s, err, takes)
+		}
+		if err == nil && (role.Partition() != parts[1] || role.Path() != parts[2] || role.Name() != parts[3]) {
+			t.Errorf("%q parses as %q, %q, %q", s, role.Partition(), role.Path(), role.Name())
 		}
 	})
 }

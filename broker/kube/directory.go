@@ -174,6 +174,9 @@ func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok boo
 	}, ns, true
 }
 
+// Pods returns the keys of all injected pods that the watch knows.
+func (d *Directory) Pods() []string { return d.pods.informer.GetStore().ListKeys() }
+
 // OnChange calls changed with the key NAMESPACE/NAME of each injected pod that appears, changes or
 // goes, and of each pod whose namespace changes; first, of each that there is. changed must not block.
 func (d *Directory) OnChange(changed func(key string)) error {

@@ -62,6 +62,9 @@ func TestZeroRulesRefuse(t *testing.T) {
 
 func TestZeroGrant(t *testing.T) {
 	var zero policy.Grant
+	if zero.TransitiveTagKeys() != nil || zero.SourceIdentity() != "" {
+		t.Errorf("the zero Grant grants tags or a source identity: %s", zero)
+	}
 	if !zero.IsZero() || !zero.Role().IsZero() || zero.SessionName() != "" || zero.ExternalID() != "" || zero.Tags() != nil ||
 		zero.SessionPolicy() != "" || zero.PolicyARNs() != nil || zero.Duration() != 0 {
 		t.Errorf("the zero Grant grants something: %s", zero)
@@ -298,6 +301,7 @@ type subject struct {
 	role, sessionName, externalID, tags, policy, policyARNs, duration, scope string
 	namespace, account, pod, uid                                             string
 	region, containers, imds, startTimeout, hint, otherLabel                 string
+	forced, kubernetes, transitive, source, maxDuration                      string // of the rules file; all empty: there is none
 }
 
 // choices are values of each field, the first of which is the default. Each list's values mean
@@ -323,6 +327,38 @@ var choices = map[string][]string{
 	"otherLabel":   {"", "x"},
 }
 
+// fileChoices are the same for what the rules file says.
+var fileChoices = map[string][]string{
+	"forced":      {"", "c=1", "a=9", "A=1", "owner={serviceAccount}", "owner={namespace}.{serviceAccount}", "owner={namespace}"},
+	"kubernetes":  {"", "on"},
+	"transitive":  {"", "a", "A", "a,b", "kubernetes-pod-uid"},
+	"source":      {"", "none", "service-account", "session-name"},
+	"maxDuration": {"", "15m", "12h"},
+}
+
+// file is the rules file of s.
+func (s subject) file(t *testing.T) policy.File {
+	t.Helper()
+	all := []string{"*"}
+	entry := policy.NamespaceRules{Match: all, Accounts: all, Roles: all, ExternalIDs: all, SessionNames: all, ForcedTags: map[string]string{}}
+	for pair := range strings.SplitSeq(s.forced, ",") {
+		if key, value, ok := strings.Cut(pair, "="); ok {
+			entry.ForcedTags[key] = value
+		}
+	}
+	if s.maxDuration != "" {
+		var err error
+		if entry.MaxDuration, err = time.ParseDuration(s.maxDuration); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := policy.File{KubernetesTags: s.kubernetes != "", SourceIdentity: policy.SourceIdentity(s.source), Namespaces: []policy.NamespaceRules{entry}}
+	if s.transitive != "" {
+		file.TransitiveTags = strings.Split(s.transitive, ",")
+	}
+	return file
+}
+
 func (s subject) field(name string) string { return reflect.ValueOf(s).FieldByName(name).String() }
 
 func (s subject) with(name, value string) subject {
@@ -330,7 +366,8 @@ func (s subject) with(name, value string) subject {
 		"role": &s.role, "sessionName": &s.sessionName, "externalID": &s.externalID, "tags": &s.tags, "policy": &s.policy,
 		"policyARNs": &s.policyARNs, "duration": &s.duration, "scope": &s.scope, "namespace": &s.namespace, "account": &s.account,
 		"pod": &s.pod, "uid": &s.uid, "region": &s.region, "containers": &s.containers, "imds": &s.imds,
-		"startTimeout": &s.startTimeout, "hint": &s.hint, "otherLabel": &s.otherLabel,
+		"startTimeout": &s.startTimeout, "hint": &s.hint, "otherLabel": &s.otherLabel, "forced": &s.forced,
+		"kubernetes": &s.kubernetes, "transitive": &s.transitive, "source": &s.source, "maxDuration": &s.maxDuration,
 	}
 	*fields[name] = value
 	return s
@@ -401,12 +438,8 @@ func (s subject) matters(field string) bool {
 // A pod never gets a session that was made for another external id, session name, set of tags,
 // policy, duration or scope; and pods that ask for the same share one.
 func TestGrantsDifferExactlyWhenSessionsDo(t *testing.T) {
-	if n := reflect.TypeFor[subject]().NumField(); n != len(choices) {
-		t.Fatalf("subject has %d fields, and %d have choices", n, len(choices))
-	}
-	// Whoever adds a field to Grant adds what it comes from to subject.
-	if n := reflect.TypeFor[policy.Grant]().NumField(); n != 8 {
-		t.Errorf("Grant has %d fields, and this test knows of 8", n)
+	if n := reflect.TypeFor[subject]().NumField(); n != len(choices)+len(fileChoices) {
+		t.Fatalf("subject has %d fields, and %d have choices", n, len(choices)+len(fileChoices))
 	}
 	rules := newRules(t, rolePrefix)
 	random := rand.New(rand.NewPCG(1, 2))
@@ -438,9 +471,113 @@ func TestGrantsDifferExactlyWhenSessionsDo(t *testing.T) {
 	}
 }
 
-func describe(a, b policy.Grant) string {
-	form := func(g policy.Grant) string {
-		return fmt.Sprintf("%s\n%q %q %q %q %s", g, g.ExternalID(), g.Tags(), g.SessionPolicy(), g.PolicyARNs(), g.Duration())
+// called is all that AssumeRole is called with.
+func called(g policy.Grant) string {
+	return fmt.Sprintf("%s\n%q %q %q %q %q %q %q %s", g.Role(), g.SessionName(), g.ExternalID(), g.Tags(), g.TransitiveTagKeys(), g.SourceIdentity(),
+		g.SessionPolicy(), g.PolicyARNs(), g.Duration())
+}
+
+func describe(a, b policy.Grant) string { return cmp.Diff(a.String()+called(a), b.String()+called(b)) }
+
+// sharers says whom the session of s is shared by.
+func (s subject) sharers() string {
+	switch s.scope {
+	case "service-account":
+		return s.namespace + "/" + s.account
+	case "pod":
+		return s.namespace + "/" + s.pod + "/" + s.uid
 	}
-	return cmp.Diff(form(a), form(b))
+	return "all"
+}
+
+// Whatever pods, namespaces and the rules file say, two grants are equal exactly when AssumeRole is
+// called with the same for both, and the same pods share the sessions.
+func TestGrantsAreEqualExactlyWhenCallsAre(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	random := rand.New(rand.NewPCG(3, 4))
+	all := maps.Clone(choices)
+	maps.Copy(all, fileChoices)
+	fields := slices.Sorted(maps.Keys(all))
+	decide := func(s subject) policy.Grant {
+		if err := rules.Use(s.file(t)); err != nil {
+			t.Fatalf("%+v: %v", s, err)
+		}
+		if s.maxDuration == "15m" {
+			s.duration = "15m" // a longer one would be refused
+		}
+		return s.grant(t, rules, random)
+	}
+	equal, different := 0, 0
+	for range 4000 {
+		var a subject
+		for _, field := range fields {
+			a = a.with(field, all[field][random.IntN(len(all[field]))])
+		}
+		b := a
+		for range 1 + random.IntN(2) {
+			field := fields[random.IntN(len(fields))]
+			b = b.with(field, all[field][random.IntN(len(all[field]))])
+		}
+		ga, gb := decide(a), decide(b)
+		want := called(ga) == called(gb) && a.sharers() == b.sharers()
+		if (ga == gb) != want {
+			t.Fatalf("%+v\n%+v\ngrants are equal: %v\n%s", a, b, ga == gb, describe(ga, gb))
+		}
+		if want {
+			equal++
+		} else {
+			different++
+		}
+	}
+	if equal < 500 || different < 500 {
+		t.Errorf("%d pairs were equal and %d different: too few of one", equal, different)
+	}
+}
+
+// Each field of Grant tells grants apart: for each there is a pod, or a rules file, that differs from
+// another in nothing that another field shows. Whoever adds a field adds how it comes to differ.
+func TestEveryFieldTellsGrantsApart(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	base := subject{role: "reader", tags: "a=1", namespace: "shop", account: "cart", pod: "cart-1", uid: "u-1"}
+	pod := base.with("scope", "pod")
+	mutations := map[string][2]subject{
+		"role":           {base, base.with("role", "writer")},
+		"sessionName":    {base, base.with("sessionName", "other")},
+		"externalID":     {base.with("externalID", "11"), base.with("externalID", "12")},
+		"tags":           {base, base.with("tags", "a=2")},
+		"transitiveTags": {base, base.with("transitive", "a")},
+		"sourceIdentity": {base, base.with("source", "service-account")},
+		"policy":         {base, base.with("policy", statement)},
+		"policyARNs":     {base, base.with("policyARNs", "arn:aws:iam::aws:policy/A")},
+		"duration":       {base, base.with("duration", "2h")},
+		"sharedBy":       {pod, pod.with("uid", "u-2")},
+	}
+	typ := reflect.TypeFor[policy.Grant]()
+	for i := range typ.NumField() {
+		name := typ.Field(i).Name
+		pair, ok := mutations[name]
+		if !ok {
+			t.Errorf("nothing here makes two grants differ in their %s", name)
+			continue
+		}
+		var grants [2]policy.Grant
+		for at, s := range pair {
+			if err := rules.Use(s.file(t)); err != nil {
+				t.Fatal(err)
+			}
+			grants[at] = s.grant(t, rules, rand.New(rand.NewPCG(5, 6)))
+		}
+		if grants[0] == grants[1] {
+			t.Errorf("%s: both grants are %s", name, grants[0])
+		}
+		for j := range typ.NumField() {
+			a, b := reflect.ValueOf(grants[0]).Field(j), reflect.ValueOf(grants[1]).Field(j)
+			if differ := fmt.Sprint(a) != fmt.Sprint(b); differ != (i == j) {
+				t.Errorf("%s: the grants differ in %s: %v\n%s", name, typ.Field(j).Name, differ, describe(grants[0], grants[1]))
+			}
+		}
+	}
+	if len(mutations) != typ.NumField() {
+		t.Errorf("there are mutations of %d fields, and Grant has %d", len(mutations), typ.NumField())
+	}
 }

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
-	"strings"
 
 	"github.com/credence-iam/credence/broker/credential"
 )
@@ -80,7 +79,7 @@ const (
 )
 
 var (
-	podKeys = []Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
+	podKeys = [...]Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
 		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout}
 	namespaceKeys = []Key{Inject, Permitted, AllowedRoles, DefaultRole, PermittedTags}
 )
@@ -137,21 +136,21 @@ func (k Keys) cut(name string) (Key, bool) {
 	if k.prefix == "" {
 		return "", false
 	}
-	rest, ok := strings.CutPrefix(name, k.prefix+"/")
-	return Key(rest), ok
+	at := len(k.prefix)
+	if len(name) <= at || name[at] != '/' || name[:at] != k.prefix {
+		return "", false
+	}
+	return Key(name[at+1:]), true
 }
 
-// checkKnown refuses pod annotations under the prefix that mean nothing, in the order of their
-// names, so that one pod always gets the same answer.
-func (k Keys) checkKnown(annotations map[string]string) error {
+// refuseUnknown refuses pod annotations under the prefix that mean nothing: the first in the order of
+// their names, so that one pod always gets the same answer.
+func (k Keys) refuseUnknown(annotations map[string]string) error {
 	var unknown []string
 	for name := range annotations {
-		if key, ok := k.cut(name); ok && key != ServiceAccount && !slices.Contains(podKeys, key) {
+		if key, ok := k.cut(name); ok && key != ServiceAccount && !slices.Contains(podKeys[:], key) {
 			unknown = append(unknown, name)
 		}
-	}
-	if len(unknown) == 0 {
-		return nil
 	}
 	name := slices.Min(unknown)
 	key, _ := k.cut(name)
@@ -164,7 +163,7 @@ func (k Keys) checkKnown(annotations map[string]string) error {
 			"annotation %.100q… is unknown, and longer than any known one", name)
 	}
 	return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
-		"annotation %q is unknown: did you mean %q?", name, k.Name(nearest(key, podKeys)))
+		"annotation %q is unknown: did you mean %q?", name, k.Name(nearest(key, podKeys[:])))
 }
 
 // nearest returns the candidate with the smallest edit distance to key. A transposition, the usual

@@ -7,7 +7,6 @@ import (
 	"regexp/syntax"
 	"slices"
 	"strings"
-	"sync"
 
 	"github.com/credence-iam/credence/broker/credential"
 )
@@ -21,43 +20,49 @@ const (
 	maxSteps = 2 * maxExpression
 	// maxGlobs bounds allowed-roles: each decision walks the list.
 	maxGlobs = 1000
-	// maxExpressions is how many compiled expressions are kept; clusters have fewer namespaces.
-	maxExpressions = 10_000
+	// stepCost is about how many bytes one step of a compiled expression takes: 170 of ordinary ones,
+	// 256 of character classes (measured).
+	stepCost = 256
+	// globCost and partCost are the same for a glob, and for each of its parts.
+	globCost = 64
+	partCost = 16
 )
 
-// permit refuses role unless the namespace permits it.
-func (r *Rules) permit(role credential.RoleARN, ns Namespace) error {
-	permitted, hasPermitted := ns.Annotations[r.keys.Name(Permitted)]
-	allowed, hasAllowed := ns.Annotations[r.keys.Name(AllowedRoles)]
+// permit refuses the role of that ARN unless the namespace permits it.
+func (r *Rules) permit(role string, ns Namespace) error {
+	permitted, hasPermitted := ns.Annotations[r.names.permitted]
+	allowed, hasAllowed := ns.Annotations[r.names.allowedRoles]
 	if !hasPermitted && !hasAllowed {
 		return credential.Errorf(credential.ErrDenied, credential.ReasonNothingPermitted,
 			"namespace %q permits no roles: annotate it with %q, a regular expression that matches %s",
 			ns.Name, r.keys.Name(Permitted), role)
 	}
 	if hasPermitted {
-		expression, err := r.expressions.compile(permitted)
+		expression, err := r.expressions.get(permitted, compile)
 		if err != nil {
 			return invalidNamespace(ns, r.keys.Name(Permitted), err)
 		}
-		if expression.MatchString(role.String()) {
+		if expression.MatchString(role) {
 			return nil
 		}
 	}
 	needsBase := false
 	if hasAllowed {
-		globs, err := parseGlobs(allowed)
+		globs, err := r.globs.get(allowed, parseGlobs)
 		if err != nil {
 			return invalidNamespace(ns, r.keys.Name(AllowedRoles), err)
 		}
-		for _, glob := range globs {
-			if !strings.HasPrefix(glob, "arn:") {
+		for _, g := range globs {
+			// What the base puts before a glob has no *, so the parts can be matched one by one.
+			rest, ok := role, true
+			if !strings.HasPrefix(g.first, "arn:") {
 				if r.base.IsZero() {
 					needsBase = true
 					continue
 				}
-				glob = r.complete(glob)
+				rest, ok = strings.CutPrefix(role, r.before(g))
 			}
-			if matchGlob(glob, role.String()) {
+			if ok && g.match(rest) {
 				return nil
 			}
 		}
@@ -70,15 +75,13 @@ func (r *Rules) permit(role credential.RoleARN, ns Namespace) error {
 		ns.Name, role, r.keys.Name(Role), r.keys.Name(Permitted), r.keys.Name(AllowedRoles))
 }
 
-// complete puts the base before a glob, in the way in which it completes the names of roles: a
-// /PATH/NAME stands in the base's account, without the base's own path.
-func (r *Rules) complete(glob string) string {
-	base := r.base.String()
-	if strings.HasPrefix(glob, "/") {
-		account, _, _ := strings.Cut(base, "/")
-		return account + glob
+// before is what completes a glob, in the way in which the names of roles are completed: a /PATH/NAME
+// stands in the base's account, without the base's own path.
+func (r *Rules) before(g glob) string {
+	if strings.HasPrefix(g.first, "/") {
+		return r.names.account
 	}
-	return base + glob
+	return r.names.base
 }
 
 // permitTags refuses tags whose keys the namespace does not list.
@@ -87,7 +90,7 @@ func (r *Rules) permitTags(tags []Tag, ns Namespace) error {
 		return nil
 	}
 	var keys []string
-	if list := strings.TrimSpace(ns.Annotations[r.keys.Name(PermittedTags)]); list != "" {
+	if list := strings.TrimSpace(ns.Annotations[r.names.permittedTags]); list != "" {
 		var err error
 		if keys, err = parseList(list, maxTags); err != nil {
 			return invalidNamespace(ns, r.keys.Name(PermittedTags), err)
@@ -112,41 +115,27 @@ func invalidNamespace(ns Namespace, name string, err error) error {
 	}
 }
 
-// expressionCache keeps compiled expressions, which are asked for at every call. The zero value is
-// ready.
-type expressionCache struct {
-	mu       sync.Mutex
-	compiled map[string]*regexp.Regexp // :: expression as written → anchored form; guarded by mu
-}
-
-// compile returns the form of expression that matches whole ARNs only.
-func (c *expressionCache) compile(expression string) (*regexp.Regexp, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if re, ok := c.compiled[expression]; ok {
-		return re, nil
-	}
+// compile returns the form of expression that matches whole ARNs only, and about how many bytes it
+// takes.
+func compile(expression string) (*regexp.Regexp, int, error) {
 	if len(expression) > maxExpression {
-		return nil, fmt.Errorf("has %d characters, the limit is %d", len(expression), maxExpression)
+		return nil, 0, fmt.Errorf("has %d characters, the limit is %d", len(expression), maxExpression)
 	}
 	// Parsed alone first: an expression such as "a)|(?:.*" is wrong by itself, but would become
 	// a valid one that matches everything once it stands in a group.
 	alone, err := syntax.Parse(expression, syntax.Perl)
 	if err != nil {
-		return nil, fmt.Errorf("%q is not a regular expression: %w", expression, err)
+		return nil, 0, fmt.Errorf("%q is not a regular expression: %w", expression, err)
 	}
-	if n := steps(alone); n > maxSteps {
-		return nil, fmt.Errorf("repeats too much: it would be compiled into %d steps, the limit is %d", n, maxSteps)
+	n := steps(alone)
+	if n > maxSteps {
+		return nil, 0, fmt.Errorf("repeats too much: it would be compiled into %d steps, the limit is %d", n, maxSteps)
 	}
 	re, err := regexp.Compile("^(?:" + expression + ")$")
 	if err != nil {
-		return nil, fmt.Errorf("%q is not a regular expression: %w", expression, err)
+		return nil, 0, fmt.Errorf("%q is not a regular expression: %w", expression, err)
 	}
-	if c.compiled == nil || len(c.compiled) >= maxExpressions {
-		c.compiled = make(map[string]*regexp.Regexp)
-	}
-	c.compiled[expression] = re
-	return re, nil
+	return re, n * stepCost, nil
 }
 
 // steps estimates how many instructions re compiles to.
@@ -164,35 +153,18 @@ func steps(re *syntax.Regexp) int {
 	return n
 }
 
-func parseGlobs(list string) ([]string, error) {
-	var globs []string
-	if err := json.Unmarshal([]byte(list), &globs); err != nil {
-		return nil, fmt.Errorf(`is not a JSON list such as ["team-*"]: %w`, err)
+func parseGlobs(list string) ([]glob, int, error) {
+	var texts []string
+	if err := json.Unmarshal([]byte(list), &texts); err != nil {
+		return nil, 0, fmt.Errorf(`is not a JSON list such as ["team-*"]: %w`, err)
 	}
-	if len(globs) > maxGlobs {
-		return nil, fmt.Errorf("has %d entries, the limit is %d", len(globs), maxGlobs)
+	if len(texts) > maxGlobs {
+		return nil, 0, fmt.Errorf("has %d entries, the limit is %d", len(texts), maxGlobs)
 	}
-	return globs, nil
-}
-
-// matchGlob reports whether the whole of s matches glob, in which * stands for any characters,
-// slashes too (kube2iam's form), and everything else for itself.
-func matchGlob(glob, s string) bool {
-	parts := strings.Split(glob, "*")
-	if len(parts) == 1 {
-		return glob == s
+	globs, cost := make([]glob, len(texts)), 0
+	for i, text := range texts {
+		globs[i] = newGlob(text)
+		cost += globCost + len(text) + partCost*strings.Count(text, "*")
 	}
-	rest, ok := strings.CutPrefix(s, parts[0])
-	if !ok {
-		return false
-	}
-	last := parts[len(parts)-1]
-	for _, part := range parts[1 : len(parts)-1] {
-		at := strings.Index(rest, part)
-		if at < 0 {
-			return false
-		}
-		rest = rest[at+len(part):]
-	}
-	return strings.HasSuffix(rest, last)
+	return globs, cost, nil
 }

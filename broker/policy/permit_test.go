@@ -280,6 +280,27 @@ func TestPermittedConcurrently(t *testing.T) {
 	wg.Wait()
 }
 
+// Whoever may write the annotation may write another one every second: what is kept of them is bounded
+// by its size, and the decisions stay right.
+func TestExpressionsKeptAreBounded(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	most := 0
+	for i := range 400 {
+		expression := fmt.Sprintf(".*/reader-%d|%s", i, strings.Repeat("x", 3900))
+		if !permits(t, rules, fmt.Sprintf("reader-%d", i), map[policy.Key]string{policy.Permitted: expression}) {
+			t.Errorf("expression %d does not permit its role", i)
+		}
+		n, cost := rules.KeptExpressions()
+		if cost > policy.MaxMemo {
+			t.Fatalf("%d expressions take %d bytes, the limit is %d", n, cost, policy.MaxMemo)
+		}
+		most = max(most, n)
+	}
+	if most < 10 || most == 400 {
+		t.Errorf("at most %d of 400 large expressions were kept at a time", most)
+	}
+}
+
 // FuzzPermitted holds the decision against another way to ask whether the whole ARN matches, which
 // puts nothing around the expression.
 func FuzzPermitted(f *testing.F) {
@@ -311,6 +332,10 @@ func FuzzPermitted(f *testing.F) {
 		alone.Longest()
 		at := alone.FindStringIndex(role.String())
 		whole := at != nil && at[0] == 0 && at[1] == len(role.String())
+		// The naive form has the hole, but what it does not match is never granted either.
+		if naive, naiveErr := regexp.Compile("^(?:" + expression + ")$"); err == nil && (naiveErr != nil || !naive.MatchString(role.String())) {
+			t.Errorf("%q, put between anchors, does not match %s, and permits it", expression, role)
+		}
 		// An expression that ends within \Q… is refused: fail closed.
 		if err == nil && !whole {
 			t.Errorf("%q does not match the whole of %s, and permits it", expression, role)

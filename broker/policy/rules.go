@@ -3,10 +3,11 @@ package policy
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -32,14 +33,16 @@ type Namespace struct {
 // whom the session is shared by. Grants compare with ==, and two pods get the same session exactly
 // when their grants are equal. Only [Rules.Grant] makes one that is not zero.
 type Grant struct {
-	role        credential.RoleARN
-	sessionName string
-	externalID  string
-	tags        string // JSON list of Tag, sorted by key; "" for none
-	policy      string
-	policyARNs  string // comma list, sorted
-	duration    time.Duration
-	sharedBy    string // "", "NAMESPACE/SERVICEACCOUNT" or "NAMESPACE/POD/UID"
+	role           credential.RoleARN
+	sessionName    string
+	externalID     string
+	tags           string // KEY tab VALUE newline for each tag, sorted by key; neither can have a tab or newline
+	transitiveTags string // KEY newline for each, sorted
+	sourceIdentity string
+	policy         string
+	policyARNs     string // comma list, sorted
+	duration       time.Duration
+	sharedBy       string // "", "NAMESPACE/SERVICEACCOUNT" or "NAMESPACE/POD/UID"
 }
 
 // Role is the role to assume.
@@ -55,12 +58,25 @@ func (g Grant) ExternalID() string { return g.externalID }
 // Tags are the session tags, sorted by key.
 func (g Grant) Tags() []Tag {
 	var tags []Tag
-	if g.tags != "" {
-		// g.tags was made by json.Marshal of []Tag.
-		_ = json.Unmarshal([]byte(g.tags), &tags)
+	for line := range strings.Lines(g.tags) {
+		key, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), "\t")
+		tags = append(tags, Tag{Key: key, Value: value})
 	}
 	return tags
 }
+
+// TransitiveTagKeys are the keys of those of the tags that stay with the session when it assumes
+// another role, sorted.
+func (g Grant) TransitiveTagKeys() []string {
+	var keys []string
+	for line := range strings.Lines(g.transitiveTags) {
+		keys = append(keys, strings.TrimSuffix(line, "\n"))
+	}
+	return keys
+}
+
+// SourceIdentity is sent to STS when not empty.
+func (g Grant) SourceIdentity() string { return g.sourceIdentity }
 
 // SessionPolicy is the inline policy that scopes the session down, as compact JSON; empty for none.
 func (g Grant) SessionPolicy() string { return g.policy }
@@ -106,12 +122,23 @@ const maxCluster = 32
 // ErrNoBase says that a decision needs the base ARN, and the rules have none.
 var ErrNoBase = errors.New("no base ARN is known")
 
-// Rules decides. The zero value refuses everything.
+// Rules decides. The zero value refuses everything. Its methods may be called concurrently.
 type Rules struct {
-	keys        Keys
-	base        credential.RoleBase
-	cluster     string
-	expressions expressionCache
+	keys    Keys
+	base    credential.RoleBase
+	cluster string
+	names   names
+	limits  atomic.Pointer[limits] // nil: there is no rules file
+
+	expressions memo[*regexp.Regexp]
+	globs       memo[[]glob]
+}
+
+// names are texts that each decision needs, made once.
+type names struct {
+	permitted, allowedRoles, defaultRole, permittedTags, duration string
+
+	base, account string // what stands before the globs of allowed-roles
 }
 
 // New checks cfg and returns its rules.
@@ -122,17 +149,26 @@ func New(cfg Config) (*Rules, error) {
 	if cfg.Cluster == "" {
 		cfg.Cluster = "credence"
 	}
-	if len(cfg.Cluster) > maxCluster || len(cfg.Cluster) < minSessionName || !sessionNameForm.MatchString(cfg.Cluster) {
+	if len(cfg.Cluster) > maxCluster || len(cfg.Cluster) < minSessionName || !isSessionName(cfg.Cluster) {
 		return nil, fmt.Errorf("cluster name %q must have %d to %d letters, digits or any of _+=,.@-", cfg.Cluster, minSessionName, maxCluster)
 	}
-	return &Rules{keys: cfg.Keys, base: cfg.Base, cluster: cfg.Cluster}, nil
+	base := cfg.Base.String()
+	account, _, _ := strings.Cut(base, "/")
+	return &Rules{keys: cfg.Keys, base: cfg.Base, cluster: cfg.Cluster, names: names{
+		permitted: cfg.Keys.Name(Permitted), allowedRoles: cfg.Keys.Name(AllowedRoles), defaultRole: cfg.Keys.Name(DefaultRole),
+		permittedTags: cfg.Keys.Name(PermittedTags), duration: cfg.Keys.Name(Duration),
+		base: base, account: account,
+	}}, nil
 }
 
 // Keys returns the annotation keys in use.
 func (r *Rules) Keys() Keys { return r.keys }
 
+// errNoServiceAccount is a fault of ours: every pod has one.
+var errNoServiceAccount = errors.New("the pod's service account is not known")
+
 // Grant decides which session the pod may have. A refusal is an [*credential.Error] whose message
-// says what to change, on the pod or on its namespace.
+// says what to change, on the pod, on its namespace or in the rules file.
 func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	if pod.Namespace == "" || pod.Namespace != ns.Name {
 		return Grant{}, credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotFound,
@@ -140,6 +176,14 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	}
 	if err := r.keys.CheckOptedIn(ns); err != nil {
 		return Grant{}, err
+	}
+	file := r.limits.Load() // once, so that one decision is made by one file
+	var limit *entry
+	if file != nil {
+		var err error
+		if limit, err = file.find(ns.Name); err != nil {
+			return Grant{}, err
+		}
 	}
 	s, err := r.keys.Parse(pod.Annotations)
 	if err != nil {
@@ -149,7 +193,8 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	if err != nil {
 		return Grant{}, err
 	}
-	if err := r.permit(role, ns); err != nil {
+	arn := role.String()
+	if err := r.permit(arn, ns); err != nil {
 		return Grant{}, err
 	}
 	if err := r.permitTags(s.SessionTags, ns); err != nil {
@@ -162,51 +207,86 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 		policyARNs: strings.Join(s.PolicyARNs, ","),
 		duration:   s.Duration,
 	}
-	if len(s.SessionTags) > 0 {
-		tags, err := json.Marshal(s.SessionTags)
-		if err != nil {
-			return Grant{}, fmt.Errorf("encoding session tags: %w", err)
-		}
-		g.tags = string(tags)
+	if g.sharedBy, g.sessionName, err = r.share(s, pod); err != nil {
+		return Grant{}, err
 	}
-	name := r.cluster
+	tags := s.SessionTags
+	if file != nil {
+		_, said := pod.Annotations[r.names.duration]
+		if err := limit.allow(r.keys, ns.Name, role, arn, s, said); err != nil {
+			return Grant{}, err
+		}
+		if limit.maxDuration != 0 {
+			g.duration = min(g.duration, limit.maxDuration) // less than the default, for those that ask for none
+		}
+		if tags, err = file.tags(limit, s, pod, r.keys); err != nil {
+			return Grant{}, err
+		}
+		g.transitiveTags = file.transitiveOf(tags)
+		if g.sourceIdentity, err = file.sourceIdentity(pod, g.sessionName); err != nil {
+			return Grant{}, err
+		}
+	}
+	g.tags = encodeTags(tags)
+	return g, nil
+}
+
+// share returns whom the session is shared by, and its name.
+func (r *Rules) share(s Settings, pod Pod) (sharedBy, name string, err error) {
+	name = r.cluster
 	switch s.Scope {
 	case ScopeRole:
 	case ScopeServiceAccount:
 		if pod.ServiceAccount == "" {
-			return Grant{}, errors.New("the pod's service account is not known")
+			return "", "", errNoServiceAccount
 		}
-		g.sharedBy = pod.Namespace + "/" + pod.ServiceAccount
+		sharedBy = pod.Namespace + "/" + pod.ServiceAccount
 		name += "." + pod.Namespace + "." + pod.ServiceAccount
 	case ScopePod:
-		g.sharedBy = pod.Namespace + "/" + pod.Name + "/" + pod.UID
+		sharedBy = pod.Namespace + "/" + pod.Name + "/" + pod.UID
 		name += "." + pod.Namespace + "." + pod.Name
 	}
-	g.sessionName = fitSessionName(name)
 	if s.SessionName != "" {
-		g.sessionName = s.SessionName
+		return sharedBy, s.SessionName, nil
 	}
-	return g, nil
+	if !isSessionName(name) {
+		return "", "", fmt.Errorf("%.200q is no name of a session: Kubernetes has no such names", name)
+	}
+	return sharedBy, fit(name, 5), nil
+}
+
+func encodeTags(tags []Tag) string {
+	if len(tags) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	for _, tag := range tags {
+		b.WriteString(tag.Key)
+		b.WriteByte('\t')
+		b.WriteString(tag.Value)
+		b.WriteByte('\n')
+	}
+	return b.String()
 }
 
 // resolve returns the role that the pod asks for, completed to an ARN.
 func (r *Rules) resolve(s Settings, ns Namespace) (credential.RoleARN, error) {
-	said, from := s.Role, "annotation "+r.keys.Name(Role)
+	said, from, key := s.Role, "annotation ", Role
 	if said == "" {
-		said, from = strings.TrimSpace(ns.Annotations[r.keys.Name(DefaultRole)]), "namespace annotation "+r.keys.Name(DefaultRole)
+		said, from, key = strings.TrimSpace(ns.Annotations[r.names.defaultRole]), "namespace annotation ", DefaultRole
 		if said == "" {
 			return credential.RoleARN{}, credential.Errorf(credential.ErrInvalid, credential.ReasonRoleMissing,
 				"annotation %q is empty and namespace %q has no %q: set one of them", r.keys.Name(Role), ns.Name, r.keys.Name(DefaultRole))
 		}
 	}
 	if r.base.IsZero() && !strings.HasPrefix(said, "arn:") {
-		return credential.RoleARN{}, r.needsBase(fmt.Sprintf("%s: %.100q is not a full ARN", from, said))
+		return credential.RoleARN{}, r.needsBase(fmt.Sprintf("%s%s: %.100q is not a full ARN", from, r.keys.Name(key), said))
 	}
 	role, err := r.base.Resolve(said)
 	if err != nil {
 		return credential.RoleARN{}, &credential.Error{
 			Kind: credential.ErrInvalid, Reason: credential.ReasonRoleInvalid,
-			Message: fmt.Sprintf("%s: %v", from, err),
+			Message: fmt.Sprintf("%s%s: %v", from, r.keys.Name(key), err),
 		}
 	}
 	return role, nil
@@ -219,12 +299,13 @@ func (r *Rules) needsBase(what string) error {
 	}
 }
 
-// fitSessionName shortens name to what STS takes, keeping names apart by a hash of the whole.
-func fitSessionName(name string) string {
+// fit shortens a name to what STS takes in the names of sessions and in source identities, keeping
+// names apart by n bytes of a hash of the whole.
+func fit(name string, n int) string {
 	if len(name) <= maxSessionName {
 		return name
 	}
 	sum := sha256.Sum256([]byte(name))
-	suffix := "-" + hex.EncodeToString(sum[:5])
+	suffix := "-" + hex.EncodeToString(sum[:n])
 	return name[:maxSessionName-len(suffix)] + suffix
 }

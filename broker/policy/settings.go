@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/credence-iam/credence/broker/credential"
 )
@@ -73,20 +75,20 @@ const (
 	maxStartTimeout = 24 * time.Hour
 )
 
+// What these may have beside letters and digits of ASCII.
+const (
+	sessionNameMarks = "_+=,.@-"
+	externalIDMarks  = "_+=,.@:/-"
+)
+
 var (
-	sessionNameForm = regexp.MustCompile(`^[\w+=,.@-]+$`)
-	externalIDForm  = regexp.MustCompile(`^[\w+=,.@:/-]+$`)
-	tagForm         = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
-	policyARNForm   = regexp.MustCompile(`^arn:aws(-[a-z]+)*:iam::([0-9]{12}|aws):policy/[\w+=,.@/-]+$`)
-	regionForm      = regexp.MustCompile(`^[a-z]{2,}(-[a-z0-9]+)+-[0-9]{1,2}$`)
+	policyARNForm = regexp.MustCompile(`^arn:aws(-[a-z]+)*:iam::([0-9]{12}|aws):policy/[\w+=,.@/-]+$`)
+	regionForm    = regexp.MustCompile(`^[a-z]{2,}(-[a-z0-9]+)+-[0-9]{1,2}$`)
 )
 
 // reservedTags are the keys under which Kubernetes' own facts are put on sessions, ours and those of
 // EKS Pod Identity. A pod that could set them could pass for another.
-var reservedTags = []string{
-	"kubernetes-namespace", "kubernetes-service-account", "kubernetes-pod-name", "kubernetes-pod-uid",
-	"eks-cluster-arn", "eks-cluster-name",
-}
+var reservedTags = append([]string{"eks-cluster-arn", "eks-cluster-name"}, kubernetesTags...)
 
 // Settings is what the annotations of one pod say, parsed, with defaults filled in.
 type Settings struct {
@@ -109,24 +111,34 @@ type Settings struct {
 // values that do not parse, with an [*credential.Error] of kind credential.ErrInvalid whose message
 // names the annotation; nothing is ignored.
 func (k Keys) Parse(annotations map[string]string) (Settings, error) {
-	if err := k.checkKnown(annotations); err != nil {
-		return Settings{}, err
+	// One pass over what the pod has: it is mostly less than there are keys, and needs no full names.
+	var values [len(podKeys)]string
+	var said [len(podKeys)]bool
+	for name, value := range annotations {
+		key, ok := k.cut(name)
+		if !ok || key == ServiceAccount {
+			continue
+		}
+		at := slices.Index(podKeys[:], key)
+		if at < 0 {
+			return Settings{}, k.refuseUnknown(annotations)
+		}
+		values[at], said[at] = value, true
 	}
-	s := Settings{Scope: ScopeRole, Duration: DefaultDuration, Metadata: MetadataV2, StartTimeout: DefaultStartTimeout}
-	if _, ok := annotations[k.Name(Role)]; !ok {
+	if !said[0] { // Role is the first of podKeys
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonRoleMissing,
 			"the pod has annotations of %s but no role: set %q (empty asks for the namespace's %q)",
 			k.prefix, k.Name(Role), k.Name(DefaultRole))
 	}
-	for _, key := range podKeys {
-		value, ok := annotations[k.Name(key)]
-		if !ok {
+	s := Settings{Scope: ScopeRole, Duration: DefaultDuration, Metadata: MetadataV2, StartTimeout: DefaultStartTimeout}
+	for at, value := range values {
+		if !said[at] {
 			continue
 		}
-		if err := s.set(key, strings.TrimSpace(value)); err != nil {
+		if err := s.set(podKeys[at], strings.TrimSpace(value)); err != nil {
 			return Settings{}, &credential.Error{
 				Kind: credential.ErrInvalid, Reason: credential.ReasonAnnotationInvalid,
-				Message: fmt.Sprintf("annotation %q: %v", k.Name(key), err),
+				Message: fmt.Sprintf("annotation %q: %v", k.Name(podKeys[at]), err),
 			}
 		}
 	}
@@ -134,7 +146,11 @@ func (k Keys) Parse(annotations map[string]string) (Settings, error) {
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
 			"annotations %q and %q exclude each other: keep one", k.Name(Containers), k.Name(SkipContainers))
 	}
-	if n := len(s.SessionPolicy) + len(strings.Join(s.PolicyARNs, "")); n > maxPolicy {
+	n := utf8.RuneCountInString(s.SessionPolicy)
+	for _, arn := range s.PolicyARNs {
+		n += len(arn)
+	}
+	if n > maxPolicy {
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
 			"annotations %q and %q have %d characters together, STS takes %d", k.Name(SessionPolicy), k.Name(PolicyARNs), n, maxPolicy)
 	}
@@ -148,9 +164,9 @@ func (s *Settings) set(key Key, value string) (err error) {
 	case Role:
 		s.Role = value
 	case SessionName:
-		s.SessionName, err = parseText(value, sessionNameForm, minSessionName, maxSessionName, "letters, digits and any of _+=,.@-")
+		s.SessionName, err = parseText(value, isSessionName, minSessionName, maxSessionName, "letters, digits and any of _+=,.@-")
 	case ExternalID:
-		s.ExternalID, err = parseText(value, externalIDForm, minExternalID, maxExternalID, "letters, digits and any of _+=,.@:/-")
+		s.ExternalID, err = parseText(value, isExternalID, minExternalID, maxExternalID, "letters, digits and any of _+=,.@:/-")
 	case SessionTags:
 		s.SessionTags, err = parseTags(value)
 	case SessionPolicy:
@@ -162,7 +178,7 @@ func (s *Settings) set(key Key, value string) (err error) {
 	case Duration:
 		s.Duration, err = parseDuration(value, MinDuration, MaxDuration)
 	case Region:
-		s.Region, err = parseText(value, regionForm, 1, 64, "a region such as eu-central-1")
+		s.Region, err = parseText(value, regionForm.MatchString, 1, 64, "a region such as eu-central-1")
 	case Containers:
 		s.Containers, err = parseList(value, maxContainerNames)
 	case SkipContainers:
@@ -178,11 +194,11 @@ func (s *Settings) set(key Key, value string) (err error) {
 	return err
 }
 
-func parseText(value string, form *regexp.Regexp, shortest, longest int, want string) (string, error) {
+func parseText(value string, form func(string) bool, shortest, longest int, want string) (string, error) {
 	if n := len(value); n < shortest || n > longest {
 		return "", fmt.Errorf("has %d characters, must have %d to %d", n, shortest, longest)
 	}
-	if !form.MatchString(value) {
+	if !form(value) {
 		return "", fmt.Errorf("%q must be %s", value, want)
 	}
 	return value, nil
@@ -234,6 +250,7 @@ func parseTags(value string) ([]Tag, error) {
 		return nil, err
 	}
 	var tags []Tag
+	var keys []string
 	for _, pair := range pairs {
 		key, val, ok := strings.Cut(pair, "=")
 		if !ok {
@@ -241,26 +258,84 @@ func parseTags(value string) ([]Tag, error) {
 		}
 		// Blanks are legal within keys, so those around one would make another key of it.
 		key, val = strings.TrimSpace(key), strings.TrimSpace(val)
-		switch {
-		case key == "" || len([]rune(key)) > maxTagKey || !tagForm.MatchString(key):
-			return nil, fmt.Errorf("tag key %.100q must have 1 to %d letters, digits, blanks or any of _.:/=+-@", key, maxTagKey)
-		case len([]rune(val)) > maxTagValue || !tagForm.MatchString(val):
-			return nil, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
-		case strings.HasPrefix(strings.ToLower(key), "aws:"):
-			return nil, fmt.Errorf("tag key %q: keys that begin with aws: belong to AWS", key)
-		case slices.ContainsFunc(reservedTags, func(r string) bool { return strings.EqualFold(r, key) }):
-			return nil, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
-		// STS compares keys without regard to case.
-		case slices.ContainsFunc(tags, func(t Tag) bool { return strings.EqualFold(t.Key, key) }):
-			return nil, fmt.Errorf("tag key %q is set twice", key)
+		if err := checkTagKey(key, keys); err != nil {
+			return nil, err
 		}
+		if slices.ContainsFunc(reservedTags, func(r string) bool { return strings.EqualFold(r, key) }) {
+			return nil, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
+		}
+		if !isTagText(val, 0, maxTagValue) {
+			return nil, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
+		}
+		keys = append(keys, key)
 		tags = append(tags, Tag{Key: key, Value: val})
 	}
 	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
 	return tags, nil
 }
 
+// checkTagKey refuses what STS takes for no tag's key, and one that is among before.
+func checkTagKey(key string, before []string) error {
+	switch {
+	case !isTagText(key, 1, maxTagKey):
+		return fmt.Errorf("tag key %.100q must have 1 to %d letters, digits, blanks or any of _.:/=+-@", key, maxTagKey)
+	case strings.HasPrefix(strings.ToLower(key), "aws:"):
+		return fmt.Errorf("tag key %q: keys that begin with aws: belong to AWS", key)
+	// STS compares keys without regard to case.
+	case slices.ContainsFunc(before, func(b string) bool { return strings.EqualFold(b, key) }):
+		return fmt.Errorf("tag key %q is set twice", key)
+	}
+	return nil
+}
+
+// isTagText reports whether s has the characters that STS takes in tags, [\p{L}\p{Z}\p{N}_.:/=+\-@],
+// and between shortest and longest of them.
+func isTagText(s string, shortest, longest int) bool {
+	n := 0
+	for _, r := range s {
+		switch {
+		case 'a' <= r && r <= 'z', 'A' <= r && r <= 'Z', '0' <= r && r <= '9', strings.ContainsRune("_.:/=+-@", r):
+		case !unicode.In(r, unicode.L, unicode.Z, unicode.N):
+			return false
+		}
+		n++
+	}
+	return shortest <= n && n <= longest
+}
+
+func isSessionName(s string) bool { return onlyOf(s, sessionNameMarks) }
+func isExternalID(s string) bool  { return onlyOf(s, externalIDMarks) }
+
+// onlyOf reports whether s has nothing but letters and digits of ASCII, and marks.
+func onlyOf(s, marks string) bool {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case strings.IndexByte(marks, c) < 0:
+			return false
+		}
+	}
+	return true
+}
+
+// compactPolicies keeps what became of policies, for decoding one takes longer than all else that a
+// decision needs. It may be shared by all Keys, because it depends on nothing but the text.
+var compactPolicies memo[string]
+
 func parseSessionPolicy(value string) (string, error) {
+	return compactPolicies.get(value, func(value string) (string, int, error) {
+		compact, err := compactPolicy(value)
+		return compact, len(compact), err
+	})
+}
+
+func compactPolicy(value string) (string, error) {
+	// The characters that STS takes in a policy; invalid UTF-8 comes out as one that it does not.
+	for _, r := range value {
+		if r > 0xFF {
+			return "", fmt.Errorf("has the character %q, and STS takes none above U+00FF: write it as an escape of JSON", r)
+		}
+	}
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal([]byte(value), &object); err != nil {
 		return "", fmt.Errorf("is not a JSON object: %w", err)

@@ -83,6 +83,10 @@ var goodValues = map[policy.Key][]struct {
 		{" {\n \"Version\" : \"2012-10-17\", \"Statement\": [ {\"Sid\": \"a b\"} ] } ", func(s *policy.Settings) {
 			s.SessionPolicy = `{"Version":"2012-10-17","Statement":[{"Sid":"a b"}]}`
 		}},
+		{`{"Statement":"é\u2192"}`, func(s *policy.Settings) { s.SessionPolicy = `{"Statement":"é\u2192"}` }},
+		{`{"Statement":"` + strings.Repeat("é", 2048-len(statement)) + `"}`, func(s *policy.Settings) {
+			s.SessionPolicy = `{"Statement":"` + strings.Repeat("é", 2048-len(statement)) + `"}` // STS counts characters
+		}},
 		{`{"Statement":"` + strings.Repeat("x", 2048-len(statement)) + `"}`, func(s *policy.Settings) {
 			s.SessionPolicy = `{"Statement":"` + strings.Repeat("x", 2048-len(statement)) + `"}`
 		}},
@@ -194,6 +198,8 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{`{"statement":[]}`, "has no Statement"},
 		{statement + statement, "is not a JSON object"},
 		{`{"Statement":[]`, "is not a JSON object"},
+		{`{"Statement":"→"}`, "STS takes none above U+00FF"},
+		{"{\"Statement\":\"\xff\"}", "STS takes none above U+00FF"},
 		{strings.Repeat("[", 100_000), "is not a JSON object"},
 		{`{"Statement":"` + strings.Repeat("x", 2049-len(statement)) + `"}`, "have 2049 characters together, STS takes 2048"},
 	},
@@ -373,7 +379,7 @@ func checkSettings(t *testing.T, s policy.Settings) {
 			t.Errorf("tag %q", tag)
 		}
 	}
-	if n := len(s.SessionPolicy) + len(strings.Join(s.PolicyARNs, "")); n > 2048 || len(s.PolicyARNs) > 10 || !slices.IsSorted(s.PolicyARNs) {
+	if n := utf8.RuneCountInString(s.SessionPolicy) + len(strings.Join(s.PolicyARNs, "")); n > 2048 || len(s.PolicyARNs) > 10 || !slices.IsSorted(s.PolicyARNs) {
 		t.Errorf("policies of %d characters: %q, %q", n, s.SessionPolicy, s.PolicyARNs)
 	}
 	if !slices.Contains([]policy.Scope{policy.ScopeRole, policy.ScopeServiceAccount, policy.ScopePod}, s.Scope) ||

@@ -29,6 +29,7 @@ type options struct {
 	stsConcurrency              int
 	maxGrants                   int
 	auditRequired               bool
+	rulesFile                   string // empty: there is none
 	rootsFile                   string // empty: nothing is published
 	rootsRequired               bool   // the flag was given, so the file must be there
 	namespace, trustConfigMap   string
@@ -64,6 +65,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
 	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "distinct sessions that the pods of one namespace may have at a time; 0 sets no bound (`number`)")
 	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
+	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; a replaced file is taken up without a restart; empty sets no limits")
 	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
 	f.StringVar(&o.namespace, "namespace", "", "`namespace` that this broker runs in; empty takes POD_NAMESPACE, or that of the service account")
 	f.StringVar(&o.trustConfigMap, "trust-config-map", "credence-trust", "`name` of the ConfigMaps that hold the published roots")

@@ -63,15 +63,18 @@ func run(ctx context.Context, o options) error {
 				return listener.Close()
 			}
 		}
-		b, prefetch, err := p.broker(o, base)
+		d, err := p.decide(o, base)
 		if err != nil {
 			return err
 		}
-		group.Go(func() error { return prefetch.Run(work) })
-		prefetched.Store(prefetch)
+		group.Go(func() error { return d.prefetch.Run(work) })
+		if d.rules != nil {
+			group.Go(func() error { return d.rules.Run(work) })
+		}
+		prefetched.Store(d.prefetch)
 		p.log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "admin", adminListener.Addr().String(),
 			"base_arn", base.String(), "region", p.sts.Region(), "version", program.Version())
-		return b.Serve(serving, broker.ServerConfig{
+		return d.broker.Serve(serving, broker.ServerConfig{
 			Listener: listener, TLS: certs.ServerConfig(p.pair), Logger: p.log,
 			Ready: func() bool { return admin.Ready(checks) == nil },
 		})

@@ -22,6 +22,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/trust"
 )
@@ -42,6 +43,12 @@ type parts struct {
 func build(ctx context.Context, o options) (p parts, err error) {
 	p.log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
 	klog.SetSlogLogger(p.log) // client-go's own lines
+	if o.rulesFile != "" {
+		// It is read again once the account is known. A wrong one is better told of before STS has answered.
+		if err := rulesfile.Check(o.rulesFile); err != nil {
+			return parts{}, fmt.Errorf("--rules-file: %w", err)
+		}
+	}
 	if p.pair, err = certs.NewKeyPair(o.tlsCert, o.tlsKey, p.log); err != nil {
 		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
@@ -113,22 +120,38 @@ func ownNamespace() string {
 	return strings.TrimSpace(string(name))
 }
 
-// broker makes what decides, which needs the base ARN.
-func (p parts) broker(o options, base credential.RoleBase) (*broker.Broker, *broker.Prefetch, error) {
+// deciding is what needs the base ARN.
+type deciding struct {
+	broker   *broker.Broker
+	prefetch *broker.Prefetch
+	rules    *rulesfile.Follower // nil: there is no rules file
+}
+
+// decide makes it.
+func (p parts) decide(o options, base credential.RoleBase) (d deciding, err error) {
 	rules, err := policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster})
 	if err != nil {
-		return nil, nil, fmt.Errorf("--cluster-name: %w", err)
+		return deciding{}, fmt.Errorf("--cluster-name: %w", err)
 	}
-	prefetch, err := broker.NewPrefetch(broker.PrefetchConfig{Lookup: p.directory.Pod, Rules: rules, Sessions: p.sessions, Logger: p.log})
+	d.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: p.directory.Pod, Rules: rules, Sessions: p.sessions, Logger: p.log})
 	if err != nil {
-		return nil, nil, err
+		return deciding{}, err
 	}
-	if err := p.directory.OnChange(func(key string) { prefetch.Changed(key) }); err != nil {
-		return nil, nil, err
+	if o.rulesFile != "" {
+		d.rules, err = rulesfile.New(rulesfile.Config{
+			Path: o.rulesFile, Rules: rules, Logger: p.log,
+			OnChange: func() { d.prefetch.Changed(p.directory.Pods()...) },
+		})
+		if err != nil {
+			return deciding{}, fmt.Errorf("--rules-file: %w", err)
+		}
 	}
-	b, err := broker.New(broker.Config{
+	if err := p.directory.OnChange(func(key string) { d.prefetch.Changed(key) }); err != nil {
+		return deciding{}, err
+	}
+	d.broker, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
 		Region: p.sts.Region(), Logger: p.log,
 	})
-	return b, prefetch, err
+	return d, err
 }

@@ -18,6 +18,7 @@ import (
 // right is a bad flag.
 type options struct {
 	listen, tlsCert, tlsKey, kubeconfig string
+	rulesFile                           string // empty: there is none
 	level                               slog.Level
 
 	injector *inject.Injector
@@ -45,6 +46,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key; the broker's must be the same")
 	f.StringVar(&baseARN, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty leaves roles that are no full ARNs to the broker")
 	f.StringVar(&cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
+	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; the broker's must be the same; a replaced file is taken up without a restart; empty sets no limits")
 	f.StringVar(&image, "sidecar-image", "", "`image` of the sidecar (required)")
 	f.StringVar(&pullPolicy, "sidecar-image-pull-policy", "", "`policy` Always, IfNotPresent or Never; empty leaves it to Kubernetes")
 	f.IntVar(&port, "sidecar-port", inject.DefaultPort, "`port` on 127.0.0.1 where the sidecar listens")

@@ -18,6 +18,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/webhook"
@@ -35,6 +36,14 @@ func run(ctx context.Context, o options) error {
 	pair, err := certs.NewKeyPair(o.tlsCert, o.tlsKey, log)
 	if err != nil {
 		return fmt.Errorf("--tls-cert, --tls-key: %w", err)
+	}
+	var runs []func(context.Context) error
+	if o.rulesFile != "" {
+		follower, err := rulesfile.New(rulesfile.Config{Path: o.rulesFile, Rules: o.rules, Logger: log})
+		if err != nil {
+			return fmt.Errorf("--rules-file: %w", err)
+		}
+		runs = append(runs, follower.Run)
 	}
 	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
 	if err != nil {
@@ -70,7 +79,9 @@ func run(ctx context.Context, o options) error {
 	work, stopWork := context.WithCancel(work)
 	ctx, stopServing := context.WithCancel(ctx)
 	defer context.AfterFunc(work, stopServing)()
-	group.Go(func() error { return namespaces.Run(work) })
+	for _, run := range append(runs, namespaces.Run) {
+		group.Go(func() error { return run(work) })
+	}
 	group.Go(func() error {
 		defer stopWork()
 		return server.Run(ctx, listener)

@@ -43,6 +43,9 @@ func TestBothAreToldTheSame(t *testing.T) {
 				t.Errorf("%s: %s is not passed to both", name, flag)
 			}
 		}
+		if told["broker"]["--rules-file"] != told["webhook"]["--rules-file"] || (told["broker"]["--rules-file"] != "") != (name == "everything") {
+			t.Errorf("%s: the broker is told the rules file %q, the webhook %q", name, told["broker"]["--rules-file"], told["webhook"]["--rules-file"])
+		}
 		if _, ok := told["broker"]["--base-arn"]; ok && told["webhook"]["--base-arn"] == "" {
 			t.Errorf("%s: the webhook is not told the base ARN that the broker has", name)
 		}

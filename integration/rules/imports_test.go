@@ -27,12 +27,13 @@ var floors = map[string]int{
 	"certs/pki":       1,
 
 	// 2: what meets one outside system each.
-	"broker/assume":  2,
-	"broker/audit":   2,
-	"broker/client":  2,
-	"broker/kube":    2,
-	"certs/trust":    2,
-	"webhook/inject": 2,
+	"broker/assume":    2,
+	"broker/audit":     2,
+	"broker/client":    2,
+	"broker/kube":      2,
+	"broker/rulesfile": 2, // the file system, and YAML
+	"certs/trust":      2,
+	"webhook/inject":   2,
 
 	// 3: the components.
 	"broker":       3,

@@ -1,0 +1,212 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// limits are a [File] in the form that decisions are made by. They never change.
+type limits struct {
+	kubernetesTags bool
+	transitive     []string
+	source         SourceIdentity
+	entries        []entry
+}
+
+// entry is one of [NamespaceRules].
+type entry struct {
+	name                      string // where it stands, for messages
+	match, accounts, roles    []glob
+	externalIDs, sessionNames []glob
+	maxDuration               time.Duration // 0: no limit but STS's
+	forced                    []Tag         // sorted by key; values with placeholders
+}
+
+// find returns the entry that decides on a namespace.
+func (l *limits) find(namespace string) (*entry, error) {
+	for i := range l.entries {
+		if matchAny(l.entries[i].match, namespace) {
+			return &l.entries[i], nil
+		}
+	}
+	return nil, credential.Errorf(credential.ErrDenied, credential.ReasonRulesNamespace,
+		"no entry of the rules file matches namespace %q, so that its pods may have no role: the rules file's owner has to add one", namespace)
+}
+
+// allow refuses what the entry does not allow of what the pod asks for.
+func (e *entry) allow(keys Keys, namespace string, role credential.RoleARN, arn string, s Settings, durationSaid bool) error {
+	if !matchAny(e.accounts, role.Account()) {
+		return e.refuse(credential.ReasonRulesAccount, "accounts", namespace, "a role of account "+role.Account(), keys.Name(Role))
+	}
+	if !slices.ContainsFunc(e.roles, func(g glob) bool {
+		if strings.HasPrefix(g.first, "arn:") {
+			return g.match(arn)
+		}
+		return g.match(arn[len(arn)-len(role.Path())-len(role.Name()):])
+	}) {
+		return e.refuse(credential.ReasonRulesRole, "roles", namespace, "role "+arn, keys.Name(Role))
+	}
+	if s.ExternalID != "" && !matchAny(e.externalIDs, s.ExternalID) {
+		return e.refuse(credential.ReasonRulesExternalID, "externalIDs", namespace, fmt.Sprintf("external id %.100q", s.ExternalID), keys.Name(ExternalID))
+	}
+	if s.SessionName != "" && !matchAny(e.sessionNames, s.SessionName) {
+		return e.refuse(credential.ReasonRulesSessionName, "sessionNames", namespace, fmt.Sprintf("session name %q", s.SessionName), keys.Name(SessionName))
+	}
+	if durationSaid && e.maxDuration != 0 && s.Duration > e.maxDuration {
+		return e.refuse(credential.ReasonRulesDuration, "maxDuration", namespace,
+			fmt.Sprintf("a session of %s, which is more than %s", s.Duration, e.maxDuration), keys.Name(Duration))
+	}
+	return nil
+}
+
+func (e *entry) refuse(reason credential.Reason, field, namespace, what, annotation string) error {
+	return credential.Errorf(credential.ErrDenied, reason,
+		"the rules file (%s) does not let namespace %q have %s: change the pod's %q, or have the rules file's owner change %s there",
+		e.name, namespace, what, annotation, field)
+}
+
+// kubernetesTags are the keys of the facts about a pod, as EKS Pod Identity names them.
+var kubernetesTags = []string{namespaceTag, serviceAccountTag, podNameTag, podUIDTag}
+
+const (
+	namespaceTag      = "kubernetes-namespace"
+	serviceAccountTag = "kubernetes-service-account"
+	podNameTag        = "kubernetes-pod-name"
+	podUIDTag         = "kubernetes-pod-uid"
+)
+
+// tags returns the session's tags, sorted by key: the pod's, but where a forced one has the same key,
+// the forced ones, and Kubernetes' own.
+func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
+	if len(e.forced) == 0 && !l.kubernetesTags {
+		return s.SessionTags, nil
+	}
+	var tags []Tag
+	for _, tag := range s.SessionTags {
+		// STS compares keys without regard to case.
+		if !slices.ContainsFunc(e.forced, func(f Tag) bool { return strings.EqualFold(f.Key, tag.Key) }) {
+			tags = append(tags, tag)
+		}
+	}
+	for _, tag := range e.forced {
+		if strings.Contains(tag.Value, serviceAccountPlaceholder) && pod.ServiceAccount == "" {
+			return nil, errNoServiceAccount
+		}
+		value := fillPlaceholders(tag.Value, pod.Namespace, pod.ServiceAccount)
+		if n := utf8.RuneCountInString(value); n > maxTagValue {
+			return nil, credential.Errorf(credential.ErrDenied, credential.ReasonRulesTag,
+				"the rules file (%s) forces a tag %q of %d characters on the pod, and STS takes %d: the rules file's owner has to shorten its value",
+				e.name, tag.Key, n, maxTagValue)
+		}
+		tags = append(tags, Tag{Key: tag.Key, Value: value})
+	}
+	if l.kubernetesTags {
+		if s.Scope == ScopeServiceAccount || s.Scope == ScopePod {
+			if pod.ServiceAccount == "" {
+				return nil, errNoServiceAccount
+			}
+			tags = append(tags, Tag{namespaceTag, pod.Namespace}, Tag{serviceAccountTag, pod.ServiceAccount})
+		}
+		if s.Scope == ScopePod {
+			tags = append(tags, Tag{podNameTag, pod.Name}, Tag{podUIDTag, pod.UID})
+		}
+	}
+	for _, tag := range tags {
+		if !isTagText(tag.Value, 0, maxTagValue) {
+			return nil, fmt.Errorf("%.300q is no value of tag %q: Kubernetes has no such names", tag.Value, tag.Key)
+		}
+	}
+	if len(tags) > maxTags {
+		return nil, credential.Errorf(credential.ErrDenied, credential.ReasonRulesTag,
+			"the session would have %d tags with those that the rules file (%s) adds, and STS takes %d: remove some from the pod's %q",
+			len(tags), e.name, maxTags, keys.Name(SessionTags))
+	}
+	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
+	return tags, nil
+}
+
+// transitiveOf returns those of the keys of tags that are to be transitive, a line each: STS takes no
+// others.
+func (l *limits) transitiveOf(tags []Tag) string {
+	var keys strings.Builder
+	for _, tag := range tags {
+		if slices.ContainsFunc(l.transitive, func(key string) bool { return strings.EqualFold(key, tag.Key) }) {
+			keys.WriteString(tag.Key + "\n")
+		}
+	}
+	return keys.String()
+}
+
+// sourceIdentity returns the source identity of a session of that name; empty for none.
+func (l *limits) sourceIdentity(pod Pod, sessionName string) (string, error) {
+	switch l.source {
+	case SourceNone:
+	case SourceServiceAccount:
+		if pod.ServiceAccount == "" {
+			return "", errNoServiceAccount
+		}
+		// No namespace has a dot in its name, so the first one ends it. Twenty digits, because this
+		// one is for telling who did something.
+		identity := pod.Namespace + "." + pod.ServiceAccount
+		if !isSessionName(identity) {
+			return "", fmt.Errorf("%.200q is no source identity: Kubernetes has no such names", identity)
+		}
+		return fit(identity, 10), nil
+	case SourceSessionName:
+		return sessionName, nil
+	}
+	return "", nil
+}
+
+// glob is a pattern in which * stands for any characters, slashes too (kube2iam's form), and
+// everything else for itself.
+type glob struct {
+	first   string   // up to the first *, or all if there is none
+	middle  []string // between two *
+	last    string   // behind the last *
+	literal bool     // there is no *
+}
+
+func newGlob(text string) glob {
+	parts := strings.Split(text, "*")
+	if len(parts) == 1 {
+		return glob{first: text, literal: true}
+	}
+	return glob{first: parts[0], middle: parts[1 : len(parts)-1], last: parts[len(parts)-1]}
+}
+
+// match reports whether the whole of s matches.
+func (g glob) match(s string) bool {
+	if g.literal {
+		return g.first == s
+	}
+	rest, ok := strings.CutPrefix(s, g.first)
+	if !ok {
+		return false
+	}
+	for _, part := range g.middle {
+		at := strings.Index(rest, part)
+		if at < 0 {
+			return false
+		}
+		rest = rest[at+len(part):]
+	}
+	return strings.HasSuffix(rest, g.last)
+}
+
+func matchAny(globs []glob, s string) bool {
+	for _, g := range globs {
+		if g.match(s) {
+			return true
+		}
+	}
+	return false
+}
+
+// matchGlob is for globs that are asked once.
+func matchGlob(pattern, s string) bool { return newGlob(pattern).match(s) }

@@ -1,0 +1,150 @@
+package rulesfile
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// Parse reads the text of a rules file, in YAML or JSON, and checks it. It is strict: a field that does
+// not exist, one that stands twice, one without a value, and whatever policy.File.Check refuses, is an
+// error that says where it is.
+//
+// Scalars are taken as they are written. An account id without quotes, which is a number to YAML, and an
+// octal one at that if it begins with 0, is the account id; the tag value 1.10 is not 1.1.
+func Parse(text []byte) (policy.File, error) {
+	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	var document, more yaml.Node
+	switch err := decoder.Decode(&document); {
+	case errors.Is(err, io.EOF):
+		return policy.File{}, errors.New("it is empty")
+	case err != nil:
+		return policy.File{}, fmt.Errorf("%.500s", strings.TrimPrefix(err.Error(), "yaml: "))
+	}
+	if err := decoder.Decode(&more); !errors.Is(err, io.EOF) {
+		return policy.File{}, errors.New("it holds more than one document")
+	}
+	var file policy.File
+	if err := decode(document.Content[0], "", reflect.ValueOf(&file).Elem()); err != nil {
+		return policy.File{}, err
+	}
+	if err := file.Check(); err != nil {
+		return policy.File{}, err
+	}
+	return file, nil
+}
+
+// wrong says what is wrong with node, which is at path.
+func wrong(node *yaml.Node, path, format string, args ...any) error {
+	if path != "" {
+		path += ": "
+	}
+	return fmt.Errorf("line %d: %.200s%s", node.Line, path, fmt.Sprintf(format, args...))
+}
+
+// decode puts node into v, whose type is one of those that policy.File is made of. Package yaml could do
+// so by itself, but would name neither paths nor all duplicates, and would take numbers for text.
+func decode(node *yaml.Node, path string, v reflect.Value) error {
+	switch {
+	case node.Kind == yaml.AliasNode, node.Anchor != "":
+		return wrong(node, path, "anchors and aliases are not taken: write it out")
+	case node.Style&yaml.TaggedStyle != 0:
+		return wrong(node, path, "the tag %.50q is not taken", node.Tag)
+	case node.Kind == yaml.ScalarNode && node.ShortTag() == "!!null":
+		return wrong(node, path, "has no value: remove it, or write [] for a list that allows nothing")
+	}
+	switch v.Kind() {
+	case reflect.Struct:
+		fields := map[string]reflect.Value{}
+		var names []string
+		for i := range v.NumField() {
+			name := v.Type().Field(i).Tag.Get("json")
+			fields[name], names = v.Field(i), append(names, name)
+		}
+		return pairs(node, path, func(key string, value *yaml.Node, path string) error {
+			field, ok := fields[key]
+			if !ok {
+				return wrong(value, path, "unknown field; known here are %s", strings.Join(names, ", "))
+			}
+			return decode(value, path, field)
+		})
+	case reflect.Map:
+		v.Set(reflect.MakeMap(v.Type()))
+		return pairs(node, path, func(key string, value *yaml.Node, path string) error {
+			text := reflect.New(v.Type().Elem()).Elem()
+			if err := decode(value, path, text); err != nil {
+				return err
+			}
+			v.SetMapIndex(reflect.ValueOf(key), text)
+			return nil
+		})
+	case reflect.Slice:
+		if node.Kind != yaml.SequenceNode {
+			return wrong(node, path, "must be a list")
+		}
+		v.Set(reflect.MakeSlice(v.Type(), len(node.Content), len(node.Content)))
+		for i, item := range node.Content {
+			if err := decode(item, fmt.Sprintf("%s[%d]", path, i), v.Index(i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	default:
+		return decodeScalar(node, path, v)
+	}
+}
+
+func decodeScalar(node *yaml.Node, path string, v reflect.Value) error {
+	if node.Kind != yaml.ScalarNode {
+		return wrong(node, path, "must be one value, not a list or a map")
+	}
+	switch {
+	case v.Type() == reflect.TypeFor[time.Duration]():
+		d, err := time.ParseDuration(node.Value)
+		if err != nil {
+			return wrong(node, path, "%.100q is not a duration such as 90m or 2h", node.Value)
+		}
+		v.SetInt(int64(d))
+	case v.Kind() == reflect.Bool:
+		if node.ShortTag() != "!!bool" || node.Value != "true" && node.Value != "false" {
+			return wrong(node, path, "%.100q is neither true nor false", node.Value)
+		}
+		v.SetBool(node.Value == "true")
+	case v.Kind() == reflect.String:
+		v.SetString(node.Value)
+	default:
+		return wrong(node, path, "%s is a type that is not read", v.Type()) // a test walks all of them
+	}
+	return nil
+}
+
+// pairs calls each with all keys and values of a map, none of which may stand twice.
+func pairs(node *yaml.Node, path string, each func(key string, value *yaml.Node, path string) error) error {
+	if node.Kind != yaml.MappingNode {
+		return wrong(node, path, "must be a map of fields")
+	}
+	lines := map[string]int{} // :: key → where it stood
+	for i := 0; i+1 < len(node.Content); i += 2 {
+		key, value := node.Content[i], node.Content[i+1]
+		if key.Kind != yaml.ScalarNode || key.Anchor != "" || key.Style&yaml.TaggedStyle != 0 {
+			return wrong(key, path, "has a key that is not plain text")
+		}
+		below := strings.TrimPrefix(path+"."+key.Value, ".")
+		if line, twice := lines[key.Value]; twice {
+			return wrong(key, below, "stands twice, in line %d as well", line)
+		}
+		lines[key.Value] = key.Line
+		if err := each(key.Value, value, below); err != nil {
+			return err
+		}
+	}
+	return nil
+}
