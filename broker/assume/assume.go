@@ -24,6 +24,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/aws-sdk-go-v2/service/sts/types"
+	"github.com/aws/smithy-go/logging"
 	"github.com/aws/smithy-go/middleware"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -102,6 +103,10 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 			if cfg.dial != nil {
 				t.DialContext = cfg.dial
 			}
+		})),
+		// Its own lines are about connections, and would go to stderr as they are.
+		config.WithLogger(logging.LoggerFunc(func(_ logging.Classification, format string, v ...any) {
+			log.Debug("The AWS SDK reports", "text", fmt.Sprintf(format, v...)) //nolint:noctx // The SDK's logger has none.
 		})),
 		config.WithAPIOptions([]func(*middleware.Stack) error{wire{s.clock}.add}),
 	}

@@ -630,8 +630,16 @@ func TestBase(t *testing.T) {
 
 	// Partition and account come from what is answered.
 	for answered, want := range map[string]string{
-		"arn:aws-cn:sts::123456789012:assumed-role/x/y": "arn:aws-cn:iam::123456789012:role/",
-		"arn:aws-us-gov:iam::123456789012:user/x":       "arn:aws-us-gov:iam::123456789012:role/",
+		"arn:aws-cn:sts::123456789012:assumed-role/x/y":    "arn:aws-cn:iam::123456789012:role/",
+		"arn:aws-us-gov:iam::123456789012:user/x":          "arn:aws-us-gov:iam::123456789012:role/",
+		"arn:aws:iam::123456789012:root":                   "arn:aws:iam::123456789012:role/",
+		"arn:aws:sts::123456789012:federated-user/bob":     "arn:aws:iam::123456789012:role/",
+		"arn:aws:iam::123456789012:user/a/path/bob":        "arn:aws:iam::123456789012:role/",
+		"arn:aws-iso:sts::123456789012:assumed-role/x/y":   "arn:aws-iso:iam::123456789012:role/",
+		"arn:aws-iso-b:sts::123456789012:assumed-role/x/y": "arn:aws-iso-b:iam::123456789012:role/",
+		"arn:aws-iso-e:iam::123456789012:root":             "arn:aws-iso-e:iam::123456789012:role/",
+		"arn:aws-iso-f:iam::123456789012:user/x":           "arn:aws-iso-f:iam::123456789012:role/",
+		"arn:aws-eusc:sts::123456789012:assumed-role/x/y":  "arn:aws-eusc:iam::123456789012:role/",
 		"no ARN":                                "",
 		"":                                      "",
 		"arn:minio:iam::123456789012:user/root": "",

@@ -14,9 +14,9 @@ const (
 	// goodSkew is how near it must come to count as right again. It is less, so that a clock on the
 	// edge, measured to within seconds, is not reported with every answer.
 	goodSkew = 20 * time.Second
-	// maxExchange is the longest exchange that tells the time: where in it the answer was dated is
-	// unknown, which makes an error of half of it.
-	maxExchange = 10 * time.Second
+	// maxExchange is the longest exchange that tells the time. An answer is dated when it begins to be
+	// sent, but one that took long may have waited on its way, and the wait would count as skew.
+	maxExchange = 5 * time.Second
 )
 
 // clock compares our clock with AWS's.
@@ -29,13 +29,12 @@ type clock struct {
 	wrong bool // was reported, and is not right again
 }
 
-// saw learns from an answer that AWS dated, to the second, at some moment between two of ours.
+// saw learns from an answer that AWS dated, to the second, shortly before we had it.
 func (c *clock) saw(ctx context.Context, date, began, ended time.Time) {
-	took := ended.Sub(began)
-	if took < 0 || took > maxExchange {
+	if ended.Sub(began) > maxExchange {
 		return
 	}
-	skew := (date.Add(time.Second / 2).Sub(began.Add(took / 2))).Round(time.Second)
+	skew := date.Add(time.Second / 2).Sub(ended).Round(time.Second) // Date is cut, not rounded
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.skew, c.known = skew, true
