@@ -3,7 +3,6 @@ package assume_test
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -55,7 +54,10 @@ func FuzzAnswer(f *testing.F) {
 	f.Setenv("AWS_SHARED_CREDENTIALS_FILE", os.DevNull)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { (*answer.Load())(w, r) }))
 	f.Cleanup(server.Close)
-	cfg := assume.WithDial(assume.Config{Endpoint: server.URL, Region: "eu-central-1"}, (&net.Dialer{}).DialContext)
+	sts, err := assume.New(f.Context(), assume.Config{Endpoint: server.URL, Region: "eu-central-1"}) // one: each has its connections
+	if err != nil {
+		f.Fatal(err)
+	}
 
 	f.Fuzz(func(t *testing.T, status uint16, contentType, date string, body []byte) {
 		if status < 200 || status > 999 {
@@ -70,7 +72,6 @@ func FuzzAnswer(f *testing.F) {
 			_, _ = w.Write(body)
 		})
 		answer.Store(&handler)
-		sts := newSTS(t, cfg)
 		cred, err := sts.Credential(t.Context(), grant(t, nil))
 		if err == nil {
 			if !cred.Valid(time.Now()) || cred.Issued.IsZero() || cred.Life() > time.Hour+assume.MaxSkew {
