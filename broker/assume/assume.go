@@ -106,7 +106,7 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 		})),
 		// Its own lines are about connections, and would go to stderr as they are.
 		config.WithLogger(logging.LoggerFunc(func(_ logging.Classification, format string, v ...any) {
-			log.Debug("The AWS SDK reports", "text", fmt.Sprintf(format, v...)) //nolint:noctx // The SDK's logger has none.
+			log.Debug("The AWS SDK reports", "text", fmt.Sprintf(format, v...))
 		})),
 		config.WithAPIOptions([]func(*middleware.Stack) error{wire{s.clock}.add}),
 	}

@@ -77,7 +77,7 @@ func TestCredentialsFileChanges(t *testing.T) {
 			credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"}, otherSecret.Reveal())
 
 		// Refused again within the wait: the source is left alone.
-		call(t, sts, g, func() int { return server.Count("", "") })
+		check(t, "refused again", call(t, sts, g, func() int { return server.Count("", "") }), credential.ErrUnavailable, credential.ReasonBaseCredential, nil)
 		time.Sleep(2 * time.Second)
 
 		// The call whose old keys are refused takes the new ones.

@@ -81,7 +81,7 @@ func leaves(t *testing.T, doc string) (paths []string) {
 	d := xml.NewDecoder(strings.NewReader(doc))
 	for {
 		token, err := d.Token()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			slices.Sort(paths)
 			return slices.Compact(paths)
 		}
@@ -138,7 +138,9 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 
 	const allow = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":["s3:GetObject"],"Resource":["arn:aws:s3:::b/*"]}]}`
 	// Not with blanks, which MinIO does not count.
-	pad := func(n int) string { return strings.Replace(allow, "b/*", "b/"+strings.Repeat("k", n-len(allow))+"*", 1) }
+	pad := func(n int) string {
+		return strings.Replace(allow, "b/*", "b/"+strings.Repeat("k", n-len(allow))+"*", 1)
+	}
 	for name, tt := range map[string]struct {
 		change             func(*sts.AssumeRoleInput)
 		wrongKey, wrongSec bool

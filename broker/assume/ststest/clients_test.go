@@ -120,7 +120,7 @@ func TestBotocoreReads(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "python3", "-c", botocoreScript) //nolint:gosec // A constant.
+	cmd := exec.CommandContext(t.Context(), "python3", "-c", botocoreScript)
 	cmd.Env = cleanEnv("AWS_ACCESS_KEY_ID="+id, "AWS_SECRET_ACCESS_KEY="+secret.Reveal())
 	cmd.Stdin = strings.NewReader(string(ask))
 	var stderr strings.Builder
@@ -197,7 +197,7 @@ func TestCommandLineReadsErrors(t *testing.T) {
 		if testing.Short() && i%4 != 0 {
 			continue // -short: some of them
 		}
-		cmd := exec.CommandContext(t.Context(), "aws", "--endpoint-url", s.URL(), "sts", "assume-role", "--role-arn", roles[i], "--role-session-name", "pod-1") //nolint:gosec // Of this test.
+		cmd := exec.CommandContext(t.Context(), "aws", "--endpoint-url", s.URL(), "sts", "assume-role", "--role-arn", roles[i], "--role-session-name", "pod-1")
 		cmd.Env = cleanEnv("AWS_ACCESS_KEY_ID="+id, "AWS_SECRET_ACCESS_KEY="+secret.Reveal())
 		out, err := cmd.CombinedOutput()
 		want := regexp.MustCompile(`An error occurred \(` + a.Code + `\) when calling the AssumeRole operation(?: \(reached max retries: 0\))?: ` + regexp.QuoteMeta(a.Message))
