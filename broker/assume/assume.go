@@ -3,7 +3,9 @@
 //
 // Its promise: exactly what the grant says is sent, nothing else, and what STS answers is told apart
 // into refusals (a person must change something), throttling and outages (ask again), and failures
-// of the broker's own credentials (an operator must act). It caches nothing but those credentials.
+// of the broker's own credentials (an operator must act). It caches nothing but those credentials,
+// which it renews ahead and reads again when STS takes them no longer. What answers and is not STS
+// gives no credential, and nothing of what it said is passed on.
 package assume
 
 import (
@@ -13,20 +15,17 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/aws/arn"
-	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/credentials/stscreds"
+	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/aws-sdk-go-v2/service/sts/types"
-	"github.com/aws/smithy-go"
-	smithyhttp "github.com/aws/smithy-go/transport/http"
+	"github.com/aws/smithy-go/logging"
+	"github.com/aws/smithy-go/middleware"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
@@ -43,14 +42,37 @@ type Config struct {
 	// none. AWS limits sessions to one hour whenever the caller is itself an assumed role, as it is
 	// behind this hop (role chaining).
 	FirstHop credential.RoleARN
+	// Observe is told of each call when it has ended, by whoever made it, and must not block.
+	// Default: nobody is told.
+	Observe func(Call)
+	// Logger is told of own credentials that cannot be renewed and of a clock that is wrong. Default:
+	// nobody is told.
+	Logger *slog.Logger
 	// Dial opens connections to STS instead of the network. Default: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
+// Call is one call that was made, for metrics: all its values are from small sets.
+type Call struct {
+	// Action is AssumeRole, GetCallerIdentity, or [ActionOwnCredentials].
+	Action string
+	// Outcome is "ok", or the text of the [credential.Reason] of the failure.
+	Outcome string
+	// Took is from the first byte to the verdict.
+	Took time.Duration
+}
+
+// ActionOwnCredentials is a question to the source of the broker's own credentials: a file, instance
+// metadata, or STS by a web identity token.
+const ActionOwnCredentials = "OwnCredentials"
+
 // STS assumes roles. It implements credential.Source for grants.
 type STS struct {
-	client *sts.Client
-	region string
+	client  *sts.Client // signs with what each call brings
+	own     *own
+	clock   *clock
+	region  string
+	observe func(Call)
 }
 
 var _ credential.Source[policy.Grant] = (*STS)(nil)
@@ -65,16 +87,27 @@ const maxIdleConns = 64
 
 // New loads the broker's own AWS configuration from the SDK's default chain. It calls nobody.
 func New(ctx context.Context, cfg Config) (*STS, error) {
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	s := &STS{clock: &clock{log: log}, observe: cfg.Observe}
 	options := []func(*config.LoadOptions) error{
 		// One attempt: package cache decides when to try again, with the whole picture.
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }),
 		// The SDK's own kind of client: with another one it refuses AWS_CA_BUNDLE.
 		config.WithHTTPClient(awshttp.NewBuildableClient().WithTimeout(callTimeout).WithTransportOptions(func(t *http.Transport) {
 			t.MaxIdleConnsPerHost = maxIdleConns
+			t.MaxResponseHeaderBytes = maxAnswerHeader
 			if cfg.Dial != nil {
 				t.DialContext = cfg.Dial
 			}
 		})),
+		// Its own lines are about connections, and would go to stderr as they are.
+		config.WithLogger(logging.LoggerFunc(func(_ logging.Classification, format string, v ...any) {
+			log.Debug("The AWS SDK reports", "text", fmt.Sprintf(format, v...))
+		})),
+		config.WithAPIOptions([]func(*middleware.Stack) error{wire{s.clock}.add}),
 	}
 	if cfg.Region != "" {
 		options = append(options, config.WithRegion(cfg.Region))
@@ -86,38 +119,51 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 	if loaded.Region == "" {
 		return nil, errors.New("no AWS region is known: set --region, or AWS_REGION")
 	}
-	endpoint := func(o *sts.Options) {
+	s.region = loaded.Region
+	s.client = sts.NewFromConfig(loaded, func(o *sts.Options) {
 		if cfg.Endpoint != "" {
 			o.BaseEndpoint = aws.String(cfg.Endpoint)
 		}
-	}
+	})
+	s.own = &own{clock: s.clock, log: log, ask: func(ctx context.Context) (aws.Credentials, error) { return s.load(ctx, options) }}
 	if !cfg.FirstHop.IsZero() {
-		hop := stscreds.NewAssumeRoleProvider(sts.NewFromConfig(loaded, endpoint), cfg.FirstHop.String(), func(o *stscreds.AssumeRoleOptions) {
-			o.RoleSessionName = "credence-broker"
-		})
-		loaded.Credentials = aws.NewCredentialsCache(hop, func(o *aws.CredentialsCacheOptions) {
-			o.ExpiryWindow = 5 * time.Minute
-		})
+		base := s.own
+		s.own = &own{clock: s.clock, log: log, ask: func(ctx context.Context) (aws.Credentials, error) { return s.hop(ctx, base, cfg.FirstHop) }}
 	}
-	loaded.Credentials = ownCredentials{loaded.Credentials}
-	return &STS{client: sts.NewFromConfig(loaded, endpoint), region: loaded.Region}, nil
+	return s, nil
 }
 
 // Region returns the region whose STS is used.
 func (s *STS) Region() string { return s.region }
 
+// ClockSkew returns how far AWS's clock is ahead of ours, to the second, by the last answer; known is
+// false before the first one.
+func (s *STS) ClockSkew() (skew time.Duration, known bool) { return s.clock.read() }
+
+// BaseExpiration returns when the credentials that sign the broker's calls expire, by AWS's clock;
+// false while there are none, and for credentials without an end.
+func (s *STS) BaseExpiration() (time.Time, bool) { return s.own.expiration() }
+
 // Base asks STS who the broker is, and returns the base that completes role names to roles of the
 // broker's own account.
 func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
-	out, err := s.client.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
+	var out *sts.GetCallerIdentityOutput
+	err := s.signed(ctx, s.own, "GetCallerIdentity", func(sign func(*sts.Options)) (err error) {
+		out, err = s.client.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{}, sign)
+		return err
+	})
 	if err != nil {
-		return credential.RoleBase{}, fmt.Errorf("asking STS for the broker's own account: %w", err)
+		return credential.RoleBase{}, fmt.Errorf("asking STS for the broker's own account: %w", cause(err))
 	}
 	caller, err := arn.Parse(aws.ToString(out.Arn))
 	if err != nil {
-		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", aws.ToString(out.Arn), err)
+		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", cut(aws.ToString(out.Arn)), err)
 	}
-	return credential.BaseOf(caller.Partition, aws.ToString(out.Account))
+	base, err := credential.BaseOf(caller.Partition, aws.ToString(out.Account))
+	if err != nil {
+		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", cut(aws.ToString(out.Arn)), bounded{err})
+	}
+	return base, nil
 }
 
 // AwaitBase is Base, asked again until STS answers or ctx ends: without a base, roles that are written
@@ -144,6 +190,25 @@ func (s *STS) Credential(ctx context.Context, g policy.Grant) (credential.Creden
 	if g.IsZero() {
 		return credential.Credential{}, credential.Errorf(credential.ErrDenied, credential.ReasonRoleMissing, "nothing is granted")
 	}
+	input := inputFor(g)
+	var cred credential.Credential
+	err := s.signed(ctx, s.own, "AssumeRole", func(sign func(*sts.Options)) error {
+		issued := time.Now()
+		out, err := s.client.AssumeRole(ctx, input, sign)
+		if err != nil {
+			return err
+		}
+		cred, err = s.session(g, out, issued)
+		return err
+	})
+	if err != nil {
+		return credential.Credential{}, s.classify(g, err)
+	}
+	return cred, nil
+}
+
+// inputFor is the one place where a grant becomes a request: what is not put here is not sent.
+func inputFor(g policy.Grant) *sts.AssumeRoleInput {
 	input := &sts.AssumeRoleInput{
 		RoleArn:         aws.String(g.Role().String()),
 		RoleSessionName: aws.String(g.SessionName()),
@@ -158,106 +223,137 @@ func (s *STS) Credential(ctx context.Context, g policy.Grant) (credential.Creden
 	for _, tag := range g.Tags() {
 		input.Tags = append(input.Tags, types.Tag{Key: aws.String(tag.Key), Value: aws.String(tag.Value)})
 	}
+	input.TransitiveTagKeys = g.TransitiveTagKeys()
+	if identity := g.SourceIdentity(); identity != "" {
+		input.SourceIdentity = aws.String(identity)
+	}
 	for _, policyARN := range g.PolicyARNs() {
 		input.PolicyArns = append(input.PolicyArns, types.PolicyDescriptorType{Arn: aws.String(policyARN)})
 	}
-	issued := time.Now()
-	out, err := s.client.AssumeRole(ctx, input)
-	if err != nil {
-		return credential.Credential{}, classify(g, err)
-	}
+	return input
+}
+
+// session makes a credential of an answer.
+//
+// The expiration that AWS states is told to pods as it is, because they compare it with clocks that
+// need not be ours. Renewal is paced by our clock, though, and must not suffer when it is wrong. AWS
+// gives exactly the duration that was asked for, or fails; so where the stated end seems further off
+// than that, our clock is behind, and the session counts as ending when what was asked for has passed
+// here: renewal keeps its pace, and pods whose clocks are right are told a little too early an end,
+// which costs them a question and no more. Where our clock is ahead, sessions seem shorter than they
+// are, so they are renewed early, and what pods are told is true. Moving the end back by the skew would
+// pace renewal better, and tell pods with right clocks to use a session that has expired.
+func (s *STS) session(g policy.Grant, out *sts.AssumeRoleOutput, issued time.Time) (credential.Credential, error) {
 	c := out.Credentials
-	if c == nil || aws.ToString(c.AccessKeyId) == "" || aws.ToString(c.SecretAccessKey) == "" || aws.ToString(c.SessionToken) == "" || c.Expiration == nil {
+	if !complete(c) {
 		return credential.Credential{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable,
 			"STS answered without complete credentials for %s", g.Role())
+	}
+	expiration := *c.Expiration
+	if longest := issued.Add(g.Duration()); expiration.Sub(longest) > maxSkew {
+		expiration = longest
+	}
+	if !time.Now().Before(expiration) {
+		why := "which an STS-compatible service may do whose clock is wrong"
+		if skew, known := s.clock.read(); known && -skew > maxSkew {
+			why = fmt.Sprintf("because the broker's clock is %s ahead of AWS's; its operator must set it", -skew)
+		}
+		return credential.Credential{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable,
+			"STS answered with a session for %s that has expired already, %s", g.Role(), why)
 	}
 	return credential.Credential{
 		AccessKeyID:     *c.AccessKeyId,
 		SecretAccessKey: credential.NewSecret(*c.SecretAccessKey),
 		SessionToken:    credential.NewSecret(*c.SessionToken),
 		Issued:          issued,
-		Expiration:      *c.Expiration,
+		Expiration:      expiration,
 	}, nil
 }
 
-// Codes by what they call for; STS API reference and the common errors of the Query API. Throttling
-// arrives as HTTP 400, so the code decides and not the status; retry.DefaultThrottleErrorCodes
-// lists that kind.
-var (
-	baseCredentialCodes = []string{
-		"ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException",
-		"SignatureDoesNotMatch", "RequestExpired", "MissingAuthenticationToken", "IncompleteSignature",
-		"RegionDisabledException", // the broker's region, which no pod chose
-	}
-	rejectedCodes = []string{
-		"ValidationError", "MalformedPolicyDocument", "MalformedPolicyDocumentException",
-		"PackedPolicyTooLarge", "PackedPolicyTooLargeException", "InvalidParameterValue",
-		"InvalidParameterCombination", "MissingParameter",
-	}
-)
-
-// maxRejection bounds what is passed on of STS's own words.
-const maxRejection = 500
-
-// throttledWait is the least time before a throttled call is made again.
-const throttledWait = time.Second
-
-// classify says what err of AssumeRole means for the pod that waits.
-func classify(g policy.Grant, err error) error {
-	code, message, status := "", "", 0
-	if e, ok := errors.AsType[smithy.APIError](err); ok {
-		code, message = e.ErrorCode(), e.ErrorMessage()
-	}
-	if e, ok := errors.AsType[*smithyhttp.ResponseError](err); ok {
-		status = e.HTTPStatusCode()
-	}
-	_, throttled := retry.DefaultThrottleErrorCodes[code]
-	e := &credential.Error{Cause: err}
-	switch {
-	case throttled || status == http.StatusTooManyRequests:
-		e.Kind, e.Reason, e.RetryAfter = credential.ErrUnavailable, credential.ReasonSTSThrottled, throttledWait
-		e.Message = "STS throttles this account; the broker asks again by itself"
-	case errors.Is(err, errOwnCredentials) || slices.Contains(baseCredentialCodes, code):
-		e.Kind, e.Reason = credential.ErrUnavailable, credential.ReasonBaseCredential
-		e.Message = "the broker's own AWS credentials do not work; its operator must see to it"
-	case code == "AccessDenied" || code == "AccessDeniedException":
-		e.Kind, e.Reason = credential.ErrDenied, credential.ReasonSTSDenied
-		e.Message = fmt.Sprintf("STS refuses role %s: check that it exists, that its trust policy names the broker's role%s, and that the broker may assume it", g.Role(), conditions(g))
-	case slices.Contains(rejectedCodes, code):
-		e.Kind, e.Reason = credential.ErrInvalid, credential.ReasonSTSRejected
-		e.Message = fmt.Sprintf("STS rejects the session for role %s (%s): %s", g.Role(), code, strings.ToValidUTF8(message[:min(len(message), maxRejection)], ""))
-	default:
-		e.Kind, e.Reason = credential.ErrUnavailable, credential.ReasonSTSUnavailable
-		e.Message = "STS cannot be reached or fails; the broker asks again by itself"
-	}
-	return e
+// complete reports whether an answer holds all that a session needs.
+func complete(c *types.Credentials) bool {
+	return c != nil && aws.ToString(c.AccessKeyId) != "" && aws.ToString(c.SecretAccessKey) != "" &&
+		aws.ToString(c.SessionToken) != "" && c.Expiration != nil && !c.Expiration.IsZero()
 }
 
-// conditions names what a trust policy may ask for besides the broker's role.
-func conditions(g policy.Grant) string {
-	var also []string
-	if g.ExternalID() != "" {
-		also = append(also, "this external id")
+// signed makes a call with own credentials. Where STS takes those for expired or wrong, they are read
+// again and the call is made once more: a second refusal is final. The second try also mends a wrong
+// clock: from the first answer the SDK has learned by how much to correct the date that it signs.
+func (s *STS) signed(ctx context.Context, keys *own, action string, call func(sign func(*sts.Options)) error) error {
+	for again := false; ; again = true {
+		creds, version, err := keys.get(ctx)
+		if err != nil {
+			return err
+		}
+		began := time.Now()
+		err = call(func(o *sts.Options) { o.Credentials = credentials.StaticCredentialsProvider{Value: creds} })
+		v := judge(err)
+		s.tell(action, v, began)
+		switch v {
+		case stale:
+			if again || !keys.refused(version) {
+				return err
+			}
+		case fine, denied, rejected:
+			keys.accepted()
+			return err
+		default:
+			return err
+		}
 	}
-	if g.Tags() != nil {
-		also = append(also, "sts:TagSession")
-	}
-	if len(also) == 0 {
-		return ""
-	}
-	return " with " + strings.Join(also, " and ")
 }
 
-// ownCredentials marks the failures to obtain the broker's own credentials, for which the SDK has no
-// error type.
-type ownCredentials struct{ aws.CredentialsProvider }
+// tell reports a call that has ended.
+func (s *STS) tell(action string, v verdict, began time.Time) {
+	if s.observe != nil {
+		s.observe(Call{Action: action, Outcome: v.outcome(), Took: time.Since(began)})
+	}
+}
 
-var errOwnCredentials = errors.New("obtaining the broker's own AWS credentials")
+// load obtains own credentials from the SDK's default chain. The chain is made anew each time: it reads
+// files once, and keeps what it got. A web identity token that STS does not take is read once more.
+func (s *STS) load(ctx context.Context, options []func(*config.LoadOptions) error) (aws.Credentials, error) {
+	for again := false; ; again = true {
+		began := time.Now()
+		var creds aws.Credentials
+		cfg, err := config.LoadDefaultConfig(ctx, options...)
+		if err == nil {
+			creds, err = cfg.Credentials.Retrieve(ctx)
+		}
+		if err == nil {
+			s.tell(ActionOwnCredentials, fine, began)
+			return creds, nil
+		}
+		s.tell(ActionOwnCredentials, ownFault, began) // whatever it is: there are no credentials
+		if v := judge(err); again || v != stale && v != identity {
+			return aws.Credentials{}, err
+		}
+	}
+}
 
-func (o ownCredentials) Retrieve(ctx context.Context) (aws.Credentials, error) {
-	creds, err := o.CredentialsProvider.Retrieve(ctx)
+// hopDuration is the most that AWS gives to a role that assumes a role, and every role allows it.
+const hopDuration = time.Hour
+
+// hop assumes the first role with the base credentials.
+func (s *STS) hop(ctx context.Context, base *own, role credential.RoleARN) (aws.Credentials, error) {
+	var out *sts.AssumeRoleOutput
+	err := s.signed(ctx, base, "AssumeRole", func(sign func(*sts.Options)) (err error) {
+		out, err = s.client.AssumeRole(ctx, &sts.AssumeRoleInput{
+			RoleArn:         aws.String(role.String()),
+			RoleSessionName: aws.String("credence-broker"),
+			DurationSeconds: aws.Int32(int32(hopDuration / time.Second)),
+		}, sign)
+		if err == nil && !complete(out.Credentials) {
+			err = errors.New("STS answered without complete credentials")
+		}
+		return err
+	})
 	if err != nil {
-		return aws.Credentials{}, fmt.Errorf("%w: %w", errOwnCredentials, err)
+		return aws.Credentials{}, fmt.Errorf("assuming %s, the role of --assume-role: %w", role, cause(err))
 	}
-	return creds, nil
+	c := out.Credentials
+	return aws.Credentials{
+		AccessKeyID: *c.AccessKeyId, SecretAccessKey: *c.SecretAccessKey, SessionToken: *c.SessionToken,
+		CanExpire: true, Expires: *c.Expiration,
+	}, nil
 }

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -83,6 +84,12 @@ func newSTS(t *testing.T, cfg assume.Config) *assume.STS {
 // grant is what a pod with these annotations is granted.
 func grant(t *testing.T, pairs map[policy.Key]string) policy.Grant {
 	t.Helper()
+	return grantBy(t, nil, pairs)
+}
+
+// grantBy is grant under a rules file.
+func grantBy(t *testing.T, file *policy.File, pairs map[policy.Key]string) policy.Grant {
+	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	if err != nil {
 		t.Fatal(err)
@@ -90,6 +97,11 @@ func grant(t *testing.T, pairs map[policy.Key]string) policy.Grant {
 	rules, err := policy.New(policy.Config{Keys: keys})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if file != nil {
+		if err := rules.Use(*file); err != nil {
+			t.Fatal(err)
+		}
 	}
 	annotations := map[string]string{keys.Name(policy.Role): roleARN}
 	for key, value := range pairs {
@@ -147,12 +159,18 @@ func TestSendsTheGrant(t *testing.T) {
 	sts := newSTS(t, assume.Config{Endpoint: front.URL})
 
 	common := url.Values{"Action": {"AssumeRole"}, "Version": {"2011-06-15"}, "RoleArn": {roleARN}}
+	file := &policy.File{
+		KubernetesTags: true, TransitiveTags: []string{"team", "kubernetes-namespace"}, SourceIdentity: policy.SourceServiceAccount,
+		Namespaces: []policy.NamespaceRules{{Match: []string{"*"}, Accounts: []string{"*"}, Roles: []string{"*"}, ForcedTags: map[string]string{"team": "{namespace}"}}},
+	}
 	for name, tt := range map[string]struct {
+		file  *policy.File
 		pairs map[policy.Key]string
 		want  url.Values
 	}{
-		"role alone": {nil, url.Values{"RoleSessionName": {"credence"}, "DurationSeconds": {"3600"}}},
+		"role alone": {nil, nil, url.Values{"RoleSessionName": {"credence"}, "DurationSeconds": {"3600"}}},
 		"everything": {
+			nil,
 			map[policy.Key]string{
 				policy.SessionName:   "my-session",
 				policy.ExternalID:    "ext/1:2",
@@ -176,13 +194,33 @@ func TestSendsTheGrant(t *testing.T) {
 			},
 		},
 		"scope": {
+			nil,
 			map[policy.Key]string{policy.SessionScope: "service-account", policy.Duration: "15m"},
 			url.Values{"RoleSessionName": {"credence.shop.cart"}, "DurationSeconds": {"900"}},
+		},
+		"rules file": {
+			file,
+			map[policy.Key]string{policy.SessionScope: "service-account", policy.SessionTags: "cost centre=7"},
+			url.Values{
+				"RoleSessionName":            {"credence.shop.cart"},
+				"DurationSeconds":            {"3600"},
+				"SourceIdentity":             {"shop.cart"},
+				"Tags.member.1.Key":          {"cost centre"},
+				"Tags.member.1.Value":        {"7"},
+				"Tags.member.2.Key":          {"kubernetes-namespace"},
+				"Tags.member.2.Value":        {"shop"},
+				"Tags.member.3.Key":          {"kubernetes-service-account"},
+				"Tags.member.3.Value":        {"cart"},
+				"Tags.member.4.Key":          {"team"},
+				"Tags.member.4.Value":        {"shop"},
+				"TransitiveTagKeys.member.1": {"kubernetes-namespace"},
+				"TransitiveTagKeys.member.2": {"team"},
+			},
 		},
 	} {
 		maps.Copy(tt.want, common)
 		recorder.forms = nil
-		g := grant(t, tt.pairs)
+		g := grantBy(t, tt.file, tt.pairs)
 		began := time.Now()
 		cred, err := sts.Credential(t.Context(), g)
 		ended := time.Now()
@@ -251,72 +289,137 @@ func check(t *testing.T, what string, err error, kind error, reason credential.R
 // call makes one call that must fail, and be tried once only.
 func call(t *testing.T, sts *assume.STS, g policy.Grant, count func() int) error {
 	t.Helper()
+	return calls(t, 1, sts, g, count)
+}
+
+// calls is call with another number of tries.
+func calls(t *testing.T, want int, sts *assume.STS, g policy.Grant, count func() int) error {
+	t.Helper()
 	before := count()
 	cred, err := sts.Credential(t.Context(), g)
 	if err == nil || cred != (credential.Credential{}) {
 		t.Errorf("got %s with error %v", cred, err)
 	}
-	if n := count() - before; n != 1 {
-		t.Errorf("%d calls were made for %v", n, err)
+	if n := count() - before; n != want {
+		t.Errorf("%d calls were made, not %d, for %v", n, want, err)
 	}
 	return err
 }
 
-func TestClassification(t *testing.T) {
-	server := start(t, ststest.Config{})
-	sts := newSTS(t, assume.Config{Endpoint: server.URL()})
-	_, secret := server.Keys()
-	g := grant(t, nil)
-	unavailable, denied, invalid := credential.ErrUnavailable, credential.ErrDenied, credential.ErrInvalid
-	for _, tt := range []struct {
-		fault     ststest.Fault
-		kind      error
-		reason    credential.Reason
-		fragments []string
-	}{
-		{*ststest.Throttling(), unavailable, credential.ReasonSTSThrottled, []string{"throttles"}},
-		{ststest.Fault{Code: "Throttling", Status: 400}, unavailable, credential.ReasonSTSThrottled, nil},
-		{ststest.Fault{Code: "ThrottlingException", Status: 400}, unavailable, credential.ReasonSTSThrottled, nil},
-		{ststest.Fault{Code: "RequestLimitExceeded", Status: 503}, unavailable, credential.ReasonSTSThrottled, nil},
-		{ststest.Fault{Code: "TooManyRequestsException", Status: 429}, unavailable, credential.ReasonSTSThrottled, nil},
-		{ststest.Fault{Code: "Unheard", Status: 429}, unavailable, credential.ReasonSTSThrottled, nil},
-
-		{ststest.Fault{Code: "AccessDenied", Status: 403}, denied, credential.ReasonSTSDenied, []string{roleARN, "trust policy", "exists"}},
-		{ststest.Fault{Code: "AccessDeniedException", Status: 400}, denied, credential.ReasonSTSDenied, nil},
-
-		{ststest.Fault{Code: "ValidationError", Message: "too long by far", Status: 400}, invalid, credential.ReasonSTSRejected, []string{roleARN, "ValidationError", "too long by far"}},
-		{ststest.Fault{Code: "MalformedPolicyDocument", Message: "m", Status: 400}, invalid, credential.ReasonSTSRejected, []string{"MalformedPolicyDocument"}},
-		{ststest.Fault{Code: "PackedPolicyTooLarge", Message: "m", Status: 400}, invalid, credential.ReasonSTSRejected, nil},
-		{ststest.Fault{Code: "RegionDisabledException", Message: "m", Status: 403}, unavailable, credential.ReasonBaseCredential, nil},
-
-		{ststest.Fault{Code: "ExpiredToken", Status: 403}, unavailable, credential.ReasonBaseCredential, []string{"broker's own AWS credentials", "operator"}},
-		{ststest.Fault{Code: "ExpiredTokenException", Status: 400}, unavailable, credential.ReasonBaseCredential, nil},
-		{ststest.Fault{Code: "InvalidClientTokenId", Status: 403}, unavailable, credential.ReasonBaseCredential, nil},
-		{ststest.Fault{Code: "SignatureDoesNotMatch", Status: 403}, unavailable, credential.ReasonBaseCredential, nil},
-		{ststest.Fault{Code: "MissingAuthenticationToken", Status: 403}, unavailable, credential.ReasonBaseCredential, nil},
-
-		{*ststest.Unavailable(), unavailable, credential.ReasonSTSUnavailable, []string{"STS cannot be reached or fails"}},
-		{ststest.Fault{Code: "InternalFailure", Status: 500}, unavailable, credential.ReasonSTSUnavailable, nil},
-		{ststest.Fault{Code: "Unheard", Status: 400}, unavailable, credential.ReasonSTSUnavailable, nil},
-		{ststest.Fault{Code: "InvalidAction", Status: 404}, unavailable, credential.ReasonSTSUnavailable, nil},
-	} {
-		server.SetRole(roleARN, ststest.Behavior{Fault: &tt.fault})
-		err := call(t, sts, g, func() int { return server.Count("AssumeRole", roleARN) })
-		what := fmt.Sprintf("%s with status %d", tt.fault.Code, tt.fault.Status)
-		check(t, what, err, tt.kind, tt.reason, tt.fragments, secret.Reveal())
-		e, _ := errors.AsType[*credential.Error](err)
-		if throttled := tt.reason == credential.ReasonSTSThrottled; e != nil && (e.RetryAfter >= time.Second) != throttled {
-			t.Errorf("%s: to be tried again after %s", what, e.RetryAfter)
-		}
-		// The cause is for the broker's own log.
-		if e != nil && (e.Cause == nil || !strings.Contains(e.Cause.Error(), tt.fault.Code)) {
-			t.Errorf("%s: the cause is %v", what, e.Cause)
-		}
+// inMemory is start and newSTS for a testing/synctest bubble.
+func inMemory(t *testing.T, served ststest.Config, cfg assume.Config) (*ststest.Server, *assume.STS) {
+	t.Helper()
+	server, err := ststest.StartInMemory(t.Context(), served)
+	if err != nil {
+		t.Fatal(err)
 	}
-	// It was the fault's, and nothing sticks.
-	server.SetRole(roleARN, ststest.Behavior{})
-	if _, err := sts.Credential(t.Context(), g); err != nil {
-		t.Error(err)
+	id, secret := server.Keys()
+	isolate(t, id, secret.Reveal(), "")
+	return server, dialled(t, server, cfg)
+}
+
+// dialled returns an STS that reaches server, over the SDK's own kind of client.
+func dialled(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS {
+	t.Helper()
+	cfg.Endpoint, cfg.Dial = server.URL(), server.Dial
+	return newSTS(t, cfg)
+}
+
+// Every code that means something of its own, as the service answers it.
+func TestClassification(t *testing.T) {
+	unavailable, denied, invalid := credential.ErrUnavailable, credential.ErrDenied, credential.ErrInvalid
+	throttled, own, away := credential.ReasonSTSThrottled, credential.ReasonBaseCredential, credential.ReasonSTSUnavailable
+	const once, twice = 1, 2
+	for _, tt := range []struct {
+		status        int
+		code, message string
+		calls         int
+		kind          error
+		reason        credential.Reason
+		fragments     []string
+	}{
+		{400, "Throttling", "Rate exceeded", once, unavailable, throttled, []string{"throttles"}},
+		{400, "ThrottlingException", "", once, unavailable, throttled, nil},
+		{400, "RequestThrottled", "", once, unavailable, throttled, nil},
+		{503, "RequestLimitExceeded", "", once, unavailable, throttled, nil},
+		{503, "SlowDown", "", once, unavailable, throttled, nil},
+		{429, "TooManyRequestsException", "", once, unavailable, throttled, nil},
+		{429, "Unheard", "", once, unavailable, throttled, nil},
+
+		{403, "AccessDenied", "m", once, denied, credential.ReasonSTSDenied, []string{roleARN, "trust policy", "exists"}},
+		{400, "AccessDeniedException", "m", once, denied, credential.ReasonSTSDenied, nil},
+		{403, "AccessDenied", "is not authorized to perform: sts:TagSession on resource: r", once, denied, credential.ReasonSTSDenied, []string{"sts:TagSession", "EKS Pod Identity"}},
+		{403, "AccessDenied", "is not authorized to perform: sts:SetSourceIdentity on resource: r", once, denied, credential.ReasonSTSDenied, []string{"sts:SetSourceIdentity"}},
+		// MinIO's words for keys that it does not know, and for a wrong secret.
+		{403, "AccessDenied", "The Access Key Id you provided does not exist in our records.", twice, unavailable, own, nil},
+		{403, "AccessDenied", "The request signature we calculated does not match the signature you provided.", twice, unavailable, own, nil},
+
+		{400, "ValidationError", "too long by far", once, invalid, credential.ReasonSTSRejected, []string{roleARN, "ValidationError", "too long by far"}},
+		{400, "ValidationError", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.", once, invalid, credential.ReasonSTSRejected, []string{"maximum session duration"}},
+		{400, "ValidationError", "The requested DurationSeconds exceeds the 1 hour session limit for roles assumed by role chaining", once, invalid, credential.ReasonSTSRejected,
+			[]string{"because the broker itself is a role", "duration to 1h or less"}},
+		{400, "MalformedPolicyDocument", "m", once, invalid, credential.ReasonSTSRejected, []string{"MalformedPolicyDocument"}},
+		{400, "MalformedPolicyDocumentException", "m", once, invalid, credential.ReasonSTSRejected, nil},
+		{400, "PackedPolicyTooLarge", "Packed policy consumes 110% of allotted space", once, invalid, credential.ReasonSTSRejected, []string{"110%", "fewer policy ARNs or session tags"}},
+		{400, "PackedPolicyTooLargeException", "m", once, invalid, credential.ReasonSTSRejected, []string{"fewer policy ARNs or session tags"}},
+		{400, "InvalidParameterValue", "m", once, invalid, credential.ReasonSTSRejected, nil},
+
+		{403, "RegionDisabledException", "m", once, unavailable, own, []string{"eu-central-1", "--region", "another"}},
+
+		{403, "ExpiredToken", "", twice, unavailable, own, []string{"broker's own AWS credentials", "operator"}},
+		{400, "ExpiredTokenException", "", twice, unavailable, own, nil},
+		{403, "InvalidClientTokenId", "", twice, unavailable, own, nil},
+		{403, "UnrecognizedClientException", "", twice, unavailable, own, nil},
+		{403, "SignatureDoesNotMatch", "", twice, unavailable, own, nil},
+		{400, "RequestExpired", "", twice, unavailable, own, nil},
+		{403, "MissingAuthenticationToken", "", once, unavailable, own, nil},
+		{400, "IncompleteSignature", "", once, unavailable, own, nil},
+		{400, "InvalidIdentityToken", "", once, unavailable, own, nil},
+		{403, "IDPRejectedClaim", "", once, unavailable, own, nil},
+		{400, "IDPCommunicationError", "", once, unavailable, own, nil},
+
+		{503, "ServiceUnavailable", "", once, unavailable, away, []string{"STS cannot be reached or fails"}},
+		{500, "InternalFailure", "", once, unavailable, away, nil},
+		{500, "InternalError", "", once, unavailable, away, nil},
+		{502, "Bad", "", once, unavailable, away, nil},
+		{504, "Bad", "", once, unavailable, away, nil},
+		{509, "Bad", "", once, unavailable, away, nil},
+		{400, "RequestTimeout", "", once, unavailable, away, nil},
+		{400, "RequestTimeoutException", "", once, unavailable, away, nil},
+		{400, "Unheard", "", once, unavailable, away, nil},
+		{404, "InvalidAction", "", once, unavailable, away, nil},
+	} {
+		what := fmt.Sprintf("%s with status %d, %q", tt.code, tt.status, tt.message)
+		synctest.Test(t, func(t *testing.T) {
+			var told []assume.Call
+			server, sts := inMemory(t, ststest.Config{}, assume.Config{Observe: func(c assume.Call) { told = append(told, c) }})
+			_, secret := server.Keys()
+			g := grant(t, nil)
+			server.SetRole(roleARN, ststest.Behavior{Latency: 2 * time.Second, Fault: &ststest.Fault{Code: tt.code, Message: tt.message, Status: tt.status}})
+			err := calls(t, tt.calls, sts, g, func() int { return server.Count("AssumeRole", roleARN) })
+			check(t, what, err, tt.kind, tt.reason, tt.fragments, secret.Reveal())
+			e, _ := errors.AsType[*credential.Error](err)
+			if is := tt.reason == throttled; e != nil && (e.RetryAfter >= time.Second) != is {
+				t.Errorf("%s: to be tried again after %s", what, e.RetryAfter)
+			}
+			// The cause is for the broker's own log.
+			if e != nil && (e.Cause == nil || !strings.Contains(e.Cause.Error(), tt.code)) {
+				t.Errorf("%s: the cause is %v", what, e.Cause)
+			}
+			want := []assume.Call{{Action: assume.ActionOwnCredentials, Outcome: "ok"}, {Action: "AssumeRole", Outcome: string(tt.reason), Took: 2 * time.Second}}
+			if tt.calls == twice {
+				want = append(want, want...)
+			}
+			if diff := cmp.Diff(want, told); diff != "" {
+				t.Errorf("%s: Observe was told (-want +got):\n%s", what, diff)
+			}
+
+			// It was the fault's, and nothing sticks.
+			server.SetRole(roleARN, ststest.Behavior{})
+			if _, err := sts.Credential(t.Context(), g); err != nil {
+				t.Errorf("%s: afterwards: %v", what, err)
+			}
+		})
 	}
 }
 
@@ -484,7 +587,7 @@ func TestOwnCredentials(t *testing.T) {
 		"wrong token":  {id, secret.Reveal(), "planted-token"},
 	} {
 		isolate(t, own[0], own[1], own[2])
-		err := call(t, newSTS(t, assume.Config{Endpoint: server.URL()}), g, func() int { return server.Count("", "") })
+		err := calls(t, 2, newSTS(t, assume.Config{Endpoint: server.URL()}), g, func() int { return server.Count("", "") })
 		secrets := []string{own[1]}
 		if own[2] != "" {
 			secrets = append(secrets, own[2])
@@ -560,8 +663,16 @@ func TestBase(t *testing.T) {
 
 	// Partition and account come from what is answered.
 	for answered, want := range map[string]string{
-		"arn:aws-cn:sts::123456789012:assumed-role/x/y": "arn:aws-cn:iam::123456789012:role/",
-		"arn:aws-us-gov:iam::123456789012:user/x":       "arn:aws-us-gov:iam::123456789012:role/",
+		"arn:aws-cn:sts::123456789012:assumed-role/x/y":    "arn:aws-cn:iam::123456789012:role/",
+		"arn:aws-us-gov:iam::123456789012:user/x":          "arn:aws-us-gov:iam::123456789012:role/",
+		"arn:aws:iam::123456789012:root":                   "arn:aws:iam::123456789012:role/",
+		"arn:aws:sts::123456789012:federated-user/bob":     "arn:aws:iam::123456789012:role/",
+		"arn:aws:iam::123456789012:user/a/path/bob":        "arn:aws:iam::123456789012:role/",
+		"arn:aws-iso:sts::123456789012:assumed-role/x/y":   "arn:aws-iso:iam::123456789012:role/",
+		"arn:aws-iso-b:sts::123456789012:assumed-role/x/y": "arn:aws-iso-b:iam::123456789012:role/",
+		"arn:aws-iso-e:iam::123456789012:root":             "arn:aws-iso-e:iam::123456789012:role/",
+		"arn:aws-iso-f:iam::123456789012:user/x":           "arn:aws-iso-f:iam::123456789012:role/",
+		"arn:aws-eusc:sts::123456789012:assumed-role/x/y":  "arn:aws-eusc:iam::123456789012:role/",
 		"no ARN":                                "",
 		"":                                      "",
 		"arn:minio:iam::123456789012:user/root": "",

@@ -65,7 +65,7 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.verifier, err = kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: p.log}); err != nil {
 		return parts{}, err
 	}
-	if p.sts, err = assume.New(ctx, assume.Config{Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop}); err != nil {
+	if p.sts, err = assume.New(ctx, assume.Config{Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop, Logger: p.log}); err != nil {
 		return parts{}, err
 	}
 	if p.sessions, err = cache.New(cache.Config[policy.Grant]{

@@ -18,7 +18,9 @@ import (
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-func TestRootUsesS3AndItsKeyIsNowhere(t *testing.T) {
+// start starts MinIO in a run that ends with the test.
+func start(t *testing.T) (*process.Run, *minio.Server) {
+	t.Helper()
 	if testing.Short() && !tools.Built(tools.MinIO) {
 		t.Skip("-short, and minio is not built (go run ./integration/tools/install minio)")
 	}
@@ -39,7 +41,11 @@ func TestRootUsesS3AndItsKeyIsNowhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return run, server
+}
 
+func TestRootUsesS3AndItsKeyIsNowhere(t *testing.T) {
+	run, server := start(t)
 	access, secret := server.Root()
 	bucket := aws.String("some-bucket")
 	withSecret := func(secret string) *s3.Client {

@@ -4,7 +4,9 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"time"
 )
 
 const xmlNamespace = "https://sts.amazonaws.com/doc/2011-06-15/"
@@ -31,13 +33,6 @@ func asAPIError(err error) *apiError {
 	return &apiError{http.StatusInternalServerError, "InternalFailure", "The request processing has failed because of an unknown error, exception or failure."}
 }
 
-func statusOf(err error) int {
-	if err == nil {
-		return http.StatusOK
-	}
-	return asAPIError(err).status
-}
-
 func codeOf(err error) string {
 	if err == nil {
 		return ""
@@ -54,6 +49,11 @@ type assumeRoleResult struct {
 	Credentials      credentialsXML
 	PackedPolicySize int    `xml:",omitempty"` // percent
 	SourceIdentity   string `xml:",omitempty"`
+
+	// Of AssumeRoleWithWebIdentity alone.
+	Audience string `xml:",omitempty"`
+	Provider string `xml:",omitempty"`
+	Subject  string `xml:"SubjectFromWebIdentityToken,omitempty"`
 }
 
 type assumedRoleUser struct {
@@ -74,8 +74,14 @@ type callerIdentityResult struct {
 	Account string
 }
 
-// The three documents that are answered.
+// The documents that are answered.
 type (
+	webIdentityResponse struct {
+		XMLName          xml.Name          `xml:"AssumeRoleWithWebIdentityResponse"`
+		Namespace        string            `xml:"xmlns,attr"`
+		Result           *assumeRoleResult `xml:"AssumeRoleWithWebIdentityResult"`
+		ResponseMetadata responseMetadata
+	}
 	assumeRoleResponse struct {
 		XMLName          xml.Name          `xml:"AssumeRoleResponse"`
 		Namespace        string            `xml:"xmlns,attr"`
@@ -101,12 +107,23 @@ type (
 	}
 )
 
-// writeAnswer sends a result, or the error in its place.
-func writeAnswer(w http.ResponseWriter, requestID string, result any, err error) {
+// Answer is what goes over the wire. Faults spoil it; see Fault.Garble.
+type Answer struct {
+	Status int
+	Header http.Header
+	Body   []byte
+}
+
+// newAnswer makes an answer of a result, or of the error in its place, dated now.
+func newAnswer(requestID string, now time.Time, result any, err error) *Answer {
 	status, doc := http.StatusOK, any(nil)
 	switch result := result.(type) {
 	case *assumeRoleResult:
-		doc = assumeRoleResponse{Namespace: xmlNamespace, Result: result, ResponseMetadata: responseMetadata{requestID}}
+		if result.Provider == "" {
+			doc = assumeRoleResponse{Namespace: xmlNamespace, Result: result, ResponseMetadata: responseMetadata{requestID}}
+		} else {
+			doc = webIdentityResponse{Namespace: xmlNamespace, Result: result, ResponseMetadata: responseMetadata{requestID}}
+		}
 	case *callerIdentityResult:
 		doc = callerIdentityResponse{Namespace: xmlNamespace, Result: result, ResponseMetadata: responseMetadata{requestID}}
 	default:
@@ -120,11 +137,17 @@ func writeAnswer(w http.ResponseWriter, requestID string, result any, err error)
 	}
 	body, err := xml.MarshalIndent(doc, "", "  ")
 	if err != nil { // cannot be: the documents above are plain structs of strings
-		http.Error(w, "encoding the answer failed", http.StatusInternalServerError)
-		return
+		status = http.StatusInternalServerError
 	}
-	w.Header().Set("Content-Type", "text/xml")
-	w.Header().Set("X-Amzn-Requestid", requestID)
-	w.WriteHeader(status)
-	_, _ = w.Write(body) // a client that has gone is no error of ours
+	header := http.Header{}
+	header.Set("Content-Type", "text/xml")
+	header.Set("X-Amzn-Requestid", requestID)
+	header.Set("Date", now.UTC().Format(http.TimeFormat)) // net/http's own would be of another clock
+	return &Answer{Status: status, Header: header, Body: body}
+}
+
+func (a *Answer) write(w http.ResponseWriter) {
+	maps.Copy(w.Header(), a.Header)
+	w.WriteHeader(a.Status)
+	_, _ = w.Write(a.Body) // a client that has gone is no error of ours
 }

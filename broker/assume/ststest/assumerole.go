@@ -55,25 +55,64 @@ func (s *Server) assumeRole(ctx context.Context, form url.Values, caller princip
 	if err != nil {
 		return nil, err
 	}
-	switch chained := !caller.token.Empty(); {
-	case chained && q.duration > maxChained:
+	switch {
+	case caller.chains && q.duration > maxChained:
 		return nil, validation("The requested DurationSeconds exceeds the 1 hour session limit for roles assumed by role chaining")
 	case q.duration > cmp.Or(b.MaxDuration, maxDuration):
 		return nil, validation("The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
 	case b.Deny, b.ExternalID != "" && b.ExternalID != form.Get("ExternalId"):
-		return nil, fail(http.StatusForbidden, "AccessDenied", "User: %s is not authorized to perform: sts:AssumeRole on resource: %s", caller.arn, q.arn)
+		return nil, notAuthorized(caller, "sts:AssumeRole", q.arn)
 	}
+	if err := q.inherit(caller); err != nil {
+		return nil, err
+	}
+	switch {
+	case b.NoTagSession && (q.tagged || len(q.transitive) > 0):
+		return nil, notAuthorized(caller, "sts:TagSession", q.arn)
+	case b.NoSourceIdentity && q.sourceIdentity != "":
+		return nil, notAuthorized(caller, "sts:SetSourceIdentity", q.arn)
+	}
+	return s.mint(ctx, q)
+}
 
+func notAuthorized(caller principal, action, resource string) error {
+	return fail(http.StatusForbidden, "AccessDenied", "User: %s is not authorized to perform: %s on resource: %s", caller.arn, action, resource)
+}
+
+// inherit passes on what goes through role chaining: transitive tags, which the new
+// session must not set itself, and the source identity, which it must not change.
+func (q *assumeRoleInput) inherit(caller principal) error {
+	for key := range caller.transitive {
+		if q.keys[key] {
+			return fail(http.StatusBadRequest, "InvalidParameterValue", "One of the specified transitive tag keys can't be set because it conflicts with a transitive tag key from the calling session.")
+		}
+		q.transitive[key] = true
+	}
+	switch {
+	case caller.sourceIdentity == "":
+	case q.sourceIdentity != "" && q.sourceIdentity != caller.sourceIdentity:
+		return notAuthorized(caller, "sts:SetSourceIdentity", q.arn)
+	default:
+		q.sourceIdentity = caller.sourceIdentity
+	}
+	return nil
+}
+
+// mint makes a session, and makes its keys known.
+func (s *Server) mint(ctx context.Context, q assumeRoleInput) (*assumeRoleResult, error) {
 	session := principal{
-		arn:     "arn:" + q.role.partition + ":sts::" + q.role.account + ":assumed-role/" + q.role.name + "/" + q.sessionName,
-		userID:  stableID("AROA", q.arn) + ":" + q.sessionName,
-		account: q.role.account,
+		arn:            "arn:" + q.role.partition + ":sts::" + q.role.account + ":assumed-role/" + q.role.name + "/" + q.sessionName,
+		userID:         stableID("AROA", q.arn) + ":" + q.sessionName,
+		account:        q.role.account,
+		chains:         true,
+		transitive:     q.transitive,
+		sourceIdentity: q.sourceIdentity,
 	}
 	life := q.duration
 	if s.sessionLife != nil {
 		life = s.sessionLife(q.duration)
 	}
-	session.expires = time.Now().Add(life).UTC().Truncate(time.Second)
+	session.expires = s.now().Add(life).UTC().Truncate(time.Second)
 	id := "ASIA" + rand.Text()[:16]
 	if s.minio == nil {
 		session.secret, session.token = newSecret(), newToken()
@@ -95,8 +134,34 @@ func (s *Server) assumeRole(ctx context.Context, form url.Values, caller princip
 			Expiration: session.expires.Format("2006-01-02T15:04:05Z"),
 		},
 		PackedPolicySize: q.packed,
-		SourceIdentity:   form.Get("SourceIdentity"),
+		SourceIdentity:   q.sourceIdentity,
 	}, nil
+}
+
+// assumeRoleWithWebIdentity answers a call that a token of some issuer proves. The
+// token is compared, not verified.
+func (s *Server) assumeRoleWithWebIdentity(ctx context.Context, form url.Values, b Behavior) (*assumeRoleResult, error) {
+	q, err := parseAssumeRole(form)
+	if err != nil {
+		return nil, err
+	}
+	token := form.Get("WebIdentityToken")
+	switch n := len(token); {
+	case n < 4 || n > 20000:
+		return nil, validation("1 validation error detected: Value at 'webIdentityToken' failed to satisfy constraint: Member must have length between 4 and 20000")
+	case b.WebIdentityToken != "" && token != b.WebIdentityToken:
+		return nil, fail(http.StatusBadRequest, "InvalidIdentityToken", "The ID Token provided is not a valid JWT. (You may see this error if you sent an Access Token)")
+	case q.duration > cmp.Or(b.MaxDuration, maxDuration):
+		return nil, validation("The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
+	case b.Deny:
+		return nil, fail(http.StatusForbidden, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity")
+	}
+	result, err := s.mint(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	result.Provider, result.Audience, result.Subject = "oidc.example.com", "sts.amazonaws.com", "system:serviceaccount:credence:broker"
+	return result, nil
 }
 
 // assumeRoleInput is what of a checked request decides the session.
@@ -107,6 +172,11 @@ type assumeRoleInput struct {
 	duration    time.Duration
 	policy      string
 	packed      int // percent
+
+	tagged         bool
+	keys           map[string]bool // of tags, folded to lower case, as AWS compares them
+	transitive     map[string]bool // those of them that go on, and the caller's
+	sourceIdentity string
 }
 
 // parseAssumeRole checks the parameters. Like STS it names every broken
@@ -114,7 +184,8 @@ type assumeRoleInput struct {
 func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 	q := assumeRoleInput{
 		arn: form.Get("RoleArn"), sessionName: form.Get("RoleSessionName"),
-		duration: defaultDuration, policy: form.Get("Policy"),
+		duration: defaultDuration, policy: form.Get("Policy"), sourceIdentity: form.Get("SourceIdentity"),
+		keys: make(map[string]bool), transitive: make(map[string]bool),
 	}
 	var c constraints
 	c.required(form, "RoleArn", "roleArn")
@@ -139,7 +210,12 @@ func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 
 	keys := members(form, "Tags", ".Key")
 	c.atMost(len(keys), maxTags, "tags")
-	c.atMost(len(members(form, "TransitiveTagKeys", "")), maxTags, "transitiveTagKeys")
+	transitive := members(form, "TransitiveTagKeys", "")
+	c.atMost(len(transitive), maxTags, "transitiveTagKeys")
+	for i, key := range transitive {
+		c.value(key, fmt.Sprintf("transitiveTagKeys.%d.member", i+1), 1, 128, tagPattern)
+		q.transitive[strings.ToLower(key)] = true
+	}
 	policyARNs := members(form, "PolicyArns", ".arn")
 	c.atMost(len(policyARNs), maxPolicyARNs, "policyArns")
 	for i, arn := range policyARNs {
@@ -149,7 +225,6 @@ func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 	if size > maxPolicy {
 		c.add("", "policy", "Member must have length less than or equal to 2048")
 	}
-	seen := make(map[string]bool, len(keys))
 	for i, key := range keys {
 		value := form.Get(fmt.Sprintf("Tags.member.%d.Value", i+1))
 		c.value(key, fmt.Sprintf("tags.%d.member.key", i+1), 1, 128, tagPattern)
@@ -158,12 +233,13 @@ func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 		if strings.HasPrefix(folded, "aws:") {
 			return q, validation("Tag keys that begin with aws: are reserved for system use")
 		}
-		if seen[folded] {
+		if q.keys[folded] {
 			return q, validation("Duplicate tag keys found. Please note that Tag keys are case insensitive.")
 		}
-		seen[folded] = true
+		q.keys[folded] = true
 		size += utf8.RuneCountInString(key + value)
 	}
+	q.tagged = len(keys) > 0
 	if err := c.err(); err != nil {
 		return q, err
 	}

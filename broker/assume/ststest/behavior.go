@@ -1,6 +1,7 @@
 package ststest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -13,6 +14,10 @@ type Behavior struct {
 	// Latency is waited before anything else. Zero: none.
 	Latency time.Duration
 
+	// Latencies yields what is waited besides Latency, anew for each call; see Uniform and
+	// Percentiles. Nil: nothing.
+	Latencies func() time.Duration
+
 	// Fault is answered in place of a session, after Latency. Nil: none.
 	Fault *Fault
 
@@ -23,6 +28,17 @@ type Behavior struct {
 	// ExternalID is what the trust policy demands: a call with another external
 	// id, or with none, is refused with AccessDenied. Empty: any will do.
 	ExternalID string
+
+	// NoTagSession refuses sessions with tags, the transitive ones of the caller's own
+	// session included, as a trust policy does that allows sts:AssumeRole alone.
+	NoTagSession bool
+
+	// NoSourceIdentity refuses sessions with a source identity in the same way.
+	NoSourceIdentity bool
+
+	// WebIdentityToken is what AssumeRoleWithWebIdentity takes for this role; another
+	// token is refused with InvalidIdentityToken. Empty: any will do.
+	WebIdentityToken string
 
 	// MaxDuration is the role's MaxSessionDuration; a call that asks for more is
 	// refused with ValidationError. Zero: 12 hours, the most that AWS allows.
@@ -44,6 +60,10 @@ type Fault struct {
 
 	// Drop closes the connection without an answer.
 	Drop bool
+
+	// Garble spoils the answer that the call would get without the fault. See
+	// HTMLPage and the functions after it.
+	Garble func(*Answer)
 
 	// Times is how many calls meet the fault before the role behaves again; they
 	// count from when the Behavior was set. Zero: all of them.
@@ -118,8 +138,12 @@ func (r *role) take() Behavior {
 // delay waits for Latency, then answers the Fault. It returns nil when the call
 // is to go on.
 func (b Behavior) delay(ctx context.Context) error {
-	if b.Latency > 0 {
-		timer := time.NewTimer(b.Latency)
+	wait := b.Latency
+	if b.Latencies != nil {
+		wait += b.Latencies()
+	}
+	if wait > 0 {
+		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
@@ -128,7 +152,7 @@ func (b Behavior) delay(ctx context.Context) error {
 		}
 	}
 	switch {
-	case b.Fault == nil:
+	case b.Fault == nil, b.Fault.Garble != nil:
 		return nil
 	case b.Fault.Hang:
 		<-ctx.Done()
@@ -136,9 +160,10 @@ func (b Behavior) delay(ctx context.Context) error {
 	case b.Fault.Drop:
 		return errNoAnswer
 	}
-	status := b.Fault.Status
-	if status == 0 {
-		status = http.StatusBadRequest
-	}
-	return fail(status, b.Fault.Code, "%s", b.Fault.Message)
+	return b.Fault.err()
+}
+
+// err is the error that the fault answers.
+func (f *Fault) err() error {
+	return fail(cmp.Or(f.Status, http.StatusBadRequest), f.Code, "%s", f.Message)
 }

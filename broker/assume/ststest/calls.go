@@ -37,7 +37,8 @@ type Call struct {
 	// for one that was never answered.
 	Status int `json:"status"`
 
-	// Code is the error code answered, "" for success.
+	// Code is the error code answered, "" for success, "Garbled" for an answer that a
+	// fault spoilt.
 	Code string `json:"code,omitempty"`
 
 	// IssuedAccessKeyID is the id of the keys answered.
@@ -89,12 +90,14 @@ type callLog struct {
 	mu      sync.Mutex
 	kept    []*Call
 	counts  map[callKey]int
-	changed chan struct{} // closed, and replaced, when a call arrives
+	codes   map[string]int // of answers: how many had this error code; "" is success
+	changed chan struct{}  // closed, and replaced, when a call arrives
 }
 
 func (l *callLog) init(onCall func(Call)) {
 	l.onCall = onCall
 	l.counts = make(map[callKey]int)
+	l.codes = make(map[string]int)
 	l.changed = make(chan struct{})
 }
 
@@ -114,6 +117,9 @@ func (l *callLog) begin(c Call) *Call {
 func (l *callLog) end(c *Call, status int, code, issued string) {
 	l.mu.Lock()
 	c.Status, c.Code, c.IssuedAccessKeyID = status, code, issued
+	if status != 0 {
+		l.codes[code]++
+	}
 	done := c.clone()
 	l.mu.Unlock()
 	if l.onCall != nil {
@@ -137,6 +143,12 @@ func (l *callLog) count(action, role string) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.countLocked(action, role)
+}
+
+func (l *callLog) answered(code string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.codes[code]
 }
 
 func (l *callLog) countLocked(action, role string) int {

@@ -1,19 +1,22 @@
 // Package ststest is an STS over HTTP: a double of the AWS Security Token
 // Service that is a real server, for tests and for the demo.
 //
-// It speaks the AWS Query protocol (version 2011-06-15) for AssumeRole and
-// GetCallerIdentity, so the AWS SDKs and the AWS CLI talk to it unchanged and
-// read its answers and errors as they read the service's own. Requests must be
-// signed (Signature Version 4) with the base user's keys or with keys that the
-// server issued; parameters are held to the limits of the STS API reference;
-// sessions expire. What each role does can be changed while it serves: latency,
-// faults, denial, a required external id. Every call is recorded.
+// It speaks the AWS Query protocol (version 2011-06-15) for AssumeRole,
+// AssumeRoleWithWebIdentity and GetCallerIdentity, so the AWS SDKs and the AWS CLI
+// talk to it unchanged and read its answers and errors as they read the service's
+// own. Requests must be signed (Signature Version 4) with the base user's keys or
+// with keys that the server issued; parameters are held to the limits of the STS
+// API reference; sessions expire, and transitive tags and source identities go on
+// through role chaining. What each role does can be changed while it serves:
+// latency, faults, garbage, denial, a required external id. So can the whole
+// server: it throttles, is away, and has a clock of its own. Every call is
+// recorded.
 //
 // With a MinIO behind it (Config.MinIO), the keys it answers open a real object
 // store, while role ARNs and identities stay those of AWS.
 //
 // It does not judge IAM policies, multi-factor parameters, session token sizes or
-// the inheritance of transitive tags, and its packed size is an estimate. It is
+// the signatures of web identity tokens, and its packed size is an estimate. It is
 // not for production: it keeps the secrets it issued in memory, and serves
 // without TLS.
 //
@@ -36,6 +39,8 @@ import (
 	"regexp"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/credence-iam/credence/broker/credential"
 )
@@ -79,6 +84,9 @@ type Config struct {
 	// as AWS states them. Default: what was asked.
 	SessionLife func(requested time.Duration) time.Duration
 
+	// Throttle limits the calls of all roles together. Default: no limit.
+	Throttle *Throttle
+
 	// MinIO makes a MinIO server mint the keys. Default: minted here; they open
 	// nothing but this server.
 	MinIO *MinIO
@@ -100,6 +108,10 @@ type Server struct {
 	serving     *serving // nil unless made by Start or StartInMemory
 
 	mu         sync.Mutex
+	limit      *rate.Limiter // nil: none
+	outage     Outage
+	ended      chan struct{} // closed, and replaced, when a refusing outage begins
+	skew       time.Duration // of this server's clock
 	identity   *role
 	fallback   *role
 	roles      map[string]*role
@@ -115,6 +127,10 @@ type principal struct {
 	arn     string
 	userID  string
 	account string
+
+	chains         bool            // an assumed role: what it assumes in turn is chained
+	transitive     map[string]bool // keys of its transitive tags, folded to lower case
+	sourceIdentity string
 }
 
 var (
@@ -159,10 +175,12 @@ func New(cfg Config) (*Server, error) {
 		identity:   newRole(Behavior{}),
 		fallback:   newRole(cfg.Default),
 		roles:      make(map[string]*role, len(cfg.Roles)),
+		ended:      make(chan struct{}),
 		principals: make(map[string]principal),
 		sweepAt:    1024,
 	}
 	s.log.init(cfg.OnCall)
+	s.SetThrottle(cfg.Throttle)
 	s.principals[s.baseKeyID] = s.base
 	for arn, b := range cfg.Roles {
 		s.roles[arn] = newRole(b)
@@ -218,6 +236,10 @@ func (s *Server) Calls() []Call { return s.log.calls() }
 // for any. Unlike Calls it forgets none.
 func (s *Server) Count(action, roleARN string) int { return s.log.count(action, roleARN) }
 
+// Answered returns how many calls were answered with an error code; "" stands for
+// success, and "Garbled" for an answer that a fault spoilt. It forgets none.
+func (s *Server) Answered(code string) int { return s.log.answered(code) }
+
 // AwaitCount waits until Count(action, roleARN) is at least n. A call counts when
 // it arrives, so it tells that a hanging call has begun. It fails when ctx ends.
 func (s *Server) AwaitCount(ctx context.Context, action, roleARN string, n int) error {
@@ -229,13 +251,15 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	id := newRequestID()
 	form, body, err := readForm(w, r)
 	if err != nil {
-		writeAnswer(w, id, nil, err)
+		newAnswer(id, s.now(), nil, err).write(w)
 		return
 	}
 	auth, authErr := parseAuthorization(r.Header.Get("Authorization"))
 	call := s.log.begin(newCall(form, auth.accessKeyID))
 
-	result, err := s.answer(r, form, body, auth, authErr)
+	ctx, cancel := s.whileUp(r.Context())
+	defer cancel()
+	result, garble, err := s.answer(r.WithContext(ctx), form, body, auth, authErr)
 	if errors.Is(err, errNoAnswer) {
 		s.log.end(call, 0, "", "")
 		// The documented way to make net/http close the connection unanswered.
@@ -245,47 +269,68 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if res, ok := result.(*assumeRoleResult); ok {
 		issued = res.Credentials.AccessKeyID
 	}
+	answer := newAnswer(id, s.now(), result, err)
+	code := codeOf(err)
+	if garble != nil {
+		garble(answer)
+		code = garbled
+	}
 	// Recorded before it is written: whoever has the answer finds it in Calls.
-	s.log.end(call, statusOf(err), codeOf(err), issued)
-	writeAnswer(w, id, result, err)
+	s.log.end(call, answer.Status, code, issued)
+	answer.write(w)
 }
 
-// answer decides one call. The faults a test asked for come first, so that they
-// also meet callers whose keys are not good.
-func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth authorization, authErr error) (any, error) {
+// answer decides one call. An outage comes first, then throttling, then the faults a
+// test asked for, so that all of them also meet callers whose keys are not good.
+func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth authorization, authErr error) (result any, garble func(*Answer), err error) {
+	if err := s.upAndWilling(); err != nil {
+		return nil, nil, err
+	}
 	action := form.Get("Action")
 	var b Behavior
 	switch action {
-	case "AssumeRole":
+	case "AssumeRole", "AssumeRoleWithWebIdentity":
 		b = s.take(form.Get("RoleArn"))
 	case "GetCallerIdentity":
 		b = s.takeIdentity()
 	case "":
-		return nil, fail(http.StatusBadRequest, "MissingAction", "The request is missing an action")
+		return nil, nil, fail(http.StatusBadRequest, "MissingAction", "The request is missing an action")
 	default:
-		return nil, fail(http.StatusBadRequest, "InvalidAction", "Could not find operation %s for version 2011-06-15", action)
+		return nil, nil, fail(http.StatusBadRequest, "InvalidAction", "Could not find operation %s for version 2011-06-15", action)
 	}
 	if v := form.Get("Version"); v != "2011-06-15" {
-		return nil, fail(http.StatusBadRequest, "InvalidAction", "Could not find operation %s for version %s", action, cmp.Or(v, "NO_VERSION_SPECIFIED"))
+		return nil, nil, fail(http.StatusBadRequest, "InvalidAction", "Could not find operation %s for version %s", action, cmp.Or(v, "NO_VERSION_SPECIFIED"))
 	}
 	if err := b.delay(r.Context()); err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	if b.Fault != nil {
+		garble = b.Fault.Garble
+	}
+	if action == "AssumeRoleWithWebIdentity" { // not signed: the token is what proves the caller
+		result, err := s.assumeRoleWithWebIdentity(r.Context(), form, b)
+		return orNil(result, err), garble, err
 	}
 	if authErr != nil {
-		return nil, authErr
+		return nil, garble, authErr
 	}
 	caller, err := s.authenticate(r, body, auth)
 	if err != nil {
-		return nil, err
+		return nil, garble, err
 	}
 	if action == "GetCallerIdentity" {
-		return &callerIdentityResult{Arn: caller.arn, UserID: caller.userID, Account: caller.account}, nil
+		return &callerIdentityResult{Arn: caller.arn, UserID: caller.userID, Account: caller.account}, garble, nil
 	}
-	result, err := s.assumeRole(r.Context(), form, caller, b)
+	session, err := s.assumeRole(r.Context(), form, caller, b)
+	return orNil(session, err), garble, err
+}
+
+// orNil keeps a nil result out of an interface, in which it would not be nil.
+func orNil(result *assumeRoleResult, err error) any {
 	if err != nil {
-		return nil, err // not a nil result inside an interface
+		return nil
 	}
-	return result, nil
+	return result
 }
 
 // authenticate returns who signed r, or STS's error for keys that are unknown,
@@ -299,7 +344,7 @@ func (s *Server) authenticate(r *http.Request, body []byte, auth authorization) 
 	if !ok || !p.token.Equal(credential.NewSecret(r.Header.Get("X-Amz-Security-Token"))) {
 		return principal{}, fail(http.StatusForbidden, "InvalidClientTokenId", "The security token included in the request is invalid.")
 	}
-	now := time.Now()
+	now := s.now()
 	if !p.expires.IsZero() && !now.Before(p.expires) {
 		return principal{}, fail(http.StatusForbidden, "ExpiredToken", "The security token included in the request is expired")
 	}
@@ -318,7 +363,7 @@ func (s *Server) remember(accessKeyID string, p principal) {
 	if len(s.principals) < s.sweepAt {
 		return
 	}
-	limit := time.Now().Add(-keepExpired)
+	limit := time.Now().Add(s.skew - keepExpired)
 	maps.DeleteFunc(s.principals, func(_ string, p principal) bool {
 		return !p.expires.IsZero() && p.expires.Before(limit)
 	})

@@ -55,7 +55,13 @@ func StartInMemory(ctx context.Context, cfg Config) (*Server, error) {
 		return nil, err
 	}
 	l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
-	s.serve(ctx, l, "http://sts.invalid", &http.Transport{DialContext: l.dial})
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		if s.refusing() {
+			return nil, errRefused
+		}
+		return l.dial(ctx, network, address)
+	}
+	s.serve(ctx, l, "http://sts.invalid", &http.Transport{DialContext: dial})
 	return s, nil
 }
 
@@ -70,7 +76,7 @@ func (s *Server) serve(ctx context.Context, l net.Listener, url string, transpor
 	}
 	go func() {
 		defer close(s.serving.done)
-		_ = s.serving.http.Serve(l) // ends by Close, with http.ErrServerClosed
+		_ = s.serving.http.Serve(gate{l, s}) // ends by Close, with http.ErrServerClosed
 	}()
 	context.AfterFunc(ctx, s.Close)
 }
