@@ -345,6 +345,33 @@ level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="panic: strin
 }
 
 // TestPatchedTwice: the answer to a pod that is injected already has no patch, and does say so.
+// The webhook judges by the rules file that is in force at that moment, as the broker does.
+func TestRulesFile(t *testing.T) {
+	cfg := config(t)
+	client, url := startTCP(t, func(c *webhook.Config) { c.Rules = cfg.Rules })
+	ask := func() *admissionv1.AdmissionResponse {
+		t.Helper()
+		code, text := post(t, client, url+"/mutate", "application/json", review(pod(permitted, "")))
+		if code != http.StatusOK {
+			t.Fatalf("%d: %s", code, text)
+		}
+		return decodeReview(t, text, "0b2e5d3c")
+	}
+	if r := ask(); !r.Allowed {
+		t.Errorf("without a rules file it is refused: %+v", r.Result)
+	}
+	for account, allowed := range map[string]bool{"123456789012": true, "210987654321": false} {
+		if err := cfg.Rules.Use(policy.File{Namespaces: []policy.NamespaceRules{{Match: []string{"team-*"}, Accounts: []string{account}, Roles: []string{"*"}}}}); err != nil {
+			t.Fatal(err)
+		}
+		r := ask()
+		if r.Allowed != allowed || !allowed && (r.Result.Code != http.StatusForbidden || r.AuditAnnotations["reason"] != "RULES_ACCOUNT" ||
+			!strings.Contains(r.Result.Message, `the rules file (namespaces[0], "team-*") does not let namespace "team-a" have a role of account 123456789012`)) {
+			t.Errorf("with account %s allowed: %+v", account, r)
+		}
+	}
+}
+
 func TestPatchedTwice(t *testing.T) {
 	cfg := config(t)
 	result, err := cfg.Injector.Inject([]byte(pod(permitted, "")), "team-a")
