@@ -167,7 +167,13 @@ func TestPrefetchOfAFullNamespace(t *testing.T) {
 		}
 		sessions.want(t, map[string]int{"a": 1, "b": 1})
 		p.set("c", "") // which waited, and is gone
+		synctest.Wait()
+		if n := p.prefetch.Waiting(); n != 1 {
+			t.Errorf("%d pods wait", n)
+		}
+		p.set("d", "") // and this one goes while it is about to have its turn
 		p.set("a", "")
+		p.set("d", "d")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"b": 1, "d": 1})
 		// A pod may change to what takes its own place.

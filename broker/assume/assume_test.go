@@ -440,16 +440,21 @@ func TestDeniedSaysWhatTheTrustPolicyNeeds(t *testing.T) {
 	server := start(t, ststest.Config{Roles: map[string]ststest.Behavior{roleARN: {ExternalID: "right"}}})
 	sts := newSTS(t, assume.Config{Endpoint: server.URL()})
 	count := func() int { return server.Count("", "") }
+	identified := &policy.File{SourceIdentity: policy.SourceServiceAccount, Namespaces: []policy.NamespaceRules{{
+		Match: []string{"*"}, Accounts: []string{"*"}, Roles: []string{"*"}, ExternalIDs: []string{"*"},
+	}}}
 	for _, tt := range []struct {
+		file  *policy.File
 		pairs map[policy.Key]string
 		want  string
 	}{
-		{nil, "names the broker's role, and"},
-		{map[policy.Key]string{policy.ExternalID: "wrong"}, "names the broker's role with this external id, and"},
-		{map[policy.Key]string{policy.ExternalID: "wrong", policy.SessionTags: "team=shop"}, "with this external id and sts:TagSession, and"},
-		{map[policy.Key]string{policy.SessionTags: "team=shop"}, "with sts:TagSession, and"},
+		{nil, nil, "names the broker's role, and"},
+		{nil, map[policy.Key]string{policy.ExternalID: "wrong"}, "names the broker's role with this external id, and"},
+		{nil, map[policy.Key]string{policy.ExternalID: "wrong", policy.SessionTags: "team=shop"}, "with this external id and sts:TagSession, and"},
+		{nil, map[policy.Key]string{policy.SessionTags: "team=shop"}, "with sts:TagSession, and"},
+		{identified, map[policy.Key]string{policy.ExternalID: "wrong", policy.SessionTags: "team=shop"}, "with this external id, sts:TagSession and sts:SetSourceIdentity, and"},
 	} {
-		err := call(t, sts, grant(t, tt.pairs), count)
+		err := call(t, sts, grantBy(t, tt.file, tt.pairs), count)
 		check(t, tt.want, err, credential.ErrDenied, credential.ReasonSTSDenied, []string{tt.want})
 		if e, ok := errors.AsType[*credential.Error](err); ok && strings.Contains(e.Message, "wrong") {
 			t.Errorf("the message tells the external id: %s", e.Message)

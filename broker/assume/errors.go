@@ -202,10 +202,17 @@ func conditions(g policy.Grant) string {
 	if g.Tags() != nil {
 		also = append(also, "sts:TagSession")
 	}
-	if len(also) == 0 {
-		return ""
+	if g.SourceIdentity() != "" {
+		also = append(also, "sts:SetSourceIdentity")
 	}
-	return " with " + strings.Join(also, " and ")
+	switch last := len(also) - 1; last {
+	case -1:
+		return ""
+	case 0:
+		return " with " + also[0]
+	default:
+		return " with " + strings.Join(also[:last], ", ") + " and " + also[last]
+	}
 }
 
 // rejection adds what to change, where STS's own words leave that open.

@@ -126,9 +126,8 @@ func TestRenewForgetsRefusals(t *testing.T) {
 		if state := stateOf(t, c, "a"); !errors.Is(state.Failure, credential.ErrDenied) || state.Failures != 1 || !state.NotBefore.After(time.Now()) {
 			t.Errorf("state %+v", state)
 		}
-		s.become(nil) // a person has mended it, and does not want to wait
+		s.slow(time.Second) // a person has mended it, and does not want to wait
 		c.Renew(every)
-		synctest.Wait()
 		mustGet(t, c, "a")
 		if state := stateOf(t, c, "a"); state.Failure != nil || state.Failures != 0 {
 			t.Errorf("state %+v", state)

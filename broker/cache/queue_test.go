@@ -74,6 +74,33 @@ func TestClassesTakeTurns(t *testing.T) {
 			}
 		})
 	})
+	t.Run("latecomers", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := new(source).slow(10 * time.Millisecond)
+			c := start(t, s, cache.Config[string]{Concurrency: 1, Rate: rate.Inf})
+			add := func(class string) {
+				for i := range many {
+					if err := c.Keep(fmt.Sprintf("%s/%d", class, i), class); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			add("early")
+			time.Sleep(10 * time.Second) // which is half of it
+			add("late")
+			before := s.count()
+			time.Sleep(2 * time.Second)
+			late := 0
+			for _, f := range s.recorded()[before:] {
+				if strings.HasPrefix(f.key, "late/") {
+					late++
+				}
+			}
+			if n := s.count() - before; !within(time.Duration(late), time.Duration(n*2/5), time.Duration(n*3/5)) {
+				t.Errorf("of %d fetches %d were for the class that came later", n, late)
+			}
+		})
+	})
 	t.Run("first come, first served within a class", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := new(source).slow(10 * time.Millisecond)
