@@ -16,14 +16,17 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/trust"
+	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
 // parts are what the broker is made of.
@@ -36,12 +39,17 @@ type parts struct {
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
 	decisions *audit.Log
+	metrics   *admin.Metrics
+	traces    *tracing.Tracing // nil: nothing is traced
 }
 
 // build makes the parts that need nothing from AWS.
 func build(ctx context.Context, o options) (p parts, err error) {
 	p.log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
 	klog.SetSlogLogger(p.log) // client-go's own lines
+	if p.metrics, err = admin.NewMetrics(program.Version(), p.log); err != nil {
+		return parts{}, err
+	}
 	if p.pair, err = certs.NewKeyPair(o.tlsCert, o.tlsKey, p.log); err != nil {
 		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
@@ -61,13 +69,19 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.sts, err = assume.New(ctx, assume.Config{Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop}); err != nil {
 		return parts{}, err
 	}
+	source, err := p.traced(ctx, o)
+	if err != nil {
+		return parts{}, err
+	}
 	if p.sessions, err = cache.New(cache.Config[policy.Grant]{
-		Source: p.sts, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerClass: o.maxGrants, Logger: p.log,
+		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerClass: o.maxGrants, Logger: p.log,
 	}); err != nil {
 		return parts{}, err
 	}
-	p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log})
-	return p, err
+	if p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log}); err != nil {
+		return parts{}, err
+	}
+	return p, p.metrics.Watch(p.sources())
 }
 
 // publisher makes what publishes the roots; nil when nothing is to be published.
@@ -123,12 +137,15 @@ func (p parts) broker(o options, base credential.RoleBase) (*broker.Broker, *bro
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := p.metrics.Watch(admin.Sources{PodsQueued: prefetch.Pending}); err != nil {
+		return nil, nil, err
+	}
 	if err := p.directory.OnChange(func(key string) { prefetch.Changed(key) }); err != nil {
 		return nil, nil, err
 	}
 	b, err := broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
-		Region: p.sts.Region(), Logger: p.log,
+		Region: p.sts.Region(), Logger: p.log, Observe: p.metrics.Answer, Decided: p.decided(),
 	})
 	return b, prefetch, err
 }
