@@ -131,5 +131,5 @@ func leaves(t *testing.T, file string) map[string]any {
 // free reports whether the value of that key is Kubernetes' own, with keys that are not the chart's.
 func free(key string) bool {
 	last := key[strings.LastIndexByte(key, '.')+1:]
-	return slices.Contains([]string{"annotations", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity"}, last)
+	return slices.Contains([]string{"annotations", "labels", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity"}, last)
 }
