@@ -65,6 +65,12 @@ type Config struct {
 	Notify func(policy.Pod, *credential.Error)
 	// Logger is told of failures that are the broker's own. Required.
 	Logger *slog.Logger
+	// Observe is told of each call of GetCredentials, once: why it was refused, "" when it was not, and
+	// how long it took. It must not block. Default: nobody is told.
+	Observe func(reason credential.Reason, took time.Duration)
+	// Decided is told, on the call's context, of what the audit log is told. It must not block. Default:
+	// nobody is told.
+	Decided func(ctx context.Context, entry audit.Entry)
 }
 
 // regionForm is what sidecars take for a region: it ends in answers to other programs.
@@ -96,7 +102,8 @@ const maxCall = 30 * time.Second
 
 // GetCredentials implements brokerpb.BrokerServer.
 func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	deadline := time.Now().Add(maxCall)
+	began := time.Now()
+	deadline := began.Add(maxCall)
 	if asked, ok := ctx.Deadline(); ok && asked.Before(deadline) {
 		deadline = asked
 	}
@@ -113,6 +120,12 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	// Written before the answer leaves: a decision that cannot be recorded does not take effect.
 	if auditErr := b.cfg.Audit.Record(entry); err == nil && auditErr != nil {
 		err = auditErr
+	}
+	if b.cfg.Decided != nil {
+		b.cfg.Decided(ctx, entry)
+	}
+	if b.cfg.Observe != nil {
+		b.cfg.Observe(credential.ReasonOf(err), time.Since(began))
 	}
 	if err != nil {
 		if credential.ReasonOf(err) == credential.ReasonInternal {

@@ -3,6 +3,7 @@ package sidecar_test
 import (
 	"context"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -280,4 +281,22 @@ func TestStops(t *testing.T) {
 			})
 		})
 	}
+}
+
+// tracedError stands for the failure of a call that the broker has a trace of.
+type tracedError struct{ error }
+
+func (tracedError) TraceID() string { return "0af7651916cd43dd8448eb211c80319c" }
+func (e tracedError) Unwrap() error { return e.error }
+
+// The broker's operator finds a call by the id in the sidecar's log.
+func TestFailureNamesItsTrace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, fails(tracedError{errDenied}))
+		synctest.Wait()
+		if text := w.log.String(); !strings.Contains(text, `"trace_id":"0af7651916cd43dd8448eb211c80319c"`) {
+			t.Errorf("logged %s", text)
+		}
+		w.credentials().want(t, http.StatusForbidden, string(credential.ReasonRoleNotPermitted))
+	})
 }

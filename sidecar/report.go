@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"errors"
 	"log/slog"
 	"time"
 
@@ -41,6 +42,12 @@ func (r *reporter) failed(log *slog.Logger, err error, old credential.Lease, now
 		return
 	}
 	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, holding: holding, text: text, at: now}
+	if traced, ok := errors.AsType[interface {
+		error
+		TraceID() string
+	}](err); ok {
+		log = log.With("trace_id", traced.TraceID()) // by which the broker's operator finds this call
+	}
 	switch {
 	case holding:
 		log.Warn("cannot renew credentials: serving those held", "reason", string(reason), "error", text,

@@ -1,5 +1,9 @@
-// Package admin serves what operators and kubelet ask of a broker: whether it lives and whether it
-// is ready. It shows no credential, and decides nothing.
+// Package admin serves what operators, Prometheus and kubelet ask of a broker: whether it lives,
+// whether it is ready, its metrics, and, on a listener of its own, the state of each grant.
+//
+// It shows no credential, and decides nothing. Its metrics have few series, whatever pods do. The
+// debug pages take orders, to renew or drop the sessions of a role, from whoever can reach their
+// listener; so that is to be on loopback.
 package admin
 
 import (
@@ -33,9 +37,9 @@ func Ready(checks []Check) error {
 	return errors.Join(errs...)
 }
 
-// Handler serves /healthz, which answers 200 while the process runs, and /readyz, which answers 200
-// when every check passes and otherwise 503 and why.
-func Handler(checks ...Check) http.Handler {
+// Handler serves /healthz, which answers 200 while the process runs, /readyz, which answers 200 when
+// every check passes and otherwise 503 and why, and /metrics, unless metrics is nil.
+func Handler(metrics *Metrics, checks ...Check) http.Handler {
 	router := mux.NewRouter()
 	router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
 		writeText(w, http.StatusOK, "ok")
@@ -47,13 +51,17 @@ func Handler(checks ...Check) http.Handler {
 		}
 		writeText(w, http.StatusOK, "ready")
 	}).Methods(http.MethodGet)
+	if metrics != nil {
+		router.Handle("/metrics", metrics.Handler()).Methods(http.MethodGet)
+	}
 	return router
 }
 
 func writeText(w http.ResponseWriter, status int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	_, _ = w.Write([]byte(text + "\n"))
+	_, _ = w.Write([]byte(text + "\n")) //nolint:gosec // G705: no browser takes plain text that must not be sniffed for a page.
 }
 
 // Bounds of a request: probes are small and their callers near.

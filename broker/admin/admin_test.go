@@ -16,7 +16,7 @@ import (
 func TestReadinessNamesWhatIsMissing(t *testing.T) {
 	missing := errors.New("not listed yet")
 	var informers, keys error
-	handler := admin.Handler(
+	handler := admin.Handler(nil,
 		admin.Check{Name: "informers", Err: func() error { return informers }},
 		admin.Check{Name: "signing keys", Err: func() error { return keys }},
 	)
@@ -54,7 +54,7 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- admin.Serve(ctx, listener, admin.Handler()) }()
+	go func() { ended <- admin.Serve(ctx, listener, admin.Handler(nil)) }()
 	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+listener.Addr().String()+"/healthz", nil)
 	if err != nil {
 		t.Fatal(err)

@@ -2,7 +2,8 @@
 // asked, what was decided, and the id of the access key that joins the line to AWS CloudTrail.
 //
 // Its promise: a line is written, or the loss is counted, or (when audit is required) the decision
-// is refused; nothing is lost silently. An [Entry] has no field that could hold a secret.
+// is refused; nothing is lost silently. An entry is one line of at most [MaxLine] bytes, whatever is
+// in its fields. An [Entry] has no field that could hold a secret.
 package audit
 
 import (
@@ -23,13 +24,15 @@ import (
 // Decision is the outcome that an entry records.
 type Decision string
 
-// The decisions.
+// The decisions: two on a pod that asked, and two by an operator on all sessions of a role.
 const (
 	Allow Decision = "allow"
 	Deny  Decision = "deny"
+	Renew Decision = "renew"
+	Drop  Decision = "drop"
 )
 
-// Entry is one decision. Empty fields are left out of its line.
+// Entry is one decision. Empty fields are left out of its line. docs/audit.md describes each.
 type Entry struct {
 	Time           time.Time         `json:"time"`
 	Decision       Decision          `json:"decision"`
@@ -47,7 +50,8 @@ type Entry struct {
 }
 
 // buffered is how many entries wait for a slow writer: at 10,000 decisions a second, over which no
-// broker has been driven, it bridges 0.8 s, and it takes about 4 MB when full.
+// broker has been driven, it bridges 0.8 s, and it takes about 4 MB when full, and never more than
+// MaxLine for each.
 const buffered = 8 << 10
 
 // retryWait is the pause before a required line that could not be written is tried again.
@@ -86,6 +90,7 @@ func (l *Log) Record(e Entry) error {
 	if e.Time.IsZero() {
 		e.Time = time.Now()
 	}
+	e.bound()
 	if !l.cfg.Required || !l.broken.Load() {
 		select {
 		case l.entries <- e:
@@ -112,6 +117,9 @@ func (l *Log) lose(n int) {
 
 // Lost counts the entries that were not written.
 func (l *Log) Lost() uint64 { return l.lost.Load() }
+
+// Queued returns how many entries wait to be written, and how many may.
+func (l *Log) Queued() (n, capacity int) { return len(l.entries), cap(l.entries) }
 
 // Run writes lines until ctx ends, and then those that are still queued. A required line is tried
 // until it is written or ctx ends; meanwhile Record refuses.
@@ -171,11 +179,7 @@ type batch struct {
 
 // add appends the entry's line.
 func (b *batch) add(e Entry) {
-	line, err := json.Marshal(e)
-	if err != nil {
-		// Only a year beyond 9999 cannot be encoded.
-		line, _ = json.Marshal(Entry{Decision: e.Decision, Pod: e.Pod, Namespace: e.Namespace, Message: err.Error()})
-	}
+	line, _ := json.Marshal(e) // Nothing of it can fail: strings, and times that bound has seen to.
 	b.text = append(append(b.text, line...), '\n')
 }
 

@@ -45,7 +45,7 @@ func (s *sink) String() string {
 	return s.buf.String()
 }
 
-func newLog(t *testing.T, w io.Writer, required bool) *audit.Log {
+func newLog(t testing.TB, w io.Writer, required bool) *audit.Log {
 	t.Helper()
 	l, err := audit.New(audit.Config{Writer: w, Required: required, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {

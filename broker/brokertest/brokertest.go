@@ -57,8 +57,8 @@ type Broker struct {
 }
 
 // Start runs a broker whose sessions come from sts. Role names are completed to roles of account
-// 123456789012.
-func Start(t testing.TB, sts STS, audited io.Writer) *Broker {
+// 123456789012. What adjust sets beside is in force too.
+func Start(t testing.TB, sts STS, audited io.Writer, adjust ...func(*broker.Config, *broker.ServerConfig)) *Broker {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	ca := certstest.NewCA(t)
@@ -78,9 +78,14 @@ func Start(t testing.TB, sts STS, audited io.Writer) *Broker {
 	decisions, err := audit.New(audit.Config{Writer: audited, Logger: log})
 	must(t, err)
 	b := &Broker{listener: bufconn.Listen(1 << 20), roots: roots, pods: make(map[string]Pod)}
-	served, err := broker.New(broker.Config{
+	cfg := broker.Config{
 		Verifier: b, Binder: b, Rules: rules, Sessions: sessions, Audit: decisions, Region: "eu-central-1", Logger: log,
-	})
+	}
+	server := broker.ServerConfig{Listener: b.listener, TLS: certs.ServerConfig(pair), Ready: func() bool { return true }, Logger: log}
+	for _, change := range adjust {
+		change(&cfg, &server)
+	}
+	served, err := broker.New(cfg)
 	must(t, err)
 
 	// As in the program: first the server drains, then what it needs stops.
@@ -92,7 +97,7 @@ func Start(t testing.TB, sts STS, audited io.Writer) *Broker {
 	running.Go(func() { _ = decisions.Run(work) })
 	go func() {
 		defer close(b.ended)
-		_ = served.Serve(serving, broker.ServerConfig{Listener: b.listener, TLS: certs.ServerConfig(pair), Ready: func() bool { return true }, Logger: log})
+		_ = served.Serve(serving, server)
 		stopWork()
 		running.Wait()
 	}()

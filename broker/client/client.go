@@ -125,6 +125,8 @@ func New(cfg Config) (*Client, error) {
 //
 // The error is or wraps a [*credential.Error]. Its kind is credential.ErrUnavailable whenever nothing was said
 // about the pod: no connection, an unverified server, no answer in time, a token file that cannot be read.
+// Where the broker was called, the error has or wraps one that has a method TraceID() string, with
+// which the call is found in the broker's traces.
 func (c *Client) Credentials(ctx context.Context) (credential.Lease, error) {
 	token, err := readToken(c.tokenFile)
 	if err != nil {
@@ -139,17 +141,18 @@ func (c *Client) Credentials(ctx context.Context) (credential.Lease, error) {
 		return credential.Lease{}, err
 	}
 	defer conn.Close()
+	ctx, traceID := begin(ctx)
 	answer, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx,
 		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{token}))
 	if err != nil {
-		return credential.Lease{}, fmt.Errorf("asking broker %s: %w", c.target, brokerpb.FromError(err))
+		return credential.Lease{}, failure{fmt.Errorf("asking broker %s: %w", c.target, brokerpb.FromError(err)), traceID}
 	}
 	lease, err := leaseOf(answer, began)
 	if err != nil {
-		return credential.Lease{}, &credential.Error{
+		return credential.Lease{}, failure{&credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal,
 			Message: fmt.Sprintf("the answer of broker %s is of no use: %v", c.target, err),
-		}
+		}, traceID}
 	}
 	return lease, nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/certs/trust"
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
@@ -36,9 +37,15 @@ type options struct {
 	trustOwner                  string // empty: none
 	trustPropagation            time.Duration
 	level                       slog.Level
+	debugListen                 string // empty: no debug pages
+	traceEndpoint               string // empty: nothing is traced
+	traceRatio                  float64
 }
 
-const rootsFileFlag = "roots-file"
+const (
+	rootsFileFlag   = "roots-file"
+	debugListenFlag = "debug-listen"
+)
 
 const usage = `credence-broker exchanges the identities of injected pods for AWS credentials.
 
@@ -49,7 +56,10 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	var o options
 	var prefix, issuers, base, firstHop, audit string
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
-	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz and /readyz on")
+	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz, /readyz and /metrics on")
+	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on, to whoever reaches it: keep it on loopback; empty serves them nowhere")
+	f.StringVar(&o.traceEndpoint, "trace-endpoint", "", "`URL` of an OpenTelemetry collector, http://HOST:PORT (OTLP over gRPC), that is sent traces; empty traces nothing")
+	f.Float64Var(&o.traceRatio, "trace-ratio", 0.01, "`part` of the traces that is recorded, from 0 to 1")
 	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; replaced files are taken up without a restart")
 	f.StringVar(&o.tlsKey, "tls-key", "/etc/credence/tls/tls.key", "PEM `file` with its private key")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty inside a cluster")
@@ -101,6 +111,11 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		}
 		if o.trustPropagation < 0 {
 			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)
+		}
+		if o.traceEndpoint != "" {
+			if err := (tracing.Config{Endpoint: o.traceEndpoint, Ratio: o.traceRatio}).Check(); err != nil {
+				return options{}, fmt.Errorf("--trace-endpoint, --trace-ratio: %w", err)
+			}
 		}
 		f.Visit(func(given *flag.Flag) { o.rootsRequired = o.rootsRequired || given.Name == rootsFileFlag })
 		o.auditRequired = audit == "required"

@@ -1,6 +1,7 @@
 // Command credence-broker exchanges the identities of injected pods for AWS credentials.
 //
-// It serves gRPC over TLS on --listen, and health and readiness over plain HTTP on --admin-listen.
+// It serves gRPC over TLS on --listen, and over plain HTTP health, readiness and metrics on
+// --admin-listen, and the state of each grant on --debug-listen.
 // Its own AWS credentials come from the AWS SDK's default chain. Logs go to standard error and audit
 // lines to standard output, both as JSON.
 package main
@@ -39,6 +40,10 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("--admin-listen: %w", err)
 	}
+	debugListener, debugPages, err := p.debugPages(ctx, o)
+	if err != nil {
+		return err
+	}
 	// Should one part fail, the server drains too.
 	group, work := errgroup.WithContext(context.WithoutCancel(ctx))
 	work, stopWork := context.WithCancel(work)
@@ -47,13 +52,19 @@ func run(ctx context.Context, o options) error {
 	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.sessions.Run, p.decisions.Run} {
 		group.Go(func() error { return run(work) })
 	}
+	if p.traces != nil {
+		group.Go(func() error { return p.traces.Run(work) })
+	}
+	if debugPages != nil {
+		group.Go(func() error { return admin.Serve(work, debugListener, debugPages) })
+	}
 	if p.trust != nil {
 		// Given up as soon as this broker is told to end, so that another one leads while it drains.
 		group.Go(func() error { return p.trust.Run(serving) })
 	}
 	var prefetched atomic.Pointer[broker.Prefetch]
 	checks := p.readiness(serving, &prefetched)
-	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(checks...)) })
+	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(p.metrics, checks...)) })
 	group.Go(func() error {
 		defer stopWork()
 		base := o.base
@@ -76,7 +87,7 @@ func run(ctx context.Context, o options) error {
 			"base_arn", base.String(), "region", p.sts.Region(), "version", program.Version())
 		return d.broker.Serve(serving, broker.ServerConfig{
 			Listener: listener, TLS: certs.ServerConfig(p.pair), Logger: p.log,
-			Ready: func() bool { return admin.Ready(checks) == nil },
+			Ready: func() bool { return admin.Ready(checks) == nil }, Interceptors: p.interceptors(),
 		})
 	})
 	return group.Wait()

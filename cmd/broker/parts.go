@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
@@ -23,8 +24,10 @@ import (
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
+	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/trust"
+	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
 // parts are what the broker is made of.
@@ -37,6 +40,8 @@ type parts struct {
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
 	decisions *audit.Log
+	metrics   *admin.Metrics
+	traces    *tracing.Tracing // nil: nothing is traced
 }
 
 // build makes the parts that need nothing from AWS.
@@ -48,6 +53,9 @@ func build(ctx context.Context, o options) (p parts, err error) {
 		if err := rulesfile.Check(o.rulesFile); err != nil {
 			return parts{}, fmt.Errorf("--rules-file: %w", err)
 		}
+	}
+	if p.metrics, err = admin.NewMetrics(program.Version(), p.log); err != nil {
+		return parts{}, err
 	}
 	if p.pair, err = certs.NewKeyPair(o.tlsCert, o.tlsKey, p.log); err != nil {
 		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
@@ -65,16 +73,25 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.verifier, err = kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: p.log}); err != nil {
 		return parts{}, err
 	}
-	if p.sts, err = assume.New(ctx, assume.Config{Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop, Logger: p.log}); err != nil {
-		return parts{}, err
-	}
-	if p.sessions, err = cache.New(cache.Config[policy.Grant]{
-		Source: p.sts, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerClass: o.maxGrants, Logger: p.log,
+	if p.sts, err = assume.New(ctx, assume.Config{
+		Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop, Logger: p.log,
+		Observe: func(c assume.Call) { p.metrics.STSCall(c.Action, c.Outcome, c.Took) },
 	}); err != nil {
 		return parts{}, err
 	}
-	p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log})
-	return p, err
+	source, err := p.traced(ctx, o)
+	if err != nil {
+		return parts{}, err
+	}
+	if p.sessions, err = cache.New(cache.Config[policy.Grant]{
+		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerClass: o.maxGrants, Logger: p.log,
+	}); err != nil {
+		return parts{}, err
+	}
+	if p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log}); err != nil {
+		return parts{}, err
+	}
+	return p, p.metrics.Watch(p.sources())
 }
 
 // publisher makes what publishes the roots; nil when nothing is to be published.
@@ -146,12 +163,22 @@ func (p parts) decide(o options, base credential.RoleBase) (d deciding, err erro
 			return deciding{}, fmt.Errorf("--rules-file: %w", err)
 		}
 	}
+	deciders := admin.Sources{PodsQueued: d.prefetch.Pending}
+	if d.rules != nil {
+		deciders.RulesFile = func() (admin.RulesFile, bool) {
+			status := d.rules.Status()
+			return admin.RulesFile{Loaded: status.Loaded, OK: status.Err == nil}, true
+		}
+	}
+	if err := p.metrics.Watch(deciders); err != nil {
+		return deciding{}, err
+	}
 	if err := p.directory.OnChange(func(key string) { d.prefetch.Changed(key) }); err != nil {
 		return deciding{}, err
 	}
 	d.broker, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
-		Region: p.sts.Region(), Logger: p.log,
+		Region: p.sts.Region(), Logger: p.log, Observe: p.metrics.Answer, Decided: p.decided(),
 	})
 	return d, err
 }

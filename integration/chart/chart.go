@@ -21,7 +21,9 @@ import (
 	"strings"
 
 	cmv1 "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -149,6 +151,23 @@ func Helm(ctx context.Context, cfg Config, args ...string) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
+// ServiceMonitor is as much as the chart uses of the Prometheus Operator's type of that name. Its module would
+// bring in as much again as Kubernetes' own.
+type ServiceMonitor struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata"`
+	Spec              struct {
+		Selector  metav1.LabelSelector `json:"selector"`
+		Endpoints []struct {
+			Port     string `json:"port"`
+			Interval string `json:"interval"`
+		} `json:"endpoints"`
+	} `json:"spec"`
+}
+
+// DeepCopyObject implements runtime.Object for those who do not change what they decoded.
+func (m *ServiceMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
+
 // Decode returns the objects of a rendered chart, in their order, each of its Go type. A field that the type
 // does not have is an error, and so is one that is there twice.
 func Decode(rendered []byte) ([]runtime.Object, error) {
@@ -158,6 +177,7 @@ func Decode(rendered []byte) ([]runtime.Object, error) {
 			return nil, fmt.Errorf("preparing to decode: %w", err)
 		}
 	}
+	all.AddKnownTypes(schema.GroupVersion{Group: "monitoring.coreos.com", Version: "v1"}, &ServiceMonitor{})
 	decoder := serializer.NewCodecFactory(all, serializer.EnableStrict).UniversalDeserializer()
 	var objects []runtime.Object
 	documents := utilyaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(rendered)))

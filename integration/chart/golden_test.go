@@ -132,5 +132,5 @@ func leaves(t *testing.T, file string) map[string]any {
 // chart's.
 func free(key string) bool {
 	last := key[strings.LastIndexByte(key, '.')+1:]
-	return slices.Contains([]string{"annotations", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity", "rules"}, last)
+	return slices.Contains([]string{"annotations", "labels", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity", "rules"}, last)
 }

@@ -32,6 +32,7 @@ var floors = map[string]int{
 	"broker/client":    2,
 	"broker/kube":      2,
 	"broker/rulesfile": 2, // the file system, and YAML
+	"broker/tracing":   2,
 	"certs/trust":      2,
 	"webhook/inject":   2,
 
@@ -42,9 +43,10 @@ var floors = map[string]int{
 	"webhook":      3,
 
 	// 4: components put together, for tests and for the operator.
-	"broker/assume/ststest": 4,
-	"broker/brokertest":     4,
-	"operator":              4,
+	"broker/assume/ststest":   4,
+	"broker/brokertest":       4,
+	"broker/tracing/otlptest": 4,
+	"operator":                4,
 
 	"cmd/internal/program":             4, // what the mains share
 	"cmd/internal/program/programtest": 4,
@@ -89,6 +91,8 @@ var doors = []struct {
 	{"github.com/cert-manager", []string{"certs/pki", "operator", integration}},
 	{"github.com/google/go-containerregistry", []string{integration}},
 	{"github.com/gorilla/mux", []string{"broker/admin", "sidecar", "webhook"}},
+	{"github.com/prometheus", []string{"broker/admin"}},
+	{"go.opentelemetry.io", []string{"broker/tracing"}},
 	{"golang.org/x/crypto/x509roots", []string{"cmd/broker", integration}},
 	{"k8s.io/client-go", []string{"broker/kube", "certs/trust", "cmd", "operator", integration}},
 }

@@ -184,7 +184,7 @@ func (s *Stack) StartBroker(ctx context.Context) error {
 		Name: brokerName,
 		Path: filepath.Join(s.programs, brokerName),
 		Args: []string{
-			"--listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.brokerPort)), "--admin-listen=" + admin,
+			"--listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.brokerPort)), "--admin-listen=" + admin, "--debug-listen=",
 			"--tls-cert=" + filepath.Join(s.dir(brokerName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(brokerName), "tls.key"),
 			"--roots-file=" + filepath.Join(s.dir(brokerName), "ca.crt"), "--namespace=" + SystemNamespace, "--trust-owner=" + brokerName,
 			"--trust-propagation=" + propagation.String(),

@@ -1,0 +1,365 @@
+package admin
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/gorilla/mux"
+
+	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// State is what the cache knows of one grant. It has no secret.
+type State = cache.State[policy.Grant]
+
+// Sessions is what the debug pages show and command: the cache, whose methods of these names say what
+// they do.
+type Sessions interface {
+	States(match func(policy.Grant) bool) []State
+	Renew(match func(policy.Grant) bool) int
+	Drop(match func(policy.Grant) bool) int
+}
+
+// DebugConfig configures [Debug].
+type DebugConfig struct {
+	// Sessions is shown and commanded. Required.
+	Sessions Sessions
+	// Audit is told of each order before it is carried out. Required.
+	Audit interface{ Record(audit.Entry) error }
+	// Logger is told of each order. Required.
+	Logger *slog.Logger
+	// AnyAddress is for a listener that is not on loopback, on purpose: hosts that are addresses are
+	// then taken. Names are not, for a browser can be led to a name.
+	AnyAddress bool
+}
+
+// Bounds of one page of grants. A grant takes some 600 bytes of JSON.
+const (
+	defaultGrants = 500
+	maxGrants     = 10_000
+)
+
+// Debug serves
+//
+//	GET  /debug/grants                  the state of each grant
+//	POST /debug/grants/renew?role=ARN   has the sessions of one role fetched anew
+//	POST /debug/grants/drop?role=ARN    forgets them first
+//	GET  /debug/pprof/                  profiles of the process
+//
+// Grants are shown as JSON, or as a table with ?format=table or Accept: text/plain. ?role=ARN shows
+// those of one role, ?failing=true those whose last fetch failed, ?limit=N&offset=N a part. It answers
+// whoever reaches it, for it knows no users. What a browser sends on behalf of a web page is
+// refused, by its Host and Origin.
+func Debug(cfg DebugConfig) (http.Handler, error) {
+	if cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
+		return nil, errors.New("debug pages need Sessions, an Audit log and a Logger")
+	}
+	d := debug{cfg}
+	router := mux.NewRouter()
+	router.HandleFunc("/debug/grants", d.grants).Methods(http.MethodGet)
+	router.HandleFunc("/debug/grants/renew", func(w http.ResponseWriter, r *http.Request) {
+		d.order(w, r, audit.Renew, cfg.Sessions.Renew)
+	}).Methods(http.MethodPost)
+	router.HandleFunc("/debug/grants/drop", func(w http.ResponseWriter, r *http.Request) {
+		d.order(w, r, audit.Drop, cfg.Sessions.Drop)
+	}).Methods(http.MethodPost)
+	// Its package puts these into http.DefaultServeMux as well, which nothing here serves.
+	for path, handler := range map[string]http.HandlerFunc{
+		"/debug/pprof/cmdline": pprof.Cmdline, "/debug/pprof/profile": pprof.Profile, "/debug/pprof/symbol": pprof.Symbol, "/debug/pprof/trace": pprof.Trace,
+	} {
+		router.HandleFunc(path, unhurried(handler)).Methods(http.MethodGet)
+	}
+	router.PathPrefix("/debug/pprof/").HandlerFunc(unhurried(pprof.Index)).Methods(http.MethodGet)
+	return d.guard(router), nil
+}
+
+type debug struct{ cfg DebugConfig }
+
+// unhurried lifts the time limit on requests, at whose end net/http gives up a profile that is being
+// taken.
+func unhurried(handler http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // where there is none, none is to be lifted
+		handler(w, r)
+	}
+}
+
+// guard refuses what web pages make browsers send: those that were led here by a name of their own
+// (DNS rebinding) have it as their Host, and those that know the address say where they come from.
+func (d debug) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !d.own(r.Host):
+			writeText(w, http.StatusForbidden, "the Host of the request must be 127.0.0.1, [::1] or localhost")
+		case r.Header.Get("Origin") != "" || !slices.Contains([]string{"", "none", "same-origin"}, r.Header.Get("Sec-Fetch-Site")):
+			writeText(w, http.StatusForbidden, "requests of web pages are not answered")
+		default:
+			w.Header().Set("X-Content-Type-Options", "nosniff")
+			w.Header().Set("Cache-Control", "no-store")
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+// own reports whether a browser that sends this Host cannot have been led here by a foreign name.
+func (d debug) own(host string) bool {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	if host == "localhost" {
+		return true
+	}
+	ip := net.ParseIP(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"))
+	return ip != nil && (ip.IsLoopback() || d.cfg.AnyAddress)
+}
+
+// grant is State as it is shown. Times are in UTC, and durations in seconds.
+type grant struct {
+	Grant            string     `json:"grant"` // role, session name, and who shares it
+	Role             string     `json:"role"`
+	SessionName      string     `json:"session_name"`
+	Duration         float64    `json:"duration_seconds"`
+	ExternalID       bool       `json:"external_id"` // whether there is one
+	SessionPolicy    bool       `json:"session_policy"`
+	PolicyARNs       int        `json:"policy_arns"`
+	Tags             int        `json:"tags"`
+	Pods             int        `json:"pods"`                 // live ones that want it
+	Namespaces       []string   `json:"namespaces,omitempty"` // whose pods have asked for it
+	AccessKeyID      string     `json:"access_key_id,omitempty"`
+	Issued           *time.Time `json:"issued,omitempty"`
+	Expiration       *time.Time `json:"expiration,omitempty"`
+	RemainingSeconds float64    `json:"remaining_seconds"`
+	NextLook         *time.Time `json:"next_look,omitempty"`
+	Fetching         bool       `json:"fetching"`
+	Waiters          int        `json:"waiters"`
+	Failures         int        `json:"failures"`
+	Reason           string     `json:"reason,omitempty"`
+	Message          string     `json:"message,omitempty"`
+	NotBefore        *time.Time `json:"not_before,omitempty"`
+}
+
+// page is an answer of /debug/grants.
+type page struct {
+	Time    time.Time `json:"time"`
+	Matched int       `json:"matched"`
+	Offset  int       `json:"offset"`
+	LeftOut int       `json:"left_out"` // after those shown
+	Grants  []grant   `json:"grants"`
+}
+
+func (d debug) grants(w http.ResponseWriter, r *http.Request) {
+	query, err := parse(r.URL.Query())
+	if err != nil {
+		writeText(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	now := time.Now()
+	var matched []State
+	asked := func(g policy.Grant) bool { return query.role == "" || g.Role().String() == query.role }
+	for _, s := range d.cfg.Sessions.States(asked) {
+		if !query.failing || s.Failure != nil {
+			matched = append(matched, s)
+		}
+	}
+	slices.SortFunc(matched, func(a, b State) int {
+		return cmp.Or(cmp.Compare(a.Key.String(), b.Key.String()), cmp.Compare(a.AccessKeyID, b.AccessKeyID))
+	})
+	p := page{Time: now.UTC(), Matched: len(matched), Offset: min(query.offset, len(matched)), Grants: []grant{}}
+	shown := matched[p.Offset:]
+	shown = shown[:min(len(shown), query.limit)]
+	p.LeftOut = len(matched) - p.Offset - len(shown)
+	for _, s := range shown {
+		p.Grants = append(p.Grants, show(s, now))
+	}
+	if query.format == "table" || query.format == "" && strings.HasPrefix(r.Header.Get("Accept"), "text/plain") {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		p.table(w, now)
+		return
+	}
+	writeJSON(w, p)
+}
+
+// query is what was asked of /debug/grants.
+type query struct {
+	role, format  string
+	failing       bool
+	limit, offset int
+}
+
+func parse(values url.Values) (q query, err error) {
+	q.limit = defaultGrants
+	for key, all := range values {
+		if len(all) != 1 {
+			return query{}, fmt.Errorf("%.20q is given %d times", key, len(all))
+		}
+		value := all[0]
+		switch key {
+		case "role":
+			q.role, err = roleOf(value)
+		case "format":
+			if q.format = value; value != "table" && value != "json" {
+				err = fmt.Errorf("format=%.20q: must be table or json", value)
+			}
+		case "failing":
+			if q.failing, err = strconv.ParseBool(value); err != nil {
+				err = fmt.Errorf("failing=%.20q: must be true or false", value)
+			}
+		case "limit":
+			if q.limit, err = strconv.Atoi(value); err != nil || q.limit < 1 || q.limit > maxGrants {
+				err = fmt.Errorf("limit=%.20q: must be from 1 to %d", value, maxGrants)
+			}
+		case "offset":
+			if q.offset, err = strconv.Atoi(value); err != nil || q.offset < 0 {
+				err = fmt.Errorf("offset=%.20q: must be a number of grants", value)
+			}
+		default:
+			err = fmt.Errorf("%.20q is unknown: there are role, failing, format, limit and offset", key)
+		}
+		if err != nil {
+			return query{}, err
+		}
+	}
+	return q, nil
+}
+
+// roleOf takes the ARN of a role, in exactly the form that grants have it.
+func roleOf(text string) (string, error) {
+	role, err := credential.ParseRoleARN(text)
+	if err != nil {
+		return "", fmt.Errorf("role must be the whole ARN of one role: %w", err)
+	}
+	return role.String(), nil
+}
+
+func show(s State, now time.Time) grant {
+	g := grant{
+		Grant: s.Key.String(), Role: s.Key.Role().String(), SessionName: s.Key.SessionName(), Duration: s.Key.Duration().Seconds(),
+		ExternalID: s.Key.ExternalID() != "", SessionPolicy: s.Key.SessionPolicy() != "", PolicyARNs: len(s.Key.PolicyARNs()), Tags: len(s.Key.Tags()),
+		Pods: s.Kept, Namespaces: slices.Sorted(slices.Values(s.Classes)), AccessKeyID: s.AccessKeyID, Issued: known(s.Issued), Expiration: known(s.Expiration),
+		NextLook: known(s.NextLook), Fetching: s.Fetching, Waiters: s.Waiters, Failures: s.Failures, NotBefore: known(s.NotBefore),
+	}
+	if !s.Expiration.IsZero() {
+		g.RemainingSeconds = max(s.Expiration.Sub(now), 0).Round(time.Second).Seconds()
+	}
+	if s.Failure != nil {
+		g.Reason = string(credential.ReasonOf(s.Failure))
+		// The message is for users. Of other errors, and of causes, the log knows more.
+		if e, ok := errors.AsType[*credential.Error](s.Failure); ok {
+			g.Message = e.Message
+		}
+	}
+	return g
+}
+
+// known is t for JSON, nil when it is zero.
+func known(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	t = t.UTC()
+	return &t
+}
+
+// table writes p for people. The message comes last, because it is long.
+func (p page) table(w io.Writer, now time.Time) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(table, "GRANT\tNAMESPACES\tPODS\tACCESS KEY\tREMAINING\tNEXT\tWAITERS\tFAILURES\tREASON\tMESSAGE")
+	for _, g := range p.Grants {
+		remaining, next := "-", "-"
+		if g.Expiration != nil {
+			remaining = (time.Duration(g.RemainingSeconds) * time.Second).String()
+		}
+		switch {
+		case g.Fetching:
+			next = "now"
+		case g.NextLook != nil:
+			next = g.NextLook.Sub(now).Round(time.Second).String()
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n", plain(g.Grant), plain(namespaces(g.Namespaces)), g.Pods, plain(cmp.Or(g.AccessKeyID, "-")), remaining, next,
+			g.Waiters, g.Failures, plain(cmp.Or(g.Reason, "-")), plain(g.Message))
+	}
+	_ = table.Flush() // to a caller who may have gone
+	_, _ = fmt.Fprintf(w, "\n%d of %d grants, from %d on; %d left out", len(p.Grants), p.Matched, p.Offset, p.LeftOut)
+	if p.LeftOut > 0 {
+		_, _ = fmt.Fprintf(w, ": ask with offset=%d, or for one role", p.Offset+len(p.Grants))
+	}
+	_, _ = fmt.Fprintln(w, ".")
+}
+
+// namespaces names the first few: a role can be that of all.
+func namespaces(names []string) string {
+	const most = 3
+	if len(names) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ","), len(names)-most)
+	}
+	return cmp.Or(strings.Join(names, ","), "-")
+}
+
+// plain keeps what users wrote from moving the cursor of whoever reads it.
+func plain(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, text)
+}
+
+// ordered is the answer to an order.
+type ordered struct {
+	Role     string         `json:"role"`
+	Order    audit.Decision `json:"order"`
+	Sessions int            `json:"sessions"`
+}
+
+// order carries out an order on the sessions of the one role that is named. What cannot be audited,
+// where audit is required, is not done.
+func (d debug) order(w http.ResponseWriter, r *http.Request, what audit.Decision, do func(func(policy.Grant) bool) int) {
+	values := r.URL.Query()
+	if len(values) != 1 || len(values["role"]) != 1 {
+		writeText(w, http.StatusBadRequest, "say which role, and nothing else: ?role=ARN")
+		return
+	}
+	role, err := roleOf(values.Get("role"))
+	if err != nil {
+		writeText(w, http.StatusBadRequest, err.Error())
+		return
+	}
+	if err := d.cfg.Audit.Record(audit.Entry{Decision: what, Role: role, Peer: r.RemoteAddr}); err != nil {
+		writeText(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
+	n := do(func(g policy.Grant) bool { return g.Role().String() == role })
+	d.cfg.Logger.InfoContext(r.Context(), "Operator's order carried out", "order", what, "role", role, "sessions", n, "peer", r.RemoteAddr)
+	writeJSON(w, ordered{role, what, n})
+}
+
+func writeJSON(w http.ResponseWriter, value any) {
+	w.Header().Set("Content-Type", "application/json")
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	_ = encoder.Encode(value) // to a caller who may have gone
+}
+
+// Loopback reports whether only this host, or this pod, can reach addr.
+func Loopback(addr net.Addr) bool {
+	tcp, ok := addr.(*net.TCPAddr)
+	return ok && tcp.IP.IsLoopback()
+}

@@ -1,0 +1,376 @@
+package admin_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/credence-iam/credence/broker/admin"
+	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+const (
+	cartRole  = "arn:aws:iam::123456789012:role/cart"
+	ordersARN = "arn:aws:iam::123456789012:role/orders"
+	planted   = "very/secret+key"
+)
+
+// grantOf is what a pod with these annotations may have.
+func grantOf(t *testing.T, annotations ...string) policy.Grant {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rules, err := policy.New(policy.Config{Keys: keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Annotations: map[string]string{}}
+	for i := 0; i < len(annotations); i += 2 {
+		pod.Annotations[policy.DefaultPrefix+"/"+annotations[i]] = annotations[i+1]
+	}
+	g, err := rules.Grant(pod, policy.Namespace{
+		Name: "shop", Labels: map[string]string{policy.DefaultPrefix + "/inject": "enabled"},
+		Annotations: map[string]string{policy.DefaultPrefix + "/permitted": ".*"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// sessions stands for the cache.
+type sessions struct {
+	states []admin.State
+	done   []string // orders: "renew 2"
+}
+
+func (s *sessions) States(match func(policy.Grant) bool) (all []admin.State) {
+	for _, state := range s.states {
+		if match(state.Key) {
+			all = append(all, state)
+		}
+	}
+	return all
+}
+
+func (s *sessions) count(order string, match func(policy.Grant) bool) int {
+	n := 0
+	for _, state := range s.states {
+		if match(state.Key) {
+			n++
+		}
+	}
+	s.done = append(s.done, fmt.Sprint(order, " ", n))
+	return n
+}
+
+func (s *sessions) Renew(match func(policy.Grant) bool) int { return s.count("renew", match) }
+func (s *sessions) Drop(match func(policy.Grant) bool) int  { return s.count("drop", match) }
+
+// auditor keeps entries, or fails.
+type auditor struct {
+	entries []audit.Entry
+	err     error
+}
+
+func (a *auditor) Record(e audit.Entry) error { a.entries = append(a.entries, e); return a.err }
+
+// desk is the debug pages with what is behind them.
+type desk struct {
+	sessions
+	auditor
+
+	log     bytes.Buffer
+	handler http.Handler
+}
+
+func newDesk(t *testing.T, anyAddress bool, states ...admin.State) *desk {
+	t.Helper()
+	d := &desk{sessions: sessions{states: states}}
+	var err error
+	d.handler, err = admin.Debug(admin.DebugConfig{
+		Sessions: &d.sessions, Audit: &d.auditor, Logger: slog.New(slog.NewJSONHandler(&d.log, nil)), AnyAddress: anyAddress,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func (d *desk) do(t *testing.T, method, target string, header ...string) *httptest.ResponseRecorder {
+	t.Helper()
+	r := httptest.NewRequestWithContext(t.Context(), method, "http://localhost:8081"+target, nil)
+	for i := 0; i < len(header); i += 2 {
+		if header[i] == "Host" {
+			r.Host = header[i+1]
+		} else {
+			r.Header.Set(header[i], header[i+1])
+		}
+	}
+	w := httptest.NewRecorder()
+	d.handler.ServeHTTP(w, r)
+	return w
+}
+
+func states(t *testing.T) []admin.State {
+	now := time.Now()
+	return []admin.State{
+		{
+			Key: grantOf(t, "role", ordersARN), Kept: 0, Fetching: true, Waiters: 3, Failures: 2, NotBefore: now.Add(20 * time.Second),
+			Failure: &credential.Error{
+				Kind: credential.ErrDenied, Reason: credential.ReasonSTSDenied, Message: "AWS refuses the role\x1b[2J", Cause: errors.New("because of " + planted),
+			},
+		},
+		{
+			Key: grantOf(t, "role", cartRole, "session-name", "shop-cart", "external-id", planted), Kept: 4, Classes: []string{"shop", "pay", "b", "a"},
+			AccessKeyID: "ASIACART2", Issued: now.Add(-10 * time.Minute), Expiration: now.Add(50 * time.Minute), NextLook: now.Add(17 * time.Minute),
+		},
+		{
+			Key: grantOf(t, "role", cartRole), Kept: 1, AccessKeyID: "ASIACART1", Issued: now.Add(-61 * time.Minute), Expiration: now.Add(-time.Minute),
+			Failures: 1, Failure: errors.New("panic with " + planted),
+		},
+	}
+}
+
+type shown struct {
+	Matched, Offset int
+	LeftOut         int `json:"left_out"`
+	Grants          []struct {
+		Grant, Role, Reason, Message string
+		AccessKeyID                  string  `json:"access_key_id"`
+		ExternalID                   bool    `json:"external_id"`
+		Remaining                    float64 `json:"remaining_seconds"`
+		Pods, Waiters, Failures      int
+		Namespaces                   []string
+		Fetching                     bool
+		Issued, Expiration           time.Time
+		NextLook                     time.Time `json:"next_look"`
+	}
+}
+
+func decode(t *testing.T, w *httptest.ResponseRecorder) (p shown) {
+	t.Helper()
+	if w.Code != http.StatusOK || w.Header().Get("Content-Type") != "application/json" {
+		t.Fatalf("answered %d %s: %s", w.Code, w.Header().Get("Content-Type"), w.Body)
+	}
+	if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestGrantsAreShown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, false, states(t)...)
+		w := d.do(t, http.MethodGet, "/debug/grants")
+		p := decode(t, w)
+		if p.Matched != 3 || len(p.Grants) != 3 || p.LeftOut != 0 {
+			t.Fatalf("shown: %+v", p)
+		}
+		expired, cart, orders := p.Grants[0], p.Grants[1], p.Grants[2]
+		if expired.Remaining != 0 || expired.Reason != "INTERNAL" || expired.Message != "" || expired.AccessKeyID != "ASIACART1" {
+			t.Errorf("the expired one is %+v", expired)
+		}
+		if cart.Role != cartRole || cart.Grant != cartRole+" as shop-cart" || !cart.ExternalID || cart.Remaining != 3000 || cart.Pods != 4 || strings.Join(cart.Namespaces, " ") != "a b pay shop" ||
+			!cart.NextLook.Equal(time.Now().Add(17*time.Minute)) || !cart.Issued.Equal(time.Now().Add(-10*time.Minute)) {
+			t.Errorf("the one that is held is %+v", cart)
+		}
+		if orders.Reason != "STS_ACCESS_DENIED" || !strings.HasPrefix(orders.Message, "AWS refuses") || !orders.Fetching || orders.Waiters != 3 || orders.Failures != 2 {
+			t.Errorf("the refused one is %+v", orders)
+		}
+		if strings.Contains(w.Body.String(), planted) {
+			t.Errorf("a cause or an external id is shown: %s", w.Body)
+		}
+		for target, want := range map[string]int{
+			"?role=" + url.QueryEscape(cartRole): 2, "?failing=true": 2, "?failing=true&role=" + url.QueryEscape(cartRole): 1,
+			"?role=arn:aws:iam::123456789012:role/car": 0,
+		} {
+			if p := decode(t, d.do(t, http.MethodGet, "/debug/grants"+target)); p.Matched != want || len(p.Grants) != want {
+				t.Errorf("%s shows %d of %d, want %d", target, len(p.Grants), p.Matched, want)
+			}
+		}
+	})
+}
+
+func TestTable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, false, states(t)...)
+		want := []string{
+			"GRANT", "PODS", "ACCESS KEY", "REMAINING", "NEXT",
+			cartRole + " as shop-cart", "a,b,pay and 1 more", "ASIACART2", "50m0s", "17m0s", "STS_ACCESS_DENIED", "AWS refuses the role?[2J", "now", "\n3 of 3 grants, from 0 on; 0 left out.\n",
+		}
+		for name, w := range map[string]*httptest.ResponseRecorder{
+			"format": d.do(t, http.MethodGet, "/debug/grants?format=table"),
+			"accept": d.do(t, http.MethodGet, "/debug/grants", "Accept", "text/plain"),
+		} {
+			text := w.Body.String()
+			for _, part := range want {
+				if !strings.Contains(text, part) {
+					t.Errorf("%s: the table has no %q:\n%s", name, part, text)
+				}
+			}
+			if strings.ContainsAny(text, "\x1b") || strings.Contains(text, planted) || !strings.HasPrefix(w.Header().Get("Content-Type"), "text/plain") {
+				t.Errorf("%s: the table is %q", name, text)
+			}
+		}
+		decode(t, d.do(t, http.MethodGet, "/debug/grants?format=json", "Accept", "text/plain"))
+	})
+}
+
+func TestGrantsArePaged(t *testing.T) {
+	var many []admin.State
+	for i := range 1203 {
+		many = append(many, admin.State{Key: grantOf(t, "role", fmt.Sprintf("arn:aws:iam::123456789012:role/r%04d", i))})
+	}
+	d := newDesk(t, false, many...)
+	seen := map[string]bool{}
+	for offset, want := range map[int]int{0: 500, 500: 500, 1000: 203, 5000: 0} {
+		p := decode(t, d.do(t, http.MethodGet, fmt.Sprintf("/debug/grants?offset=%d", offset)))
+		if len(p.Grants) != want || p.Offset+len(p.Grants)+p.LeftOut != 1203 || p.Matched != 1203 {
+			t.Errorf("from %d on: %d are shown, %d left out", offset, len(p.Grants), p.LeftOut)
+		}
+		for _, g := range p.Grants {
+			seen[g.Role] = true
+		}
+	}
+	if len(seen) != 1203 {
+		t.Errorf("the pages together show %d grants", len(seen))
+	}
+	if text := d.do(t, http.MethodGet, "/debug/grants?format=table&limit=2").Body.String(); !strings.Contains(text, "2 of 1203 grants, from 0 on; 1201 left out: ask with offset=2") {
+		t.Errorf("the table ends with %q", text[max(len(text)-100, 0):])
+	}
+	for _, bad := range []string{"limit=0", "limit=10001", "limit=x", "offset=-1", "format=xml", "failing=perhaps", "role=cart", "rloe=x", "limit=1&limit=2"} {
+		if w := d.do(t, http.MethodGet, "/debug/grants?"+bad); w.Code != http.StatusBadRequest || w.Body.Len() > 300 {
+			t.Errorf("%s: %d %s", bad, w.Code, w.Body)
+		}
+	}
+}
+
+func TestOrders(t *testing.T) {
+	for _, order := range []audit.Decision{audit.Renew, audit.Drop} {
+		d := newDesk(t, false, states(t)...)
+		w := d.do(t, http.MethodPost, "/debug/grants/"+string(order)+"?role="+url.QueryEscape(cartRole))
+		var answer struct {
+			Role, Order string
+			Sessions    int
+		}
+		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || w.Code != http.StatusOK || answer.Role != cartRole || answer.Order != string(order) || answer.Sessions != 2 {
+			t.Errorf("%s: %d %s", order, w.Code, w.Body)
+		}
+		if len(d.done) != 1 || d.done[0] != string(order)+" 2" {
+			t.Errorf("%s: done: %v", order, d.done)
+		}
+		if len(d.entries) != 1 || d.entries[0].Decision != order || d.entries[0].Role != cartRole || d.entries[0].Peer == "" {
+			t.Errorf("%s: audited: %+v", order, d.entries)
+		}
+		if text := d.log.String(); !strings.Contains(text, `"level":"INFO"`) || !strings.Contains(text, cartRole) || !strings.Contains(text, `"sessions":2`) || !strings.Contains(text, `"order":"`+string(order)) {
+			t.Errorf("%s: logged: %s", order, text)
+		}
+	}
+}
+
+func TestOrdersThatAreRefused(t *testing.T) {
+	role := "?role=" + url.QueryEscape(cartRole)
+	for name, tt := range map[string]struct {
+		method, target string
+		header         []string
+		code           int
+	}{
+		"over GET":            {http.MethodGet, "/debug/grants/drop" + role, nil, http.StatusMethodNotAllowed},
+		"over HEAD":           {http.MethodHead, "/debug/grants/drop" + role, nil, http.StatusMethodNotAllowed},
+		"for all roles":       {http.MethodPost, "/debug/grants/drop", nil, http.StatusBadRequest},
+		"for an empty role":   {http.MethodPost, "/debug/grants/drop?role=", nil, http.StatusBadRequest},
+		"for a name":          {http.MethodPost, "/debug/grants/drop?role=cart", nil, http.StatusBadRequest},
+		"for a pattern":       {http.MethodPost, "/debug/grants/drop?role=arn:aws:iam::123456789012:role/*", nil, http.StatusBadRequest},
+		"for two roles":       {http.MethodPost, "/debug/grants/drop" + role + "&role=" + ordersARN, nil, http.StatusBadRequest},
+		"with more":           {http.MethodPost, "/debug/grants/drop" + role + "&force=true", nil, http.StatusBadRequest},
+		"to a foreign name":   {http.MethodPost, "/debug/grants/drop" + role, []string{"Host", "rebound.example.com:8081"}, http.StatusForbidden},
+		"to a name like ours": {http.MethodPost, "/debug/grants/drop" + role, []string{"Host", "localhost.example.com"}, http.StatusForbidden},
+		"to another address":  {http.MethodPost, "/debug/grants/drop" + role, []string{"Host", "10.0.0.1:8081"}, http.StatusForbidden},
+		"to no host":          {http.MethodPost, "/debug/grants/drop" + role, []string{"Host", ""}, http.StatusForbidden},
+		"from a page":         {http.MethodPost, "/debug/grants/drop" + role, []string{"Origin", "https://example.com"}, http.StatusForbidden},
+		"from our own page":   {http.MethodPost, "/debug/grants/drop" + role, []string{"Origin", "http://localhost:8081"}, http.StatusForbidden},
+		"from a page, silent": {http.MethodPost, "/debug/grants/drop" + role, []string{"Sec-Fetch-Site", "cross-site"}, http.StatusForbidden},
+		"elsewhere":           {http.MethodPost, "/debug/grants", nil, http.StatusMethodNotAllowed},
+	} {
+		d := newDesk(t, false, states(t)...)
+		w := d.do(t, tt.method, tt.target, tt.header...)
+		if w.Code != tt.code || len(d.done) > 0 || len(d.entries) > 0 {
+			t.Errorf("%s: %d %s, done %v", name, w.Code, w.Body, d.done)
+		}
+		if tt.code == http.StatusForbidden {
+			if w := d.do(t, http.MethodGet, "/debug/grants", tt.header...); w.Code != http.StatusForbidden || strings.Contains(w.Body.String(), "ASIA") {
+				t.Errorf("%s: grants are shown: %d", name, w.Code)
+			}
+		}
+	}
+	d := newDesk(t, false, states(t)...)
+	d.err = credential.Errorf(credential.ErrUnavailable, credential.ReasonAuditUnavailable, "no audit")
+	if w := d.do(t, http.MethodPost, "/debug/grants/drop"+role); w.Code != http.StatusServiceUnavailable || len(d.done) > 0 {
+		t.Errorf("not audited: %d, done %v", w.Code, d.done)
+	}
+}
+
+func TestHosts(t *testing.T) {
+	for host, want := range map[string][2]bool{ // on loopback, and with AnyAddress
+		"localhost":        {true, true},
+		"localhost:18081":  {true, true},
+		"127.0.0.1:8081":   {true, true},
+		"127.9.9.9":        {true, true},
+		"[::1]:8081":       {true, true},
+		"[::1]":            {true, true},
+		"10.1.2.3:8081":    {false, true},
+		"[fd00::1]:8081":   {false, true},
+		"example.com":      {false, false},
+		"127.0.0.1.nip.io": {false, false},
+		"localhost.":       {false, false},
+		"credence-broker":  {false, false},
+		"[::1]evil.com":    {false, false},
+	} {
+		for i, anyAddress := range []bool{false, true} {
+			w := newDesk(t, anyAddress).do(t, http.MethodGet, "/debug/grants", "Host", host)
+			if got := w.Code == http.StatusOK; got != want[i] {
+				t.Errorf("%q, any address %v: %d", host, anyAddress, w.Code)
+			}
+		}
+	}
+}
+
+func TestProfiles(t *testing.T) {
+	d := newDesk(t, false)
+	for path, want := range map[string]string{
+		"/debug/pprof/": "goroutine", "/debug/pprof/goroutine?debug=1": "goroutine profile", "/debug/pprof/heap?debug=1": "heap profile", "/debug/pprof/cmdline": "admin",
+	} {
+		if w := d.do(t, http.MethodGet, path); w.Code != http.StatusOK || !strings.Contains(w.Body.String(), want) {
+			t.Errorf("%s: %d %.100s", path, w.Code, w.Body)
+		}
+	}
+}
+
+func TestLoopback(t *testing.T) {
+	for text, want := range map[string]bool{"127.0.0.1": true, "::1": true, "0.0.0.0": false, "::": false, "10.0.0.1": false} {
+		if got := admin.Loopback(&net.TCPAddr{IP: net.ParseIP(text)}); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+	if admin.Loopback(&net.UnixAddr{}) {
+		t.Error("what is no TCP address is taken for loopback")
+	}
+	if _, err := admin.Debug(admin.DebugConfig{}); err == nil {
+		t.Error("debug pages are made of nothing")
+	}
+}

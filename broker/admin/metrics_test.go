@@ -1,0 +1,361 @@
+package admin_test
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
+	"github.com/credence-iam/credence/broker/admin"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+var update = flag.Bool("update", false, "write the table of docs/metrics.md anew, keeping its last column")
+
+const (
+	metricsPage    = "../../docs/metrics.md"
+	operationsPage = "../../docs/operations.md"
+)
+
+func newMetrics(t *testing.T) *admin.Metrics {
+	t.Helper()
+	m, err := admin.NewMetrics("v1.2.3", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// scrape returns what Prometheus gets.
+func scrape(t *testing.T, m *admin.Metrics) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	admin.Handler(m).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+	if w.Code != http.StatusOK {
+		t.Fatalf("/metrics answers %d %s", w.Code, w.Body)
+	}
+	return w.Body.String()
+}
+
+var stats = cache.Stats{
+	Kept: 11, Warm: 10, Refused: 1, Entries: 12, Waiting: 1, Renewing: 2, Ahead: 3, InFlight: 4, Rate: 400, Stalest: 90 * time.Second,
+	Hits: 100, Misses: 20, Stale: 5, Fetched: 30, Failed: 6,
+}
+
+// everything is all sources there are.
+func everything() admin.Sources {
+	at := time.Unix(1_800_000_000, 500_000_000)
+	return admin.Sources{
+		Cache:           func() cache.Stats { return stats },
+		Audit:           func() admin.AuditStats { return admin.AuditStats{Queued: 7, Capacity: 8192, Lost: 8} },
+		Events:          func() admin.EventStats { return admin.EventStats{Queued: 9, Written: 10, Suppressed: 18, Dropped: 11} },
+		PodsQueued:      func() int { return 12 },
+		Certificate:     func() time.Time { return at },
+		BaseCredentials: func() (time.Time, bool) { return at, true },
+		ClockSkew:       func() (time.Duration, bool) { return -1500 * time.Millisecond, true },
+		InformerAge:     func() time.Duration { return 14 * time.Second },
+		SigningKeysAge:  func() time.Duration { return 15 * time.Second },
+		RulesFile:       func() (admin.RulesFile, bool) { return admin.RulesFile{Loaded: at, OK: true}, true },
+		Spans:           func() admin.SpanStats { return admin.SpanStats{Ended: 16, Exported: 17} },
+	}
+}
+
+func TestEverySourceIsShown(t *testing.T) {
+	m := newMetrics(t)
+	if err := m.Watch(everything()); err != nil {
+		t.Fatal(err)
+	}
+	m.Answer("", time.Millisecond)
+	m.Answer(credential.ReasonRoleNotPermitted, 3*time.Second)
+	m.Answer("NOT_DECLARED", time.Minute)
+	m.STSCall("AssumeRole", "ok", 70*time.Millisecond)
+	m.STSCall("AssumeRole", "STS_THROTTLED", 40*time.Millisecond)
+	m.STSCall("GetCallerIdentity", "ok", 40*time.Millisecond)
+	m.STSCall("SomethingElse", "what a stranger wrote", 40*time.Millisecond)
+	text := scrape(t, m)
+	for _, want := range []string{
+		`fetches_queued{kind="waiting"} 1`, `fetches_queued{kind="renewing"} 2`, `fetches_queued{kind="ahead"} 3`,
+		`fetches_in_flight 4`, `fetch_rate_limit 400`, `fetches_total{outcome="ok"} 30`, `fetches_total{outcome="failed"} 6`,
+		`sessions_kept 11`, `sessions_warm 10`, `sessions_known 12`, `stalest_session_seconds 90`,
+		`lookups_total{outcome="hit"} 100`, `lookups_total{outcome="miss"} 20`, `lookups_total{outcome="stale"} 5`,
+		`audit_lines_queued 7`, `audit_lines_queued_max 8192`, `audit_lines_lost_total 8`,
+		`events_queued 9`, `events_total{outcome="written"} 10`, `events_total{outcome="dropped"} 11`, `events_total{outcome="suppressed"} 18`,
+		`pods_queued 12`, `sessions_refused 1`,
+		`certificate_expiry_timestamp_seconds 1.8000000005e+09`, `base_credentials_expiry_timestamp_seconds 1.8000000005e+09`,
+		`clock_skew_seconds -1.5`, `informer_age_seconds 14`, `signing_keys_age_seconds 15`,
+		`rules_file_loaded_timestamp_seconds 1.8000000005e+09`, `rules_file_ok 1`,
+		`trace_spans_total{outcome="ended"} 16`, `trace_spans_total{outcome="exported"} 17`,
+		`answers_total{outcome="allowed"} 1`, `answers_total{outcome="refused"} 2`,
+		`refusals_total{reason="ROLE_NOT_PERMITTED"} 1`, `refusals_total{reason="INTERNAL"} 1`, `refusals_total{reason="TOKEN_EXPIRED"} 0`,
+		`answer_duration_seconds_bucket{le="0.001"} 1`, `answer_duration_seconds_bucket{le="5"} 2`, `answer_duration_seconds_count 3`,
+		`sts_calls_total{action="AssumeRole",outcome="ok"} 1`, `sts_calls_total{action="AssumeRole",outcome="STS_THROTTLED"} 1`,
+		`sts_calls_total{action="other",outcome="INTERNAL"} 1`, `sts_calls_total{action="GetCallerIdentity",outcome="ok"} 1`,
+		`sts_call_duration_seconds_bucket{action="AssumeRole",le="0.05"} 1`, `sts_call_duration_seconds_bucket{action="AssumeRole",le="0.1"} 2`,
+		`build_info{goversion="go`,
+	} {
+		if !strings.Contains(text, "\ncredence_broker_"+want) {
+			t.Errorf("there is no %s", want)
+		}
+	}
+	for _, want := range []string{"\ngo_goroutines ", "\nprocess_open_fds "} {
+		if !strings.Contains(text, want) {
+			t.Errorf("there is no %s", want)
+		}
+	}
+	if strings.Contains(text, "stranger") || strings.Contains(text, "NOT_DECLARED") {
+		t.Error("a label holds what is not known beforehand")
+	}
+	if t.Failed() {
+		t.Log(text)
+	}
+}
+
+// TestUnknownIsLeftOut: a source that is not there, or does not know, has no metric; 0 would be a value.
+func TestUnknownIsLeftOut(t *testing.T) {
+	m := newMetrics(t)
+	before := scrape(t, m)
+	for _, name := range []string{"sessions_kept", "audit_lines", "events", "pods_queued", "expiry", "clock_skew", "age_seconds", "rules_file", "spans"} {
+		if strings.Contains(before, "credence_broker_"+name) {
+			t.Errorf("%s is there without a source", name)
+		}
+	}
+	if err := m.Watch(admin.Sources{
+		Cache:           func() cache.Stats { return cache.Stats{} },
+		Certificate:     func() time.Time { return time.Time{} },
+		BaseCredentials: func() (time.Time, bool) { return time.Time{}, false },
+		ClockSkew:       func() (time.Duration, bool) { return 0, false },
+		RulesFile:       func() (admin.RulesFile, bool) { return admin.RulesFile{}, false },
+	}); err != nil {
+		t.Fatal(err)
+	}
+	text := scrape(t, m)
+	for _, name := range []string{"expiry", "clock_skew", "rules_file", "stalest"} {
+		if regexp.MustCompile(`(?m)^credence_broker_[a-z_]*` + name).MatchString(text) {
+			t.Errorf("%s is there though it is not known", name)
+		}
+	}
+	if !strings.Contains(text, "credence_broker_sessions_kept 0\n") {
+		t.Error("a value of 0 is left out")
+	}
+	if err := m.Watch(admin.Sources{Cache: func() cache.Stats { return cache.Stats{} }}); err == nil {
+		t.Error("a source is taken twice")
+	}
+	if err := m.Watch(admin.Sources{}); err == nil {
+		t.Error("no source is taken for some")
+	}
+}
+
+// TestSeriesAreBounded: no label depends on what pods are called or ask for.
+func TestSeriesAreBounded(t *testing.T) {
+	m := newMetrics(t)
+	if err := m.Watch(everything()); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 5000 {
+		m.Answer(credential.Reason(fmt.Sprint("REASON_", i)), time.Second)
+		m.STSCall(fmt.Sprint("Action", i), fmt.Sprint("outcome", i), time.Second)
+	}
+	labels := regexp.MustCompile(`[{,]([a-z_]+)="`)
+	series := 0
+	for line := range strings.Lines(scrape(t, m)) {
+		if !strings.HasPrefix(line, "credence_broker_") {
+			continue
+		}
+		series++
+		for _, match := range labels.FindAllStringSubmatch(line, -1) {
+			if !slices.Contains([]string{"action", "outcome", "kind", "reason", "le", "version", "goversion"}, match[1]) {
+				t.Errorf("the label %s is not known to have few values: %s", match[1], line)
+			}
+		}
+	}
+	if series < 50 || series > 300 {
+		t.Errorf("there are %d series", series)
+	}
+}
+
+func TestMetricsAreWellNamed(t *testing.T) {
+	m := newMetrics(t)
+	if err := m.Watch(everything()); err != nil {
+		t.Fatal(err)
+	}
+	var own strings.Builder
+	for line := range strings.Lines(scrape(t, m)) {
+		if strings.Contains(line, "credence_broker_") {
+			own.WriteString(line)
+		}
+	}
+	problems, err := promlint.New(strings.NewReader(own.String())).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}
+
+// family is one metric of a scrape.
+type family struct{ name, kind, labels, help string }
+
+// families reads a scrape.
+func families(t *testing.T, text string) []family {
+	t.Helper()
+	var all []family
+	for block := range strings.SplitSeq(text, "# HELP ") {
+		head, rest, ok := strings.Cut(block, "\n# TYPE ")
+		name, help, ok2 := strings.Cut(head, " ")
+		if !ok || !ok2 || !strings.HasPrefix(name, "credence_broker_") {
+			continue
+		}
+		_, kind, _ := strings.Cut(strings.SplitN(rest, "\n", 2)[0], " ")
+		var labels []string
+		for _, match := range regexp.MustCompile(`[{,]([a-z_]+)="`).FindAllStringSubmatch(rest, -1) {
+			if match[1] != "le" && !slices.Contains(labels, match[1]) {
+				labels = append(labels, match[1])
+			}
+		}
+		slices.Sort(labels)
+		all = append(all, family{name, kind, strings.Join(labels, ", "), help})
+	}
+	if len(all) < 30 {
+		t.Fatalf("a scrape has %d metrics: the test reads it wrongly", len(all))
+	}
+	return all
+}
+
+// TestPage: docs/metrics.md has a row for each metric there is, with its help, and none for another.
+func TestPage(t *testing.T) {
+	m := newMetrics(t)
+	if err := m.Watch(everything()); err != nil {
+		t.Fatal(err)
+	}
+	m.STSCall("AssumeRole", "ok", time.Second)
+	const begin, end = "<!-- metrics: made by go test ./broker/admin -update, but for the last column -->\n", "<!-- end of metrics -->\n"
+	text, err := os.ReadFile(filepath.FromSlash(metricsPage))
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok := strings.Cut(string(text), begin)
+	table, after, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no place for the metrics, between %q and %q", metricsPage, begin, end)
+	}
+	advice := map[string]string{}
+	for line := range strings.Lines(table) {
+		if cells := strings.Split(strings.TrimSpace(line), " | "); len(cells) == 5 && strings.HasPrefix(line, "| `") {
+			advice[strings.Trim(cells[0], "| `")] = strings.TrimSuffix(cells[4], " |")
+		}
+	}
+	var want strings.Builder
+	want.WriteString("\n| metric | type | labels | what it is | when to worry |\n|---|---|---|---|---|\n")
+	for _, f := range families(t, scrape(t, m)) {
+		said := advice[f.name]
+		if len(said) < 3 || !strings.HasSuffix(said, ".") {
+			t.Errorf("%s: the page does not say when to worry, but %q", f.name, said)
+		}
+		delete(advice, f.name)
+		_, _ = fmt.Fprintf(&want, "| `%s` | %s | %s | %s | %s |\n", f.name, f.kind, f.labels, f.help, said)
+	}
+	want.WriteString("\n")
+	for name := range advice {
+		t.Errorf("the page has %s, which is no metric", name)
+	}
+	if *update {
+		if err := os.WriteFile(filepath.FromSlash(metricsPage), []byte(before+begin+want.String()+end+after), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if table != want.String() {
+		t.Errorf("the table of %s is not what is measured: go test ./broker/admin -update makes it anew. Want:\n%s", metricsPage, want.String())
+	}
+}
+
+// TestAlertRules: the rules of docs/metrics.md ask for metrics and label values that there are, and
+// docs/operations.md says for each what to do.
+func TestAlertRules(t *testing.T) {
+	m := newMetrics(t)
+	if err := m.Watch(everything()); err != nil {
+		t.Fatal(err)
+	}
+	m.STSCall("AssumeRole", string(credential.ReasonSTSThrottled), time.Second)
+	scraped := scrape(t, m)
+	known := map[string]bool{}
+	for _, f := range families(t, scraped) {
+		known[f.name] = true
+		if f.kind == "histogram" {
+			known[f.name+"_bucket"], known[f.name+"_count"], known[f.name+"_sum"] = true, true, true
+		}
+	}
+	page, err := os.ReadFile(filepath.FromSlash(metricsPage))
+	if err != nil {
+		t.Fatal(err)
+	}
+	operations, err := os.ReadFile(filepath.FromSlash(operationsPage))
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`credence_broker_[a-z_]+[a-z]`)
+	for _, name := range names.FindAllString(string(page)+string(operations), -1) {
+		if !known[name] {
+			t.Errorf("%s is no metric", name)
+		}
+	}
+	_, rules, ok := strings.Cut(string(page), "```yaml\n")
+	rules, _, ok2 := strings.Cut(rules, "```")
+	if !ok || !ok2 {
+		t.Fatal("there are no rules on the page")
+	}
+	for _, match := range regexp.MustCompile(`(?:outcome|kind|reason|action)=~?"([^"]*)"`).FindAllStringSubmatch(rules, -1) {
+		for value := range strings.SplitSeq(match[1], "|") {
+			if !strings.Contains(scraped, `="`+value+`"`) && !slices.Contains(credential.Reasons(), credential.Reason(value)) {
+				t.Errorf("no label has the value %q", value)
+			}
+		}
+	}
+	alerts := map[string]bool{}
+	for _, match := range regexp.MustCompile(`(?m)^ *- alert: (\w+)$`).FindAllStringSubmatch(rules, -1) {
+		alerts[match[1]] = true
+		if !strings.Contains(string(operations), "\n### "+match[1]+"\n") {
+			t.Errorf("%s does not say what to do on %s", operationsPage, match[1])
+		}
+	}
+	if len(alerts) < 8 || strings.Count(rules, "expr:") != len(alerts) {
+		t.Errorf("there are %d alerts and %d expressions", len(alerts), strings.Count(rules, "expr:"))
+	}
+	for _, match := range regexp.MustCompile(`(?m)^### (Credence\w+)$`).FindAllStringSubmatch(string(operations), -1) {
+		if !alerts[match[1]] {
+			t.Errorf("%s speaks of %s, which is no alert", operationsPage, match[1])
+		}
+	}
+}
+
+// TestMetricsOverHTTP: Prometheus reads them compressed too.
+func TestMetricsOverHTTP(t *testing.T) {
+	server := httptest.NewServer(admin.Handler(newMetrics(t)))
+	defer server.Close()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, server.URL+"/metrics", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := server.Client().Do(request) // asks for gzip by itself
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil || !response.Uncompressed || !strings.Contains(string(text), "credence_broker_answers_total") {
+		t.Errorf("%d bytes, compressed: %v, %v", len(text), response.Uncompressed, err)
+	}
+}
