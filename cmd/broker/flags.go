@@ -20,6 +20,7 @@ type options struct {
 	keys                        policy.Keys
 	audience                    string
 	issuers                     []string            // nil: the API server's own
+	tokenReview                 bool                // ask the API server about each token
 	base                        credential.RoleBase // zero: the broker's own account
 	cluster                     string
 	region, stsEndpoint         string
@@ -42,7 +43,7 @@ Usage: credence-broker [flags]`
 // flags defines the flags; what it returns parses their values.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	var o options
-	var prefix, issuers, base, firstHop, audit string
+	var prefix, issuers, base, firstHop, audit, verification string
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz and /readyz on")
 	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; replaced files are taken up without a restart")
@@ -51,6 +52,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key")
 	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must be made for")
 	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty asks the API server for its own")
+	f.StringVar(&verification, "token-verification", "jwks", "jwks verifies tokens by the API server's published keys; tokenreview asks it about each (`mode`)")
 	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty asks STS for the broker's own account")
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
@@ -84,6 +86,10 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		if audit != "best-effort" && audit != "required" {
 			return options{}, fmt.Errorf("--audit=%s: must be best-effort or required", audit)
 		}
+		if verification != "jwks" && verification != "tokenreview" {
+			return options{}, fmt.Errorf("--token-verification=%s: must be jwks or tokenreview", verification)
+		}
+		o.tokenReview = verification == "tokenreview"
 		if o.trustPropagation < 0 {
 			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)
 		}

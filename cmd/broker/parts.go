@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"time"
 
 	// AWS's certificates have public roots, and an image of one program has no file of them. These are used only
 	// where the system has none; see cmd/broker/roots_test.go.
@@ -19,6 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
@@ -31,10 +33,27 @@ type parts struct {
 	pair      *certs.KeyPair
 	trust     *trust.Trust // nil: nothing is published
 	directory *kube.Directory
-	verifier  *kube.JWKS
+	verifier  verifier
+	events    *kube.Events
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
 	decisions *audit.Log
+}
+
+// verifier is either of the two that kube has.
+type verifier interface {
+	identity.Verifier
+	Run(ctx context.Context) error
+	Ready() bool
+	Age() time.Duration
+}
+
+// newVerifier makes the one that was asked for.
+func newVerifier(o options, rest *rest.Config, log *slog.Logger) (verifier, error) {
+	if o.tokenReview {
+		return kube.NewTokenReview(kube.TokenReviewConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: log})
+	}
+	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: log})
 }
 
 // build makes the parts that need nothing from AWS.
@@ -54,7 +73,14 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.directory, err = kube.NewDirectory(rest, o.keys, p.log); err != nil {
 		return parts{}, err
 	}
-	if p.verifier, err = kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: p.log}); err != nil {
+	if p.verifier, err = newVerifier(o, rest, p.log); err != nil {
+		return parts{}, err
+	}
+	name, err := os.Hostname() // in a pod, the pod's
+	if err != nil {
+		return parts{}, fmt.Errorf("finding out the name of this broker: %w", err)
+	}
+	if p.events, err = kube.NewEvents(rest, name, p.log); err != nil {
 		return parts{}, err
 	}
 	if p.sts, err = assume.New(ctx, assume.Config{Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop}); err != nil {

@@ -20,7 +20,9 @@ func (p parts) readiness(based *atomic.Bool) []admin.Check {
 		{Name: "informers", Err: func() error {
 			return unless(p.directory.Synced(), "not all pods, namespaces and service accounts are listed yet")
 		}},
-		{Name: "signing keys", Err: func() error { return unless(p.verifier.Ready(), "not fetched yet") }},
+		{Name: "token verification", Err: func() error {
+			return unless(p.verifier.Ready(), "the API server has neither published keys nor reviewed a token yet")
+		}},
 		{Name: "sessions", Err: warm(p.sessions.Warm)},
 	}
 }
