@@ -118,7 +118,7 @@ type signer struct {
 	key *ecdsa.PrivateKey
 }
 
-func newSigner(t *testing.T, id string) signer {
+func newSigner(t testing.TB, id string) signer {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -128,7 +128,7 @@ func newSigner(t *testing.T, id string) signer {
 }
 
 // token signs a pod's token, after change has had its way with the claims.
-func (s signer) token(t *testing.T, change func(claims map[string]any)) identity.UnverifiedToken {
+func (s signer) token(t testing.TB, change func(claims map[string]any)) identity.UnverifiedToken {
 	t.Helper()
 	claims := map[string]any{
 		"iss": issuer, "aud": []string{audience}, "sub": "system:serviceaccount:shop:cart",
@@ -152,7 +152,7 @@ func (s signer) token(t *testing.T, change func(claims map[string]any)) identity
 	return identity.NewUnverifiedToken(text)
 }
 
-func newVerifier(t *testing.T, config *rest.Config, issuers ...string) *kube.JWKS {
+func newVerifier(t testing.TB, config *rest.Config, issuers ...string) *kube.JWKS {
 	t.Helper()
 	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {

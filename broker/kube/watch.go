@@ -363,14 +363,43 @@ func (s source) WatchWithContext(ctx context.Context, o metav1.ListOptions) (wat
 	if err != nil {
 		return nil, fmt.Errorf("watching %s: %w", s.w.resource, err)
 	}
-	return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
+	heard := &overheard{Interface: w, events: make(chan watch.Event), stopped: make(chan struct{})}
+	go heard.listen(s.w)
+	return heard, nil
+}
+
+// overheard is a watch of which every event is noted. watch.Filter would do, but leaves its goroutine behind when
+// it is stopped with an event on the way.
+type overheard struct {
+	watch.Interface
+	events  chan watch.Event
+	stop    sync.Once
+	stopped chan struct{}
+}
+
+func (o *overheard) listen(w *watched) {
+	defer close(o.events)
+	for e := range o.Interface.ResultChan() {
 		if e.Type == watch.Error {
-			s.w.hear(apierrors.FromObject(e.Object))
+			w.hear(apierrors.FromObject(e.Object))
 		} else {
-			s.w.hear(nil)
+			w.hear(nil)
 		}
-		return e, true
-	}), nil
+		select {
+		case o.events <- e:
+		case <-o.stopped:
+			return
+		}
+	}
+}
+
+// ResultChan implements watch.Interface.
+func (o *overheard) ResultChan() <-chan watch.Event { return o.events }
+
+// Stop implements watch.Interface.
+func (o *overheard) Stop() {
+	o.stop.Do(func() { close(o.stopped) })
+	o.Interface.Stop()
 }
 
 // List and Watch are what reflectors called before contexts; they are not called.
