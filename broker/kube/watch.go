@@ -38,8 +38,10 @@ const (
 
 // watched is one metadata-only watch of a resource, and what is kept of its objects.
 //
-// It is a reflector of client-go with a store of our own in the place of a shared informer. An informer keeps
-// the type that it receives, and each list in up to three queues besides; see docs/performance.md.
+// It is a reflector of client-go with a store of our own in the place of a shared informer, which keeps the type
+// that it receives and puts every list into queues besides. With 100,000 pods an informer took the broker to
+// 1.2 GB at the peak of a list that comes in one piece, and to 0.55 GB of one that is streamed; this takes it to
+// 0.21 GB of either (broker_rss_100k_pods_bytes of the benchmark).
 type watched struct {
 	resource string
 	client   metadata.Getter
