@@ -44,11 +44,10 @@ func (b *broadcast) send() {
 	}
 }
 
-// until waits for condition to hold, at most for patience and no longer than ctx, and reports
-// whether it does.
-func (b *broadcast) until(ctx context.Context, patience time.Duration, condition func() bool) bool {
+// until waits for condition to hold, at most for patience and no longer than ctx.
+func (b *broadcast) until(ctx context.Context, patience time.Duration, condition func() bool) {
 	if condition() {
-		return true
+		return
 	}
 	b.mu.Lock()
 	b.waiters++
@@ -65,12 +64,12 @@ func (b *broadcast) until(ctx context.Context, patience time.Duration, condition
 		next := b.next
 		b.mu.Unlock()
 		if condition() {
-			return true
+			return
 		}
 		select {
 		case <-next:
 		case <-ctx.Done():
-			return condition()
+			return
 		}
 	}
 }

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -404,14 +405,12 @@ func (o *overheard) Stop() {
 	o.Interface.Stop()
 }
 
-// List and Watch are what reflectors called before contexts; they are not called.
+// List and Watch are what reflectors called before there were contexts. None does where the two above are.
 
-func (s source) List(o metav1.ListOptions) (runtime.Object, error) {
-	return s.ListWithContext(context.TODO(), o)
-}
-func (s source) Watch(o metav1.ListOptions) (watch.Interface, error) {
-	return s.WatchWithContext(context.TODO(), o)
-}
+func (source) List(metav1.ListOptions) (runtime.Object, error)   { return nil, errNoContext }
+func (source) Watch(metav1.ListOptions) (watch.Interface, error) { return nil, errNoContext }
+
+var errNoContext = errors.New("a watch was asked for without a context")
 
 // sink is what the reflector writes to. It calls from one goroutine.
 type sink struct{ w *watched }

@@ -73,8 +73,8 @@ func (w *world) put(kind, resource, namespace, name, uid string, annotations map
 	w.changed = make(chan struct{})
 }
 
-func (w *world) pod(namespace, name, uid, role string) {
-	w.put("ADDED", "pods", namespace, name, uid, map[string]string{policy.DefaultPrefix + "/role": role, "other": uid})
+func (w *world) pod(name, uid, role string) {
+	w.put("ADDED", "pods", "shop", name, uid, map[string]string{policy.DefaultPrefix + "/role": role, "other": uid})
 }
 
 func (w *world) namespace(name string) {
@@ -251,7 +251,7 @@ func TestEverythingIsListed(t *testing.T) {
 		w.namespace("shop")
 		const pods = 1203
 		for i := range pods {
-			w.pod("shop", fmt.Sprint("p-", i), fmt.Sprint("u-", i), fmt.Sprint("role-", i%2))
+			w.pod(fmt.Sprint("p-", i), fmt.Sprint("u-", i), fmt.Sprint("role-", i%2))
 		}
 		d := watchWorld(t, w)
 		synctest.Wait()
@@ -281,8 +281,8 @@ func TestEverythingIsListed(t *testing.T) {
 func TestChangesAreTold(t *testing.T) {
 	both(t, func(t *testing.T, w *world) {
 		w.namespace("shop")
-		w.pod("shop", "stays", "u-1", "a")
-		w.pod("shop", "goes", "u-2", "a")
+		w.pod("stays", "u-1", "a")
+		w.pod("goes", "u-2", "a")
 		d := watchWorld(t, w)
 		var mu sync.Mutex
 		var told []string
@@ -302,11 +302,11 @@ func TestChangesAreTold(t *testing.T) {
 			told = nil
 		}
 		want("at first", "shop/goes", "shop/stays")
-		w.pod("shop", "comes", "u-3", "a")
+		w.pod("comes", "u-3", "a")
 		want("a new pod", "shop/comes")
-		w.pod("shop", "comes", "u-3", "b")
+		w.pod("comes", "u-3", "b")
 		want("a changed annotation", "shop/comes")
-		w.pod("shop", "comes", "u-4", "b")
+		w.pod("comes", "u-4", "b")
 		want("a recreated pod", "shop/comes")
 		w.put("DELETED", "pods", "shop", "goes", "u-2", nil)
 		want("a deleted pod", "shop/goes")
@@ -415,7 +415,7 @@ func TestUnknownPodsAreAwaited(t *testing.T) {
 		synctest.Wait()
 		go func() {
 			time.Sleep(time.Second)
-			w.pod("shop", "late", "u-1", "a")
+			w.pod("late", "u-1", "a")
 		}()
 		began := time.Now()
 		if _, _, err := d.Bind(t.Context(), podOf("shop", "late", "u-1")); err != nil || time.Since(began) != time.Second || w.reads.Load() != 0 {

@@ -247,7 +247,7 @@ func madePod(i int) *metav1.PartialObjectMetadata {
 	} {
 		m.ManagedFields = append(m.ManagedFields, metav1.ManagedFieldsEntry{
 			Manager: manager.name, Operation: metav1.ManagedFieldsOperationUpdate, APIVersion: "v1", Time: &at,
-			FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte(manager.fields)}, Subresource: manager.sub,
+			FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1(manager.fields), Subresource: manager.sub,
 		})
 	}
 	return m

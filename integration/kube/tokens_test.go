@@ -212,7 +212,7 @@ func TestDecisionTable(t *testing.T) {
 	again := pod(t, ns, "again", nil)
 	tokens["of a pod that was deleted and made again"] = podToken(t, again)
 	remove(t, again)
-	again = pod(t, ns, "again", nil)
+	pod(t, ns, "again", nil)
 	for name, row := range map[string]string{"doomed": "of a deleted service account", "reborn": "of a service account that was deleted and made again"} {
 		account(t, ns, name)
 		p := pod(t, ns, name, func(p *corev1.Pod) { p.Spec.ServiceAccountName = name })
