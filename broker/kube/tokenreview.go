@@ -161,6 +161,7 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
 	}
 	digest := sha256.Sum256([]byte(token.Reveal()))
+	// No later than its own expiry, which was judged above.
 	v.mu.Lock()
 	held, ok := v.passed[digest]
 	v.mu.Unlock()
@@ -176,7 +177,7 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 		}
 		pod, err := v.judge(status, claimed)
 		if err == nil {
-			v.keep(digest, passed{pod, earlier(time.Now().Add(reviewKept), c.Expiry.Time())})
+			v.keep(digest, passed{pod, time.Now().Add(reviewKept)})
 		}
 		return pod, err
 	})
@@ -256,13 +257,6 @@ func sole(values authenticationv1.ExtraValue) string {
 		return ""
 	}
 	return values[0]
-}
-
-func earlier(a, b time.Time) time.Time {
-	if b.Before(a) {
-		return b
-	}
-	return a
 }
 
 func (v *TokenReview) keep(digest [sha256.Size]byte, p passed) {
