@@ -280,15 +280,29 @@ func TestSigningKeyIsReplaced(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, block := range map[string]*pem.Block{privateFile: {Type: "PRIVATE KEY", Bytes: private}, publicFile: {Type: "PUBLIC KEY", Bytes: public}} {
-		if err := os.WriteFile(filepath.Join(control.Run().Dir(), name), pem.EncodeToMemory(block), 0o600); err != nil {
+	restart := func(ctx context.Context, files map[string][]byte) {
+		for name, content := range files {
+			if err := os.WriteFile(filepath.Join(control.Run().Dir(), name), content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		control.StopAPIServer()
+		if err := control.StartAPIServer(ctx); err != nil {
 			t.Fatal(err)
 		}
 	}
-	control.StopAPIServer()
-	if err := control.StartAPIServer(t.Context()); err != nil {
-		t.Fatal(err)
+	// The controller manager goes on with the key of before, and other tests with it.
+	before := make(map[string][]byte)
+	for _, name := range []string{privateFile, publicFile} {
+		if before[name], err = os.ReadFile(filepath.Join(control.Run().Dir(), name)); err != nil {
+			t.Fatal(err)
+		}
 	}
+	t.Cleanup(func() { restart(context.Background(), before) })
+	restart(t.Context(), map[string][]byte{
+		privateFile: pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}),
+		publicFile:  pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}),
+	})
 	replaced := identity.NewUnverifiedToken(podToken(t, p))
 	for by, v := range verifiers {
 		// Keys are asked for at most once in ten seconds, and a review that passed is kept as long.
