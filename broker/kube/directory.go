@@ -2,15 +2,14 @@ package kube
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
@@ -25,13 +24,12 @@ const lagPatience = 2 * time.Second
 // there are.
 type Directory struct {
 	keys            policy.Keys
-	log             *slog.Logger
-	pods            informed
-	serviceAccounts informed
+	pods            *watched
+	serviceAccounts *watched
 	namespaces      *Namespaces
 	core            corev1client.CoreV1Interface
 	changed         *broadcast
-	reads           liveReads
+	reads           *liveReads
 }
 
 // NewDirectory prepares the watches. It asks the API server for nothing until Run.
@@ -40,37 +38,35 @@ func NewDirectory(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Dir
 	if err != nil {
 		return nil, err
 	}
-	d := &Directory{keys: keys, log: log, core: core, changed: newBroadcast(), reads: newLiveReads()}
-	if d.namespaces, err = newNamespaces(client, core, keys, d.changed, d.reads); err != nil {
-		return nil, err
-	}
-	d.pods, err = newInformed(client, "pods", d.changed, byNamespace, func(o *metav1.ListOptions) {
+	d := &Directory{keys: keys, core: core, changed: newBroadcast(), reads: newLiveReads()}
+	d.namespaces = newNamespaces(client, core, keys, d.changed, d.reads)
+	d.pods = newWatched(client, "pods", d.changed)
+	d.pods.annotations = bears(keys)
+	d.pods.tweak = func(o *metav1.ListOptions) {
 		// Finished pods leave the watch: they need no credentials, and cost no memory.
 		o.LabelSelector = keys.Name(policy.Injected) + "=true"
 		o.FieldSelector = "status.phase!=Succeeded,status.phase!=Failed"
-	}, func(m *metav1.PartialObjectMetadata) { keepOnly(m, nil, bears(keys)) })
-	if err != nil {
-		return nil, err
 	}
-	d.serviceAccounts, err = newInformed(client, "serviceaccounts", d.changed, cache.Indexers{}, nil,
-		func(m *metav1.PartialObjectMetadata) { keepOnly(m, nil, nil) })
-	if err != nil {
-		return nil, err
-	}
+	d.serviceAccounts = newWatched(client, "serviceaccounts", d.changed)
 	return d, nil
 }
 
-// byNamespace finds the pods of a namespace that has changed without walking all pods.
-var byNamespace = cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc}
-
 // Run watches until ctx ends.
 func (d *Directory) Run(ctx context.Context) error {
-	run(ctx, d.pods, d.serviceAccounts, d.namespaces.informed)
+	run(ctx, d.pods, d.serviceAccounts, d.namespaces.watched)
 	return nil
 }
 
 // Synced reports whether everything has been listed once.
-func (d *Directory) Synced() bool { return synced(d.pods, d.serviceAccounts, d.namespaces.informed) }
+func (d *Directory) Synced() bool {
+	return d.pods.synced() && d.serviceAccounts.synced() && d.namespaces.Synced()
+}
+
+// Age is how old what the watches know may be: 0 while all of them are well, and otherwise how long ago the API
+// server was last heard by the one that has heard nothing for longest.
+func (d *Directory) Age() time.Duration {
+	return max(d.pods.age(), d.serviceAccounts.age(), d.namespaces.watched.age())
+}
 
 // Bind finds the live pod that a verified token is bound to, with its namespace. A pod or service
 // account that was deleted, or recreated under the same name, a pod that has finished or was not
@@ -78,12 +74,14 @@ func (d *Directory) Synced() bool { return synced(d.pods, d.serviceAccounts, d.n
 // the API server; credential.ErrUnavailable is returned only when that could not be asked.
 func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
 	accountIsLive := func() bool {
-		m := d.serviceAccounts.get(id.Namespace + "/" + id.ServiceAccount)
-		return m != nil && string(m.UID) == id.ServiceAccountUID
+		o := d.serviceAccounts.get(id.Namespace, id.ServiceAccount)
+		return o != nil && o.uid == id.ServiceAccountUID
 	}
-	podIsLive := func() bool {
-		m := d.pods.get(id.Namespace + "/" + id.Name)
-		return m != nil && string(m.UID) == id.UID
+	livePod := func() *object {
+		if o := d.pods.get(id.Namespace, id.Name); o != nil && o.uid == id.UID {
+			return o
+		}
+		return nil
 	}
 	// First, because pods of other namespaces can have tokens for our audience too, and must not make us
 	// wait and ask for them.
@@ -94,15 +92,15 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 	if err != nil {
 		return policy.Pod{}, policy.Namespace{}, err
 	}
-	d.changed.until(ctx, lagPatience, func() bool { return podIsLive() && accountIsLive() })
+	d.changed.until(ctx, lagPatience, func() bool { return livePod() != nil && accountIsLive() })
 	if !accountIsLive() {
 		if err := d.readServiceAccount(ctx, id); err != nil {
 			return policy.Pod{}, policy.Namespace{}, err
 		}
 	}
 	pod := policy.Pod{Namespace: id.Namespace, Name: id.Name, UID: id.UID, ServiceAccount: id.ServiceAccount}
-	if m := d.pods.get(id.Namespace + "/" + id.Name); m != nil && string(m.UID) == id.UID {
-		pod.Annotations = m.Annotations
+	if o := livePod(); o != nil {
+		pod.Annotations = o.annotations
 	} else {
 		annotations, err := d.readPod(ctx, id)
 		if err != nil {
@@ -115,10 +113,8 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 
 // readPod asks the API server for the pod's annotations.
 func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]string, error) {
-	var pod *corev1.Pod
-	found, err := d.reads.do(ctx, "pod "+id.String(), func(ctx context.Context) (err error) {
-		pod, err = d.core.Pods(id.Namespace).Get(ctx, id.Name, metav1.GetOptions{})
-		return err
+	pod, found, err := readLive(ctx, d.reads, id.Namespace, "pod "+id.String(), func(ctx context.Context) (*corev1.Pod, error) {
+		return d.core.Pods(id.Namespace).Get(ctx, id.Name, metav1.GetOptions{})
 	})
 	switch {
 	case err != nil:
@@ -138,18 +134,14 @@ func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]st
 // readServiceAccount asks the API server whether the pod's service account is still the one that
 // its token names.
 func (d *Directory) readServiceAccount(ctx context.Context, id identity.Pod) error {
-	var uid string
-	found, err := d.reads.do(ctx, "service account "+id.Namespace+"/"+id.ServiceAccount, func(ctx context.Context) error {
-		account, err := d.core.ServiceAccounts(id.Namespace).Get(ctx, id.ServiceAccount, metav1.GetOptions{})
-		if err == nil {
-			uid = string(account.UID)
-		}
-		return err
-	})
+	account, found, err := readLive(ctx, d.reads, id.Namespace, "service account "+id.Namespace+"/"+id.ServiceAccount,
+		func(ctx context.Context) (*corev1.ServiceAccount, error) {
+			return d.core.ServiceAccounts(id.Namespace).Get(ctx, id.ServiceAccount, metav1.GetOptions{})
+		})
 	if err != nil {
 		return err
 	}
-	if !found || uid != id.ServiceAccountUID {
+	if !found || string(account.UID) != id.ServiceAccountUID {
 		return credential.Errorf(credential.ErrNotFound, credential.ReasonServiceAccountGone,
 			"service account %s/%s was deleted or recreated since pod %s began: restart the pod", id.Namespace, id.ServiceAccount, id)
 	}
@@ -160,57 +152,31 @@ func (d *Directory) readServiceAccount(ctx context.Context, id identity.Pod) err
 // Its service account is the webhook's hint. ok is false when the pod is gone or has finished, or
 // its namespace is not known.
 func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok bool) {
-	m := d.pods.get(key)
-	if m == nil {
+	namespace, name, _ := strings.Cut(key, "/")
+	o := d.pods.get(namespace, name)
+	if o == nil {
 		return policy.Pod{}, policy.Namespace{}, false
 	}
-	ns, ok = d.namespaces.Known(m.Namespace)
+	ns, ok = d.namespaces.Known(o.namespace)
 	if !ok {
 		return policy.Pod{}, policy.Namespace{}, false
 	}
 	return policy.Pod{
-		Namespace: m.Namespace, Name: m.Name, UID: string(m.UID), Annotations: m.Annotations,
-		ServiceAccount: m.Annotations[d.keys.Name(policy.ServiceAccount)],
+		Namespace: o.namespace, Name: o.name, UID: o.uid, Annotations: o.annotations,
+		ServiceAccount: o.annotations[d.keys.Name(policy.ServiceAccount)],
 	}, ns, true
 }
 
 // Pods returns the keys of all injected pods that the watch knows.
-func (d *Directory) Pods() []string { return d.pods.informer.GetStore().ListKeys() }
+func (d *Directory) Pods() []string { return d.pods.allKeys() }
 
 // OnChange calls changed with the key NAMESPACE/NAME of each injected pod that appears, changes or
 // goes, and of each pod whose namespace changes; first, of each that there is. changed must not block.
-func (d *Directory) OnChange(changed func(key string)) error {
-	if _, err := d.pods.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(obj any) { changed(keyOf(obj)) },
-		UpdateFunc: func(_, obj any) { changed(keyOf(obj)) },
-		DeleteFunc: func(obj any) { changed(keyOf(obj)) },
-	}); err != nil {
-		return fmt.Errorf("watching pods: %w", err)
-	}
-	podsOf := func(obj any) {
-		keys, err := d.pods.informer.GetIndexer().IndexKeys(cache.NamespaceIndex, keyOf(obj))
-		if err != nil {
-			d.log.Error("Finding the pods of a namespace failed", "error", err) // There is that index: see byNamespace.
-		}
-		for _, key := range keys {
+func (d *Directory) OnChange(changed func(key string)) {
+	d.pods.onChange(func(o *object) { changed(o.key()) })
+	d.namespaces.watched.onChange(func(o *object) {
+		for _, key := range d.pods.keys(o.name) {
 			changed(key)
 		}
-	}
-	if _, err := d.namespaces.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    podsOf,
-		UpdateFunc: func(_, obj any) { podsOf(obj) },
-		DeleteFunc: podsOf,
-	}); err != nil {
-		return fmt.Errorf("watching namespaces: %w", err)
-	}
-	return nil
-}
-
-// keyOf is the key of an object or of the tombstone that stands for one whose deletion was missed.
-func keyOf(obj any) string {
-	key, err := cache.DeletionHandlingMetaNamespaceKeyFunc(obj)
-	if err != nil {
-		return "" // Not an object: no pod has that key.
-	}
-	return key
+	})
 }

@@ -10,62 +10,21 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/time/rate"
-	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/metadata"
-	"k8s.io/client-go/metadata/metadatainformer"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 )
-
-// informed is one metadata-only informer whose objects have been cut down to what decisions need.
-type informed struct {
-	informer cache.SharedIndexInformer
-	changed  *broadcast
-}
-
-// newInformed makes an informer of the given resource, which keeps what strip leaves of each object.
-func newInformed(client metadata.Interface, resource string, changed *broadcast, indexers cache.Indexers, tweak func(*metav1.ListOptions), strip func(*metav1.PartialObjectMetadata)) (informed, error) {
-	gvr := corev1.SchemeGroupVersion.WithResource(resource)
-	informer := metadatainformer.NewFilteredMetadataInformer(client, gvr, metav1.NamespaceAll, 0, indexers, tweak).Informer()
-	err := informer.SetTransform(func(obj any) (any, error) {
-		// Anything else is a tombstone of an object that was stripped before.
-		if m, ok := obj.(*metav1.PartialObjectMetadata); ok {
-			strip(m)
-		}
-		return obj, nil
-	})
-	if err != nil {
-		return informed{}, fmt.Errorf("preparing the informer of %s: %w", resource, err)
-	}
-	_, err = informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(any) { changed.send() },
-		UpdateFunc: func(_, _ any) { changed.send() },
-	})
-	if err != nil {
-		return informed{}, fmt.Errorf("watching %s: %w", resource, err)
-	}
-	return informed{informer: informer, changed: changed}, nil
-}
-
-// get returns the object of that key, nil when there is none.
-func (i informed) get(key string) *metav1.PartialObjectMetadata {
-	obj, ok, err := i.informer.GetStore().GetByKey(key)
-	if err != nil || !ok {
-		return nil
-	}
-	return obj.(*metav1.PartialObjectMetadata)
-}
 
 // broadcast wakes everybody who waits for the watched state to change.
 type broadcast struct {
@@ -85,11 +44,10 @@ func (b *broadcast) send() {
 	}
 }
 
-// until waits for condition to hold, at most for patience and no longer than ctx, and reports
-// whether it does.
-func (b *broadcast) until(ctx context.Context, patience time.Duration, condition func() bool) bool {
+// until waits for condition to hold, at most for patience and no longer than ctx.
+func (b *broadcast) until(ctx context.Context, patience time.Duration, condition func() bool) {
 	if condition() {
-		return true
+		return
 	}
 	b.mu.Lock()
 	b.waiters++
@@ -106,93 +64,105 @@ func (b *broadcast) until(ctx context.Context, patience time.Duration, condition
 		next := b.next
 		b.mu.Unlock()
 		if condition() {
-			return true
+			return
 		}
 		select {
 		case <-next:
 		case <-ctx.Done():
-			return condition()
+			return
 		}
 	}
 }
 
-// Reads that go past the informers to the API server, for what they do not know yet. They are rare,
-// and a flood of callers with tokens of dead pods must not become a flood on the API server.
+// Reads that go past the watches to the API server, for what they do not know yet. They are rare, and a flood
+// of callers with tokens of dead pods must not become a flood on the API server, nor one namespace's flood
+// leave nothing for all others.
 const (
-	liveReadsPerSecond = 20
-	liveReadBurst      = 100
-	liveReadTimeout    = 5 * time.Second
+	liveReadsPerSecond  = 20
+	liveReadBurst       = 100
+	shareReadsPerSecond = 5
+	shareReadBurst      = 25
+	// maxShares bounds how many namespaces' shares are remembered. Should it be reached, those that have not
+	// been touched lately are forgotten: theirs is whole again anyway.
+	maxShares = 1000
+	// liveReadTimeout bounds a read. An API server that answers takes milliseconds.
+	liveReadTimeout = 5 * time.Second
 )
 
 // liveReads bounds them.
-type liveReads struct{ limiter *rate.Limiter }
+type liveReads struct {
+	all     *rate.Limiter
+	flights singleflight.Group // so that all who wait for the same thing cost one read
 
-func newLiveReads() liveReads {
-	return liveReads{limiter: rate.NewLimiter(liveReadsPerSecond, liveReadBurst)}
+	mu     sync.Mutex
+	shares map[string]*rate.Limiter // :: namespace → its share; guarded by mu
 }
 
-// do runs read, whose "not found" gives ok == false, and any other failure credential.ErrUnavailable.
-func (l liveReads) do(ctx context.Context, what string, read func(context.Context) error) (ok bool, err error) {
-	if !l.limiter.Allow() {
-		return false, &credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
-			Message: "too many pods are unknown at once; ask again",
+func newLiveReads() *liveReads {
+	return &liveReads{all: rate.NewLimiter(liveReadsPerSecond, liveReadBurst), shares: make(map[string]*rate.Limiter)}
+}
+
+// allow takes one read from the namespace's share, and from what there is for all.
+func (l *liveReads) allow(namespace string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	share := l.shares[namespace]
+	if share == nil {
+		if len(l.shares) >= maxShares {
+			maps.DeleteFunc(l.shares, func(_ string, s *rate.Limiter) bool { return s.Tokens() >= shareReadBurst })
 		}
+		if len(l.shares) >= maxShares {
+			return false // A thousand namespaces ask for what there is not: that is a flood of its own.
+		}
+		share = rate.NewLimiter(shareReadsPerSecond, shareReadBurst)
+		l.shares[namespace] = share
 	}
-	ctx, cancel := context.WithTimeout(ctx, liveReadTimeout)
-	defer cancel()
-	err = read(ctx)
-	switch {
-	case err == nil:
-		return true, nil
-	case apierrors.IsNotFound(err):
-		return false, nil
+	return share.Allow() && l.all.Allow()
+}
+
+// readLive reads one object of a namespace, once for all who ask at that time. found is false when it does not
+// exist; any other failure is credential.ErrUnavailable.
+func readLive[T any](ctx context.Context, l *liveReads, namespace, what string, read func(context.Context) (T, error)) (value T, found bool, err error) {
+	answer := l.flights.DoChan(what, func() (any, error) {
+		if !l.allow(namespace) {
+			return nil, errTooManyReads
+		}
+		// Not on a caller's context: one who leaves must not make it fail for the others.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), liveReadTimeout)
+		defer cancel()
+		return read(ctx)
+	})
+	select {
+	case r := <-answer:
+		switch {
+		case r.Err == nil:
+			return r.Val.(T), true, nil
+		case apierrors.IsNotFound(r.Err):
+			return value, false, nil
+		}
+		err = r.Err
+	case <-ctx.Done():
+		err = ctx.Err()
 	}
-	return false, &credential.Error{
+	message := "the Kubernetes API server cannot be asked; ask again"
+	if errors.Is(err, errTooManyReads) {
+		message = "too many pods are unknown at once; ask again"
+	}
+	return value, false, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
-		Message: "the Kubernetes API server cannot be asked; ask again",
-		Cause:   fmt.Errorf("reading %s: %w", what, err),
+		Message: message, Cause: fmt.Errorf("reading %s: %w", what, err),
 	}
 }
 
-// run runs informers until ctx ends.
-func run(ctx context.Context, informers ...informed) {
+var errTooManyReads = errors.New("the bound of reads past the watches is reached")
+
+// run runs watches until ctx ends.
+func run(ctx context.Context, all ...*watched) {
 	var running sync.WaitGroup
-	for _, i := range informers {
-		running.Go(func() { i.informer.RunWithContext(ctx) })
+	for _, w := range all {
+		running.Go(func() { w.run(ctx) })
 	}
 	running.Wait()
-}
-
-// synced reports whether each informer has had its first list.
-func synced(informers ...informed) bool {
-	for _, i := range informers {
-		if !i.informer.HasSynced() {
-			return false
-		}
-	}
-	return true
-}
-
-// keepOnly drops what decisions do not need. Most of an object's memory is its managed fields.
-func keepOnly(m *metav1.PartialObjectMetadata, labels, annotations func(string) bool) {
-	m.ManagedFields, m.OwnerReferences, m.Finalizers = nil, nil, nil
-	m.GenerateName = ""
-	m.Labels = filter(m.Labels, labels)
-	m.Annotations = filter(m.Annotations, annotations)
-}
-
-func filter(all map[string]string, keep func(string) bool) map[string]string {
-	var kept map[string]string
-	for k, v := range all {
-		if keep != nil && keep(k) {
-			if kept == nil {
-				kept = make(map[string]string)
-			}
-			kept[k] = v
-		}
-	}
-	return kept
 }
 
 // clients checks what both kinds of watch need, and makes the clients they use.

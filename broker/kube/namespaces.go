@@ -6,11 +6,11 @@ import (
 	"sync"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
@@ -18,10 +18,11 @@ import (
 
 // Namespaces knows the labels and annotations of every namespace that bear our prefix.
 type Namespaces struct {
-	informed
-	keys  policy.Keys
-	core  corev1client.CoreV1Interface
-	reads liveReads
+	watched *watched
+	keys    policy.Keys
+	core    corev1client.CoreV1Interface
+	changed *broadcast
+	reads   *liveReads
 
 	mu    sync.Mutex
 	asked map[string]time.Time // :: name → when the API server last said that it is not opted in; guarded by mu
@@ -41,31 +42,31 @@ func NewNamespaces(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Na
 	if err != nil {
 		return nil, err
 	}
-	return newNamespaces(client, core, keys, newBroadcast(), newLiveReads())
+	return newNamespaces(client, core, keys, newBroadcast(), newLiveReads()), nil
 }
 
-func newNamespaces(client metadata.Interface, core corev1client.CoreV1Interface, keys policy.Keys, changed *broadcast, reads liveReads) (*Namespaces, error) {
-	i, err := newInformed(client, "namespaces", changed, cache.Indexers{}, nil, func(m *metav1.PartialObjectMetadata) { keepOnly(m, bears(keys), bears(keys)) })
-	if err != nil {
-		return nil, err
-	}
-	return &Namespaces{informed: i, keys: keys, core: core, reads: reads}, nil
+func newNamespaces(client metadata.Interface, core corev1client.CoreV1Interface, keys policy.Keys, changed *broadcast, reads *liveReads) *Namespaces {
+	w := newWatched(client, "namespaces", changed)
+	w.labels, w.annotations = bears(keys), bears(keys)
+	return &Namespaces{watched: w, keys: keys, core: core, changed: changed, reads: reads}
 }
 
 // Run watches until ctx ends.
 func (n *Namespaces) Run(ctx context.Context) error {
-	run(ctx, n.informed)
+	run(ctx, n.watched)
 	return nil
 }
 
 // Synced reports whether all namespaces have been listed once.
-func (n *Namespaces) Synced() bool { return synced(n.informed) }
+func (n *Namespaces) Synced() bool { return n.watched.synced() }
 
 // Namespace returns what is known of the namespace. One that is not known to be opted in is read
 // from the API server itself first: namespaces are labelled a moment before their first pod. It
 // returns credential.ErrNotFound for a namespace that does not exist, and credential.ErrUnavailable
 // when the API server could not be asked.
 func (n *Namespaces) Namespace(ctx context.Context, name string) (policy.Namespace, error) {
+	// While they are still being listed the list will say; to read each of them beside it would only delay it.
+	n.changed.until(ctx, lagPatience, func() bool { return n.watched.synced() || n.watched.get("", name) != nil })
 	ns, known := n.Known(name)
 	if known && (n.keys.OptedIn(ns.Labels) || n.askedLately(name)) {
 		return ns, nil
@@ -95,22 +96,17 @@ func (n *Namespaces) remember(name string) {
 
 // Known returns what the watch knows of the namespace, without asking anybody.
 func (n *Namespaces) Known(name string) (policy.Namespace, bool) {
-	m := n.get(name)
-	if m == nil {
+	o := n.watched.get("", name)
+	if o == nil {
 		return policy.Namespace{}, false
 	}
-	return namespace(m.ObjectMeta), true
+	return policy.Namespace{Name: o.name, Labels: o.labels, Annotations: o.annotations}, true
 }
 
 // ask asks the API server.
 func (n *Namespaces) ask(ctx context.Context, name string) (policy.Namespace, error) {
-	var meta metav1.ObjectMeta
-	found, err := n.reads.do(ctx, "namespace "+name, func(ctx context.Context) error {
-		ns, err := n.core.Namespaces().Get(ctx, name, metav1.GetOptions{})
-		if err == nil {
-			meta = ns.ObjectMeta
-		}
-		return err
+	ns, found, err := readLive(ctx, n.reads, name, "namespace "+name, func(ctx context.Context) (*corev1.Namespace, error) {
+		return n.core.Namespaces().Get(ctx, name, metav1.GetOptions{})
 	})
 	if err != nil {
 		return policy.Namespace{}, err
@@ -118,9 +114,5 @@ func (n *Namespaces) ask(ctx context.Context, name string) (policy.Namespace, er
 	if !found {
 		return policy.Namespace{}, credential.Errorf(credential.ErrNotFound, credential.ReasonNamespaceNotFound, "namespace %q does not exist", name)
 	}
-	return namespace(meta), nil
-}
-
-func namespace(meta metav1.ObjectMeta) policy.Namespace {
-	return policy.Namespace{Name: meta.Name, Labels: meta.Labels, Annotations: meta.Annotations}
+	return policy.Namespace{Name: ns.Name, Labels: ns.Labels, Annotations: ns.Annotations}, nil
 }

@@ -55,6 +55,7 @@ type JWKSConfig struct {
 type JWKS struct {
 	cfg    JWKSConfig
 	client rest.Interface
+	made   time.Time
 
 	mu      sync.Mutex                   // guards what follows
 	keys    map[string][]jose.JSONWebKey // :: key id → keys of that id
@@ -78,7 +79,18 @@ func NewJWKS(cfg JWKSConfig) (*JWKS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a client for the key set: %w", err)
 	}
-	return &JWKS{cfg: cfg, client: core.RESTClient(), issuers: cfg.Issuers}, nil
+	return &JWKS{cfg: cfg, client: core.RESTClient(), issuers: cfg.Issuers, made: time.Now()}, nil
+}
+
+// Age is how long ago the keys were fetched: at most ten minutes while all is well. Where none were yet, it is
+// how long the verifier has been there.
+func (v *JWKS) Age() time.Duration {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.fetched.IsZero() {
+		return time.Since(v.made)
+	}
+	return time.Since(v.fetched)
 }
 
 // Ready reports whether keys are held.
@@ -126,16 +138,9 @@ type nameUID struct {
 
 // Verify implements identity.Verifier.
 func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
-	raw := token.Reveal()
-	switch {
-	case raw == "":
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenMissing, nil, "the call carries no service-account token")
-	case len(raw) > identity.MaxTokenBytes:
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is longer than %d bytes", identity.MaxTokenBytes)
-	}
-	signed, err := jwt.ParseSigned(raw, algorithms)
+	signed, err := parse(token)
 	if err != nil {
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, err, "the token is not a signed service-account token")
+		return identity.Pod{}, err
 	}
 	// ParseSigned takes the compact form only, which has exactly one header.
 	keys, err := v.keysOf(ctx, signed.Headers[0].KeyID)
@@ -146,19 +151,37 @@ func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (iden
 	if !slices.ContainsFunc(keys, func(k jose.JSONWebKey) bool { c = claims{}; return signed.Claims(k, &c) == nil }) {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is not signed by this cluster's API server, or its claims cannot be read")
 	}
-	return v.check(c, time.Now())
-}
-
-// check judges the claims of a token whose signature holds.
-func (v *JWKS) check(c claims, now time.Time) (identity.Pod, error) {
 	v.mu.Lock()
 	issuers := v.issuers
 	v.mu.Unlock()
+	if !slices.Contains(issuers, c.Issuer) {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
+	}
+	return c.pod(v.cfg.Audience, time.Now())
+}
+
+// parse reads the form of a token, and nothing that it says.
+func parse(token identity.UnverifiedToken) (*jwt.JSONWebToken, error) {
+	raw := token.Reveal()
 	switch {
-	case !slices.Contains(issuers, c.Issuer):
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", c.Issuer)
-	case !slices.Contains(c.Audience, v.cfg.Audience):
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil, "the token is made for %q, not for %q", []string(c.Audience), v.cfg.Audience)
+	case raw == "":
+		return nil, unauthenticated(credential.ReasonTokenMissing, nil, "the call carries no service-account token")
+	case len(raw) > identity.MaxTokenBytes:
+		return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is longer than %d bytes", identity.MaxTokenBytes)
+	}
+	signed, err := jwt.ParseSigned(raw, algorithms)
+	if err != nil {
+		return nil, unauthenticated(credential.ReasonTokenInvalid, err, "the token is not a signed service-account token")
+	}
+	return signed, nil
+}
+
+// pod judges the claims, but for the issuer, and returns the pod that they name. It proves nothing of a token
+// whose signature was not verified.
+func (c claims) pod(audience string, now time.Time) (identity.Pod, error) {
+	switch {
+	case !slices.Contains(c.Audience, audience):
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil, "the token is made for %q, not for %q", clipped(strings.Join(c.Audience, ", ")), audience)
 	case c.Expiry == nil:
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token never expires; use a bound token")
 	case !now.Before(c.Expiry.Time()):
@@ -171,13 +194,16 @@ func (v *JWKS) check(c claims, now time.Time) (identity.Pod, error) {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenNotPodBound, nil, "the token is not bound to a pod; use the one that kubelet projects")
 	}
 	if want := strings.Join([]string{"system:serviceaccount", k.Namespace, k.ServiceAccount.Name}, ":"); c.Subject != want {
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token's subject %q is not %q", c.Subject, want)
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token's subject %q is not %q", clipped(c.Subject), clipped(want))
 	}
 	return identity.Pod{
 		Namespace: k.Namespace, Name: k.Pod.Name, UID: k.Pod.UID,
 		ServiceAccount: k.ServiceAccount.Name, ServiceAccountUID: k.ServiceAccount.UID,
 	}, nil
 }
+
+// clipped is as much of a claim as a message may have: it is the caller's own text, and goes into logs.
+func clipped(claim string) string { return clip(claim, 200) }
 
 // unauthenticated makes a refusal. Messages may quote claims, which are no secret, and never the
 // token.

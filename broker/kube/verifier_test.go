@@ -6,14 +6,15 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -35,9 +36,8 @@ const (
 // apiServer publishes keys as an API server does, over connections that stay inside a synctest
 // bubble.
 type apiServer struct {
-	listener pipes
-	away     atomic.Bool
-	fetches  atomic.Int64 // of the key set
+	away    atomic.Bool
+	fetches atomic.Int64 // of the key set
 
 	mu   sync.Mutex
 	keys []jose.JSONWebKey // guarded by mu
@@ -62,7 +62,7 @@ func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "api-server"} }
 
 func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 	t.Helper()
-	s := &apiServer{listener: pipes{make(chan net.Conn), make(chan struct{})}}
+	s := new(apiServer)
 	s.publish(keys...)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
@@ -74,21 +74,33 @@ func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 		defer s.mu.Unlock()
 		_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: s.keys})
 	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
-	go func() { _ = server.Serve(s.listener) }()
-	t.Cleanup(func() { close(s.listener.done); _ = server.Close() })
-	return s, &rest.Config{Host: "http://api-server", Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		if s.away.Load() {
-			return nil, errors.New("connection refused")
+	return s, serve(t, mux, &s.away)
+}
+
+// serve serves handler over connections in memory until the test ends, and none while away holds.
+func serve(t *testing.T, handler http.Handler, away *atomic.Bool) *rest.Config {
+	t.Helper()
+	listener := pipes{make(chan net.Conn), make(chan struct{})}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { close(listener.done); _ = server.Close() })
+	return &rest.Config{Host: "http://api-server", Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		if away != nil && away.Load() {
+			return nil, &net.OpError{Op: "dial", Net: "pipe", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 		}
 		ours, theirs := net.Pipe()
 		select {
-		case s.listener.conns <- theirs:
+		case listener.conns <- theirs:
 			return ours, nil
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
 	}, QPS: -1}
+}
+
+func withCancel(t *testing.T) (context.Context, context.CancelFunc) {
+	t.Helper()
+	return context.WithCancel(t.Context())
 }
 
 func (s *apiServer) publish(keys ...signer) {
@@ -106,7 +118,7 @@ type signer struct {
 	key *ecdsa.PrivateKey
 }
 
-func newSigner(t *testing.T, id string) signer {
+func newSigner(t testing.TB, id string) signer {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -116,7 +128,7 @@ func newSigner(t *testing.T, id string) signer {
 }
 
 // token signs a pod's token, after change has had its way with the claims.
-func (s signer) token(t *testing.T, change func(claims map[string]any)) identity.UnverifiedToken {
+func (s signer) token(t testing.TB, change func(claims map[string]any)) identity.UnverifiedToken {
 	t.Helper()
 	claims := map[string]any{
 		"iss": issuer, "aud": []string{audience}, "sub": "system:serviceaccount:shop:cart",
@@ -140,7 +152,7 @@ func (s signer) token(t *testing.T, change func(claims map[string]any)) identity
 	return identity.NewUnverifiedToken(text)
 }
 
-func newVerifier(t *testing.T, config *rest.Config, issuers ...string) *kube.JWKS {
+func newVerifier(t testing.TB, config *rest.Config, issuers ...string) *kube.JWKS {
 	t.Helper()
 	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
@@ -149,7 +161,7 @@ func newVerifier(t *testing.T, config *rest.Config, issuers ...string) *kube.JWK
 	return v
 }
 
-func wantReason(t *testing.T, v *kube.JWKS, token identity.UnverifiedToken, want credential.Reason) {
+func wantReason(t *testing.T, v identity.Verifier, token identity.UnverifiedToken, want credential.Reason) {
 	t.Helper()
 	id, err := v.Verify(t.Context(), token)
 	if got := credential.ReasonOf(err); got != want {
@@ -225,8 +237,13 @@ func TestKeysAreFollowed(t *testing.T) {
 		defer cancel()
 		go func() { _ = v.Run(ctx) }()
 		synctest.Wait()
-		if !v.Ready() {
-			t.Fatal("the keys were not fetched at the start")
+		if !v.Ready() || v.Age() != 0 {
+			t.Fatalf("the keys were not fetched at the start: ready is %t, the age %s", v.Ready(), v.Age())
+		}
+		for range 60 {
+			if time.Sleep(10 * time.Second); v.Age() > 10*time.Minute {
+				t.Fatalf("the keys are %s old", v.Age())
+			}
 		}
 		wantReason(t, v, old.token(t, nil), "")
 
@@ -244,6 +261,9 @@ func TestKeysAreFollowed(t *testing.T) {
 		server.away.Store(true)
 		time.Sleep(3 * time.Hour)
 		wantReason(t, v, replacement.token(t, nil), "")
+		if age := v.Age(); age < 3*time.Hour-10*time.Minute {
+			t.Errorf("after three hours without the API server the keys are said to be %s old", age)
+		}
 		// What is not known could be a new key: not the token's fault.
 		wantReason(t, v, newSigner(t, "newest").token(t, nil), credential.ReasonAPIServerAway)
 	})

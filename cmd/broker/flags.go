@@ -22,6 +22,7 @@ type options struct {
 	keys                        policy.Keys
 	audience                    string
 	issuers                     []string            // nil: the API server's own
+	tokenReview                 bool                // ask the API server about each token
 	base                        credential.RoleBase // zero: the broker's own account
 	cluster                     string
 	region, stsEndpoint         string
@@ -54,7 +55,7 @@ Usage: credence-broker [flags]`
 // flags defines the flags; what it returns parses their values.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	var o options
-	var prefix, issuers, base, firstHop, audit string
+	var prefix, issuers, base, firstHop, audit, verification string
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz, /readyz and /metrics on")
 	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on, to whoever reaches it: keep it on loopback; empty serves them nowhere")
@@ -66,6 +67,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key")
 	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must be made for")
 	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty asks the API server for its own")
+	f.StringVar(&verification, "token-verification", "jwks", "jwks verifies tokens by the API server's published keys; tokenreview asks it about each (`mode`)")
 	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty asks STS for the broker's own account")
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
@@ -109,6 +111,10 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		if o.maxGrants < 0 {
 			return options{}, fmt.Errorf("--max-grants-per-namespace=%d: must not be negative", o.maxGrants)
 		}
+		if verification != "jwks" && verification != "tokenreview" {
+			return options{}, fmt.Errorf("--token-verification=%s: must be jwks or tokenreview", verification)
+		}
+		o.tokenReview = verification == "tokenreview"
 		if o.trustPropagation < 0 {
 			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)
 		}

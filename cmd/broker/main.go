@@ -49,7 +49,7 @@ func run(ctx context.Context, o options) error {
 	work, stopWork := context.WithCancel(work)
 	serving, stopServing := context.WithCancel(ctx)
 	defer context.AfterFunc(work, stopServing)()
-	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.sessions.Run, p.decisions.Run} {
+	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.events.Run, p.sessions.Run, p.decisions.Run} {
 		group.Go(func() error { return run(work) })
 	}
 	if p.traces != nil {

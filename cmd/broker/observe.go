@@ -27,6 +27,12 @@ func (p *parts) sources() admin.Sources {
 		Certificate:     p.pair.NotAfter,
 		BaseCredentials: p.sts.BaseExpiration,
 		ClockSkew:       p.sts.ClockSkew,
+		InformerAge:     p.directory.Age,
+		SigningKeysAge:  p.verifier.Age,
+		Events: func() admin.EventStats {
+			stats := p.events.Stats()
+			return admin.EventStats{Queued: stats.Queued, Written: stats.Written, Suppressed: stats.Suppressed, Dropped: stats.Dropped}
+		},
 	}
 	if p.traces != nil {
 		s.Spans = func() admin.SpanStats {

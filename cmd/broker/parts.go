@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"time"
 
 	// AWS's certificates have public roots, and an image of one program has no file of them. These are used only
 	// where the system has none; see cmd/broker/roots_test.go.
@@ -21,6 +22,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
@@ -36,12 +38,29 @@ type parts struct {
 	pair      *certs.KeyPair
 	trust     *trust.Trust // nil: nothing is published
 	directory *kube.Directory
-	verifier  *kube.JWKS
+	verifier  verifier
+	events    *kube.Events
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
 	decisions *audit.Log
 	metrics   *admin.Metrics
 	traces    *tracing.Tracing // nil: nothing is traced
+}
+
+// verifier is either of the two that kube has.
+type verifier interface {
+	identity.Verifier
+	Run(ctx context.Context) error
+	Ready() bool
+	Age() time.Duration
+}
+
+// newVerifier makes the one that was asked for.
+func newVerifier(o options, rest *rest.Config, log *slog.Logger) (verifier, error) {
+	if o.tokenReview {
+		return kube.NewTokenReview(kube.TokenReviewConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: log})
+	}
+	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: log})
 }
 
 // build makes the parts that need nothing from AWS.
@@ -70,7 +89,14 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.directory, err = kube.NewDirectory(rest, o.keys, p.log); err != nil {
 		return parts{}, err
 	}
-	if p.verifier, err = kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: p.log}); err != nil {
+	if p.verifier, err = newVerifier(o, rest, p.log); err != nil {
+		return parts{}, err
+	}
+	name, err := os.Hostname() // in a pod, the pod's
+	if err != nil {
+		return parts{}, fmt.Errorf("finding out the name of this broker: %w", err)
+	}
+	if p.events, err = kube.NewEvents(rest, name, p.log); err != nil {
 		return parts{}, err
 	}
 	if p.sts, err = assume.New(ctx, assume.Config{
@@ -173,12 +199,10 @@ func (p parts) decide(o options, base credential.RoleBase) (d deciding, err erro
 	if err := p.metrics.Watch(deciders); err != nil {
 		return deciding{}, err
 	}
-	if err := p.directory.OnChange(func(key string) { d.prefetch.Changed(key) }); err != nil {
-		return deciding{}, err
-	}
+	p.directory.OnChange(func(key string) { d.prefetch.Changed(key) })
 	d.broker, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
-		Region: p.sts.Region(), Logger: p.log, Observe: p.metrics.Answer, Decided: p.decided(),
+		Region: p.sts.Region(), Logger: p.log, Notify: p.events.Refused, Observe: p.metrics.Answer, Decided: p.decided(),
 	})
 	return d, err
 }

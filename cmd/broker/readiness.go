@@ -28,7 +28,9 @@ func (p parts) readiness(serving context.Context, prefetched *atomic.Pointer[bro
 		{Name: "informers", Err: func() error {
 			return unless(p.directory.Synced(), "not all pods, namespaces and service accounts are listed yet")
 		}},
-		{Name: "signing keys", Err: func() error { return unless(p.verifier.Ready(), "not fetched yet") }},
+		{Name: "token verification", Err: func() error {
+			return unless(p.verifier.Ready(), "the API server has neither published keys nor reviewed a token yet")
+		}},
 		{Name: "sessions", Err: (&warmth{known: known, pending: func() int { return prefetched.Load().Pending() }, settled: p.sessions.Settled}).check},
 	}
 }

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/credence-iam/credence/integration/bench/report"
@@ -204,17 +202,5 @@ func memory(ctx context.Context, b *bench) ([]report.Run, error) {
 	return runs, nil
 }
 
-// rssAnon reads a process's resident anonymous memory, in bytes: proc_pid_status(5).
-func rssAnon(pid int) (float64, error) {
-	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
-	if err != nil {
-		return 0, fmt.Errorf("reading a process's memory: %w", err)
-	}
-	_, after, _ := bytes.Cut(status, []byte("\nRssAnon:"))
-	line, _, _ := bytes.Cut(after, []byte("\n"))
-	kb, err := strconv.Atoi(string(bytes.TrimSpace(bytes.TrimSuffix(bytes.TrimSpace(line), []byte("kB")))))
-	if err != nil {
-		return 0, fmt.Errorf("reading RssAnon of process %d: %w", pid, err)
-	}
-	return float64(kb) * 1024, nil
-}
+// rssAnon reads a process's resident anonymous memory, in bytes.
+func rssAnon(pid int) (float64, error) { return statusLine(pid, "RssAnon") }

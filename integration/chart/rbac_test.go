@@ -3,6 +3,9 @@
 package chart_test
 
 import (
+	"maps"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -19,8 +22,10 @@ func TestRights(t *testing.T) {
 		"credence-broker": {
 			// The informers, and the reads that go past them: broker/kube.
 			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: read},
-			// The keys that tokens are verified by: broker/kube.
+			// The keys that tokens are verified by: broker/kube. See reviews below.
 			{NonResourceURLs: []string{"/openid/v1/jwks", "/.well-known/openid-configuration"}, Verbs: []string{"get"}},
+			// What tells users of a refusal: broker/kube.
+			{APIGroups: []string{"events.k8s.io"}, Resources: []string{"events"}, Verbs: []string{"create"}},
 			// The roots, published by server-side apply: certs/trust.
 			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"credence-trust"}, Verbs: []string{"list", "watch", "create", "patch"}},
 			// The owner of what is published: certs/trust.
@@ -43,6 +48,12 @@ func TestRights(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			all := objects(t, name)
+			wantCluster := maps.Clone(wantCluster)
+			if strings.Contains(strings.Join(deployment(t, all, "broker").Spec.Template.Spec.Containers[0].Args, " "), "--token-verification=tokenreview") {
+				// Tokens are reviewed, and no keys are read: broker/kube.
+				wantCluster["credence-broker"] = slices.Clone(wantCluster["credence-broker"])
+				wantCluster["credence-broker"][1] = rbacv1.PolicyRule{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}}
+			}
 			cluster, namespace := map[string][]rbacv1.PolicyRule{}, map[string][]rbacv1.PolicyRule{}
 			for _, role := range chart.Of[*rbacv1.ClusterRole](all) {
 				if role.AggregationRule != nil || hasAggregationLabel(role.Labels) {

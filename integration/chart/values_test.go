@@ -64,6 +64,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"broker.replicas=0", "/broker/replicas", "minimum"},
 		{"webhook.replicas=0", "/webhook/replicas", "minimum"},
 		{"broker.audit=none", "/broker/audit", "value must be one of 'best-effort', 'required'"},
+		{"broker.tokenVerification=none", "/broker/tokenVerification", "value must be one of 'jwks', 'tokenreview'"},
 		{"broker.podLabels.app\\.kubernetes\\.io/component=x", "/broker/podLabels/app.kubernetes.io~1component", "false schema"},
 		{"broker.env[0].name=POD_NAMESPACE", "/broker/env/0/name", "'not' failed"},
 		{"broker.volumes[0].name=tls", "/broker/volumes/0/name", "'not' failed"},

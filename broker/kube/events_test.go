@@ -1,0 +1,177 @@
+package kube_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
+	eventsv1 "k8s.io/api/events/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// eventWorld is an API server that takes Events.
+type eventWorld struct {
+	world
+
+	mu    sync.Mutex
+	taken []eventsv1.Event // guarded by mu
+}
+
+func (w *eventWorld) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	if w.away.Load() {
+		panic(http.ErrAbortHandler)
+	}
+	var e eventsv1.Event
+	if err := json.NewDecoder(r.Body).Decode(&e); err != nil || r.Method != http.MethodPost ||
+		r.URL.Path != "/apis/events.k8s.io/v1/namespaces/"+e.Namespace+"/events" {
+		rw.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.taken = append(w.taken, e)
+	rw.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(rw).Encode(e)
+}
+
+func (w *eventWorld) events() []eventsv1.Event {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.taken
+}
+
+func startEvents(t *testing.T) (*kube.Events, *eventWorld) {
+	t.Helper()
+	w := new(eventWorld)
+	config := serve(t, w, &w.away)
+	config.ContentType = "application/json"
+	e, err := kube.NewEvents(config, "broker-1", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := withCancel(t)
+	t.Cleanup(stop)
+	go func() { _ = e.Run(ctx) }()
+	return e, w
+}
+
+func refusedPod(namespace string, i int) policy.Pod {
+	return policy.Pod{Namespace: namespace, Name: fmt.Sprint("p-", i), UID: fmt.Sprint(namespace, "-u-", i)}
+}
+
+var notPermitted = credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "role x is not permitted")
+
+func TestWhichRefusalsBecomeEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		pod := refusedPod("shop", 1)
+		for _, err := range []*credential.Error{
+			notPermitted,
+			credential.Errorf(credential.ErrInvalid, credential.ReasonRoleInvalid, "%s", strings.Repeat("é", 2000)),
+			notPermitted,
+			nil,
+			credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSThrottled, "later"),
+			credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "who?"),
+			credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "gone"),
+		} {
+			e.Refused(pod, err)
+		}
+		e.Refused(policy.Pod{Namespace: "shop", Name: "p"}, notPermitted) // nobody's UID
+		synctest.Wait()
+		got := w.events()
+		if len(got) != 2 || !strings.HasPrefix(got[0].Note, "ROLE_NOT_PERMITTED: role x") || !strings.HasPrefix(got[1].Note, "ROLE_INVALID: é") {
+			t.Fatalf("%d Events were written, want the two refusals: %v", len(got), got)
+		}
+		if n := len(got[1].Note); n > 1024 || n < 1000 || !utf8.ValidString(got[1].Note) {
+			t.Errorf("a long message became one of %d bytes, valid: %t", n, utf8.ValidString(got[1].Note))
+		}
+		if diff := cmp.Diff(kube.EventStats{Written: 2, Suppressed: 1}, e.Stats()); diff != "" {
+			t.Errorf("the counts (- want, + got):\n%s", diff)
+		}
+		// After an hour the Event may have gone from the API server.
+		time.Sleep(time.Hour)
+		e.Refused(pod, notPermitted)
+		synctest.Wait()
+		if n := len(w.events()); n != 3 {
+			t.Errorf("an hour later there are %d Events", n)
+		}
+		if regarding := w.events()[2].Regarding; string(regarding.UID) != pod.UID || regarding.Kind != "Pod" || regarding.Name != pod.Name {
+			t.Errorf("it regards %+v", regarding)
+		}
+	})
+}
+
+func TestOneNamespaceDoesNotTakeAllEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		for i := range 1000 {
+			e.Refused(refusedPod("shop", i), notPermitted)
+		}
+		e.Refused(refusedPod("bank", 1), notPermitted)
+		time.Sleep(time.Second)
+		of := make(map[string]int)
+		for _, event := range w.events() {
+			of[event.Namespace]++
+		}
+		if of["shop"] != 20 || of["bank"] != 1 {
+			t.Errorf("the Events of each namespace: %v", of)
+		}
+		if got := e.Stats(); got.Dropped != 980 || got.Written != 21 {
+			t.Errorf("the counts are %+v", got)
+		}
+	})
+}
+
+func TestEventsAreRateLimitedOverall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		for i := range 900 {
+			e.Refused(refusedPod(fmt.Sprint("ns-", i), 1), notPermitted)
+		}
+		time.Sleep(10*time.Second + 10*time.Millisecond)
+		if n := len(w.events()); n < 90 || n > 101 {
+			t.Errorf("in ten seconds %d Events were written, want 50 and five a second", n)
+		}
+		time.Sleep(5 * time.Minute)
+		got := e.Stats()
+		if got.Written+got.Dropped != 900 || got.Dropped < 300 {
+			t.Errorf("the counts are %+v: the queue has 500", got)
+		}
+	})
+}
+
+func TestEventsAreNotMissedAfterAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		w.away.Store(true)
+		e.Refused(refusedPod("shop", 1), notPermitted)
+		time.Sleep(time.Minute)
+		if got := e.Stats(); got.Dropped != 1 {
+			t.Fatalf("without the API server the counts are %+v", got)
+		}
+		w.away.Store(false)
+		e.Refused(refusedPod("shop", 1), notPermitted)
+		synctest.Wait()
+		if got := e.Stats(); got.Written != 1 || got.Suppressed != 0 {
+			t.Errorf("after it the counts are %+v", got)
+		}
+	})
+}
+
+func TestNewEventsWantsItsName(t *testing.T) {
+	if _, err := kube.NewEvents(&rest.Config{}, "", slog.New(slog.DiscardHandler)); err == nil {
+		t.Error("it began without the name of the broker")
+	}
+}

@@ -1,0 +1,276 @@
+package kube
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	authenticationv1client "k8s.io/client-go/kubernetes/typed/authentication/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+)
+
+const (
+	// reviewsAtOnce bounds the reviews under way. An API server answers one in milliseconds, so these are
+	// thousands a second, and a storm of sidecars waits here and not there.
+	reviewsAtOnce = 32
+	// reviewTimeout bounds one. An authenticating webhook, which the API server may have to ask, is given 30 s
+	// by default; sidecars do not wait that long.
+	reviewTimeout = 10 * time.Second
+	// reviewKept is how long a token that passed is not asked for again, which is what API servers do themselves.
+	// That its pod or service account is gone is seen sooner, by the watches.
+	reviewKept = 10 * time.Second
+	// maxReviewsKept bounds how many are kept, at some 400 bytes each. It is more calls than a broker answers in
+	// that time; should it be reached, what comes on top is asked each time.
+	maxReviewsKept = 20_000
+)
+
+// Extra fields of a user that is a pod's service account, as an API server names them.
+const (
+	extraPodName = "authentication.kubernetes.io/pod-name"
+	extraPodUID  = "authentication.kubernetes.io/pod-uid"
+)
+
+// TokenReviewConfig configures [NewTokenReview].
+type TokenReviewConfig struct {
+	// REST reaches the API server, which must let us create TokenReviews. Required.
+	REST *rest.Config
+	// Audience is the audience that tokens must be made for. Required.
+	Audience string
+	// Issuers are the accepted issuers, of those that the API server accepts. Default: all of them.
+	Issuers []string
+	// Logger. Required.
+	Logger *slog.Logger
+}
+
+// TokenReview verifies tokens by asking the API server about each. It implements identity.Verifier.
+//
+// What a token itself says against itself is refused without asking: a form that is none, another audience, a
+// time that has passed, no pod. Everything else is the API server's word, the audience once more included.
+type TokenReview struct {
+	cfg     TokenReviewConfig
+	client  authenticationv1client.TokenReviewInterface
+	slots   chan struct{}
+	flights singleflight.Group
+
+	mu      sync.Mutex
+	passed  map[[sha256.Size]byte]passed // :: digest of a token → what it proved; guarded by mu
+	ready   bool                         // the API server has reviewed for us; guarded by mu
+	heard   time.Time                    // when it last did; guarded by mu
+	failing bool                         // it did not the last time; guarded by mu
+}
+
+type passed struct {
+	pod   identity.Pod
+	until time.Time
+}
+
+var _ identity.Verifier = (*TokenReview)(nil)
+
+// NewTokenReview checks cfg. It asks for nothing until Run, or until the first token comes.
+func NewTokenReview(cfg TokenReviewConfig) (*TokenReview, error) {
+	if cfg.REST == nil || cfg.Logger == nil {
+		return nil, errors.New("a REST configuration and a Logger are required")
+	}
+	if cfg.Audience == "" {
+		return nil, errors.New("no audience: tokens made for any other service would be accepted; set --audience")
+	}
+	config := rest.CopyConfig(cfg.REST)
+	config.QPS = -1 // reviewsAtOnce bounds them; client-go's own limit of 5 a second would make pods wait.
+	client, err := authenticationv1client.NewForConfig(config)
+	if err != nil {
+		return nil, fmt.Errorf("making a client for token reviews: %w", err)
+	}
+	return &TokenReview{
+		cfg: cfg, client: client.TokenReviews(), slots: make(chan struct{}, reviewsAtOnce),
+		passed: make(map[[sha256.Size]byte]passed), heard: time.Now(),
+	}, nil
+}
+
+// Ready reports whether the API server has let us review a token.
+func (v *TokenReview) Ready() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.ready
+}
+
+// Age is how long ago the API server last reviewed a token for us, if it did not the last time, and else 0.
+func (v *TokenReview) Age() time.Duration {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if !v.failing {
+		return 0
+	}
+	return time.Since(v.heard)
+}
+
+// probe is reviewed to see whether reviews can be made. It is no token.
+const probe = "credence-asks-whether-it-may-review-tokens"
+
+// Run makes sure that reviews can be made, and forgets tokens whose time is over, until ctx ends.
+func (v *TokenReview) Run(ctx context.Context) error {
+	ticker := time.NewTicker(reviewKept)
+	defer ticker.Stop()
+	for {
+		v.mu.Lock()
+		ask := !v.ready || v.failing
+		now := time.Now()
+		maps.DeleteFunc(v.passed, func(_ [sha256.Size]byte, p passed) bool { return !now.Before(p.until) })
+		v.mu.Unlock()
+		if ask {
+			if _, err := v.review(ctx, probe); err != nil && ctx.Err() == nil {
+				v.cfg.Logger.WarnContext(ctx, "Reviewing tokens does not work; may this service account create tokenreviews?", "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// Verify implements identity.Verifier.
+func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
+	signed, err := parse(token)
+	if err != nil {
+		return identity.Pod{}, err
+	}
+	var c claims
+	if err := signed.UnsafeClaimsWithoutVerification(&c); err != nil {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, err, "the token's claims cannot be read")
+	}
+	now := time.Now()
+	claimed, err := c.pod(v.cfg.Audience, now)
+	if err != nil {
+		return identity.Pod{}, err
+	}
+	if len(v.cfg.Issuers) > 0 && !slices.Contains(v.cfg.Issuers, c.Issuer) {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
+	}
+	digest := sha256.Sum256([]byte(token.Reveal()))
+	// No later than its own expiry, which was judged above.
+	v.mu.Lock()
+	held, ok := v.passed[digest]
+	v.mu.Unlock()
+	if ok && now.Before(held.until) {
+		return held.pod, nil
+	}
+	// The digest, so that no token is a key of anything that somebody prints one day.
+	answer := v.flights.DoChan(string(digest[:]), func() (any, error) {
+		// Not on a caller's context: one who leaves must not make it fail for the others.
+		status, err := v.review(context.WithoutCancel(ctx), token.Reveal())
+		if err != nil {
+			return identity.Pod{}, err
+		}
+		pod, err := v.judge(status, claimed)
+		if err == nil {
+			v.keep(digest, passed{pod, time.Now().Add(reviewKept)})
+		}
+		return pod, err
+	})
+	select {
+	case r := <-answer:
+		return r.Val.(identity.Pod), r.Err
+	case <-ctx.Done():
+		return identity.Pod{}, notReviewed(ctx.Err())
+	}
+}
+
+// review asks the API server about a token. Its error is of kind credential.ErrUnavailable.
+func (v *TokenReview) review(ctx context.Context, token string) (authenticationv1.TokenReviewStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
+	defer cancel()
+	select {
+	case v.slots <- struct{}{}:
+		defer func() { <-v.slots }()
+	case <-ctx.Done():
+		return authenticationv1.TokenReviewStatus{}, notReviewed(errors.New("too many reviews are under way"))
+	}
+	review, err := v.client.Create(ctx, &authenticationv1.TokenReview{
+		Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{v.cfg.Audience}},
+	}, metav1.CreateOptions{})
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.failing = err != nil; err != nil {
+		return authenticationv1.TokenReviewStatus{}, notReviewed(err)
+	}
+	v.ready, v.heard = true, time.Now()
+	return review.Status, nil
+}
+
+// judge reads the API server's answer about a token that claims to be of that pod.
+func (v *TokenReview) judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod) (identity.Pod, error) {
+	switch {
+	case !status.Authenticated && undecided(status.Error):
+		return identity.Pod{}, notReviewed(fmt.Errorf("the API server could not decide: %s", clipped(status.Error)))
+	case !status.Authenticated:
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, errors.New(clipped(status.Error)),
+			"the API server does not accept the token: it was altered, is signed with a key that is not trusted any more, or its pod or service account is gone")
+	case !slices.Contains(status.Audiences, v.cfg.Audience):
+		// An authenticator that knows nothing of audiences leaves them out, and so has checked none.
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil,
+			"the API server does not say that the token is made for %q", v.cfg.Audience)
+	}
+	pod := identity.Pod{ServiceAccountUID: status.User.UID, Name: sole(status.User.Extra[extraPodName]), UID: sole(status.User.Extra[extraPodUID])}
+	account, ok := strings.CutPrefix(status.User.Username, "system:serviceaccount:")
+	if ok {
+		pod.Namespace, pod.ServiceAccount, ok = strings.Cut(account, ":")
+	}
+	if !ok || slices.Contains([]string{pod.Namespace, pod.ServiceAccount, pod.ServiceAccountUID, pod.Name, pod.UID}, "") {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenNotPodBound, nil, "the token is not bound to a pod; use the one that kubelet projects")
+	}
+	if pod != claimed {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token says that it is of pod %s, and the API server says otherwise", claimed)
+	}
+	return pod, nil
+}
+
+// refusals are how API servers word what is wrong with a service-account token, as far as the token's own text
+// does not say it (pkg/serviceaccount and the token authenticators, read at Kubernetes 1.30 to 1.37).
+var refusals = []string{
+	"invalid bearer token", "has expired", "is not valid yet", "has been invalidated", "invalid for the target audiences",
+	"error in cryptographic primitive", "signature is invalid", "does not match", "not found", "has been deleted", "is being deleted",
+}
+
+// undecided reports whether an API server that did not authenticate a token failed to find out, rather than found
+// against it. It has one field for both. A text that we do not know is taken for a failure: the caller is
+// refused either way, and asks again instead of giving up.
+func undecided(text string) bool {
+	return text != "" && !slices.ContainsFunc(refusals, func(r string) bool { return strings.Contains(text, r) })
+}
+
+func sole(values authenticationv1.ExtraValue) string {
+	if len(values) != 1 {
+		return ""
+	}
+	return values[0]
+}
+
+func (v *TokenReview) keep(digest [sha256.Size]byte, p passed) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.passed) < maxReviewsKept {
+		v.passed[digest] = p
+	}
+}
+
+// notReviewed says that the API server could not be asked about a token.
+func notReviewed(cause error) error {
+	return &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
+		Message: "the Kubernetes API server cannot be asked about the token; ask again", Cause: cause,
+	}
+}

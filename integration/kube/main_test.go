@@ -1,0 +1,222 @@
+//go:build unix
+
+// Package kube_test holds package broker/kube against a real API server: what it makes of every kind of token, of
+// pods and service accounts that come and go, and of an API server that goes away and returns.
+package kube_test
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/integration/cluster"
+)
+
+const (
+	audience = "credence-broker"
+	// secondIssuer is one that the API server accepts and does not issue for, as after a change of issuer.
+	secondIssuer = "https://second.example"
+	injectedKey  = policy.DefaultPrefix + "/injected"
+	injectKey    = policy.DefaultPrefix + "/inject"
+	roleKey      = policy.DefaultPrefix + "/role"
+)
+
+// What all tests share.
+var (
+	control *cluster.Cluster
+	client  kubernetes.Interface
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if missing := cluster.Missing(0); testing.Short() && len(missing) > 0 {
+		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
+		return
+	}
+	config := cluster.Config{Progress: os.Stderr, APIServerFlags: []string{"--service-account-issuer=" + secondIssuer}}
+	var failed error
+	os.Exit(cluster.RunTests(context.Background(), config, func(c *cluster.Cluster) {
+		control = c
+		config := c.Config()
+		config.WarningHandler = rest.NoWarnings{}
+		client, failed = kubernetes.NewForConfig(config)
+	}, func() int {
+		if failed != nil {
+			fmt.Fprintln(os.Stderr, "setting up:", failed)
+			return 1
+		}
+		return m.Run()
+	}))
+}
+
+func keys(t *testing.T) policy.Keys {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
+
+// logger writes to the test's log for as long as the test runs.
+func logger(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
+
+// background runs a part until the test ends.
+func background(t *testing.T, run func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// startDirectory runs a directory that reaches the API server by config, and returns when it has listed.
+func startDirectory(t *testing.T, config *rest.Config) *kube.Directory {
+	t.Helper()
+	d, err := kube.NewDirectory(config, keys(t), logger(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	background(t, d.Run)
+	eventually(t, "the directory has listed everything", d.Synced)
+	return d
+}
+
+// eventually waits for what comes by a watch, a moment later.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !condition(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("it never came about that %s", what)
+		}
+	}
+}
+
+// namespace makes an opted-in namespace, named after the test.
+func namespace(t *testing.T) string {
+	t.Helper()
+	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name[:min(len(name), 63)], Labels: map[string]string{injectKey: "enabled"}}}
+	if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	account(t, ns.Name, "app")
+	return ns.Name
+}
+
+func account(t *testing.T, ns, name string) *corev1.ServiceAccount {
+	t.Helper()
+	made, err := client.CoreV1().ServiceAccounts(ns).Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+// pod makes an injected pod; change may alter it first.
+func pod(t *testing.T, ns, name string, change func(*corev1.Pod)) *corev1.Pod {
+	t.Helper()
+	p := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{injectedKey: "true"}, Annotations: map[string]string{roleKey: "cart", "example.com/other": "x"}},
+		Spec: corev1.PodSpec{
+			ServiceAccountName: "app", AutomountServiceAccountToken: new(false),
+			Containers: []corev1.Container{{Name: "app", Image: "app:1"}},
+		},
+	}
+	if change != nil {
+		change(p)
+	}
+	made, err := client.CoreV1().Pods(ns).Create(t.Context(), p, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+// remove deletes a pod at once.
+func remove(t *testing.T, p *corev1.Pod) {
+	t.Helper()
+	if err := client.CoreV1().Pods(p.Namespace).Delete(t.Context(), p.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func podRef(p *corev1.Pod) *authenticationv1.BoundObjectReference {
+	return &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: p.Name, UID: p.UID}
+}
+
+// token has the API server make a token of a service account; bound may be nil.
+func token(t *testing.T, ns, account string, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
+	t.Helper()
+	answer, err := client.CoreV1().ServiceAccounts(ns).CreateToken(t.Context(), account, &authenticationv1.TokenRequest{
+		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, BoundObjectRef: bound},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer.Status.Token
+}
+
+// podToken is the token that a kubelet would project into the pod.
+func podToken(t *testing.T, p *corev1.Pod) string {
+	t.Helper()
+	return token(t, p.Namespace, p.Spec.ServiceAccountName, podRef(p), audience)
+}
+
+func idOf(t *testing.T, p *corev1.Pod) identity.Pod {
+	t.Helper()
+	account, err := client.CoreV1().ServiceAccounts(p.Namespace).Get(t.Context(), p.Spec.ServiceAccountName, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return identity.Pod{
+		Namespace: p.Namespace, Name: p.Name, UID: string(p.UID),
+		ServiceAccount: account.Name, ServiceAccountUID: string(account.UID),
+	}
+}
+
+func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *kube.JWKS {
+	t.Helper()
+	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func newTokenReview(t *testing.T, config *rest.Config) *kube.TokenReview {
+	t.Helper()
+	v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, Logger: logger(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// outcome is how the table of docs/tokens.md puts it.
+func outcome(err error) string {
+	if err == nil {
+		return "accepted"
+	}
+	return string(credential.ReasonOf(err))
+}

@@ -1,0 +1,404 @@
+//go:build unix
+
+package kube_test
+
+import (
+	"crypto"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/integration/cluster"
+)
+
+// The names of the files are package cluster's.
+const (
+	privateFile = "service-account.key"
+	publicFile  = "service-account.pub"
+)
+
+// signingKey is the API server's own.
+func signingKey(t *testing.T) *rsa.PrivateKey {
+	t.Helper()
+	file, err := os.ReadFile(filepath.Join(control.Run().Dir(), privateFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(file)
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key.(*rsa.PrivateKey)
+}
+
+func encoded(v any) string {
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // maps of strings and numbers
+	}
+	return base64.RawURLEncoding.EncodeToString(text)
+}
+
+func decoded(t *testing.T, part string) map[string]any {
+	t.Helper()
+	text, err := base64.RawURLEncoding.DecodeString(part)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v map[string]any
+	if err := json.Unmarshal(text, &v); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func sign(t *testing.T, key *rsa.PrivateKey, signed string) string {
+	t.Helper()
+	sum := sha256.Sum256([]byte(signed))
+	signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA256, sum[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed + "." + base64.RawURLEncoding.EncodeToString(signature)
+}
+
+// forge changes header and claims of a token and signs it with that key. With the API server's own, the rest of
+// the world cannot tell it from one that the API server made.
+func forge(t *testing.T, key *rsa.PrivateKey, token string, change func(header, claims map[string]any)) string {
+	t.Helper()
+	parts := strings.Split(token, ".")
+	header, claims := decoded(t, parts[0]), decoded(t, parts[1])
+	change(header, claims)
+	return sign(t, key, encoded(header)+"."+encoded(claims))
+}
+
+// row is one kind of token: what each verifier says of it, and what the live pod behind it makes of an accepted
+// one ("" where none accepts it).
+type row struct{ jwks, tokenReview, bind string }
+
+const accepted = "accepted"
+
+// want is the decision table. docs/tokens.md shows it to whoever chooses between the two.
+var want = map[string]row{
+	"of a running pod":                                     {accepted, accepted, accepted},
+	"made again with the API server's key":                 {accepted, accepted, accepted},
+	"expired":                                              {"TOKEN_EXPIRED", "TOKEN_EXPIRED", ""},
+	"expired a moment ago":                                 {"TOKEN_EXPIRED", "TOKEN_EXPIRED", ""},
+	"without expiry":                                       {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"not valid for another hour":                           {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"for another audience":                                 {"TOKEN_AUDIENCE", "TOKEN_AUDIENCE", ""},
+	"for the API server":                                   {"TOKEN_AUDIENCE", "TOKEN_AUDIENCE", ""},
+	"without audience":                                     {"TOKEN_AUDIENCE", "TOKEN_AUDIENCE", ""},
+	"of another issuer":                                    {"TOKEN_ISSUER", "TOKEN_INVALID", ""},
+	"of the API server's second issuer":                    {"TOKEN_ISSUER", accepted, accepted},
+	"of the second issuer, with both in `--issuer`":        {accepted, accepted, accepted},
+	"with another signature":                               {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"with another payload":                                 {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"with another header":                                  {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"unsigned (`alg: none`)":                               {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"signed with the public key (`HS256`)":                 {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"signed with a stranger's key":                         {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"signed with a stranger's key under a new id":          {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"bound to a Secret":                                    {"TOKEN_NOT_POD_BOUND", "TOKEN_NOT_POD_BOUND", ""},
+	"bound to a node":                                      {"TOKEN_NOT_POD_BOUND", "TOKEN_NOT_POD_BOUND", ""},
+	"bound to nothing":                                     {"TOKEN_NOT_POD_BOUND", "TOKEN_NOT_POD_BOUND", ""},
+	"from a Secret (without expiry or audience)":           {"TOKEN_ISSUER", "TOKEN_AUDIENCE", ""},
+	"longer than 16 KiB":                                   {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"that is none":                                         {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"of a pod that was not injected":                       {accepted, accepted, "POD_NOT_INJECTED"},
+	"of a pod that has finished":                           {accepted, accepted, "POD_FINISHED"},
+	"of a pod that terminates":                             {accepted, accepted, accepted},
+	"of a pod that should have ended over a minute ago":    {accepted, "TOKEN_INVALID", accepted},
+	"of a deleted pod":                                     {accepted, "TOKEN_INVALID", "POD_NOT_FOUND"},
+	"of a pod that was deleted and made again":             {accepted, "TOKEN_INVALID", "POD_NOT_FOUND"},
+	"of a deleted service account":                         {accepted, "TOKEN_INVALID", "SERVICE_ACCOUNT_GONE"},
+	"of a service account that was deleted and made again": {accepted, "TOKEN_INVALID", "SERVICE_ACCOUNT_GONE"},
+	"of a pod in a namespace that is not opted in":         {accepted, accepted, "NAMESPACE_NOT_OPTED_IN"},
+}
+
+func TestDecisionTable(t *testing.T) {
+	t.Parallel()
+	ns, key := namespace(t), signingKey(t)
+	d := startDirectory(t, control.Config())
+	live := pod(t, ns, "live", nil)
+	good := podToken(t, live)
+	parts := strings.Split(good, ".")
+	none := func(_, _ map[string]any) {}
+	claim := func(name string, value any) string {
+		return forge(t, key, good, func(_, c map[string]any) {
+			if c[name] = value; value == nil {
+				delete(c, name)
+			}
+		})
+	}
+	stranger, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens := map[string]string{
+		"of a running pod":                              good,
+		"made again with the API server's key":          forge(t, key, good, none),
+		"expired":                                       claim("exp", time.Now().Add(-time.Hour).Unix()),
+		"expired a moment ago":                          claim("exp", time.Now().Unix()),
+		"without expiry":                                claim("exp", nil),
+		"not valid for another hour":                    claim("nbf", time.Now().Add(time.Hour).Unix()),
+		"for another audience":                          token(t, ns, "app", podRef(live), "somebody-else"),
+		"for the API server":                            token(t, ns, "app", podRef(live)),
+		"without audience":                              claim("aud", nil),
+		"of another issuer":                             claim("iss", "https://elsewhere.example"),
+		"of the API server's second issuer":             claim("iss", secondIssuer),
+		"of the second issuer, with both in `--issuer`": claim("iss", secondIssuer),
+		"with another signature":                        strings.Join([]string{parts[0], parts[1], strings.Split(forge(t, stranger, good, none), ".")[2]}, "."),
+		"with another payload":                          strings.Join([]string{parts[0], strings.Split(claim("jti", "x"), ".")[1], parts[2]}, "."),
+		"with another header":                           encoded(map[string]any{"alg": "RS256", "kid": decoded(t, parts[0])["kid"], "typ": "JWT"}) + "." + parts[1] + "." + parts[2],
+		"unsigned (`alg: none`)":                        encoded(map[string]any{"alg": "none", "typ": "JWT"}) + "." + parts[1] + ".",
+		"signed with the public key (`HS256`)":          hmacWithPublicKey(t, parts),
+		"signed with a stranger's key":                  forge(t, stranger, good, none),
+		"signed with a stranger's key under a new id":   forge(t, stranger, good, func(h, _ map[string]any) { h["kid"] = "stranger" }),
+		"bound to nothing":                              token(t, ns, "app", nil, audience),
+		"longer than 16 KiB":                            claim("padding", strings.Repeat("x", identity.MaxTokenBytes)),
+		"that is none":                                  "not-a-token",
+	}
+
+	secret, err := client.CoreV1().Secrets(ns).Create(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "bound"}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens["bound to a Secret"] = token(t, ns, "app", &authenticationv1.BoundObjectReference{Kind: "Secret", APIVersion: "v1", Name: secret.Name, UID: secret.UID}, audience)
+	node, err := client.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "decision-table"}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens["bound to a node"] = token(t, ns, "app", &authenticationv1.BoundObjectReference{Kind: "Node", APIVersion: "v1", Name: node.Name, UID: node.UID}, audience)
+	tokens["from a Secret (without expiry or audience)"] = legacyToken(t, ns)
+
+	tokens["of a pod that was not injected"] = podToken(t, pod(t, ns, "plain", func(p *corev1.Pod) { p.Labels = nil }))
+	finished := pod(t, ns, "finished", nil)
+	tokens["of a pod that has finished"] = podToken(t, finished)
+	finish(t, finished)
+	// What is on a node exists until its kubelet says that it has ended, and this node has none.
+	placed := func(p *corev1.Pod) { p.Spec.NodeName = node.Name }
+	stuck := pod(t, ns, "stuck", placed)
+	tokens["of a pod that should have ended over a minute ago"] = podToken(t, stuck)
+	terminate(t, stuck, 1)
+	ending := pod(t, ns, "ending", placed)
+	tokens["of a pod that terminates"] = podToken(t, ending)
+	gone := pod(t, ns, "gone", nil)
+	tokens["of a deleted pod"] = podToken(t, gone)
+	remove(t, gone)
+	again := pod(t, ns, "again", nil)
+	tokens["of a pod that was deleted and made again"] = podToken(t, again)
+	remove(t, again)
+	pod(t, ns, "again", nil)
+	for name, row := range map[string]string{"doomed": "of a deleted service account", "reborn": "of a service account that was deleted and made again"} {
+		account(t, ns, name)
+		p := pod(t, ns, name, func(p *corev1.Pod) { p.Spec.ServiceAccountName = name })
+		tokens[row] = podToken(t, p)
+		if err := client.CoreV1().ServiceAccounts(ns).Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	account(t, ns, "reborn")
+	other := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "not-opted-in"}}
+	if _, err := client.CoreV1().Namespaces().Create(t.Context(), other, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	account(t, other.Name, "app")
+	tokens["of a pod in a namespace that is not opted in"] = podToken(t, pod(t, other.Name, "app", nil))
+
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(want)), slices.Sorted(maps.Keys(tokens))); diff != "" {
+		t.Fatalf("the rows of the table, and those that are tried (- want, + tried):\n%s", diff)
+	}
+	// Kubernetes lets a token go on for 60 s after its pod should have ended.
+	time.Sleep(time.Until(deletion(t, stuck).Add(61 * time.Second)))
+	terminate(t, ending, 300)
+
+	got := make(map[string]row)
+	review := newTokenReview(t, control.Config())
+	for name, text := range tokens {
+		// A verifier of its own, because one asks for unknown keys but once in ten seconds.
+		jwks := newJWKS(t, control.Config())
+		if strings.Contains(name, "--issuer") {
+			jwks = newJWKS(t, control.Config(), cluster.Issuer, secondIssuer)
+		}
+		var r row
+		var ids []identity.Pod
+		for v, into := range map[identity.Verifier]*string{jwks: &r.jwks, review: &r.tokenReview} {
+			id, err := v.Verify(t.Context(), identity.NewUnverifiedToken(text))
+			if *into = outcome(err); err == nil {
+				ids = append(ids, id)
+			} else if id != (identity.Pod{}) || strings.Contains(err.Error(), text) {
+				t.Errorf("a token %s is refused with %v beside it, and with %q", name, id, err)
+			}
+		}
+		for _, id := range ids {
+			if id != ids[0] {
+				t.Errorf("a token %s is of %+v or of %+v, by who verifies it", name, ids[0], id)
+			}
+		}
+		if len(ids) > 0 {
+			_, _, err := d.Bind(t.Context(), ids[0])
+			r.bind = outcome(err)
+		}
+		got[name] = r
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(row{})); diff != "" {
+		t.Errorf("the decision table (- want, + got):\n%s", diff)
+	}
+}
+
+// TestDecisionTableIsDocumented holds docs/tokens.md to the table above.
+func TestDecisionTableIsDocumented(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("../../docs/tokens.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(map[string]row)
+	for line := range strings.Lines(string(page)) {
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), " | ")
+		if len(cells) != 5 || !strings.HasPrefix(line, "| ") || strings.HasPrefix(line, "| a token") {
+			continue
+		}
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		bare := func(cell string) string { return strings.Trim(strings.TrimPrefix(cell, "–"), "`") }
+		r := row{bare(cells[1]), bare(cells[2]), bare(cells[3])}
+		got[cells[0]] = r
+		if differs := r.jwks != r.tokenReview; differs != (cells[4] != "") {
+			t.Errorf("a token %s: the two modes differ: %t, and the page says why: %q", cells[0], differs, cells[4])
+		}
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(row{})); diff != "" {
+		t.Errorf("the table of docs/tokens.md (- code, + page):\n%s", diff)
+	}
+}
+
+func deletion(t *testing.T, p *corev1.Pod) time.Time {
+	t.Helper()
+	p, err := client.CoreV1().Pods(p.Namespace).Get(t.Context(), p.Name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.DeletionTimestamp.Time
+}
+
+// terminate begins a pod's end, and gives it so many seconds.
+func terminate(t *testing.T, p *corev1.Pod, grace int64) {
+	t.Helper()
+	if err := client.CoreV1().Pods(p.Namespace).Delete(t.Context(), p.Name, metav1.DeleteOptions{GracePeriodSeconds: &grace}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// finish ends a pod as a kubelet does.
+func finish(t *testing.T, p *corev1.Pod) {
+	t.Helper()
+	if _, err := client.CoreV1().Pods(p.Namespace).Patch(t.Context(), p.Name, types.MergePatchType,
+		[]byte(`{"status":{"phase":"Succeeded"}}`), metav1.PatchOptions{}, "status"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func hmacWithPublicKey(t *testing.T, parts []string) string {
+	t.Helper()
+	public, err := os.ReadFile(filepath.Join(control.Run().Dir(), publicFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := encoded(map[string]any{"alg": "HS256", "kid": decoded(t, parts[0])["kid"]}) + "." + parts[1]
+	mac := hmac.New(sha256.New, public)
+	mac.Write([]byte(signed))
+	return signed + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// legacyToken is one that lies in a Secret for ever.
+func legacyToken(t *testing.T, ns string) string {
+	t.Helper()
+	secret := &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: "legacy", Annotations: map[string]string{corev1.ServiceAccountNameKey: "app"}},
+		Type:       corev1.SecretTypeServiceAccountToken,
+	}
+	if _, err := client.CoreV1().Secrets(ns).Create(t.Context(), secret, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var text string
+	eventually(t, "the controller manager has written a token into the Secret", func() bool {
+		secret, err := client.CoreV1().Secrets(ns).Get(t.Context(), "legacy", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = string(secret.Data[corev1.ServiceAccountTokenKey])
+		return text != ""
+	})
+	return text
+}
+
+// counting counts the requests for the key set.
+type counting struct {
+	next http.RoundTripper
+	n    *atomic.Int64
+}
+
+func (c counting) RoundTrip(r *http.Request) (*http.Response, error) {
+	if strings.HasSuffix(r.URL.Path, "/jwks") {
+		c.n.Add(1)
+	}
+	return c.next.RoundTrip(r)
+}
+
+func TestUnknownKeysCostOneRequest(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	good := podToken(t, pod(t, ns, "app", nil))
+	stranger, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var requests atomic.Int64
+	config := control.Config()
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return counting{next, &requests} })
+	v := newJWKS(t, config)
+	began := time.Now()
+	var flood sync.WaitGroup
+	for i := range 200 {
+		forged := forge(t, stranger, good, func(h, _ map[string]any) { h["kid"] = "unknown-" + string(rune('a'+i%26)) + string(rune('a'+i/26)) })
+		flood.Go(func() {
+			if id, err := v.Verify(t.Context(), identity.NewUnverifiedToken(forged)); err == nil {
+				t.Errorf("a forged token passed as %v", id)
+			}
+		})
+	}
+	flood.Wait()
+	// One in each ten seconds that it took.
+	if n, most := requests.Load(), 1+int64(time.Since(began)/(10*time.Second)); n == 0 || n > most {
+		t.Errorf("200 unknown key ids made %d requests for the key set, want 1 to %d", n, most)
+	}
+	if _, err := v.Verify(t.Context(), identity.NewUnverifiedToken(good)); err != nil {
+		t.Errorf("after that a good token is refused: %v", err)
+	}
+}
