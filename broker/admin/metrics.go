@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -129,7 +130,7 @@ func (m *Metrics) Answer(reason credential.Reason, took time.Duration) {
 
 // STSCall counts a call of STS that ended. outcome is "ok" or the text of a credential.Reason.
 func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
-	if action != stsActions[0] && action != stsActions[1] {
+	if !slices.Contains(stsActions, action) {
 		action = other
 	}
 	if _, known := m.refusals[credential.Reason(outcome)]; !known && outcome != outcomeOK {

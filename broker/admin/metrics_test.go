@@ -83,6 +83,7 @@ func TestEverySourceIsShown(t *testing.T) {
 	m.STSCall("AssumeRole", "ok", 70*time.Millisecond)
 	m.STSCall("AssumeRole", "STS_THROTTLED", 40*time.Millisecond)
 	m.STSCall("GetCallerIdentity", "ok", 40*time.Millisecond)
+	m.STSCall("OwnCredentials", "BROKER_CREDENTIALS", 40*time.Millisecond)
 	m.STSCall("SomethingElse", "what a stranger wrote", 40*time.Millisecond)
 	text := scrape(t, m)
 	for _, want := range []string{
@@ -101,7 +102,7 @@ func TestEverySourceIsShown(t *testing.T) {
 		`refusals_total{reason="ROLE_NOT_PERMITTED"} 1`, `refusals_total{reason="INTERNAL"} 1`, `refusals_total{reason="TOKEN_EXPIRED"} 0`,
 		`answer_duration_seconds_bucket{le="0.001"} 1`, `answer_duration_seconds_bucket{le="5"} 2`, `answer_duration_seconds_count 3`,
 		`sts_calls_total{action="AssumeRole",outcome="ok"} 1`, `sts_calls_total{action="AssumeRole",outcome="STS_THROTTLED"} 1`,
-		`sts_calls_total{action="other",outcome="INTERNAL"} 1`, `sts_calls_total{action="GetCallerIdentity",outcome="ok"} 1`,
+		`sts_calls_total{action="other",outcome="INTERNAL"} 1`, `sts_calls_total{action="GetCallerIdentity",outcome="ok"} 1`, `sts_calls_total{action="OwnCredentials",outcome="BROKER_CREDENTIALS"} 1`,
 		`sts_call_duration_seconds_bucket{action="AssumeRole",le="0.05"} 1`, `sts_call_duration_seconds_bucket{action="AssumeRole",le="0.1"} 2`,
 		`build_info{goversion="go`,
 	} {
