@@ -66,7 +66,7 @@ func everything() admin.Sources {
 		BaseCredentials: func() (time.Time, bool) { return at, true },
 		ClockSkew:       func() (time.Duration, bool) { return -1500 * time.Millisecond, true },
 		InformerAge:     func() time.Duration { return 14 * time.Second },
-		SigningKeysAge:  func() time.Duration { return 15 * time.Second },
+		VerificationAge:  func() time.Duration { return 15 * time.Second },
 		RulesFile:       func() (admin.RulesFile, bool) { return admin.RulesFile{Loaded: at, OK: true}, true },
 		Spans:           func() admin.SpanStats { return admin.SpanStats{Ended: 16, Exported: 17} },
 	}
@@ -95,7 +95,7 @@ func TestEverySourceIsShown(t *testing.T) {
 		`events_queued 9`, `events_total{outcome="written"} 10`, `events_total{outcome="dropped"} 11`, `events_total{outcome="suppressed"} 18`,
 		`pods_queued 12`, `sessions_refused 1`,
 		`certificate_expiry_timestamp_seconds 1.8000000005e+09`, `base_credentials_expiry_timestamp_seconds 1.8000000005e+09`,
-		`clock_skew_seconds -1.5`, `informer_age_seconds 14`, `signing_keys_age_seconds 15`,
+		`clock_skew_seconds -1.5`, `informer_age_seconds 14`, `token_verification_age_seconds 15`,
 		`rules_file_loaded_timestamp_seconds 1.8000000005e+09`, `rules_file_ok 1`,
 		`trace_spans_total{outcome="ended"} 16`, `trace_spans_total{outcome="exported"} 17`,
 		`answers_total{outcome="allowed"} 1`, `answers_total{outcome="refused"} 2`,

@@ -43,7 +43,7 @@ type Sources struct {
 	BaseCredentials func() (time.Time, bool)     // end of validity of the broker's own AWS credentials
 	ClockSkew       func() (time.Duration, bool) // how far AWS's clock is ahead of ours
 	InformerAge     func() time.Duration         // since the watches last heard from the API server; 0: at present
-	SigningKeysAge  func() time.Duration         // since the keys that verify tokens were fetched
+	VerificationAge func() time.Duration         // since the API server last gave what tokens are verified by
 	RulesFile       func() (RulesFile, bool)
 	Spans           func() SpanStats
 }
@@ -88,7 +88,7 @@ var (
 	baseEnd        = gauge("base_credentials_expiry_timestamp_seconds", "End of validity of the broker's own AWS credentials, in seconds since 1970; absent for such as do not end.")
 	clockSkew      = gauge("clock_skew_seconds", "How far the clock of AWS is ahead of the broker's; negative when it is behind.")
 	informerAge    = gauge("informer_age_seconds", "Time since the watches on pods, namespaces and service accounts last heard from the API server; 0 while they do.")
-	keysAge        = gauge("signing_keys_age_seconds", "Time since the keys that verify tokens were fetched from the API server.")
+	keysAge        = gauge("token_verification_age_seconds", "Time since the API server last gave what tokens are verified by: its signing keys or, with --token-verification=tokenreview, a review; then it is 0 while reviews succeed.")
 	rulesLoaded    = gauge("rules_file_loaded_timestamp_seconds", "When the rules in force were loaded from their file, in seconds since 1970.")
 	rulesOK        = gauge("rules_file_ok", "1 when the rules in force are what their file holds, 0 when the file cannot be taken.")
 	spans          = counter("trace_spans_total", "Spans of traces, by outcome: ended, and exported to the collector. What lies between them for longer than some seconds is lost.", "outcome")
@@ -208,8 +208,8 @@ func (s Sources) watched() (all sourced) {
 	if s.InformerAge != nil {
 		all = append(all, always(informerAge, func() float64 { return s.InformerAge().Seconds() }))
 	}
-	if s.SigningKeysAge != nil {
-		all = append(all, always(keysAge, func() float64 { return s.SigningKeysAge().Seconds() }))
+	if s.VerificationAge != nil {
+		all = append(all, always(keysAge, func() float64 { return s.VerificationAge().Seconds() }))
 	}
 	if s.RulesFile != nil {
 		all = append(all, watched{[]number{rulesLoaded, rulesOK}, func(emit func(number, float64, ...string)) {
