@@ -40,9 +40,9 @@ const (
 // watched is one metadata-only watch of a resource, and what is kept of its objects.
 //
 // It is a reflector of client-go with a store of our own in the place of a shared informer, which keeps the type
-// that it receives and puts every list into queues besides. With 100,000 pods an informer took the broker to
-// 1.2 GB at the peak of a list that comes in one piece, and to 0.55 GB of one that is streamed; this takes it to
-// 0.21 GB of either (broker_rss_100k_pods_bytes of the benchmark).
+// that it receives and puts every list into queues besides. With 100,000 pods informers took the broker to
+// 1.1 GB and more at the peak of lists that come in one piece, and to 0.53 GB of streamed ones; this takes it to
+// between 0.18 and 0.23 GB of either (broker_rss_100k_pods_bytes of the benchmark).
 type watched struct {
 	resource string
 	client   metadata.Getter
