@@ -148,9 +148,9 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	if err != nil {
 		return identity.Pod{}, err
 	}
-	var c claims
-	if err := signed.UnsafeClaimsWithoutVerification(&c); err != nil {
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, err, "the token's claims cannot be read")
+	c, err := parseClaims(signed.UnsafePayloadWithoutVerification())
+	if err != nil {
+		return identity.Pod{}, err
 	}
 	now := time.Now()
 	claimed, err := c.pod(v.cfg.Audience, now)
@@ -239,7 +239,7 @@ func (v *TokenReview) judge(status authenticationv1.TokenReviewStatus, claimed i
 }
 
 // refusals are how API servers word what is wrong with a service-account token, as far as the token's own text
-// does not say it (pkg/serviceaccount and the token authenticators, read at Kubernetes 1.30 to 1.37).
+// does not say it (pkg/serviceaccount and the token authenticators, read at Kubernetes 1.37).
 var refusals = []string{
 	"invalid bearer token", "has expired", "is not valid yet", "has been invalidated", "invalid for the target audiences",
 	"error in cryptographic primitive", "signature is invalid", "does not match", "not found", "has been deleted", "is being deleted",
