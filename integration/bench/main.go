@@ -76,7 +76,9 @@ type notRun string
 
 func (n notRun) Error() string { return string(n) }
 
-func metrics() []metric { return slices.Concat(sidecarMetrics, brokerMetrics, fleetMetrics, residentMetrics) }
+func metrics() []metric {
+	return slices.Concat(sidecarMetrics, brokerMetrics, fleetMetrics, residentMetrics)
+}
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)

@@ -171,9 +171,9 @@ func (s *Stack) StopBroker() {
 	}
 }
 
-// StartBroker starts the broker, on the same port as before, and returns when it is ready. Not for
-// concurrent use.
-func (s *Stack) StartBroker(ctx context.Context) error {
+// StartBroker starts the broker, on the same port as before and with more flags if there are any, and returns
+// when it is ready. Not for concurrent use.
+func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 	kubeconfig, err := s.kubeconfig(ctx, brokerName)
 	if err != nil {
 		return err
@@ -183,14 +183,14 @@ func (s *Stack) StartBroker(ctx context.Context) error {
 	s.broker, err = s.run.Start(process.Command{
 		Name: brokerName,
 		Path: filepath.Join(s.programs, brokerName),
-		Args: []string{
+		Args: append([]string{
 			"--listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.brokerPort)), "--admin-listen=" + admin, "--debug-listen=",
 			"--tls-cert=" + filepath.Join(s.dir(brokerName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(brokerName), "tls.key"),
 			"--roots-file=" + filepath.Join(s.dir(brokerName), "ca.crt"), "--namespace=" + SystemNamespace, "--trust-owner=" + brokerName,
 			"--trust-propagation=" + propagation.String(),
 			"--kubeconfig=" + kubeconfig, "--audience=" + Audience,
 			"--sts-endpoint=" + s.STS.URL(), "--region=" + Region,
-		},
+		}, flags...),
 		Env: append(NoAWSFiles(),
 			"AWS_ACCESS_KEY_ID="+keyID, "AWS_SECRET_ACCESS_KEY="+secret.Reveal(),
 			"GORACE=halt_on_error=1"),
@@ -199,6 +199,27 @@ func (s *Stack) StartBroker(ctx context.Context) error {
 		return err
 	}
 	return ready(ctx, s.broker, "http://"+admin+"/readyz", nil)
+}
+
+// Metrics returns what the broker's metrics are.
+func (s *Stack) Metrics(ctx context.Context) (string, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))+"/metrics", nil)
+	if err != nil {
+		return "", fmt.Errorf("asking for metrics: %w", err)
+	}
+	answer, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return "", fmt.Errorf("asking for metrics: %w", err)
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err == nil && answer.StatusCode != http.StatusOK {
+		err = errors.New(answer.Status)
+	}
+	if err != nil {
+		return "", fmt.Errorf("asking for metrics: %w", err)
+	}
+	return string(text), nil
 }
 
 func (s *Stack) startWebhook(ctx context.Context) error {

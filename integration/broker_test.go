@@ -1,0 +1,199 @@
+//go:build unix
+
+package integration
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/integration/process"
+)
+
+// The tests of this file run the broker with other flags, so they do not run in parallel.
+
+// withFlags restarts the broker with more flags until the test ends.
+func withFlags(t *testing.T, flags ...string) {
+	t.Helper()
+	credence.StopBroker()
+	t.Cleanup(func() {
+		credence.StopBroker()
+		if err := credence.StartBroker(context.WithoutCancel(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if err := credence.StartBroker(t.Context(), flags...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// soon waits until check is content, or fails with what it said last.
+func soon(t *testing.T, what string, check func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("still not so: %s: %v", what, err)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func TestBrokerHasTokensReviewed(t *testing.T) {
+	withFlags(t, "--token-verification=tokenreview")
+	ns := namespace(t, ".*")
+	pod := create(t, ns, "app", map[string]string{roleKey: "cart"})
+	got, err := command(t, app(t, run(t, pod)), "", awsclient, "whoami")
+	if err != nil || got != assumed("cart") {
+		t.Errorf("an SDK saw %q, %v", got, err)
+	}
+	other, err := credence.Token(t.Context(), pod, "another-audience", 3600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lease, err := ask(t, other)
+	refused(t, lease, err, credential.ReasonTokenAudience)
+}
+
+func TestRulesFileIsFollowed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "rules.yaml")
+	write := func(role string) {
+		t.Helper()
+		text := fmt.Sprintf("namespaces:\n- match: ['*']\n  accounts: ['*']\n  roles: [%s]\n", role)
+		// Replaced by a rename, so that no half of it is read.
+		if err := errors.Join(os.WriteFile(file+".new", []byte(text), 0o600), os.Rename(file+".new", file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("/other")
+	withFlags(t, "--rules-file="+file)
+	ns := namespace(t, ".*")
+	text := token(t, create(t, ns, "app", map[string]string{roleKey: "cart"}))
+	lease, err := ask(t, text)
+	refused(t, lease, err, credential.ReasonRulesRole)
+	write("/cart")
+	soon(t, "the pod is answered under the new rules", func() error {
+		_, err := ask(t, text)
+		return err
+	})
+	write("/other")
+	soon(t, "the pod is refused again", func() error {
+		lease, err := ask(t, text)
+		if credential.ReasonOf(err) != credential.ReasonRulesRole {
+			return fmt.Errorf("it has %s, %w", lease.AccessKeyID, err)
+		}
+		return nil
+	})
+}
+
+func TestOperatorDropsSessionsOfARole(t *testing.T) {
+	port, err := process.FreePort(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	debug := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+	withFlags(t, "--debug-listen="+debug)
+	ns := namespace(t, ".*")
+	texts := map[string]string{} // :: role → token
+	before := map[string]string{}
+	for _, role := range []string{"dropped", "left"} {
+		texts[role] = token(t, create(t, ns, role, map[string]string{roleKey: role}))
+		lease, err := ask(t, texts[role])
+		if err != nil {
+			t.Fatal(err)
+		}
+		before[role] = lease.AccessKeyID
+	}
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+debug+"/debug/grants/drop?role="+url.QueryEscape(arn("dropped")), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(answer.Body)
+	if closeErr := answer.Body.Close(); err != nil || closeErr != nil || answer.StatusCode != http.StatusOK {
+		t.Fatalf("dropping was answered %s: %s", answer.Status, body)
+	}
+	for role, text := range texts {
+		lease, err := ask(t, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if changed := lease.AccessKeyID != before[role]; changed != (role == "dropped") {
+			t.Errorf("role %s: session %s before, %s after", role, before[role], lease.AccessKeyID)
+		}
+	}
+}
+
+// Whoever describes a pod sees why it is refused.
+func TestRefusalIsAnEventOnThePod(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t, ".*")
+	credence.STS.SetRole(arn("eventful"), ststest.Behavior{Deny: true})
+	pod := create(t, ns, "app", map[string]string{roleKey: "eventful"})
+	lease, err := ask(t, token(t, pod))
+	refused(t, lease, err, credential.ReasonSTSDenied)
+	soon(t, "there is an Event", func() error {
+		events, err := credence.Client.EventsV1().Events(ns).List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, e := range events.Items {
+			if e.Reason == kube.EventReason && e.Regarding.UID == pod.UID && strings.Contains(e.Note, string(credential.ReasonSTSDenied)) {
+				return nil
+			}
+		}
+		text, _ := json.Marshal(events.Items)
+		return fmt.Errorf("the Events are %s", text)
+	})
+}
+
+// The metrics that alerts are made of are there, and nobody has a role or a namespace in a label.
+func TestMetricsOfARunningBroker(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t, ".*")
+	if _, err := ask(t, token(t, create(t, ns, "app", map[string]string{roleKey: "metered"}))); err != nil {
+		t.Fatal(err)
+	}
+	text, err := credence.Metrics(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{
+		"answers_total", "sts_calls_total", "sessions_warm", "stalest_session_seconds", "certificate_expiry_timestamp_seconds",
+		"informer_age_seconds", "token_verification_age_seconds", "clock_skew_seconds", "events_total", "pods_queued", "audit_lines_lost_total",
+	} {
+		if !strings.Contains(text, "\ncredence_broker_"+name) {
+			t.Errorf("there is no metric %s", name)
+		}
+	}
+	for _, secret := range []string{"metered", ns} {
+		if strings.Contains(text, secret) {
+			t.Errorf("the metrics name %s", secret)
+		}
+	}
+}
