@@ -66,7 +66,7 @@ func everything() admin.Sources {
 		BaseCredentials: func() (time.Time, bool) { return at, true },
 		ClockSkew:       func() (time.Duration, bool) { return -1500 * time.Millisecond, true },
 		InformerAge:     func() time.Duration { return 14 * time.Second },
-		VerificationAge:  func() time.Duration { return 15 * time.Second },
+		VerificationAge: func() time.Duration { return 15 * time.Second },
 		RulesFile:       func() (admin.RulesFile, bool) { return admin.RulesFile{Loaded: at, OK: true}, true },
 		Spans:           func() admin.SpanStats { return admin.SpanStats{Ended: 16, Exported: 17} },
 	}

@@ -28,7 +28,7 @@ func (p *parts) sources() admin.Sources {
 		BaseCredentials: p.sts.BaseExpiration,
 		ClockSkew:       p.sts.ClockSkew,
 		InformerAge:     p.directory.Age,
-		VerificationAge:  p.verifier.Age,
+		VerificationAge: p.verifier.Age,
 		Events: func() admin.EventStats {
 			stats := p.events.Stats()
 			return admin.EventStats{Queued: stats.Queued, Written: stats.Written, Suppressed: stats.Suppressed, Dropped: stats.Dropped}
