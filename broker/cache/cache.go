@@ -224,7 +224,6 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 		}
 		c.wait(e, f, +1)
 	}
-	held := e.held
 	c.mu.Unlock()
 	c.poke()
 
@@ -250,16 +249,16 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 		if f.err == nil {
 			return value(f.cred, now), nil
 		}
-		if held.Valid(now) {
-			v := value(held, now)
+		if e.held.Valid(now) {
+			v := value(e.held, now)
 			v.Failure = f.err
 			return v, nil
 		}
 		return Value{}, f.err
 	default:
 	}
-	if held.Valid(now) {
-		return value(held, now), nil
+	if e.held.Valid(now) { // what is held now: it may have been dropped meanwhile
+		return value(e.held, now), nil
 	}
 	return Value{}, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Cause: context.Cause(ctx),

@@ -116,6 +116,27 @@ func TestDropOutdatesFetchesUnderWay(t *testing.T) {
 	}
 }
 
+// Nor must one that was held when its caller came.
+func TestDropReachesWhoWaitsForARenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{})
+		first := mustGet(t, c, "a")
+		s.slow(time.Hour)
+		time.Sleep(part(0.55)) // past half of its life a caller waits a little for the next
+		var caller sync.WaitGroup
+		caller.Go(func() {
+			v, err := c.Get(t.Context(), "a", "")
+			if !errors.Is(err, credential.ErrUnavailable) || v.AccessKeyID == first.AccessKeyID {
+				t.Errorf("the caller got %s, %v", v, err)
+			}
+		})
+		time.Sleep(100 * time.Millisecond)
+		c.Drop(every)
+		caller.Wait()
+	})
+}
+
 func TestRenewForgetsRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
