@@ -122,57 +122,63 @@ func TestManyIdleGrantsFallDueTogether(t *testing.T) {
 	})
 }
 
-// STS throttles, or is away, for 25 minutes, which begin at any point of a session's life. Nobody notices, and when
+// STS throttles, or is away, for 25 minutes, which begin just before or while its sessions fall due. Nobody notices, and when
 // it is back it is not met by all at once.
 func TestSTSAwayForLong(t *testing.T) {
 	const (
 		grants = 30
 		outage = 25 * time.Minute
 	)
-	for name, fault := range map[string]*ststest.Fault{"throttles": ststest.Throttling(), "is away": ststest.Unavailable(), "hangs up": ststest.Drop()} {
-		for _, begin := range []time.Duration{24 * time.Minute, 33 * time.Minute} {
-			t.Run(fmt.Sprint(name, " after ", begin), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{})
-					end := time.Now().Add(2 * time.Hour)
-					var sidecars sync.WaitGroup
-					for i := range grants {
-						pod := e.pod("shop", fmt.Sprint(i), "role", fmt.Sprint("role-", i))
-						sidecars.Go(func() {
-							for time.Now().Before(end) {
-								answer := e.mustGet(pod)
-								if answer == nil {
-									return
-								}
-								time.Sleep(answer.GetRefreshAfter().AsDuration())
-								if left := time.Until(answer.GetExpiration().AsTime()); left <= 0 {
-									t.Errorf("pod %s served a session that ended %s ago", pod, -left)
-								}
+	for _, tt := range []struct {
+		name  string
+		fault *ststest.Fault
+		begin time.Duration // when the first sessions fall due is after 24 minutes
+	}{
+		{"throttles", ststest.Throttling(), 24 * time.Minute},
+		{"is away", ststest.Unavailable(), 24 * time.Minute},
+		{"hangs up", ststest.Drop(), 33 * time.Minute},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{})
+				end := time.Now().Add(2 * time.Hour)
+				var sidecars sync.WaitGroup
+				for i := range grants {
+					pod := e.pod("shop", fmt.Sprint(i), "role", fmt.Sprint("role-", i))
+					sidecars.Go(func() {
+						for time.Now().Before(end) {
+							answer := e.mustGet(pod)
+							if answer == nil {
+								return
 							}
-						})
-					}
-					time.Sleep(begin)
-					e.sts.SetDefault(ststest.Behavior{Latency: 100 * time.Millisecond, Fault: fault})
-					time.Sleep(outage)
-					back := time.Now()
-					e.sts.SetDefault(ststest.Behavior{Latency: 100 * time.Millisecond})
-					time.Sleep(2 * time.Minute)
-					if s := e.sessions.Stats(); s.Stalest < life*45/100 || s.Rate < cache.DefaultRate/2 {
-						t.Errorf("two minutes after its return: %+v", s)
-					}
-					soon := 0
-					for _, call := range e.sts.Calls() {
-						if call.Action == "AssumeRole" && !call.Time.Before(back) && call.Time.Before(back.Add(time.Second)) {
-							soon++
+							time.Sleep(answer.GetRefreshAfter().AsDuration())
+							if left := time.Until(answer.GetExpiration().AsTime()); left <= 0 {
+								t.Errorf("pod %s served a session that ended %s ago", pod, -left)
+							}
 						}
+					})
+				}
+				time.Sleep(tt.begin)
+				e.sts.SetDefault(ststest.Behavior{Latency: 100 * time.Millisecond, Fault: tt.fault})
+				time.Sleep(outage)
+				back := time.Now()
+				e.sts.SetDefault(ststest.Behavior{Latency: 100 * time.Millisecond})
+				time.Sleep(2 * time.Minute)
+				if s := e.sessions.Stats(); s.Stalest < life*45/100 || s.Rate < cache.DefaultRate/2 {
+					t.Errorf("two minutes after its return: %+v", s)
+				}
+				soon := 0
+				for _, call := range e.sts.Calls() {
+					if call.Action == "AssumeRole" && !call.Time.Before(back) && call.Time.Before(back.Add(time.Second)) {
+						soon++
 					}
-					if soon > grants/4 {
-						t.Errorf("in the second of its return %d of %d called", soon, grants)
-					}
-					sidecars.Wait()
-				})
+				}
+				if soon > grants/4 {
+					t.Errorf("in the second of its return %d of %d called", soon, grants)
+				}
+				sidecars.Wait()
 			})
-		}
+		})
 	}
 }
 

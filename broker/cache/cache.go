@@ -77,8 +77,8 @@ type Config[K comparable] struct {
 	Logger *slog.Logger
 }
 
-// DefaultRate is how many fetches begin per second. STS takes 600 calls per second, account and
-// region, and is used by others too.
+// DefaultRate is how many fetches begin per second. AWS is reported to take 600 calls of STS per second, account
+// and region, and is used by others too.
 const DefaultRate = 400
 
 // ErrClassFull refuses a key to a class that has as many as it may.

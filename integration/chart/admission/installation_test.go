@@ -78,6 +78,10 @@ func everyObjectIsTaken(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, object := range all {
+			if kind := object.GetObjectKind().GroupVersionKind(); kind.Group == "monitoring.coreos.com" {
+				t.Logf("%s: %s is not tried: its definition comes with the Prometheus Operator, which is not here", filepath.Base(file), kind.Kind)
+				continue
+			}
 			if err := dryRun(t, object); err != nil {
 				t.Errorf("%s: %v", filepath.Base(file), err)
 			}
