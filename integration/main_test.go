@@ -78,6 +78,14 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// A result that Go's test cache holds is of the programs as they are.
+func TestSourcesAreRead(t *testing.T) {
+	t.Parallel()
+	if n, err := stack.ReadSources(t.Context()); err != nil || n < 50 {
+		t.Errorf("%d sources were read: %v", n, err)
+	}
+}
+
 func setUp(ctx context.Context) (err error) {
 	if store, err = minio.Start(ctx, control.Run(), control.Host(), os.Stderr); err != nil {
 		return err

@@ -36,6 +36,9 @@ func TestDemoOnNodes(t *testing.T) {
 // made in runs: for one with nodes the default, where what a killed test leaves is found.
 func testDemo(t *testing.T, kind func(*demo) play, runs string, texts ...string) {
 	t.Helper()
+	if _, err := stack.ReadSources(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	var out bytes.Buffer
 	d := &demo{printer: newPrinter(&out, false), role: "other", runs: runs}
 	err := d.run(t.Context(), kind(d))
