@@ -117,7 +117,7 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	if err != nil {
 		entry.Reason, entry.Message = credential.ReasonOf(err), message(err)
 	}
-	// Written before the answer leaves: a decision that cannot be recorded does not take effect.
+	// Queued before the answer leaves: a decision that cannot be recorded does not take effect.
 	if auditErr := b.cfg.Audit.Record(entry); err == nil && auditErr != nil {
 		err = auditErr
 	}

@@ -60,6 +60,9 @@ func everything() admin.Sources {
 	return admin.Sources{
 		Cache:           func() cache.Stats { return stats },
 		Audit:           func() admin.AuditStats { return admin.AuditStats{Queued: 7, Capacity: 8192, Lost: 8} },
+		Ready:           func() bool { return true },
+		LiveReads:       func() (made, refused uint64) { return 20, 21 },
+		TokenReviews:    func() (now, most int) { return 22, 23 },
 		Events:          func() admin.EventStats { return admin.EventStats{Queued: 9, Written: 10, Suppressed: 18, Dropped: 11} },
 		PodsQueued:      func() int { return 12 },
 		Certificate:     func() time.Time { return at },
@@ -92,6 +95,7 @@ func TestEverySourceIsShown(t *testing.T) {
 		`sessions_kept 11`, `sessions_warm 10`, `sessions_known 12`, `stalest_session_seconds 90`,
 		`lookups_total{outcome="hit"} 100`, `lookups_total{outcome="miss"} 20`, `lookups_total{outcome="stale"} 5`,
 		`audit_lines_queued 7`, `audit_lines_queued_max 8192`, `audit_lines_lost_total 8`,
+		`ready 1`, `live_reads_total{outcome="made"} 20`, `live_reads_total{outcome="refused"} 21`, `token_reviews_in_flight 22`, `token_reviews_in_flight_max 23`,
 		`events_queued 9`, `events_total{outcome="written"} 10`, `events_total{outcome="dropped"} 11`, `events_total{outcome="suppressed"} 18`,
 		`pods_queued 12`, `sessions_refused 1`,
 		`certificate_expiry_timestamp_seconds 1.8000000005e+09`, `base_credentials_expiry_timestamp_seconds 1.8000000005e+09`,

@@ -45,6 +45,9 @@ type Sources struct {
 	InformerAge     func() time.Duration         // since the watches last heard from the API server; 0: at present
 	VerificationAge func() time.Duration         // since the API server last gave what tokens are verified by
 	RulesFile       func() (RulesFile, bool)
+	Ready           func() bool
+	LiveReads       func() (made, refused uint64) // reads past the watches
+	TokenReviews    func() (now, most int)        // under way, and how many may be
 	Spans           func() SpanStats
 }
 
@@ -89,6 +92,10 @@ var (
 	clockSkew      = gauge("clock_skew_seconds", "How far the clock of AWS is ahead of the broker's; negative when it is behind.")
 	informerAge    = gauge("informer_age_seconds", "Time since the watches on pods, namespaces and service accounts last heard from the API server; 0 while they do.")
 	keysAge        = gauge("token_verification_age_seconds", "Time since the API server last gave what tokens are verified by: its signing keys or, with --token-verification=tokenreview, a review; then it is 0 while reviews succeed.")
+	readiness      = gauge("ready", "1 when this broker is ready, as /readyz says, and 0 when it is not.")
+	liveReads      = counter("live_reads_total", "Reads of the API server for what the watches do not know yet, by outcome: made, or refused by their bounds.", "outcome")
+	reviews        = gauge("token_reviews_in_flight", "TokenReviews under way, with --token-verification=tokenreview.")
+	reviewsMost    = gauge("token_reviews_in_flight_max", "How many TokenReviews may be under way; further ones wait.")
 	rulesLoaded    = gauge("rules_file_loaded_timestamp_seconds", "When the rules in force were loaded from their file, in seconds since 1970.")
 	rulesOK        = gauge("rules_file_ok", "1 when the rules in force are what their file holds, 0 when the file cannot be taken.")
 	spans          = counter("trace_spans_total", "Spans of traces, by outcome: ended, and exported to the collector. What lies between them for longer than some seconds is lost.", "outcome")
@@ -210,6 +217,28 @@ func (s Sources) watched() (all sourced) {
 	}
 	if s.VerificationAge != nil {
 		all = append(all, always(keysAge, func() float64 { return s.VerificationAge().Seconds() }))
+	}
+	if s.Ready != nil {
+		all = append(all, always(readiness, func() float64 {
+			if s.Ready() {
+				return 1
+			}
+			return 0
+		}))
+	}
+	if s.LiveReads != nil {
+		all = append(all, watched{[]number{liveReads}, func(emit func(number, float64, ...string)) {
+			made, refused := s.LiveReads()
+			emit(liveReads, float64(made), "made")
+			emit(liveReads, float64(refused), "refused")
+		}})
+	}
+	if s.TokenReviews != nil {
+		all = append(all, watched{[]number{reviews, reviewsMost}, func(emit func(number, float64, ...string)) {
+			now, most := s.TokenReviews()
+			emit(reviews, float64(now))
+			emit(reviewsMost, float64(most))
+		}})
 	}
 	if s.RulesFile != nil {
 		all = append(all, watched{[]number{rulesLoaded, rulesOK}, func(emit func(number, float64, ...string)) {

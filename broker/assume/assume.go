@@ -250,7 +250,7 @@ func (s *STS) session(g policy.Grant, out *sts.AssumeRoleOutput, issued time.Tim
 			"STS answered without complete credentials for %s", g.Role())
 	}
 	expiration := *c.Expiration
-	if longest := issued.Add(g.Duration()); expiration.Sub(longest) > maxSkew {
+	if longest := issued.Add(g.Duration()).Round(0); expiration.Sub(longest) > maxSkew {
 		expiration = longest
 	}
 	if !time.Now().Before(expiration) {
@@ -295,7 +295,7 @@ func (s *STS) signed(ctx context.Context, keys *own, action string, call func(si
 				return err
 			}
 		case fine, denied, rejected:
-			keys.accepted()
+			keys.accepted(version, v == denied)
 			return err
 		default:
 			return err

@@ -46,9 +46,15 @@ type own struct {
 	failures  int   // in a row
 	notBefore time.Time
 
-	refusals int // by STS, since it last took what was held
+	doubted  time.Time // until, of before STS refused what is held
+	refusals int       // by STS, since it last took what was held
 	reloadAt time.Time
+	denials  int // in a row
 }
+
+// manyDenials in a row, whatever the roles, may mean that the broker's own session was revoked: IAM's policy for
+// that denies it everything, in the same words as a role does that does not trust it.
+const manyDenials = 20
 
 // forEver is longer than any process runs.
 const forEver = 100 * 365 * 24 * time.Hour
@@ -98,6 +104,9 @@ func (o *own) fetch(ctx context.Context, done chan struct{}) {
 		o.notBefore = now.Add(min(minAskWait<<min(o.failures, 10), maxAskWait))
 		o.failures++
 		o.failure = cause(err)
+		if o.until.IsZero() {
+			o.until, o.doubted = o.doubted, time.Time{} // Nothing better is to be had.
+		}
 		o.log.WarnContext(ctx, "Obtaining the broker's own AWS credentials failed; asking again", "error", o.failure,
 			"retry_in", o.notBefore.Sub(now), "held_until", o.until)
 		return
@@ -134,15 +143,27 @@ func (o *own) refused(version int) bool {
 	}
 	o.reloadAt = now.Add(min(minAskWait<<min(o.refusals, 10), maxAskWait))
 	o.refusals++
-	o.until = time.Time{}
+	o.doubted, o.until = o.until, time.Time{}
 	return true
 }
 
-// accepted hears that STS knew the caller.
-func (o *own) accepted() {
+// accepted hears that STS knew the caller, and whether it denied what was asked for.
+func (o *own) accepted(version int, denied bool) {
 	o.mu.Lock()
-	defer o.mu.Unlock()
 	o.refusals = 0
+	if !denied {
+		o.denials = 0
+	} else {
+		o.denials++
+	}
+	suspicious := o.denials >= manyDenials
+	if suspicious {
+		o.denials = 0
+	}
+	o.mu.Unlock()
+	if suspicious {
+		o.refused(version)
+	}
 }
 
 // expiration is when what is held expires, by AWS's clock.

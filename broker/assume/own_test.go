@@ -401,6 +401,39 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 	})
 }
 
+// IAM revokes sessions by a policy that denies them everything, in the words in which a role is denied. The broker's
+// own is replaced after a while of that; one role that denies does not make it.
+func TestRevokedByPolicy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hop, err := credential.ParseRoleARN(hopARN)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop})
+		hops := func() int { return server.Count("AssumeRole", hopARN) }
+		call := func(times int) {
+			for range times {
+				_, _ = sts.Credential(t.Context(), grant(t, nil))
+			}
+		}
+		call(1)
+		server.SetRole(roleARN, ststest.Behavior{Deny: true})
+		for range 10 { // denials with successes between them
+			call(10)
+			server.SetRole(roleARN, ststest.Behavior{})
+			call(1)
+			server.SetRole(roleARN, ststest.Behavior{Deny: true})
+		}
+		if n := hops(); n != 1 {
+			t.Errorf("the hop was made %d times, though others were let in", n)
+		}
+		call(21)
+		if n := hops(); n != 2 {
+			t.Errorf("after nothing but denials the hop was made %d times", n)
+		}
+	})
+}
+
 // A session of the first hop that is revoked is replaced by the call that finds out.
 func TestRevokedHop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

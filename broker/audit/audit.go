@@ -2,7 +2,8 @@
 // asked, what was decided, and the id of the access key that joins the line to AWS CloudTrail.
 //
 // Its promise: a line is written, or the loss is counted, or (when audit is required) the decision
-// is refused; nothing is lost silently. An entry is one line of at most [MaxLine] bytes, whatever is
+// is refused; while the process lives nothing is lost silently. What is queued when it is killed is
+// lost. An entry is one line of at most [MaxLine] bytes, whatever is
 // in its fields. An [Entry] has no field that could hold a secret.
 package audit
 

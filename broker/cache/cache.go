@@ -95,6 +95,7 @@ type Cache[K comparable] struct {
 	mu       sync.Mutex // guards what follows, and the fields of every entry
 	entries  map[K]*entry[K]
 	perClass map[string]int // :: class → how many entries it has
+	idle     map[string]int // :: class → how many of them it does not keep
 	due      dueHeap[K]     // entries by the time they need attention
 	queue    queue[K]       // entries whose fetch has not begun
 	pace     pace
@@ -133,7 +134,7 @@ type flight struct {
 	done     chan struct{}   // closed when cred and err are final
 	origin   context.Context // of who asked first, for its values; nil when nobody waits
 	waiters  int             // callers who have nothing to go on with
-	turn     turn            // its place among those of its kind
+	turns    [kinds]turn     // its places among those of each kind; zero: none yet
 	outdated bool            // what is being fetched is not wanted any more: fetch again
 	cred     credential.Credential
 	err      error
@@ -173,6 +174,7 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 		wake:     make(chan struct{}, 1),
 		entries:  make(map[K]*entry[K]),
 		perClass: make(map[string]int),
+		idle:     make(map[string]int),
 		pace:     newPace(cfg.Rate, cfg.Concurrency),
 	}, nil
 }
@@ -246,15 +248,14 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 	now = time.Now()
 	select {
 	case <-f.done:
-		if f.err == nil {
-			return value(f.cred, now), nil
-		}
-		if e.held.Valid(now) {
+		if e.held.Valid(now) { // and has not been dropped since
 			v := value(e.held, now)
 			v.Failure = f.err
 			return v, nil
 		}
-		return Value{}, f.err
+		if f.err != nil {
+			return Value{}, f.err
+		}
 	default:
 	}
 	if e.held.Valid(now) { // what is held now: it may have been dropped meanwhile
@@ -284,7 +285,11 @@ func (c *Cache[K]) Keep(key K, class string) error {
 		return err
 	}
 	e.kept++
-	e.classes[e.classIndex(class)].kept++
+	u := &e.classes[e.classIndex(class)]
+	if u.kept == 0 {
+		c.idle[class]--
+	}
+	u.kept++
 	if e.kept == 1 {
 		c.settle(e, time.Now())
 	}
@@ -309,8 +314,7 @@ func (c *Cache[K]) Release(key K, class string) {
 	e.kept--
 	e.classes[i].kept--
 	if e.classes[i].kept == 0 {
-		c.leave(class)
-		e.classes = slices.Delete(e.classes, i, i+1)
+		c.idle[class]++ // It counts until it is forgotten, or its place is wanted.
 	}
 	if e.kept > 0 {
 		return
@@ -355,7 +359,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 		e := c.due[0]
 		heap.Pop(&c.due)
 		if e.kept > 0 {
-			c.ask(e, e.classes[0].class)
+			c.ask(e, e.keeper())
 		} else {
 			c.settle(e, now)
 		}
@@ -469,7 +473,7 @@ func (c *Cache[K]) entry(key K, class string) (*entry[K], error) {
 	if ok && e.classIndex(class) >= 0 {
 		return e, nil
 	}
-	if c.cfg.MaxPerClass > 0 && c.perClass[class] >= c.cfg.MaxPerClass {
+	if c.cfg.MaxPerClass > 0 && c.perClass[class] >= c.cfg.MaxPerClass && !c.makeRoom(class) {
 		return nil, ErrClassFull
 	}
 	if !ok {
@@ -478,7 +482,45 @@ func (c *Cache[K]) entry(key K, class string) (*entry[K], error) {
 	}
 	e.classes = append(e.classes, usage{class: class})
 	c.perClass[class]++
+	c.idle[class]++
 	return e, nil
+}
+
+// makeRoom takes from the class an entry that it does not keep and nobody waits for: the one whose session ends first.
+// It reports whether there was one.
+func (c *Cache[K]) makeRoom(class string) bool {
+	if c.idle[class] == 0 {
+		return false
+	}
+	var victim *entry[K]
+	for _, e := range c.entries {
+		i := e.classIndex(class)
+		if i >= 0 && e.classes[i].kept == 0 && e.flight == nil && (victim == nil || e.held.Expiration.Before(victim.held.Expiration)) {
+			victim = e
+		}
+	}
+	if victim == nil {
+		return false
+	}
+	i := victim.classIndex(class)
+	c.leave(victim.classes[i])
+	if victim.classes = slices.Delete(victim.classes, i, i+1); len(victim.classes) == 0 {
+		if victim.dueIndex >= 0 {
+			heap.Remove(&c.due, victim.dueIndex)
+		}
+		delete(c.entries, victim.key)
+	}
+	return true
+}
+
+// keeper is a class that keeps the entry; "" when none does.
+func (e *entry[K]) keeper() string {
+	for _, u := range e.classes {
+		if u.kept > 0 {
+			return u.class
+		}
+	}
+	return ""
 }
 
 // classIndex returns where class is in e.classes, or -1.
@@ -486,17 +528,21 @@ func (e *entry[K]) classIndex(class string) int {
 	return slices.IndexFunc(e.classes, func(u usage) bool { return u.class == class })
 }
 
-// leave notes that class has one entry less.
-func (c *Cache[K]) leave(class string) {
-	if c.perClass[class]--; c.perClass[class] == 0 {
-		delete(c.perClass, class)
+// leave notes that a class has one entry less.
+func (c *Cache[K]) leave(u usage) {
+	if u.kept == 0 {
+		c.idle[u.class]--
+	}
+	if c.perClass[u.class]--; c.perClass[u.class] == 0 {
+		delete(c.perClass, u.class)
+		delete(c.idle, u.class)
 	}
 }
 
 // forget drops the entry.
 func (c *Cache[K]) forget(e *entry[K]) {
 	for _, u := range e.classes {
-		c.leave(u.class)
+		c.leave(u)
 	}
 	delete(c.entries, e.key)
 }

@@ -16,7 +16,7 @@ func (c *Cache[K]) Len() int {
 func (c *Cache[K]) Check() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	inFlight, perClass := 0, map[string]int{}
+	inFlight, perClass, idle := 0, map[string]int{}, map[string]int{}
 	for key, e := range c.entries {
 		switch {
 		case e.key != key:
@@ -35,6 +35,9 @@ func (c *Cache[K]) Check() error {
 		kept := 0
 		for _, u := range e.classes {
 			perClass[u.class]++
+			if u.kept == 0 {
+				idle[u.class]++
+			}
 			kept += u.kept
 		}
 		if kept != e.kept {
@@ -59,6 +62,10 @@ func (c *Cache[K]) Check() error {
 	}
 	if !maps.Equal(perClass, c.perClass) {
 		return fmt.Errorf("the classes have %v, counted are %v", perClass, c.perClass)
+	}
+	maps.DeleteFunc(c.idle, func(_ string, n int) bool { return n == 0 })
+	if !maps.Equal(idle, c.idle) {
+		return fmt.Errorf("the classes do not keep %v, counted are %v", idle, c.idle)
 	}
 	if inFlight != c.running {
 		return fmt.Errorf("%d fetches are under way, %d are counted", inFlight, c.running)

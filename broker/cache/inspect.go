@@ -162,7 +162,7 @@ func (c *Cache[K]) again(chosen func(*entry[K]) bool, change func(*entry[K])) (n
 		case e.flight != nil:
 			c.queue.fix(e) // Without a session it stands elsewhere in the queue.
 		case e.kept > 0:
-			c.ask(e, e.classes[0].class)
+			c.ask(e, e.keeper())
 			c.settle(e, now)
 		default:
 			c.settle(e, now)

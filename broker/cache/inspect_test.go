@@ -293,3 +293,43 @@ func TestClassesAreBounded(t *testing.T) {
 		}
 	})
 }
+
+// What a class has given back counts until its place is wanted: however fast it changes its mind, it has no more.
+func TestReleasedKeysAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{MaxPerClass: 10, Rate: rate.Inf})
+		for i := range 1000 {
+			key := fmt.Sprint(i)
+			if err := c.Keep(key, "fickle"); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Millisecond)
+			c.Release(key, "fickle")
+		}
+		if n := c.Len(); n > 10 {
+			t.Errorf("%d keys are known", n)
+		}
+		// Nor does what was only asked for shut out what is to be kept, though another class keeps it.
+		for i := range 10 {
+			key := fmt.Sprint("shared-", i)
+			if err := c.Keep(key, "other"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Get(t.Context(), key, "fickle"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range 10 {
+			if err := c.Keep(fmt.Sprint("own-", i), "fickle"); err != nil {
+				t.Errorf("key %d: %v", i, err)
+			}
+		}
+		if err := c.Keep("one more", "fickle"); !errors.Is(err, cache.ErrClassFull) {
+			t.Errorf("one more: %v", err)
+		}
+		if err := c.Check(); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -52,10 +52,13 @@ type queue[K comparable] struct {
 
 func (q *queue[K]) len() int { return len(q.heap) }
 
-// begin gives the entry's flight a turn among those of that kind.
+// begin gives the entry's flight a turn among those of that kind, unless it has one: who leaves and comes again keeps
+// its place.
 func (q *queue[K]) begin(e *entry[K], k kind, class string) {
-	q.number++
-	e.flight.turn = turn{q.turns[k].next(class), q.number}
+	if e.flight.turns[k] == (turn{}) {
+		q.number++
+		e.flight.turns[k] = turn{q.turns[k].next(class), q.number}
+	}
 }
 
 func (q *queue[K]) push(e *entry[K]) { heap.Push(&q.heap, e) }
@@ -74,9 +77,9 @@ func (q *queue[K]) next() *entry[K] {
 	e := heap.Pop(&q.heap).(*entry[K])
 	switch {
 	case e.flight.waitedFor():
-		q.turns[waiting].current = max(q.turns[waiting].current, e.flight.turn.round)
+		q.turns[waiting].current = max(q.turns[waiting].current, e.flight.turns[waiting].round)
 	case e.held.Expiration.IsZero():
-		q.turns[ahead].current = max(q.turns[ahead].current, e.flight.turn.round)
+		q.turns[ahead].current = max(q.turns[ahead].current, e.flight.turns[ahead].round)
 	}
 	if len(q.heap) == 0 {
 		q.turns = [kinds]turns{} // What classes had is forgotten with the last of them.
@@ -94,12 +97,13 @@ func (h queueHeap[K]) Less(i, j int) bool {
 	if a.flight.waitedFor() != b.flight.waitedFor() {
 		return a.flight.waitedFor()
 	}
-	if !a.flight.waitedFor() {
-		if x, y := expiry(a), expiry(b); !x.Equal(y) {
-			return x.Before(y)
-		}
+	if a.flight.waitedFor() {
+		return a.flight.turns[waiting].before(b.flight.turns[waiting])
 	}
-	return a.flight.turn.before(b.flight.turn)
+	if x, y := expiry(a), expiry(b); !x.Equal(y) {
+		return x.Before(y)
+	}
+	return a.flight.turns[ahead].before(b.flight.turns[ahead])
 }
 
 // expiry sorts entries that hold nothing behind all that do.

@@ -1,6 +1,7 @@
 package cache_test
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -98,6 +99,36 @@ func TestClassesTakeTurns(t *testing.T) {
 			}
 			if n := s.count() - before; !within(time.Duration(late), time.Duration(n*2/5), time.Duration(n*3/5)) {
 				t.Errorf("of %d fetches %d were for the class that came later", n, late)
+			}
+		})
+	})
+	t.Run("who asks again keeps the place", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := new(source).slow(100 * time.Millisecond)
+			c := start(t, s, cache.Config[string]{Concurrency: 1, Rate: rate.Inf})
+			var callers sync.WaitGroup
+			get := func(key string) { callers.Go(func() { mustGet(t, c, key) }) }
+			for i := range 100 {
+				get(fmt.Sprint("before-", i))
+			}
+			synctest.Wait()
+			callers.Go(func() {
+				for {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					_, err := c.Get(ctx, "impatient", "")
+					cancel()
+					if err == nil {
+						return
+					}
+				}
+			})
+			synctest.Wait()
+			for i := range 100 {
+				get(fmt.Sprint("after-", i))
+			}
+			callers.Wait()
+			if at := s.place("impatient"); at > 101 {
+				t.Errorf("it was number %d", at)
 			}
 		})
 	})

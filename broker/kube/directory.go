@@ -62,6 +62,11 @@ func (d *Directory) Synced() bool {
 	return d.pods.synced() && d.serviceAccounts.synced() && d.namespaces.Synced()
 }
 
+// Reads counts the reads past the watches that were made so far, and those that the bounds on them refused.
+func (d *Directory) Reads() (made, refused uint64) {
+	return d.reads.made.Load(), d.reads.refused.Load()
+}
+
 // Age is how old what the watches know may be: 0 while all of them are well, and otherwise how long ago the API
 // server was last heard by the one that has heard nothing for longest.
 func (d *Directory) Age() time.Duration {

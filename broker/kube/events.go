@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
 	"maps"
 	"strconv"
@@ -71,6 +72,7 @@ type Events struct {
 type sighting struct {
 	uid    string
 	reason credential.Reason
+	text   uint64 // a hash of the message: another one is news
 }
 
 type refusal struct {
@@ -118,7 +120,9 @@ func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
 		return
 	}
 	now := time.Now()
-	r := refusal{sighting: sighting{pod.UID, err.Reason}, at: now, note: clip(string(err.Reason)+": "+err.Message, maxEventNote)}
+	text := fnv.New64a()
+	_, _ = text.Write([]byte(err.Message)) // which never fails
+	r := refusal{sighting: sighting{pod.UID, err.Reason, text.Sum64()}, at: now, note: clip(string(err.Reason)+": "+err.Message, maxEventNote)}
 	r.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // the rest need not be kept
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -13,6 +13,7 @@ import (
 	"maps"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -94,6 +95,8 @@ type liveReads struct {
 	all     *rate.Limiter
 	flights singleflight.Group // so that all who wait for the same thing cost one read
 
+	made, refused atomic.Uint64
+
 	mu     sync.Mutex
 	shares map[string]*rate.Limiter // :: namespace → its share; guarded by mu
 }
@@ -125,8 +128,10 @@ func (l *liveReads) allow(namespace string) bool {
 func readLive[T any](ctx context.Context, l *liveReads, namespace, what string, read func(context.Context) (T, error)) (value T, found bool, err error) {
 	answer := l.flights.DoChan(what, func() (any, error) {
 		if !l.allow(namespace) {
+			l.refused.Add(1)
 			return nil, errTooManyReads
 		}
+		l.made.Add(1)
 		// Not on a caller's context: one who leaves must not make it fail for the others.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), liveReadTimeout)
 		defer cancel()

@@ -106,6 +106,9 @@ func (v *TokenReview) Ready() bool {
 	return v.ready
 }
 
+// UnderWay is how many reviews are under way, and how many may be: further ones wait.
+func (v *TokenReview) UnderWay() (now, most int) { return len(v.slots), cap(v.slots) }
+
 // Age is how long ago the API server last reviewed a token for us, if it did not the last time, and else 0.
 func (v *TokenReview) Age() time.Duration {
 	v.mu.Lock()

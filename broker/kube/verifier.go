@@ -280,6 +280,7 @@ func (v *JWKS) refresh(ctx context.Context) {
 func (v *JWKS) fetch(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, liveReadTimeout)
 	defer cancel()
+	began := time.Now()
 	keys, err := v.fetchKeys(ctx)
 	var issuer string
 	if err == nil && len(v.cfg.Issuers) == 0 {
@@ -291,9 +292,11 @@ func (v *JWKS) fetch(ctx context.Context) {
 	v.flight = nil
 	if err != nil {
 		v.cfg.Logger.WarnContext(ctx, "Fetching the cluster's token-signing keys failed", "error", err, "held", len(v.keys))
-		return
 	}
-	v.keys, v.fetched = keys, time.Now()
+	if keys != nil {
+		// Also without the issuer: a key that was removed is trusted no longer. They are no newer than the question.
+		v.keys, v.fetched = keys, began
+	}
 	if issuer != "" {
 		v.issuers = []string{issuer}
 	}

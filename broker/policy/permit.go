@@ -141,14 +141,17 @@ func compile(expression string) (*regexp.Regexp, int, error) {
 // steps estimates how many instructions re compiles to.
 func steps(re *syntax.Regexp) int {
 	n := 1
-	if re.Op == syntax.OpLiteral {
+	switch re.Op {
+	case syntax.OpLiteral:
 		n = len(re.Rune)
+	case syntax.OpCharClass:
+		n += len(re.Rune) / 16 // a class such as \pL has hundreds of ranges, each of which takes memory
 	}
 	for _, part := range re.Sub {
 		n += steps(part)
 	}
 	if re.Op == syntax.OpRepeat {
-		n *= max(re.Min, re.Max) // no more than 1,000, nested ones multiplied: the parser sees to it
+		n *= max(re.Min, re.Max, 1) // Max is -1 for "any number"; no more than 1,000, nested ones multiplied: the parser sees to it
 	}
 	return n
 }

@@ -155,6 +155,14 @@ func TestPermittedCannotBeInjected(t *testing.T) {
 		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(map[policy.Key]string{policy.Permitted: strings.Repeat(repeat, 4096/len(repeat))}))
 		mustRefuse(t, repeat, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/permitted"`, "repeats too much")
 	}
+	// "Any number" of something is no less than the thing itself, and a class of many ranges is more than one step.
+	for _, large := range []string{"(?:" + strings.Repeat(".{0,1000}", 440) + "){0,}", strings.Repeat(`\pL`, 1333)} {
+		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(map[policy.Key]string{policy.Permitted: large}))
+		mustRefuse(t, large[:20], err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/permitted"`, "repeats too much")
+	}
+	if !permits(t, rules, "reader", map[policy.Key]string{policy.Permitted: `arn:aws:iam::\d{12}:role/[\w/]{0,}` + "reader"}) {
+		t.Error("an ordinary expression is refused")
+	}
 	if !permits(t, rules, "reader", map[policy.Key]string{policy.Permitted: rolePrefix + "[a-z]{1,64}(/[a-z]{1,64}){0,8}"}) {
 		t.Error("an ordinary repetition is refused")
 	}

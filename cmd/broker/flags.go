@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"math"
 	"strings"
 	"time"
 
@@ -67,15 +68,15 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key")
 	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must be made for")
 	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty asks the API server for its own")
-	f.StringVar(&verification, "token-verification", "jwks", "jwks verifies tokens by the API server's published keys; tokenreview asks it about each (`mode`)")
+	f.StringVar(&verification, "token-verification", "jwks", "`mode` of verifying tokens: jwks by the API server's published keys, tokenreview by asking it about each")
 	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty asks STS for the broker's own account")
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
 	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
-	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "calls of STS that this broker begins per `second`; where there are several brokers, its share of what all together may: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
+	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "`calls` of STS that this broker begins per second; where there are several brokers, its share of what all together may: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
 	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
-	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "distinct sessions that the pods of one namespace may have at a time; 0 sets no bound (`number`)")
+	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "`number` of distinct sessions that the pods of one namespace may have at a time; 0 sets no bound")
 	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
 	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; a replaced file is taken up without a restart; empty sets no limits")
 	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
@@ -105,7 +106,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		if audit != "best-effort" && audit != "required" {
 			return options{}, fmt.Errorf("--audit=%s: must be best-effort or required", audit)
 		}
-		if o.stsRate <= 0 || o.stsConcurrency <= 0 {
+		if !(o.stsRate > 0) || math.IsInf(o.stsRate, 0) || o.stsConcurrency <= 0 {
 			return options{}, fmt.Errorf("--sts-rate=%v, --sts-concurrency=%d: must be positive", o.stsRate, o.stsConcurrency)
 		}
 		if o.maxGrants < 0 {

@@ -47,6 +47,7 @@ func run(ctx context.Context, o options) error {
 	// Should one part fail, the server drains too.
 	group, work := errgroup.WithContext(context.WithoutCancel(ctx))
 	work, stopWork := context.WithCancel(work)
+	defer stopWork()
 	serving, stopServing := context.WithCancel(ctx)
 	defer context.AfterFunc(work, stopServing)()
 	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.events.Run, p.sessions.Run, p.decisions.Run} {
@@ -64,6 +65,10 @@ func run(ctx context.Context, o options) error {
 	}
 	var prefetched atomic.Pointer[broker.Prefetch]
 	checks := p.readiness(serving, &prefetched)
+	ready := func() bool { return admin.Ready(checks) == nil }
+	if err := p.metrics.Watch(admin.Sources{Ready: ready}); err != nil {
+		return err
+	}
 	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(p.metrics, checks...)) })
 	group.Go(func() error {
 		defer stopWork()
@@ -87,7 +92,7 @@ func run(ctx context.Context, o options) error {
 			"base_arn", base.String(), "region", p.sts.Region(), "version", program.Version())
 		return d.broker.Serve(serving, broker.ServerConfig{
 			Listener: listener, TLS: certs.ServerConfig(p.pair), Logger: p.log,
-			Ready: func() bool { return admin.Ready(checks) == nil }, Interceptors: p.interceptors(),
+			Ready: ready, Interceptors: p.interceptors(),
 		})
 	})
 	return group.Wait()

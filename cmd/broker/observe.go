@@ -11,6 +11,7 @@ import (
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/cmd/internal/program"
@@ -28,11 +29,15 @@ func (p *parts) sources() admin.Sources {
 		BaseCredentials: p.sts.BaseExpiration,
 		ClockSkew:       p.sts.ClockSkew,
 		InformerAge:     p.directory.Age,
+		LiveReads:       p.directory.Reads,
 		VerificationAge: p.verifier.Age,
 		Events: func() admin.EventStats {
 			stats := p.events.Stats()
 			return admin.EventStats{Queued: stats.Queued, Written: stats.Written, Suppressed: stats.Suppressed, Dropped: stats.Dropped}
 		},
+	}
+	if reviews, ok := p.verifier.(*kube.TokenReview); ok {
+		s.TokenReviews = reviews.UnderWay
 	}
 	if p.traces != nil {
 		s.Spans = func() admin.SpanStats {
