@@ -141,10 +141,10 @@ func compile(expression string) (*regexp.Regexp, int, error) {
 // steps estimates how many instructions re compiles to.
 func steps(re *syntax.Regexp) int {
 	n := 1
-	switch re.Op {
-	case syntax.OpLiteral:
+	if re.Op == syntax.OpLiteral {
 		n = len(re.Rune)
-	case syntax.OpCharClass:
+	}
+	if re.Op == syntax.OpCharClass {
 		n += len(re.Rune) / 16 // a class such as \pL has hundreds of ranges, each of which takes memory
 	}
 	for _, part := range re.Sub {

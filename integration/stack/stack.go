@@ -286,7 +286,7 @@ func ReadSources(ctx context.Context) (int, error) {
 	for _, name := range programs {
 		args = append(args, module+"/cmd/"+name)
 	}
-	list, err := exec.CommandContext(ctx, "go", args...).Output() //nolint:gosec // The arguments are the constants above.
+	list, err := exec.CommandContext(ctx, "go", args...).Output()
 	if err != nil {
 		return 0, fmt.Errorf("listing the sources of Credence: %w", err)
 	}
