@@ -401,6 +401,26 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 	})
 }
 
+// What STS doubted once is used again while nothing better is to be had.
+func TestDoubtedCredentialsAreBetterThanNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hop, err := credential.ParseRoleARN(hopARN)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop})
+		if _, err := sts.Credential(t.Context(), grant(t, nil)); err != nil {
+			t.Fatal(err)
+		}
+		server.SetRole(hopARN, ststest.Behavior{Fault: ststest.Unavailable()})
+		server.SetRole(roleARN, ststest.Behavior{Fault: &ststest.Fault{Code: "ExpiredToken", Status: 403, Times: 1}})
+		_, _ = sts.Credential(t.Context(), grant(t, nil)) // finds out that there is nothing else
+		if _, err := sts.Credential(t.Context(), grant(t, nil)); err != nil {
+			t.Errorf("with credentials that STS takes, and a source that is away: %v", err)
+		}
+	})
+}
+
 // IAM revokes sessions by a policy that denies them everything, in the words in which a role is denied. The broker's
 // own is replaced after a while of that; one role that denies does not make it.
 func TestRevokedByPolicy(t *testing.T) {

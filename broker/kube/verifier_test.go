@@ -39,8 +39,9 @@ type apiServer struct {
 	away    atomic.Bool
 	fetches atomic.Int64 // of the key set
 
-	mu   sync.Mutex
-	keys []jose.JSONWebKey // guarded by mu
+	mu        sync.Mutex
+	keys      []jose.JSONWebKey // guarded by mu
+	secretive atomic.Bool       // refuses its discovery document
 }
 
 // pipes is a listener of in-memory connections.
@@ -66,6 +67,10 @@ func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 	s.publish(keys...)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
+		if s.secretive.Load() {
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
 		_ = json.NewEncoder(w).Encode(map[string]string{"issuer": issuer})
 	})
 	mux.HandleFunc("/openid/v1/jwks", func(w http.ResponseWriter, _ *http.Request) {
@@ -266,6 +271,24 @@ func TestKeysAreFollowed(t *testing.T) {
 		}
 		// What is not known could be a new key: not the token's fault.
 		wantReason(t, v, newSigner(t, "newest").token(t, nil), credential.ReasonAPIServerAway)
+	})
+}
+
+// A removed key is trusted no longer, whatever becomes of the document that names the issuer.
+func TestKeysAreFollowedWithoutDiscovery(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old, replacement := newSigner(t, "old"), newSigner(t, "new")
+		server, config := startAPIServer(t, old)
+		v := newVerifier(t, config)
+		wantReason(t, v, old.token(t, nil), "")
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { _ = v.Run(ctx) }()
+		server.secretive.Store(true)
+		server.publish(replacement)
+		time.Sleep(10 * time.Minute)
+		wantReason(t, v, old.token(t, nil), credential.ReasonTokenInvalid)
+		wantReason(t, v, replacement.token(t, nil), "")
 	})
 }
 
