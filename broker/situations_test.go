@@ -186,7 +186,7 @@ func TestOneSlowRole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{})
 		e.sts.SetRole(arnOf("slow"), ststest.Behavior{Latency: 9 * time.Second})
-		e.sts.SetRole(arnOf("too-slow"), ststest.Behavior{Latency: 10 * time.Second})
+		e.sts.SetRole(arnOf("too-slow"), ststest.Behavior{Latency: 10*time.Second + time.Millisecond})
 		lost := e.pod("shop", "too-slow", "role", "too-slow")
 		var callers sync.WaitGroup
 		get := func(role string, within time.Duration) {

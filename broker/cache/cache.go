@@ -405,7 +405,7 @@ func (c *Cache[K]) fetch(ctx, origin context.Context, e *entry[K]) {
 	c.mu.Lock()
 	f := e.flight
 	c.running--
-	c.pace.ended(now, err)
+	c.pace.ended(now, err, e.failures > 0)
 	if f.outdated && ctx.Err() == nil {
 		f.outdated = false
 		c.queue.push(e)

@@ -22,8 +22,8 @@ const (
 	// reaction is the time in which the rate falls once, or rises once: what was begun before the last
 	// change says nothing about it.
 	reaction = time.Second
-	// awayAfter is how many fetches in a row, of whatever keys, must fail for the source to count as away.
-	// One key that fails by itself does not slow the others.
+	// awayAfter is how many fetches in a row, of as many keys, must fail for the source to count as away. One
+	// key that fails by itself, however often, does not slow the others.
 	awayAfter = 20
 )
 
@@ -35,7 +35,7 @@ type pace struct {
 	safe    rate.Limit // up to here the rate doubles
 	fell    time.Time  // when the rate was last lowered
 	blocked time.Time  // when it was last found to be too high, or was raised: a second of quiet raises it
-	failed  int        // fetches in a row that found the source away
+	failed  int        // keys in a row whose fetches found the source away
 }
 
 func newPace(full rate.Limit, concurrency int) pace {
@@ -54,8 +54,8 @@ func (p *pace) take(now time.Time) time.Duration {
 	return wait
 }
 
-// ended learns from the outcome of a fetch.
-func (p *pace) ended(now time.Time, err error) {
+// ended learns from the outcome of a fetch; again says that the key's last fetch failed as well.
+func (p *pace) ended(now time.Time, err error, again bool) {
 	if p.full == rate.Inf {
 		return
 	}
@@ -64,7 +64,9 @@ func (p *pace) ended(now time.Time, err error) {
 	case throttled:
 		p.failed = 0
 	case errors.Is(err, credential.ErrUnavailable):
-		p.failed++
+		if !again {
+			p.failed++
+		}
 	default:
 		p.failed = 0 // A refusal is an answer too.
 	}
