@@ -20,11 +20,12 @@ var floors = map[string]int{
 	"certs":             0,
 
 	// 1: pure mechanisms over the nouns, and the wire.
-	"broker/brokerpb": 1,
-	"broker/cache":    1,
-	"broker/policy":   1,
-	"certs/certstest": 1,
-	"certs/pki":       1,
+	"broker/brokerpb":  1,
+	"broker/cache":     1,
+	"broker/placement": 1,
+	"broker/policy":    1,
+	"certs/certstest":  1,
+	"certs/pki":        1,
 
 	// 2: what meets one outside system each.
 	"broker/assume":    2,

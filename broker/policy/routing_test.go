@@ -1,0 +1,114 @@
+package policy_test
+
+import (
+	"testing"
+
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+func routingKey(t *testing.T, pod policy.Pod) policy.RoutingKey {
+	t.Helper()
+	key, err := routingKeys(t).RoutingKey(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// Pods that share a session are asked for at the same brokers; what has no part in a session has none in its place.
+func TestRoutingKey(t *testing.T) {
+	with := func(key policy.Key, value string) func(*policy.Pod) {
+		return func(p *policy.Pod) { p.Annotations[policy.DefaultPrefix+"/"+string(key)] = value }
+	}
+	elsewhere := func(p *policy.Pod) { p.Namespace = "other" }
+	account := func(p *policy.Pod) { p.ServiceAccount = "other" }
+	recreated := func(p *policy.Pod) { p.Name, p.UID = "cart-2", "uid-2" }
+	for _, tt := range []struct {
+		name   string
+		common []func(*policy.Pod)
+		change func(*policy.Pod)
+		same   bool
+	}{
+		{"another pod", nil, recreated, true},
+		{"another namespace", nil, elsewhere, true},
+		{"another service account", nil, account, true},
+		{"its region", nil, with(policy.Region, "eu-west-1"), true},
+		{"its metadata", nil, with(policy.IMDS, "off"), true},
+		{"its start timeout", nil, with(policy.StartTimeout, "5s"), true},
+		{"blanks", nil, with(policy.Role, " reader\n"), true},
+		{"the default said", nil, with(policy.Duration, "60m"), true},
+		{"another role", nil, with(policy.Role, "writer"), false},
+		{"session name", nil, with(policy.SessionName, "mine"), false},
+		{"external id", nil, with(policy.ExternalID, "mine"), false},
+		{"tags", nil, with(policy.SessionTags, "a=b"), false},
+		{"policy", nil, with(policy.SessionPolicy, `{"Statement":[]}`), false},
+		{"policies", nil, with(policy.PolicyARNs, "arn:aws:iam::aws:policy/ReadOnlyAccess"), false},
+		{"duration", nil, with(policy.Duration, "2h"), false},
+		{"scope", nil, with(policy.SessionScope, "pod"), false},
+		{"order of tags", []func(*policy.Pod){with(policy.SessionTags, "a=1,b=2")}, with(policy.SessionTags, "b=2, a=1"), true},
+		{"default role, another namespace", []func(*policy.Pod){with(policy.Role, "")}, elsewhere, false},
+		{"default role, another pod", []func(*policy.Pod){with(policy.Role, "")}, recreated, true},
+		{"scope service-account, another pod", []func(*policy.Pod){with(policy.SessionScope, "service-account")}, recreated, true},
+		{"scope service-account, another one", []func(*policy.Pod){with(policy.SessionScope, "service-account")}, account, false},
+		{"scope service-account, another namespace", []func(*policy.Pod){with(policy.SessionScope, "service-account")}, elsewhere, false},
+		{"scope pod, another pod", []func(*policy.Pod){with(policy.SessionScope, "pod")}, recreated, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			made := func(changes ...func(*policy.Pod)) policy.RoutingKey {
+				pod := cart(map[policy.Key]string{policy.Role: "reader"})
+				for _, change := range changes {
+					change(&pod)
+				}
+				return routingKey(t, pod)
+			}
+			one, other := made(tt.common...), made(append(tt.common, tt.change)...)
+			if (one == other) != tt.same {
+				t.Errorf("the keys are %s and %s", one, other)
+			}
+		})
+	}
+}
+
+// What the webhook writes, with the UID that the kubelet adds, is what the broker makes of the live pod.
+func TestRoutingKeyOfWebhookAndBroker(t *testing.T) {
+	for _, scope := range []policy.Scope{policy.ScopeRole, policy.ScopeServiceAccount, policy.ScopePod} {
+		pod := cart(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: string(scope)})
+		settings, err := routingKeys(t).Parse(pod.Annotations)
+		if err != nil {
+			t.Fatal(err)
+		}
+		written := settings.RoutingKey(pod.Namespace, pod.ServiceAccount)
+		if scope == policy.ScopePod {
+			written = written.ForPod(pod.UID)
+		}
+		if made := routingKey(t, pod); made != written {
+			t.Errorf("scope %s: the broker makes %s, and the webhook writes %s", scope, made, written)
+		}
+	}
+}
+
+// A changed form moves every session once: no change for its own sake.
+func TestRoutingKeyIsTheSameInEveryVersion(t *testing.T) {
+	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Annotations: annotations(map[policy.Key]string{
+		policy.Role: "reader", policy.SessionTags: "b=2,a=1", policy.SessionScope: "pod", policy.Duration: "2h", policy.ExternalID: "id",
+	})}
+	if key := routingKey(t, pod); key != "c468d105de043456c8b7a90c7e6a02fb/uid-1" {
+		t.Errorf("the key is %s", key)
+	}
+}
+
+func TestRoutingKeyOfWhatDoesNotParse(t *testing.T) {
+	pod := cart(map[policy.Key]string{policy.Role: "reader", policy.Duration: "long"})
+	if key, err := routingKeys(t).RoutingKey(pod); err == nil || key != "" {
+		t.Errorf("RoutingKey = %q, %v", key, err)
+	}
+}
+
+func routingKeys(t *testing.T) policy.Keys {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
