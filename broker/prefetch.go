@@ -17,8 +17,8 @@ type Keeper interface {
 	Release(grant policy.Grant, namespace string)
 }
 
-// Prefetch keeps the grant of every injected pod warm, so that no pod waits for STS, and lets go of
-// it when its last pod does.
+// Prefetch keeps the grant of every injected pod that this broker owns warm, so that no pod waits for STS,
+// and lets go of it when its last pod does.
 //
 // Changes come in by key through a set: however many there are, each pod is looked at once, and
 // none is lost.
@@ -40,6 +40,9 @@ type PrefetchConfig struct {
 	// Lookup returns the injected pod of that key with its namespace; ok is false when there is
 	// none any more. Required.
 	Lookup func(key string) (pod policy.Pod, ns policy.Namespace, ok bool)
+	// Owns says whether this broker is one of those that keep the sessions with a routing key warm; Changed is to
+	// be called for all pods when its answers change. Default: it owns all of them.
+	Owns func(routingKey string) bool
 	// Rules decide on grants. Required.
 	Rules *policy.Rules
 	// Sessions keeps them. Required.
@@ -117,11 +120,17 @@ func (p *Prefetch) look(ctx context.Context, key string) {
 	}
 }
 
-// wanted is the grant of the pod; zero when it is gone or may have none.
+// wanted is the grant of the pod; zero when it is gone, may have none, or is for other brokers to keep.
 func (p *Prefetch) wanted(ctx context.Context, key string) policy.Grant {
 	pod, ns, ok := p.cfg.Lookup(key)
 	if !ok {
 		return policy.Grant{}
+	}
+	if p.cfg.Owns != nil {
+		// What does not parse is nobody's, and has no grant either.
+		if key, err := p.cfg.Rules.Keys().RoutingKey(pod); err == nil && !p.cfg.Owns(string(key)) {
+			return policy.Grant{}
+		}
 	}
 	grant, err := p.cfg.Rules.Grant(pod, ns)
 	if err != nil {

@@ -62,6 +62,7 @@ type pods struct {
 	mu        sync.Mutex
 	roles     map[string]string // :: pod key → its role; guarded by mu
 	permitted string            // guarded by mu
+	foreign   map[string]bool   // :: routing key → whether other brokers own it; guarded by mu
 }
 
 func newPods(t *testing.T, sessions broker.Keeper) *pods {
@@ -78,9 +79,14 @@ func newPods(t *testing.T, sessions broker.Keeper) *pods {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pods{t: t, roles: map[string]string{}, permitted: ".*"}
+	p := &pods{t: t, roles: map[string]string{}, permitted: ".*", foreign: map[string]bool{}}
 	p.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
 		Rules: rules, Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
+		Owns: func(key string) bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return !p.foreign[key]
+		},
 		Lookup: func(key string) (policy.Pod, policy.Namespace, bool) {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -152,6 +158,39 @@ func TestPrefetchFollowsPods(t *testing.T) {
 		p.prefetch.Changed("shop/pod-0")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998})
+	})
+}
+
+// What other brokers own is for them to keep, until they are gone.
+func TestPrefetchOfWhatOthersOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sessions := &keeper{kept: map[string]int{}}
+		p := newPods(t, sessions)
+		keys, err := policy.NewKeys(policy.DefaultPrefix)
+		fatal(t, err)
+		foreign := func(role string, is bool) {
+			key, err := keys.RoutingKey(policy.Pod{Annotations: map[string]string{keys.Name(policy.Role): role}})
+			fatal(t, err)
+			p.mu.Lock()
+			p.foreign[string(key)] = is
+			p.mu.Unlock()
+			p.prefetch.Changed("shop/1", "shop/2", "shop/3")
+			synctest.Wait()
+		}
+		p.run()
+		foreign("b", true)
+		p.set("1", "a")
+		p.set("2", "b")
+		p.set("3", "b")
+		synctest.Wait()
+		sessions.want(t, map[string]int{"a": 1})
+		foreign("b", false)
+		sessions.want(t, map[string]int{"a": 1, "b": 2})
+		foreign("a", true)
+		sessions.want(t, map[string]int{"b": 2})
+		p.set("1", "b")
+		synctest.Wait()
+		sessions.want(t, map[string]int{"b": 3})
 	})
 }
 

@@ -26,13 +26,16 @@ import (
 
 // What Events say of themselves.
 const (
-	// EventReason is the reason of every Event that we write.
+	// EventReason is the reason of every Event on a pod that is refused.
 	EventReason = "CredentialsRefused"
+	// BudgetReason is the reason of the Event on a broker's own pod which may not call STS as often as it must.
+	BudgetReason = "STSBudgetShort"
 	// EventController is what wrote it.
 	EventController = "credence-iam.github.io/broker"
-
-	eventAction = "GetCredentials"
 )
+
+// eventActions are what the broker did when it had something to say, by the reason of the Event.
+var eventActions = map[string]string{EventReason: "GetCredentials", BudgetReason: "RenewSessions"}
 
 const (
 	// eventQuiet is how long the same refusal of the same pod is not written again: as long as an API server
@@ -60,7 +63,7 @@ type Events struct {
 	instance string
 	log      *slog.Logger
 	all      *rate.Limiter
-	queue    chan refusal
+	queue    chan notice
 
 	mu     sync.Mutex
 	seen   map[sighting]time.Time   // :: refusal → when it may be written again; guarded by mu
@@ -75,14 +78,16 @@ type sighting struct {
 	text   uint64 // a hash of the message: another one is news
 }
 
-type refusal struct {
+// notice is an Event to be written.
+type notice struct {
 	sighting
-	pod  policy.Pod
-	note string
-	at   time.Time
+	pod    policy.Pod
+	reason string
+	note   string
+	at     time.Time
 }
 
-// EventStats counts refusals since the start.
+// EventStats counts what there was to say since the start.
 type EventStats struct {
 	// Queued is how many wait to be written now.
 	Queued int
@@ -107,7 +112,7 @@ func NewEvents(config *rest.Config, instance string, log *slog.Logger) (*Events,
 	}
 	return &Events{
 		client: client, instance: clip(instance, 128), log: log, // 128 is the API's bound
-		all: rate.NewLimiter(eventsPerSecond, eventBurst), queue: make(chan refusal, eventQueue),
+		all: rate.NewLimiter(eventsPerSecond, eventBurst), queue: make(chan notice, eventQueue),
 		seen: make(map[sighting]time.Time), shares: make(map[string]*rate.Limiter),
 	}, nil
 }
@@ -119,10 +124,17 @@ func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
 	if err == nil || !errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) || pod.UID == "" {
 		return
 	}
+	e.queueUp(pod, EventReason, err.Reason, string(err.Reason)+": "+err.Message)
+}
+
+// BudgetShort has an Event with this note written on the broker's own pod.
+func (e *Events) BudgetShort(pod policy.Pod, note string) { e.queueUp(pod, BudgetReason, "", note) }
+
+func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, note string) {
 	now := time.Now()
 	text := fnv.New64a()
-	_, _ = text.Write([]byte(err.Message)) // which never fails
-	r := refusal{sighting: sighting{pod.UID, err.Reason, text.Sum64()}, at: now, note: clip(string(err.Reason)+": "+err.Message, maxEventNote)}
+	_, _ = text.Write([]byte(reason + note)) // which never fails
+	r := notice{sighting: sighting{pod.UID, why, text.Sum64()}, at: now, reason: reason, note: clip(note, maxEventNote)}
 	r.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // the rest need not be kept
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -203,7 +215,7 @@ func (e *Events) Run(ctx context.Context) error {
 	}
 }
 
-func (e *Events) write(ctx context.Context, r refusal) error {
+func (e *Events) write(ctx context.Context, r notice) error {
 	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
 	defer cancel()
 	// As client-go's recorders name theirs: one pod can have many, and a pod of the same name may follow.
@@ -213,7 +225,7 @@ func (e *Events) write(ctx context.Context, r refusal) error {
 			Namespace: r.pod.Namespace, Name: strings.TrimRight(r.pod.Name[:min(len(r.pod.Name), maxEventName-len(suffix))], ".-") + suffix,
 		},
 		EventTime: metav1.NewMicroTime(r.at), ReportingController: EventController, ReportingInstance: e.instance,
-		Action: eventAction, Reason: EventReason, Type: corev1.EventTypeWarning, Note: r.note,
+		Action: eventActions[r.reason], Reason: r.reason, Type: corev1.EventTypeWarning, Note: r.note,
 		Regarding: corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: r.pod.Namespace, Name: r.pod.Name, UID: types.UID(r.pod.UID),
 		},
