@@ -27,7 +27,7 @@ import (
 
 // Renewal, as fractions of a session's life L. A session is renewed when what remains falls to
 // somewhere between renewLow and renewHigh, spread so that sessions made together are not renewed
-// together. Its holders are told to come back when between askLow and askHigh remain: after the
+// together; earlier where too many would be (see renewals), and never later. Its holders are told to come back when between askLow and askHigh remain: after the
 // renewal, so that they meet the new session, and early enough that what they serve never falls
 // under 0.45 L, which is 27 minutes of the default hour and more than the 25 minutes below which
 // botocore distrusts instance metadata.
@@ -98,6 +98,7 @@ type Cache[K comparable] struct {
 	idle     map[string]int // :: class → how many of them it does not keep
 	due      dueHeap[K]     // entries by the time they need attention
 	queue    queue[K]       // entries whose fetch has not begun
+	renewals renewals       // when sessions are renewed
 	pace     pace
 	running  int // fetches that have begun and not ended
 	counts   counts
@@ -120,6 +121,7 @@ type entry[K comparable] struct {
 	dueAt    time.Time
 	dueIndex int // in Cache.due; -1 when not there
 	queued   int // index in Cache.queue; -1 when not there
+	renewal  renewal
 }
 
 // usage is what one class has of an entry.
@@ -175,6 +177,7 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 		entries:  make(map[K]*entry[K]),
 		perClass: make(map[string]int),
 		idle:     make(map[string]int),
+		renewals: newRenewals(),
 		pace:     newPace(cfg.Rate, cfg.Concurrency),
 	}, nil
 }
@@ -357,7 +360,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 	now := time.Now()
 	for len(c.due) > 0 && !c.due[0].dueAt.After(now) {
 		e := c.due[0]
-		heap.Pop(&c.due)
+		c.unschedule(e)
 		if e.kept > 0 {
 			c.ask(e, e.keeper())
 		} else {
@@ -505,9 +508,7 @@ func (c *Cache[K]) makeRoom(class string) bool {
 	i := victim.classIndex(class)
 	c.leave(victim.classes[i])
 	if victim.classes = slices.Delete(victim.classes, i, i+1); len(victim.classes) == 0 {
-		if victim.dueIndex >= 0 {
-			heap.Remove(&c.due, victim.dueIndex)
-		}
+		c.unschedule(victim)
 		delete(c.entries, victim.key)
 	}
 	return true
@@ -557,20 +558,33 @@ func (c *Cache[K]) ask(e *entry[K], class string) *flight {
 	return e.flight
 }
 
-// settle decides when an entry without a flight needs attention next, and forgets an entry that
-// nobody needs.
-func (c *Cache[K]) settle(e *entry[K], now time.Time) {
+// unschedule takes an entry off what is due, and its renewal out of the count. Whatever changes when an entry is
+// looked at comes through here.
+func (c *Cache[K]) unschedule(e *entry[K]) {
 	if e.dueIndex >= 0 {
 		heap.Remove(&c.due, e.dueIndex)
+	}
+	c.renewals.cancel(&e.renewal)
+}
+
+// settle decides when an entry without a flight needs attention next, and forgets an entry that
+// nobody needs. It is called whenever an entry is kept or not any more, or its session has changed.
+func (c *Cache[K]) settle(e *entry[K], now time.Time) {
+	c.unschedule(e)
+	valid := e.held.Valid(now)
+	if e.kept > 0 && valid {
+		c.renewals.want(&e.renewal, e.held.Life())
+	} else {
+		c.renewals.want(&e.renewal, 0)
 	}
 	if e.flight != nil {
 		return // fetch settles it.
 	}
-	switch valid := e.held.Valid(now); {
+	switch {
 	case e.kept > 0 && e.failure != nil:
 		e.dueAt = e.notBefore
 	case e.kept > 0 && valid:
-		e.dueAt = e.held.Expiration.Add(-jitter(e.held.Life(), renewLow, renewHigh))
+		e.dueAt = c.renewals.plan(&e.renewal, e.held, now)
 	case e.kept > 0:
 		e.dueAt = now
 	case valid:

@@ -323,7 +323,7 @@ func TestRenewalIsEarlyAndSpread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
-		const keys = 500
+		const keys = 300 // few enough for none to be renewed earlier than that
 		for i := range keys {
 			keep(t, c, fmt.Sprint(i))
 		}
@@ -722,7 +722,7 @@ func TestManyKeysFallDueTogether(t *testing.T) {
 				t.Errorf("%d of %d keys were fetched", len(fetches), keys)
 			}
 			for key, n := range fetches {
-				if n != 2 {
+				if n != 2 && n != 3 { // 3: the first renewal was an early one, to keep them even
 					t.Errorf("with 0.45 of its session left, key %s had %d fetches", key, n)
 				}
 			}

@@ -163,10 +163,8 @@ func (c *Cache[K]) again(chosen func(*entry[K]) bool, change func(*entry[K])) (n
 			c.queue.fix(e) // Without a session it stands elsewhere in the queue.
 		case e.kept > 0:
 			c.ask(e, e.keeper())
-			c.settle(e, now)
-		default:
-			c.settle(e, now)
 		}
+		c.settle(e, now)
 	}
 	c.poke()
 	return n
