@@ -55,9 +55,16 @@ const (
 // failure counts as one more in a row and is followed by a longer wait.
 const failureMemory = maxRefusedWait
 
-// staleWait is how long a caller waits for the renewal of a session that is past half of its life,
-// before it is given the old one. Callers hold a valid session themselves and are in no hurry.
-const staleWait = 500 * time.Millisecond
+// How long a caller waits for the renewal of a session that is past half of its life, before it is given the
+// old one.
+const (
+	// staleWait is for keys that are kept. Their renewal is behind schedule for a reason, which a caller does
+	// not wait out; it holds a valid session itself and is in no hurry.
+	staleWait = 500 * time.Millisecond
+	// renewWait is for keys that nobody keeps, which are renewed when they are asked for and not before. The client
+	// gives a call 10 s and asks another broker meanwhile, so half of that leaves time for the answer.
+	renewWait = 5 * time.Second
+)
 
 // Config configures [New].
 type Config[K comparable] struct {
@@ -134,7 +141,7 @@ type usage struct {
 // closed.
 type flight struct {
 	done     chan struct{}   // closed when cred and err are final
-	origin   context.Context // of who asked first, for its values; nil when nobody waits
+	origin   context.Context // of who asked first, for its values; nil when nobody has asked
 	waiters  int             // callers who have nothing to go on with
 	turns    [kinds]turn     // its places among those of each kind; zero: none yet
 	outdated bool            // what is being fetched is not wanted any more: fetch again
@@ -182,8 +189,9 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 	}, nil
 }
 
-// Get returns the credential of key, fetching it when none is held. It waits for a fetch no longer
-// than ctx, and the fetch goes on without it. The error is [ErrClassFull], the source's own, or
+// Get returns the credential of key, fetching it when none is held, and when that is past half of its
+// life: who is told to come back then is to meet the next one. The old one is the answer where its renewal
+// fails or takes long. Get waits for a fetch no longer than ctx, and the fetch goes on without it. The error is [ErrClassFull], the source's own, or
 // credential.ErrUnavailable when ctx ended first or the cache has stopped.
 //
 // A fetch runs with the values of the context of who asked first, and without its end.
@@ -216,6 +224,10 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 		defer c.mu.Unlock()
 		return Value{}, retryAt(e.failure, e.notBefore.Sub(now))
 	}
+	wait := staleWait
+	if e.kept == 0 {
+		wait = renewWait
+	}
 	f := c.ask(e, class)
 	if f.origin == nil {
 		f.origin = context.WithoutCancel(ctx)
@@ -234,7 +246,7 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 
 	var patience <-chan time.Time
 	if valid {
-		timer := time.NewTimer(staleWait)
+		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		patience = timer.C
 	}
@@ -322,7 +334,7 @@ func (c *Cache[K]) Release(key K, class string) {
 	if e.kept > 0 {
 		return
 	}
-	if e.queued >= 0 && !e.flight.waitedFor() {
+	if e.queued >= 0 && e.flight.origin == nil { // Nobody has asked for it: see renewWait.
 		c.queue.remove(e)
 		e.flight = nil
 	}
