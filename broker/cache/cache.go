@@ -70,10 +70,12 @@ const (
 type Config[K comparable] struct {
 	// Source fetches what the cache does not hold. Required.
 	Source credential.Source[K]
-	// Concurrency bounds the fetches that run at once. Default 64.
+	// Concurrency bounds the fetches that run at once, and those that may begin in a burst after a quiet time.
+	// Default 64. The burst is shared as Rate is; the bound on what runs is each cache's own.
 	Concurrency int
-	// Rate bounds the fetches begun per second. Default [DefaultRate]. While the source says that it
-	// is throttled, or is away, fewer begin. rate.Inf lifts all of that.
+	// Rate bounds the fetches begun per second by all caches that share it, as ShareRate says; at first
+	// this is the only one. Default [DefaultRate]. While the source says that it is throttled, or is away, fewer
+	// begin. rate.Inf lifts all of that.
 	Rate rate.Limit
 	// MaxPerClass bounds the distinct keys that one class has at a time, so that none can use up the
 	// memory and the rate of all. Default: no bound.
@@ -341,6 +343,17 @@ func (c *Cache[K]) Release(key K, class string) {
 	c.settle(e, time.Now())
 }
 
+// ShareRate says that this cache is one of n that share Config.Rate and its burst: it takes one of n equal
+// parts. Less than 1 counts as 1. It may be called at any time, and costs next to nothing while n stays.
+func (c *Cache[K]) ShareRate(n int) {
+	c.mu.Lock()
+	changed := c.pace.share(time.Now(), n)
+	c.mu.Unlock()
+	if changed {
+		c.poke() // What Run waits for may come sooner.
+	}
+}
+
 // Run fetches and renews until ctx ends. Fetches that are under way then are cancelled and waited
 // for, and those who wait for them are told that the broker is shutting down.
 func (c *Cache[K]) Run(ctx context.Context) error {
@@ -389,6 +402,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 		}
 		e := c.queue.next()
 		c.running++
+		c.counts.begun(e.flight.waitedFor(), e.held.Valid(now))
 		origin := e.flight.origin
 		fetches.Go(func() { c.fetch(ctx, origin, e) })
 	}
