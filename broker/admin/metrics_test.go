@@ -52,6 +52,7 @@ func scrape(t *testing.T, m *admin.Metrics) string {
 var stats = cache.Stats{
 	Kept: 11, Warm: 10, Refused: 1, Entries: 12, Waiting: 1, Renewing: 2, Ahead: 3, InFlight: 4, Rate: 400, Stalest: 90 * time.Second,
 	Hits: 100, Misses: 20, Stale: 5, Fetched: 30, Failed: 6,
+	Share: 410, Demand: 1.5, Late: 24, ForCallers: 25, Renewals: 26, Prefetches: 27,
 }
 
 // everything is all sources there are.
@@ -91,7 +92,9 @@ func TestEverySourceIsShown(t *testing.T) {
 	text := scrape(t, m)
 	for _, want := range []string{
 		`fetches_queued{kind="waiting"} 1`, `fetches_queued{kind="renewing"} 2`, `fetches_queued{kind="ahead"} 3`,
-		`fetches_in_flight 4`, `fetch_rate_limit 400`, `fetches_total{outcome="ok"} 30`, `fetches_total{outcome="failed"} 6`,
+		`fetches_in_flight 4`, `fetch_rate_limit 400`, `fetch_rate_share 410`, `fetch_rate_demand 1.5`, `sessions_late 24`,
+		`fetches_begun_total{cause="caller"} 25`, `fetches_begun_total{cause="renewal"} 26`, `fetches_begun_total{cause="prefetch"} 27`,
+		`fetches_total{outcome="ok"} 30`, `fetches_total{outcome="failed"} 6`,
 		`sessions_kept 11`, `sessions_warm 10`, `sessions_known 12`, `stalest_session_seconds 90`,
 		`lookups_total{outcome="hit"} 100`, `lookups_total{outcome="miss"} 20`, `lookups_total{outcome="stale"} 5`,
 		`audit_lines_queued 7`, `audit_lines_queued_max 8192`, `audit_lines_lost_total 8`,
@@ -180,7 +183,7 @@ func TestSeriesAreBounded(t *testing.T) {
 		}
 		series++
 		for _, match := range labels.FindAllStringSubmatch(line, -1) {
-			if !slices.Contains([]string{"action", "outcome", "kind", "reason", "le", "version", "goversion"}, match[1]) {
+			if !slices.Contains([]string{"action", "outcome", "kind", "cause", "reason", "le", "version", "goversion"}, match[1]) {
 				t.Errorf("the label %s is not known to have few values: %s", match[1], line)
 			}
 		}

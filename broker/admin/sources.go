@@ -70,11 +70,15 @@ var (
 	fetchesQueued  = gauge("fetches_queued", "Calls of STS that have not begun, by kind: waiting (callers wait for it), renewing (a session falls due), ahead (a pod will ask).", "kind")
 	fetchesFlying  = gauge("fetches_in_flight", "Calls of STS for sessions that have begun and not ended.")
 	fetchRate      = gauge("fetch_rate_limit", "Calls of STS for sessions that may begin in a second, at present: less than configured after STS has throttled.")
+	fetchShare     = gauge("fetch_rate_share", "Calls of STS for sessions that this broker may begin in a second at best: its part of what all brokers may together.")
+	fetchDemand    = gauge("fetch_rate_demand", "Calls of STS per second that it takes on average to renew the sessions that are kept.")
+	fetchesBegun   = counter("fetches_begun_total", "Calls of STS for sessions that began, by cause: caller (one had nothing to go on with), renewal (a session was held), prefetch (neither).", "cause")
 	fetchesEnded   = counter("fetches_total", "Fetches of sessions that ended, by outcome: ok or failed.", "outcome")
 	sessionsKept   = gauge("sessions_kept", "Sessions that live pods want.")
 	sessionsWarm   = gauge("sessions_warm", "Sessions that live pods want and that are held and valid.")
 	sessionsDenied = gauge("sessions_refused", "Sessions that live pods want and that AWS refuses: a person has to change something.")
 	sessionsKnown  = gauge("sessions_known", "Sessions that are held or remembered, wanted or not, refused ones included.")
+	sessionsLate   = gauge("sessions_late", "Sessions that live pods want and that have less than 0.45 of their lives left: later than promised.")
 	stalest        = gauge("stalest_session_seconds", "Time to expiry of the wanted session that expires first; absent while none is held.")
 	lookups        = counter("lookups_total", "Sessions that were asked for, by outcome: hit (answered at once), miss (had to wait for STS), stale (answered past half of the session's life).", "outcome")
 
@@ -160,7 +164,7 @@ func always(n number, value func() float64) watched {
 func (s Sources) watched() (all sourced) {
 	if s.Cache != nil {
 		all = append(all, watched{
-			[]number{fetchesQueued, fetchesFlying, fetchRate, fetchesEnded, sessionsKept, sessionsWarm, sessionsDenied, sessionsKnown, stalest, lookups},
+			[]number{fetchesQueued, fetchesFlying, fetchRate, fetchShare, fetchDemand, fetchesBegun, fetchesEnded, sessionsKept, sessionsWarm, sessionsDenied, sessionsLate, sessionsKnown, stalest, lookups},
 			func(emit func(number, float64, ...string)) {
 				c := s.Cache()
 				emit(fetchesQueued, float64(c.Waiting), "waiting")
@@ -168,11 +172,17 @@ func (s Sources) watched() (all sourced) {
 				emit(fetchesQueued, float64(c.Ahead), "ahead")
 				emit(fetchesFlying, float64(c.InFlight))
 				emit(fetchRate, c.Rate)
+				emit(fetchShare, c.Share)
+				emit(fetchDemand, c.Demand)
+				emit(fetchesBegun, float64(c.ForCallers), "caller")
+				emit(fetchesBegun, float64(c.Renewals), "renewal")
+				emit(fetchesBegun, float64(c.Prefetches), "prefetch")
 				emit(fetchesEnded, float64(c.Fetched), outcomeOK)
 				emit(fetchesEnded, float64(c.Failed), "failed")
 				emit(sessionsKept, float64(c.Kept))
 				emit(sessionsWarm, float64(c.Warm))
 				emit(sessionsDenied, float64(c.Refused))
+				emit(sessionsLate, float64(c.Late))
 				emit(sessionsKnown, float64(c.Entries))
 				if c.Warm > 0 {
 					emit(stalest, c.Stalest.Seconds())

@@ -27,7 +27,7 @@ import (
 
 // Renewal, as fractions of a session's life L. A session is renewed when what remains falls to
 // somewhere between renewLow and renewHigh, spread so that sessions made together are not renewed
-// together. Its holders are told to come back when between askLow and askHigh remain: after the
+// together; earlier where too many would be (see renewals), and never later. Its holders are told to come back when between askLow and askHigh remain: after the
 // renewal, so that they meet the new session, and early enough that what they serve never falls
 // under 0.45 L, which is 27 minutes of the default hour and more than the 25 minutes below which
 // botocore distrusts instance metadata.
@@ -55,18 +55,27 @@ const (
 // failure counts as one more in a row and is followed by a longer wait.
 const failureMemory = maxRefusedWait
 
-// staleWait is how long a caller waits for the renewal of a session that is past half of its life,
-// before it is given the old one. Callers hold a valid session themselves and are in no hurry.
-const staleWait = 500 * time.Millisecond
+// How long a caller waits for the renewal of a session that is past half of its life, before it is given the
+// old one.
+const (
+	// staleWait is for keys that are kept. Their renewal is behind schedule for a reason, which a caller does
+	// not wait out; it holds a valid session itself and is in no hurry.
+	staleWait = 500 * time.Millisecond
+	// renewWait is for keys that nobody keeps, which are renewed when they are asked for and not before. The client
+	// gives a call 10 s and asks another broker meanwhile, so half of that leaves time for the answer.
+	renewWait = 5 * time.Second
+)
 
 // Config configures [New].
 type Config[K comparable] struct {
 	// Source fetches what the cache does not hold. Required.
 	Source credential.Source[K]
-	// Concurrency bounds the fetches that run at once. Default 64.
+	// Concurrency bounds the fetches that run at once, and those that may begin in a burst after a quiet time.
+	// Default 64. The burst is shared as Rate is; the bound on what runs is each cache's own.
 	Concurrency int
-	// Rate bounds the fetches begun per second. Default [DefaultRate]. While the source says that it
-	// is throttled, or is away, fewer begin. rate.Inf lifts all of that.
+	// Rate bounds the fetches begun per second by all caches that share it, as ShareRate says; at first
+	// this is the only one. Default [DefaultRate]. While the source says that it is throttled, or is away, fewer
+	// begin. rate.Inf lifts all of that.
 	Rate rate.Limit
 	// MaxPerClass bounds the distinct keys that one class has at a time, so that none can use up the
 	// memory and the rate of all. Default: no bound.
@@ -98,6 +107,7 @@ type Cache[K comparable] struct {
 	idle     map[string]int // :: class → how many of them it does not keep
 	due      dueHeap[K]     // entries by the time they need attention
 	queue    queue[K]       // entries whose fetch has not begun
+	renewals renewals       // when sessions are renewed
 	pace     pace
 	running  int // fetches that have begun and not ended
 	counts   counts
@@ -120,6 +130,7 @@ type entry[K comparable] struct {
 	dueAt    time.Time
 	dueIndex int // in Cache.due; -1 when not there
 	queued   int // index in Cache.queue; -1 when not there
+	renewal  renewal
 }
 
 // usage is what one class has of an entry.
@@ -132,7 +143,7 @@ type usage struct {
 // closed.
 type flight struct {
 	done     chan struct{}   // closed when cred and err are final
-	origin   context.Context // of who asked first, for its values; nil when nobody waits
+	origin   context.Context // of who asked first, for its values; nil when nobody has asked
 	waiters  int             // callers who have nothing to go on with
 	turns    [kinds]turn     // its places among those of each kind; zero: none yet
 	outdated bool            // what is being fetched is not wanted any more: fetch again
@@ -175,12 +186,14 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 		entries:  make(map[K]*entry[K]),
 		perClass: make(map[string]int),
 		idle:     make(map[string]int),
+		renewals: newRenewals(),
 		pace:     newPace(cfg.Rate, cfg.Concurrency),
 	}, nil
 }
 
-// Get returns the credential of key, fetching it when none is held. It waits for a fetch no longer
-// than ctx, and the fetch goes on without it. The error is [ErrClassFull], the source's own, or
+// Get returns the credential of key, fetching it when none is held, and when that is past half of its
+// life: who is told to come back then is to meet the next one. The old one is the answer where its renewal
+// fails or takes long. Get waits for a fetch no longer than ctx, and the fetch goes on without it. The error is [ErrClassFull], the source's own, or
 // credential.ErrUnavailable when ctx ended first or the cache has stopped.
 //
 // A fetch runs with the values of the context of who asked first, and without its end.
@@ -213,6 +226,10 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 		defer c.mu.Unlock()
 		return Value{}, retryAt(e.failure, e.notBefore.Sub(now))
 	}
+	wait := staleWait
+	if e.kept == 0 {
+		wait = renewWait
+	}
 	f := c.ask(e, class)
 	if f.origin == nil {
 		f.origin = context.WithoutCancel(ctx)
@@ -231,7 +248,7 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 
 	var patience <-chan time.Time
 	if valid {
-		timer := time.NewTimer(staleWait)
+		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		patience = timer.C
 	}
@@ -319,11 +336,22 @@ func (c *Cache[K]) Release(key K, class string) {
 	if e.kept > 0 {
 		return
 	}
-	if e.queued >= 0 && !e.flight.waitedFor() {
+	if e.queued >= 0 && e.flight.origin == nil { // Nobody has asked for it: see renewWait.
 		c.queue.remove(e)
 		e.flight = nil
 	}
 	c.settle(e, time.Now())
+}
+
+// ShareRate says that this cache is one of n that share Config.Rate and its burst: it takes one of n equal
+// parts. Less than 1 counts as 1. It may be called at any time, and costs next to nothing while n stays.
+func (c *Cache[K]) ShareRate(n int) {
+	c.mu.Lock()
+	changed := c.pace.share(time.Now(), n)
+	c.mu.Unlock()
+	if changed {
+		c.poke() // What Run waits for may come sooner.
+	}
 }
 
 // Run fetches and renews until ctx ends. Fetches that are under way then are cancelled and waited
@@ -357,7 +385,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 	now := time.Now()
 	for len(c.due) > 0 && !c.due[0].dueAt.After(now) {
 		e := c.due[0]
-		heap.Pop(&c.due)
+		c.unschedule(e)
 		if e.kept > 0 {
 			c.ask(e, e.keeper())
 		} else {
@@ -374,6 +402,7 @@ func (c *Cache[K]) advance(ctx context.Context, fetches *sync.WaitGroup) time.Du
 		}
 		e := c.queue.next()
 		c.running++
+		c.counts.begun(e.flight.waitedFor(), e.held.Valid(now))
 		origin := e.flight.origin
 		fetches.Go(func() { c.fetch(ctx, origin, e) })
 	}
@@ -505,9 +534,7 @@ func (c *Cache[K]) makeRoom(class string) bool {
 	i := victim.classIndex(class)
 	c.leave(victim.classes[i])
 	if victim.classes = slices.Delete(victim.classes, i, i+1); len(victim.classes) == 0 {
-		if victim.dueIndex >= 0 {
-			heap.Remove(&c.due, victim.dueIndex)
-		}
+		c.unschedule(victim)
 		delete(c.entries, victim.key)
 	}
 	return true
@@ -557,20 +584,33 @@ func (c *Cache[K]) ask(e *entry[K], class string) *flight {
 	return e.flight
 }
 
-// settle decides when an entry without a flight needs attention next, and forgets an entry that
-// nobody needs.
-func (c *Cache[K]) settle(e *entry[K], now time.Time) {
+// unschedule takes an entry off what is due, and its renewal out of the count. Whatever changes when an entry is
+// looked at comes through here.
+func (c *Cache[K]) unschedule(e *entry[K]) {
 	if e.dueIndex >= 0 {
 		heap.Remove(&c.due, e.dueIndex)
+	}
+	c.renewals.cancel(&e.renewal)
+}
+
+// settle decides when an entry without a flight needs attention next, and forgets an entry that
+// nobody needs. It is called whenever an entry is kept or not any more, or its session has changed.
+func (c *Cache[K]) settle(e *entry[K], now time.Time) {
+	c.unschedule(e)
+	valid := e.held.Valid(now)
+	if e.kept > 0 && valid {
+		c.renewals.want(&e.renewal, e.held.Life())
+	} else {
+		c.renewals.want(&e.renewal, 0)
 	}
 	if e.flight != nil {
 		return // fetch settles it.
 	}
-	switch valid := e.held.Valid(now); {
+	switch {
 	case e.kept > 0 && e.failure != nil:
 		e.dueAt = e.notBefore
 	case e.kept > 0 && valid:
-		e.dueAt = e.held.Expiration.Add(-jitter(e.held.Life(), renewLow, renewHigh))
+		e.dueAt = c.renewals.plan(&e.renewal, e.held, now)
 	case e.kept > 0:
 		e.dueAt = now
 	case valid:

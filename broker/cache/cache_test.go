@@ -323,7 +323,7 @@ func TestRenewalIsEarlyAndSpread(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
-		const keys = 500
+		const keys = 300 // few enough for none to be renewed earlier than that
 		for i := range keys {
 			keep(t, c, fmt.Sprint(i))
 		}
@@ -722,7 +722,7 @@ func TestManyKeysFallDueTogether(t *testing.T) {
 				t.Errorf("%d of %d keys were fetched", len(fetches), keys)
 			}
 			for key, n := range fetches {
-				if n != 2 {
+				if n != 2 && n != 3 { // 3: the first renewal was an early one, to keep them even
 					t.Errorf("with 0.45 of its session left, key %s had %d fetches", key, n)
 				}
 			}
@@ -970,11 +970,11 @@ func TestStaleSessions(t *testing.T) {
 		took    time.Duration
 		calls   int // for the first two callers
 	}{
-		"renewed before the answer":    {func(s *source) { s.slow(100 * time.Millisecond) }, true, 100 * time.Millisecond, 1},
-		"kept where the source fails":  {func(s *source) { s.fail(away()) }, false, 0, 1},
-		"kept where it refuses":        {func(s *source) { s.fail(refusal()) }, false, 0, 1},
-		"kept where the source hangs":  {func(s *source) { s.slow(life) }, false, 500 * time.Millisecond, 1},
-		"kept where it takes too long": {func(s *source) { s.slow(501 * time.Millisecond) }, false, 500 * time.Millisecond, 1},
+		"renewed before the answer":      {func(s *source) { s.slow(100 * time.Millisecond) }, true, 100 * time.Millisecond, 1},
+		"renewed after a while":          {func(s *source) { s.slow(4900 * time.Millisecond) }, true, 4900 * time.Millisecond, 1},
+		"the old where the source fails": {func(s *source) { s.fail(away()) }, false, 0, 1},
+		"the old where it refuses":       {func(s *source) { s.fail(refusal()) }, false, 0, 1},
+		"the old where the source hangs": {func(s *source) { s.slow(10 * time.Second) }, false, 5 * time.Second, 1},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s := new(source)
@@ -992,6 +992,9 @@ func TestStaleSessions(t *testing.T) {
 			if took := time.Since(began); (v.AccessKeyID != held.AccessKeyID) != tt.renewed || took != tt.took {
 				t.Errorf("%s: got %s instead of %s after %s", name, v, held, took)
 			}
+			if failed := tt.took == 0; (v.Failure != nil) != failed {
+				t.Errorf("%s: it is told that the renewal failed with %v", name, v.Failure)
+			}
 			if !tt.renewed && v.RefreshAfter != 30*time.Second {
 				t.Errorf("%s: the holder of an old session is to come back after %s", name, v.RefreshAfter)
 			}
@@ -1005,6 +1008,39 @@ func TestStaleSessions(t *testing.T) {
 			}
 		})
 	}
+	// Who asks for a key that is kept does not wait out why its renewal is late.
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{FetchTimeout: life})
+		keep(t, c, "a")
+		held := mustGet(t, c, "a")
+		s.slow(life)
+		time.Sleep(part(stale))
+		began := time.Now()
+		if v := mustGet(t, c, "a"); v.AccessKeyID != held.AccessKeyID || time.Since(began) != 500*time.Millisecond || s.count() != 2 {
+			t.Errorf("got %s after %s and %d fetches", v, time.Since(began), s.count())
+		}
+	})
+	// Nor does one wait in vain for a key whose last keeper lets go of it meanwhile.
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{Concurrency: 1})
+		held := mustGet(t, c, "a")
+		time.Sleep(part(stale))
+		s.slow(time.Second)
+		keep(t, c, "plug")
+		synctest.Wait()
+		var caller sync.WaitGroup
+		caller.Go(func() {
+			if v := mustGet(t, c, "a"); v.AccessKeyID == held.AccessKeyID {
+				t.Error("the caller is given the old session")
+			}
+		})
+		synctest.Wait()
+		keep(t, c, "a")
+		c.Release("a", "")
+		caller.Wait()
+	})
 	// A caller in a hurry is given what is held when its time is up.
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)

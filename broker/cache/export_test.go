@@ -3,6 +3,9 @@ package cache
 import (
 	"fmt"
 	"maps"
+	"time"
+
+	"github.com/credence-iam/credence/broker/credential"
 )
 
 // Len is how many keys the cache knows of.
@@ -12,11 +15,36 @@ func (c *Cache[K]) Len() int {
 	return len(c.entries)
 }
 
+// Planned is how many renewals the cache has counted, and in how many slots.
+func (c *Cache[K]) Planned() (renewals, slots int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, n := range c.renewals.planned {
+		renewals += n
+	}
+	return renewals, len(c.renewals.planned)
+}
+
+// PlanRenewal is when a session is renewed if it is looked at now, and how many slots have a count when that is taken
+// back.
+func PlanRenewal(cred credential.Credential, now time.Time) (at time.Time, left int) {
+	r, e := newRenewals(), renewal{}
+	r.want(&e, cred.Life())
+	at = r.plan(&e, cred, now)
+	r.cancel(&e)
+	r.want(&e, 0)
+	if r.perSecond() != 0 {
+		left++
+	}
+	return at, left + len(r.planned)
+}
+
 // Check says what is wrong with the cache's own bookkeeping.
 func (c *Cache[K]) Check() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	inFlight, perClass, idle := 0, map[string]int{}, map[string]int{}
+	planned, demand := map[slot]int{}, [64]int64{}
 	for key, e := range c.entries {
 		switch {
 		case e.key != key:
@@ -31,7 +59,15 @@ func (c *Cache[K]) Check() error {
 			return fmt.Errorf("%v is queued without a flight", key)
 		case e.kept < 0 || e.flight != nil && e.flight.waiters < 0:
 			return fmt.Errorf("%v is kept or awaited by less than nobody", key)
+		case e.renewal.at && (e.dueIndex < 0 || e.kept == 0):
+			return fmt.Errorf("the renewal of %v is counted and not due", key)
+		case e.renewal.share > 0 && (e.kept == 0 || e.held.Expiration.IsZero()):
+			return fmt.Errorf("%v has part in the demand without being kept and held", key)
 		}
+		if e.renewal.at {
+			planned[e.renewal.slot]++
+		}
+		demand[e.renewal.octave] += e.renewal.share
 		kept := 0
 		for _, u := range e.classes {
 			perClass[u.class]++
@@ -66,6 +102,12 @@ func (c *Cache[K]) Check() error {
 	maps.DeleteFunc(c.idle, func(_ string, n int) bool { return n == 0 })
 	if !maps.Equal(idle, c.idle) {
 		return fmt.Errorf("the classes do not keep %v, counted are %v", idle, c.idle)
+	}
+	if !maps.Equal(planned, c.renewals.planned) {
+		return fmt.Errorf("renewals are planned in %d slots, counted in %d, or not as many", len(planned), len(c.renewals.planned))
+	}
+	if demand != c.renewals.demand {
+		return fmt.Errorf("the demand is %v, counted is %v", demand, c.renewals.demand)
 	}
 	if inFlight != c.running {
 		return fmt.Errorf("%d fetches are under way, %d are counted", inFlight, c.running)

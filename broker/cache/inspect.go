@@ -8,21 +8,34 @@ import (
 )
 
 // counts of what has happened since the start.
-type counts struct{ hits, misses, stale, fetched, failed uint64 }
+type counts struct{ hits, misses, stale, fetched, failed, forCallers, renewals, prefetches uint64 }
+
+// begun counts a fetch by its cause.
+func (c *counts) begun(waitedFor, held bool) {
+	switch {
+	case waitedFor:
+		c.forCallers++
+	case held:
+		c.renewals++
+	default:
+		c.prefetches++
+	}
+}
 
 // Stats is what a cache is doing, in numbers.
 type Stats struct {
 	// Entries is how many keys are known. Kept is how many of them are wanted; of those, Warm hold a
 	// valid session, and Refused hold none because the source refuses: a person has to change
-	// something.
-	Entries, Kept, Warm, Refused int
+	// something. Late is how many of the warm have less than 0.45 of their lives left: later than promised.
+	Entries, Kept, Warm, Refused, Late int
 	// Waiting, Renewing and Ahead are the fetches that have not begun: of keys that callers wait for, of
 	// keys that hold a session, and of others.
 	Waiting, Renewing, Ahead int
 	// InFlight is how many fetches are under way.
 	InFlight int
-	// Rate is how many fetches may begin per second at present.
-	Rate float64
+	// Rate is how many fetches may begin per second at present, and Share how many at best: this cache's part of
+	// Config.Rate. Demand is how many it takes on average to renew the sessions of keys that are kept.
+	Rate, Share, Demand float64
 	// Stalest is the least time to expiry of a kept key that is warm; 0 when there is none.
 	Stalest time.Duration
 	// Hits, Misses and Stale count calls of Get: for those that held a session in the first half of its life,
@@ -30,6 +43,9 @@ type Stats struct {
 	Hits, Misses, Stale uint64
 	// Fetched and Failed count the fetches that brought a session, and those that did not.
 	Fetched, Failed uint64
+	// ForCallers, Renewals and Prefetches count the fetches that have begun: because a caller had nothing to go on with,
+	// otherwise where a session was held, and where none was.
+	ForCallers, Renewals, Prefetches uint64
 }
 
 // Stats counts. It looks at every key.
@@ -38,9 +54,11 @@ func (c *Cache[K]) Stats() Stats {
 	defer c.mu.Unlock()
 	now := time.Now()
 	s := Stats{
-		Entries: len(c.entries), InFlight: c.running, Rate: float64(c.pace.limiter.Limit()),
+		Entries: len(c.entries), InFlight: c.running,
+		Rate: float64(c.pace.limiter.Limit()), Share: float64(c.pace.full), Demand: c.renewals.perSecond(),
 		Hits: c.counts.hits, Misses: c.counts.misses, Stale: c.counts.stale,
 		Fetched: c.counts.fetched, Failed: c.counts.failed,
+		ForCallers: c.counts.forCallers, Renewals: c.counts.renewals, Prefetches: c.counts.prefetches,
 	}
 	for _, e := range c.entries {
 		if e.kept == 0 {
@@ -52,6 +70,9 @@ func (c *Cache[K]) Stats() Stats {
 			s.Warm++
 			if left := e.held.Remaining(now); s.Warm == 1 || left < s.Stalest {
 				s.Stalest = left
+			}
+			if fraction(e.held, now) < askLow {
+				s.Late++
 			}
 		case refused(e.failure):
 			s.Refused++
@@ -163,10 +184,8 @@ func (c *Cache[K]) again(chosen func(*entry[K]) bool, change func(*entry[K])) (n
 			c.queue.fix(e) // Without a session it stands elsewhere in the queue.
 		case e.kept > 0:
 			c.ask(e, e.keeper())
-			c.settle(e, now)
-		default:
-			c.settle(e, now)
 		}
+		c.settle(e, now)
 	}
 	c.poke()
 	return n

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"sync"
 	"testing"
@@ -163,19 +164,26 @@ func TestStatsAndStates(t *testing.T) {
 		want := func(want cache.Stats) {
 			t.Helper()
 			synctest.Wait()
-			if got := c.Stats(); got != want {
+			got := c.Stats()
+			want.Rate, want.Share = cache.DefaultRate, cache.DefaultRate
+			// Sessions are renewed every 0.45 of their lives.
+			if demand := float64(want.Warm) / (0.45 * life.Seconds()); math.Abs(got.Demand-demand) > demand/1000 {
+				t.Errorf("the demand is %v, of %d sessions", got.Demand, want.Warm)
+			}
+			want.Demand = got.Demand
+			if got != want {
 				t.Errorf("stats are\n%+v, want\n%+v", got, want)
 			}
 		}
-		want(cache.Stats{Rate: cache.DefaultRate})
+		want(cache.Stats{})
 		keep(t, c, "held")
 		mustGet(t, c, "held")
-		want(cache.Stats{Entries: 1, Kept: 1, Warm: 1, Rate: cache.DefaultRate, Stalest: life, Misses: 1, Fetched: 1})
+		want(cache.Stats{Entries: 1, Kept: 1, Warm: 1, Stalest: life, Misses: 1, Fetched: 1, ForCallers: 1})
 
 		time.Sleep(time.Minute)
 		s.fail(refusal())
 		keep(t, c, "refused")
-		want(cache.Stats{Entries: 2, Kept: 2, Warm: 1, Refused: 1, Rate: cache.DefaultRate, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1})
+		want(cache.Stats{Entries: 2, Kept: 2, Warm: 1, Refused: 1, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
 		if settled, kept := c.Settled(); settled != 2 || kept != 2 {
 			t.Errorf("%d of %d are settled", settled, kept)
 		}
@@ -192,8 +200,8 @@ func TestStatsAndStates(t *testing.T) {
 		c.Renew(only("held"))
 		mustGet(t, c, "held")
 		want(cache.Stats{
-			Entries: 5, Kept: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1, Rate: cache.DefaultRate,
-			Stalest: life - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1,
+			Entries: 5, Kept: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1,
+			Stalest: life - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
 		})
 		if settled, kept := c.Settled(); settled != 2 || kept != 3 {
 			t.Errorf("%d of %d are settled", settled, kept)
@@ -209,6 +217,36 @@ func TestStatsAndStates(t *testing.T) {
 		}
 		cancel()
 		callers.Wait()
+	})
+}
+
+// What is later than promised shows, and so does why fetches begin.
+func TestStatsOfLateRenewals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		c := start(t, s, cache.Config[string]{FetchTimeout: life})
+		keep(t, c, "kept")
+		mustGet(t, c, "kept")
+		mustGet(t, c, "not kept")
+		s.slow(part(0.3))
+		time.Sleep(part(0.549))
+		if stats := c.Stats(); stats.Late != 0 || stats.Renewals != 1 {
+			t.Errorf("in time: %+v", stats)
+		}
+		time.Sleep(part(0.002))
+		if stats := c.Stats(); stats.Late != 1 || stats.Warm != 1 {
+			t.Errorf("late: %+v", stats)
+		}
+		mustGet(t, c, "not kept") // which begins a renewal, and does not wait for it
+		time.Sleep(part(0.3))
+		if stats := c.Stats(); stats.Late != 0 || stats.Renewals != 2 || stats.ForCallers+stats.Prefetches != 2 {
+			t.Errorf("renewed: %+v", stats)
+		}
+		time.Sleep(part(2))
+		c.Release("kept", "")
+		if stats := c.Stats(); stats.Demand != 0 || stats.Late != 0 {
+			t.Errorf("released: %+v", stats)
+		}
 	})
 }
 

@@ -29,8 +29,10 @@ const (
 
 // pace decides when the next fetch may begin.
 type pace struct {
-	full    rate.Limit // what was configured
-	burst   int        // at the full rate
+	whole   share      // what was configured, for all that share it
+	parts   int        // how many do
+	full    rate.Limit // this one's part
+	burst   int        // of it, at the full rate
 	limiter *rate.Limiter
 	safe    rate.Limit // up to here the rate doubles
 	fell    time.Time  // when the rate was last lowered
@@ -38,10 +40,47 @@ type pace struct {
 	failed  int        // keys in a row whose fetches found the source away
 }
 
+// share is a rate of fetches and the burst that goes with it.
+type share struct {
+	rate  rate.Limit
+	burst int
+}
+
+// of is one of n parts.
+func (s share) of(n int) share {
+	if s.rate != rate.Inf {
+		s.rate /= rate.Limit(n)
+	}
+	return share{s.rate, (s.burst + n - 1) / n}
+}
+
 func newPace(full rate.Limit, concurrency int) pace {
 	// A burst of the concurrency: the bound on running fetches is reached at once after a
 	// quiet time, and the rate holds from then on.
-	return pace{full: full, burst: concurrency, limiter: rate.NewLimiter(full, concurrency), safe: full}
+	return pace{
+		whole: share{full, concurrency}, parts: 1,
+		full: full, burst: concurrency, limiter: rate.NewLimiter(full, concurrency), safe: full,
+	}
+}
+
+// share makes the full rate one of n parts of the whole, and reports whether that changes it. A rate that was lowered
+// stays, as far as the new full rate allows: what it was lowered for has not changed.
+func (p *pace) share(now time.Time, n int) bool {
+	n = max(n, 1)
+	if n == p.parts {
+		return false
+	}
+	part, before := p.whole.of(n), p.full
+	adapt := func(at rate.Limit) rate.Limit {
+		if at >= before {
+			return part.rate
+		}
+		return min(at, part.rate)
+	}
+	at := adapt(p.limiter.Limit())
+	p.parts, p.full, p.burst, p.safe = n, part.rate, part.burst, adapt(p.safe)
+	p.set(now, at)
+	return true
 }
 
 // take returns 0 when a fetch may begin now, and counts it; otherwise how long to wait.
