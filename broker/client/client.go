@@ -1,42 +1,49 @@
-// Package client asks the broker for the credentials of the pod that it runs in. It is what the
+// Package client asks the brokers for the credentials of the pod that it runs in. It is what the
 // sidecar imports of the broker.
 //
 // It promises that
 //   - the pod's token is read from its file at each call, because the kubelet replaces it there long
-//     before it expires; it leaves the process only over TLS, and is in no error;
-//   - the broker is found and verified anew at each call: no connection, no address and no back-off
-//     of an earlier failure stays behind. Calls are half an hour apart, so keeping one would save
-//     nothing, and an idle sidecar has no timer, no socket and no goroutine for it;
-//   - a call ends within [AttemptTimeout], whatever the broker does;
+//     before it expires; it leaves the process only over TLS, to a server that has proved the broker's
+//     name, and is in no error;
+//   - brokers are found and verified anew at each call: no connection and no back-off of an earlier
+//     failure stays behind. Calls are half an hour apart, so keeping one would save nothing, and an
+//     idle sidecar has no timer, no socket and no goroutine for it;
+//   - the two brokers that have the session warm are asked first, and a broker that fails or is silent
+//     costs little: another one is asked. Nobody is asked twice in one call;
+//   - what ails all brokers, and a cluster of slow ones, is not made worse by it: see [Client.Credentials];
+//   - a call ends within [CallTimeout], whatever brokers and DNS do, and nothing of it goes on;
 //   - an answer that is incomplete, expired or too large never becomes a lease.
 //
-// It does not retry, and it keeps no credentials: both are the caller's part.
+// It does not ask again when all brokers have failed, and it keeps no credentials: both are the
+// caller's part.
+//
+// Each attempt is a gRPC connection to one address. gRPC's own balancers turn to another address when
+// they cannot connect, and not when a broker is silent or says that it is leaving; one of our own would be
+// told of neither, and would keep connections between calls.
 package client
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
-	"regexp"
+	"net/netip"
+	"strconv"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
-	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/policy"
 )
 
-// AttemptTimeout bounds one call from the look-up of the broker's name to its answer. The broker
-// waits up to 2 s for a pod that it does not know yet, and STS answers within a second or two. A
-// call that is given up loses nothing: the broker goes on, and the next call finds the result.
-const AttemptTimeout = 10 * time.Second
+// CallTimeout bounds one call, from the look-up of the brokers' name to the answer of the last broker that
+// is asked. A broker waits up to 2 s for a pod that it does not know yet, and STS answers within a second
+// or two. A call that is given up loses nothing: the brokers go on, and the next call finds the result.
+const CallTimeout = 10 * time.Second
 
 const (
 	// maxAnswer bounds the whole message. A session is about 1.5 kB. AWS gives its token no bound,
@@ -46,46 +53,43 @@ const (
 	// bufferSize of a connection, each way. One answer fits, and gRPC's own 32 kB twice would be the
 	// largest allocations of the sidecar.
 	bufferSize = 4 << 10
-
-	// A wrong refresh_after must neither make sidecars storm nor silence them for longer than a
-	// session of the default length.
-	minRefreshAfter = 30 * time.Second
-	maxRefreshAfter = time.Hour
 )
 
-// Lengths from the STS API reference (accessKeyIdType), and what regions are made of: both end in
-// logs and in answers to other programs.
-var (
-	accessKeyForm = regexp.MustCompile(`^\w{1,128}$`)
-	regionForm    = regexp.MustCompile(`^[a-z0-9-]{0,64}$`)
-)
-
-// Config says which broker to ask, and as whom.
+// Config says which brokers to ask, and as whom.
 type Config struct {
-	// Target is the broker's address as gRPC takes it, "host:port" as a rule. Required.
+	// Target is HOST:PORT. The addresses of HOST are those of the brokers. Required.
 	Target string
-	// TLS verifies the broker. Where it names no server, the host of Target must match. Required;
+	// RoutingKey says which of them have this pod's session warm. Empty: any is as good, and each call
+	// asks them in an order of its own.
+	RoutingKey policy.RoutingKey
+	// TLS verifies each broker. Where it names no server, the host of Target must match. Required;
 	// certs.ClientConfig makes one that reads its roots at each handshake.
 	TLS *tls.Config
 	// TokenFile holds the pod's token for the broker's audience. Required. It need not exist yet.
 	TokenFile string
-	// Dial opens connections instead of the network; addr is the address Target resolved to. Zero:
-	// TCP, never through a proxy.
+	// Lookup returns the addresses of a host, and returns soon after ctx ends. Zero: the resolver of Go.
+	Lookup func(ctx context.Context, host string) ([]netip.Addr, error)
+	// Dial opens connections instead of the network; addr is IP:PORT. Zero: TCP, never through a proxy.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 }
 
-// Client asks one broker, or one of the replicas behind one name. Make it with [New]. Its methods may be called concurrently.
+// Client asks the brokers behind one name. Make it with [New]. Its methods may be called concurrently.
 type Client struct {
 	target    string
+	port      uint16
+	key       policy.RoutingKey
 	tokenFile string
 	options   []grpc.DialOption
+	addresses addresses
+	hedges    budget
 }
 
-// New checks cfg. It neither connects nor reads the token.
+// New checks cfg. It neither looks up nor connects, and does not read the token.
 func New(cfg Config) (*Client, error) {
+	host, port, err := splitTarget(cfg.Target)
 	switch {
-	case cfg.Target == "":
-		return nil, errors.New("making broker client: no target: give the broker's address as host:port")
+	case err != nil:
+		return nil, fmt.Errorf("making broker client: %w", err)
 	case cfg.TLS == nil:
 		return nil, errors.New("making broker client: no TLS configuration: a token is never sent in the clear")
 	case cfg.TokenFile == "":
@@ -93,166 +97,81 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{
 		target:    cfg.Target,
+		port:      port,
+		key:       cfg.RoutingKey,
 		tokenFile: cfg.TokenFile,
 		options: []grpc.DialOption{
 			grpc.WithTransportCredentials(credentials.NewTLS(cfg.TLS)),
 			// Pods have HTTPS_PROXY set for the internet's sake. The broker is not there, and a proxy
 			// must not see who talks to it.
 			grpc.WithNoProxy(),
-			// Whoever answers DNS must not set retries or timeouts, and a look-up of TXT records
-			// delays each call where the cluster's DNS is slow to say that there are none.
-			grpc.WithDisableServiceConfig(),
 			grpc.WithReadBufferSize(bufferSize),
 			grpc.WithWriteBufferSize(bufferSize),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		},
+		addresses: addresses{host: host, lookup: cfg.Lookup},
+	}
+	if cfg.TLS.ServerName == "" {
+		// What is dialed is an address, and it is the name that certificates are for.
+		c.options = append(c.options, grpc.WithAuthority(cfg.Target))
 	}
 	if cfg.Dial != nil {
 		c.options = append(c.options, grpc.WithContextDialer(cfg.Dial))
 	}
-	conn, err := c.dial() // only to have the target parsed: gRPC connects with the first call
-	if err != nil {
-		return nil, err
+	if c.addresses.lookup == nil {
+		c.addresses.lookup = lookup
 	}
-	return c, conn.Close()
+	return c, nil
+}
+
+// splitTarget takes HOST:PORT apart.
+func splitTarget(target string) (host string, port uint16, err error) {
+	if target == "" {
+		return "", 0, errors.New("no target: give the brokers' address as HOST:PORT")
+	}
+	host, text, err := net.SplitHostPort(target)
+	number, malformed := strconv.ParseUint(text, 10, 16)
+	// A target of gRPC, with its scheme, has a slash; and an address that only this node knows has a percent sign.
+	if err != nil || malformed != nil || number == 0 || host == "" || strings.ContainsAny(host, "/% ") {
+		return "", 0, fmt.Errorf("target %q is not HOST:PORT, such as credence-broker.credence.svc:9443", target)
+	}
+	return host, uint16(number), nil
 }
 
 // Credentials asks for the session of this pod's role.
+//
+// The broker that is first in rank for the routing key is asked. The next in rank is asked at once when
+// one could not say anything about the pod, and a little later while one is silent; how much later is said
+// with the constants of this package. When a broker says that what all brokers depend on is away, only those
+// that may hold the session are asked. The first lease counts, and so does the first refusal: policy is the
+// same in all brokers.
 //
 // The lease is valid, and its RefreshAfter lies between 30 s and 1 h. Its Issued is when this call
 // began, not when the broker had the session from STS, which can be half a life earlier: a lease's
 // Life is what was left of the session, and its full length is known to the broker alone.
 //
 // The error is or wraps a [*credential.Error]. Its kind is credential.ErrUnavailable whenever nothing was said
-// about the pod: no connection, an unverified server, no answer in time, a token file that cannot be read.
-// Where the broker was called, the error has or wraps one that has a method TraceID() string, with
-// which the call is found in the broker's traces.
+// about the pod: no address, no connection, an unverified server, no answer in time, a token file that cannot
+// be read. Where several brokers have failed, it is the error that tells most.
+// Where a broker was called, the error has or wraps one that has a method TraceID() string, with
+// which the call is found in the brokers' traces.
 func (c *Client) Credentials(ctx context.Context) (credential.Lease, error) {
 	token, err := readToken(c.tokenFile)
 	if err != nil {
 		return credential.Lease{}, err
 	}
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, AttemptTimeout)
+	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
 	defer cancel()
 
-	conn, err := c.dial()
+	found, current, err := c.addresses.find(ctx)
 	if err != nil {
 		return credential.Lease{}, err
 	}
-	defer conn.Close()
 	ctx, traceID := begin(ctx)
-	answer, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx,
-		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{token}))
+	lease, err := c.newCall(token, began, found, current).run(ctx)
 	if err != nil {
-		return credential.Lease{}, failure{fmt.Errorf("asking broker %s: %w", c.target, brokerpb.FromError(err)), traceID}
-	}
-	lease, err := leaseOf(answer, began)
-	if err != nil {
-		return credential.Lease{}, failure{&credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal,
-			Message: fmt.Sprintf("the answer of broker %s is of no use: %v", c.target, err),
-		}, traceID}
+		return credential.Lease{}, failure{err, traceID}
 	}
 	return lease, nil
-}
-
-func (c *Client) dial() (*grpc.ClientConn, error) {
-	conn, err := grpc.NewClient(c.target, c.options...)
-	if err != nil {
-		return nil, fmt.Errorf("parsing broker target %q: %w", c.target, err)
-	}
-	return conn, nil
-}
-
-// leaseOf checks an answer whose size gRPC has bounded already. Its errors quote nothing but times
-// and the role.
-func leaseOf(answer *brokerpb.GetCredentialsResponse, began time.Time) (credential.Lease, error) {
-	if !accessKeyForm.MatchString(answer.GetAccessKeyId()) {
-		return credential.Lease{}, errors.New("it has no access key id of 1 to 128 letters, digits and underscores")
-	}
-	if answer.GetSecretAccessKey() == "" || answer.GetSessionToken() == "" {
-		return credential.Lease{}, errors.New("it lacks the secret access key or the session token")
-	}
-	if !regionForm.MatchString(answer.GetRegion()) {
-		return credential.Lease{}, errors.New("its region is not of the form eu-central-1")
-	}
-	role, err := credential.ParseRoleARN(answer.GetRoleArn())
-	if err != nil {
-		return credential.Lease{}, fmt.Errorf("parsing its role: %w", err)
-	}
-	if answer.GetAccountId() != role.Account() {
-		return credential.Lease{}, fmt.Errorf("its account is not that of the role %s", role)
-	}
-	if err := answer.GetExpiration().CheckValid(); err != nil {
-		return credential.Lease{}, errors.New("it has no expiration")
-	}
-	expiration := answer.GetExpiration().AsTime()
-	if now := time.Now(); !now.Before(expiration) {
-		return credential.Lease{}, fmt.Errorf("it expired at %s, and it is %s here: compare the clocks of this node and of the broker's",
-			expiration.Format(time.RFC3339), now.UTC().Format(time.RFC3339))
-	}
-	return credential.Lease{
-		Credential: credential.Credential{
-			AccessKeyID:     answer.GetAccessKeyId(),
-			SecretAccessKey: credential.NewSecret(answer.GetSecretAccessKey()),
-			SessionToken:    credential.NewSecret(answer.GetSessionToken()),
-			Issued:          began,
-			Expiration:      expiration,
-		},
-		Role:         role,
-		Region:       answer.GetRegion(),
-		RefreshAfter: min(max(answer.GetRefreshAfter().AsDuration(), minRefreshAfter), maxRefreshAfter),
-	}, nil
-}
-
-// bearer presents a token as per-call metadata.
-type bearer struct{ token identity.UnverifiedToken }
-
-// GetRequestMetadata implements [credentials.PerRPCCredentials].
-func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
-	return map[string]string{"authorization": "Bearer " + b.token.Reveal()}, nil
-}
-
-// RequireTransportSecurity implements [credentials.PerRPCCredentials]: gRPC refuses to send the
-// token over anything but TLS.
-func (bearer) RequireTransportSecurity() bool { return true }
-
-// readToken reads a token and drops the newline that editors and shells leave at its end. Its errors
-// never quote the content.
-func readToken(file string) (identity.UnverifiedToken, error) {
-	text, err := readBounded(file, identity.MaxTokenBytes)
-	if err == nil {
-		text = bytes.TrimRight(text, "\r\n")
-		switch {
-		case len(text) == 0:
-			err = fmt.Errorf("%s is empty", file)
-		// What is no JWT anyway could break out of the header.
-		case bytes.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r >= 0x7f }):
-			err = fmt.Errorf("%s holds something else", file)
-		}
-	}
-	if err != nil {
-		return identity.UnverifiedToken{}, &credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonTokenMissing,
-			Message: fmt.Sprintf("the pod's token cannot be read: %v", err),
-		}
-	}
-	return identity.NewUnverifiedToken(string(text)), nil
-}
-
-func readBounded(file string, most int) ([]byte, error) {
-	f, err := os.Open(file) //nolint:gosec // G304: the file that the program was told
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	content, err := io.ReadAll(io.LimitReader(f, int64(most)+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(content) > most {
-		return nil, fmt.Errorf("%s is longer than %d bytes", file, most)
-	}
-	return content, nil
 }

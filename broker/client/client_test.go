@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -161,10 +160,17 @@ func TestNewRefuses(t *testing.T) {
 		change func(*client.Config)
 		want   string
 	}{
-		"no target":  {func(c *client.Config) { c.Target = "" }, "no target"},
-		"bad target": {func(c *client.Config) { c.Target = "dns://%%%" }, "parsing broker target"},
-		"no TLS":     {func(c *client.Config) { c.TLS = nil }, "no TLS"},
-		"no token":   {func(c *client.Config) { c.TokenFile = "" }, "no token file"},
+		"no target":        {func(c *client.Config) { c.Target = "" }, "no target"},
+		"target of gRPC":   {func(c *client.Config) { c.Target = "dns:///localhost:1" }, "is not HOST:PORT"},
+		"target of a file": {func(c *client.Config) { c.Target = "unix:/broker" }, "is not HOST:PORT"},
+		"no port":          {func(c *client.Config) { c.Target = "localhost" }, "is not HOST:PORT"},
+		"no host":          {func(c *client.Config) { c.Target = ":1" }, "is not HOST:PORT"},
+		"port with a name": {func(c *client.Config) { c.Target = "localhost:grpc" }, "is not HOST:PORT"},
+		"port 0":           {func(c *client.Config) { c.Target = "localhost:0" }, "is not HOST:PORT"},
+		"high port":        {func(c *client.Config) { c.Target = "localhost:65536" }, "is not HOST:PORT"},
+		"zone":             {func(c *client.Config) { c.Target = "[fe80::1%eth0]:1" }, "is not HOST:PORT"},
+		"no TLS":           {func(c *client.Config) { c.TLS = nil }, "no TLS"},
+		"no token":         {func(c *client.Config) { c.TokenFile = "" }, "no token file"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -179,8 +185,11 @@ func TestNewRefuses(t *testing.T) {
 			}
 		})
 	}
-	if _, err := client.New(valid); err != nil {
-		t.Errorf("New(%+v) = %v", valid, err)
+	for _, target := range []string{"localhost:1", "credence-broker.credence.svc:9443", "10.0.0.1:65535", "[fd00::1]:9443"} {
+		valid.Target = target
+		if _, err := client.New(valid); err != nil {
+			t.Errorf("New with %s: %v", target, err)
+		}
 	}
 }
 
@@ -361,7 +370,7 @@ func TestBrokerComesBack(t *testing.T) {
 	var away atomic.Bool
 	away.Store(true)
 	c, err := client.New(client.Config{
-		Target: "passthrough:///" + address, TokenFile: tokenFile,
+		Target: address, TokenFile: tokenFile,
 		TLS: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: ca.Pool(), ServerName: "localhost"},
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
 			if away.Load() {
@@ -463,32 +472,4 @@ func TestRefreshAfterIsClamped(t *testing.T) {
 			t.Errorf("refresh_after %v became %v, want %v", test.answered, lease.RefreshAfter, test.want)
 		}
 	}
-}
-
-// A broker that accepts the connection and then says nothing costs one attempt's time.
-func TestAttemptTimeout(t *testing.T) {
-	tokenFile := filepath.Join(t.TempDir(), "token")
-	writeToken(t, tokenFile, token)
-	synctest.Test(t, func(t *testing.T) {
-		c, err := client.New(client.Config{
-			Target: "passthrough:///broker", TokenFile: tokenFile,
-			TLS: &tls.Config{MinVersion: tls.VersionTLS13, ServerName: "broker"},
-			Dial: func(context.Context, string) (net.Conn, error) {
-				mute, conn := net.Pipe()
-				t.Cleanup(func() { mute.Close() })
-				return conn, nil
-			},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		began := time.Now()
-		_, err = c.Credentials(t.Context())
-		if !errors.Is(err, credential.ErrUnavailable) {
-			t.Errorf("Credentials = %v, want %v", err, credential.ErrUnavailable)
-		}
-		if took := time.Since(began); took != client.AttemptTimeout {
-			t.Errorf("the call took %v, want %v", took, client.AttemptTimeout)
-		}
-	})
 }

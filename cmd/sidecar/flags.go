@@ -17,19 +17,21 @@ it waits until the one that serves has credentials.
 Usage: credence-sidecar [flags] [probe]
 
 The webhook runs it in each pod that it injects. Each flag but version can be set by an environment variable:
---token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, metadata and start-timeout are required
-to serve; probe needs none.`
+--token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, metadata, routing-key, pod-uid and
+start-timeout are required to serve; probe needs none.`
 
 type options struct {
-	broker, listen, tokenFile, rootsFile, authorization, metadata string
-	startTimeout                                                  time.Duration
-	probe                                                         bool
+	broker, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata string
+	startTimeout                                                                      time.Duration
+	probe                                                                             bool
 }
 
 // flags defines the flags, with what the environment says as their defaults.
 func flags(f *flag.FlagSet) func([]string) (options, error) {
 	var o options
-	f.StringVar(&o.broker, "broker", "", "address of the broker, `HOST:PORT`")
+	f.StringVar(&o.broker, "broker", "", "where the brokers are, `HOST:PORT`")
+	f.StringVar(&o.routingKey, "routing-key", "", "`text` that says which brokers have the pod's session warm; empty asks any of them")
+	f.StringVar(&o.podUID, "pod-uid", "", "the pod's `UID`, where its session is its own: a part of the routing key")
 	f.StringVar(&o.listen, "listen", "127.0.0.1:9779", "loopback `address` to serve on")
 	f.StringVar(&o.tokenFile, "token-file", "", "`file` with the pod's token for the broker; read at each call")
 	f.StringVar(&o.rootsFile, "roots-file", "", "PEM `file` with the certificates that the broker is verified against; read at each handshake")
@@ -56,6 +58,16 @@ func flags(f *flag.FlagSet) func([]string) (options, error) {
 		}
 		return o, nil
 	}
+}
+
+// key is the routing key as brokers make it of the pod. The UID is not in what the webhook writes, since a pod
+// has none by then.
+func (o options) key() policy.RoutingKey {
+	key := policy.RoutingKey(o.routingKey)
+	if key != "" && o.podUID != "" {
+		key = key.ForPod(o.podUID)
+	}
+	return key
 }
 
 // variable returns the name of the environment variable for a flag.

@@ -18,6 +18,8 @@ package inject
 import (
 	"errors"
 	"fmt"
+	"net"
+	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -62,8 +64,8 @@ type Config struct {
 	Image string
 	// ImagePullPolicy of the sidecar. Empty leaves Kubernetes to choose by the image's tag.
 	ImagePullPolicy corev1.PullPolicy
-	// Broker is the gRPC target that the sidecar dials, such as credence-broker.credence.svc:9443.
-	// Required.
+	// Broker is HOST:PORT, such as credence-broker.credence.svc:9443. The addresses of HOST are those of the
+	// brokers. Required.
 	Broker string
 	// Audience of the token that the sidecar shows the broker. Default [DefaultAudience].
 	Audience string
@@ -103,8 +105,8 @@ func New(cfg Config) (*Injector, error) {
 		return nil, errors.New("injecting without annotation keys would inject nothing")
 	case cfg.Image == "" || strings.ContainsAny(cfg.Image, " \t\n"):
 		return nil, fmt.Errorf("sidecar image %q: set --sidecar-image to one such as registry.example/credence-sidecar:v1", cfg.Image)
-	case cfg.Broker == "" || strings.ContainsAny(cfg.Broker, " \t\n"):
-		return nil, fmt.Errorf("broker address %q: set --broker to a gRPC target such as credence-broker.credence.svc:9443", cfg.Broker)
+	case !hostPort(cfg.Broker):
+		return nil, fmt.Errorf("broker address %q: set --broker to HOST:PORT such as credence-broker.credence.svc:9443", cfg.Broker)
 	case cfg.Port < 1024 || cfg.Port > 65535:
 		return nil, fmt.Errorf("sidecar port %d: --sidecar-port must be from 1024 to 65535", cfg.Port)
 	case cfg.RunAsUser != nil && *cfg.RunAsUser <= 0:
@@ -125,6 +127,13 @@ func New(cfg Config) (*Injector, error) {
 		return nil, fmt.Errorf("on shadowed credentials %q: --on-shadowed must be %s or %s", cfg.OnShadowed, RefuseShadowed, WarnShadowed)
 	}
 	return &Injector{cfg: cfg, endpoint: fmt.Sprintf("http://127.0.0.1:%d", cfg.Port)}, nil
+}
+
+// hostPort reports whether sidecars can take s as the brokers' address. A target of gRPC with a scheme has slashes.
+func hostPort(s string) bool {
+	host, port, err := net.SplitHostPort(s)
+	number, malformed := strconv.ParseUint(port, 10, 16)
+	return err == nil && malformed == nil && number > 0 && host != "" && !strings.ContainsAny(host, "/% \t\n")
 }
 
 // Keys returns the annotation keys in use.
@@ -187,7 +196,7 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 	}
 	result.Pod.ServiceAccount = spec.serviceAccount()
 
-	patch, warnings, err := i.patch(p, spec, settings)
+	patch, warnings, err := i.patch(p, spec, namespace, settings)
 	if err != nil {
 		return result, err
 	}
@@ -197,7 +206,7 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 
 // patch makes the operations in an order in which the indices of the pod as it came stay right: what
 // edits existing containers first, and the container that shifts all others last.
-func (i *Injector) patch(p *pod, spec *podSpec, settings policy.Settings) (ops []Operation, warnings []string, err error) {
+func (i *Injector) patch(p *pod, spec *podSpec, namespace string, settings policy.Settings) (ops []Operation, warnings []string, err error) {
 	if err := i.checkSupported(p, spec); err != nil {
 		return nil, nil, err
 	}
@@ -232,7 +241,7 @@ func (i *Injector) patch(p *pod, spec *podSpec, settings policy.Settings) (ops [
 	ops = i.mark(ops, p, spec)
 	if !present {
 		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{i.volume(spec)})
-		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, i.sidecar(spec, settings))
+		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, i.sidecar(spec, namespace, settings))
 	}
 	return ops, warnings, nil
 }

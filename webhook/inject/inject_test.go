@@ -12,6 +12,7 @@ import (
 
 	jsonpatch "github.com/evanphx/json-patch/v5"
 	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"sigs.k8s.io/yaml"
 
@@ -179,7 +180,9 @@ func TestNew(t *testing.T) {
 	}{
 		{"keys", func(c *inject.Config) { c.Keys = policy.Keys{} }, "injecting without annotation keys would inject nothing"},
 		{"image", func(c *inject.Config) { c.Image = "" }, `sidecar image "": set --sidecar-image to one such as registry.example/credence-sidecar:v1`},
-		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "": set --broker to a gRPC target such as credence-broker.credence.svc:9443`},
+		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
+		{"broker of gRPC", func(c *inject.Config) { c.Broker = "dns:///credence-broker:9443" }, `broker address "dns:///credence-broker:9443": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
+		{"broker without port", func(c *inject.Config) { c.Broker = "credence-broker" }, `broker address "credence-broker": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"low port", func(c *inject.Config) { c.Port = 80 }, "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
 		{"high port", func(c *inject.Config) { c.Port = 65536 }, "sidecar port 65536: --sidecar-port must be from 1024 to 65535"},
 		{"root", func(c *inject.Config) { c.RunAsUser = new(int64(0)) }, "sidecar user id 0: the sidecar never runs as root, so --sidecar-run-as-user must be above 0"},
@@ -277,6 +280,13 @@ func TestRefusals(t *testing.T) {
 		{"broker", present(`"credence-broker.credence.svc:9443"`, `"evil:9443"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_BROKER differs`)},
 		{"authorization", present(`{"name":"CREDENCE_AUTHORIZATION","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}`, `{"name":"CREDENCE_AUTHORIZATION","value":"known"}`),
 			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_AUTHORIZATION differs`)},
+		{"routing key set twice", present(`{"name":"CREDENCE_ROUTING_KEY"`, `{"name":"CREDENCE_ROUTING_KEY","value":"x"},{"name":"CREDENCE_ROUTING_KEY"`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_ROUTING_KEY differs`)},
+		{"routing key from elsewhere", present(`{"name":"CREDENCE_ROUTING_KEY",`, `{"name":"CREDENCE_ROUTING_KEY","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}},`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_ROUTING_KEY differs`)},
+		{"no routing key", present(`"CREDENCE_ROUTING_KEY"`, `"OTHER"`), credential.ReasonPodUnsupported, differs(`it lacks variable CREDENCE_ROUTING_KEY`)},
+		{"other UID", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_POD_UID","value":"known"}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_POD_UID differs`)},
 		{"set twice", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_METADATA","value":"v2"}`),
 			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_METADATA differs`)},
 		{"missing", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"OTHER"}`), credential.ReasonPodUnsupported, differs(`it lacks variable CREDENCE_METADATA`)},
@@ -300,6 +310,72 @@ func TestRefusals(t *testing.T) {
 			}
 			if result.Patch != nil {
 				t.Errorf("a refusal came with the patch %v", result.Patch)
+			}
+		})
+	}
+}
+
+// TestRoutingKey: the sidecar asks the brokers that make the same key of the live pod.
+func TestRoutingKey(t *testing.T) {
+	keys := config(t).Keys
+	for _, scope := range []policy.Scope{policy.ScopeRole, policy.ScopeServiceAccount, policy.ScopePod} {
+		raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r","iam.amazonaws.com/session-scope":"` + string(scope) + `"}},` +
+			`"spec":{"serviceAccountName":"cart","containers":[{"name":"app"}]}}`)
+		result, err := newInjector(t).Inject(raw, namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var pod corev1.Pod
+		if err := json.Unmarshal(apply(t, raw, result.Patch), &pod); err != nil {
+			t.Fatal(err)
+		}
+		var got policy.RoutingKey
+		own := false
+		for _, v := range pod.Spec.InitContainers[0].Env {
+			switch v.Name {
+			case "CREDENCE_ROUTING_KEY":
+				got = policy.RoutingKey(v.Value)
+			case "CREDENCE_POD_UID":
+				own = v.ValueFrom != nil && v.ValueFrom.FieldRef != nil && v.ValueFrom.FieldRef.FieldPath == "metadata.uid"
+			}
+		}
+		if own {
+			got = got.ForPod("uid-1")
+		}
+		want, err := keys.RoutingKey(policy.Pod{Namespace: namespace, Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Annotations: pod.Annotations})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got != want {
+			t.Errorf("scope %s: the sidecar's key is %s, and the brokers' is %s", scope, got, want)
+		}
+	}
+}
+
+// TestKeyOfBefore: another webhook has changed what the routing key is made of since it was written. The sidecar works with
+// the old one.
+func TestKeyOfBefore(t *testing.T) {
+	shared := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"serviceAccountName":"cart","containers":[{"name":"app"}]}}`
+	own := strings.Replace(shared, `"r"`, `"r","iam.amazonaws.com/session-scope":"pod"`, 1)
+	for _, tc := range []struct{ name, raw, old, changed string }{
+		{"role", shared, `"iam.amazonaws.com/role":"r"`, `"iam.amazonaws.com/role":"other"`},
+		{"scope pod", shared, `"iam.amazonaws.com/role":"r"`, `"iam.amazonaws.com/role":"r","iam.amazonaws.com/session-scope":"pod"`},
+		{"scope pod no longer", own, `"iam.amazonaws.com/session-scope":"pod"`, `"iam.amazonaws.com/session-scope":"service-account"`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			i := newInjector(t)
+			result, err := i.Inject([]byte(tc.raw), namespace)
+			if err != nil {
+				t.Fatal(err)
+			}
+			injected := string(apply(t, []byte(tc.raw), result.Patch))
+			changed := strings.Replace(injected, tc.old, tc.changed, 1)
+			if changed == injected {
+				t.Fatalf("%q is not in %s", tc.old, injected)
+			}
+			again, err := i.Inject([]byte(changed), namespace)
+			if err != nil || again.Patch != nil {
+				t.Errorf("injecting again: %v, %v", again.Patch, err)
 			}
 		})
 	}

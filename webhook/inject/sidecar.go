@@ -27,15 +27,21 @@ const (
 	rootsFile = "roots.pem"
 )
 
+// The variables that say which brokers are asked first, and no more.
+const (
+	routingKey = "CREDENCE_ROUTING_KEY"
+	podUID     = "CREDENCE_POD_UID"
+)
+
 // sidecar returns the container to put first among the init containers: a native sidecar, that is one
 // which starts before all others, stays, and is ended after them.
-func (i *Injector) sidecar(spec *podSpec, settings policy.Settings) corev1.Container {
+func (i *Injector) sidecar(spec *podSpec, namespace string, settings policy.Settings) corev1.Container {
 	return corev1.Container{
 		Name:            sidecarName,
 		Image:           i.cfg.Image,
 		ImagePullPolicy: i.cfg.ImagePullPolicy,
 		Command:         []string{sidecarBinary},
-		Env:             i.sidecarEnv(settings),
+		Env:             i.sidecarEnv(settings, settings.RoutingKey(namespace, spec.serviceAccount())),
 		Resources:       i.resources(spec),
 		VolumeMounts:    []corev1.VolumeMount{{Name: volumeName, MountPath: mountPath, ReadOnly: true}},
 		RestartPolicy:   new(corev1.ContainerRestartPolicyAlways),
@@ -57,9 +63,10 @@ func (i *Injector) sidecar(spec *podSpec, settings policy.Settings) corev1.Conta
 
 // sidecarEnv is all of the sidecar's configuration: in variables and not in arguments, because the
 // probe, which is a process of its own, inherits them.
-func (i *Injector) sidecarEnv(settings policy.Settings) []corev1.EnvVar {
-	return []corev1.EnvVar{
+func (i *Injector) sidecarEnv(settings policy.Settings, key policy.RoutingKey) []corev1.EnvVar {
+	vars := []corev1.EnvVar{
 		{Name: "CREDENCE_BROKER", Value: i.cfg.Broker},
+		{Name: routingKey, Value: string(key)},
 		{Name: "CREDENCE_LISTEN", Value: strings.TrimPrefix(i.endpoint, "http://")},
 		{Name: "CREDENCE_TOKEN_FILE", Value: mountPath + "/" + tokenFile},
 		{Name: "CREDENCE_ROOTS_FILE", Value: mountPath + "/" + rootsFile},
@@ -67,6 +74,10 @@ func (i *Injector) sidecarEnv(settings policy.Settings) []corev1.EnvVar {
 		{Name: "CREDENCE_START_TIMEOUT", Value: settings.StartTimeout.String()},
 		{Name: "CREDENCE_METADATA", Value: string(settings.Metadata)},
 	}
+	if settings.Scope == policy.ScopePod {
+		vars = append(vars, fromUID(podUID)) // which the API server has not chosen yet
+	}
+	return vars
 }
 
 const (
@@ -211,7 +222,8 @@ func (i *Injector) checkPresent(spec *podSpec, settings policy.Settings) (bool, 
 
 // sidecarDifference names what keeps c from doing what our sidecar does, or is empty. Other webhooks
 // and defaults may add to a container, move its image to a mirror, or change its resources and its
-// security context: that is theirs to do.
+// security context: that is theirs to do. They may also change the service account or an annotation, and with
+// it the routing key; an old one costs a session that is fetched more often than need be, and the pod nothing.
 func (i *Injector) sidecarDifference(c container, settings policy.Settings) string {
 	switch {
 	case !sameImage(c.Image, i.cfg.Image):
@@ -227,13 +239,18 @@ func (i *Injector) sidecarDifference(c container, settings policy.Settings) stri
 	}):
 		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
 	}
-	want := i.sidecarEnv(settings)
+	want := i.sidecarEnv(settings, "")
+	// Whether the UID is a part of the routing key is compared no more than the key is.
+	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == podUID })
+	if has(c, podUID) {
+		want = append(want, fromUID(podUID))
+	}
 	for _, v := range c.Env {
 		if !strings.HasPrefix(v.Name, sidecarEnv) {
 			continue
 		}
 		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
-		if at < 0 || v.Value != want[at].Value || (want[at].ValueFrom != nil) != (v.ValueFrom != nil) || v.ValueFrom != nil && !isFromUID(v) {
+		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || (want[at].ValueFrom != nil) != (v.ValueFrom != nil) || v.ValueFrom != nil && !isFromUID(v) {
 			return fmt.Sprintf("its variable %s differs", v.Name)
 		}
 		// Taken off the list, so that a second one of the same name differs.

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/credence-iam/credence/broker/client"
+	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
 )
 
@@ -43,7 +44,8 @@ func run(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	broker, err := client.New(client.Config{
-		Target: os.Getenv("CREDENCE_BROKER"), TLS: certs.ClientConfig(roots, ""), TokenFile: os.Getenv("CREDENCE_TOKEN_FILE"),
+		Target: os.Getenv("CREDENCE_BROKER"), RoutingKey: policy.RoutingKey(os.Getenv("CREDENCE_ROUTING_KEY")),
+		TLS: certs.ClientConfig(roots, ""), TokenFile: os.Getenv("CREDENCE_TOKEN_FILE"),
 	})
 	if err != nil {
 		return err

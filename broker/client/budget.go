@@ -1,0 +1,36 @@
+package client
+
+import "sync"
+
+const (
+	// maxHedges is how many calls in a row may ask a second broker while the first is silent: enough for the
+	// one broker that hangs, as a sidecar sees it, until somebody has looked after it.
+	maxHedges = 3
+	// hedgePart is how many answers without a hedge pay for one. In the long run a fifth of the calls can be hedges, so
+	// that brokers that have become slow are not asked twice by all sidecars, which would make them slower.
+	hedgePart = 4
+)
+
+// budget is how many hedges a client has. The zero value is full.
+type budget struct {
+	mu    sync.Mutex
+	spent int // in parts of a hedge; guarded by mu
+}
+
+// take takes a hedge, if there is one.
+func (b *budget) take() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.spent > (maxHedges-1)*hedgePart {
+		return false
+	}
+	b.spent += hedgePart
+	return true
+}
+
+// refund gives a part of a hedge back.
+func (b *budget) refund() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.spent = max(b.spent-1, 0)
+}
