@@ -109,8 +109,9 @@ func TestManyIdleGrantsFallDueTogether(t *testing.T) {
 			}
 			least = min(least, s.Stalest)
 		}
-		if n := sts.count(); n != 2*grants {
-			t.Errorf("%d calls of STS for %d grants and one renewal of each", n, grants)
+		// The first of each, and renewals at the usual rate: to be even at once, some are renewed early.
+		if n, most := sts.count(), grants*27/10; n < 2*grants || n > most {
+			t.Errorf("%d calls of STS for %d grants, want at least one renewal of each and at most %d calls", n, grants, most)
 		}
 		t.Logf("least_remaining_seconds=%.0f", math.Floor(least.Seconds())) // read by make bench
 		if least < life*45/100 {

@@ -18,7 +18,8 @@ const (
 	// headroom is how many more than the average a slot takes. A whole cycle then fits into 0.45/1.2 of a life, which is
 	// less than there is between earliest and latest, and what chance brings together mostly finds its slot open.
 	headroom = 1.2
-	// alwaysRoom is what a slot takes in any case: one a second is no load, and few sessions are best renewed late.
+	// alwaysRoom is what a slot takes while all renewals together are fewer than that: one a second is no load, and few
+	// sessions are best renewed late.
 	alwaysRoom = 10
 	// averageAge, as a fraction of the life, is when renewals begin on average, for what they take of the rate.
 	averageAge = 1 - (renewLow+renewHigh)/2
@@ -126,7 +127,12 @@ func (r *renewals) cancel(e *renewal) {
 
 // room is how many renewals a slot of the octave takes.
 func (r *renewals) room(octave int) float64 {
-	return max(alwaysRoom, headroom*perSecond(r.demand[octave])*slotWidth.Seconds())
+	average := perSecond(r.demand[octave]) * slotWidth.Seconds()
+	room := max(headroom*average, average+1) // in whole renewals never less than the average
+	if r.perSecond()*slotWidth.Seconds() < alwaysRoom {
+		room = max(room, alwaysRoom)
+	}
+	return room
 }
 
 // perSecond is how many renewals a second there are on average.

@@ -18,19 +18,20 @@ type Members struct {
 	Ending bool
 }
 
-// settleTime is how long the brokers must have been the same ones for a broker to take up what it is second for. A
+// DefaultSettleTime is how long the brokers must have been the same ones for a broker to take up what it is second for. A
 // rolling update changes them every few seconds, and what is second in between is hardly ever second at its end:
 // taking it up at once, an update of 3 brokers fetched each session 2.4 times and one of 10 brokers 3.2 times; like
 // this it is 2.1 and 2.3 times, where 2 are the least (TestRollingUpdate).
-const settleTime = 2 * time.Minute
+const DefaultSettleTime = 2 * time.Minute
 
 // Placement is what one broker owns. Its methods may be called concurrently.
 //
 // What it is first for it owns at once, so that what sidecars ask it for is warm: a broker that starts counts
 // itself and all that start with it, before any sidecar asks. What it is second for, which is needed only when
-// another broker is lost, it owns after two minutes without a change.
+// another broker is lost, it owns after a time without a change.
 type Placement struct {
-	wake chan struct{} // holds one
+	settleTime time.Duration
+	wake       chan struct{} // holds one
 
 	mu       sync.Mutex
 	known    bool         // guarded by mu
@@ -43,8 +44,11 @@ type Placement struct {
 	handlers []func()     // guarded by mu
 }
 
-// New returns one that owns nothing until Update has been called.
-func New() *Placement { return &Placement{wake: make(chan struct{}, 1)} }
+// New returns one that owns nothing until Update has been called. settleTime is how long the brokers must have been
+// the same ones for it to take up what it is second for; see [DefaultSettleTime].
+func New(settleTime time.Duration) *Placement {
+	return &Placement{settleTime: settleTime, wake: make(chan struct{}, 1)}
+}
 
 // Known reports whether Update has been called, and what OnChange was given after that.
 func (p *Placement) Known() bool {
@@ -95,7 +99,7 @@ func (p *Placement) Update(m Members) {
 		return
 	}
 	if !p.known || !slices.Equal(current, p.current) {
-		p.current, p.settleAt = current, time.Now().Add(settleTime)
+		p.current, p.settleAt = current, time.Now().Add(p.settleTime)
 	}
 	p.known, p.self, p.sharing = true, m.Self, len(everybody)
 	handlers := p.handlers

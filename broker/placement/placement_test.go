@@ -38,7 +38,7 @@ func (f *fleet) set(n int, s state) {
 	f.t.Helper()
 	a := addr(n)
 	if f.all[a] == nil {
-		p := New()
+		p := New(DefaultSettleTime)
 		f.all[a] = p
 		ctx, cancel := context.WithCancel(f.t.Context())
 		ended := make(chan struct{})
@@ -126,7 +126,7 @@ func (f *fleet) wantTwoOwners() {
 }
 
 func TestNothingIsOwnedBeforeItIsKnown(t *testing.T) {
-	p := New()
+	p := New(DefaultSettleTime)
 	if p.Known() || p.Owns("k") || p.Brokers() != 0 {
 		t.Errorf("a new one: known %v, owns %v, of %d", p.Known(), p.Owns("k"), p.Brokers())
 	}
@@ -160,7 +160,7 @@ func TestFleetStarts(t *testing.T) {
 			}
 		}
 		f.wantFirstWarm()
-		time.Sleep(settleTime - time.Second)
+		time.Sleep(DefaultSettleTime - time.Second)
 		f.wantShare(1, 1./3)
 		time.Sleep(time.Second)
 		synctest.Wait()
@@ -177,7 +177,7 @@ func TestRollingUpdate(t *testing.T) {
 				for i := 1; i <= n; i++ {
 					f.set(i, ready)
 				}
-				time.Sleep(settleTime)
+				time.Sleep(DefaultSettleTime)
 				synctest.Wait()
 				f.wantTwoOwners()
 				before := map[int][]string{}
@@ -218,13 +218,13 @@ func TestRollingUpdate(t *testing.T) {
 					time.Sleep(25 * time.Second)
 					f.gone(i)
 				}
-				time.Sleep(settleTime)
+				time.Sleep(DefaultSettleTime)
 				synctest.Wait()
 				look()
 				f.wantTwoOwners()
 				perKey := float64(fetched) / float64(len(f.keys))
 				t.Logf("%.2f fetches per session", perKey)
-				if perKey > 2.4 { // see settleTime
+				if perKey > 2.4 { // see DefaultSettleTime
 					t.Errorf("a rolling update of %d brokers fetches each session %.2f times", n, perKey)
 				}
 			})
@@ -238,11 +238,11 @@ func TestLossAndGrowth(t *testing.T) {
 		for i := 1; i <= 3; i++ {
 			f.set(i, ready)
 		}
-		time.Sleep(settleTime)
+		time.Sleep(DefaultSettleTime)
 		synctest.Wait()
 		f.gone(2)
 		f.wantFirstWarm() // the second owner is the first now
-		time.Sleep(settleTime)
+		time.Sleep(DefaultSettleTime)
 		synctest.Wait()
 		f.wantTwoOwners()
 		for i := 4; i <= 11; i++ {
@@ -255,7 +255,7 @@ func TestLossAndGrowth(t *testing.T) {
 			f.wantFirstWarm()
 		}
 		f.wantShare(1, 1)
-		time.Sleep(settleTime)
+		time.Sleep(DefaultSettleTime)
 		synctest.Wait()
 		f.wantTwoOwners()
 	})

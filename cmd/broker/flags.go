@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net/netip"
+	"os"
 	"strings"
 	"time"
 
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/certs/trust"
@@ -31,6 +34,9 @@ type options struct {
 	stsRate                     float64
 	stsConcurrency              int
 	maxGrants                   int
+	service                     string       // empty: this broker is the only one
+	podIPs                      []netip.Addr // set where service is
+	settleTime                  time.Duration
 	auditRequired               bool
 	rulesFile                   string // empty: there is none
 	rootsFile                   string // empty: nothing is published
@@ -56,7 +62,7 @@ Usage: credence-broker [flags]`
 // flags defines the flags; what it returns parses their values.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	var o options
-	var prefix, issuers, base, firstHop, audit, verification string
+	var prefix, issuers, base, firstHop, audit, verification, podIPs string
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz, /readyz and /metrics on")
 	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on, to whoever reaches it: keep it on loopback; empty serves them nowhere")
@@ -74,9 +80,12 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
 	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
-	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "`calls` of STS that this broker begins per second; where there are several brokers, its share of what all together may: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
+	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "`calls` of STS that all brokers of --service together begin per second, of which each takes an equal part: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
 	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
 	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "`number` of distinct sessions that the pods of one namespace may have at a time; 0 sets no bound")
+	f.StringVar(&o.service, "service", "", "`name` of the Service that brings sidecars to the brokers, in --namespace: its endpoints are the brokers that share the work; empty makes this one keep every session by itself")
+	f.StringVar(&podIPs, "pod-ips", "", "comma `list` of this broker's addresses among those endpoints, one of each family; empty takes POD_IPS")
+	f.DurationVar(&o.settleTime, "settle-time", placement.DefaultSettleTime, "`time` without a change of those endpoints after which this broker takes up the sessions that it is to have for the loss of another one; more than a step of a rolling update takes, so that they are fetched once")
 	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
 	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; a replaced file is taken up without a restart; empty sets no limits")
 	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
@@ -109,6 +118,17 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		if !(o.stsRate > 0) || math.IsInf(o.stsRate, 0) || o.stsConcurrency <= 0 {
 			return options{}, fmt.Errorf("--sts-rate=%v, --sts-concurrency=%d: must be positive", o.stsRate, o.stsConcurrency)
 		}
+		if o.service != "" {
+			if podIPs == "" {
+				podIPs = os.Getenv("POD_IPS")
+			}
+			if o.podIPs, err = addresses(podIPs); err != nil {
+				return options{}, fmt.Errorf("--service needs --pod-ips or POD_IPS: %w", err)
+			}
+		}
+		if o.settleTime < 0 {
+			return options{}, fmt.Errorf("--settle-time=%s: must not be negative", o.settleTime)
+		}
 		if o.maxGrants < 0 {
 			return options{}, fmt.Errorf("--max-grants-per-namespace=%d: must not be negative", o.maxGrants)
 		}
@@ -129,4 +149,16 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		o.issuers = strings.FieldsFunc(issuers, func(r rune) bool { return r == ',' || r == ' ' })
 		return o, nil
 	}
+}
+
+// addresses parses a comma list of one address or more.
+func addresses(list string) (all []netip.Addr, err error) {
+	for text := range strings.SplitSeq(list, ",") {
+		a, err := netip.ParseAddr(strings.TrimSpace(text))
+		if err != nil {
+			return nil, fmt.Errorf("%q must be a comma list of IP addresses: %w", list, err)
+		}
+		all = append(all, a.Unmap())
+	}
+	return all, nil
 }

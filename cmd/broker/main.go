@@ -50,8 +50,11 @@ func run(ctx context.Context, o options) error {
 	defer stopWork()
 	serving, stopServing := context.WithCancel(ctx)
 	defer context.AfterFunc(work, stopServing)()
-	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.events.Run, p.sessions.Run, p.decisions.Run} {
+	for _, run := range []func(context.Context) error{p.directory.Run, p.verifier.Run, p.events.Run, p.sessions.Run, p.placement.Run, p.budget.Run, p.decisions.Run} {
 		group.Go(func() error { return run(work) })
+	}
+	if p.endpoints != nil {
+		group.Go(func() error { return p.endpoints.Run(work) })
 	}
 	if p.traces != nil {
 		group.Go(func() error { return p.traces.Run(work) })

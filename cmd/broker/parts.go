@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -24,6 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/broker/tracing"
@@ -38,8 +41,11 @@ type parts struct {
 	pair      *certs.KeyPair
 	trust     *trust.Trust // nil: nothing is published
 	directory *kube.Directory
+	placement *placement.Placement
+	endpoints *kube.Endpoints // nil: this broker is the only one
 	verifier  verifier
 	events    *kube.Events
+	budget    *broker.Budget
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
 	decisions *audit.Log
@@ -79,6 +85,9 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.pair, err = certs.NewKeyPair(o.tlsCert, o.tlsKey, p.log); err != nil {
 		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
+	if o.namespace == "" {
+		o.namespace = ownNamespace()
+	}
 	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
 	if err != nil {
 		return parts{}, fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
@@ -114,6 +123,20 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	}); err != nil {
 		return parts{}, err
 	}
+	if err := p.place(o, rest); err != nil {
+		return parts{}, err
+	}
+	own := policy.Pod{Namespace: o.namespace, Name: name, UID: os.Getenv("POD_UID")}
+	if p.budget, err = broker.NewBudget(broker.BudgetConfig{
+		Stats: p.sessions.Stats, Logger: p.log,
+		Tell: func(note string) {
+			if own.UID != "" { // outside a cluster there is no pod to tell it of
+				p.events.BudgetShort(own, note)
+			}
+		},
+	}); err != nil {
+		return parts{}, err
+	}
 	if p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log}); err != nil {
 		return parts{}, err
 	}
@@ -130,9 +153,6 @@ func publisher(ctx context.Context, o options, rest *rest.Config, pair *certs.Ke
 		if _, err := certs.NewRoots(o.rootsFile, nil); err != nil {
 			return nil, fmt.Errorf("--%s: %w", rootsFileFlag, err)
 		}
-	}
-	if o.namespace == "" {
-		o.namespace = ownNamespace()
 	}
 	if o.namespace == "" {
 		if o.rootsRequired {
@@ -163,6 +183,24 @@ func ownNamespace() string {
 	return strings.TrimSpace(string(name))
 }
 
+// place makes what says which sessions this broker keeps, and what says which brokers there are.
+func (p *parts) place(o options, rest *rest.Config) (err error) {
+	p.placement = placement.New(o.settleTime)
+	p.placement.OnChange(func() { p.sessions.ShareRate(p.placement.Brokers()) })
+	if o.service == "" {
+		self := netip.IPv6Loopback() // any will do where there is no other
+		p.placement.Update(placement.Members{Self: self, Ready: []netip.Addr{self}})
+		return nil
+	}
+	if o.namespace == "" {
+		return errors.New("--service: set --namespace outside a cluster")
+	}
+	p.endpoints, err = kube.NewEndpoints(kube.EndpointsConfig{
+		REST: rest, Namespace: o.namespace, Service: o.service, Own: o.podIPs, Update: p.placement.Update, Logger: p.log,
+	})
+	return err
+}
+
 // deciding is what needs the base ARN.
 type deciding struct {
 	broker   *broker.Broker
@@ -176,14 +214,16 @@ func (p parts) decide(o options, base credential.RoleBase) (d deciding, err erro
 	if err != nil {
 		return deciding{}, fmt.Errorf("--cluster-name: %w", err)
 	}
-	d.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: p.directory.Pod, Rules: rules, Sessions: p.sessions, Logger: p.log})
+	d.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
+		Lookup: p.directory.Pod, Owns: p.placement.Owns, Rules: rules, Sessions: p.sessions, Logger: p.log,
+	})
 	if err != nil {
 		return deciding{}, err
 	}
+	all := func() { d.prefetch.Changed(p.directory.Pods()...) }
 	if o.rulesFile != "" {
 		d.rules, err = rulesfile.New(rulesfile.Config{
-			Path: o.rulesFile, Rules: rules, Logger: p.log,
-			OnChange: func() { d.prefetch.Changed(p.directory.Pods()...) },
+			Path: o.rulesFile, Rules: rules, Logger: p.log, OnChange: all,
 		})
 		if err != nil {
 			return deciding{}, fmt.Errorf("--rules-file: %w", err)
@@ -200,6 +240,8 @@ func (p parts) decide(o options, base credential.RoleBase) (d deciding, err erro
 		return deciding{}, err
 	}
 	p.directory.OnChange(func(key string) { d.prefetch.Changed(key) })
+	p.placement.OnChange(all)
+	all() // for a change between the two
 	d.broker, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
 		Region: p.sts.Region(), Logger: p.log, Notify: p.events.Refused, Observe: p.metrics.Answer, Decided: p.decided(),

@@ -15,7 +15,7 @@ import (
 // readiness are the conditions under which this broker should be asked, until serving ends. prefetched is
 // empty until the base ARN is known.
 func (p parts) readiness(serving context.Context, prefetched *atomic.Pointer[broker.Prefetch]) []admin.Check {
-	known := func() bool { return prefetched.Load() != nil && p.directory.Synced() }
+	known := func() bool { return prefetched.Load() != nil && p.directory.Synced() && p.placement.Known() }
 	return []admin.Check{
 		{Name: "shutdown", Err: func() error { return unless(serving.Err() == nil, "this broker was told to end") }},
 		{Name: "certificate", Err: func() error {
@@ -27,6 +27,9 @@ func (p parts) readiness(serving context.Context, prefetched *atomic.Pointer[bro
 		}},
 		{Name: "informers", Err: func() error {
 			return unless(p.directory.Synced(), "not all pods, namespaces and service accounts are listed yet")
+		}},
+		{Name: "endpoints", Err: func() error {
+			return unless(p.placement.Known(), "the endpoints of the brokers' Service are not listed yet")
 		}},
 		{Name: "token verification", Err: func() error {
 			return unless(p.verifier.Ready(), "the API server has neither published keys nor reviewed a token yet")

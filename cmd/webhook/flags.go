@@ -51,7 +51,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&pullPolicy, "sidecar-image-pull-policy", "", "`policy` Always, IfNotPresent or Never; empty leaves it to Kubernetes")
 	f.IntVar(&port, "sidecar-port", inject.DefaultPort, "`port` on 127.0.0.1 where the sidecar listens")
 	f.Int64Var(&user, "sidecar-run-as-user", inject.DefaultRunAsUser, "user `id` of the sidecar; -1 leaves it to the platform (OpenShift)")
-	f.StringVar(&broker, "broker", "", "gRPC `target` that sidecars dial, such as credence-broker.credence.svc:9443 (required)")
+	f.StringVar(&broker, "broker", "", "address of the brokers, `HOST:PORT`, that sidecars ask, such as credence-broker.credence.svc:9443 (required)")
 	f.StringVar(&aud, "audience", inject.DefaultAudience, "`audience` of the sidecars' tokens; the broker's must be the same")
 	f.StringVar(&trust, "trust-config-map", inject.DefaultTrustConfigMap, "`name` of the ConfigMap, in each namespace, with the broker's roots as roots.pem")
 	f.StringVar(&onShadowed, "on-shadowed", string(inject.RefuseShadowed), "what to do about containers with web identity, which SDKs prefer to the sidecar: refuse, or warn during a migration (`choice`)")

@@ -37,6 +37,8 @@ type apiServer struct {
 	watching sync.Mutex
 	expire   chan struct{} // closed to end all watches of pods with "410 Gone"; guarded by watching
 	lists    atomic.Int64  // lists of pods that were answered whole, streamed or not
+
+	brokers endpoints
 }
 
 const (
@@ -86,6 +88,8 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.serve(w, r, podNamespaces, madeNamespace)
 	case "/api/v1/serviceaccounts":
 		s.serve(w, r, podNamespaces*(1+podRoles/podNamespaces), madeAccount)
+	case slicesPath:
+		s.brokers.serve(w, r)
 	default:
 		http.NotFound(w, r)
 	}

@@ -172,40 +172,58 @@ func warmBroker(choose func(scene) (ours, bare side)) func(context.Context, *ben
 	}
 }
 
-// makePods returns a pod for each caller, by UID, and a token for each, with the claims that an API
-// server gives to projected tokens.
+// makePods returns a pod for each caller, by UID, and a token for each.
 func makePods(key *rsa.PrivateKey) (podMap, []string, error) {
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: keyID}}, nil)
+	signer, err := newSigner(key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("making a signer: %w", err)
+		return nil, nil, err
 	}
-	type object struct {
-		Name string `json:"name"`
-		UID  string `json:"uid"`
-	}
-	uid := func(kind, n int) string { return fmt.Sprintf("%08d-0000-4000-8000-%012d", kind, n) }
-	pods, now := make(podMap), time.Now()
+	pods := make(podMap)
 	var tokens []string
 	for i := range sidecars {
 		pod := policy.Pod{
 			Namespace: namespace, Name: fmt.Sprintf("bench-6d4cf56db6-%05d", i), UID: uid(1, i), ServiceAccount: "default",
 			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): "bench"},
 		}
-		token, err := jwt.Signed(signer).Claims(jwt.Claims{
-			Issuer: issuer, Subject: "system:serviceaccount:" + namespace + ":" + pod.ServiceAccount, Audience: jwt.Audience{audience},
-			Expiry: jwt.NewNumericDate(now.Add(2 * time.Hour)), IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now),
-			ID: uid(2, i),
-		}).Claims(map[string]any{"kubernetes.io": map[string]any{
-			"namespace": namespace, "node": object{"node-1", uid(3, 0)}, "pod": object{pod.Name, pod.UID},
-			"serviceaccount": object{pod.ServiceAccount, uid(4, 0)}, "warnafter": now.Add(time.Hour).Unix(),
-		}}).Serialize()
+		token, err := podToken(signer, pod, uid(4, 0))
 		if err != nil {
-			return nil, nil, fmt.Errorf("making a token: %w", err)
+			return nil, nil, err
 		}
 		pods[pod.UID] = pod
 		tokens = append(tokens, token)
 	}
 	return pods, tokens, nil
+}
+
+func uid(kind, n int) string { return fmt.Sprintf("%08d-0000-4000-8000-%012d", kind, n) }
+
+func newSigner(key *rsa.PrivateKey) (jose.Signer, error) {
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: keyID}}, nil)
+	if err != nil {
+		return nil, fmt.Errorf("making a signer: %w", err)
+	}
+	return signer, nil
+}
+
+// podToken makes a token with the claims that an API server gives to projected ones.
+func podToken(signer jose.Signer, pod policy.Pod, accountUID string) (string, error) {
+	type object struct {
+		Name string `json:"name"`
+		UID  string `json:"uid"`
+	}
+	now := time.Now()
+	token, err := jwt.Signed(signer).Claims(jwt.Claims{
+		Issuer: issuer, Subject: "system:serviceaccount:" + pod.Namespace + ":" + pod.ServiceAccount, Audience: jwt.Audience{audience},
+		Expiry: jwt.NewNumericDate(now.Add(2 * time.Hour)), IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now),
+		ID: "jti-" + pod.UID,
+	}).Claims(map[string]any{"kubernetes.io": map[string]any{
+		"namespace": pod.Namespace, "node": object{"node-1", uid(3, 0)}, "pod": object{pod.Name, pod.UID},
+		"serviceaccount": object{pod.ServiceAccount, accountUID}, "warnafter": now.Add(time.Hour).Unix(),
+	}}).Serialize()
+	if err != nil {
+		return "", fmt.Errorf("making a token: %w", err)
+	}
+	return token, nil
 }
 
 // podMap binds identities to pods of one namespace. It stands for the broker's informers.

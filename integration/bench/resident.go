@@ -17,9 +17,6 @@ import (
 	"strconv"
 	"time"
 
-	"k8s.io/client-go/tools/clientcmd"
-	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
-
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
@@ -98,14 +95,9 @@ func (b *bench) residentOnce(ctx context.Context, i, pods int, line string, reli
 	if err != nil {
 		return 0, err
 	}
-	kubeconfig := filepath.Join(dir, "kubeconfig")
-	if err := clientcmd.WriteToFile(clientcmdapi.Config{
-		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: "https://" + address, CertificateAuthorityData: t.rootsPEM}},
-		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"u": {Token: "x"}},
-		Contexts:       map[string]*clientcmdapi.Context{"x": {Cluster: "c", AuthInfo: "u"}},
-		CurrentContext: "x",
-	}, kubeconfig); err != nil {
-		return 0, fmt.Errorf("writing a kubeconfig: %w", err)
+	kubeconfig, err := writeKubeconfig(dir, address, t)
+	if err != nil {
+		return 0, err
 	}
 	sts, err := ststest.Start(ctx, ststest.Config{Account: account})
 	if err != nil {

@@ -39,6 +39,8 @@ func TestRights(t *testing.T) {
 		"credence-broker": {
 			// The record of what was published before: certs/trust.
 			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"credence-trust"}, Verbs: []string{"get"}},
+			// Which brokers there are: broker/kube.
+			{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}},
 			// The election of who publishes: certs/trust.
 			{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"create"}},
 			{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, ResourceNames: []string{"credence-broker"}, Verbs: []string{"get", "update"}},

@@ -16,17 +16,28 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/deployment"
 )
 
-// caller adds a container to the pod that asks the broker as the pod's sidecar does, without a pause.
-func caller(pod *corev1.Pod) *corev1.Pod {
+// caller adds a container to the pod that asks the broker as the pod's sidecar does, many times a second.
+func caller(t *testing.T, pod *corev1.Pod) *corev1.Pod {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := keys.RoutingKey(policy.Pod{Annotations: pod.Annotations})
+	if err != nil {
+		t.Fatal(err)
+	}
 	const volume, path = "caller", "/identity"
 	c := container("caller")
 	c.Image = callerImage
 	c.VolumeMounts = []corev1.VolumeMount{{Name: volume, MountPath: path}}
 	c.Env = []corev1.EnvVar{
 		{Name: "CREDENCE_BROKER", Value: "credence-broker." + deployment.Namespace + ".svc:9443"},
+		{Name: "CREDENCE_ROUTING_KEY", Value: string(key)},
 		{Name: "CREDENCE_TOKEN_FILE", Value: path + "/token"},
 		{Name: "CREDENCE_ROOTS_FILE", Value: path + "/roots.pem"},
 	}
@@ -108,7 +119,7 @@ func renew(t *testing.T, name string) {
 // cert-manager renews the certificates of broker and webhook while pods run and are made. No call fails.
 func TestCertificatesAreRenewedWhilePodsRun(t *testing.T) {
 	ns := namespace(t)
-	create(t, ns, caller(app("app", annotated(), "watch", "1h")))
+	create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
 	awaitReady(t, ns, "app")
 	for _, component := range []string{"broker", "webhook"} {
 		before, err := served(t.Context(), component)

@@ -18,7 +18,7 @@ import (
 // the time.
 func TestUpgradeIsNotNoticed(t *testing.T) {
 	ns := namespace(t)
-	create(t, ns, caller(app("app", annotated(), "watch", "1h")))
+	create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
 	awaitReady(t, ns, "app")
 	upgraded := make(chan error, 1)
 	go func() { upgraded <- d.Upgrade(t.Context(), "--set=logLevel=debug") }()

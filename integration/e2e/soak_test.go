@@ -27,7 +27,7 @@ func soak(t *testing.T) {
 func TestSoakCAIsReplaced(t *testing.T) {
 	soak(t)
 	ns := namespace(t)
-	create(t, ns, caller(app("app", annotated(), "watch", "1h")))
+	create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
 	awaitReady(t, ns, "app")
 	before, err := served(t.Context(), "broker")
 	if err != nil || len(before) != 1 {

@@ -1,0 +1,59 @@
+package broker_test
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/cache"
+)
+
+func TestBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var now cache.Stats
+		var told []string
+		var log strings.Builder
+		budget, err := broker.NewBudget(broker.BudgetConfig{
+			Stats: func() cache.Stats { return now }, Tell: func(note string) { told = append(told, note) },
+			Logger: slog.New(slog.NewTextHandler(&log, nil)),
+		})
+		fatal(t, err)
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- budget.Run(ctx) }()
+		for i, step := range []struct {
+			demand, share float64
+			lasts         time.Duration
+			told          int
+		}{
+			{79, 100, time.Hour, 0},
+			{81, 100, time.Minute, 0}, // a rolling update of brokers
+			{50, 100, time.Minute, 0},
+			{81, 100, 3 * time.Minute, 1},
+			{90, 100, time.Hour, 1}, // said already
+			{50, 100, time.Minute, 1},
+			{50, 40, 3 * time.Minute, 2},
+		} {
+			now = cache.Stats{Kept: 7, Demand: step.demand, Share: step.share}
+			time.Sleep(step.lasts)
+			synctest.Wait()
+			if len(told) != step.told {
+				t.Errorf("step %d: told %q", i, told)
+			}
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if !strings.Contains(told[0], "7 sessions") || !strings.Contains(told[0], "81.0 calls") || !strings.Contains(told[0], "may make 100.0") {
+			t.Errorf("told %q", told[0])
+		}
+		if n := strings.Count(log.String(), "suffices again"); n != 1 {
+			t.Errorf("it was over once, and the log says so %d times:\n%s", n, log.String())
+		}
+	})
+}
