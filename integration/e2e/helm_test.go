@@ -39,9 +39,6 @@ func TestUpgradeIsNotNoticed(t *testing.T) {
 	calm(t, ns, "app")
 	create(t, ns, once(app("after", annotated(), "whoami")))
 	awaitEnd(t, ns, "after")
-	if err := d.Upgrade(t.Context()); err != nil { // as it was
-		t.Fatal(err)
-	}
 }
 
 // What is uninstalled holds up no pod: not those that run, nor those that are made afterwards. It can be
