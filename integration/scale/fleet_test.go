@@ -167,8 +167,10 @@ func newFleet(t *testing.T, s shape) *fleet {
 			f.add(s.gradually(i), i%s.nodes, within(3*time.Second, 6*time.Second))
 			time.Sleep(every)
 		}
+		time.Sleep(settled)
+	} else {
+		time.Sleep(10 * time.Minute) // until all have asked
 	}
-	time.Sleep(10 * time.Minute)
 	if cold := f.collect(); cold.failed > 0 {
 		t.Errorf("%d of %d calls failed while the fleet started, one with %v", cold.failed, cold.asks, cold.failure)
 	}

@@ -41,14 +41,14 @@ var scenarios = []scenario{
 	{"steady, 10 brokers", steady(10, 10, sized(500, 5000))},
 	{"steady, 10 brokers, many nodes", steady(10, 1000, sized(500, 5000))},
 	{"steady, 10 brokers, many nodes and pods", steady(10, 1000, sized(5000, 100_000))},
-	{"steady, 3 brokers, many nodes and pods", steady(3, 1000, sized(5000, 100_000))},
+	{"steady, 3 brokers, many nodes and pods", steady(3, 1000, sized(2000, 100_000))},
 	{"steady, scope service-account", serviceAccounts},
 	{"steady, scope pod", scopePod},
 	{"rolling update of 3 brokers", rollingUpdate(3)},
 	{"rolling update of 10 brokers", rollingUpdate(10)},
 	{"3 brokers become 10, and 3 again", rescale},
-	{"one of 3 brokers crashes", loseBroker((*instance).crash)},
-	{"one of 3 brokers is lost with its node", loseBroker((*instance).lose)},
+	{"one of 3 brokers crashes", loseBroker((*instance).crash, false)},
+	{"one of 3 brokers is lost with its node", loseBroker((*instance).lose, !full)},
 	{"one of 3 zones is lost", loseZone},
 	{"all pods are replaced", rollout},
 	{"STS throttles at half of what is needed", throttled},
@@ -186,7 +186,7 @@ func (f *fleet) replace() {
 
 func serviceAccounts(t *testing.T, r *run) row {
 	f := newFleet(t, shape{
-		brokers: 3, nodes: 100, roles: sized(50, 500), accounts: 10, scope: policy.ScopeServiceAccount, pods: sized(2000, 20_000),
+		brokers: 3, nodes: 100, roles: sized(50, 500), accounts: 10, scope: policy.ScopeServiceAccount, pods: sized(1000, 20_000),
 	})
 	s := f.steady()
 	r.unnoticed(t, "hours", s)
@@ -277,10 +277,10 @@ func rescale(t *testing.T, r *run) row {
 	return f.row(fmt.Sprintf("up %.2f, down %.2f fetched per session", up.fetched(), down.fetched()), up, between, down)
 }
 
-func loseBroker(how func(*instance)) func(t *testing.T, r *run) row {
+func loseBroker(how func(*instance), wire bool) func(t *testing.T, r *run) row {
 	return func(t *testing.T, r *run) row {
 		is := eventful(3)
-		is.wire = !full
+		is.wire = wire
 		f := newFleet(t, is)
 		s := f.measure(func() {
 			lost := f.up()[0]
@@ -362,7 +362,7 @@ func throttled(t *testing.T, r *run) row {
 		time.Sleep(5 * time.Minute)
 	})
 	r.check(t, "throttled", s)
-	after := f.measure(func() { time.Sleep(6 * time.Minute) })
+	after := f.measure(func() { time.Sleep(3 * time.Minute) })
 	r.promised(t, "after", after)
 	return f.row(number(f.perHour()/60)+" per minute are needed", s, after)
 }

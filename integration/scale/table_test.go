@@ -68,7 +68,7 @@ func writeTable(t *testing.T, rows []row) {
 	t.Helper()
 	before, results, after := table(t)
 	lines := make(map[string]string) // :: scenario → its line
-	for _, line := range strings.Split(strings.TrimSpace(results), "\n") {
+	for line := range strings.SplitSeq(strings.TrimSpace(results), "\n") {
 		lines[scenarioOf(line)] = line
 	}
 	for _, r := range rows {
