@@ -107,7 +107,7 @@ func (b *instance) build(t *testing.T) {
 	var err error
 	b.sessions, err = cache.New(cache.Config[policy.Grant]{Source: l, MaxPerClass: maxGrants, Logger: log})
 	fatal(t, err)
-	b.placement = placement.New()
+	b.placement = placement.New(placement.DefaultSettleTime)
 	b.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
 		Lookup: f.lookup, Owns: b.placement.Owns, Rules: f.rules, Sessions: b.sessions, Logger: log,
 	})
