@@ -26,21 +26,26 @@ const DefaultSettleTime = 2 * time.Minute
 
 // Placement is what one broker owns. Its methods may be called concurrently.
 //
-// What it is first for it owns at once, so that what sidecars ask it for is warm: a broker that starts counts
-// itself and all that start with it, before any sidecar asks. What it is second for, which is needed only when
-// another broker is lost, it owns after a time without a change.
+// What it is first for among all that are there or start it owns at once: a broker that starts has warm what it will
+// be asked for, and those that are there fetch nothing that is about to be another's. What it is second for among those
+// that are ready, which is needed only when another broker is lost, it owns after a time without a change; or at once
+// where that cannot be in vain, because there are so few brokers.
 type Placement struct {
 	settleTime time.Duration
 	wake       chan struct{} // holds one
 
+	// changing is held while handlers are told of a change, so that each is told of the latest one last.
+	changing sync.Mutex
+
 	mu       sync.Mutex
 	known    bool         // guarded by mu
 	told     bool         // and the handlers have been told; guarded by mu
+	ending   bool         // guarded by mu
 	self     netip.Addr   // guarded by mu
-	current  []netip.Addr // among whom sidecars choose, or will; sorted; guarded by mu
-	settled  []netip.Addr // current as it was when it had last been the same for settleTime; guarded by mu
-	settleAt time.Time    // when current becomes settled; zero when it is; guarded by mu
-	sharing  int          // how many brokers there are; guarded by mu
+	all      []netip.Addr // that there are, sorted; guarded by mu
+	ready    []netip.Addr // among whom sidecars choose; sorted; guarded by mu
+	settled  []netip.Addr // ready, and this one, as they were when they had last been the same for settleTime; guarded by mu
+	settleAt time.Time    // when that is so again; zero when it is; guarded by mu
 	handlers []func()     // guarded by mu
 }
 
@@ -61,7 +66,7 @@ func (p *Placement) Known() bool {
 func (p *Placement) Brokers() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.sharing
+	return len(p.all)
 }
 
 // Owns reports whether this broker should have the session of key warm.
@@ -71,11 +76,20 @@ func (p *Placement) Owns(key string) bool {
 	if !p.known {
 		return false
 	}
-	return above(key, p.self, p.current) == 0 ||
+	before := above(key, p.self, p.all)
+	return before == 0 || p.few() && before < Owners ||
 		slices.Contains(p.settled, p.self) && above(key, p.self, p.settled) < Owners
 }
 
-// OnChange has changed called whenever the answers of Owns and Brokers may have changed. It must not block.
+// few reports whether there are so few brokers that this one will be second for what it is second for now: two own
+// everything, and one that starts beside two others will be one of two, whoever of them goes. The caller holds mu.
+func (p *Placement) few() bool {
+	starts := !slices.Contains(p.ready, p.self)
+	return len(p.all) <= Owners || starts && len(p.all) == Owners+1
+}
+
+// OnChange has changed called whenever the answers of Owns and Brokers may have changed. It must not block, and must not
+// call Update.
 func (p *Placement) OnChange(changed func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -84,34 +98,39 @@ func (p *Placement) OnChange(changed func()) {
 
 // Update says which brokers there are.
 func (p *Placement) Update(m Members) {
-	everybody := set(append(slices.Concat(m.Ready, m.Starting), m.Self))
-	current := everybody
-	if slices.Contains(m.Ready, m.Self) {
-		current = set(m.Ready)
-	}
-	p.mu.Lock()
-	if m.Ending {
-		// It keeps what it has, and takes nothing up for its last seconds.
-		p.settleAt = time.Time{}
-	}
-	if p.known && (m.Ending || slices.Equal(current, p.current) && len(everybody) == p.sharing) {
+	p.changing.Lock()
+	defer p.changing.Unlock()
+	if p.take(m) {
+		p.tell()
+		p.mu.Lock()
+		p.told = true
 		p.mu.Unlock()
-		return
 	}
-	if !p.known || !slices.Equal(current, p.current) {
-		p.current, p.settleAt = current, time.Now().Add(p.settleTime)
-	}
-	p.known, p.self, p.sharing = true, m.Self, len(everybody)
-	handlers := p.handlers
-	p.mu.Unlock()
-	tell(handlers)
-	p.mu.Lock()
-	p.told = true
-	p.mu.Unlock()
 	select {
 	case p.wake <- struct{}{}:
 	default:
 	}
+}
+
+// take notes which brokers there are, and reports whether that changes any answer.
+func (p *Placement) take(m Members) (changed bool) {
+	all := set(append(slices.Concat(m.Ready, m.Starting), m.Self))
+	ready := set(m.Ready)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if m.Ending && p.known {
+		// It keeps what it has, and takes nothing up for its last seconds.
+		p.ending, p.settleAt = true, time.Time{}
+		return false
+	}
+	if p.known && !p.ending && slices.Equal(all, p.all) && slices.Equal(ready, p.ready) {
+		return false
+	}
+	if !p.known || p.ending || !slices.Equal(ready, p.ready) {
+		p.settleAt = time.Now().Add(p.settleTime)
+	}
+	p.known, p.ending, p.self, p.all, p.ready = true, false, m.Self.Unmap(), all, ready
+	return true
 }
 
 // Run lets changes settle until ctx ends.
@@ -134,6 +153,8 @@ func (p *Placement) Run(ctx context.Context) error {
 // settle takes up current once its time has come, and returns how long that is still; 0 when there is nothing to
 // wait for.
 func (p *Placement) settle() time.Duration {
+	p.changing.Lock()
+	defer p.changing.Unlock()
 	p.mu.Lock()
 	if p.settleAt.IsZero() {
 		p.mu.Unlock()
@@ -143,14 +164,17 @@ func (p *Placement) settle() time.Duration {
 		p.mu.Unlock()
 		return wait
 	}
-	p.settled, p.settleAt = p.current, time.Time{}
-	handlers := p.handlers
+	p.settled, p.settleAt = set(append(slices.Clone(p.ready), p.self)), time.Time{}
 	p.mu.Unlock()
-	tell(handlers)
+	p.tell()
 	return 0
 }
 
-func tell(handlers []func()) {
+// tell tells the handlers. The caller holds changing.
+func (p *Placement) tell() {
+	p.mu.Lock()
+	handlers := p.handlers
+	p.mu.Unlock()
 	for _, changed := range handlers {
 		changed()
 	}
