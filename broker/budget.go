@@ -17,6 +17,8 @@ const (
 	// budgetLook is how often the budget is looked at, and budgetLooks how many looks in a row must find it tight: a
 	// rolling update is no news.
 	budgetLook, budgetLooks = 30 * time.Second, 4
+	// budgetAgain is how often it is said while nothing changes: an API server keeps an Event for an hour.
+	budgetAgain = time.Hour
 )
 
 // BudgetConfig configures [NewBudget].
@@ -45,6 +47,7 @@ func NewBudget(cfg BudgetConfig) (*Budget, error) {
 func (b *Budget) Run(ctx context.Context) error {
 	ticker := time.NewTicker(budgetLook)
 	defer ticker.Stop()
+	var told time.Time
 	for found := 0; ; {
 		select {
 		case <-ctx.Done():
@@ -59,7 +62,8 @@ func (b *Budget) Run(ctx context.Context) error {
 			found = 0
 		}
 		switch is := found >= budgetLooks; {
-		case is && !was:
+		case is && (!was || time.Since(told) >= budgetAgain):
+			told = time.Now()
 			b.cfg.Logger.WarnContext(ctx, "The rate of STS calls is hardly enough to renew the sessions that this broker keeps",
 				"sessions", s.Kept, "needed", s.Demand, "allowed", s.Share)
 			b.cfg.Tell(fmt.Sprintf("Renewing the %d sessions that this broker keeps takes %.1f calls of STS per second, and it may make %.1f: "+

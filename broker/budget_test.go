@@ -34,9 +34,10 @@ func TestBudget(t *testing.T) {
 			{81, 100, time.Minute, 0}, // a rolling update of brokers
 			{50, 100, time.Minute, 0},
 			{81, 100, 3 * time.Minute, 1},
-			{90, 100, time.Hour, 1}, // said already
-			{50, 100, time.Minute, 1},
-			{50, 40, 3 * time.Minute, 2},
+			{90, 100, 55 * time.Minute, 1}, // said already
+			{90, 100, 5 * time.Minute, 2},  // and forgotten by Kubernetes
+			{50, 100, time.Minute, 2},
+			{50, 40, 3 * time.Minute, 3},
 		} {
 			now = cache.Stats{Kept: 7, Demand: step.demand, Share: step.share}
 			time.Sleep(step.lasts)

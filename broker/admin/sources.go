@@ -94,7 +94,7 @@ var (
 	certificateEnd = gauge("certificate_expiry_timestamp_seconds", "End of validity of the certificate that is served, in seconds since 1970.")
 	baseEnd        = gauge("base_credentials_expiry_timestamp_seconds", "End of validity of the broker's own AWS credentials, in seconds since 1970; absent for such as do not end.")
 	clockSkew      = gauge("clock_skew_seconds", "How far the clock of AWS is ahead of the broker's; negative when it is behind.")
-	informerAge    = gauge("informer_age_seconds", "Time since the watches on pods, namespaces and service accounts last heard from the API server; 0 while they do.")
+	informerAge    = gauge("informer_age_seconds", "Time since the watches on pods, namespaces, service accounts and the brokers' endpoints last heard from the API server; 0 while they do.")
 	keysAge        = gauge("token_verification_age_seconds", "Time since the API server last gave what tokens are verified by: its signing keys or, with --token-verification=tokenreview, a review; then it is 0 while reviews succeed.")
 	readiness      = gauge("ready", "1 when this broker is ready, as /readyz says, and 0 when it is not.")
 	liveReads      = counter("live_reads_total", "Reads of the API server for what the watches do not know yet, by outcome: made, or refused by their bounds.", "outcome")

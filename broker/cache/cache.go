@@ -59,8 +59,9 @@ const failureMemory = maxRefusedWait
 // old one.
 const (
 	// staleWait is for keys that are kept. Their renewal is behind schedule for a reason, which a caller does
-	// not wait out; it holds a valid session itself and is in no hurry.
-	staleWait = 500 * time.Millisecond
+	// not wait out; it holds a valid session itself and is in no hurry. It is below the 250 ms after which clients ask
+	// another broker as well, which would be twice the calls while STS throttles.
+	staleWait = 200 * time.Millisecond
 	// renewWait is for keys that nobody keeps, which are renewed when they are asked for and not before. The client
 	// gives a call 10 s and asks another broker meanwhile, so half of that leaves time for the answer.
 	renewWait = 5 * time.Second
@@ -144,7 +145,8 @@ type usage struct {
 type flight struct {
 	done     chan struct{}   // closed when cred and err are final
 	origin   context.Context // of who asked first, for its values; nil when nobody has asked
-	waiters  int             // callers who have nothing to go on with
+	callers  int             // who wait for it
+	waiters  int             // those of them who have nothing to go on with
 	turns    [kinds]turn     // its places among those of each kind; zero: none yet
 	outdated bool            // what is being fetched is not wanted any more: fetch again
 	cred     credential.Credential
@@ -193,8 +195,9 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 
 // Get returns the credential of key, fetching it when none is held, and when that is past half of its
 // life: who is told to come back then is to meet the next one. The old one is the answer where its renewal
-// fails or takes long. Get waits for a fetch no longer than ctx, and the fetch goes on without it. The error is [ErrClassFull], the source's own, or
-// credential.ErrUnavailable when ctx ended first or the cache has stopped.
+// fails or takes long. Get waits for a fetch no longer than ctx, and a fetch that has begun goes on without it; one that
+// has not is given up with its last caller, unless the key is kept. The error is [ErrClassFull], the
+// source's own, or credential.ErrUnavailable when ctx ended first or the cache has stopped.
 //
 // A fetch runs with the values of the context of who asked first, and without its end.
 func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) {
@@ -241,8 +244,8 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 		if f.waiters == 0 && e.queued >= 0 {
 			c.queue.begin(e, waiting, class)
 		}
-		c.wait(e, f, +1)
 	}
+	c.wait(e, f, +1, !valid)
 	c.mu.Unlock()
 	c.poke()
 
@@ -259,9 +262,7 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !valid {
-		c.wait(e, f, -1)
-	}
+	c.wait(e, f, -1, !valid)
 	now = time.Now()
 	select {
 	case <-f.done:
@@ -284,12 +285,29 @@ func (c *Cache[K]) Get(ctx context.Context, key K, class string) (Value, error) 
 	}
 }
 
-// wait counts a caller in or out of a flight, and moves the flight in the queue accordingly.
-func (c *Cache[K]) wait(e *entry[K], f *flight, n int) {
-	f.waiters += n
+// wait counts a caller in or out of a flight, and moves the flight in the queue accordingly: out of it when that was the
+// last one and nobody keeps the key. Another cache is likely to keep it, and its callers have turned there.
+func (c *Cache[K]) wait(e *entry[K], f *flight, n int, empty bool) {
+	f.callers += n
+	if empty {
+		f.waiters += n
+	}
 	if e.flight == f {
 		c.queue.fix(e)
+		if c.abandon(e) {
+			c.settle(e, time.Now())
+		}
 	}
+}
+
+// abandon takes an entry out of the queue that nobody keeps or waits for. The caller settles it then.
+func (c *Cache[K]) abandon(e *entry[K]) (abandoned bool) {
+	if e.queued < 0 || e.kept > 0 || e.flight.callers > 0 {
+		return false
+	}
+	c.queue.remove(e)
+	e.flight = nil
+	return true
 }
 
 // Keep says that key is wanted: it is fetched ahead of the first Get and renewed until as many
@@ -315,8 +333,8 @@ func (c *Cache[K]) Keep(key K, class string) error {
 	return nil
 }
 
-// Release takes back one Keep of the same key and class. A key that nobody keeps is not renewed; its
-// session is served until it expires, and then forgotten.
+// Release takes back one Keep of the same key and class. A key that nobody keeps is renewed when somebody asks for it,
+// and not ahead; its session is served until it expires, and then forgotten.
 func (c *Cache[K]) Release(key K, class string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -336,10 +354,7 @@ func (c *Cache[K]) Release(key K, class string) {
 	if e.kept > 0 {
 		return
 	}
-	if e.queued >= 0 && e.flight.origin == nil { // Nobody has asked for it: see renewWait.
-		c.queue.remove(e)
-		e.flight = nil
-	}
+	c.abandon(e)
 	c.settle(e, time.Now())
 }
 

@@ -300,14 +300,14 @@ func TestFetchOutlivesDeadline(t *testing.T) {
 	})
 }
 
-// Even if nobody waits any more, the answer is there for the next one.
+// Even if nobody waits any more, the answer of a fetch that has begun is there for the next one.
 func TestAbandonedFetchIsKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		if _, err := c.Get(ctx, "a", ""); !errors.Is(err, context.Canceled) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		if _, err := c.Get(ctx, "a", ""); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("Get = %v", err)
 		}
 		time.Sleep(2 * time.Second)
@@ -315,6 +315,38 @@ func TestAbandonedFetchIsKept(t *testing.T) {
 		mustGet(t, c, "a")
 		if n := s.count(); n != 1 || time.Since(began) != 0 {
 			t.Errorf("%d fetches, and the second caller waited %s", n, time.Since(began))
+		}
+	})
+}
+
+// What has not begun when its last caller leaves is fetched only where it is kept: callers turn to another cache then.
+func TestAbandonedInTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source).slow(time.Second)
+		c := start(t, s, cache.Config[string]{Concurrency: 1})
+		keep(t, c, "plug")
+		keep(t, c, "kept")
+		synctest.Wait()
+		var callers sync.WaitGroup
+		for _, key := range []string{"kept", "not kept", "not kept", "waited for"} {
+			patience := 500 * time.Millisecond
+			if key == "waited for" {
+				patience = time.Minute
+			}
+			callers.Go(func() {
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
+				defer cancel()
+				_, _ = c.Get(ctx, key, "")
+			})
+		}
+		callers.Wait()
+		time.Sleep(time.Minute)
+		var fetched []string
+		for _, f := range s.recorded() {
+			fetched = append(fetched, f.key)
+		}
+		if want := []string{"plug", "waited for", "kept"}; !slices.Equal(fetched, want) {
+			t.Errorf("fetched %q, want %q", fetched, want)
 		}
 	})
 }
@@ -1017,7 +1049,7 @@ func TestStaleSessions(t *testing.T) {
 		s.slow(life)
 		time.Sleep(part(stale))
 		began := time.Now()
-		if v := mustGet(t, c, "a"); v.AccessKeyID != held.AccessKeyID || time.Since(began) != 500*time.Millisecond || s.count() != 2 {
+		if v := mustGet(t, c, "a"); v.AccessKeyID != held.AccessKeyID || time.Since(began) != 200*time.Millisecond || s.count() != 2 {
 			t.Errorf("got %s after %s and %d fetches", v, time.Since(began), s.count())
 		}
 	})

@@ -14,7 +14,7 @@ import (
 // steps. A source that is away is tried at minPace, so that its return does not meet all at once who
 // waited for it.
 const (
-	// minPace, in fetches per second, is slow enough for any source and finds its return within a
+	// minPace, in fetches per second of all who share the rate, is slow enough for any source and finds its return within a
 	// fraction of a second.
 	minPace = 10
 	// stepsToFull is how many seconds it takes from nothing to the full rate in steps.
@@ -134,8 +134,8 @@ func (p *pace) ended(now time.Time, err error, again bool) {
 	}
 }
 
-// floor is the least rate.
-func (p *pace) floor() rate.Limit { return min(minPace, p.full) }
+// floor is the least rate: all who share the full one are not to be faster together than one would be.
+func (p *pace) floor() rate.Limit { return min(minPace/rate.Limit(p.parts), p.full) }
 
 func (p *pace) set(now time.Time, to rate.Limit) {
 	p.limiter.SetLimitAt(now, to)

@@ -273,6 +273,21 @@ func TestShareRateWhileAway(t *testing.T) {
 	})
 }
 
+// All who share the rate ask a source that is away as often as one would.
+func TestShareOfTheLeastRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := new(source)
+		s.fail(away())
+		c := start(t, s, cache.Config[string]{})
+		c.ShareRate(20)
+		for i := range 100 {
+			keep(t, c, fmt.Sprint(i))
+		}
+		time.Sleep(10 * time.Minute)
+		rates(t, c, 0.5, 20)
+	})
+}
+
 func TestShareOfNoLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -22,21 +23,22 @@ const (
 	// hedgeAfter is how long the first broker may be silent. One that holds the session answers in some
 	// milliseconds, with its handshake; SDKs wait for a second.
 	hedgeAfter = 250 * time.Millisecond
-	// laterAfter is how long those after it may be silent: that two are has a cause that a third is likely to
-	// share, such as STS being slow, and no other than the first two holds the session.
+	// laterAfter is how long those after it may be silent, where none has taken the call: they seem to be lost. One
+	// that has taken it waits for something, such as a slow STS, which another would have to wait for as well; and
+	// no other than the first two holds the session, so that the third would ask STS once more.
 	laterAfter = time.Second
-	// reluctantAfter is how long any may be silent when the budget of hedges is spent, and before addresses are
-	// looked up again. It is above what a pod's first call takes when STS is quick, and four such times fit
+	// reluctantAfter is how long the first may be silent when the budget of hedges is spent, and any before addresses
+	// are looked up again. It is above what a pod's first call takes when STS is quick, and four such times fit
 	// into a call: a node that swallows packets does not cost all of it.
 	reluctantAfter = 2500 * time.Millisecond
-	// few addresses can all have been replaced while DNS answers were cached, for 30 s as a rule. Of more, one
-	// at least will be there.
+	// few addresses can all have been replaced while DNS answers were cached. Of more, one at least will be there.
 	few = 3
 )
 
-// shared are the reasons for which another broker would fail alike: what is away is what all of them depend on.
+// shared are the reasons for which another broker is likely to fail alike: what is away is what all of them depend on.
 // An owner of the key may still hold the session. Others do not, and to ask them would make each sidecar's call
-// as many calls to STS as there are brokers, of which it has too many already.
+// as many calls to STS as there are brokers, of which it has too many already. It may also be these two alone, though,
+// by their node or zone; so that one more is asked while the budget of hedges lasts. Throttling is of the whole account.
 var shared = []credential.Reason{
 	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
 }
@@ -63,14 +65,15 @@ type call struct {
 	silence   *time.Timer   // ends the patience with whoever was asked last
 	patience  time.Duration // how long silence was set for
 	reluctant bool          // it was set again, since no hedge was to be had
-	hedged    bool
+	hedged    bool          // somebody was asked for whom the budget paid
 }
 
 // attempt is one broker asked.
 type attempt struct {
-	addr netip.Addr
-	err  error // nil while it is silent
-	says int   // how much err tells
+	addr  netip.Addr
+	taken *atomic.Bool // it has been verified, and has the call
+	err   error        // nil while it is silent
+	says  int          // how much err tells
 }
 
 // answer is what came of attempt at.
@@ -134,8 +137,17 @@ func (c *call) settled(a answer) (credential.Lease, error) {
 func (c *call) failed(a answer) {
 	c.open--
 	c.asked[a.at].err, c.asked[a.at].says = a.err, a.says
-	if slices.Contains(shared, credential.ReasonOf(a.err)) {
+	reason := credential.ReasonOf(a.err)
+	switch {
+	case !slices.Contains(shared, reason):
+	case reason == credential.ReasonSTSThrottled:
 		c.most, c.lookable = placement.Owners, false
+	case c.most == 0:
+		c.most, c.lookable = placement.Owners, false
+		if len(c.left) > 0 && c.hedges.take() {
+			c.hedged = true
+			c.most++
+		}
 	}
 }
 
@@ -166,10 +178,11 @@ func (c *call) next(ctx context.Context) {
 func (c *call) start(ctx context.Context) {
 	at, addr := len(c.asked), c.left[0]
 	c.left = c.left[1:]
-	c.asked = append(c.asked, attempt{addr: addr})
+	taken := new(atomic.Bool)
+	c.asked = append(c.asked, attempt{addr: addr, taken: taken})
 	c.open++
 	c.running.Go(func() {
-		a := c.ask(ctx, addr)
+		a := c.ask(ctx, addr, func() { taken.Store(true) })
 		a.at = at
 		select {
 		case c.answers <- a:
@@ -185,16 +198,22 @@ func (c *call) start(ctx context.Context) {
 
 // silent deals with a broker that says nothing for longer than patience.
 func (c *call) silent(ctx context.Context) {
-	if c.exhausted() {
+	second := len(c.asked) < placement.Owners
+	if c.exhausted() || !second && c.taken() {
 		return
 	}
-	if !c.reluctant && (len(c.left) == 0 || !c.hedges.take()) {
+	if !c.reluctant && (len(c.left) == 0 || second && !c.hedges.take()) {
 		c.reluctant = true
 		c.silence.Reset(reluctantAfter - c.patience)
 		return
 	}
-	c.hedged = true
+	c.hedged = c.hedged || second
 	c.next(ctx)
+}
+
+// taken reports whether one of those who are silent has the call.
+func (c *call) taken() bool {
+	return slices.ContainsFunc(c.asked, func(a attempt) bool { return a.err == nil && a.taken.Load() })
 }
 
 // How much an error tells whoever has to mend something, see [call.verdict].
@@ -204,15 +223,15 @@ const (
 	saysReason
 )
 
-// ask asks one broker.
-func (c *call) ask(ctx context.Context, addr netip.Addr) answer {
+// ask asks one broker; taken is called once it has the call.
+func (c *call) ask(ctx context.Context, addr netip.Addr, taken func()) answer {
 	conn, err := grpc.NewClient("passthrough:///"+netip.AddrPortFrom(addr, c.port).String(), c.options...)
 	if err != nil {
 		return answer{err: credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "making a connection: %v", err)}
 	}
 	defer conn.Close()
 	response, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx,
-		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token}))
+		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token, taken}))
 	if err != nil {
 		a := answer{err: brokerpb.FromError(err)}
 		switch reason := credential.ReasonOf(a.err); {

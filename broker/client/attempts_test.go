@@ -18,8 +18,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/credence-iam/credence/broker/brokerpb"
@@ -328,10 +330,11 @@ func TestRefusalBesideSilence(t *testing.T) {
 	})
 }
 
-// What is away for one broker is away for all: who may have the session is asked, and nobody else.
+// What is away for one broker is away for all, as a rule: who may have the session is asked, and while the budget lasts
+// one more, for it may be their own node.
 func TestSharedOutage(t *testing.T) {
-	for _, reason := range []credential.Reason{
-		credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
+	for reason, more := range map[credential.Reason]int{
+		credential.ReasonSTSThrottled: 0, credential.ReasonSTSUnavailable: 3, credential.ReasonBaseCredential: 3, credential.ReasonAPIServerAway: 3,
 	} {
 		in(t, func(t *testing.T, n *network) {
 			ranked := n.brokers(5)
@@ -339,6 +342,11 @@ func TestSharedOutage(t *testing.T) {
 				n.serve(at, refuse(credential.ErrUnavailable, reason))
 			}
 			c := n.client()
+			for range more {
+				got, err := n.call(c)
+				unavailable(t, err, reason, "3 asked, 2 not")
+				want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 0}, dialed{ranked[2], 0})
+			}
 			got, err := n.call(c)
 			unavailable(t, err, reason, "2 asked, 3 not")
 			want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 0})
@@ -346,6 +354,18 @@ func TestSharedOutage(t *testing.T) {
 			n.serve(ranked[1], answering(good()))
 			_, err = n.call(c)
 			succeeded(t, err)
+		})
+		in(t, func(t *testing.T, n *network) {
+			ranked := n.brokers(5)
+			n.serve(ranked[0], refuse(credential.ErrUnavailable, reason))
+			n.serve(ranked[1], refuse(credential.ErrUnavailable, reason))
+			n.serve(ranked[2], answering(good()))
+			_, err := n.call(n.client())
+			if more > 0 {
+				succeeded(t, err)
+			} else {
+				unavailable(t, err, reason)
+			}
 		})
 	}
 }
@@ -401,20 +421,50 @@ func TestHedge(t *testing.T) {
 	})
 }
 
-// More than two are asked with more patience, and all within the time of one call.
+// More than two are asked with more patience, and all within the time of one call. No budget is spent on them: those
+// that nobody reaches are not slow.
 func TestSilenceOfAll(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(20)
 		n.mute(ranked...)
-		got, err := n.call(n.client())
-		unavailable(t, err, credential.ReasonInternal, "no answer: context deadline exceeded", "7 asked, 13 not", ranked[0].String())
-		if n.took() != client.CallTimeout {
-			t.Errorf("the call took %v, want %v", n.took(), client.CallTimeout)
+		c := n.client()
+		for range 3 {
+			got, err := n.call(c)
+			unavailable(t, err, credential.ReasonInternal, "no answer: context deadline exceeded", "11 asked, 9 not", ranked[0].String())
+			if n.took() != client.CallTimeout {
+				t.Errorf("the call took %v, want %v", n.took(), client.CallTimeout)
+			}
+			all := []dialed{{ranked[0], 0}}
+			for i, at := range ranked[1:11] {
+				all = append(all, dialed{at, 250*time.Millisecond + time.Duration(i)*time.Second})
+			}
+			want(t, got, all...)
 		}
-		// There are three hedges.
-		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond}, dialed{ranked[2], 1250 * time.Millisecond},
-			dialed{ranked[3], 2250 * time.Millisecond}, dialed{ranked[4], 4750 * time.Millisecond}, dialed{ranked[5], 7250 * time.Millisecond},
-			dialed{ranked[6], 9750 * time.Millisecond})
+	})
+}
+
+// Brokers that have taken the call wait for something that others would wait for as well, and have STS fetch again.
+func TestSlownessOfAll(t *testing.T) {
+	in(t, func(t *testing.T, n *network) {
+		ranked := n.brokers(5)
+		for _, at := range ranked {
+			n.serve(at, slow(9*time.Second))
+		}
+		got, err := n.call(n.client())
+		succeeded(t, err)
+		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond})
+	})
+	in(t, func(t *testing.T, n *network) { // until it fails
+		ranked := n.brokers(5)
+		n.serve(ranked[0], func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
+			time.Sleep(5 * time.Second)
+			return nil, status.Error(codes.Unavailable, "the broker has gone")
+		})
+		n.mute(ranked[1])
+		n.serve(ranked[2], answering(good()))
+		got, err := n.call(n.client())
+		succeeded(t, err)
+		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond}, dialed{ranked[2], 5 * time.Second})
 	})
 }
 

@@ -142,8 +142,8 @@ func splitTarget(target string) (host string, port uint16, err error) {
 //
 // The broker that is first in rank for the routing key is asked. The next in rank is asked at once when
 // one could not say anything about the pod, and a little later while one is silent; how much later is said
-// with the constants of this package. When a broker says that what all brokers depend on is away, only those
-// that may hold the session are asked. The first lease counts, and so does the first refusal: policy is the
+// with the constants of this package. When a broker says that what all brokers depend on is away, or has taken the
+// call and waits, hardly any but those that may hold the session are asked. The first lease counts, and so does the first refusal: policy is the
 // same in all brokers.
 //
 // The lease is valid, and its RefreshAfter lies between 30 s and 1 h. Its Issued is when this call

@@ -12,10 +12,14 @@ import (
 )
 
 // bearer presents a token as per-call metadata.
-type bearer struct{ token identity.UnverifiedToken }
+type bearer struct {
+	token identity.UnverifiedToken
+	shown func() // is called when the server has been verified, and is about to be shown the token
+}
 
 // GetRequestMetadata implements [credentials.PerRPCCredentials].
 func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	b.shown()
 	return map[string]string{"authorization": "Bearer " + b.token.Reveal()}, nil
 }
 

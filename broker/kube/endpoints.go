@@ -21,10 +21,6 @@ import (
 	"github.com/credence-iam/credence/broker/placement"
 )
 
-// listedPatience is how long a broker that starts waits to find itself among the endpoints, which takes a second. Those that
-// start with it are found there at the same time; before that it would take itself for the only one.
-const listedPatience = 5 * time.Second
-
 // EndpointsConfig configures [NewEndpoints].
 type EndpointsConfig struct {
 	// REST reaches the API server. Required.
@@ -36,12 +32,19 @@ type EndpointsConfig struct {
 	// Update is told which brokers there are, first when they are known and then at each change. It must not
 	// block. Required.
 	Update func(placement.Members)
-	// Logger is told of watches that fail. Required.
+	// Patience is how long the first Update waits for this broker to be among the endpoints, once there are any, which
+	// takes a second. Those that start with it are found there at the same time. Default 5 s.
+	Patience time.Duration
+	// Logger is told where this broker is never among them. Required.
 	Logger *slog.Logger
 }
 
-// Endpoints watches which brokers there are. While the API server is away, what it said last holds.
+// Endpoints watches which brokers there are. While the API server is away, what it said last holds; and while it names
+// nobody, as when the Service is made anew, what it said before: a broker that took itself for the only one would take
+// up everything.
 type Endpoints struct {
+	hearing
+
 	cfg     EndpointsConfig
 	client  discoveryv1client.EndpointSliceInterface
 	store   cache.Store
@@ -52,6 +55,9 @@ type Endpoints struct {
 func NewEndpoints(cfg EndpointsConfig) (*Endpoints, error) {
 	if cfg.REST == nil || cfg.Namespace == "" || cfg.Service == "" || len(cfg.Own) == 0 || cfg.Update == nil || cfg.Logger == nil {
 		return nil, errors.New("watching which brokers there are needs a REST configuration, Namespace, Service, Own, Update and a Logger")
+	}
+	if cfg.Patience == 0 {
+		cfg.Patience = 5 * time.Second
 	}
 	client, err := discoveryv1client.NewForConfig(cfg.REST)
 	if err != nil {
@@ -65,6 +71,7 @@ func NewEndpoints(cfg EndpointsConfig) (*Endpoints, error) {
 
 // Run watches until ctx ends.
 func (e *Endpoints) Run(ctx context.Context) error {
+	e.hear(nil)
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
@@ -73,7 +80,7 @@ func (e *Endpoints) Run(ctx context.Context) error {
 			Backoff: &wait.Backoff{Duration: firstPause, Cap: longestPause, Steps: 16, Factor: 2, Jitter: 0.5},
 		}).RunWithContext(ctx)
 	}()
-	var patience <-chan time.Time // nil until something has been listed
+	var patience <-chan time.Time // nil until there are endpoints
 	for told := false; ; {
 		select {
 		case <-ctx.Done():
@@ -84,9 +91,12 @@ func (e *Endpoints) Run(ctx context.Context) error {
 			e.cfg.Logger.WarnContext(ctx, "This broker is not among the endpoints of its Service; it counts itself in", "service", e.cfg.Service, "addresses", e.cfg.Own)
 			told = true
 		}
-		m, listed := e.members()
+		m, some, listed := e.members()
+		if !some {
+			continue
+		}
 		if patience == nil {
-			patience = time.After(listedPatience) //nolint:forbidigo // Once in a process's life.
+			patience = time.After(e.cfg.Patience) //nolint:forbidigo // Once in a process's life.
 		}
 		if told = told || listed; told {
 			e.cfg.Update(m)
@@ -94,6 +104,9 @@ func (e *Endpoints) Run(ctx context.Context) error {
 		}
 	}
 }
+
+// Age is how old what it told may be: 0 while the watch is well, and otherwise how long ago the API server was last heard.
+func (e *Endpoints) Age() time.Duration { return e.age() }
 
 // source reads the slices of the Service.
 func (e *Endpoints) source() *cache.ListWatch {
@@ -103,16 +116,23 @@ func (e *Endpoints) source() *cache.ListWatch {
 	}
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			return e.client.List(ctx, chosen(o))
+			list, err := e.client.List(ctx, chosen(o))
+			e.hear(err)
+			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-			return e.client.Watch(ctx, chosen(o))
+			w, err := e.client.Watch(ctx, chosen(o))
+			e.hear(err)
+			if err != nil {
+				return nil, err
+			}
+			return overhear(w, &e.hearing), nil
 		},
 	}
 }
 
-// members reads what the slices say, and whether this broker is in them.
-func (e *Endpoints) members() (m placement.Members, listed bool) {
+// members reads what the slices say: whether they name anybody, and this broker.
+func (e *Endpoints) members() (m placement.Members, some, listed bool) {
 	family := e.family()
 	m.Self = e.cfg.Own[0]
 	for _, own := range e.cfg.Own {
@@ -132,7 +152,7 @@ func (e *Endpoints) members() (m placement.Members, listed bool) {
 					continue // The API server admits none such.
 				}
 				address = address.Unmap()
-				listed = listed || address == m.Self
+				some, listed = true, listed || address == m.Self
 				// A condition that is not set is to be taken as ready and not terminating (EndpointConditions).
 				c := endpoint.Conditions
 				switch {
@@ -146,7 +166,9 @@ func (e *Endpoints) members() (m placement.Members, listed bool) {
 			}
 		}
 	}
-	return m, listed
+	// An address can be another pod's already, which is there to stay.
+	m.Ending = m.Ending && !slices.Contains(slices.Concat(m.Ready, m.Starting), m.Self)
+	return m, some, listed
 }
 
 // family is the one by which brokers are told apart, where their Service has two: sidecars choose the same.

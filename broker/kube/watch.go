@@ -60,9 +60,7 @@ type watched struct {
 	shared  map[string]*texts // :: canonical form → texts; guarded by shareMu
 	sweepAt int               // size of shared at which what is not used is dropped; guarded by shareMu
 
-	heardMu sync.Mutex
-	heard   time.Time // when the API server last sent something; zero before run; guarded by heardMu
-	away    bool      // when last asked, it did not answer; guarded by heardMu
+	hearing
 }
 
 // object is what is kept of a watched object. It is never changed, and stays the same pointer for as long as
@@ -154,14 +152,21 @@ func (w *watched) onChange(handler func(*object)) {
 	}
 }
 
+// hearing is when a watch last heard of the API server.
+type hearing struct {
+	mu    sync.Mutex
+	heard time.Time // when the API server last sent something; zero before it was asked; guarded by mu
+	away  bool      // when last asked, it did not answer; guarded by mu
+}
+
 // age is how long ago the API server was last heard, and 0 while the watch is well.
-func (w *watched) age() time.Duration {
-	w.heardMu.Lock()
-	defer w.heardMu.Unlock()
-	if w.heard.IsZero() {
+func (h *hearing) age() time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.heard.IsZero() {
 		return 0
 	}
-	if age := time.Since(w.heard); w.away || age > quiet {
+	if age := time.Since(h.heard); h.away || age > quiet {
 		return age
 	}
 	return 0
@@ -170,14 +175,14 @@ func (w *watched) age() time.Duration {
 // hear notes that the API server was asked, or sent something, and what came of it. An answer that is a
 // refusal, such as one for lack of rights, keeps the watch from hearing of changes just as well; that a
 // version has expired does not, for a new list follows at once.
-func (w *watched) hear(err error) {
-	w.heardMu.Lock()
-	defer w.heardMu.Unlock()
+func (h *hearing) hear(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if err != nil && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) {
-		w.away = true
+		h.away = true
 		return
 	}
-	w.away, w.heard = false, time.Now()
+	h.away, h.heard = false, time.Now()
 }
 
 // cut returns what is kept of m: the very object that is held, if nothing of it has changed.
@@ -378,12 +383,17 @@ func (s source) WatchWithContext(ctx context.Context, o metav1.ListOptions) (wat
 	if err != nil {
 		return nil, fmt.Errorf("watching %s: %w", s.w.resource, err)
 	}
-	heard := &overheard{Interface: w, events: make(chan watch.Event), stopped: make(chan struct{})}
-	go heard.listen(s.w)
-	return heard, nil
+	return overhear(w, &s.w.hearing), nil
 }
 
-// overheard is a watch of which every event is noted. watch.Filter would do, but leaves its goroutine behind when
+// overhear returns a watch of which every event is noted.
+func overhear(w watch.Interface, h *hearing) watch.Interface {
+	heard := &overheard{Interface: w, events: make(chan watch.Event), stopped: make(chan struct{})}
+	go heard.listen(h)
+	return heard
+}
+
+// overheard is such a watch. watch.Filter would do, but leaves its goroutine behind when
 // it is stopped with an event on the way.
 type overheard struct {
 	watch.Interface
@@ -392,13 +402,13 @@ type overheard struct {
 	stopped chan struct{}
 }
 
-func (o *overheard) listen(w *watched) {
+func (o *overheard) listen(h *hearing) {
 	defer close(o.events)
 	for e := range o.Interface.ResultChan() {
 		if e.Type == watch.Error {
-			w.hear(apierrors.FromObject(e.Object))
+			h.hear(apierrors.FromObject(e.Object))
 		} else {
-			w.hear(nil)
+			h.hear(nil)
 		}
 		select {
 		case o.events <- e:

@@ -9,7 +9,8 @@ import (
 )
 
 // RoutingKey says which brokers have the session of a pod warm: package placement ranks brokers by it. Pods
-// that share a session have the same one, unless they write one role in two ways. It grants nothing: any
+// that share a session have the same one, unless their annotations say the same in two ways, such as a role as a name
+// and as an ARN. It grants nothing: any
 // broker answers any pod.
 //
 // The webhook writes it into the sidecar's environment, and brokers make it of the pod that they watch. Where

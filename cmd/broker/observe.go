@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -28,7 +29,7 @@ func (p *parts) sources() admin.Sources {
 		Certificate:     p.pair.NotAfter,
 		BaseCredentials: p.sts.BaseExpiration,
 		ClockSkew:       p.sts.ClockSkew,
-		InformerAge:     p.directory.Age,
+		InformerAge:     p.informerAge,
 		LiveReads:       p.directory.Reads,
 		VerificationAge: p.verifier.Age,
 		Events: func() admin.EventStats {
@@ -46,6 +47,15 @@ func (p *parts) sources() admin.Sources {
 		}
 	}
 	return s
+}
+
+// informerAge is that of the watch that has heard nothing for longest.
+func (p parts) informerAge() time.Duration {
+	age := p.directory.Age()
+	if p.endpoints != nil {
+		age = max(age, p.endpoints.Age())
+	}
+	return age
 }
 
 // traced returns what the cache fetches from: STS, with a span for each call where traces are asked for.

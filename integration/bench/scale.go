@@ -46,7 +46,7 @@ var scaleMetrics = []metric{{
 	},
 	about: "Calls of " + strconv.Itoa(failoverClients) + " sidecars' clients that failed while one of three brokers, all programs of their own, was lost under them:\n" +
 		"\tkilled in one run and stopped in the next (SIGSTOP: it takes connections and says nothing), for " + noticing.String() + " until DNS and\n" +
-		"\tthe other brokers are told.",
+		"\tthe other brokers are told. Each client makes two or three calls in that time, within its budget of hedges.",
 	measure: func(ctx context.Context, b *bench) ([]report.Run, error) {
 		return b.failovers(ctx, func(f failover) float64 { return float64(f.failed) })
 	},

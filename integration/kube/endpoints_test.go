@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -86,13 +87,19 @@ func (w *told) want(t *testing.T, want string) {
 // follow watches the endpoints of the brokers' Service as one of them.
 func follow(t *testing.T, ns string, own ...string) *told {
 	t.Helper()
+	return followPatiently(t, ns, time.Hour, own...)
+}
+
+// followPatiently waits for no longer than patience to be one of them.
+func followPatiently(t *testing.T, ns string, patience time.Duration, own ...string) *told {
+	t.Helper()
 	w := new(told)
 	var addresses []netip.Addr
 	for _, a := range own {
 		addresses = append(addresses, netip.MustParseAddr(a))
 	}
 	e, err := kube.NewEndpoints(kube.EndpointsConfig{
-		REST: control.Config(), Namespace: ns, Service: brokers, Own: addresses, Update: w.update, Logger: logger(t),
+		REST: control.Config(), Namespace: ns, Service: brokers, Own: addresses, Update: w.update, Patience: patience, Logger: logger(t),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -134,7 +141,7 @@ func TestEndpointsOfTwoFamilies(t *testing.T) {
 func TestBrokerThatIsNotListedYet(t *testing.T) {
 	ns := namespace(t)
 	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready")
-	late, never := follow(t, ns, "10.0.0.2"), follow(t, ns, "10.0.0.3")
+	late, never := follow(t, ns, "10.0.0.2"), followPatiently(t, ns, time.Millisecond, "10.0.0.3")
 	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 starting")
 	late.want(t, "self 10.0.0.2, ready [10.0.0.1], starting [10.0.0.2], ending false")
 	late.mu.Lock()
@@ -145,7 +152,35 @@ func TestBrokerThatIsNotListedYet(t *testing.T) {
 	never.want(t, "self 10.0.0.3, ready [10.0.0.1], starting [10.0.0.2], ending false")
 }
 
-// A broker whose Service has nobody counts itself in.
+// While nobody is named, what was told holds: a Service that is made anew makes nobody the only one.
 func TestEndpointsOfNobody(t *testing.T) {
-	follow(t, namespace(t), "10.0.0.1").want(t, "self 10.0.0.1, ready [], starting [], ending false")
+	ns := namespace(t)
+	first := followPatiently(t, ns, time.Millisecond, "10.0.0.1")
+	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4)
+	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 ready")
+	const both = "self 10.0.0.1, ready [10.0.0.1 10.0.0.2], starting [], ending false"
+	first.want(t, both)
+	first.mu.Lock()
+	told := first.n
+	first.mu.Unlock()
+	if told != 1 {
+		t.Errorf("it was told %d times, and once before it was", told)
+	}
+	if err := client.DiscoveryV1().EndpointSlices(ns).Delete(t.Context(), brokers+"-1", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	slice(t, ns, brokers, brokers+"-2", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.3 ready")
+	first.want(t, "self 10.0.0.1, ready [10.0.0.1 10.0.0.3], starting [], ending false")
+	first.mu.Lock()
+	defer first.mu.Unlock()
+	if first.n != 2 {
+		t.Errorf("it was told %d times of two sets of brokers", first.n)
+	}
+}
+
+// A new pod can have the address of one that is still listed.
+func TestEndpointsOfAnAddressThatIsUsedAgain(t *testing.T) {
+	ns := namespace(t)
+	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ending", "10.0.0.1 starting", "10.0.0.2 ready")
+	follow(t, ns, "10.0.0.1").want(t, "self 10.0.0.1, ready [10.0.0.2], starting [10.0.0.1], ending false")
 }
