@@ -10,20 +10,28 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/placement"
+	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // The tests of this file run the broker with other flags, so they do not run in parallel.
@@ -143,6 +151,117 @@ func TestOperatorDropsSessionsOfARole(t *testing.T) {
 			t.Errorf("role %s: session %s before, %s after", role, before[role], lease.AccessKeyID)
 		}
 	}
+}
+
+// One of several brokers keeps what it owns and takes its part of the rate, and answers all pods all the same.
+func TestBrokerAmongOthers(t *testing.T) {
+	const self, pods = "10.0.0.1", 30
+	endpoints := credence.Client.DiscoveryV1().EndpointSlices(stack.SystemNamespace)
+	// A real API server takes no loopback addresses, so the broker is told that it has another one.
+	tell := func(ready ...string) {
+		t.Helper()
+		s := &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Name: "brokers", Labels: map[string]string{discoveryv1.LabelServiceName: "brokers"}},
+			AddressType: discoveryv1.AddressTypeIPv4, Endpoints: []discoveryv1.Endpoint{},
+		}
+		for _, address := range ready {
+			s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{address}})
+		}
+		_, err := endpoints.Update(t.Context(), s, metav1.UpdateOptions{})
+		if apierrors.IsNotFound(err) {
+			_, err = endpoints.Create(t.Context(), s, metav1.CreateOptions{})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		// t.Context has ended here.
+		if err := endpoints.Delete(context.Background(), "brokers", metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	tell(self, "10.0.0.2", "10.0.0.3", "10.0.0.4")
+	withFlags(t, "--service=brokers", "--pod-ips="+self, "--settle-time=1s")
+	ns := namespace(t, ".*")
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []*corev1.Pod
+	owned := func(brokers ...string) (n int) {
+		var addresses []netip.Addr
+		for _, b := range brokers {
+			addresses = append(addresses, netip.MustParseAddr(b))
+		}
+		for _, pod := range all {
+			key, err := keys.RoutingKey(policy.Pod{Namespace: ns, ServiceAccount: "default", Annotations: pod.Annotations})
+			if err != nil {
+				t.Fatal(err)
+			}
+			owners := placement.Rank(string(key), addresses)[:min(placement.Owners, len(addresses))]
+			if slices.Contains(owners, netip.MustParseAddr(self)) {
+				n++
+			}
+		}
+		return n
+	}
+	kept := func() int {
+		t.Helper()
+		text, err := credence.Metrics(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return number(t, text, "credence_broker_sessions_kept")
+	}
+	before := kept() // pods of other tests
+	for i := range pods {
+		all = append(all, create(t, ns, fmt.Sprint("app-", i), map[string]string{roleKey: fmt.Sprint("among-", i)}))
+	}
+	wants := func(share int, brokers ...string) {
+		t.Helper()
+		want := owned(brokers...)
+		if want == 0 || len(brokers) > 2 && want == pods {
+			t.Fatalf("of %d pods the broker owns %d, which shows nothing", pods, want)
+		}
+		soon(t, fmt.Sprintf("it keeps %d sessions as one of %d", want, len(brokers)), func() error {
+			text, err := credence.Metrics(t.Context())
+			if err != nil {
+				return err
+			}
+			if got := number(t, text, "credence_broker_fetch_rate_share"); got != share {
+				return fmt.Errorf("its part of the rate is %d, want %d", got, share)
+			}
+			if got := number(t, text, "credence_broker_sessions_kept") - before; len(brokers) > 2 && got != want {
+				return fmt.Errorf("it keeps %d", got)
+			}
+			return nil
+		})
+	}
+	wants(100, self, "10.0.0.2", "10.0.0.3", "10.0.0.4")
+	for _, pod := range all { // whoever owns it
+		if _, err := ask(t, token(t, pod)); err != nil {
+			t.Error(err)
+		}
+	}
+	tell(self, "10.0.0.2")
+	wants(200, self, "10.0.0.2")
+}
+
+// number is the value of a metric without labels.
+func number(t *testing.T, metrics, name string) int {
+	t.Helper()
+	for line := range strings.Lines(metrics) {
+		if text, ok := strings.CutPrefix(line, name+" "); ok {
+			value, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return int(value)
+		}
+	}
+	t.Fatalf("there is no metric %s", name)
+	return 0
 }
 
 // Whoever describes a pod sees why it is refused.
