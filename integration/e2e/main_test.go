@@ -42,7 +42,7 @@ const (
 
 // shortLife is what a session asked for 15 minutes, the shortest that STS gives, really lasts here, so that
 // renewals can be waited for.
-const shortLife = 5 * time.Minute
+const shortLife = 3 * time.Minute
 
 func TestMain(m *testing.M) {
 	flag.Parse()
