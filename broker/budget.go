@@ -17,8 +17,9 @@ const (
 	// budgetLook is how often the budget is looked at, and budgetLooks how many looks in a row must find it tight: a
 	// rolling update is no news.
 	budgetLook, budgetLooks = 30 * time.Second, 4
-	// budgetAgain is how often it is said while nothing changes: an API server keeps an Event for an hour.
-	budgetAgain = time.Hour
+	// budgetAgain is how often it is said while nothing changes: an API server keeps an Event for an hour, and for as
+	// long the same one is not written again.
+	budgetAgain = time.Hour + budgetLook
 )
 
 // BudgetConfig configures [NewBudget].

@@ -35,7 +35,7 @@ func TestBudget(t *testing.T) {
 			{50, 100, time.Minute, 0},
 			{81, 100, 3 * time.Minute, 1},
 			{90, 100, 55 * time.Minute, 1}, // said already
-			{90, 100, 5 * time.Minute, 2},  // and forgotten by Kubernetes
+			{90, 100, 6 * time.Minute, 2},  // and forgotten by Kubernetes
 			{50, 100, time.Minute, 2},
 			{50, 40, 3 * time.Minute, 3},
 		} {

@@ -73,6 +73,28 @@ func refusedPod(namespace string, i int) policy.Pod {
 
 var notPermitted = credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "role x is not permitted")
 
+func TestBudgetIsAnEvent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		for range 2 {
+			e.BudgetShort(refusedPod("credence", 1), "too many sessions")
+		}
+		e.Refused(refusedPod("credence", 1), notPermitted)
+		synctest.Wait()
+		var got []string
+		for _, event := range w.events() {
+			got = append(got, event.Reason+"/"+event.Action+": "+event.Note)
+		}
+		want := []string{
+			"STSBudgetShort/RenewSessions: too many sessions",
+			"CredentialsRefused/GetCredentials: ROLE_NOT_PERMITTED: role x is not permitted",
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("Events (- want, + got):\n%s", diff)
+		}
+	})
+}
+
 func TestWhichRefusalsBecomeEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)

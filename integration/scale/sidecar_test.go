@@ -4,6 +4,8 @@ import (
 	"container/heap"
 	"context"
 	"errors"
+	"maps"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -130,6 +132,7 @@ func (f *fleet) ask(p *pod) {
 }
 
 type attempt struct {
+	at     netip.Addr
 	answer *brokerpb.GetCredentialsResponse
 	err    error
 }
@@ -143,17 +146,19 @@ func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsR
 	came := make(chan attempt, len(ranked))
 	silence := time.NewTimer(hedgeAfter)
 	defer silence.Stop()
-	count, open, most := 0, 0, len(ranked)
+	count, most := 0, len(ranked)
+	open := make(map[netip.Addr]bool) // :: who is silent → whether it has taken the call
 	next := func() {
 		if count == most {
 			return
 		}
-		b := f.at(ranked[count])
+		at := ranked[count]
+		b := f.at(at)
 		count++
-		open++
+		open[at] = b.how() == answers
 		f.running.Go(func() {
 			answer, err := b.get(ctx, p.key)
-			came <- attempt{answer, err}
+			came <- attempt{at, answer, err}
 		})
 	}
 	var patience time.Duration
@@ -167,7 +172,8 @@ func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsR
 	}
 	next()
 	var last error
-	for open > 0 {
+	limited := false
+	for len(open) > 0 {
 		select {
 		case a := <-came:
 			if a.err == nil || !errors.Is(a.err, credential.ErrUnavailable) {
@@ -176,23 +182,32 @@ func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsR
 				}
 				return a.answer, a.err
 			}
-			open--
+			delete(open, a.at)
 			last = a.err
-			if slices.Contains(shared, credential.ReasonOf(a.err)) {
+			switch reason := credential.ReasonOf(a.err); {
+			case reason == credential.ReasonSTSThrottled:
 				most = max(count, min(most, placement.Owners))
+			case slices.Contains(shared, reason) && !limited:
+				limited = true
+				more := 0
+				if len(ranked) > placement.Owners && p.hedge() {
+					hedged, more = true, 1
+				}
+				most = max(count, min(most, placement.Owners+more))
 			}
 			next()
 			listen()
 		case <-silence.C:
-			if !reluctant && p.spent > (maxHedges-1)*hedgePart {
+			second := count < placement.Owners
+			if !second && slices.Contains(slices.Collect(maps.Values(open)), true) {
+				continue
+			}
+			if !reluctant && second && !p.hedge() {
 				reluctant = true
 				silence.Reset(reluctantAfter - patience)
 				continue
 			}
-			if !reluctant {
-				p.spent += hedgePart
-			}
-			hedged = true
+			hedged = hedged || second
 			next()
 			listen()
 		case <-ctx.Done():
@@ -202,7 +217,16 @@ func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsR
 	return nil, last
 }
 
-// shared are reasons for which all but the owners would fail alike.
+// hedge takes a hedge of the pod's budget, if there is one.
+func (p *pod) hedge() bool {
+	if p.spent > (maxHedges-1)*hedgePart {
+		return false
+	}
+	p.spent += hedgePart
+	return true
+}
+
+// shared are reasons for which all but the owners are likely to fail alike.
 var shared = []credential.Reason{
 	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
 }
