@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,11 +15,21 @@ import (
 
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var now cache.Stats
-		var told []string
+		var mu sync.Mutex
+		var now cache.Stats // guarded by mu
+		var told []string   // guarded by mu
 		var log strings.Builder
 		budget, err := broker.NewBudget(broker.BudgetConfig{
-			Stats: func() cache.Stats { return now }, Tell: func(note string) { told = append(told, note) },
+			Stats: func() cache.Stats {
+				mu.Lock()
+				defer mu.Unlock()
+				return now
+			},
+			Tell: func(note string) {
+				mu.Lock()
+				defer mu.Unlock()
+				told = append(told, note)
+			},
 			Logger: slog.New(slog.NewTextHandler(&log, nil)),
 		})
 		fatal(t, err)
@@ -39,12 +50,16 @@ func TestBudget(t *testing.T) {
 			{50, 100, time.Minute, 2},
 			{50, 40, 3 * time.Minute, 3},
 		} {
+			mu.Lock()
 			now = cache.Stats{Kept: 7, Demand: step.demand, Share: step.share}
+			mu.Unlock()
 			time.Sleep(step.lasts)
 			synctest.Wait()
+			mu.Lock()
 			if len(told) != step.told {
 				t.Errorf("step %d: told %q", i, told)
 			}
+			mu.Unlock()
 		}
 		cancel()
 		if err := <-ended; err != nil {

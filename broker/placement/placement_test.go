@@ -29,7 +29,7 @@ const (
 )
 
 func newFleet(t *testing.T) *fleet {
-	return &fleet{t: t, all: map[netip.Addr]*Placement{}, states: map[netip.Addr]state{}, had: map[netip.Addr]map[string]bool{}, keys: keys(rand.New(rand.NewPCG(3, 3)), 2000)}
+	return &fleet{t: t, all: map[netip.Addr]*Placement{}, states: map[netip.Addr]state{}, had: map[netip.Addr]map[string]bool{}, keys: keys(rand.New(rand.NewPCG(3, 3)), 1000)}
 }
 
 func addr(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, byte(n)}) }
