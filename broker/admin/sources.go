@@ -78,7 +78,7 @@ var (
 	sessionsWarm   = gauge("sessions_warm", "Sessions that live pods want and that are held and valid.")
 	sessionsDenied = gauge("sessions_refused", "Sessions that live pods want and that AWS refuses: a person has to change something.")
 	sessionsKnown  = gauge("sessions_known", "Sessions that are held or remembered, wanted or not, refused ones included.")
-	sessionsLate   = gauge("sessions_late", "Sessions that live pods want and that have less than 0.45 of their lives left: later than promised.")
+	sessionsLate   = gauge("sessions_late", "Sessions that live pods want and that have less than 0.45 of their lives left, though AWS does not refuse them: later than promised.")
 	stalest        = gauge("stalest_session_seconds", "Time to expiry of the wanted session that expires first; absent while none is held.")
 	lookups        = counter("lookups_total", "Sessions that were asked for, by outcome: hit (answered at once), miss (had to wait for STS), stale (answered past half of the session's life).", "outcome")
 

@@ -26,7 +26,8 @@ func (c *counts) begun(waitedFor, held bool) {
 type Stats struct {
 	// Entries is how many keys are known. Kept is how many of them are wanted; of those, Warm hold a
 	// valid session, and Refused hold none because the source refuses: a person has to change
-	// something. Late is how many of the warm have less than 0.45 of their lives left: later than promised.
+	// something. Late is how many of the warm have less than 0.45 of their lives left, and not because the source
+	// refuses: later than promised.
 	Entries, Kept, Warm, Refused, Late int
 	// Waiting, Renewing and Ahead are the fetches that have not begun: of keys that callers wait for, of
 	// keys that hold a session, and of others.
@@ -71,7 +72,7 @@ func (c *Cache[K]) Stats() Stats {
 			if left := e.held.Remaining(now); s.Warm == 1 || left < s.Stalest {
 				s.Stalest = left
 			}
-			if fraction(e.held, now) < askLow {
+			if fraction(e.held, now) < askLow && !refused(e.failure) {
 				s.Late++
 			}
 		case refused(e.failure):

@@ -334,7 +334,7 @@ func TestRefusalBesideSilence(t *testing.T) {
 // one more, for it may be their own node.
 func TestSharedOutage(t *testing.T) {
 	for reason, more := range map[credential.Reason]int{
-		credential.ReasonSTSThrottled: 0, credential.ReasonSTSUnavailable: 3, credential.ReasonBaseCredential: 3, credential.ReasonAPIServerAway: 3,
+		credential.ReasonSTSThrottled: 0, credential.ReasonSTSUnavailable: 1, credential.ReasonBaseCredential: 1, credential.ReasonAPIServerAway: 1,
 	} {
 		in(t, func(t *testing.T, n *network) {
 			ranked := n.brokers(5)
@@ -387,7 +387,7 @@ func TestSharedOutageAmongFew(t *testing.T) {
 		n.serve(ranked[1], throttled)
 		n.serve(ranked[2], answering(good()))
 		c := n.client()
-		for _, after := range []time.Duration{250 * time.Millisecond, 250 * time.Millisecond, 250 * time.Millisecond, 2500 * time.Millisecond} {
+		for _, after := range []time.Duration{250 * time.Millisecond, 2500 * time.Millisecond} {
 			got, err := n.call(c)
 			unavailable(t, err, credential.ReasonSTSThrottled)
 			want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], after})
@@ -428,15 +428,15 @@ func TestSilenceOfAll(t *testing.T) {
 		ranked := n.brokers(20)
 		n.mute(ranked...)
 		c := n.client()
-		for range 3 {
+		for _, second := range []time.Duration{250 * time.Millisecond, 2500 * time.Millisecond} {
 			got, err := n.call(c)
-			unavailable(t, err, credential.ReasonInternal, "no answer: context deadline exceeded", "11 asked, 9 not", ranked[0].String())
+			unavailable(t, err, credential.ReasonInternal, "no answer: context deadline exceeded", ranked[0].String())
 			if n.took() != client.CallTimeout {
 				t.Errorf("the call took %v, want %v", n.took(), client.CallTimeout)
 			}
 			all := []dialed{{ranked[0], 0}}
-			for i, at := range ranked[1:11] {
-				all = append(all, dialed{at, 250*time.Millisecond + time.Duration(i)*time.Second})
+			for after := second; after < client.CallTimeout; after += time.Second {
+				all = append(all, dialed{ranked[len(all)], after})
 			}
 			want(t, got, all...)
 		}
@@ -496,8 +496,8 @@ func TestBudget(t *testing.T) {
 				succeeded(t, err)
 			}
 		}
-		if got := hedges(); got != 3 {
-			t.Errorf("%d hedges in a row, want 3", got)
+		if got := hedges(); got != 1 {
+			t.Errorf("%d hedges in a row, want 1", got)
 		}
 		if after := first(); after != 2500*time.Millisecond {
 			t.Errorf("without budget, the second is asked after %v", after)
@@ -511,8 +511,8 @@ func TestBudget(t *testing.T) {
 			t.Errorf("%d hedges after four answers, want 1", got)
 		}
 		answered(100)
-		if got := hedges(); got != 3 {
-			t.Errorf("%d hedges after a long time, want 3", got)
+		if got := hedges(); got != 1 {
+			t.Errorf("%d hedges after a long time, want 1", got)
 		}
 	})
 }

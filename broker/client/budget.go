@@ -3,9 +3,9 @@ package client
 import "sync"
 
 const (
-	// maxHedges is how many calls in a row may ask a second broker while the first is silent: enough for the
-	// one broker that hangs, as a sidecar sees it, until somebody has looked after it.
-	maxHedges = 3
+	// maxHedges is how many calls in a row may ask a second broker because the first is silent: enough for a pod that
+	// starts while its broker hangs. Later calls are renewals, for which 2.5 s are no time.
+	maxHedges = 1
 	// hedgePart is how many answers without a hedge pay for one. In the long run a fifth of the calls can be hedges, so
 	// that brokers that have become slow are not asked twice by all sidecars, which would make them slower.
 	hedgePart = 4

@@ -82,7 +82,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
 	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "`calls` of STS that all brokers of --service together begin per second, of which each takes an equal part: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
 	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
-	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "`number` of distinct sessions that the pods of one namespace may have at a time; 0 sets no bound")
+	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "`number` of distinct sessions that the pods of one namespace may have at a time, of those that this broker has; 0 sets no bound")
 	f.StringVar(&o.service, "service", "", "`name` of the Service that brings sidecars to the brokers, in --namespace: its endpoints are the brokers that share the work; empty makes this one keep every session by itself")
 	f.StringVar(&podIPs, "pod-ips", "", "comma `list` of this broker's addresses among those endpoints, one of each family; empty takes POD_IPS")
 	f.DurationVar(&o.settleTime, "settle-time", placement.DefaultSettleTime, "`time` without a change of those endpoints after which this broker takes up the sessions that it is to have for the loss of another one; more than a step of a rolling update takes, so that they are fetched once")

@@ -42,7 +42,7 @@ type apiServer struct {
 }
 
 const (
-	// What the issue asks for: pods of so many roles, in so many namespaces.
+	// Pods are of so many roles, in so many namespaces.
 	podRoles      = 500
 	podNamespaces = 20
 

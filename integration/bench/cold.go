@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -172,9 +171,6 @@ func optedIn(name string) policy.Namespace {
 	}
 }
 
-// leastRemaining is how the test reports its figure.
-var leastRemaining = regexp.MustCompile(`least_remaining_seconds=([0-9]+)`)
-
 // renewal runs the test that lets an hour pass in a second.
 func renewal(ctx context.Context, b *bench) ([]report.Run, error) {
 	var runs []report.Run
@@ -185,15 +181,20 @@ func renewal(ctx context.Context, b *bench) ([]report.Run, error) {
 		if err != nil {
 			return nil, fmt.Errorf("running the test: %w\n%s", err, out)
 		}
-		found := leastRemaining.FindSubmatch(out)
-		if found == nil {
-			return nil, errors.New("the test does not say how much was left")
-		}
-		seconds, err := strconv.Atoi(string(found[1]))
+		seconds, err := said(out, "least_remaining_seconds")
 		if err != nil {
 			return nil, err
 		}
-		runs = append(runs, report.Run{Value: float64(seconds)})
+		runs = append(runs, report.Run{Value: seconds})
 	}
 	return runs, nil
+}
+
+// said reads a figure that a test has written as name=value.
+func said(out []byte, name string) (float64, error) {
+	found := regexp.MustCompile(`\b` + name + `=([0-9.]+)`).FindSubmatch(out)
+	if found == nil {
+		return 0, fmt.Errorf("the test does not say %s", name)
+	}
+	return strconv.ParseFloat(string(found[1]), 64)
 }

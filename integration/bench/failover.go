@@ -33,9 +33,9 @@ import (
 
 const (
 	failoverBrokers = 3
-	// failoverClients are many, and ask seldom: each has the budget of one sidecar.
-	failoverClients = 300
-	failoverPause   = 2 * time.Second
+	// failoverClients are many, and ask seldom: each is to be a sidecar that asks once while the broker is lost.
+	failoverClients = 600
+	failoverPause   = 6 * time.Second
 	// failoverRoles are those for whose service accounts the API server of this benchmark has objects.
 	failoverRoles = 25
 	// noticing is how long the lost broker is still in DNS. Kubernetes takes a second or two after a process has
@@ -56,10 +56,12 @@ func (f failover) worse(g failover) failover {
 	return failover{calls: f.calls + g.calls, failed: f.failed + g.failed, p99: max(f.p99, g.p99)}
 }
 
-// failovers loses brokers, once killed and once stopped for each run.
+// losses are what came of the runs, once there were any.
+var losses []failover
+
+// failovers loses brokers, once killed and once stopped for each run; once for all figures.
 func (b *bench) failovers(ctx context.Context, figure func(failover) float64) ([]report.Run, error) {
-	var runs []report.Run
-	for range min(b.runs, 2) {
+	for len(losses) < min(b.runs, 3) {
 		var all failover
 		for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
 			f, err := b.failover(ctx, sig)
@@ -68,7 +70,11 @@ func (b *bench) failovers(ctx context.Context, figure func(failover) float64) ([
 			}
 			all = all.worse(f)
 		}
-		runs = append(runs, report.Run{Value: figure(all)})
+		losses = append(losses, all)
+	}
+	var runs []report.Run
+	for _, f := range losses {
+		runs = append(runs, report.Run{Value: figure(f)})
 	}
 	return runs, nil
 }
@@ -222,7 +228,6 @@ func (b *bench) startBrokers(ctx context.Context) (t trust, s *brokers, err erro
 	if err != nil {
 		return t, s, err
 	}
-	keyID, secret := sts.Keys()
 	var admins []string
 	for i, a := range s.lookup() {
 		port, err := process.FreePort(ctx)
@@ -239,10 +244,7 @@ func (b *bench) startBrokers(ctx context.Context) (t trust, s *brokers, err erro
 				"--tls-cert=" + filepath.Join(dir, "tls", "tls.crt"), "--tls-key=" + filepath.Join(dir, "tls", "tls.key"),
 				"--sts-endpoint=" + sts.URL(), "--region=" + region, "--base-arn=arn:aws:iam::" + account + ":role/",
 			},
-			Env: []string{
-				"AWS_ACCESS_KEY_ID=" + keyID, "AWS_SECRET_ACCESS_KEY=" + secret.Reveal(), "AWS_EC2_METADATA_DISABLED=true",
-				"AWS_CONFIG_FILE=" + os.DevNull, "AWS_SHARED_CREDENTIALS_FILE=" + os.DevNull,
-			},
+			Env: brokerEnv(sts),
 		})
 		if err != nil {
 			return t, s, err

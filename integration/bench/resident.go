@@ -112,7 +112,6 @@ func (b *bench) residentOnce(ctx context.Context, i, pods int, line string, reli
 		}
 		ports[i] = net.JoinHostPort(loopback, strconv.Itoa(port))
 	}
-	keyID, secret := sts.Keys()
 	p, err := b.programs.Start(process.Command{
 		Name: fmt.Sprintf("credence-broker-%d-%d", pods, i), Path: program,
 		Args: []string{
@@ -120,10 +119,7 @@ func (b *bench) residentOnce(ctx context.Context, i, pods int, line string, reli
 			"--tls-cert=" + filepath.Join(dir, "tls", "tls.crt"), "--tls-key=" + filepath.Join(dir, "tls", "tls.key"),
 			"--sts-endpoint=" + sts.URL(), "--region=" + region, "--base-arn=arn:aws:iam::" + account + ":role/",
 		},
-		Env: []string{
-			"AWS_ACCESS_KEY_ID=" + keyID, "AWS_SECRET_ACCESS_KEY=" + secret.Reveal(), "AWS_EC2_METADATA_DISABLED=true",
-			"AWS_CONFIG_FILE=" + os.DevNull, "AWS_SHARED_CREDENTIALS_FILE=" + os.DevNull,
-		},
+		Env: brokerEnv(sts),
 	})
 	if err != nil {
 		return 0, err
@@ -163,6 +159,15 @@ func (b *bench) residentOnce(ctx context.Context, i, pods int, line string, reli
 		return 0, ctx.Err()
 	}
 	return statusLine(p.PID(), line)
+}
+
+// brokerEnv is the environment of a broker's program that calls sts, with keys of its.
+func brokerEnv(sts *ststest.Server) []string {
+	keyID, secret := sts.Keys()
+	return []string{
+		"AWS_ACCESS_KEY_ID=" + keyID, "AWS_SECRET_ACCESS_KEY=" + secret.Reveal(), "AWS_EC2_METADATA_DISABLED=true",
+		"AWS_CONFIG_FILE=" + os.DevNull, "AWS_SHARED_CREDENTIALS_FILE=" + os.DevNull,
+	}
 }
 
 func ready(ctx context.Context, address string) error {

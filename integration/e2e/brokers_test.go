@@ -103,14 +103,20 @@ func (o *observer) fetches() int {
 	return len(o.owned)
 }
 
-// await returns when that many brokers are ready, and no others there, for long enough to have settled.
-func (o *observer) await(t *testing.T, count int) {
+// await returns when that many brokers are ready, and no others there, for long enough to have settled; none of them
+// at the addresses of those that are gone.
+func (o *observer) await(t *testing.T, count int, gone ...string) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d brokers are ready", count), func(context.Context) error {
 		o.mu.Lock()
 		defer o.mu.Unlock()
 		if o.ready != count || len(o.brokers) != count {
 			return fmt.Errorf("%d are ready of %d", o.ready, len(o.brokers))
+		}
+		for _, address := range gone {
+			if o.brokers[netip.MustParseAddr(address)] != nil {
+				return fmt.Errorf("%s is still there", address)
+			}
 		}
 		return nil
 	})
@@ -197,9 +203,12 @@ func TestBrokersComeAndGo(t *testing.T) {
 		if err := pods.Delete(t.Context(), broker.Name, metav1.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		o.await(t, 3)
+		o.await(t, 3, broker.Status.PodIP)
 	}
 	check("the deletion of each broker in turn")
+	if got, least := calls(), 2*placement.Owners*roles; got < least {
+		t.Errorf("three other brokers hold each role's session twice after %d calls, and at least %d are needed", got, least)
+	}
 	replicas(5)
 	o.await(t, 5)
 	check("two more brokers")

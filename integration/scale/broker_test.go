@@ -36,12 +36,16 @@ const (
 	maxGrants = 500
 )
 
+// slowness is how long a slow broker takes for each answer: longer than sidecars wait for the first that they ask.
+const slowness = 400 * time.Millisecond
+
 // manner is how a broker's address behaves.
 type manner int
 
 const (
 	answers manner = iota
 	refuses        // nothing listens there
+	slow           // it takes its time
 	silent         // the node is lost, and packets with it
 )
 
@@ -72,7 +76,12 @@ func (f *fleet) start(zone int) {
 	f.started++
 	n := f.started
 	f.mu.Unlock()
-	b := &instance{fleet: f, addr: netip.AddrFrom4([4]byte{10, byte(zone), byte(n / 250), byte(n%250 + 1)}), zone: zone, manner: refuses}
+	f.startAt(netip.AddrFrom4([4]byte{10, byte(zone), byte(n / 250), byte(n%250 + 1)}), zone)
+}
+
+func (f *fleet) startAt(addr netip.Addr, zone int) {
+	f.t.Helper()
+	b := &instance{fleet: f, addr: addr, zone: zone, manner: refuses}
 	b.build(f.t)
 	f.mu.Lock()
 	f.instances[b.addr] = b
@@ -206,9 +215,30 @@ func (b *instance) crash() {
 	time.AfterFunc(2*probes, func() { b.fleet.setState(b.addr, unready, false) })
 }
 
+// restarts is how long the kubelet takes to run a program again that has crashed for the first time.
+const restarts = 2 * time.Second
+
+// restart crashes the broker's program, which starts again in the same pod, and so at the same address.
+func (b *instance) restart() {
+	b.mu.Lock()
+	b.manner, b.done = refuses, true
+	b.mu.Unlock()
+	b.cancel()
+	b.fleet.setState(b.addr, unready, true) // The kubelet sees the program end.
+	time.AfterFunc(restarts, func() {
+		if b.fleet.ctx.Err() == nil {
+			b.fleet.startAt(b.addr, b.zone)
+		}
+	})
+}
+
 // get asks the broker as a sidecar reaches it.
 func (b *instance) get(ctx context.Context, key string) (*brokerpb.GetCredentialsResponse, error) {
-	if m := b.how(); m == answers {
+	m := b.how()
+	if m == slow && !pause(ctx, slowness) {
+		return nil, credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "the caller has left")
+	}
+	if m == answers || m == slow {
 		ctx := metadata.NewIncomingContext(context.WithValue(ctx, asked{}, true), metadata.Pairs("authorization", "Bearer "+key))
 		answer, err := b.broker.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
 		if err != nil {

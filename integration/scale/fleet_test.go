@@ -46,6 +46,11 @@ func (s shape) grants() int {
 	return s.roles
 }
 
+// asksIn is how many calls sidecars make in some time: each when between 0.45 and 0.5 of its session's life are left.
+func (s shape) asksIn(d time.Duration) float64 {
+	return float64(s.pods) * float64(d) / (0.5 * float64(s.life))
+}
+
 // perHour is how many calls renewals take on average: two brokers renew each session when 0.45 of it are used.
 func (s shape) perHour() float64 {
 	return 2 * float64(s.grants()) * float64(time.Hour) / (0.45 * float64(s.life))
@@ -75,6 +80,7 @@ type fleet struct {
 	onNode     [][]*pod                 // :: node → its pods; guarded by mu
 	made       int                      // pods; guarded by mu
 	answers    figures                  // guarded by mu
+	cold       figures                  // of the time before anything was measured
 
 	podsMu sync.RWMutex
 	live   map[string]*pod // :: NAMESPACE/NAME → live pod; guarded by podsMu
@@ -94,6 +100,7 @@ type told struct {
 // figures are what pods were told in some time.
 type figures struct {
 	asks, failed, without int
+	attempts              int // brokers asked
 	least                 float64
 	longest               time.Duration
 	failure               error // the first
@@ -167,12 +174,14 @@ func newFleet(t *testing.T, s shape) *fleet {
 			f.add(s.gradually(i), i%s.nodes, within(3*time.Second, 6*time.Second))
 			time.Sleep(every)
 		}
-		time.Sleep(settled)
+		// Into the midst of the time in which all ask again: what happens then happens under load.
+		time.Sleep(s.life * 3 / 10)
 	} else {
 		time.Sleep(10 * time.Minute) // until all have asked
 	}
-	if cold := f.collect(); cold.failed > 0 {
-		t.Errorf("%d of %d calls failed while the fleet started, one with %v", cold.failed, cold.asks, cold.failure)
+	f.cold = f.collect()
+	if f.cold.failed > 0 {
+		t.Errorf("%d of %d calls failed while the fleet started, one with %v", f.cold.failed, f.cold.asks, f.cold.failure)
 	}
 	return f
 }
@@ -211,10 +220,15 @@ func (f *fleet) dial() {
 
 // await waits until n brokers are ready and everybody has heard of it.
 func (f *fleet) await(n int) {
+	f.awaitReady(n)
+	time.Sleep(published + dnsDelay)
+}
+
+// awaitReady waits until n brokers are ready.
+func (f *fleet) awaitReady(n int) {
 	for f.ready() != n {
 		time.Sleep(100 * time.Millisecond)
 	}
-	time.Sleep(published + dnsDelay)
 }
 
 func (f *fleet) ready() (n int) {
@@ -357,7 +371,7 @@ func (f *fleet) changed(key string) {
 	f.mu.Unlock()
 	for _, b := range all {
 		b.mu.Lock()
-		done := b.manner != answers
+		done := b.manner == refuses || b.manner == silent
 		b.mu.Unlock()
 		if !done {
 			b.prefetch.Changed(key)

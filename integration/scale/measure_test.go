@@ -76,14 +76,14 @@ func (s summary) peak() (most int, mean float64) {
 	for _, n := range s.minutes {
 		total += n
 	}
-	return slices.Max(s.minutes), float64(total) / float64(len(s.minutes))
+	return slices.Max(append(s.minutes, 0)), float64(total) / float64(max(len(s.minutes), 1))
 }
 
 // String is a line for who watches.
 func (s summary) String() string {
 	most, mean := s.peak()
 	return fmt.Sprintf("%s: %d calls of STS (%.0f per hour; renewals %d, ahead %d, for callers %d, throttled %d), %+.3f extra and %.3f fetched per grant; "+
-		"%d asks, %d failed, %d without a session, least %.3f, longest wait %s; renewals per minute at most %d, mean %.1f; %d calls in the busiest second",
+		"%d asks of %d brokers, %d failed, %d without a session, least %.3f, longest wait %s; renewals per minute at most %d, mean %.1f; %d calls in the busiest second",
 		s.took.Round(time.Second), s.all(), s.perHour(), s.calls[renewal], s.calls[prefetch], s.calls[caller], s.throttled, s.extra(), s.fetched(),
-		s.asks, s.failed, s.without, s.least, s.longest, most, mean, s.busiest)
+		s.asks, s.attempts, s.failed, s.without, s.least, s.longest, most, mean, s.busiest)
 }

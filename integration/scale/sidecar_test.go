@@ -22,7 +22,7 @@ const (
 	hedgeAfter     = 250 * time.Millisecond
 	laterAfter     = time.Second
 	reluctantAfter = 2500 * time.Millisecond
-	maxHedges      = 3
+	maxHedges      = 1
 	hedgePart      = 4
 )
 
@@ -155,7 +155,8 @@ func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsR
 		at := ranked[count]
 		b := f.at(at)
 		count++
-		open[at] = b.how() == answers
+		open[at] = b.how() == answers || b.how() == slow
+		f.attempted()
 		f.running.Go(func() {
 			answer, err := b.get(ctx, p.key)
 			came <- attempt{at, answer, err}
@@ -215,6 +216,13 @@ func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsR
 		}
 	}
 	return nil, last
+}
+
+// attempted counts one broker asked.
+func (f *fleet) attempted() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.answers.attempts++
 }
 
 // hedge takes a hedge of the pod's budget, if there is one.
