@@ -51,7 +51,7 @@ var scenarios = []scenario{
 	{"one of 3 brokers restarts in its place", restartBroker},
 	{"one of 2 brokers crashes", loseBroker(2, (*instance).crash, 0, false)},
 	{"one of 3 brokers crashes", loseBroker(3, (*instance).crash, 0, false)},
-	{"one of 3 brokers is lost with its node", loseBroker(3, (*instance).lose, hedgeAfter, !full)},
+	{"one of 3 brokers is lost with its node", loseBroker(3, (*instance).lose, 250*time.Millisecond, !full)},
 	{"one of 3 zones is lost", loseZone},
 	{"all brokers are slow", slowBrokers},
 	{"all pods are replaced", rollout},
