@@ -70,7 +70,17 @@ func (q *queue[K]) fix(e *entry[K]) {
 	}
 }
 
-func (q *queue[K]) remove(e *entry[K]) { heap.Remove(&q.heap, e.queued) }
+func (q *queue[K]) remove(e *entry[K]) {
+	heap.Remove(&q.heap, e.queued)
+	q.forget()
+}
+
+// forget forgets what classes had, with the last of them.
+func (q *queue[K]) forget() {
+	if len(q.heap) == 0 {
+		q.turns = [kinds]turns{}
+	}
+}
 
 // next takes out the first.
 func (q *queue[K]) next() *entry[K] {
@@ -81,9 +91,7 @@ func (q *queue[K]) next() *entry[K] {
 	case e.held.Expiration.IsZero():
 		q.turns[ahead].current = max(q.turns[ahead].current, e.flight.turns[ahead].round)
 	}
-	if len(q.heap) == 0 {
-		q.turns = [kinds]turns{} // What classes had is forgotten with the last of them.
-	}
+	q.forget()
 	return e
 }
 

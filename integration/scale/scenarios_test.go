@@ -297,7 +297,8 @@ func (r *run) loss(t *testing.T, f *fleet, longest time.Duration, lose, replace 
 		time.Sleep(noticing)
 	})
 	r.promised(t, "loss", soon)
-	if usual := f.asksIn(noticing); float64(soon.asks) < usual/2 {
+	// A zone takes a third of the pods along, and in the small run chance takes its part.
+	if usual := f.asksIn(noticing); float64(soon.asks) < usual/3 {
 		t.Errorf("in the time of the loss there are %d asks, and %.0f as a rule", soon.asks, usual)
 	}
 	if soon.longest > longest {
@@ -368,7 +369,7 @@ func restartBroker(t *testing.T, r *run) row {
 	})
 	r.promised(t, "restart", s)
 	// Some sidecars ask it while it is not ready yet, for DNS still names it.
-	if n := s.calls[caller]; n > s.asks/100 || s.longest > hedgeAfter+latency {
+	if n := s.calls[caller]; n > max(5, s.asks/100) || s.longest > hedgeAfter+latency {
 		t.Errorf("%d times nobody who was asked had the session, and pods waited up to %s", n, s.longest)
 	}
 	wantFetched(t, 2./3, s)
@@ -379,7 +380,7 @@ func restartBroker(t *testing.T, r *run) row {
 func loseZone(t *testing.T, r *run) row {
 	f := newFleet(t, eventful(9))
 	var lost []int
-	soon, later := r.loss(t, f, hedgeAfter+2*laterAfter+latency, func() {
+	soon, later := r.loss(t, f, hedgeAfter+2*laterAfter+2*latency, func() { // STS may have to be waited for
 		for _, b := range f.up() {
 			if b.zone == 0 {
 				b.lose()
