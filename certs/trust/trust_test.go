@@ -375,7 +375,6 @@ func TestRootsThatTheRecordDoesNotNameAreNotOurs(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), newCA(t)}
 		b.mount(cas[0])
-		b.start(nil).stop()
 		one := b.start(nil)
 		time.Sleep(settle)
 		one.stop()
