@@ -61,7 +61,7 @@ func cut(s string, most int) string {
 		n := utf8.RuneLen(r)
 		switch {
 		case r == utf8.RuneError || r < ' ' || r == '<' || r == '>' || r == '&' || r == '\u2028' || r == '\u2029':
-			n = 6 // \uXXXX, as encoding/json writes it
+			n = 6 // \u and four digits, as encoding/json writes it
 		case r == '"' || r == '\\':
 			n = 2
 		}

@@ -27,7 +27,8 @@ import (
 
 // Renewal, as fractions of a session's life L. A session is renewed when what remains falls to
 // somewhere between renewLow and renewHigh, spread so that sessions made together are not renewed
-// together; earlier where too many would be (see renewals), and never later. Its holders are told to come back when between askLow and askHigh remain: after the
+// together; earlier where too many would be (see renewals), and never later. Its holders are told to
+// come back when between askLow and askHigh remain: after the
 // renewal, so that they meet the new session, and early enough that what they serve never falls
 // under 0.45 L, which is 27 minutes of the default hour and more than the 25 minutes below which
 // botocore distrusts instance metadata.

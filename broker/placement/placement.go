@@ -38,11 +38,10 @@ type Placement struct {
 	changing sync.Mutex
 
 	mu       sync.Mutex
-	known    bool         // guarded by mu
-	told     bool         // and the handlers have been told; guarded by mu
+	told     bool         // the handlers, once; guarded by mu
 	ending   bool         // guarded by mu
 	self     netip.Addr   // guarded by mu
-	all      []netip.Addr // that there are, sorted; guarded by mu
+	all      []netip.Addr // that there are, sorted; empty until Update; guarded by mu
 	ready    []netip.Addr // among whom sidecars choose; sorted; guarded by mu
 	settled  []netip.Addr // ready, and this one, as they were when they had last been the same for settleTime; guarded by mu
 	settleAt time.Time    // when that is so again; zero when it is; guarded by mu
@@ -73,7 +72,7 @@ func (p *Placement) Brokers() int {
 func (p *Placement) Owns(key string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.known {
+	if len(p.all) == 0 {
 		return false
 	}
 	before := above(key, p.self, p.all)
@@ -118,18 +117,19 @@ func (p *Placement) take(m Members) (changed bool) {
 	ready := set(m.Ready)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if m.Ending && p.known {
+	known := len(p.all) > 0
+	if m.Ending && known {
 		// It keeps what it has, and takes nothing up for its last seconds.
 		p.ending, p.settleAt = true, time.Time{}
 		return false
 	}
-	if p.known && !p.ending && slices.Equal(all, p.all) && slices.Equal(ready, p.ready) {
+	if known && !p.ending && slices.Equal(all, p.all) && slices.Equal(ready, p.ready) {
 		return false
 	}
-	if !p.known || p.ending || !slices.Equal(ready, p.ready) {
+	if !known || p.ending || !slices.Equal(ready, p.ready) {
 		p.settleAt = time.Now().Add(p.settleTime)
 	}
-	p.known, p.ending, p.self, p.all, p.ready = true, false, m.Self.Unmap(), all, ready
+	p.ending, p.self, p.all, p.ready = false, m.Self.Unmap(), all, ready
 	return true
 }
 
@@ -150,7 +150,7 @@ func (p *Placement) Run(ctx context.Context) error {
 	}
 }
 
-// settle takes up current once its time has come, and returns how long that is still; 0 when there is nothing to
+// settle takes up what this broker is second for once the time has come, and returns how long that is still; 0 when there is nothing to
 // wait for.
 func (p *Placement) settle() time.Duration {
 	p.changing.Lock()
