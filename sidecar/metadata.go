@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/gorilla/mux"
@@ -21,6 +22,7 @@ import (
 const (
 	metadataTokenPath = "/latest/api/token"
 	metadataRolesPath = "/latest/meta-data/iam/security-credentials"
+	metadataZonePath  = "/latest/meta-data/placement/availability-zone"
 
 	headerToken    = "X-Aws-Ec2-Metadata-Token"
 	headerTokenTTL = "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
@@ -43,17 +45,12 @@ func (s *Sidecar) routeMetadata(router *mux.Router) {
 		metadataRolesPath + "/{role}":                serveRoleCredentials,
 		"/latest/meta-data/iam/info":                 serveIAMInfo,
 		"/latest/meta-data/placement/region":         serveRegion,
-		"/latest/dynamic/instance-identity/document": serveIdentityDocument,
+		metadataZonePath:                             s.serveZone,
+		"/latest/dynamic/instance-identity/document": s.serveIdentityDocument,
 	} {
 		s.route(router, http.MethodGet, path, s.requireToken(s.withLease(answer)))
 	}
 	s.route(router, http.MethodGet, "/latest/meta-data/instance-id", s.requireToken(s.serveInstanceID))
-	// Programs take the zone for where to put replicas. Making one up from the region would put all
-	// of them into the same, and the broker does not know the node's.
-	s.route(router, http.MethodGet, "/latest/meta-data/placement/availability-zone", s.requireToken(
-		func(w http.ResponseWriter, _ *http.Request) {
-			writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is not known here: ask for placement/region, or set AWS_REGION")
-		}))
 }
 
 // serveMetadataToken begins a session of IMDSv2.
@@ -140,15 +137,12 @@ func serveRoleName(w http.ResponseWriter, _ *http.Request, st *state) {
 }
 
 // metadataCredentials is the metadata service's form of a credential. The Go, PHP and .NET SDKs want
-// Code to be "Success".
+// Code to be "Success". EC2 has no account here; the JavaScript SDK takes it where it is.
 type metadataCredentials struct {
-	Code            string
-	LastUpdated     string
-	Type            string
-	AccessKeyID     string `json:"AccessKeyId"`
-	SecretAccessKey string
-	Token           string
-	Expiration      string
+	Code        string
+	LastUpdated string
+	Type        string
+	containerCredentials
 }
 
 func serveRoleCredentials(w http.ResponseWriter, r *http.Request, st *state) {
@@ -156,14 +150,10 @@ func serveRoleCredentials(w http.ResponseWriter, r *http.Request, st *state) {
 		writeError(w, http.StatusNotFound, "ROLE_UNKNOWN", "this pod's role has another name: "+metadataRolesPath+" tells it")
 		return
 	}
+	credentials := credentialsOf(st.lease)
+	credentials.Expiration = metadataExpiration(st.lease.Credential, time.Now()).UTC().Format(timeForm)
 	writeJSON(w, http.StatusOK, mustJSON(metadataCredentials{
-		Code:            "Success",
-		LastUpdated:     st.lease.Issued.UTC().Format(timeForm),
-		Type:            "AWS-HMAC",
-		AccessKeyID:     st.lease.AccessKeyID,
-		SecretAccessKey: st.lease.SecretAccessKey.Reveal(),
-		Token:           st.lease.SessionToken.Reveal(),
-		Expiration:      metadataExpiration(st.lease.Credential, time.Now()).UTC().Format(timeForm),
+		Code: "Success", LastUpdated: st.lease.Issued.UTC().Format(timeForm), Type: "AWS-HMAC", containerCredentials: credentials,
 	}))
 }
 
@@ -191,8 +181,26 @@ func serveRegion(w http.ResponseWriter, _ *http.Request, st *state) {
 	writeText(w, st.lease.Region)
 }
 
+// zoneOf is the zone to tell beside region, or empty. Programs take it for where to put replicas, so none is
+// made up: all would be put into the same.
+func (s *Sidecar) zoneOf(region string) string {
+	if region == "" || !strings.HasPrefix(s.zone, region) || len(s.zone) == len(region) {
+		return ""
+	}
+	return s.zone
+}
+
+func (s *Sidecar) serveZone(w http.ResponseWriter, _ *http.Request, st *state) {
+	zone := s.zoneOf(st.lease.Region)
+	if zone == "" {
+		writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is not known here: ask for placement/region, or set AWS_REGION")
+		return
+	}
+	writeText(w, zone)
+}
+
 // serveIdentityDocument tells what SDKs read of it. The account is the role's.
-func serveIdentityDocument(w http.ResponseWriter, _ *http.Request, st *state) {
+func (s *Sidecar) serveIdentityDocument(w http.ResponseWriter, _ *http.Request, st *state) {
 	if st.lease.Region == "" {
 		regionUnknown(w)
 		return
@@ -200,7 +208,8 @@ func serveIdentityDocument(w http.ResponseWriter, _ *http.Request, st *state) {
 	writeJSON(w, http.StatusOK, mustJSON(struct {
 		AccountID string `json:"accountId"`
 		Region    string `json:"region"`
-	}{st.lease.Role.Account(), st.lease.Region}))
+		Zone      string `json:"availabilityZone,omitempty"`
+	}{st.lease.Role.Account(), st.lease.Region, s.zoneOf(st.lease.Region)}))
 }
 
 func regionUnknown(w http.ResponseWriter) {
