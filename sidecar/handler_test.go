@@ -160,10 +160,17 @@ func TestPatience(t *testing.T) {
 			t.Errorf("credentials took %v", a.took)
 		}
 		token := w.metadataToken()
-		a = w.do(http.MethodGet, "/latest/meta-data/iam/security-credentials/", "X-aws-ec2-metadata-token", token)
-		a.want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING")
-		if a.took != 400*time.Millisecond {
-			t.Errorf("metadata took %v", a.took)
+		for agent, want := range map[string]time.Duration{
+			"Boto3/1.26.27 Python/3.11.2 Linux/6.1.0 Botocore/1.29.27":                        900 * time.Millisecond,
+			"aws-sdk-go-v2/1.47.7 ua/2.1 os/linux lang/go#1.26.8 md/GOARCH#amd64 ft/ec2-imds": 400 * time.Millisecond,
+		} {
+			for _, path := range []string{rolesPath, rolesPath + "app", regionPath} {
+				a = w.do(http.MethodGet, path, headerToken, token, "User-Agent", agent)
+				a.want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING")
+				if a.took != want {
+					t.Errorf("%s took %v for %s, want %v", path, a.took, agent, want)
+				}
+			}
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {

@@ -40,15 +40,15 @@ const metadataEarly = 5 * time.Minute
 // too: SDKs that know that one fall back to the path served here on exactly that status.
 func (s *Sidecar) routeMetadata(router *mux.Router) {
 	s.route(router, http.MethodPut, metadataTokenPath, s.serveMetadataToken)
-	for path, answer := range map[string]func(http.ResponseWriter, *http.Request, *state){
+	s.route(router, http.MethodGet, metadataRolesPath+"/{role}", s.requireToken(s.serveRoleCredentials))
+	for path, answer := range map[string]func(http.ResponseWriter, *state){
 		metadataRolesPath:                            serveRoleName,
-		metadataRolesPath + "/{role}":                serveRoleCredentials,
 		"/latest/meta-data/iam/info":                 serveIAMInfo,
 		"/latest/meta-data/placement/region":         serveRegion,
 		metadataZonePath:                             s.serveZone,
 		"/latest/dynamic/instance-identity/document": s.serveIdentityDocument,
 	} {
-		s.route(router, http.MethodGet, path, s.requireToken(s.withLease(answer)))
+		s.route(router, http.MethodGet, path, s.requireToken(s.withFacts(answer)))
 	}
 	s.route(router, http.MethodGet, "/latest/meta-data/instance-id", s.requireToken(s.serveInstanceID))
 }
@@ -120,19 +120,31 @@ func (s *Sidecar) requireToken(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// withLease hands a valid lease to answer, or says why there is none.
-func (s *Sidecar) withLease(answer func(http.ResponseWriter, *http.Request, *state)) http.HandlerFunc {
+// awaitFor is await with the patience of whoever sent r.
+func (s *Sidecar) awaitFor(r *http.Request) (*state, error) {
+	if strings.Contains(r.UserAgent(), "aws-sdk-go-v2/") {
+		return s.await(r.Context(), shortPatience)
+	}
+	return s.await(r.Context(), patience)
+}
+
+// withFacts hands what is known to answer, or says why nothing is. What a lease tells beside its keys stays true when
+// it has ended: an SDK that is told no region complains of that, and not of the outage, and may remember it.
+func (s *Sidecar) withFacts(answer func(http.ResponseWriter, *state)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		st, err := s.await(r.Context(), metadataPatience)
-		if err != nil {
-			writeFailure(w, err)
-			return
+		st := s.state.Load()
+		if st.got.IsZero() {
+			var err error
+			if st, err = s.awaitFor(r); err != nil {
+				writeFailure(w, err)
+				return
+			}
 		}
-		answer(w, r, st)
+		answer(w, st)
 	}
 }
 
-func serveRoleName(w http.ResponseWriter, _ *http.Request, st *state) {
+func serveRoleName(w http.ResponseWriter, st *state) {
 	writeText(w, st.lease.Role.Name())
 }
 
@@ -145,7 +157,12 @@ type metadataCredentials struct {
 	containerCredentials
 }
 
-func serveRoleCredentials(w http.ResponseWriter, r *http.Request, st *state) {
+func (s *Sidecar) serveRoleCredentials(w http.ResponseWriter, r *http.Request) {
+	st, err := s.awaitFor(r)
+	if err != nil {
+		writeFailure(w, err)
+		return
+	}
 	if mux.Vars(r)["role"] != st.lease.Role.Name() {
 		writeError(w, http.StatusNotFound, "ROLE_UNKNOWN", "this pod's role has another name: "+metadataRolesPath+" tells it")
 		return
@@ -167,13 +184,13 @@ func metadataExpiration(c credential.Credential, now time.Time) time.Time {
 }
 
 // serveIAMInfo names no instance profile, because the pod has none.
-func serveIAMInfo(w http.ResponseWriter, _ *http.Request, st *state) {
+func serveIAMInfo(w http.ResponseWriter, st *state) {
 	writeJSON(w, http.StatusOK, mustJSON(struct{ Code, LastUpdated string }{
 		"Success", st.lease.Issued.UTC().Format(timeForm),
 	}))
 }
 
-func serveRegion(w http.ResponseWriter, _ *http.Request, st *state) {
+func serveRegion(w http.ResponseWriter, st *state) {
 	if st.lease.Region == "" {
 		regionUnknown(w)
 		return
@@ -190,7 +207,7 @@ func (s *Sidecar) zoneOf(region string) string {
 	return s.zone
 }
 
-func (s *Sidecar) serveZone(w http.ResponseWriter, _ *http.Request, st *state) {
+func (s *Sidecar) serveZone(w http.ResponseWriter, st *state) {
 	zone := s.zoneOf(st.lease.Region)
 	if zone == "" {
 		writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is not known here: ask for placement/region, or set AWS_REGION")
@@ -200,7 +217,7 @@ func (s *Sidecar) serveZone(w http.ResponseWriter, _ *http.Request, st *state) {
 }
 
 // serveIdentityDocument tells what SDKs read of it. The account is the role's.
-func (s *Sidecar) serveIdentityDocument(w http.ResponseWriter, _ *http.Request, st *state) {
+func (s *Sidecar) serveIdentityDocument(w http.ResponseWriter, st *state) {
 	if st.lease.Region == "" {
 		regionUnknown(w)
 		return

@@ -194,6 +194,23 @@ func TestMetadataFacts(t *testing.T) {
 	})
 }
 
+// A region and a role's name do not expire.
+func TestMetadataFactsOutliveTheLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		synctest.Wait()
+		w.broker.set(fails(errAway))
+		time.Sleep(2 * time.Hour)
+		token := w.metadataToken()
+		for path, want := range map[string]string{regionPath: "eu-central-1", rolesPath: "app"} {
+			if a := w.do(http.MethodGet, path, headerToken, token); a.status != http.StatusOK || a.body != want || a.took != 0 {
+				t.Errorf("%s is %d %q after %v", path, a.status, a.body, a.took)
+			}
+		}
+		w.do(http.MethodGet, rolesPath+"app", headerToken, token).want(t, http.StatusServiceUnavailable, "INTERNAL")
+	})
+}
+
 // A zone is told as it is, where it is one of the region, and none is made up: botocore and C++ make a region of it by
 // cutting the end off.
 func TestMetadataZone(t *testing.T) {

@@ -130,11 +130,12 @@ func New(cfg Config) (*Sidecar, error) {
 	return s, nil
 }
 
-// How long a request waits for a credential while none is held. Most SDKs give up after a second,
-// and the Go SDK's metadata client after half of one.
+// How long a request waits for a credential while none is held. Most SDKs give up after a second. The SDK for Go v2
+// gives a metadata service half of one until it begins to answer, and asks again; botocore's metadata client asks
+// once, and is without credentials for its life if that fails.
 const (
-	patience         = 900 * time.Millisecond
-	metadataPatience = 400 * time.Millisecond
+	patience      = 900 * time.Millisecond
+	shortPatience = 400 * time.Millisecond
 )
 
 // await returns a state whose lease is valid now. While there is none it waits for one, unless the
