@@ -20,6 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/cmd/internal/program"
+	_ "github.com/credence-iam/credence/cmd/sidecar/oneprocessor" // less memory, quicker answers: docs/performance.md
 	"github.com/credence-iam/credence/sidecar"
 )
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -151,6 +152,13 @@ func imports(t *testing.T, dir string) []string {
 		}
 	}
 	return paths
+}
+
+// This test is the program, so far as what happens before main.
+func TestOneProcessor(t *testing.T) {
+	if n := runtime.GOMAXPROCS(0); n != 1 {
+		t.Errorf("the program uses %d processors, want 1", n)
+	}
 }
 
 // maxSize bounds the program, which every node of a cluster fetches, in bytes (MB = 10^6).
