@@ -53,14 +53,19 @@ func TestMemory(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "credence-sidecar")
 	buildReleased(t, program)
 	address := freeAddress(t)
-	pid := startProgram(t, program, address)
+	pid, ended := startProgram(t, program, address)
 
 	ask := func(ctx context.Context) (net.Conn, error) { return askOnce(ctx, address) }
 	var kept []net.Conn
 	for len(kept) < patient {
 		conn, err := ask(t.Context())
 		if errors.Is(err, syscall.ECONNREFUSED) {
-			continue // it starts
+			select {
+			case <-ended:
+				t.Fatal("the program has ended")
+			default:
+				continue // it starts
+			}
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -113,7 +118,7 @@ func allowFiles(n uint64) error {
 }
 
 // startProgram starts the program on address, with a broker that answers at once. Both end with the test.
-func startProgram(t *testing.T, program, address string) (pid int) {
+func startProgram(t *testing.T, program, address string) (pid int, ended <-chan struct{}) {
 	t.Helper()
 	dir := t.TempDir()
 	ca := certstest.NewCA(t)
@@ -148,13 +153,19 @@ func startProgram(t *testing.T, program, address string) (pid int) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = cmd.Wait()
+	}()
 	t.Cleanup(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
-		if err := cmd.Wait(); err != nil || t.Failed() {
+		<-done
+		if err != nil || t.Failed() {
 			t.Errorf("the program ended with %v; its log:\n%s", err, log.String())
 		}
 	})
-	return cmd.Process.Pid
+	return cmd.Process.Pid, done
 }
 
 const password = "00000000-0000-4000-8000-000000000000"
@@ -209,14 +220,9 @@ func watch(t *testing.T, pid int) (peak func() int) {
 	watching.Go(func() {
 		ticker := time.NewTicker(2 * time.Millisecond) // what the runtime has taken, it keeps for seconds
 		defer ticker.Stop()
-		for {
+		for ctx.Err() == nil && !t.Failed() {
 			most = max(most, anonymous(t, pid))
-			select {
-			case <-ticker.C:
-			case <-ctx.Done():
-				most = max(most, anonymous(t, pid))
-				return
-			}
+			<-ticker.C
 		}
 	})
 	return func() int {
