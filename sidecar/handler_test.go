@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -46,6 +47,25 @@ func TestCredentials(t *testing.T) {
 			}
 			if got := a.header.Get("Cache-Control"); got != "no-store" {
 				t.Errorf("Cache-Control = %q", got)
+			}
+		}
+	})
+}
+
+// Session tokens of some accounts make an answer longer than what net/http would send in one piece.
+func TestLongAnswersTellTheirLength(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lease, err := yields(t, time.Hour, 27*time.Minute)(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		lease.SessionToken = credential.NewSecret(strings.Repeat("t", 4000))
+		w := start(t, func(context.Context) (credential.Lease, error) { return lease, nil })
+		for _, path := range []string{"/v1/credentials", "/v1/credentials/"} {
+			a := w.do(http.MethodGet, path, "Authorization", authorization)
+			a.want(t, http.StatusOK, "")
+			if got, want := a.header.Get("Content-Length"), strconv.Itoa(len(a.body)); got != want || len(a.body) < 4000 {
+				t.Errorf("%s: Content-Length = %q for %s bytes", path, got, want)
 			}
 		}
 	})

@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -46,6 +47,10 @@ func run(ctx context.Context, args []string) error {
 // kernel asks for a connection again after ever longer times, while the server's queue is full.
 const patience = 5 * time.Minute
 
+// tries is how often each asks, as SDKs do. What the kernel could not queue it has the client send again, after ever
+// longer times; and who is silent for two seconds after being let in, is let go.
+const tries = 5
+
 func crowd(ctx context.Context, n int) error {
 	target, err := url.Parse(os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI"))
 	if err != nil {
@@ -58,9 +63,12 @@ func crowd(ctx context.Context, n int) error {
 	failures := make(chan error, n)
 	for range n {
 		all.Go(func() {
-			conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", target.Host)
-			if err == nil {
-				err = ask(conn, request)
+			err := ask(ctx, target.Host, request)
+			for range tries - 1 {
+				if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) {
+					break
+				}
+				err = ask(ctx, target.Host, request)
 			}
 			if err != nil {
 				failures <- err
@@ -75,7 +83,11 @@ func crowd(ctx context.Context, n int) error {
 	return <-failures
 }
 
-func ask(conn net.Conn, request string) error {
+func ask(ctx context.Context, address, request string) error {
+	conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
 	defer func() { _ = conn.Close() }()
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err
