@@ -40,7 +40,7 @@ func (s *Sidecar) Handler() http.Handler {
 	if s.metadata != policy.MetadataOff {
 		s.routeMetadata(router)
 	}
-	return requireLoopback(s.quick(router))
+	return requireLoopback(s.quick(oneSlash(router)))
 }
 
 // quick answers the request that SDKs make before others have a look at it: finding a route takes longer than
@@ -50,6 +50,20 @@ func (s *Sidecar) quick(next http.Handler) http.Handler {
 		if r.URL.Path == CredentialsPath && r.Method == http.MethodGet {
 			s.serveCredentials(w, r)
 			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// oneSlash takes //latest for /latest: AWS_EC2_METADATA_SERVICE_ENDPOINT ends in a slash, and the paths that some SDKs
+// append to it begin with one.
+func oneSlash(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "//latest/") {
+			address := *r.URL
+			address.Path, address.RawPath = address.Path[1:], ""
+			r = r.WithContext(r.Context()) // a copy
+			r.URL = &address
 		}
 		next.ServeHTTP(w, r)
 	})

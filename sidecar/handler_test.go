@@ -103,6 +103,9 @@ func TestRouting(t *testing.T) {
 		{http.MethodGet, "/v1/credentials/x", 404, "NOT_FOUND"},
 		{http.MethodGet, "//v1/credentials", 404, "NOT_FOUND"},
 		{http.MethodGet, "/v1/../v1/credentials", 404, "NOT_FOUND"},
+		{http.MethodGet, "///latest/meta-data/iam/info", 404, "NOT_FOUND"},
+		{http.MethodGet, "//latest/user-data", 404, "NOT_FOUND"},
+		{http.MethodGet, "//latest/api/token", 405, "METHOD_NOT_ALLOWED"},
 		{http.MethodGet, "/latest/meta-data/iam/security-credentials-extended/", 404, "NOT_FOUND"},
 		{http.MethodGet, "/latest/meta-data/iam/security-credentials-extended/app", 404, "NOT_FOUND"},
 		{http.MethodGet, "/latest/user-data", 404, "NOT_FOUND"},
@@ -110,7 +113,7 @@ func TestRouting(t *testing.T) {
 		{http.MethodGet, "/latest/api/token", 405, "METHOD_NOT_ALLOWED"},
 		{http.MethodPut, "/latest/meta-data/iam/info", 405, "METHOD_NOT_ALLOWED"},
 	}
-	allow := map[string]string{"/v1/credentials": "GET", "/latest/api/token": "PUT", "/latest/meta-data/iam/info": "GET"}
+	allow := map[string]string{"/v1/credentials": "GET", "/latest/api/token": "PUT", "//latest/api/token": "PUT", "/latest/meta-data/iam/info": "GET"}
 	for _, answer := range []sourceFunc{hangs, yields(t, time.Hour, 27*time.Minute)} {
 		synctest.Test(t, func(t *testing.T) {
 			w := start(t, answer)
