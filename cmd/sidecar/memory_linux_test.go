@@ -33,8 +33,6 @@ import (
 )
 
 const (
-	// crowd is how many ask at once: more than the sidecar takes connections, and more than the kernel queues.
-	crowd = 10_000
 	// patient are those that keep their connections after the answer, so that all the sidecar takes are in use.
 	patient = 128
 	// maxResets is how many may be turned away, and ask again as SDKs do. What the kernel could not queue it has the
