@@ -55,8 +55,8 @@ def region():
     if error:
         return {"error": error}
     # Columns are the name, the value, where it comes from and a detail; newer ones have colons between.
-    row = re.search(r"^ *region[ :]+(\S+|<not set>|None)[ :]+(\S+)", out, re.MULTILINE)
-    if row is None or row[2] == "None":
+    row = re.search(r"^ *region[ :]+(<not set>|\S+)[ :]+(\S+)", out, re.MULTILINE)
+    if row is None or row[1] == "<not set>":
         return {"error": "unsupported" if version.startswith("1.") else "no region is set or found"}
     return {"region": row[1]}
 

@@ -1,9 +1,8 @@
 // A driver of integration/sdks: the AWS SDK for JavaScript, version 3.
 //
 // Usage: node v3.mjs, beside the node_modules that "npm ci" makes. It is started with the environment of
-// a pod and with STS_ENDPOINT, the URL of the STS to ask. driver.mjs tells the commands. "region" is
-// unsupported: the SDK asks the metadata service for it only to choose defaults (defaultsMode "auto").
-// It never writes a secret key or a session token.
+// a pod and with STS_ENDPOINT, the URL of the STS to ask. driver.mjs tells the commands. The region is that
+// of a client which is told none. It never writes a secret key or a session token.
 
 import { readFileSync } from 'node:fs';
 
@@ -13,8 +12,10 @@ import { accessKey, drive } from './driver.mjs';
 
 const manifest = new URL('node_modules/@aws-sdk/client-sts/package.json', import.meta.url);
 
+const newClient = () => new STSClient({ endpoint: process.env.STS_ENDPOINT });
+
 function newCaller() {
-  const sts = new STSClient({ endpoint: process.env.STS_ENDPOINT });
+  const sts = newClient();
   let key = '';
   // The step after the one that signs: the request is as it is sent.
   sts.middlewareStack.add(
@@ -34,6 +35,6 @@ await drive(
   'js-v3',
   JSON.parse(readFileSync(manifest)).version,
   newCaller,
-  async () => ({ error: 'unsupported' }),
+  async () => ({ region: await newClient().config.region() }),
   (error) => ({ error: error.message, code: error.name }),
 );
