@@ -1,6 +1,6 @@
 # A driver of integration/sdks: the AWS SDK for Ruby.
 #
-# Usage: ruby client.rb, with the gem aws-sdk-core (Debian: ruby-aws-sdk-core). It is started with the
+# Usage: ruby client.rb [port], with the gem aws-sdk-core (Debian: ruby-aws-sdk-core). It is started with the
 # environment of a pod and with STS_ENDPOINT, the URL of the STS to ask. It writes the name and the
 # version of the SDK, then reads commands from stdin, one per line, until it ends, and answers each
 # with a line of JSON:
@@ -9,16 +9,26 @@
 #   fresh   the same with a client made for this call
 #   region  unsupported: the SDK takes the region from variables and files only
 #
-# Versions before 3.171 do not know AWS_CONTAINER_CREDENTIALS_FULL_URI: only the metadata service gives
-# them credentials. It never writes a secret key or a session token.
+# Versions before 3.171 do not know AWS_CONTAINER_CREDENTIALS_FULL_URI, and those before 2024-04 take the
+# address of the metadata service from AWS_EC2_METADATA_SERVICE_ENDPOINT, but not the port: they ask port 80.
+# With the argument "port" the driver does what a program of theirs has to do to get credentials from the
+# sidecar: it tells the SDK the port. It never writes a secret key or a session token.
 
 require 'json'
+require 'uri'
 require 'aws-sdk-core'
 
-# Asks with a client of its own, with the default chain of credentials.
+abort 'usage: client.rb [port]' unless [[], ['port']].include?(ARGV)
+
+# Asks with a client of its own, with the default chain of credentials unless the port is to be told.
 class Caller
   def initialize
-    @sts = Aws::STS::Client.new(endpoint: ENV.fetch('STS_ENDPOINT'))
+    options = { endpoint: ENV.fetch('STS_ENDPOINT') }
+    if ARGV == ['port']
+      port = URI(ENV.fetch('AWS_EC2_METADATA_SERVICE_ENDPOINT')).port
+      options[:credentials] = Aws::InstanceProfileCredentials.new(port: port)
+    end
+    @sts = Aws::STS::Client.new(options)
   end
 
   def call
