@@ -171,13 +171,20 @@ func (f *finder) installScripts(ctx context.Context) (_ string, err error) {
 	return dir, os.WriteFile(done, nil, 0o600)
 }
 
-func (f *finder) ruby(ctx context.Context) ([]string, error) {
-	for _, ruby := range installed("ruby") {
-		if _, err := output(ctx, ruby, "-e", `require "aws-sdk-core"`); err == nil {
-			return []string{ruby, filepath.Join(f.drivers("ruby"), "client.rb")}, nil
+// newRuby is the first SDK for Ruby that knows the container-credentials endpoint.
+var newRuby = version{3, 171, 0}
+
+// ruby finds the SDK for Ruby; args are those of the driver.
+func ruby(args ...string) func(*finder, context.Context) ([]string, error) {
+	return func(f *finder, ctx context.Context) ([]string, error) {
+		for _, program := range installed("ruby") {
+			found, err := output(ctx, program, "-e", `require "aws-sdk-core"; print Aws::CORE_GEM_VERSION`)
+			if v, ok := parseVersion(found); err == nil && ok && v.less(newRuby) {
+				return append([]string{program, filepath.Join(f.drivers("ruby"), "client.rb")}, args...), nil
+			}
 		}
+		return nil, notRun("no ruby here has aws-sdk-core before " + newRuby.String())
 	}
-	return nil, notRun("no ruby here has aws-sdk-core")
 }
 
 // signingCurl is the first curl that signs requests to AWS.

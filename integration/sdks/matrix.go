@@ -78,6 +78,7 @@ type row struct {
 	env     []string
 	driver  *driver
 	key     string // of its first session; empty if the client does not tell
+	left    bool   // nothing more is to be tried, since the client cannot use the path
 
 	mu sync.Mutex // guards report.Cells
 }
@@ -122,7 +123,7 @@ func (m *matrix) few(ctx context.Context, limit int, do func(context.Context, *r
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(limit)
 	for _, r := range m.rows {
-		if r.report.NotRun != "" {
+		if r.report.NotRun != "" || r.left {
 			continue
 		}
 		group.Go(func() error {
@@ -135,7 +136,7 @@ func (m *matrix) few(ctx context.Context, limit int, do func(context.Context, *r
 	return group.Wait()
 }
 
-// set records what was found. It returns ctx's end, or nothing.
+// set records what was found. It returns nil, for callers to return.
 func (r *row) set(c Cell) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -204,10 +205,14 @@ func (r *row) once(ctx context.Context, m *matrix, name string, env []string, co
 	a := t.ask(ctx, d, command)
 	c := t.outcome(role, refusal)
 	switch {
+	case name == token && c.Outcome == Works && value(env, metadataVariable) != "":
+		c.Outcome = Metadata // which asks for no token of this kind
 	case refusal != nil && c.Outcome == Works:
 		c.Outcome, c.Error = Fails, "it has credentials, as "+a.ARN
 	case name == region && c.Error == "unsupported":
 		c.Outcome = Unsupported
+	case name == region && t.err == nil && c.Outcome == Fails:
+		c.Outcome = NotFound
 	case name == region && c.Outcome == Works && a.Region != stack.Region:
 		c.Outcome, c.Error = Fails, "it found "+a.Region
 	}

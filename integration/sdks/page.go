@@ -23,6 +23,9 @@ var words = map[Outcome]string{
 	Reason:      "reason",
 	Hidden:      "no reason",
 	Expired:     "keeps expired",
+	Metadata:    "by metadata",
+	NotFound:    "not found",
+	Unusable:    "cannot",
 	Unsupported: "none",
 	Fails:       "**no**",
 }
@@ -39,6 +42,9 @@ var explained = []struct {
 	{Expired, "the client made up a later end for its credentials and went on using them, and AWS refused them with `ExpiredToken`: " +
 		"see [what is compressed](#what-is-compressed)"},
 	{NewSession, "a client that is kept goes on failing for minutes, and a new one succeeds: see [what is compressed](#what-is-compressed)"},
+	{Metadata, "refused by the container-credentials endpoint, the client went on to instance metadata, where that token is not asked for, and has its credentials from there"},
+	{NotFound, "the client looks for the availability zone, which the sidecar does not know: set `AWS_REGION`, or the pod's annotation `region`"},
+	{Unusable, "the client cannot use this path as it is, and nothing else was tried on it: [see the error](#what-you-see-when-something-is-wrong)"},
 	{Unsupported, "the client has no such look-up: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Fails, "not as it should be"},
 }
@@ -72,7 +78,9 @@ real broker. "make sdks" does it again, with the versions that are installed whe
 	line("- `%s`: the environment as it is injected, with `%s`.", Container, fullURIVariable)
 	line("- `%s`: the same without `AWS_CONTAINER_*`, so that `%s` and the emulation of instance metadata are what is left.", MetadataV2, metadataVariable)
 	line("- `%s`: the same in a pod with the annotation `imds: v1`, for a client that knows no session tokens.", MetadataV1)
-	line("\n`minio-go` does not read `%s`: the program handed it over.", metadataVariable)
+	line("\n`minio-go` does not read `%s`: its program hands it over. The SDK for Ruby before 3.171 does not know "+
+		"`%s`; as `ruby` it is run as it is, and as `ruby-port` in a program that makes its credentials with "+
+		"`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
 
 	line("\n## What works\n")
 	table(&b, r)
@@ -86,7 +94,7 @@ real broker. "make sdks" does it again, with the versions that are installed whe
 			line("- %s: %s.", words[e.outcome], e.text)
 		}
 	}
-	line("\nNo client made its sidecar ask the broker more often than once in half the life of a session, and once more; that is a condition of the run.")
+	line("\nNo client, whatever it did, made its sidecar ask the broker more often than once in 0.4 of the life of a session, and once more: that is a condition of the run.")
 
 	line("\n## What you see when something is wrong\n")
 	line("The error as the client gave it. `PORT`, `ID` and `TIME` stand for what differs from case to case.")
@@ -139,7 +147,7 @@ func table(b *bytes.Buffer, r *Report) {
 			for _, s := range scenarios {
 				text := "not run"
 				switch {
-				case !s.on(path):
+				case !c.tries(path, s):
 					text = "–"
 				case i >= 0 && r.Rows[i].NotRun == "":
 					text = r.Rows[i].word(s)
@@ -176,17 +184,17 @@ func used(r *Report, o Outcome) bool {
 }
 
 // quoted are the scenarios whose errors the page quotes.
-var quoted = []string{refused, token, expired}
+var quoted = []string{refused, token}
 
 // seen writes what a client shows of what is wrong.
 func seen(b *bytes.Buffer, r *Report, c client) {
 	began := false
-	for _, name := range quoted {
+	for _, name := range append([]string{first}, quoted...) {
 		var paths []string
 		var texts []string
 		for _, row := range r.Rows {
 			cell, ok := row.cell(name)
-			if row.Client != c.name || !ok || cell.Error == "" {
+			if row.Client != c.name || !ok || cell.Error == "" || name == first && cell.Outcome != Unusable {
 				continue
 			}
 			text := fixed(cell.Error)
@@ -215,7 +223,7 @@ var volatile = []struct {
 	name    string
 }{
 	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`), "ID"},
-	{regexp.MustCompile(`(127\.0\.0\.1|localhost|\[::1\]|port=|port )(:?)\d{2,5}\b`), "${1}${2}PORT"},
+	{regexp.MustCompile(`(127\.0\.0\.1:|localhost:|\[::1\]:|port=|port )\d{2,5}`), "${1}PORT"},
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`0x[0-9a-f]{6,}`), "ID"},
 }

@@ -28,6 +28,12 @@ const (
 	Hidden Outcome = "hidden"
 	// Expired: the client went on with expired credentials, which STS refused.
 	Expired Outcome = "expired"
+	// Metadata: refused by the container-credentials endpoint, the client took credentials from instance metadata.
+	Metadata Outcome = "metadata"
+	// NotFound: the client's look-up found no region.
+	NotFound Outcome = "not found"
+	// Unusable: the client cannot use the path at all, and nothing else is tried on it.
+	Unusable Outcome = "unusable"
 	// Unsupported: the client has nothing of the kind.
 	Unsupported Outcome = "unsupported"
 	// Fails: anything else.
@@ -59,7 +65,7 @@ type Row struct {
 	NotRun string `json:"not_run,omitempty"`
 	Cells  []Cell `json:"cells,omitempty"`
 	// BrokerCalls is how often the pod's sidecar asked the broker during the life scenarios, and MostCalls how
-	// often it may have: once in half the life of a session, and once more.
+	// often it may have: see callEvery.
 	BrokerCalls int `json:"broker_calls"`
 	MostCalls   int `json:"most_broker_calls"`
 }
@@ -99,7 +105,7 @@ func (r *Report) unmet() (lines []string) {
 		for _, s := range scenarios {
 			c, ok := row.cell(s.name)
 			switch {
-			case !ok && s.on(row.Path):
+			case !ok && clientOf(row.Client).tries(row.Path, s):
 				lines = append(lines, fmt.Sprintf("%s, %s: %s was not tried", row.Client, row.Path, s.name))
 			case ok && !c.Met():
 				lines = append(lines, fmt.Sprintf("%s, %s: %s: %s, expected %q: %s %s", row.Client, row.Path, s.name, c.Outcome, c.Expected, c.Code, c.Error))
