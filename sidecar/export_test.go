@@ -15,8 +15,19 @@ func (s *Sidecar) SuspendFor(d time.Duration) {
 	st.lease.Expiration = st.lease.Expiration.Add(-d)
 }
 
+// SetClockBack does to s what setting the clock back by d does: the wall clock is farther from the times that s has
+// got, and timers go on. It waits as SuspendFor does.
+func (s *Sidecar) SetClockBack(d time.Duration) { s.SuspendFor(-d) }
+
 // Limit is limit.
 var Limit = limit
 
-// MaxConnections is maxConnections.
-const MaxConnections = maxConnections
+// Bounds of the server.
+const (
+	MaxConnections    = maxConnections
+	Crowd             = crowd
+	ReadHeaderTimeout = readHeaderTimeout
+	WriteTimeout      = writeTimeout
+	BodyTimeout       = bodyTimeout
+	IdleTimeout       = idleTimeout
+)

@@ -109,7 +109,7 @@ func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 	}
 	for {
 		st := s.state.Load()
-		if st.lease.Valid(time.Now()) {
+		if st.valid(time.Now()) {
 			w.WriteHeader(http.StatusNoContent)
 			return
 		}
@@ -144,15 +144,17 @@ type containerCredentials struct {
 	AccountID       string `json:"AccountId"`
 }
 
-func render(lease credential.Lease) []byte {
-	return mustJSON(containerCredentials{
+func render(lease credential.Lease) []byte { return mustJSON(credentialsOf(lease)) }
+
+func credentialsOf(lease credential.Lease) containerCredentials {
+	return containerCredentials{
 		AccessKeyID:     lease.AccessKeyID,
 		SecretAccessKey: lease.SecretAccessKey.Reveal(),
 		Token:           lease.SessionToken.Reveal(),
 		Expiration:      lease.Expiration.UTC().Format(timeForm),
 		RoleArn:         lease.Role.String(),
 		AccountID:       lease.Role.Account(),
-	})
+	}
 }
 
 // failure is an error as SDKs read it: Go v1 and Java look for the lower-case names, JavaScript for

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/gorilla/mux"
@@ -21,6 +22,7 @@ import (
 const (
 	metadataTokenPath = "/latest/api/token"
 	metadataRolesPath = "/latest/meta-data/iam/security-credentials"
+	metadataZonePath  = "/latest/meta-data/placement/availability-zone"
 
 	headerToken    = "X-Aws-Ec2-Metadata-Token"
 	headerTokenTTL = "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
@@ -38,22 +40,17 @@ const metadataEarly = 5 * time.Minute
 // too: SDKs that know that one fall back to the path served here on exactly that status.
 func (s *Sidecar) routeMetadata(router *mux.Router) {
 	s.route(router, http.MethodPut, metadataTokenPath, s.serveMetadataToken)
-	for path, answer := range map[string]func(http.ResponseWriter, *http.Request, *state){
+	s.route(router, http.MethodGet, metadataRolesPath+"/{role}", s.requireToken(s.serveRoleCredentials))
+	for path, answer := range map[string]func(http.ResponseWriter, *state){
 		metadataRolesPath:                            serveRoleName,
-		metadataRolesPath + "/{role}":                serveRoleCredentials,
 		"/latest/meta-data/iam/info":                 serveIAMInfo,
 		"/latest/meta-data/placement/region":         serveRegion,
-		"/latest/dynamic/instance-identity/document": serveIdentityDocument,
+		metadataZonePath:                             s.serveZone,
+		"/latest/dynamic/instance-identity/document": s.serveIdentityDocument,
 	} {
-		s.route(router, http.MethodGet, path, s.requireToken(s.withLease(answer)))
+		s.route(router, http.MethodGet, path, s.requireToken(s.withFacts(answer)))
 	}
 	s.route(router, http.MethodGet, "/latest/meta-data/instance-id", s.requireToken(s.serveInstanceID))
-	// Programs take the zone for where to put replicas. Making one up from the region would put all
-	// of them into the same, and the broker does not know the node's.
-	s.route(router, http.MethodGet, "/latest/meta-data/placement/availability-zone", s.requireToken(
-		func(w http.ResponseWriter, _ *http.Request) {
-			writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is not known here: ask for placement/region, or set AWS_REGION")
-		}))
 }
 
 // serveMetadataToken begins a session of IMDSv2.
@@ -123,47 +120,57 @@ func (s *Sidecar) requireToken(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// withLease hands a valid lease to answer, or says why there is none.
-func (s *Sidecar) withLease(answer func(http.ResponseWriter, *http.Request, *state)) http.HandlerFunc {
+// awaitFor is await with the patience of whoever sent r.
+func (s *Sidecar) awaitFor(r *http.Request) (*state, error) {
+	if strings.Contains(r.UserAgent(), "aws-sdk-go-v2/") {
+		return s.await(r.Context(), shortPatience)
+	}
+	return s.await(r.Context(), patience)
+}
+
+// withFacts hands what is known to answer, or says why nothing is. What a lease tells beside its keys stays true when
+// it has ended: an SDK that is told no region complains of that, and not of the outage, and may remember it.
+func (s *Sidecar) withFacts(answer func(http.ResponseWriter, *state)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		st, err := s.await(r.Context(), metadataPatience)
-		if err != nil {
-			writeFailure(w, err)
-			return
+		st := s.state.Load()
+		if st.got.IsZero() {
+			var err error
+			if st, err = s.awaitFor(r); err != nil {
+				writeFailure(w, err)
+				return
+			}
 		}
-		answer(w, r, st)
+		answer(w, st)
 	}
 }
 
-func serveRoleName(w http.ResponseWriter, _ *http.Request, st *state) {
+func serveRoleName(w http.ResponseWriter, st *state) {
 	writeText(w, st.lease.Role.Name())
 }
 
 // metadataCredentials is the metadata service's form of a credential. The Go, PHP and .NET SDKs want
-// Code to be "Success".
+// Code to be "Success". EC2 has no account here; the JavaScript SDK takes it where it is.
 type metadataCredentials struct {
-	Code            string
-	LastUpdated     string
-	Type            string
-	AccessKeyID     string `json:"AccessKeyId"`
-	SecretAccessKey string
-	Token           string
-	Expiration      string
+	Code        string
+	LastUpdated string
+	Type        string
+	containerCredentials
 }
 
-func serveRoleCredentials(w http.ResponseWriter, r *http.Request, st *state) {
+func (s *Sidecar) serveRoleCredentials(w http.ResponseWriter, r *http.Request) {
+	st, err := s.awaitFor(r)
+	if err != nil {
+		writeFailure(w, err)
+		return
+	}
 	if mux.Vars(r)["role"] != st.lease.Role.Name() {
 		writeError(w, http.StatusNotFound, "ROLE_UNKNOWN", "this pod's role has another name: "+metadataRolesPath+" tells it")
 		return
 	}
+	credentials := credentialsOf(st.lease)
+	credentials.Expiration = metadataExpiration(st.lease.Credential, time.Now()).UTC().Format(timeForm)
 	writeJSON(w, http.StatusOK, mustJSON(metadataCredentials{
-		Code:            "Success",
-		LastUpdated:     st.lease.Issued.UTC().Format(timeForm),
-		Type:            "AWS-HMAC",
-		AccessKeyID:     st.lease.AccessKeyID,
-		SecretAccessKey: st.lease.SecretAccessKey.Reveal(),
-		Token:           st.lease.SessionToken.Reveal(),
-		Expiration:      metadataExpiration(st.lease.Credential, time.Now()).UTC().Format(timeForm),
+		Code: "Success", LastUpdated: st.lease.Issued.UTC().Format(timeForm), Type: "AWS-HMAC", containerCredentials: credentials,
 	}))
 }
 
@@ -177,13 +184,13 @@ func metadataExpiration(c credential.Credential, now time.Time) time.Time {
 }
 
 // serveIAMInfo names no instance profile, because the pod has none.
-func serveIAMInfo(w http.ResponseWriter, _ *http.Request, st *state) {
+func serveIAMInfo(w http.ResponseWriter, st *state) {
 	writeJSON(w, http.StatusOK, mustJSON(struct{ Code, LastUpdated string }{
 		"Success", st.lease.Issued.UTC().Format(timeForm),
 	}))
 }
 
-func serveRegion(w http.ResponseWriter, _ *http.Request, st *state) {
+func serveRegion(w http.ResponseWriter, st *state) {
 	if st.lease.Region == "" {
 		regionUnknown(w)
 		return
@@ -191,8 +198,26 @@ func serveRegion(w http.ResponseWriter, _ *http.Request, st *state) {
 	writeText(w, st.lease.Region)
 }
 
+// zoneOf is the zone to tell beside region, or empty. Programs take it for where to put replicas, so none is
+// made up: all would be put into the same.
+func (s *Sidecar) zoneOf(region string) string {
+	if region == "" || !strings.HasPrefix(s.zone, region) || len(s.zone) == len(region) {
+		return ""
+	}
+	return s.zone
+}
+
+func (s *Sidecar) serveZone(w http.ResponseWriter, st *state) {
+	zone := s.zoneOf(st.lease.Region)
+	if zone == "" {
+		writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is not known here: ask for placement/region, or set AWS_REGION")
+		return
+	}
+	writeText(w, zone)
+}
+
 // serveIdentityDocument tells what SDKs read of it. The account is the role's.
-func serveIdentityDocument(w http.ResponseWriter, _ *http.Request, st *state) {
+func (s *Sidecar) serveIdentityDocument(w http.ResponseWriter, st *state) {
 	if st.lease.Region == "" {
 		regionUnknown(w)
 		return
@@ -200,7 +225,8 @@ func serveIdentityDocument(w http.ResponseWriter, _ *http.Request, st *state) {
 	writeJSON(w, http.StatusOK, mustJSON(struct {
 		AccountID string `json:"accountId"`
 		Region    string `json:"region"`
-	}{st.lease.Role.Account(), st.lease.Region}))
+		Zone      string `json:"availabilityZone,omitempty"`
+	}{st.lease.Role.Account(), st.lease.Region, s.zoneOf(st.lease.Region)}))
 }
 
 func regionUnknown(w http.ResponseWriter) {

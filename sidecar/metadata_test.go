@@ -54,7 +54,8 @@ func TestMetadataCredentials(t *testing.T) {
 			a := w.do(http.MethodGet, path, headerToken, token)
 			a.want(t, http.StatusOK, "")
 			const want = `{"Code":"Success","LastUpdated":"2000-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"ASIA000000",` +
-				`"SecretAccessKey":"secret/key+text=","Token":"session/token+text==","Expiration":"2000-01-01T00:55:00Z"}`
+				`"SecretAccessKey":"secret/key+text=","Token":"session/token+text==","Expiration":"2000-01-01T00:55:00Z",` +
+				`"RoleArn":"arn:aws:iam::123456789012:role/team/app","AccountId":"123456789012"}`
 			if diff := cmp.Diff(want, a.body); diff != "" {
 				t.Errorf("%s (-want +got):\n%s", path, diff)
 			}
@@ -191,6 +192,53 @@ func TestMetadataFacts(t *testing.T) {
 			t.Errorf("instance id after a restart = %q, was %q", got.body, id.body)
 		}
 	})
+}
+
+// A region and a role's name do not expire.
+func TestMetadataFactsOutliveTheLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		synctest.Wait()
+		w.broker.set(fails(errAway))
+		time.Sleep(2 * time.Hour)
+		token := w.metadataToken()
+		for path, want := range map[string]string{regionPath: "eu-central-1", rolesPath: "app"} {
+			if a := w.do(http.MethodGet, path, headerToken, token); a.status != http.StatusOK || a.body != want || a.took != 0 {
+				t.Errorf("%s is %d %q after %v", path, a.status, a.body, a.took)
+			}
+		}
+		w.do(http.MethodGet, rolesPath+"app", headerToken, token).want(t, http.StatusServiceUnavailable, "INTERNAL")
+	})
+}
+
+// A zone is told as it is, where it is one of the region, and none is made up: botocore and C++ make a region of it by
+// cutting the end off.
+func TestMetadataZone(t *testing.T) {
+	const zonePath, documentPath = "/latest/meta-data/placement/availability-zone", "/latest/dynamic/instance-identity/document"
+	for zone, told := range map[string]bool{
+		"eu-central-1a": true, "eu-central-1-ham-1a": true, // a local zone
+		"": false, "eu-central-1": false, "us-east-1a": false, "rack-7": false, "zone-eu-central-1a": false,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			w := start(t, yields(t, time.Hour, 27*time.Minute), func(c *sidecar.Config) { c.Zone = zone })
+			token := w.metadataToken()
+			document := `{"accountId":"123456789012","region":"eu-central-1"}`
+			if told {
+				document = `{"accountId":"123456789012","region":"eu-central-1","availabilityZone":"` + zone + `"}`
+			}
+			if a := w.do(http.MethodGet, documentPath, headerToken, token); a.body != document {
+				t.Errorf("zone %q: the identity document is %s", zone, a.body)
+			}
+			for _, path := range []string{zonePath, zonePath + "/"} {
+				a := w.do(http.MethodGet, path, headerToken, token)
+				if !told {
+					a.want(t, http.StatusNotFound, "ZONE_UNKNOWN")
+				} else if a.want(t, http.StatusOK, ""); a.body != zone {
+					t.Errorf("%s is %q, want %q", path, a.body, zone)
+				}
+			}
+		})
+	}
 }
 
 // What the broker does not know is not made up.

@@ -56,21 +56,23 @@ func (s *Sidecar) renew(ctx context.Context) {
 			return // what the source says now is about the end of ctx
 		}
 		now := time.Now()
-		if err == nil && !lease.Valid(now) {
-			err = errors.New("the source yielded a credential that is incomplete or has expired")
+		if err == nil {
+			err = usable(lease, now)
 		}
 		old := s.state.Load()
-		next := &state{changed: make(chan struct{})}
+		next := new(*old)
+		next.err, next.changed = err, make(chan struct{})
 		var wait time.Duration
 		if err == nil {
 			failures = 0
 			wait = max(min(lease.RefreshAfter, latestRenewal(lease, now)), minRenewal)
 			next.lease, next.body = lease, render(lease)
+			next.got, next.left = now, lease.Remaining(now)
 			next.renewAt = now.Add(wait).Round(0) // Round drops the monotonic reading
 			s.publish(old, next)
 			report.held(s.log, lease, next.renewAt)
 		} else {
-			holding := old.lease.Valid(now)
+			holding := old.valid(now)
 			p := paceFor(err, holding)
 			if p != last {
 				failures = 0
@@ -82,13 +84,27 @@ func (s *Sidecar) renew(ctx context.Context) {
 				// On top, so that those who were all told the same time still come apart.
 				wait += min(e.RetryAfter, maxRetryAfter)
 			}
-			next.lease, next.body, next.renewAt, next.err = old.lease, old.body, old.renewAt, err
 			s.publish(old, next)
-			report.failed(s.log, err, old.lease, now)
+			report.failed(s.log, err, old, now)
 		}
 		if !s.sleep(ctx, wait, next) {
 			return
 		}
+	}
+}
+
+// usable says why a lease that was just got is of no use, or is nil. Its times are those of AWS, and now is
+// this machine's: where they are hours apart, no session is valid here.
+func usable(lease credential.Lease, now time.Time) error {
+	switch {
+	case lease.Valid(now):
+		return nil
+	case !lease.Expiration.After(now):
+		return credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal,
+			"the broker's session ended at %s, and it is %s by this node's clock: set the clock if it is wrong",
+			lease.Expiration.UTC().Format(timeForm), now.UTC().Format(timeForm))
+	default:
+		return credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "the broker's session lacks a key or a token")
 	}
 }
 

@@ -227,6 +227,56 @@ func TestSuspend(t *testing.T) {
 	})
 }
 
+// A clock that is set back makes no session last longer than AWS accepts it, and does not put off its renewal.
+func TestClockSetBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		synctest.Wait()
+		w.SetClockBack(3 * time.Hour)
+		w.broker.calls()
+		w.broker.set(fails(errAway))
+		time.Sleep(time.Hour - time.Second)
+		w.credentials().want(t, http.StatusOK, "")
+		if n := len(w.broker.calls()); n == 0 {
+			t.Error("the session was not renewed when it was time to")
+		}
+		time.Sleep(time.Second)
+		w.credentials().want(t, http.StatusServiceUnavailable, string(credential.ReasonInternal))
+	})
+}
+
+// Where the node's clock is hours ahead no session looks valid, and who reads the error is told to look at the clock.
+func TestClockAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, -time.Hour, 27*time.Minute))
+		synctest.Wait()
+		a := w.credentials()
+		a.want(t, http.StatusServiceUnavailable, string(credential.ReasonInternal))
+		if !strings.Contains(a.body, "ended at 1999-12-31T23:00:00Z, and it is 2000-01-01T00:00:00Z by this node's clock") {
+			t.Errorf("the error does not name the times: %s", a.body)
+		}
+	})
+}
+
+// A pod that has an hour to end in is renewed until then: its token is good for as long, and after it what is held.
+func TestTermination(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const token = 2 * time.Hour / 5 // what is left of the least life when the kubelet stops renewing it, at worst
+		began := time.Now()
+		session := yields(t, time.Hour, 27*time.Minute)
+		w := start(t, func(ctx context.Context) (credential.Lease, error) {
+			if time.Since(began) > token {
+				return credential.Lease{}, credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenExpired, "token expired")
+			}
+			return session(ctx)
+		})
+		for time.Since(began) < time.Hour-time.Second {
+			w.credentials().want(t, http.StatusOK, "")
+			time.Sleep(10 * time.Second)
+		}
+	})
+}
+
 func TestTheSameSessionAgainIsNoNews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		same, err := yields(t, time.Hour, time.Minute)(t.Context())

@@ -35,9 +35,9 @@ func (r *reporter) held(log *slog.Logger, lease credential.Lease, renewAt time.T
 		"expiration", lease.Expiration.UTC(), "renews_at", renewAt.UTC())
 }
 
-// failed reports why there is no new lease, and whether old still serves.
-func (r *reporter) failed(log *slog.Logger, err error, old credential.Lease, now time.Time) {
-	reason, holding, text := credential.ReasonOf(err), old.Valid(now), err.Error()
+// failed reports why there is no new lease, and whether that of old still serves.
+func (r *reporter) failed(log *slog.Logger, err error, old *state, now time.Time) {
+	reason, holding, text := credential.ReasonOf(err), old.valid(now), err.Error()
 	if r.failing && r.reason == reason && r.holding == holding && (r.text == text || now.Sub(r.at) < repeatAfter) {
 		return
 	}
@@ -51,10 +51,10 @@ func (r *reporter) failed(log *slog.Logger, err error, old credential.Lease, now
 	switch {
 	case holding:
 		log.Warn("cannot renew credentials: serving those held", "reason", string(reason), "error", text,
-			"expiration", old.Expiration.UTC())
-	case old.AccessKeyID != "":
+			"expiration", old.lease.Expiration.UTC())
+	case old.lease.AccessKeyID != "":
 		log.Error("cannot renew credentials: those held have expired", "reason", string(reason), "error", text,
-			"expiration", old.Expiration.UTC())
+			"expiration", old.lease.Expiration.UTC())
 	default:
 		log.Error("cannot get credentials", "reason", string(reason), "error", text)
 	}

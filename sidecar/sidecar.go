@@ -24,9 +24,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/http"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -52,6 +49,10 @@ type Config struct {
 	Authorization string
 	// Metadata says how instance metadata is emulated. Required.
 	Metadata policy.Metadata
+	// Zone is the availability zone that the pod runs in, as the labels of nodes have it; empty when
+	// unknown. It is told only where it is one of the region that the source tells: a zone of another
+	// region, or of a data center, would mislead SDKs that make a region of it.
+	Zone string
 	// StartTimeout is how long [Probe] waits for the first credential, counted from [New]. Zero: for
 	// ever.
 	StartTimeout time.Duration
@@ -65,6 +66,7 @@ type Sidecar struct {
 	source        Source
 	authorization []byte
 	metadata      policy.Metadata
+	zone          string
 	metadataKey   []byte // signs session tokens of the metadata service
 	startTimeout  time.Duration
 	started       time.Time
@@ -83,6 +85,9 @@ type state struct {
 	lease credential.Lease
 	// body is lease in the form of the container-credentials endpoint.
 	body []byte
+	// got is when lease was got, with a monotonic reading, and left how long it was valid from then on.
+	got  time.Time
+	left time.Duration
 	// renewAt is when lease should be renewed, by the wall clock; zero before the first.
 	renewAt time.Time
 	// err says why the latest attempt failed; nil when lease came from it, and before the first.
@@ -110,6 +115,7 @@ func New(cfg Config) (*Sidecar, error) {
 		source:        cfg.Source,
 		authorization: []byte(cfg.Authorization),
 		metadata:      cfg.Metadata,
+		zone:          cfg.Zone,
 		metadataKey:   make([]byte, 32),
 		startTimeout:  cfg.StartTimeout,
 		started:       time.Now(),
@@ -124,73 +130,12 @@ func New(cfg Config) (*Sidecar, error) {
 	return s, nil
 }
 
-// Bounds of the HTTP server. Its clients are SDKs in the same pod: they send some 500 bytes and read
-// some 2 kB, both at once. Nothing here reads a request's body; net/http skips a short one and closes
-// the connection on a long one.
+// How long a request waits for a credential while none is held. Most SDKs give up after a second. The SDK for Go v2
+// gives a metadata service half of one until it begins to answer, and asks again; botocore's metadata client asks
+// once, and is without credentials for its life if that fails.
 const (
-	readHeaderTimeout = 2 * time.Second
-	readTimeout       = 10 * time.Second
-	// writeTimeout counts from the request's header, so it must outlast the longest wait in a
-	// handler, readyPoll.
-	writeTimeout = 10 * time.Second
-	// idleTimeout is short, because a client that comes back in half an hour needs no open
-	// connection, and those that are open count against maxConnections.
-	idleTimeout = 5 * time.Second
-	// maxHeaderBytes leaves room for tracing headers; net/http adds 4 kB of its own.
-	maxHeaderBytes = 8 << 10
-	// maxConnections bounds memory: a connection costs about 20 kB, so these fit in the container's
-	// 12 MiB beside the program. More wait in the kernel's queue, a millisecond each as a rule.
-	maxConnections = 128
-	// shutdownTimeout is how long answers under way have once the context has ended.
-	shutdownTimeout = 2 * time.Second
-)
-
-// Run serves on listener and keeps the credential fresh until ctx ends, and returns nil then. It
-// returns an error when listener is not on a loopback address or fails. It closes listener.
-func (s *Sidecar) Run(ctx context.Context, listener net.Listener) error {
-	defer listener.Close()
-	if addr, ok := listener.Addr().(*net.TCPAddr); !ok || !addr.IP.IsLoopback() {
-		return fmt.Errorf("serving on %s: not a loopback address: everybody who reaches the pod could ask for its credentials", listener.Addr())
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-
-	server := &http.Server{
-		Handler:           s.Handler(),
-		ReadHeaderTimeout: readHeaderTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
-		// Requests that wait for a credential leave when ctx ends.
-		BaseContext: func(net.Listener) context.Context { return ctx },
-	}
-	s.log.Info("listening", "address", listener.Addr().String())
-	var wg sync.WaitGroup
-	wg.Go(func() { s.renew(ctx) })
-	wg.Go(func() {
-		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
-		defer cancel()
-		if server.Shutdown(grace) != nil {
-			_ = server.Close() // cuts off who did not leave in time
-		}
-	})
-	err := server.Serve(limit(listener, maxConnections))
-	cancel()
-	wg.Wait()
-	if !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving on %s: %w", listener.Addr(), err)
-	}
-	return nil
-}
-
-// How long a request waits for a credential while none is held. Most SDKs give up after a second,
-// and the Go SDK's metadata client after half of one.
-const (
-	patience         = 900 * time.Millisecond
-	metadataPatience = 400 * time.Millisecond
+	patience      = 900 * time.Millisecond
+	shortPatience = 400 * time.Millisecond
 )
 
 // await returns a state whose lease is valid now. While there is none it waits for one, unless the
@@ -206,7 +151,7 @@ func (s *Sidecar) await(ctx context.Context, patience time.Duration) (*state, er
 			default:
 			}
 		}
-		if st.lease.Valid(now) {
+		if st.valid(now) {
 			return st, nil
 		}
 		if refused(st.err) {
@@ -225,6 +170,13 @@ func (s *Sidecar) await(ctx context.Context, patience time.Duration) (*state, er
 			return nil, st.why()
 		}
 	}
+}
+
+// valid reports whether st has a lease that AWS still accepts. The wall clock decides, and a clock that
+// was set back since does not lengthen a lease: then it is time that has passed that counts. (The other
+// way round, time that passed does not tell of a machine's sleep, and the wall clock does.)
+func (st *state) valid(now time.Time) bool {
+	return st.lease.Valid(now) && now.Sub(st.got) < st.left
 }
 
 // errPending is the answer while the first attempt is still under way.

@@ -37,7 +37,7 @@ type verdict struct {
 }
 
 // respond decides on one request, logs the decision and puts it in the API server's form.
-func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest) *admissionv1.AdmissionResponse {
+func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, began time.Time) *admissionv1.AdmissionResponse {
 	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
 	defer cancel()
 	v, err := s.decideSafely(ctx, request)
@@ -55,9 +55,18 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 		response.Warnings = bounded(v.Warnings)
 	}
 
+	if s.cfg.Observe != nil {
+		s.cfg.Observe(Observation{
+			Decision: string(v.decision), Reason: credential.ReasonOf(err), Took: time.Since(began), PatchBytes: len(response.Patch),
+		})
+	}
 	role, reason := v.grant.Role().String(), string(credential.ReasonOf(err))
 	response.AuditAnnotations = map[string]string{"decision": string(v.decision)}
-	for key, value := range map[string]string{"role": role, "reason": reason} {
+	sidecar := ""
+	if v.decision == injected {
+		sidecar = s.cfg.Injector.Image()
+	}
+	for key, value := range map[string]string{"role": role, "reason": reason, "sidecar": sidecar} {
 		if value != "" {
 			response.AuditAnnotations[key] = value
 		}
@@ -133,6 +142,21 @@ func (s *Server) judge(ctx context.Context, pod policy.Pod) (policy.Grant, error
 			Message: fmt.Sprintf("whether namespace %q permits the role cannot be known now, because the API server does not answer: try again", pod.Namespace),
 		}
 	}
+	grant, err := s.grant(pod, ns)
+	if err == nil {
+		return grant, nil
+	}
+	// The watch may be behind: namespaces are annotated a moment before their first pod.
+	latest, readErr := s.cfg.Namespaces.Latest(ctx, pod.Namespace)
+	if readErr != nil {
+		s.log.WarnContext(ctx, "Refusing by what was last heard of a namespace", "namespace", clip(pod.Namespace, maxName), "error", readErr)
+		return policy.Grant{}, err
+	}
+	return s.grant(pod, latest)
+}
+
+// grant judges by ns. It is zero where that is left to the broker.
+func (s *Server) grant(pod policy.Pod, ns policy.Namespace) (policy.Grant, error) {
 	grant, err := s.cfg.Rules.Grant(pod, ns)
 	if errors.Is(err, policy.ErrNoBase) {
 		return policy.Grant{}, nil

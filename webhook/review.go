@@ -1,12 +1,14 @@
 package webhook
 
 import (
+	"context"
 	stdjson "encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"mime"
 	"net/http"
+	"time"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -18,6 +20,11 @@ import (
 // who asks and with what options.
 const maxReview = 7 << 20
 
+// maxBodies bounds the bodies that are in memory at a time, in bytes together. Deciding takes some three times a
+// body's length, so that this fits beside the watch in half of the 256 MiB that the chart gives the webhook. Reviews of
+// usual pods are 10 kB: this many are 3,000 at once.
+const maxBodies = 32 << 20
+
 // apiVersion and kind of the reviews that are understood.
 var (
 	reviewVersion = admissionv1.SchemeGroupVersion.String()
@@ -26,13 +33,21 @@ var (
 
 // mutate answers one review.
 func (s *Server) mutate(w http.ResponseWriter, r *http.Request) {
+	began := time.Now()
+	release, err := s.admit(r)
+	if err != nil {
+		s.log.WarnContext(r.Context(), "Admission review not read", "status", http.StatusServiceUnavailable, "error", err)
+		answer(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
+	defer release()
 	request, code, err := readReview(w, r)
 	if err != nil {
 		s.log.WarnContext(r.Context(), "Admission review not understood", "status", code, "error", err)
 		answer(w, code, err.Error())
 		return
 	}
-	response := s.respond(r.Context(), request)
+	response := s.respond(r.Context(), request, began)
 	body, err := stdjson.Marshal(admissionv1.AdmissionReview{
 		TypeMeta: metav1.TypeMeta{APIVersion: reviewVersion, Kind: reviewKind},
 		Response: response,
@@ -48,6 +63,20 @@ func (s *Server) mutate(w http.ResponseWriter, r *http.Request) {
 	if _, err := w.Write(body); err != nil {
 		s.log.WarnContext(r.Context(), "Answer to an admission review not sent", "uid", request.UID, "error", err)
 	}
+}
+
+// admit waits until there is memory for the body of r, for as long as a review may take. The caller must release it.
+func (s *Server) admit(r *http.Request) (release func(), err error) {
+	length := r.ContentLength
+	if length < 0 || length > maxReview {
+		length = maxReview // what is read of it at most
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), reviewTimeout)
+	defer cancel()
+	if err := s.bodies.Acquire(ctx, length); err != nil {
+		return nil, fmt.Errorf("too many reviews at once: %d bytes of them are being decided on", maxBodies)
+	}
+	return func() { s.bodies.Release(length) }, nil
 }
 
 // readReview returns the request of the one review in the body, or the HTTP status that refuses it.

@@ -28,7 +28,9 @@ import (
 	"time"
 
 	"github.com/gorilla/mux"
+	"golang.org/x/sync/semaphore"
 
+	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/webhook/inject"
@@ -40,6 +42,9 @@ type Namespaces interface {
 	// credential.ErrNotFound says that there is no such namespace; any other, that it cannot be known
 	// now. Implementations return when ctx ends.
 	Namespace(ctx context.Context, name string) (policy.Namespace, error)
+	// Latest is Namespace, but as the API server has it at this moment. It is called before a pod is refused
+	// for what its namespace permits, so an implementation bounds how often it asks.
+	Latest(ctx context.Context, name string) (policy.Namespace, error)
 }
 
 // Config configures [New].
@@ -49,7 +54,7 @@ type Config struct {
 	// Rules judges as the broker will: with the same keys as Injector, and the broker's base ARN.
 	// Without a base ARN, what needs one is left to the broker. Required.
 	Rules *policy.Rules
-	// Namespaces is asked once for each annotated pod. Required.
+	// Namespaces is asked for each annotated pod. Required.
 	Namespaces Namespaces
 	// KeyPair is what the server proves itself with. Required.
 	KeyPair *certs.KeyPair
@@ -61,6 +66,20 @@ type Config struct {
 	DrainDelay time.Duration
 	// Logger gets the decisions. Nil discards them.
 	Logger *slog.Logger
+	// Observe is told of each review that was answered. Nil: nobody is.
+	Observe func(Observation)
+}
+
+// Observation is what metrics are made of.
+type Observation struct {
+	// Decision is one of untouched, injected, complete (had all of it before) and refused.
+	Decision string
+	// Reason is why it was refused; empty when it was not.
+	Reason credential.Reason
+	// Took is the time from when the review was read to its answer.
+	Took time.Duration
+	// PatchBytes is the length of the patch; 0 without one.
+	PatchBytes int
 }
 
 const defaultDrainDelay = 5 * time.Second
@@ -95,6 +114,7 @@ type Server struct {
 	cfg      Config
 	log      *slog.Logger
 	router   *mux.Router
+	bodies   *semaphore.Weighted // bytes of reviews that are read or decided on
 	stopping atomic.Bool
 }
 
@@ -118,7 +138,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.DrainDelay == 0 {
 		cfg.DrainDelay = defaultDrainDelay
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter()}
+	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter(), bodies: semaphore.NewWeighted(maxBodies)}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -37,6 +37,10 @@ func (f namespaces) Namespace(ctx context.Context, name string) (policy.Namespac
 	return f(ctx, name)
 }
 
+func (f namespaces) Latest(ctx context.Context, name string) (policy.Namespace, error) {
+	return f(ctx, name)
+}
+
 // teamA is opted in, and permits roles below /team-a/ of one account.
 func teamA(_ context.Context, name string) (policy.Namespace, error) {
 	return policy.Namespace{
@@ -45,6 +49,8 @@ func teamA(_ context.Context, name string) (policy.Namespace, error) {
 		Annotations: map[string]string{"iam.amazonaws.com/permitted": "arn:aws:iam::123456789012:role/team-a/.*"},
 	}, nil
 }
+
+const image = "registry.example/credence-sidecar:v1"
 
 func config(t testing.TB) webhook.Config {
 	t.Helper()
@@ -56,7 +62,7 @@ func config(t testing.TB) webhook.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	injector, err := inject.New(inject.Config{Keys: keys, Image: "registry.example/credence-sidecar:v1", Broker: "broker:9443"})
+	injector, err := inject.New(inject.Config{Keys: keys, Image: image, Broker: "broker:9443"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,18 +231,18 @@ func TestDecisions(t *testing.T) {
 	}{
 		{
 			name: "injected", review: review(pod(permitted, "")), patched: true,
-			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted}},
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted, "sidecar": image}},
 			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
 		},
 		{
 			name: "warned", review: review(pod(permitted, ""), "PASSWORD", "AWS_ACCESS_KEY_ID"), patched: true,
-			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted},
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted, "sidecar": image},
 				Warnings: []string{`credence: container "app" has AWS_ACCESS_KEY_ID: SDKs use these keys, not the annotated role`}},
 			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
 		},
 		{
 			name: "left to the broker for want of a base ARN", review: review(pod("reader", "")), patched: true,
-			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected"}},
+			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "sidecar": image}},
 			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role="" dry_run=true`,
 		},
 		{

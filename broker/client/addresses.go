@@ -58,7 +58,7 @@ func (a *addresses) find(ctx context.Context) (found []netip.Addr, current bool,
 	if len(a.last) > 0 {
 		return a.last, false, nil
 	}
-	return nil, false, credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal,
+	return nil, false, credential.Errorf(credential.ErrUnavailable, credential.ReasonBrokerUnreachable,
 		"DNS gave no address of the broker's host %s: %v", a.host, err)
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/credence-iam/credence/broker/brokerpb"
@@ -227,17 +228,22 @@ const (
 func (c *call) ask(ctx context.Context, addr netip.Addr, taken func()) answer {
 	conn, err := grpc.NewClient("passthrough:///"+netip.AddrPortFrom(addr, c.port).String(), c.options...)
 	if err != nil {
-		return answer{err: credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "making a connection: %v", err)}
+		return answer{err: unreachable(fmt.Errorf("making a connection: %w", err))}
 	}
 	defer conn.Close()
 	response, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx,
 		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token, taken}))
 	if err != nil {
 		a := answer{err: brokerpb.FromError(err)}
+		own := len(status.Convert(err).Details()) == 0 // gRPC's own errors have none
 		switch reason := credential.ReasonOf(a.err); {
+		case own && (status.Code(err) == codes.Unavailable || status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled):
+			a.err = unreachable(errors.New(status.Convert(err).Message()))
+		case own:
+			// Something answers there, and it is no broker.
 		case reason != credential.ReasonInternal && reason != credential.ReasonShuttingDown:
 			a.says = saysReason
-		case len(status.Convert(err).Details()) > 0: // which gRPC's own errors have not
+		default:
 			a.says = saysLittle
 		}
 		return a
@@ -250,11 +256,19 @@ func (c *call) ask(ctx context.Context, addr netip.Addr, taken func()) answer {
 	return answer{lease: lease}
 }
 
+// unreachable is the error of a call that no broker has taken, for whoever uses an SDK; cause is for the log.
+func unreachable(cause error) error {
+	return &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerUnreachable, Cause: cause,
+		Message: "no broker can be reached, which the sidecar goes on trying; its log says more",
+	}
+}
+
 // verdict is the error of a call that nobody has answered: the one that tells most, and of those the first in rank.
 func (c *call) verdict(ctx context.Context) error {
 	for i := range c.asked {
 		if c.asked[i].err == nil {
-			c.asked[i].err = credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "no answer: %v", ctx.Err())
+			c.asked[i].err = unreachable(fmt.Errorf("no answer: %w", ctx.Err()))
 		}
 	}
 	most := slices.MaxFunc(c.asked, func(a, b attempt) int { return a.says - b.says })

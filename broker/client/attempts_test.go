@@ -430,7 +430,7 @@ func TestSilenceOfAll(t *testing.T) {
 		c := n.client()
 		for _, second := range []time.Duration{250 * time.Millisecond, 2500 * time.Millisecond} {
 			got, err := n.call(c)
-			unavailable(t, err, credential.ReasonInternal, "no answer: context deadline exceeded", ranked[0].String())
+			unavailable(t, err, credential.ReasonBrokerUnreachable, "no answer: context deadline exceeded", ranked[0].String())
 			if n.took() != client.CallTimeout {
 				t.Errorf("the call took %v, want %v", n.took(), client.CallTimeout)
 			}
@@ -534,7 +534,7 @@ func TestErrorThatTellsMost(t *testing.T) {
 		"leaving, reason":        {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){leaving, throttled}, credential.ReasonSTSThrottled, 1},
 		"no connection, leaving": {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){nil, leaving}, credential.ReasonShuttingDown, 1},
 		"no connection, broken":  {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){nil, broken}, credential.ReasonInternal, 1},
-		"no connection":          {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){nil, nil}, credential.ReasonInternal, 0},
+		"no connection":          {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){nil, nil}, credential.ReasonBrokerUnreachable, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
@@ -579,7 +579,7 @@ func TestCallerLeaves(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 700*time.Millisecond)
 		defer cancel()
 		_, err := n.client().Credentials(ctx)
-		unavailable(t, err, credential.ReasonInternal, "2 asked, 3 not")
+		unavailable(t, err, credential.ReasonBrokerUnreachable, "2 asked, 3 not")
 		if n.took() != 700*time.Millisecond {
 			t.Errorf("the call took %v", n.took())
 		}
@@ -620,7 +620,7 @@ func TestOrder(t *testing.T) {
 			ranked := placement.Rank(key, set[:min(len(set), 64)])
 			n.resolve(said...)
 			got, err := n.call(n.client())
-			unavailable(t, err, credential.ReasonInternal, fmt.Sprintf("%d asked, 0 not", len(ranked)))
+			unavailable(t, err, credential.ReasonBrokerUnreachable, fmt.Sprintf("%d asked, 0 not", len(ranked)))
 			var order []netip.Addr
 			for _, d := range got {
 				order = append(order, d.Addr)
@@ -637,12 +637,12 @@ func TestLookupFails(t *testing.T) {
 		n.unresolve()
 		c := n.client()
 		got, err := n.call(c)
-		unavailable(t, err, credential.ReasonInternal, host, "DNS", "server misbehaving")
+		unavailable(t, err, credential.ReasonBrokerUnreachable, host, "DNS", "server misbehaving")
 		want(t, got)
 
 		n.resolve()
 		_, err = n.call(c)
-		unavailable(t, err, credential.ReasonInternal, host, "DNS", "there is none")
+		unavailable(t, err, credential.ReasonBrokerUnreachable, host, "DNS", "there is none")
 
 		// What was found once is good for the time of an outage.
 		ranked := n.brokers(4)
@@ -761,7 +761,7 @@ func TestOneMoreLookup(t *testing.T) {
 		in(t, func(t *testing.T, n *network) {
 			n.brokers(count)
 			got, err := n.call(n.client())
-			unavailable(t, err, credential.ReasonInternal)
+			unavailable(t, err, credential.ReasonBrokerUnreachable)
 			if len(got) != int(count) || n.lookups != lookups {
 				t.Errorf("of %d brokers %v were dialed after %d look-ups, want %d", count, got, n.lookups, lookups)
 			}
@@ -874,7 +874,7 @@ func TestNobodyIsVerified(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = c.Credentials(t.Context())
-	unavailable(t, err, credential.ReasonInternal, "other.credence.svc", "2 asked")
+	unavailable(t, err, credential.ReasonBrokerUnreachable, "other.credence.svc", "2 asked")
 	if !regexp.MustCompile(`at 127\.0\.0\.[23] `).MatchString(err.Error()) {
 		t.Errorf("the error %q does not say which broker it is of", err)
 	}

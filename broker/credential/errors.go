@@ -64,6 +64,7 @@ const (
 	ReasonBaseCredential     Reason = "BROKER_CREDENTIALS"
 	ReasonAuditUnavailable   Reason = "AUDIT_UNAVAILABLE"
 	ReasonShuttingDown       Reason = "SHUTTING_DOWN"
+	ReasonBrokerUnreachable  Reason = "BROKER_UNREACHABLE"
 	ReasonInternal           Reason = "INTERNAL"
 )
 

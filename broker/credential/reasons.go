@@ -41,6 +41,7 @@ var reasons = []Reason{
 	ReasonBaseCredential,
 	ReasonAuditUnavailable,
 	ReasonShuttingDown,
+	ReasonBrokerUnreachable,
 	ReasonInternal,
 }
 

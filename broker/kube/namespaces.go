@@ -103,6 +103,13 @@ func (n *Namespaces) Known(name string) (policy.Namespace, bool) {
 	return policy.Namespace{Name: o.name, Labels: o.labels, Annotations: o.annotations}, true
 }
 
+// Latest returns what the API server has of the namespace at this moment: it was perhaps annotated a moment ago, and
+// the watch has yet to hear of it. Such reads are few in a second, of all and of one namespace. It returns errors as
+// Namespace does.
+func (n *Namespaces) Latest(ctx context.Context, name string) (policy.Namespace, error) {
+	return n.ask(ctx, name)
+}
+
 // ask asks the API server.
 func (n *Namespaces) ask(ctx context.Context, name string) (policy.Namespace, error) {
 	ns, found, err := readLive(ctx, n.reads, name, "namespace "+name, func(ctx context.Context) (*corev1.Namespace, error) {

@@ -17,13 +17,13 @@ it waits until the one that serves has credentials.
 Usage: credence-sidecar [flags] [probe]
 
 The webhook runs it in each pod that it injects. Each flag but version can be set by an environment variable:
---token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, metadata, routing-key, pod-uid and
+--token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, metadata, routing-key, pod-uid, zone and
 start-timeout are required to serve; probe needs none.`
 
 type options struct {
-	broker, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata string
-	startTimeout                                                                      time.Duration
-	probe                                                                             bool
+	broker, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string
+	startTimeout                                                                            time.Duration
+	probe                                                                                   bool
 }
 
 // flags defines the flags, with what the environment says as their defaults.
@@ -37,6 +37,7 @@ func flags(f *flag.FlagSet) func([]string) (options, error) {
 	f.StringVar(&o.rootsFile, "roots-file", "", "PEM `file` with the certificates that the broker is verified against; read at each handshake")
 	f.StringVar(&o.authorization, "authorization", "", "`text` that requests for container credentials must carry")
 	f.StringVar(&o.metadata, "metadata", string(policy.MetadataV2), "`form` of the emulated instance metadata: v2, v1 as well, or off")
+	f.StringVar(&o.zone, "zone", "", "availability `zone` that the pod runs in, for the emulated instance metadata; empty when unknown")
 	f.DurationVar(&o.startTimeout, "start-timeout", policy.DefaultStartTimeout,
 		"how long probe waits for the first credentials; 0 for ever (`duration`)")
 	problem := setFromEnv(f)

@@ -2,6 +2,9 @@ package main
 
 import (
 	"flag"
+	"os"
+	"regexp"
+	"slices"
 	"testing"
 
 	"github.com/credence-iam/credence/broker/policy"
@@ -40,5 +43,23 @@ func TestRoutingKey(t *testing.T) {
 				t.Errorf("the key is %q, want %q", got, tt.want)
 			}
 		})
+	}
+}
+
+// docs/sidecar.md has every flag with its variable, and no other.
+func TestSettingsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/sidecar.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented, want []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `--([a-z-]+)` \\| `([A-Z_]+)` \\|").FindAllSubmatch(page, -1) {
+		documented = append(documented, string(row[1])+" "+string(row[2]))
+	}
+	f := flag.NewFlagSet("credence-sidecar", flag.ContinueOnError)
+	flags(f)
+	f.VisitAll(func(f *flag.Flag) { want = append(want, f.Name+" "+variable(f.Name)) })
+	if !slices.Equal(documented, want) {
+		t.Errorf("documented are\n%q, there are\n%q", documented, want)
 	}
 }

@@ -48,7 +48,7 @@ func run(ctx context.Context, o options) error {
 		return fmt.Errorf("--broker: %w", err)
 	}
 	s, err := sidecar.New(sidecar.Config{
-		Source: thrifty{broker}, Authorization: o.authorization, Metadata: policy.Metadata(o.metadata),
+		Source: thrifty{broker}, Authorization: o.authorization, Metadata: policy.Metadata(o.metadata), Zone: o.zone,
 		StartTimeout: o.startTimeout, Logger: log,
 	})
 	if err != nil {

@@ -72,7 +72,7 @@ func TestBrokerAwayForMinutes(t *testing.T) {
 		create(t, ns, app("app-"+strconv.Itoa(i), short, "watch", "1h"))
 	}
 	killed := app("killed", map[string]string{roleKey: bucket, startTimeoutKey: "20s"})
-	killed.Spec.Containers[0].Image = "localhost/credence-pause:1" // it asks for nothing
+	killed.Spec.Containers[0].Image = pauseImage
 	create(t, ns, killed)
 	for i := range count {
 		awaitReady(t, ns, "app-"+strconv.Itoa(i))
@@ -105,11 +105,15 @@ func TestBrokerAwayForMinutes(t *testing.T) {
 			return nil
 		})
 	}
+	waiting := startWithoutBroker(t, ns)
 	before := make([]int, count)
 	for i := range count {
 		before[i] = keys(t, ns, "app-"+strconv.Itoa(i))
 	}
 	back()
+	for _, name := range waiting {
+		awaitEnd(t, ns, name)
+	}
 	for i := range count {
 		name := "app-" + strconv.Itoa(i)
 		eventually(t, name+" has renewed its session", func(ctx context.Context) error {
@@ -126,6 +130,33 @@ func TestBrokerAwayForMinutes(t *testing.T) {
 			return nil
 		})
 	}
+}
+
+// startWithoutBroker makes pods that start while no broker is there, and returns those whose application must wait
+// for one: its start timeout says for how long at most.
+func startWithoutBroker(t *testing.T, ns string) (waiting []string) {
+	t.Helper()
+	for name, timeout := range map[string]string{"for-ever": "0", "two-minutes": "2m"} {
+		create(t, ns, once(app(name, map[string]string{roleKey: bucket, startTimeoutKey: timeout}, "whoami")))
+		waiting = append(waiting, name)
+	}
+	brief := app("ten-seconds", map[string]string{roleKey: bucket, startTimeoutKey: "10s"})
+	brief.Spec.Containers[0].Image = pauseImage
+	create(t, ns, brief)
+	awaitReady(t, ns, brief.Name)
+	if said := logs(t, ns, brief.Name, sidecarName); !strings.Contains(said, "cannot get credentials") {
+		t.Errorf("a sidecar without credentials said:\n%s", said)
+	}
+	for _, name := range waiting {
+		pod, err := get(t.Context(), ns, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := status(t, pod, "app"); s.State.Waiting == nil || s.RestartCount != 0 {
+			t.Errorf("the application of %s did not wait for credentials: %s", name, states(pod))
+		}
+	}
+	return waiting
 }
 
 // keys counts the access keys that awsclient's watch has seen.
@@ -174,7 +205,7 @@ func TestWebhookAway(t *testing.T) {
 		t.Helper()
 		for namespace, annotations := range map[string]map[string]string{optedIn: nil, plain.Name: annotated()} {
 			pod := app("other-"+suffix, annotations)
-			pod.Spec.Containers[0].Image = "localhost/credence-pause:1"
+			pod.Spec.Containers[0].Image = pauseImage
 			create(t, namespace, pod)
 			awaitReady(t, namespace, pod.Name)
 		}

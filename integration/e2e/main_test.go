@@ -34,10 +34,14 @@ const variable = "CREDENCE_E2E"
 const (
 	// bucket is what the role of its name may read and write, and no other role may.
 	bucket = "shelf"
-	// callerImage asks the broker for credentials, over and over; chrootImage runs programs of the node.
+	// callerImage asks the broker for credentials, over and over; plainImage asks the sidecar without an SDK;
+	// chrootImage runs programs of the node.
 	callerImage = "localhost/caller:1"
+	plainImage  = "localhost/plain:1"
 	chrootImage = "localhost/chroot:1"
-	module      = "github.com/credence-iam/credence"
+	// pauseImage asks for nothing.
+	pauseImage = "localhost/credence-pause:1"
+	module     = "github.com/credence-iam/credence"
 )
 
 // shortLife is what a session asked for 15 minutes, the shortest that STS gives, really lasts here, so that
@@ -87,7 +91,7 @@ func setUp(ctx context.Context) (err error) {
 		return err
 	}
 	folder := filepath.Join(world.Run().Dir(), "e2e")
-	for reference, pkg := range map[string]string{callerImage: "caller", chrootImage: "chroot"} {
+	for reference, pkg := range map[string]string{callerImage: "caller", plainImage: "plain", chrootImage: "chroot"} {
 		archive, err := images.BuildLocal(ctx, folder, reference, module+"/integration/e2e/"+pkg)
 		if err != nil {
 			return err

@@ -13,9 +13,11 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/credence-iam/credence/integration/deployment"
 )
 
-// A node that joins runs injected pods like any other: its pods reach brokers on other nodes.
+// A node that joins runs injected pods like any other: its pods reach brokers on other nodes, and are told its zone.
 func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 	t.Parallel()
 	// Tainted, so that no pod of another test comes here and goes with the node.
@@ -31,12 +33,26 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	const zone = deployment.Region + "b"
+	label := fmt.Appendf(nil, `{"metadata":{"labels":{%q:%q}}}`, corev1.LabelTopologyZone, zone)
+	if _, err := d.Client.CoreV1().Nodes().Patch(t.Context(), node.Name(), types.MergePatchType, label, metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
 	ns := namespace(t)
-	pod := once(app("far", annotated(), "ls", bucket))
-	pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: node.Name()}
-	pod.Spec.Tolerations = []corev1.Toleration{{Key: taint.Key, Operator: corev1.TolerationOpExists}}
-	create(t, ns, pod)
+	far := func(pod *corev1.Pod) *corev1.Pod {
+		pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: node.Name()}
+		pod.Spec.Tolerations = []corev1.Toleration{{Key: taint.Key, Operator: corev1.TolerationOpExists}}
+		return pod
+	}
+	create(t, ns, far(once(app("far", annotated(), "ls", bucket))))
+	zoned := far(once(app("zoned", annotated(), "zone")))
+	zoned.Spec.Containers[0].Image = plainImage
+	create(t, ns, zoned)
 	ended := awaitEnd(t, ns, "far")
+	awaitEnd(t, ns, "zoned")
+	if said := strings.TrimSpace(logs(t, ns, "zoned", "app")); said != zone {
+		t.Errorf("instance metadata tells zone %q, want %q", said, zone)
+	}
 	if ended.Spec.NodeName != node.Name() {
 		t.Errorf("it ran on %s", ended.Spec.NodeName)
 	}

@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // sidecarProcess finds the process of a pod's sidecar, and returns its folder in /proc. The kubelet names the
@@ -138,6 +139,86 @@ func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
 			t.Errorf("the sidecar's process lacks %q:\n%s", want, status)
 		}
 	}
+}
+
+// A sidecar that is killed fetches its session anew, and nothing else of its pod is restarted.
+func TestKilledSidecarComesBack(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	pod := app("app", annotated())
+	pod.Spec.Containers[0].Image = pauseImage
+	create(t, ns, pod)
+	kill(t, sidecarProcess(t, awaitReady(t, ns, "app")))
+	eventually(t, "the sidecar is back with credentials", func(ctx context.Context) error {
+		pod, err := get(ctx, ns, "app")
+		if err != nil {
+			return err
+		}
+		if s := status(t, pod, "app"); s.RestartCount != 0 {
+			return fatalError{errors.New("the application was restarted: " + states(pod))}
+		}
+		if s := status(t, pod, sidecarName); s.RestartCount != 1 {
+			return errors.New("it has not been restarted: " + states(pod))
+		}
+		if said := logs(t, ns, "app", sidecarName); !strings.Contains(said, "got credentials") {
+			return fmt.Errorf("it said:\n%s", said)
+		}
+		return ready(pod)
+	})
+}
+
+// However many ask at once, the sidecar stays within its memory.
+func TestCrowdIsServedInTheSidecarsMemory(t *testing.T) {
+	t.Parallel()
+	const crowd = "10000"
+	ns := namespace(t)
+	pod := once(app("app", annotated(), "crowd", crowd))
+	pod.Spec.Containers[0].Image = plainImage
+	stored := create(t, ns, pod)
+	ended := awaitEnd(t, ns, "app")
+	if said := strings.TrimSpace(logs(t, ns, "app", "app")); said != crowd {
+		t.Errorf("answered %q, want all %s", said, crowd)
+	}
+	if s := status(t, ended, sidecarName); s.RestartCount != 0 || s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
+		limit := sidecarOf(stored).Resources.Limits[corev1.ResourceMemory]
+		t.Errorf("with a limit of %s the sidecar has not ended well: %s", limit.String(), states(ended))
+	}
+}
+
+// A pod that takes long to end has credentials until it does.
+func TestTerminatingPodIsRenewed(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	pod := app("app", map[string]string{roleKey: bucket, durationKey: "15m"}, "watch", "1h")
+	pod.Spec.TerminationGracePeriodSeconds = new(int64(3600))
+	// The application hears of its end only after that.
+	pod.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 3500}}}
+	create(t, ns, pod)
+	awaitReady(t, ns, "app")
+	pods := d.Client.CoreV1().Pods(ns)
+	if err := pods.Delete(t.Context(), "app", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// t.Context has ended here.
+		if err := pods.Delete(context.Background(), "app", metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}); err != nil {
+			t.Error(err)
+		}
+	})
+	before := keys(t, ns, "app")
+	eventually(t, "the application has seen another session", func(ctx context.Context) error {
+		pod, err := get(ctx, ns, "app")
+		if err != nil {
+			return fatalError{err}
+		}
+		if s := status(t, pod, "app"); s.State.Running == nil || s.RestartCount != 0 || pod.DeletionTimestamp == nil {
+			return fatalError{errors.New("the application does not run while its pod ends: " + states(pod))}
+		}
+		if now := keys(t, ns, "app"); now <= before {
+			return fmt.Errorf("it has seen %d access keys, before its end %d", now, before)
+		}
+		return nil
+	})
 }
 
 func sidecarOf(pod *corev1.Pod) corev1.Container {

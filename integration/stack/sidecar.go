@@ -4,6 +4,7 @@ package stack
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -171,14 +172,29 @@ func (c *Sidecar) Env(container corev1.Container) ([]string, error) {
 	for _, e := range container.Env {
 		value := replacer.Replace(e.Value)
 		if from := e.ValueFrom; from != nil {
-			if from.FieldRef == nil || from.FieldRef.FieldPath != "metadata.uid" {
-				return nil, fmt.Errorf("variable %s comes from something other than metadata.uid", e.Name)
+			var err error
+			if value, err = c.field(from); err != nil {
+				return nil, fmt.Errorf("variable %s: %w", e.Name, err)
 			}
-			value = string(c.pod.UID)
 		}
 		env = append(env, e.Name+"="+value)
 	}
 	return env, nil
+}
+
+// field is the value of a field of the pod, as a kubelet finds it.
+func (c *Sidecar) field(from *corev1.EnvVarSource) (string, error) {
+	if from.FieldRef == nil {
+		return "", errors.New("it comes from something other than a field")
+	}
+	path := from.FieldRef.FieldPath
+	if label, ok := strings.CutPrefix(path, "metadata.labels['"); ok {
+		return c.pod.Labels[strings.TrimSuffix(label, "']")], nil
+	}
+	if path != "metadata.uid" {
+		return "", fmt.Errorf("the field %s is not provided for here", path)
+	}
+	return string(c.pod.UID), nil
 }
 
 // AppEnv is the environment of the pod's first container, as an AWS SDK in it sees it.

@@ -139,6 +139,9 @@ func hostPort(s string) bool {
 // Keys returns the annotation keys in use.
 func (i *Injector) Keys() policy.Keys { return i.cfg.Keys }
 
+// Image is the sidecar's image.
+func (i *Injector) Image() string { return i.cfg.Image }
+
 func defaultTo[T comparable](value, fallback T) T {
 	var zero T
 	if value == zero {

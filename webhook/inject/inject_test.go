@@ -287,6 +287,8 @@ func TestRefusals(t *testing.T) {
 		{"no routing key", present(`"CREDENCE_ROUTING_KEY"`, `"OTHER"`), credential.ReasonPodUnsupported, differs(`it lacks variable CREDENCE_ROUTING_KEY`)},
 		{"other UID", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_POD_UID","value":"known"}`),
 			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_POD_UID differs`)},
+		{"other zone", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_ZONE","value":"made-up"}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_ZONE differs`)},
 		{"set twice", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_METADATA","value":"v2"}`),
 			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_METADATA differs`)},
 		{"missing", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"OTHER"}`), credential.ReasonPodUnsupported, differs(`it lacks variable CREDENCE_METADATA`)},

@@ -33,6 +33,13 @@ const (
 	podUID     = "CREDENCE_POD_UID"
 )
 
+// zone is the variable with the zone that SDKs are told.
+const zone = "CREDENCE_ZONE"
+
+// zoneFieldPath is the label of a pod that has its node's zone, from Kubernetes 1.35 on (KEP-4742). A pod without
+// it finds the variable zone empty.
+const zoneFieldPath = "metadata.labels['" + corev1.LabelTopologyZone + "']"
+
 // sidecar returns the container to put first among the init containers: a native sidecar, that is one
 // which starts before all others, stays, and is ended after them.
 func (i *Injector) sidecar(spec *podSpec, namespace string, settings policy.Settings) corev1.Container {
@@ -73,6 +80,9 @@ func (i *Injector) sidecarEnv(settings policy.Settings, key policy.RoutingKey) [
 		fromUID("CREDENCE_AUTHORIZATION"),
 		{Name: "CREDENCE_START_TIMEOUT", Value: settings.StartTimeout.String()},
 		{Name: "CREDENCE_METADATA", Value: string(settings.Metadata)},
+	}
+	if settings.Metadata != policy.MetadataOff {
+		vars = append(vars, fromField(zone, zoneFieldPath))
 	}
 	if settings.Scope == policy.ScopePod {
 		vars = append(vars, fromUID(podUID)) // which the API server has not chosen yet
@@ -245,12 +255,16 @@ func (i *Injector) sidecarDifference(c container, settings policy.Settings) stri
 	if has(c, podUID) {
 		want = append(want, fromUID(podUID))
 	}
+	// A webhook of the version before, in the middle of an upgrade, did not add it; nobody misses a zone.
+	if !has(c, zone) {
+		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zone })
+	}
 	for _, v := range c.Env {
 		if !strings.HasPrefix(v.Name, sidecarEnv) {
 			continue
 		}
 		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
-		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || (want[at].ValueFrom != nil) != (v.ValueFrom != nil) || v.ValueFrom != nil && !isFromUID(v) {
+		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || fieldPath(v) != fieldPath(want[at]) {
 			return fmt.Sprintf("its variable %s differs", v.Name)
 		}
 		// Taken off the list, so that a second one of the same name differs.

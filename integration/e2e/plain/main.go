@@ -1,0 +1,132 @@
+// Command plain is a client of the sidecar without an SDK, by the variables that SDKs read.
+//
+//	plain crowd N    asks for credentials on N connections at once, all open before the first asks, and
+//	                 prints how many were answered with status 200
+//	plain zone       prints the availability zone that instance metadata tells
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+func main() {
+	if err := run(context.Background(), os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "plain:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	switch {
+	case len(args) == 2 && args[0] == "crowd":
+		n, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		return crowd(ctx, n)
+	case len(args) == 1 && args[0] == "zone":
+		return zone(ctx)
+	}
+	return errors.New("usage: plain crowd N, or plain zone")
+}
+
+// patience bounds a request that waits for its turn behind ten thousand.
+const patience = 2 * time.Minute
+
+func crowd(ctx context.Context, n int) error {
+	target, err := url.Parse(os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI"))
+	if err != nil {
+		return err
+	}
+	request := "GET " + target.Path + " HTTP/1.1\r\nHost: " + target.Host + "\r\nConnection: close\r\nAuthorization: " +
+		os.Getenv("AWS_CONTAINER_AUTHORIZATION_TOKEN") + "\r\n\r\n"
+	var answered atomic.Int64
+	var opened, all sync.WaitGroup
+	opened.Add(n)
+	failures := make(chan error, n)
+	for range n {
+		all.Go(func() {
+			conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", target.Host)
+			opened.Done()
+			if err == nil {
+				opened.Wait()
+				err = ask(conn, request)
+			}
+			if err != nil {
+				failures <- err
+				return
+			}
+			answered.Add(1)
+		})
+	}
+	all.Wait()
+	close(failures)
+	fmt.Println(answered.Load())
+	return <-failures
+}
+
+func ask(conn net.Conn, request string) error {
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(conn, request); err != nil {
+		return err
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = response.Body.Close() }()
+	if _, err := io.Copy(io.Discard, response.Body); err != nil {
+		return err
+	}
+	if response.StatusCode != http.StatusOK {
+		return errors.New(response.Status)
+	}
+	return nil
+}
+
+func zone(ctx context.Context) error {
+	endpoint := os.Getenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+	token, err := text(ctx, http.MethodPut, endpoint+"/latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds", "60")
+	if err != nil {
+		return err
+	}
+	zone, err := text(ctx, http.MethodGet, endpoint+"/latest/meta-data/placement/availability-zone", "X-aws-ec2-metadata-token", token)
+	if err != nil {
+		return err
+	}
+	fmt.Println(zone)
+	return nil
+}
+
+func text(ctx context.Context, method, target, name, value string) (string, error) {
+	request, err := http.NewRequestWithContext(ctx, method, target, http.NoBody)
+	if err != nil {
+		return "", err
+	}
+	request.Header.Set(name, value)
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = response.Body.Close() }()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s: %s", target, response.Status, body)
+	}
+	return string(body), err
+}

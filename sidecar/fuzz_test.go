@@ -1,0 +1,185 @@
+package sidecar_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar"
+)
+
+// holding runs a sidecar that holds credentials, and returns it and its address.
+func holding(f *testing.F, metadata policy.Metadata, log io.Writer) (*sidecar.Sidecar, string) {
+	f.Helper()
+	s, err := sidecar.New(sidecar.Config{
+		Source: yields(f, time.Hour, time.Hour), Authorization: authorization, Metadata: metadata, Zone: "eu-central-1a",
+		Logger: slog.New(slog.NewJSONHandler(log, nil)),
+	})
+	if err != nil {
+		f.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		f.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := s.Run(f.Context(), listener); err != nil {
+			f.Errorf("Run = %v", err)
+		}
+	}()
+	f.Cleanup(func() { <-ended }) // f.Context ends before
+	if err := sidecar.Probe(f.Context(), listener.Addr().String()); err != nil {
+		f.Fatal(err)
+	}
+	return s, listener.Addr().String()
+}
+
+func tellsSecret(body string) bool {
+	return strings.Contains(body, secretText) || strings.Contains(body, tokenText) || strings.Contains(body, authorization)
+}
+
+// The container-credentials endpoint: whatever is sent, a secret goes to who knows the authorization and asks a
+// loopback address, and to nobody else.
+func FuzzCredentials(f *testing.F) {
+	for _, seed := range []struct{ method, path, host, authorization string }{
+		{"GET", "/v1/credentials", "127.0.0.1:9779", "Bearer x"},
+		{"GET", "/v1/credentials", "127.0.0.1:9779", authorization},
+		{"GET", "/v1/credentials", "evil.example", authorization},
+		{"GET", "/v1/credentials", "127.0.0.1.evil.example:80", authorization},
+		{"POST", "/v1/credentials/", "localhost", authorization},
+		{"GET", "/v1/ready", "[::1]:1", ""},
+		{"HEAD", "*", "", "\x00"},
+	} {
+		f.Add(seed.method, seed.path, seed.host, seed.authorization)
+	}
+	s, _ := holding(f, policy.MetadataOff, io.Discard)
+	handler := s.Handler()
+	f.Fuzz(func(t *testing.T, method, path, host, value string) {
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
+		request.Method, request.URL.Path, request.Host = method, path, host
+		request.Header.Set("Authorization", value)
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, request)
+		if w.Code < 200 || w.Code > 599 {
+			t.Errorf("status %d", w.Code)
+		}
+		name, _, _ := strings.Cut(host, ":")
+		ours := strings.EqualFold(name, "localhost") || strings.HasPrefix(name, "127.") || strings.HasPrefix(host, "[") || strings.HasPrefix(host, "::")
+		if tellsSecret(w.Body.String()) && (value != authorization || !ours || method != http.MethodGet) {
+			t.Errorf("%q %q of %q told a secret to %q", method, path, host, value)
+		}
+	})
+}
+
+// Instance metadata, version 2: a secret goes to who has a token, a token goes to no proxy, and is good for as long as
+// was asked.
+func FuzzMetadata(f *testing.F) {
+	for _, seed := range []struct{ method, path, name, value string }{
+		{"PUT", tokenPath, headerTTL, "21600"},
+		{"PUT", tokenPath, headerTTL, "-1"},
+		{"PUT", tokenPath, "X-Forwarded-For", ""},
+		{"GET", rolesPath + "app", headerToken, strings.Repeat("\n", 54)},
+		{"GET", rolesPath + "%2e%2e/app", headerToken, strings.Repeat("A", 54)},
+		{"GET", "/latest/dynamic/instance-identity/document", "X-Forwarded-For", "10.0.0.1"},
+		{"GET", "/latest/meta-data/placement/availability-zone/", headerToken, ""},
+	} {
+		f.Add(seed.method, seed.path, seed.name, seed.value)
+	}
+	s, _ := holding(f, policy.MetadataV2, io.Discard)
+	handler := s.Handler()
+	ask := func(ctx context.Context, method, path, name, value string) *httptest.ResponseRecorder {
+		request := httptest.NewRequestWithContext(ctx, http.MethodGet, "/", http.NoBody)
+		request.Method, request.URL.Path, request.Host = method, path, "127.0.0.1:9779"
+		request.Header.Set(name, value)
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, request)
+		return w
+	}
+	f.Fuzz(func(t *testing.T, method, path, name, value string) {
+		w := ask(t.Context(), method, path, name, value)
+		if tellsSecret(w.Body.String()) && value != authorization {
+			t.Errorf("%q %q told a secret", method, path)
+		}
+		if w.Code != http.StatusOK || strings.TrimSuffix(path, "/") != tokenPath {
+			return
+		}
+		if seconds, err := strconv.Atoi(value); err != nil || seconds < 1 || seconds > 21600 || w.Header().Get(headerTTL) != strconv.Itoa(seconds) {
+			t.Errorf("%q was answered a token for %q seconds", value, w.Header().Get(headerTTL))
+		}
+		if got := ask(t.Context(), http.MethodGet, rolesPath, headerToken, w.Body.String()); got.Code != http.StatusOK {
+			t.Errorf("the token is not taken: %d", got.Code)
+		}
+	})
+}
+
+// syncBuffer is a log that may be read while it is written.
+type syncBuffer struct {
+	mu sync.Mutex // guards buffer
+	bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Buffer.String()
+}
+
+// The server: whatever bytes arrive, it answers HTTP or closes the connection, tells no secret, and goes on serving.
+func FuzzConnection(f *testing.F) {
+	for _, seed := range []string{
+		"", "\r\n\r\n", "GET", "GET / HTTP/1.1\r\n\r\n", "GET / HTTP/1.0\r\n\r\n",
+		"GET /v1/ready HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/ready HTTP/1.1\r\nHost: localhost\r\n\r\n",
+		"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: x\r\nAuthorization: y\r\n\r\n",
+		"POST /v1/credentials HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+	} {
+		f.Add([]byte(seed))
+	}
+	var log syncBuffer
+	_, address := holding(f, policy.MetadataV2, &log)
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_, _ = conn.Write(sent)
+		_ = conn.(*net.TCPConn).CloseWrite() // there is no more
+		got, _ := io.ReadAll(conn)
+		if tellsSecret(string(got)) && !bytes.Contains(sent, []byte(authorization)) {
+			t.Errorf("%q was told a secret", sent)
+		}
+		if len(got) > 0 {
+			response, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(got)), nil)
+			if err != nil {
+				t.Fatalf("%q was answered %q: %v", sent, got, err)
+			}
+			response.Body.Close()
+		}
+		if tellsSecret(log.String()) {
+			t.Error("a secret was logged")
+		}
+		if err := sidecar.Probe(t.Context(), address); err != nil {
+			t.Errorf("after %q: %v", sent, err)
+		}
+	})
+}

@@ -1,0 +1,142 @@
+package sidecar
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// Bounds of the HTTP server. Its clients are SDKs in the same pod: they send some 500 bytes and read
+// some 2 kB, both at once.
+const (
+	readHeaderTimeout = 2 * time.Second
+	// readTimeout is for header and body, and also ends the wait of a handler, so it must outlast the
+	// longest one, readyPoll. Nobody's body is waited for that long: see bodyTimeout.
+	readTimeout = 10 * time.Second
+	// writeTimeout counts from the request's header, so it must outlast readyPoll, too.
+	writeTimeout = 10 * time.Second
+	// bodyTimeout is how long the rest of a body may take once the header is there. No request served
+	// here has one; net/http skips a short one, so that the client sees the answer, and closes the
+	// connection on a long one.
+	bodyTimeout = time.Second
+	// idleTimeout is short, because a client that comes back in half an hour needs no open
+	// connection, and those that are open count against maxConnections.
+	idleTimeout = 5 * time.Second
+	// maxHeaderBytes leaves room for tracing headers; net/http adds 4 kB of its own.
+	maxHeaderBytes = 8 << 10
+	// maxConnections bounds memory: a connection costs about 20 kB, so these fit in the container's
+	// 12 MiB beside the program. More wait in the kernel's queue, a millisecond each as a rule.
+	maxConnections = 128
+	// crowd is the number of open connections above which an answer is the last one on its
+	// connection, so that clients that keep theirs do not keep others waiting.
+	crowd = maxConnections / 2
+	// shutdownTimeout is how long answers under way have once the context has ended.
+	shutdownTimeout = 2 * time.Second
+)
+
+// Run serves on listener and keeps the credential fresh until ctx ends, and returns nil then. It
+// returns an error when listener is not on a loopback address or fails. It closes listener.
+func (s *Sidecar) Run(ctx context.Context, listener net.Listener) error {
+	defer listener.Close()
+	if addr, ok := listener.Addr().(*net.TCPAddr); !ok || !addr.IP.IsLoopback() {
+		return fmt.Errorf("serving on %s: not a loopback address: everybody who reaches the pod could ask for its credentials", listener.Addr())
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	limited := limit(listener, maxConnections)
+	server := &http.Server{
+		Handler:           limited.bound(s.Handler()),
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		// Requests that wait for a credential leave when ctx ends.
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	s.log.Info("listening", "address", listener.Addr().String())
+	var wg sync.WaitGroup
+	wg.Go(func() { s.renew(ctx) })
+	wg.Go(func() {
+		<-ctx.Done()
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+		defer cancel()
+		if server.Shutdown(grace) != nil {
+			_ = server.Close() // cuts off who did not leave in time
+		}
+	})
+	err := server.Serve(limited)
+	cancel()
+	wg.Wait()
+	if !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving on %s: %w", listener.Addr(), err)
+	}
+	return nil
+}
+
+// limitedListener accepts no more than so many connections at a time. Further ones wait in the kernel's
+// queue, as they do for a busy server, and are not refused.
+type limitedListener struct {
+	net.Listener
+	slots     chan struct{} // one element per open connection
+	closed    chan struct{}
+	closeOnce sync.Once
+}
+
+func limit(listener net.Listener, most int) *limitedListener {
+	return &limitedListener{Listener: listener, slots: make(chan struct{}, most), closed: make(chan struct{})}
+}
+
+// Accept implements [net.Listener].
+func (l *limitedListener) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
+}
+
+// Close implements [net.Listener]. It also ends an Accept that waits for a connection to close.
+func (l *limitedListener) Close() error {
+	l.closeOnce.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// bound bounds what one request takes of what all share.
+func (l *limitedListener) bound(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			// The error would be that w cannot do it: then readTimeout is left.
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+		}
+		if len(l.slots) > crowd {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+type limitedConn struct {
+	net.Conn
+	release func()
+}
+
+// Close implements [net.Conn].
+func (c *limitedConn) Close() error {
+	err := c.Conn.Close()
+	c.release()
+	return err
+}

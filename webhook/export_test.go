@@ -1,0 +1,7 @@
+package webhook
+
+// Bounds of reviews.
+const (
+	MaxReview = maxReview
+	MaxBodies = maxBodies
+)
