@@ -46,12 +46,9 @@ func (n notRun) Error() string { return string(n) }
 const fewSessions = 5
 
 // botocoreExpects is of both: on the metadata path it makes up a later end for credentials that end soon, asks once,
-// and keeps in mind that there was nothing; and it finds the region by the zone, which the sidecar does not know.
+// and keeps in mind that there was nothing.
 var botocoreExpects = map[Path]expectations{
-	Container: {region: {NotFound}},
-	MetadataV2: {
-		renewal: {Expired}, expired: {Expired}, back: {Works, NewSession}, refused: {Hidden}, slow: {NewSession}, region: {NotFound},
-	},
+	MetadataV2: {renewal: {Expired}, expired: {Expired}, back: {Works, NewSession}, refused: {Hidden}, slow: {NewSession}},
 }
 
 // clients are the rows of the matrix, in its order.
@@ -106,7 +103,7 @@ var clients = []client{
 			Container:  {region: {NotFound}},
 			MetadataV2: {first: {Unusable}},
 		},
-		// Debian's 2.9.19 puts no slash between the endpoint and the path.
+		// Debian's 2.9.19 puts no slash between the endpoint and the path, for the region either.
 		unusable: map[Path]string{MetadataV2: "Invalid endpoint EC2 Instance Metadata endpoint"},
 	},
 	{

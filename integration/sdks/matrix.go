@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/stack"
@@ -235,7 +236,10 @@ func (m *matrix) pod(ctx context.Context, name, role string, path Path) (*stack.
 	if path == MetadataV1 {
 		annotations["iam.amazonaws.com/imds"] = "v1"
 	}
-	pod, err := m.stack.Client.CoreV1().Pods(namespace).Create(ctx, stack.Pod(name, annotations), metav1.CreateOptions{})
+	pod := stack.Pod(name, annotations)
+	// As Kubernetes does when a pod is bound to a node, from 1.35 on. There are no nodes here.
+	pod.Labels = map[string]string{corev1.LabelTopologyZone: stack.Region + "a"}
+	pod, err := m.stack.Client.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("making pod %s: %w", name, err)
 	}
@@ -316,16 +320,16 @@ func (r refusal) shows(a answer) bool {
 	return strings.Contains(a.Error+"\n"+a.Code, r.Code) || strings.Contains(a.Error, r.Message)
 }
 
-// askSidecar asks the sidecar that env belongs to, with a wrong token unless that is empty, and returns the
-// error that it answers. An answer with credentials is an error here.
-func askSidecar(ctx context.Context, env []string, wrong string) (*refusal, error) {
+// askSidecar asks the sidecar that env belongs to for the credentials of role, with a wrong token unless that is
+// empty, and returns the error that it answers. An answer with credentials is an error here.
+func askSidecar(ctx context.Context, env []string, role, wrong string) (*refusal, error) {
 	target := value(env, fullURIVariable)
 	header, token := "Authorization", value(env, authorizationVariable)
 	if wrong != "" {
 		token = wrong
 	}
 	if target == "" {
-		target = value(env, metadataVariable) + "/latest/meta-data/iam/security-credentials/"
+		target = value(env, metadataVariable) + "/latest/meta-data/iam/security-credentials/" + role
 		var err error
 		if header, token, err = metadataToken(ctx, env); err != nil {
 			return nil, err

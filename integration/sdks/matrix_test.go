@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -106,7 +107,7 @@ func TestSidecarIsAskedForItsReason(t *testing.T) {
 		switch {
 		case r.URL.Path == "/latest/api/token":
 			_, _ = io.WriteString(w, "session")
-		case r.Header.Get("Authorization") == "right", r.Header.Get("X-Aws-Ec2-Metadata-Token") == "session":
+		case r.Header.Get("Authorization") == "right", r.Header.Get("X-Aws-Ec2-Metadata-Token") == "session" && path.Base(r.URL.Path) == "r":
 			w.WriteHeader(http.StatusForbidden)
 			_, _ = io.WriteString(w, `{"code":"DENIED","message":"no","Code":"DENIED","Message":"no"}`)
 		case r.Header.Get("Authorization") == "wrong":
@@ -121,11 +122,11 @@ func TestSidecarIsAskedForItsReason(t *testing.T) {
 		env         []string
 		wrong, want string
 	}{{container, "", "DENIED"}, {container, "wrong", "AUTHORIZATION_INVALID"}, {metadata, "", "DENIED"}} {
-		if r, err := askSidecar(t.Context(), test.env, test.wrong); err != nil || r.Code != test.want {
+		if r, err := askSidecar(t.Context(), test.env, "r", test.wrong); err != nil || r.Code != test.want {
 			t.Errorf("asked with %q: %+v, %v, want %s", test.wrong, r, err, test.want)
 		}
 	}
-	if r, err := askSidecar(t.Context(), replace(container, authorizationVariable, "other"), ""); err == nil {
+	if r, err := askSidecar(t.Context(), replace(container, authorizationVariable, "other"), "r", ""); err == nil {
 		t.Errorf("an answer without a reason is taken for %+v", r)
 	}
 }

@@ -43,7 +43,7 @@ var explained = []struct {
 		"see [what is compressed](#what-is-compressed)"},
 	{NewSession, "a client that is kept goes on failing for minutes, and a new one succeeds: see [what is compressed](#what-is-compressed)"},
 	{Metadata, "refused by the container-credentials endpoint, the client went on to instance metadata, where that token is not asked for, and has its credentials from there"},
-	{NotFound, "the client looks for the availability zone, which the sidecar does not know: set `AWS_REGION`, or the pod's annotation `region`"},
+	{NotFound, "the client's look-up found nothing, for the same reason for which it cannot use instance metadata: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Unusable, "the client cannot use this path as it is, and nothing else was tried on it: [see the error](#what-you-see-when-something-is-wrong)"},
 	{Unsupported, "the client has no such look-up: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Fails, "not as it should be"},
@@ -63,7 +63,8 @@ func page(r *Report) []byte {
 For whoever asks: does my SDK work, and what will I see when something is wrong?
 
 Real clients were run, with the environment of an injected pod and nothing else, against the real sidecar and the
-real broker. "make sdks" does it again, with the versions that are installed where it runs.`)
+real broker. ` + "`make sdks`" + ` does it again, with the versions that are installed where it runs. In short: use
+container credentials, which is what clients choose by themselves; instance metadata is for those that know nothing else.`)
 	line("\n## What was run\n")
 	line("| client | what it is | version |\n|---|---|---|")
 	for _, c := range clients {
@@ -78,9 +79,11 @@ real broker. "make sdks" does it again, with the versions that are installed whe
 	line("- `%s`: the environment as it is injected, with `%s`.", Container, fullURIVariable)
 	line("- `%s`: the same without `AWS_CONTAINER_*`, so that `%s` and the emulation of instance metadata are what is left.", MetadataV2, metadataVariable)
 	line("- `%s`: the same in a pod with the annotation `imds: v1`, for a client that knows no session tokens.", MetadataV1)
-	line("\n`minio-go` does not read `%s`: its program hands it over. The SDK for Ruby before 3.171 does not know "+
-		"`%s`; as `ruby` it is run as it is, and as `ruby-port` in a program that makes its credentials with "+
-		"`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
+	line("\n`minio-go` does not read `%s`: its program hands it over.\n\nThe SDK for Ruby before 3.171 does not know "+
+		"`%s`, and of the other variable it takes the\nhost and not the port. As `ruby` it is run as it is, and as `ruby-port` in a "+
+		"program that makes its credentials with\n`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
+	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore and the AWS CLI find\nno region: " +
+		"they make it of the zone.")
 
 	line("\n## What works\n")
 	table(&b, r)
@@ -111,10 +114,11 @@ minutes left.
 
 - SDKs renew what has 5 to 15 minutes left. All that they got here had less, so they asked the sidecar at nearly every
   call, which it answered from memory. With sessions of an hour they ask when it is due.
-- On the metadata path botocore and the AWS CLI, the SDKs for JavaScript and the one for Ruby take credentials that
-  are about to expire for valid beyond their end, because EC2 forgives that. STS does not. Where the table says
-  "%s", this was reached because all sessions were short; with sessions of an hour it is reached only after the
-  broker has been away for more than 25 minutes. Container credentials are never prolonged in this way.
+- On the metadata path some clients take credentials for valid beyond their end, because EC2 forgives that. STS does
+  not: those are the ones with "%s". botocore does so when it gets credentials with less than some 25 minutes
+  left; with sessions of an hour it does not get such while the broker is there. The SDKs for Go v2 and Ruby do so when they cannot
+  renew what has ended, so with any session, after the broker has been away for longer than it lasts. Container credentials
+  are never prolonged.
 - The sidecar states an end five minutes earlier on the metadata path. It cannot do so for sessions this short.`,
 		life(r), words[Expired])
 

@@ -233,7 +233,7 @@ func (m *matrix) away(ctx context.Context, r *row) error {
 }
 
 func (m *matrix) expired(ctx context.Context, r *row) error {
-	refusal, err := askSidecar(ctx, r.env, "")
+	refusal, err := askSidecar(ctx, r.env, lifeRole, "")
 	if err != nil {
 		return err
 	}
@@ -295,7 +295,7 @@ func (m *matrix) refusals(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		refusal, err := askSidecar(ctx, env, "")
+		refusal, err := askSidecar(ctx, env, refusedRole, "")
 		if err != nil {
 			return err
 		}
@@ -310,7 +310,7 @@ func (m *matrix) wrongTokens(ctx context.Context) error {
 		if r.path != Container {
 			return nil
 		}
-		refusal, err := askSidecar(ctx, r.env, wrong)
+		refusal, err := askSidecar(ctx, r.env, lifeRole, wrong)
 		if err != nil {
 			return err
 		}
