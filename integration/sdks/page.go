@@ -82,8 +82,8 @@ container credentials, which is what clients choose by themselves; instance meta
 	line("\n`minio-go` does not read `%s`: its program hands it over.\n\nThe SDK for Ruby before 3.171 does not know "+
 		"`%s`, and of the other variable it takes the\nhost and not the port. As `ruby` it is run as it is, and as `ruby-port` in a "+
 		"program that makes its credentials with\n`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
-	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore and the AWS CLI find\nno region: " +
-		"they make it of the zone.")
+	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore finds no\nregion: " +
+		"it makes it of the zone.")
 
 	line("\n## What works\n")
 	table(&b, r)
