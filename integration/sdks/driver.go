@@ -138,7 +138,8 @@ func (d *driver) stop() {
 	_ = d.stdin.Close()
 	// Not reaped before Wait below, so the number of the group is still its own.
 	_ = syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
-	for range d.lines { //nolint:revive // until read has ended, which Wait must not run beside
+	for range d.lines {
+		// Until read has ended, which Wait must not run beside.
 	}
 	_ = d.cmd.Wait() // killed on purpose
 	_ = d.log.Close()

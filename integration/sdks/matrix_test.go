@@ -74,7 +74,9 @@ func TestAuditedCallsAreOfOurNamespace(t *testing.T) {
 func TestDoorTellsOfTheFirstRequest(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.WriteString(w, r.URL.Path)
+		if r.URL.Path == "/v1/credentials" {
+			_, _ = io.WriteString(w, "behind it")
+		}
 	}))
 	defer server.Close()
 	d, err := openDoor(t.Context(), []string{metadataVariable + "=" + server.URL, fullURIVariable + "=" + server.URL + "/v1/credentials", "A=b"})
@@ -95,7 +97,7 @@ func TestDoorTellsOfTheFirstRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 	status, body, err := send(request)
-	if err != nil || status != http.StatusOK || string(body) != "/v1/credentials" {
+	if err != nil || status != http.StatusOK || string(body) != "behind it" {
 		t.Errorf("behind it is %d %q, %v", status, body, err)
 	}
 	<-d.first

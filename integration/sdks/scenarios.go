@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -56,12 +57,7 @@ var scenarios = []scenario{
 
 // on says whether the scenario is tried on a path.
 func (s scenario) on(path Path) bool {
-	for _, p := range s.paths {
-		if p == path {
-			return true
-		}
-	}
-	return s.paths == nil
+	return s.paths == nil || slices.Contains(s.paths, path)
 }
 
 const (
