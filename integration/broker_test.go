@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -329,8 +330,16 @@ func TestMetricsOfARunningBroker(t *testing.T) {
 			t.Errorf("there is no metric %s", name)
 		}
 	}
+	webhooks, err := credence.WebhookMetrics(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if regexp.MustCompile(`(?m)^credence_webhook_reviews_total\{decision="injected"\} 0$`).MatchString(webhooks) ||
+		!strings.Contains(webhooks, "\ncredence_webhook_informer_age_seconds 0\n") {
+		t.Errorf("the webhook that has injected a pod tells:\n%s", webhooks)
+	}
 	for _, secret := range []string{"metered", ns} {
-		if strings.Contains(text, secret) {
+		if strings.Contains(text+webhooks, secret) {
 			t.Errorf("the metrics name %s", secret)
 		}
 	}

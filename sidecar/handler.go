@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -39,7 +40,33 @@ func (s *Sidecar) Handler() http.Handler {
 	if s.metadata != policy.MetadataOff {
 		s.routeMetadata(router)
 	}
-	return requireLoopback(router)
+	return requireLoopback(s.quick(oneSlash(router)))
+}
+
+// quick answers the request that SDKs make before others have a look at it: finding a route takes longer than
+// answering.
+func (s *Sidecar) quick(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == CredentialsPath && r.Method == http.MethodGet {
+			s.serveCredentials(w, r)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// oneSlash takes //latest for /latest: AWS_EC2_METADATA_SERVICE_ENDPOINT ends in a slash, and the paths that some SDKs
+// append to it begin with one.
+func oneSlash(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "//latest/") {
+			address := *r.URL
+			address.Path, address.RawPath = address.Path[1:], ""
+			r = r.WithContext(r.Context()) // a copy
+			r.URL = &address
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // route registers a path with and without a slash at its end: SDKs differ.
@@ -201,14 +228,19 @@ func writeError(w http.ResponseWriter, status int, code, message string) {
 	writeJSON(w, status, mustJSON(failure{code, message, code, message}))
 }
 
+var noStore = []string{"no-store"} // shared by all answers, which do not change it
+
 // writeJSON sends body. The Go SDK reads an error's message only if the type has no charset.
 func writeJSON(w http.ResponseWriter, status int, body []byte) {
 	write(w, status, "application/json", body)
 }
 
 func write(w http.ResponseWriter, status int, contentType string, body []byte) {
-	w.Header().Set("Content-Type", contentType)
-	w.Header().Set("Cache-Control", "no-store")
+	h := w.Header()
+	h["Content-Type"] = []string{contentType}
+	h["Cache-Control"] = noStore
+	// Without it net/http sends in chunks what is longer than 2 kB, as with a long session token.
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(status)
 	_, _ = w.Write(body) // the client has gone: nobody is left to tell
 }

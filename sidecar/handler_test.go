@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -51,6 +52,25 @@ func TestCredentials(t *testing.T) {
 	})
 }
 
+// Session tokens of some accounts make an answer longer than what net/http would send in one piece.
+func TestLongAnswersTellTheirLength(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lease, err := yields(t, time.Hour, 27*time.Minute)(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		lease.SessionToken = credential.NewSecret(strings.Repeat("t", 4000))
+		w := start(t, func(context.Context) (credential.Lease, error) { return lease, nil })
+		for _, path := range []string{"/v1/credentials", "/v1/credentials/"} {
+			a := w.do(http.MethodGet, path, "Authorization", authorization)
+			a.want(t, http.StatusOK, "")
+			if got, want := a.header.Get("Content-Length"), strconv.Itoa(len(a.body)); got != want || len(a.body) < 4000 {
+				t.Errorf("%s: Content-Length = %q for %s bytes", path, got, want)
+			}
+		}
+	})
+}
+
 func TestAuthorization(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
@@ -83,6 +103,9 @@ func TestRouting(t *testing.T) {
 		{http.MethodGet, "/v1/credentials/x", 404, "NOT_FOUND"},
 		{http.MethodGet, "//v1/credentials", 404, "NOT_FOUND"},
 		{http.MethodGet, "/v1/../v1/credentials", 404, "NOT_FOUND"},
+		{http.MethodGet, "///latest/meta-data/iam/info", 404, "NOT_FOUND"},
+		{http.MethodGet, "//latest/user-data", 404, "NOT_FOUND"},
+		{http.MethodGet, "//latest/api/token", 405, "METHOD_NOT_ALLOWED"},
 		{http.MethodGet, "/latest/meta-data/iam/security-credentials-extended/", 404, "NOT_FOUND"},
 		{http.MethodGet, "/latest/meta-data/iam/security-credentials-extended/app", 404, "NOT_FOUND"},
 		{http.MethodGet, "/latest/user-data", 404, "NOT_FOUND"},
@@ -90,7 +113,7 @@ func TestRouting(t *testing.T) {
 		{http.MethodGet, "/latest/api/token", 405, "METHOD_NOT_ALLOWED"},
 		{http.MethodPut, "/latest/meta-data/iam/info", 405, "METHOD_NOT_ALLOWED"},
 	}
-	allow := map[string]string{"/v1/credentials": "GET", "/latest/api/token": "PUT", "/latest/meta-data/iam/info": "GET"}
+	allow := map[string]string{"/v1/credentials": "GET", "/latest/api/token": "PUT", "//latest/api/token": "PUT", "/latest/meta-data/iam/info": "GET"}
 	for _, answer := range []sourceFunc{hangs, yields(t, time.Hour, 27*time.Minute)} {
 		synctest.Test(t, func(t *testing.T) {
 			w := start(t, answer)

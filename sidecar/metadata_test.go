@@ -50,7 +50,8 @@ func TestMetadataCredentials(t *testing.T) {
 				t.Errorf("%s = %q as %s, want the role's name", path, a.body, a.header.Get("Content-Type"))
 			}
 		}
-		for _, path := range []string{rolesPath + "app", rolesPath + "app/"} {
+		// SDKs for Java and .NET put the endpoint, which ends in a slash, and the path, which begins with one, together.
+		for _, path := range []string{rolesPath + "app", rolesPath + "app/", "/" + rolesPath + "app"} {
 			a := w.do(http.MethodGet, path, headerToken, token)
 			a.want(t, http.StatusOK, "")
 			const want = `{"Code":"Success","LastUpdated":"2000-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"ASIA000000",` +

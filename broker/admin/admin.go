@@ -1,5 +1,6 @@
 // Package admin serves what operators, Prometheus and kubelet ask of a broker: whether it lives,
-// whether it is ready, its metrics, and, on a listener of its own, the state of each grant.
+// whether it is ready, its metrics, and, on a listener of its own, the state of each grant. It has the webhook's
+// metrics, too.
 //
 // It shows no credential, and decides nothing. Its metrics have few series, whatever pods do. The
 // debug pages take orders, to renew or drop the sessions of a role, from whoever can reach their
@@ -39,7 +40,7 @@ func Ready(checks []Check) error {
 
 // Handler serves /healthz, which answers 200 while the process runs, /readyz, which answers 200 when
 // every check passes and otherwise 503 and why, and /metrics, unless metrics is nil.
-func Handler(metrics *Metrics, checks ...Check) http.Handler {
+func Handler(metrics http.Handler, checks ...Check) http.Handler {
 	router := mux.NewRouter()
 	router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
 		writeText(w, http.StatusOK, "ok")
@@ -52,7 +53,7 @@ func Handler(metrics *Metrics, checks ...Check) http.Handler {
 		writeText(w, http.StatusOK, "ready")
 	}).Methods(http.MethodGet)
 	if metrics != nil {
-		router.Handle("/metrics", metrics.Handler()).Methods(http.MethodGet)
+		router.Handle("/metrics", metrics).Methods(http.MethodGet)
 	}
 	return router
 }

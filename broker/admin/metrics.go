@@ -141,9 +141,11 @@ func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
 }
 
 // Handler serves the metrics in the forms that Prometheus asks for.
-func (m *Metrics) Handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
-		ErrorLog:            slog.NewLogLogger(m.log.Handler(), slog.LevelWarn),
+func (m *Metrics) Handler() http.Handler { return serve(m.registry, m.log) }
+
+func serve(registry *prometheus.Registry, log *slog.Logger) http.Handler {
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
+		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		MaxRequestsInFlight: maxScrapes,
 		Timeout:             scrapeTimeout,
 	})

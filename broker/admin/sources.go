@@ -57,12 +57,18 @@ type number struct {
 	kind prometheus.ValueType
 }
 
+// Prefixes of the names of metrics.
+const (
+	ofBroker  = "credence_broker_"
+	ofWebhook = "credence_webhook_"
+)
+
 func gauge(name, help string, labels ...string) number {
-	return number{desc: prometheus.NewDesc("credence_broker_"+name, help, labels, nil), kind: prometheus.GaugeValue}
+	return number{desc: prometheus.NewDesc(ofBroker+name, help, labels, nil), kind: prometheus.GaugeValue}
 }
 
 func counter(name, help string, labels ...string) number {
-	return number{desc: prometheus.NewDesc("credence_broker_"+name, help, labels, nil), kind: prometheus.CounterValue}
+	return number{desc: prometheus.NewDesc(ofBroker+name, help, labels, nil), kind: prometheus.CounterValue}
 }
 
 // The metrics that are asked for. docs/metrics.md says what to make of each, and a test compares.

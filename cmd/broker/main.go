@@ -72,7 +72,7 @@ func run(ctx context.Context, o options) error {
 	if err := p.metrics.Watch(admin.Sources{Ready: ready}); err != nil {
 		return err
 	}
-	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(p.metrics, checks...)) })
+	group.Go(func() error { return admin.Serve(work, adminListener, admin.Handler(p.metrics.Handler(), checks...)) })
 	group.Go(func() error {
 		defer stopWork()
 		base := o.base

@@ -19,6 +19,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
+	_ "github.com/credence-iam/credence/cmd/internal/oneprocessor" // less memory, quicker answers: docs/performance.md
 	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/sidecar"
 )

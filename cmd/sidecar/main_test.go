@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -153,6 +154,13 @@ func imports(t *testing.T, dir string) []string {
 	return paths
 }
 
+// This test is the program, so far as what happens before main.
+func TestOneProcessor(t *testing.T) {
+	if n := runtime.GOMAXPROCS(0); n != 1 {
+		t.Errorf("the program uses %d processors, want 1", n)
+	}
+}
+
 // maxSize bounds the program, which every node of a cluster fetches, in bytes (MB = 10^6).
 const maxSize = 11_000_000
 
@@ -160,19 +168,10 @@ func TestSize(t *testing.T) {
 	if testing.Short() {
 		t.Skip("not run: -short was given, and this builds the program for two architectures")
 	}
-	goTool := filepath.Join(build.Default.GOROOT, "bin", "go")
-	if _, err := os.Stat(goTool); err != nil {
-		goTool = "go"
-	}
 	for _, arch := range []string{"amd64", "arm64"} {
 		t.Run(arch, func(t *testing.T) {
 			binary := filepath.Join(t.TempDir(), "credence-sidecar")
-			// What "make build" does.
-			cmd := exec.CommandContext(t.Context(), goTool, "build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", binary, ".")
-			cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
-			if out, err := cmd.CombinedOutput(); err != nil {
-				t.Fatalf("building: %v\n%s", err, out)
-			}
+			buildReleased(t, binary, "GOOS=linux", "GOARCH="+arch)
 			info, err := os.Stat(binary)
 			if err != nil {
 				t.Fatal(err)
@@ -182,5 +181,19 @@ func TestSize(t *testing.T) {
 				t.Errorf("the program has %d bytes, want at most %d", info.Size(), maxSize)
 			}
 		})
+	}
+}
+
+// buildReleased builds the program as "make build" does.
+func buildReleased(t *testing.T, file string, env ...string) {
+	t.Helper()
+	goTool := filepath.Join(build.Default.GOROOT, "bin", "go")
+	if _, err := os.Stat(goTool); err != nil {
+		goTool = "go"
+	}
+	cmd := exec.CommandContext(t.Context(), goTool, "build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", file, ".")
+	cmd.Env = append(append(os.Environ(), "CGO_ENABLED=0"), env...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("building: %v\n%s", err, out)
 	}
 }

@@ -18,6 +18,7 @@ import (
 // right is a bad flag.
 type options struct {
 	listen, tlsCert, tlsKey, kubeconfig string
+	adminListen                         string // empty: there are no metrics
 	rulesFile                           string // empty: there is none
 	level                               slog.Level
 
@@ -40,6 +41,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		user                                  int64
 	)
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve HTTPS on: /mutate, /healthz and /readyz")
+	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /metrics on, over plain HTTP; empty serves none")
 	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; replaced files are taken up without a restart")
 	f.StringVar(&o.tlsKey, "tls-key", "/etc/credence/tls/tls.key", "PEM `file` with its private key")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty inside a cluster")

@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
+	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/certs"
@@ -37,9 +38,12 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
-	var runs []func(context.Context) error
+	var (
+		runs     []func(context.Context) error
+		follower *rulesfile.Follower // nil without a rules file
+	)
 	if o.rulesFile != "" {
-		follower, err := rulesfile.New(rulesfile.Config{Path: o.rulesFile, Rules: o.rules, Logger: log})
+		follower, err = rulesfile.New(rulesfile.Config{Path: o.rulesFile, Rules: o.rules, Logger: log})
 		if err != nil {
 			return fmt.Errorf("--rules-file: %w", err)
 		}
@@ -50,6 +54,19 @@ func run(ctx context.Context, o options) error {
 		return fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
 	}
 	namespaces, err := kube.NewNamespaces(rest, o.rules.Keys(), log)
+	if err != nil {
+		return err
+	}
+	metrics, err := admin.NewWebhookMetrics(program.Version(), admin.WebhookSources{
+		Certificate: pair.NotAfter, InformerAge: namespaces.Age, LiveReads: namespaces.Reads,
+		RulesFile: func() (admin.RulesFile, bool) {
+			if follower == nil {
+				return admin.RulesFile{}, false
+			}
+			status := follower.Status()
+			return admin.RulesFile{Loaded: status.Loaded, OK: status.Err == nil}, true
+		},
+	}, log)
 	if err != nil {
 		return err
 	}
@@ -65,6 +82,9 @@ func run(ctx context.Context, o options) error {
 			return nil
 		}},
 		Logger: log,
+		Observe: func(seen webhook.Observation) {
+			metrics.Review(seen.Decision, seen.Reason, seen.Took, seen.PatchBytes)
+		},
 	})
 	if err != nil {
 		return err
@@ -72,6 +92,15 @@ func run(ctx context.Context, o options) error {
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
+	}
+	if o.adminListen != "" {
+		adminListener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.adminListen)
+		if err != nil {
+			return fmt.Errorf("--admin-listen: %w", err)
+		}
+		runs = append(runs, func(ctx context.Context) error {
+			return admin.Serve(ctx, adminListener, admin.Handler(metrics.Handler()))
+		})
 	}
 	log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "version", program.Version())
 

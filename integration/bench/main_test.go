@@ -8,7 +8,9 @@ import (
 	"crypto/rsa"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -184,6 +186,78 @@ func TestRSSAnon(t *testing.T) {
 	runtime.KeepAlive(held)
 	if err != nil || large-small < size/2 {
 		t.Errorf("holding %d bytes more, RssAnon grew from %.0f to %.0f (%v)", size, small, large, err)
+	}
+}
+
+// The threads of a process that sleeps and wakes are all counted.
+func TestSwitches(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is no /proc")
+	}
+	before, err := switches(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const naps = 50
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		for range naps {
+			time.Sleep(100 * time.Microsecond)
+		}
+	}()
+	<-done
+	if after, err := switches(os.Getpid()); err != nil || after-before < naps {
+		t.Errorf("after %d naps, %.0f switches became %.0f (%v)", naps, before, after, err)
+	}
+	if _, err := switches(1 << 30); err == nil {
+		t.Error("a process that does not exist has switches")
+	}
+}
+
+// The parts of a start are all there, in order, and are less than the whole together.
+func TestStartParts(t *testing.T) {
+	runs, err := newBench(t).startTime(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, run := range runs {
+		if len(run.Parts) != len(startParts) {
+			t.Fatalf("parts are %+v", run.Parts)
+		}
+		for n, part := range run.Parts {
+			if part.Name != startParts[n] || part.Value < 0 || part.Value > run.Value {
+				t.Errorf("of %g ms in all, part %d is %+v", run.Value, n, part)
+			}
+		}
+	}
+}
+
+// A CPU limit holds for what puts itself into its cgroup, and goes away with the run.
+func TestStartUnderALimit(t *testing.T) {
+	programs, err := process.Open(t.Context(), process.Config{Parent: t.TempDir(), Name: "bench"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	procs, err := programs.CPULimit("start-50-0", 50)
+	if err != nil {
+		t.Logf("no CPU limit is to be had here: %v", err)
+	} else {
+		quota, err := os.ReadFile(filepath.Join(filepath.Dir(procs), "cpu.cfs_quota_us"))
+		if err != nil {
+			quota, err = os.ReadFile(filepath.Join(filepath.Dir(procs), "cpu.max"))
+		}
+		if err != nil || !strings.HasPrefix(string(quota), "5000") {
+			t.Errorf("the quota is %q, %v", quota, err)
+		}
+	}
+	if err := programs.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(procs); procs != "" && !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the cgroup of %s is left behind: %v", procs, err)
 	}
 }
 

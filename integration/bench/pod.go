@@ -11,8 +11,10 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -30,6 +32,10 @@ type pod struct {
 	env           []string // of the sidecar, but for CREDENCE_LISTEN
 	size          int      // bytes of the sidecar's answer
 	started       int      // how many programs were; names them
+	wrap          []string // a program and its first arguments that run what is started; empty for none
+
+	mu      sync.Mutex
+	reached [moments]time.Time // of the last call of the broker; guarded by mu
 }
 
 const authorization = "00000000-0000-4000-8000-000000000000" // has the form of a pod's UID
@@ -61,7 +67,10 @@ func (b *bench) newPod(ctx context.Context) (p *pod, err error) {
 		Expiration: timestamppb.New(c.Expiration), RefreshAfter: durationpb.New(c.Life() / 2),
 		RoleArn: "arn:aws:iam::" + account + ":role/bench", AccountId: account, Region: region,
 	}
-	address, err := bareBroker{answer: func(context.Context) (*brokerpb.GetCredentialsResponse, error) { return answer, nil }}.serve(ctx, t)
+	address, err := bareBroker{
+		answer:  func(context.Context) (*brokerpb.GetCredentialsResponse, error) { return answer, nil },
+		reached: p.note,
+	}.serve(ctx, t)
 	if err != nil {
 		return nil, err
 	}
@@ -79,6 +88,12 @@ func (b *bench) newPod(ctx context.Context) (p *pod, err error) {
 	return p, nil
 }
 
+func (p *pod) note(m moment) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.reached[m] = time.Now()
+}
+
 // server is an HTTP server in a process of its own, and the one connection to it. It has answered
 // once.
 type server struct {
@@ -88,7 +103,8 @@ type server struct {
 	conn    net.Conn
 	reader  *bufio.Reader
 	size    int           // bytes of its last answer
-	took    time.Duration // from just before its start to its first answer
+	began   time.Time     // just before its start
+	took    time.Duration // from then to its first answer
 }
 
 func (p *pod) startSidecar(ctx context.Context) (*server, error) {
@@ -126,13 +142,16 @@ func (p *pod) start(ctx context.Context, command func(address string) process.Co
 	p.started++
 	c.Name = filepath.Base(c.Path) + "-" + strconv.Itoa(p.started)
 	s := &server{request: []byte("GET " + sidecar.CredentialsPath + " HTTP/1.1\r\nHost: " + address + "\r\nAuthorization: " + authorization + "\r\n\r\n")}
-	began := time.Now()
+	if len(p.wrap) > 0 {
+		c.Path, c.Args = p.wrap[0], slices.Concat(p.wrap[1:], []string{c.Path}, c.Args)
+	}
+	s.began = time.Now()
 	if s.Process, err = p.programs.Start(c); err != nil {
 		return nil, err
 	}
 	for ; ; time.Sleep(pause) {
 		if err = s.first(ctx, address); err == nil {
-			s.took = time.Since(began)
+			s.took = time.Since(s.began)
 			return s, nil
 		}
 		select {

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
+	"sync"
 	"time"
 
 	"github.com/credence-iam/credence/integration/bench/report"
@@ -43,14 +45,6 @@ var sidecarMetrics = []metric{
 		measure: memory,
 	}, {
 		Metric: report.Metric{
-			Name: "sidecar_start_to_first_200_ms", Unit: "ms",
-			NoGoal: "watched only: a pod's start takes seconds",
-		},
-		about: "From the start of the program to the first 200 with credentials, by a broker that answers at once over TLS; beside it,\n" +
-			"\tthe start of a bare net/http server. Starting a process and finding that it listens are in both.",
-		measure: startTime,
-	}, {
-		Metric: report.Metric{
 			Name: "sidecar_get_c1_p50", Unit: "us",
 			// What time limits, routing and the check of headers may cost.
 			Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.15},
@@ -58,7 +52,15 @@ var sidecarMetrics = []metric{
 		about: "Median latency of GET " + sidecar.CredentialsPath + " on one connection that is kept; beside it, a bare net/http server with a body\n" +
 			"\tof the same size. The client writes prepared bytes, so that its own work hides no difference.\n" +
 			"\tEach run has processes of its own.",
-		measure: getLatency,
+		measure: func(ctx context.Context, b *bench) ([]report.Run, error) { return b.eachBeside(ctx, latency) },
+	}, {
+		Metric: report.Metric{
+			Name: "sidecar_get_c16_rps", Unit: "requests/s",
+			// SDKs of several programs, or many sessions of one, at a start.
+			Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.85},
+		},
+		about:   "The same requests per second on " + strconv.Itoa(crowd) + " connections that are kept, each with one request at a time.",
+		measure: func(ctx context.Context, b *bench) ([]report.Run, error) { return b.eachBeside(ctx, throughput) },
 	},
 }
 
@@ -100,27 +102,9 @@ func (b *bench) binarySize(ctx context.Context, arch string) ([]report.Run, erro
 	return []report.Run{{Value: float64(info.Size())}}, nil
 }
 
-func startTime(ctx context.Context, b *bench) ([]report.Run, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	p, err := b.newPod(ctx)
-	if err != nil {
-		return nil, err
-	}
-	started := func(start func(context.Context) (*server, error)) side {
-		return timed(func(ctx context.Context) (time.Duration, error) {
-			s, err := start(ctx)
-			if err != nil {
-				return 0, err
-			}
-			s.stop()
-			return s.took, nil
-		}, time.Millisecond)
-	}
-	return b.paired(ctx, started(p.startSidecar), started(p.startBare))
-}
-
-func getLatency(ctx context.Context, b *bench) ([]report.Run, error) {
+// eachBeside measures runs that have a sidecar and a bare server of their own: where a process lies in memory can make it
+// a tenth faster or slower for all its life.
+func (b *bench) eachBeside(ctx context.Context, measure func(*server) side) ([]report.Run, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	p, err := b.newPod(ctx)
@@ -129,7 +113,7 @@ func getLatency(ctx context.Context, b *bench) ([]report.Run, error) {
 	}
 	var runs []report.Run
 	for i := range b.runs {
-		run, err := p.compareGets(ctx, b, i)
+		run, err := p.beside(ctx, b, i, measure)
 		if err != nil {
 			return nil, err
 		}
@@ -138,9 +122,7 @@ func getLatency(ctx context.Context, b *bench) ([]report.Run, error) {
 	return runs, nil
 }
 
-// compareGets is one run of getLatency. It has processes of its own: where one lies in memory can make it a tenth
-// faster or slower for all its life.
-func (p *pod) compareGets(ctx context.Context, b *bench, i int) (report.Run, error) {
+func (p *pod) beside(ctx context.Context, b *bench, i int, measure func(*server) side) (report.Run, error) {
 	ours, err := p.startSidecar(ctx)
 	if err != nil {
 		return report.Run{}, err
@@ -154,7 +136,49 @@ func (p *pod) compareGets(ctx context.Context, b *bench, i int) (report.Run, err
 	if ours.size != bare.size {
 		return report.Run{}, fmt.Errorf("the sidecar answers %d bytes and the bare server %d", ours.size, bare.size)
 	}
-	return b.pair(ctx, i, timed(ours.get, time.Microsecond), timed(bare.get, time.Microsecond))
+	return b.pair(ctx, i, measure(ours), measure(bare))
+}
+func latency(s *server) side { return timed(s.get, time.Microsecond) }
+
+const crowd = 16
+
+// throughput measures requests per second of a crowd. It connects anew for each turn, before the clock starts.
+func throughput(s *server) side {
+	return func(ctx context.Context, length time.Duration) ([]float64, error) {
+		var all []*server
+		defer func() {
+			for _, one := range all {
+				_ = one.conn.Close()
+			}
+		}()
+		for range crowd {
+			one := &server{request: s.request}
+			if err := one.first(ctx, s.conn.RemoteAddr().String()); err != nil {
+				return nil, err
+			}
+			all = append(all, one)
+		}
+		var (
+			wg     sync.WaitGroup
+			counts = make([]int, crowd)
+			errs   = make([]error, crowd)
+			began  = time.Now()
+		)
+		for n, one := range all {
+			wg.Go(func() {
+				for errs[n] == nil && time.Since(began) < length {
+					_, errs[n] = one.get(ctx)
+					counts[n]++
+				}
+			})
+		}
+		wg.Wait()
+		total := 0
+		for _, n := range counts {
+			total += n
+		}
+		return []float64{float64(total) / time.Since(began).Seconds()}, errors.Join(errs...)
+	}
 }
 
 // settle is how long after its first answer a process counts as idle: what it frees by itself, it has
@@ -171,24 +195,10 @@ func memory(ctx context.Context, b *bench) ([]report.Run, error) {
 	if err != nil {
 		return nil, err
 	}
-	var pids []int // a sidecar and a bare server in turn
-	for range b.runs {
-		for _, start := range []func(context.Context) (*server, error){p.startSidecar, p.startBare} {
-			s, err := start(ctx)
-			if err != nil {
-				return nil, err
-			}
-			defer s.stop()
-			_ = s.conn.Close() // an SDK that has what it wanted
-			pids = append(pids, s.PID())
-		}
-	}
-	timer := time.NewTimer(settle)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	pids, stop, err := p.startIdle(ctx, b.runs)
+	defer stop()
+	if err != nil {
+		return nil, err
 	}
 	var runs []report.Run
 	for pair := range slices.Chunk(pids, 2) {

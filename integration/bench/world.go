@@ -64,10 +64,31 @@ type bareBroker struct {
 	brokerpb.UnimplementedBrokerServer
 
 	answer func(context.Context) (*brokerpb.GetCredentialsResponse, error)
+	// reached is told of what a call has come to, each time; nil tells nobody.
+	reached func(moment)
+}
+
+// moment is what a call has come to, as its server sees it.
+type moment int
+
+const (
+	accepted moment = iota // the connection is there
+	secured                // the handshake is over
+	arrived                // so is all that the caller sends
+	answered               // the answer is known
+	moments
+)
+
+func (b bareBroker) tell(m moment) {
+	if b.reached != nil {
+		b.reached(m)
+	}
 }
 
 // GetCredentials implements brokerpb.BrokerServer.
 func (b bareBroker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
+	b.tell(arrived)
+	defer b.tell(answered)
 	return b.answer(ctx)
 }
 
@@ -77,11 +98,27 @@ func (b bareBroker) serve(ctx context.Context, t trust) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(certs.ServerConfig(t.pair))))
+	server := grpc.NewServer(grpc.Creds(telling{credentials.NewTLS(certs.ServerConfig(t.pair)), b}))
 	brokerpb.RegisterBrokerServer(server, b)
 	go func() { _ = server.Serve(listener) }()
 	context.AfterFunc(ctx, server.Stop)
 	return address, nil
+}
+
+// telling are credentials that tell a broker of their handshakes. gRPC begins one as soon as it has accepted.
+type telling struct {
+	credentials.TransportCredentials
+	broker bareBroker
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (t telling) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	t.broker.tell(accepted)
+	conn, info, err := t.TransportCredentials.ServerHandshake(conn)
+	if err == nil {
+		t.broker.tell(secured)
+	}
+	return conn, info, err
 }
 
 // session is an AWS session of the usual lengths.

@@ -195,6 +195,12 @@ func TestTerminatingPodIsRenewed(t *testing.T) {
 	pod.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 3500}}}
 	create(t, ns, pod)
 	awaitReady(t, ns, "app")
+	eventually(t, "the application has seen a session", func(context.Context) error {
+		if said := logs(t, ns, "app", "app"); !strings.HasPrefix(said, "ASIA") {
+			return fmt.Errorf("it said %q", said)
+		}
+		return nil
+	})
 	pods := d.Client.CoreV1().Pods(ns)
 	if err := pods.Delete(t.Context(), "app", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)

@@ -421,4 +421,13 @@ func TestBuild(t *testing.T) {
 	if sidecar := archives[2].Platforms[0]; sidecar.Program > bound || sidecar.Layer > bound/2 {
 		t.Errorf("the sidecar has %d bytes, %d to download; want at most %d, and half of that", sidecar.Program, sidecar.Layer, bound)
 	}
+	// An image is its program and what describes it: together 20 kB more at most.
+	const around = 20_000
+	info, err := os.Stat(archives[2].Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if layer := archives[2].Platforms[0].Layer; info.Size() > layer+around {
+		t.Errorf("the sidecar's archive has %d bytes with a layer of %d; want at most %d more", info.Size(), layer, around)
+	}
 }

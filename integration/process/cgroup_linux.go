@@ -63,6 +63,36 @@ func makeCgroup(path string) error {
 	return nil
 }
 
+// cpuPeriod is what a kubelet takes, in microseconds.
+const cpuPeriod = 100_000
+
+// limitCPU sets a quota in whichever hierarchy has the cpu controller.
+func limitCPU(path string, milliCPUs int) (procs string, err error) {
+	roots, err := hierarchies()
+	if err != nil {
+		return "", err
+	}
+	quota := milliCPUs * cpuPeriod / 1000
+	for _, root := range roots {
+		dir := filepath.Join(root, path)
+		for _, set := range [][]struct{ file, value string }{
+			{{"cpu.max", fmt.Sprintf("%d %d", quota, cpuPeriod)}},                                       // version 2
+			{{"cpu.cfs_period_us", strconv.Itoa(cpuPeriod)}, {"cpu.cfs_quota_us", strconv.Itoa(quota)}}, // version 1
+		} {
+			if _, err := os.Stat(filepath.Join(dir, set[0].file)); err != nil {
+				continue
+			}
+			for _, s := range set {
+				if err := os.WriteFile(filepath.Join(dir, s.file), []byte(s.value), 0); err != nil {
+					return "", fmt.Errorf("limiting the CPU of a cgroup: %w", err)
+				}
+			}
+			return filepath.Join(dir, "cgroup.procs"), nil
+		}
+	}
+	return "", errors.New("limiting the CPU of a cgroup: no hierarchy has the controller cpu")
+}
+
 // needed are the controllers without which a kubelet does not start.
 var needed = []string{"cpu", "cpuset", "memory", "pids"}
 

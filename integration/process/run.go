@@ -172,6 +172,16 @@ func (r *Run) Cgroup(name string) (string, error) {
 	return path, errors.Join(makeCgroup(top), makeCgroup(path))
 }
 
+// CPULimit makes such a cgroup, whose processes get milliCPUs thousandths of a processor as the kubelet does it: a quota
+// for each 100 ms. It returns the file that takes the number of a process which is to go there.
+func (r *Run) CPULimit(name string, milliCPUs int) (procs string, err error) {
+	path, err := r.Cgroup(name)
+	if err != nil {
+		return "", err
+	}
+	return limitCPU(path, milliCPUs)
+}
+
 // cgroupOf is the cgroup of the run in dir.
 func cgroupOf(dir string) string { return "/credence-" + filepath.Base(dir) }
 

@@ -32,3 +32,6 @@ func started(pid int) (at string, alive bool) {
 // There are no cgroups here.
 func makeCgroup(string) error   { return errors.New("cgroups are Linux's") }
 func removeCgroup(string) error { return nil }
+func limitCPU(string, int) (string, error) {
+	return "", errors.New("cgroups are Linux's")
+}

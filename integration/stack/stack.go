@@ -91,6 +91,7 @@ type Stack struct {
 	brokerPort int
 	adminPort  int
 	hookPort   int
+	hookAdmin  int
 	broker     *process.Process
 	webhook    *process.Process
 }
@@ -111,7 +112,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if s.programs, err = build(ctx, s.run.Dir(), cfg.Progress); err != nil {
 		return nil, err
 	}
-	for _, port := range []*int{&s.brokerPort, &s.adminPort, &s.hookPort} {
+	for _, port := range []*int{&s.brokerPort, &s.adminPort, &s.hookPort, &s.hookAdmin} {
 		if *port, err = process.FreePort(ctx); err != nil {
 			return nil, err
 		}
@@ -202,8 +203,13 @@ func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 }
 
 // Metrics returns what the broker's metrics are.
-func (s *Stack) Metrics(ctx context.Context) (string, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))+"/metrics", nil)
+func (s *Stack) Metrics(ctx context.Context) (string, error) { return metrics(ctx, s.adminPort) }
+
+// WebhookMetrics returns what the webhook's metrics are.
+func (s *Stack) WebhookMetrics(ctx context.Context) (string, error) { return metrics(ctx, s.hookAdmin) }
+
+func metrics(ctx context.Context, port int) (string, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(port))+"/metrics", nil)
 	if err != nil {
 		return "", fmt.Errorf("asking for metrics: %w", err)
 	}
@@ -232,7 +238,7 @@ func (s *Stack) startWebhook(ctx context.Context) error {
 		Name: webhookName,
 		Path: filepath.Join(s.programs, webhookName),
 		Args: []string{
-			"--listen=" + address,
+			"--listen=" + address, "--admin-listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
 			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
 			"--kubeconfig=" + kubeconfig, "--audience=" + Audience, "--broker=" + s.BrokerAddress(),
 			"--sidecar-image=credence-sidecar:test", "--base-arn=arn:aws:iam::" + Account + ":role/",

@@ -38,8 +38,10 @@ func (i *Injector) env(c container, settings policy.Settings) []corev1.EnvVar {
 	// Also with metadata "off": the sidecar then answers 404 to everything. Without the variable, an
 	// SDK that finds nothing else would go on to the node's metadata service, and so to the node's
 	// role. A container that needs the real service sets the variable itself.
+	// With a slash at its end, because the AWS CLI v2 appends paths that begin without one. Those who append paths
+	// that begin with one ask for //latest, which the sidecar takes for the same.
 	if !has(c, metadataEndpoint) {
-		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: i.endpoint})
+		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: i.endpoint + "/"})
 	}
 	if settings.Region != "" && !has(c, region) && !has(c, defaultRegion) {
 		vars = append(vars,

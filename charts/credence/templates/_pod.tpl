@@ -10,7 +10,7 @@ labels:
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- $annotations := deepCopy $values.podAnnotations -}}
-{{- if and (eq .component "broker") .root.Values.metrics.annotatePods }}
+{{- if .root.Values.metrics.annotatePods }}
 {{- $annotations = merge $annotations (dict "prometheus.io/scrape" "true" "prometheus.io/port" "8080" "prometheus.io/path" "/metrics") }}
 {{- end }}
 {{- with $annotations }}
@@ -128,4 +128,28 @@ metadata:
   {{- end }}
 # The pods that need its token say so themselves.
 automountServiceAccountToken: false
+{{- end }}
+
+{{/* What the Prometheus Operator finds the pods of a component by. */}}
+{{- define "credence.serviceMonitor" -}}
+{{- if .root.Values.metrics.serviceMonitor.enabled }}
+---
+apiVersion: monitoring.coreos.com/v1
+kind: ServiceMonitor
+metadata:
+  name: credence-{{ .component }}
+  namespace: {{ .root.Release.Namespace | quote }}
+  labels:
+    {{- include "credence.labels" . | nindent 4 }}
+    {{- with .root.Values.metrics.serviceMonitor.labels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  selector:
+    matchLabels:
+      {{- include "credence.selector" . | nindent 6 }}
+  endpoints:
+    - port: http-metrics
+      interval: {{ .root.Values.metrics.serviceMonitor.interval }}
+{{- end }}
 {{- end }}

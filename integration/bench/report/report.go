@@ -53,6 +53,9 @@ type Metric struct {
 	// Met is nil without a goal or a value.
 	Met  *bool `json:"met"`
 	Runs []Run `json:"runs"`
+	// Parts are what the value is made of, each the median of the runs, in the same unit, in their order; empty when
+	// nobody measured them. Medians do not add up exactly.
+	Parts []Part `json:"parts,omitempty"`
 	// Reason says why there is no value; empty when there is one.
 	Reason string `json:"reason,omitempty"`
 	// NoGoal says why there is no goal; empty when there is one.
@@ -63,6 +66,13 @@ type Metric struct {
 type Run struct {
 	Value    float64  `json:"value"`
 	Baseline *float64 `json:"baseline,omitempty"`
+	Parts    []Part   `json:"parts,omitempty"`
+}
+
+// Part is a part of a value, in the value's unit.
+type Part struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
 }
 
 // Goal is a bound on a metric.
@@ -119,7 +129,11 @@ func (m Metric) Measured(runs []Run) (Metric, error) {
 	if m.Goal != nil && m.Goal.Of == Ratio && len(ratios) == 0 {
 		return m, fmt.Errorf("judging %s: the goal is a ratio, and the runs have no baseline", m.Name)
 	}
-	m.Value, m.Runs = new(Median(values)), runs
+	parts, err := medianParts(runs)
+	if err != nil {
+		return m, fmt.Errorf("judging %s: %w", m.Name, err)
+	}
+	m.Value, m.Parts, m.Runs = new(Median(values)), parts, runs
 	if len(baselines) > 0 {
 		m.Baseline, m.Ratio = new(Median(baselines)), new(Median(ratios))
 	}
@@ -131,6 +145,27 @@ func (m Metric) Measured(runs []Run) (Metric, error) {
 		m.Met = new(g.met(judged))
 	}
 	return m, nil
+}
+
+// medianParts is an error unless all runs have the same parts.
+func medianParts(runs []Run) ([]Part, error) {
+	var parts []Part
+	for n, r := range runs {
+		if len(r.Parts) != len(runs[0].Parts) {
+			return nil, fmt.Errorf("run %d has %d parts and the first %d", n+1, len(r.Parts), len(runs[0].Parts))
+		}
+	}
+	for i, first := range runs[0].Parts {
+		var xs []float64
+		for n, r := range runs {
+			if r.Parts[i].Name != first.Name || math.IsNaN(r.Parts[i].Value) {
+				return nil, fmt.Errorf("run %d has other parts than the first, or one that is no number", n+1)
+			}
+			xs = append(xs, r.Parts[i].Value)
+		}
+		parts = append(parts, Part{first.Name, Median(xs)})
+	}
+	return parts, nil
 }
 
 // NotRun returns m without a value, for that reason.
@@ -216,6 +251,9 @@ func (r Report) WriteTable(w io.Writer) error {
 		}
 		_, _ = fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", m.Name, number(m.Value), m.Unit,
 			number(m.Baseline), number(m.Ratio), m.spread(), m.goal(), m.result())
+		for _, part := range m.Parts {
+			_, _ = fmt.Fprintf(t, "  %s\t%s\t%s\t\t\t\t\t\n", part.Name, number(&part.Value), m.Unit)
+		}
 	}
 	return t.Flush()
 }

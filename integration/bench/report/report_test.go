@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,6 +47,11 @@ func measured(t *testing.T, m report.Metric, runs ...report.Run) report.Metric {
 func run(value float64) report.Run              { return report.Run{Value: value} }
 func beside(value, baseline float64) report.Run { return report.Run{Value: value, Baseline: &baseline} }
 
+func inParts(r report.Run, first, second float64) report.Run {
+	r.Parts = []report.Part{{Name: "beginning", Value: first}, {Name: "the rest", Value: second}}
+	return r
+}
+
 // example has a metric of every kind.
 func example(t *testing.T) report.Report {
 	t.Helper()
@@ -60,7 +66,7 @@ func example(t *testing.T) report.Report {
 			measured(t, report.Metric{Name: "rate", Unit: "calls/s", Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.8}},
 				beside(900, 1000), beside(850, 1000)),
 			measured(t, report.Metric{Name: "start", Unit: "ms", NoGoal: "watched only"},
-				beside(20.04, 5.11), beside(18, 5)),
+				inParts(beside(20.04, 5.11), 12, 8.04), inParts(beside(18, 5), 11, 7)),
 			report.Metric{Name: "memory", Unit: "bytes", Goal: &report.Goal{Of: report.Value, Op: "<=", Value: 3 << 20}}.
 				NotRun("there is no /proc here\nand more that a table has no room for"),
 		},
@@ -142,6 +148,9 @@ func TestMeasuredRefuses(t *testing.T) {
 		"ratio to nothing":  {run(1)},
 		"division by zero":  {beside(1, 0)},
 		"zero against zero": {beside(0, 0)},
+		"parts of some":     {inParts(beside(1, 2), 1, 0), beside(1, 2)},
+		"parts of others":   {beside(1, 2), inParts(beside(1, 2), 1, 0)},
+		"a part of nothing": {inParts(beside(1, 2), 1, math.NaN())},
 	} {
 		if m, err := ratio.Measured(runs); err == nil || m.Value != nil {
 			t.Errorf("%s: judged as %+v", name, m)

@@ -1,7 +1,7 @@
 // Command plain is a client of the sidecar without an SDK, by the variables that SDKs read.
 //
-//	plain crowd N    asks for credentials on N connections at once, all open before the first asks, and
-//	                 prints how many were answered with status 200
+//	plain crowd N    asks for credentials N times at once, each on a connection of its own, and prints how
+//	                 many were answered with status 200
 //	plain zone       prints the availability zone that instance metadata tells
 package main
 
@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -42,8 +43,13 @@ func run(ctx context.Context, args []string) error {
 	return errors.New("usage: plain crowd N, or plain zone")
 }
 
-// patience bounds a request that waits for its turn behind ten thousand.
-const patience = 2 * time.Minute
+// patience bounds a request that waits for its turn behind ten thousand, of a server with a tenth of a processor. The
+// kernel asks for a connection again after ever longer times, while the server's queue is full.
+const patience = 5 * time.Minute
+
+// tries is how often each asks, as SDKs do. What the kernel could not queue it has the client send again, after ever
+// longer times; and who is silent for two seconds after being let in, is let go.
+const tries = 5
 
 func crowd(ctx context.Context, n int) error {
 	target, err := url.Parse(os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI"))
@@ -53,16 +59,16 @@ func crowd(ctx context.Context, n int) error {
 	request := "GET " + target.Path + " HTTP/1.1\r\nHost: " + target.Host + "\r\nConnection: close\r\nAuthorization: " +
 		os.Getenv("AWS_CONTAINER_AUTHORIZATION_TOKEN") + "\r\n\r\n"
 	var answered atomic.Int64
-	var opened, all sync.WaitGroup
-	opened.Add(n)
+	var all sync.WaitGroup
 	failures := make(chan error, n)
 	for range n {
 		all.Go(func() {
-			conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", target.Host)
-			opened.Done()
-			if err == nil {
-				opened.Wait()
-				err = ask(conn, request)
+			err := ask(ctx, target.Host, request)
+			for range tries - 1 {
+				if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) {
+					break
+				}
+				err = ask(ctx, target.Host, request)
 			}
 			if err != nil {
 				failures <- err
@@ -77,7 +83,11 @@ func crowd(ctx context.Context, n int) error {
 	return <-failures
 }
 
-func ask(conn net.Conn, request string) error {
+func ask(ctx context.Context, address, request string) error {
+	conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
 	defer func() { _ = conn.Close() }()
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err

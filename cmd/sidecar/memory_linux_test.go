@@ -1,0 +1,257 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/credence-iam/credence/broker/brokerpb"
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/sidecar"
+)
+
+const (
+	// crowd is how many ask at once: more than the sidecar takes connections, and more than the kernel queues.
+	crowd = 10_000
+	// patient are those that keep their connections after the answer, so that all the sidecar takes are in use.
+	patient = 128
+	// maxResets is how many may be turned away, and ask again as SDKs do. What the kernel could not queue it has the
+	// client send again, after ever longer times; and who is silent for two seconds after being let in, is let go.
+	maxResets = crowd / 100
+	// maxAnonymous bounds the memory that is the process's own, in bytes, whatever is asked of it at once: 7.5 MiB of the
+	// 16 MiB that the container may have by default. The kernel needs 2 for its sockets, threads and tables. A pod that
+	// pays for the pages of the program, since it is the first of its node to read them, needs 6.5 of those all the time.
+	maxAnonymous = 15 << 19
+)
+
+// TestMemory runs the program as it is released, and looks at its memory while many ask at once.
+func TestMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("not run: -short was given, and this builds the program")
+	}
+	if err := allowFiles(crowd + 500); err != nil {
+		t.Skip("not run: ", err)
+	}
+	program := filepath.Join(t.TempDir(), "credence-sidecar")
+	buildReleased(t, program)
+	address := freeAddress(t)
+	pid, ended := startProgram(t, program, address)
+
+	ask := func(ctx context.Context) (net.Conn, error) { return askOnce(ctx, address) }
+	var kept []net.Conn
+	for len(kept) < patient {
+		conn, err := ask(t.Context())
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			select {
+			case <-ended:
+				t.Fatal("the program has ended")
+			default:
+				continue // it starts
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept = append(kept, conn)
+	}
+	peak := watch(t, pid)
+	var all sync.WaitGroup
+	var answered, resets atomic.Int32
+	failed := make(chan error, crowd)
+	for range crowd {
+		all.Go(func() {
+			conn, err := ask(t.Context())
+			for (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF)) && resets.Add(1) <= maxResets {
+				conn, err = ask(t.Context())
+			}
+			if err != nil {
+				failed <- err
+				return
+			}
+			conn.Close()
+			answered.Add(1)
+		})
+	}
+	for _, conn := range kept {
+		conn.Close()
+	}
+	all.Wait()
+	highest := peak()
+	if n := answered.Load(); n != crowd {
+		t.Errorf("%d of %d were answered; one was told: %v", n, crowd, <-failed)
+	}
+	t.Logf("at most %d bytes, %d connections reset", highest, resets.Load())
+	if highest > maxAnonymous {
+		t.Errorf("the program had %d bytes of its own, want at most %d", highest, maxAnonymous)
+	}
+}
+
+// allowFiles lets this process open so many files.
+func allowFiles(n uint64) error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("reading how many files may be open: %w", err)
+	}
+	if limit.Cur >= n {
+		return nil
+	}
+	limit.Cur, limit.Max = max(limit.Cur, n), max(limit.Max, n)
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("%d files have to be open at once, and the limit cannot be raised: %w", n, err)
+	}
+	return nil
+}
+
+// startProgram starts the program on address, with a broker that answers at once. Both end with the test.
+func startProgram(t *testing.T, program, address string) (pid int, ended <-chan struct{}) {
+	t.Helper()
+	dir := t.TempDir()
+	ca := certstest.NewCA(t)
+	certFile, keyFile := ca.Leaf("localhost").WriteTo(filepath.Join(dir, "tls"))
+	pair, err := certs.NewKeyPair(certFile, keyFile, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(certs.ServerConfig(pair))))
+	brokerpb.RegisterBrokerServer(server, double{})
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(server.Stop)
+	token := filepath.Join(dir, "token")
+	if err := os.WriteFile(token, []byte("header.claims.signature"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), program)
+	cmd.Env = []string{
+		"CREDENCE_LISTEN=" + address, "CREDENCE_BROKER=localhost:" + port, "CREDENCE_TOKEN_FILE=" + token,
+		"CREDENCE_ROOTS_FILE=" + ca.WriteTo(filepath.Join(dir, "roots")), "CREDENCE_AUTHORIZATION=" + password,
+	}
+	var log bytes.Buffer
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		<-done
+		if err != nil || t.Failed() {
+			t.Errorf("the program ended with %v; its log:\n%s", err, log.String())
+		}
+	})
+	return cmd.Process.Pid, done
+}
+
+const password = "00000000-0000-4000-8000-000000000000"
+
+// double is a broker that answers at once, with a session of the usual lengths.
+type double struct {
+	brokerpb.UnimplementedBrokerServer
+}
+
+// GetCredentials implements brokerpb.BrokerServer.
+func (double) GetCredentials(context.Context, *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
+	return &brokerpb.GetCredentialsResponse{
+		AccessKeyId: "ASIAEXAMPLE", SecretAccessKey: strings.Repeat("s", 40), SessionToken: strings.Repeat("t", 1000),
+		Expiration: timestamppb.New(time.Now().Add(time.Hour)), RefreshAfter: durationpb.New(27 * time.Minute),
+		RoleArn: "arn:aws:iam::123456789012:role/app", AccountId: "123456789012",
+	}, nil
+}
+
+// askOnce asks for credentials on a connection of its own, and returns that once it has the answer.
+func askOnce(ctx context.Context, address string) (_ net.Conn, err error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			conn.Close()
+		}
+	}()
+	if _, err := io.WriteString(conn, "GET "+sidecar.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n\r\n"); err != nil {
+		return nil, err
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", response.Status, body)
+	}
+	return conn, err
+}
+
+// watch looks at a process's anonymous memory all the time. What it returns ends that, and returns the most that
+// was seen, in bytes.
+func watch(t *testing.T, pid int) (peak func() int) {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	var watching sync.WaitGroup
+	most := 0
+	watching.Go(func() {
+		ticker := time.NewTicker(2 * time.Millisecond) // what the runtime has taken, it keeps for seconds
+		defer ticker.Stop()
+		for ctx.Err() == nil && !t.Failed() {
+			most = max(most, anonymous(t, pid))
+			<-ticker.C
+		}
+	})
+	return func() int {
+		stop()
+		watching.Wait()
+		return most
+	}
+}
+
+// anonymous reads RssAnon of proc_pid_status(5), in bytes.
+func anonymous(t *testing.T, pid int) int {
+	t.Helper()
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		t.Error(err)
+		return 0
+	}
+	_, after, _ := strings.Cut(string(status), "\nRssAnon:")
+	line, _, _ := strings.Cut(after, "\n")
+	kB, err := strconv.Atoi(strings.TrimSpace(strings.TrimSuffix(line, "kB")))
+	if err != nil {
+		t.Errorf("reading RssAnon of %q: %v", line, err)
+	}
+	return kB << 10
+}
