@@ -43,7 +43,7 @@ var explained = []struct {
 		"see [what is compressed](#what-is-compressed)"},
 	{NewSession, "a client that is kept goes on failing for minutes, and a new one succeeds: see [what is compressed](#what-is-compressed)"},
 	{Metadata, "refused by the container-credentials endpoint, the client went on to instance metadata, where that token is not asked for, and has its credentials from there"},
-	{NotFound, "the client's look-up found nothing, for the same reason for which it cannot use instance metadata: set `AWS_REGION`, or the pod's annotation `region`"},
+	{NotFound, "the client's look-up found nothing: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Unusable, "the client cannot use this path as it is, and nothing else was tried on it: [see the error](#what-you-see-when-something-is-wrong)"},
 	{Unsupported, "the client has no such look-up: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Fails, "not as it should be"},
@@ -82,8 +82,8 @@ container credentials, which is what clients choose by themselves; instance meta
 	line("\n`minio-go` does not read `%s`: its program hands it over.\n\nThe SDK for Ruby before 3.171 does not know "+
 		"`%s`, and of the other variable it takes the\nhost and not the port. As `ruby` it is run as it is, and as `ruby-port` in a "+
 		"program that makes its credentials with\n`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
-	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore finds no\nregion: " +
-		"it makes it of the zone.")
+	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore and the AWS CLI v2\nfind no region: " +
+		"they make it of the zone.")
 
 	line("\n## What works\n")
 	table(&b, r)
