@@ -71,6 +71,11 @@ chart: ## lint the Helm chart, and package it into .build/chart
 bench: ## measure against the goals, into .build/bench/bench.json and $BENCH_OUT
 	@go run ./integration/bench
 
+.PHONY: sdks
+sdks: ## run AWS SDKs, as they are, against sidecar and broker; writes docs/sdk-compatibility.md
+	@.ci/packages /usr/bin/aws=awscli,python3-botocore ruby=ruby,ruby-aws-sdk-core node=nodejs npm=npm curl=curl
+	@go run ./integration/sdks
+
 .PHONY: fuzz
 fuzz: ## run each fuzz test for FUZZTIME (30s)
 	@found=$$(grep -rEo --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . | sort || true); \

@@ -18,7 +18,11 @@ type Behavior struct {
 	// Percentiles. Nil: nothing.
 	Latencies func() time.Duration
 
-	// Fault is answered in place of a session, after Latency. Nil: none.
+	// Hold makes calls wait, after the latencies, until it is closed: for a test that
+	// decides itself when the answer comes. Nil: nothing is waited for.
+	Hold <-chan struct{}
+
+	// Fault is answered in place of a session, after Latency and Hold. Nil: none.
 	Fault *Fault
 
 	// Deny refuses the caller with AccessDenied, as a trust policy does that does
@@ -135,7 +139,7 @@ func (r *role) take() Behavior {
 	return b
 }
 
-// delay waits for Latency, then answers the Fault. It returns nil when the call
+// delay waits for Latency and Hold, then answers the Fault. It returns nil when the call
 // is to go on.
 func (b Behavior) delay(ctx context.Context) error {
 	wait := b.Latency
@@ -147,6 +151,13 @@ func (b Behavior) delay(ctx context.Context) error {
 		defer timer.Stop()
 		select {
 		case <-timer.C:
+		case <-ctx.Done():
+			return errNoAnswer
+		}
+	}
+	if b.Hold != nil {
+		select {
+		case <-b.Hold:
 		case <-ctx.Done():
 			return errNoAnswer
 		}

@@ -221,7 +221,7 @@ func (s *Server) SetDefault(b Behavior) {
 }
 
 // SetIdentity changes what GetCallerIdentity does, from the next call on. Only
-// Latency and Fault count: AWS lets everybody ask who they are.
+// Latency, Hold and Fault count: AWS lets everybody ask who they are.
 func (s *Server) SetIdentity(b Behavior) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

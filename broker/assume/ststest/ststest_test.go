@@ -552,6 +552,27 @@ func TestLatency(t *testing.T) {
 	})
 }
 
+func TestHold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gate := make(chan struct{})
+		s, err := ststest.StartInMemory(t.Context(), ststest.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.SetRole(roleARN, ststest.Behavior{Latency: time.Second, Hold: gate})
+		time.AfterFunc(time.Minute, func() { close(gate) })
+		start := time.Now()
+		assume(t, s, input(roleARN))
+		if got := time.Since(start); got != time.Minute {
+			t.Errorf("the answer took %v, want the minute until the gate is opened", got)
+		}
+		assume(t, s, input(roleARN))
+		if got := time.Since(start); got != time.Minute+time.Second {
+			t.Errorf("with the gate open, two answers took %v, want 1m1s", got)
+		}
+	})
+}
+
 // TestNoAnswer covers what leaves a client without an answer.
 func TestNoAnswer(t *testing.T) {
 	for name, test := range map[string]struct {
@@ -561,6 +582,8 @@ func TestNoAnswer(t *testing.T) {
 		"hang until the client gives up":    {ststest.Behavior{Fault: ststest.Hang()}, func(cancel func(), _ *ststest.Server) { cancel() }},
 		"hang until the server closes":      {ststest.Behavior{Fault: ststest.Hang()}, func(_ func(), s *ststest.Server) { s.Close() }},
 		"latency until the client gives up": {ststest.Behavior{Latency: time.Hour}, func(cancel func(), _ *ststest.Server) { cancel() }},
+		"hold until the client gives up":    {ststest.Behavior{Hold: make(chan struct{})}, func(cancel func(), _ *ststest.Server) { cancel() }},
+		"hold until the server closes":      {ststest.Behavior{Hold: make(chan struct{})}, func(_ func(), s *ststest.Server) { s.Close() }},
 		"drop":                              {ststest.Behavior{Fault: ststest.Drop()}, func(func(), *ststest.Server) {}},
 	} {
 		t.Run(name, func(t *testing.T) {

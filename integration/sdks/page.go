@@ -1,0 +1,254 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// pagePath is the page, from the root of the checkout.
+const pagePath = "docs/sdk-compatibility.md"
+
+// words are what the page's table says of an outcome. A reader finds them explained below the table.
+var words = map[Outcome]string{
+	Works:       "yes",
+	NextCall:    "next call",
+	NewSession:  "new session",
+	Reason:      "reason",
+	Hidden:      "no reason",
+	Expired:     "keeps expired",
+	Metadata:    "by metadata",
+	NotFound:    "not found",
+	Unusable:    "cannot",
+	Unsupported: "none",
+	Fails:       "**no**",
+}
+
+// explained are the words that need it, in the order of the page.
+var explained = []struct {
+	outcome Outcome
+	text    string
+}{
+	{Works, "every call succeeded, with the pod's role; for the region, the right one was found"},
+	{NextCall, "the first call failed, and one of the next, a second apart, succeeded"},
+	{Reason, "the call failed, as it has to, and the error that the program sees has the code or the message of the sidecar, which [errors](errors.md) explains"},
+	{Hidden, "the call failed, as it has to, and the error has neither: look at the Events of the pod, or at `kubectl logs POD -c credence-sidecar`"},
+	{Expired, "the client made up a later end for its credentials and went on using them, and AWS refused them with `ExpiredToken`: " +
+		"see [what is compressed](#what-is-compressed)"},
+	{NewSession, "a client that is kept goes on failing for minutes, and a new one succeeds: see [what is compressed](#what-is-compressed)"},
+	{Metadata, "refused by the container-credentials endpoint, the client went on to instance metadata, where that token is not asked for, and has its credentials from there"},
+	{NotFound, "the client's look-up found nothing: set `AWS_REGION`, or the pod's annotation `region`"},
+	{Unusable, "the client cannot use this path as it is, and nothing else was tried on it: [see the error](#what-you-see-when-something-is-wrong)"},
+	{Unsupported, "the client has no such look-up: set `AWS_REGION`, or the pod's annotation `region`"},
+	{Fails, "not as it should be"},
+}
+
+// elsewhere are SDKs that this machine cannot run, whatever is installed.
+var elsewhere = []string{"Java", ".NET", "PHP", "C++", "Rust", "Kotlin", "Swift"}
+
+// page renders the whole page. It holds no figure that changes from run to run.
+func page(r *Report) []byte {
+	var b bytes.Buffer
+	line := func(format string, args ...any) { _, _ = fmt.Fprintf(&b, format+"\n", args...) }
+	line(`# SDK compatibility
+
+<!-- Written by "make sdks" (integration/sdks). Changes by hand are lost. -->
+
+For whoever asks: does my SDK work, and what will I see when something is wrong?
+
+Real clients were run, with the environment of an injected pod and nothing else, against the real sidecar and the
+real broker. ` + "`make sdks`" + ` does it again, with the versions that are installed where it runs. In short: use
+container credentials, which is what clients choose by themselves; instance metadata is for those that know nothing else.`)
+	line("\n## What was run\n")
+	line("| client | what it is | version |\n|---|---|---|")
+	for _, c := range clients {
+		i := slices.IndexFunc(r.Rows, func(row Row) bool { return row.Client == c.name })
+		what := "not run"
+		if i >= 0 {
+			what = cmp.Or(r.Rows[i].Version, "not run: "+r.Rows[i].NotRun)
+		}
+		line("| %s | %s | %s |", c.name, c.about, what)
+	}
+	line("\nEach finds its credentials on these paths:\n")
+	line("- `%s`: the environment as it is injected, with `%s`.", Container, fullURIVariable)
+	line("- `%s`: the same without `AWS_CONTAINER_*`, so that `%s` and the emulation of instance metadata are what is left.", MetadataV2, metadataVariable)
+	line("- `%s`: the same in a pod with the annotation `imds: v1`, for a client that knows no session tokens.", MetadataV1)
+	line("\n`minio-go` does not read `%s`: its program hands it over.\n\nThe SDK for Ruby before 3.171 does not know "+
+		"`%s`, and of the other variable it takes the\nhost and not the port. As `ruby` it is run as it is, and as `ruby-port` in a "+
+		"program that makes its credentials with\n`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
+	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore and the AWS CLI v2\nfind no region: " +
+		"they make it of the zone.")
+
+	line("\n## What works\n")
+	table(&b, r)
+	line("\nThe columns:\n")
+	for _, s := range scenarios {
+		line("- **%s**: %s.", s.title, s.about)
+	}
+	line("\nThe words:\n")
+	for _, e := range explained {
+		if used(r, e.outcome) {
+			line("- %s: %s.", words[e.outcome], e.text)
+		}
+	}
+	line("\nNo client, whatever it did, made its sidecar ask the broker more often than once in 0.4 of the life of a session, and once more: that is a condition of the run.")
+
+	line("\n## What you see when something is wrong\n")
+	line("The error as the client gave it. `PORT`, `ID` and `TIME` stand for what differs from case to case.")
+	for _, c := range clients {
+		seen(&b, r, c)
+	}
+
+	line(`
+## What is compressed
+
+Sessions lasted %s here, so that a run takes minutes. Real ones last an hour, or what the annotation
+[duration](annotations.md) says, and while the broker is there the sidecar never serves one with less than 25
+minutes left.
+
+- SDKs renew what has 5 to 15 minutes left. All that they got here had less, so they asked the sidecar at nearly every
+  call, which it answered from memory. With sessions of an hour they ask when it is due.
+- On the metadata path some clients take credentials for valid beyond their end, because EC2 forgives that. STS does
+  not: those are the ones with "%s". botocore does so when it gets credentials with less than some 25 minutes
+  left; with sessions of an hour it does not get such while the broker is there. The SDKs for Go v2 and Ruby do so when they cannot
+  renew what has ended, so with any session, after the broker has been away for longer than it lasts. Container credentials
+  are never prolonged.
+- The sidecar states an end five minutes earlier on the metadata path. It cannot do so for sessions this short.`,
+		life(r), words[Expired])
+
+	line("\n## What was not run\n")
+	var absent []string
+	for _, row := range r.Rows {
+		if s := row.Client + " (" + row.NotRun + ")"; row.NotRun != "" && !slices.Contains(absent, s) {
+			absent = append(absent, s)
+		}
+	}
+	if len(absent) > 0 {
+		line("Here, though `make sdks` knows them: %s.\n", strings.Join(absent, "; "))
+	}
+	line("The SDKs for %s and %s, the SDK for Ruby from 3.171 on, and programs that bring a provider of their own, were never run: "+
+		"nothing on this page says anything of them.", strings.Join(elsewhere[:len(elsewhere)-1], ", "), elsewhere[len(elsewhere)-1])
+	return b.Bytes()
+}
+
+// table writes the table client × path by scenario.
+func table(b *bytes.Buffer, r *Report) {
+	b.WriteString("| client | path |")
+	for _, s := range scenarios {
+		b.WriteString(" " + s.title + " |")
+	}
+	b.WriteString("\n|---|---|" + strings.Repeat("---|", len(scenarios)) + "\n")
+	for _, c := range clients {
+		for _, path := range c.paths {
+			i := slices.IndexFunc(r.Rows, func(row Row) bool { return row.Client == c.name && row.Path == path })
+			_, _ = fmt.Fprintf(b, "| %s | %s |", c.name, path)
+			for _, s := range scenarios {
+				text := "not run"
+				switch {
+				case !c.tries(path, s):
+					text = "–"
+				case i >= 0 && r.Rows[i].NotRun == "":
+					text = r.Rows[i].word(s)
+				}
+				b.WriteString(" " + text + " |")
+			}
+			b.WriteString("\n")
+		}
+	}
+}
+
+// word is what the table says of a scenario. What may come out one way or another is said as such, whichever it
+// was.
+func (r Row) word(s scenario) string {
+	c, ok := r.cell(s.name)
+	if !ok {
+		return "not run"
+	}
+	if !c.Met() {
+		return words[c.Outcome] + " (not as expected)"
+	}
+	var all []string
+	for _, o := range c.Expected {
+		all = append(all, words[o])
+	}
+	return strings.Join(all, ", or ")
+}
+
+// used says whether an outcome is in the table.
+func used(r *Report, o Outcome) bool {
+	return slices.ContainsFunc(r.Rows, func(row Row) bool {
+		return slices.ContainsFunc(row.Cells, func(c Cell) bool { return c.Outcome == o || c.Met() && slices.Contains(c.Expected, o) })
+	})
+}
+
+// quoted are the scenarios whose errors the page quotes.
+var quoted = []string{refused, token}
+
+// seen writes what a client shows of what is wrong.
+func seen(b *bytes.Buffer, r *Report, c client) {
+	began := false
+	for _, name := range append([]string{first}, quoted...) {
+		var paths []string
+		var texts []string
+		for _, row := range r.Rows {
+			cell, ok := row.cell(name)
+			if row.Client != c.name || !ok || cell.Error == "" || name == first && cell.Outcome != Unusable {
+				continue
+			}
+			text := fixed(cell.Error)
+			if cell.Code != "" && !strings.Contains(cell.Error, cell.Code) {
+				text += "`, code `" + fixed(cell.Code)
+			}
+			if i := slices.Index(texts, text); i >= 0 {
+				paths[i] += ", " + string(row.Path)
+				continue
+			}
+			paths, texts = append(paths, string(row.Path)), append(texts, text)
+		}
+		if len(texts) > 0 && !began {
+			began = true
+			_, _ = fmt.Fprintf(b, "\n### %s\n\n", c.name)
+		}
+		for i := range texts {
+			_, _ = fmt.Fprintf(b, "- %s, %s: `%s`\n", scenarioOf(name).title, paths[i], texts[i])
+		}
+	}
+}
+
+// volatile are the parts of errors that differ from case to case.
+var volatile = []struct {
+	pattern *regexp.Regexp
+	name    string
+}{
+	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`), "ID"},
+	{regexp.MustCompile(`(127\.0\.0\.1:|localhost:|\[::1\]:|port=|port )\d{2,5}`), "${1}PORT"},
+	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
+	{regexp.MustCompile(`0x[0-9a-f]{6,}`), "ID"},
+}
+
+// longest bounds what is quoted of one error: enough to know it by.
+const longest = 500
+
+// fixed returns the part of an error's text that does not differ from case to case, in one line, in a form that can
+// stand between backquotes.
+func fixed(text string) string {
+	for _, v := range volatile {
+		text = v.pattern.ReplaceAllString(text, v.name)
+	}
+	text = strings.Join(strings.Fields(strings.ReplaceAll(text, "`", "'")), " ")
+	if runes := []rune(text); len(runes) > longest {
+		text = string(runes[:longest]) + "…"
+	}
+	return text
+}
+
+// life is how long sessions lasted, for a reader.
+func life(r *Report) string {
+	return (time.Duration(r.Life * float64(time.Second))).String()
+}
