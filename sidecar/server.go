@@ -30,7 +30,7 @@ const (
 	// maxHeaderBytes leaves room for tracing headers; net/http adds 4 kB of its own.
 	maxHeaderBytes = 8 << 10
 	// maxConnections bounds memory: a connection costs about 20 kB, so these fit in the container's
-	// 12 MiB beside the program. More wait in the kernel's queue, a millisecond each as a rule.
+	// 16 MiB beside the program. More wait in the kernel's queue, a millisecond each as a rule.
 	maxConnections = 128
 	// crowd is the number of open connections above which an answer is the last one on its
 	// connection, so that clients that keep theirs do not keep others waiting.
