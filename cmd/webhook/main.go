@@ -38,8 +38,8 @@ func run(ctx context.Context, o options) error {
 		return fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
 	var runs []func(context.Context) error
-	if o.rulesFile != "" {
-		follower, err := rulesfile.New(rulesfile.Config{Path: o.rulesFile, Rules: o.rules, Logger: log})
+	if o.RulesFile != "" {
+		follower, err := rulesfile.New(rulesfile.Config{Path: o.RulesFile, Rules: o.Rules, Logger: log})
 		if err != nil {
 			return fmt.Errorf("--rules-file: %w", err)
 		}
@@ -49,13 +49,13 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
 	}
-	namespaces, err := kube.NewNamespaces(rest, o.rules.Keys(), log)
+	namespaces, err := kube.NewNamespaces(rest, o.Rules.Keys(), log)
 	if err != nil {
 		return err
 	}
 	server, err := webhook.New(webhook.Config{
-		Injector:   o.injector,
-		Rules:      o.rules,
+		Injector:   o.Injector,
+		Rules:      o.Rules,
 		Namespaces: namespaces,
 		KeyPair:    pair,
 		Ready: map[string]func() error{"namespaces": func() error {
