@@ -115,7 +115,7 @@ func changesOf(before []byte, edits []edit) []change {
 			if !whole {
 				end = endOf(lineOf(end))
 			}
-			if last+1 == len(edits) || edits[last+1].start >= end && !(edits[last+1].start == edits[last].end) {
+			if last+1 == len(edits) || edits[last+1].start > end || edits[last+1].start == end && end > 0 && before[end-1] == '\n' {
 				break
 			}
 			last++

@@ -108,7 +108,8 @@ func allBlank(text []byte) bool {
 func splitJSON(part []byte) (values [][]byte, head int, isJSON bool) {
 	yaml := [][]byte{part}
 	if marks(part, "---") {
-		if head = bytes.IndexByte(part, '\n') + 1; head == 0 || len(bytes.TrimSpace(part[3:head])) > 0 {
+		head = bytes.IndexByte(part, '\n') + 1
+		if rest := bytes.TrimSpace(part[3:max(head, 3)]); head == 0 || len(rest) > 0 && rest[0] != '#' {
 			return yaml, 0, false
 		}
 	}

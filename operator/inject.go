@@ -1,6 +1,7 @@
 package operator
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -133,7 +134,7 @@ func (d *document) where() string {
 	if d.root != nil {
 		line += d.root.Line - 1
 		if d.json {
-			line += strings.Count(string(d.text[:d.head]), "\n")
+			line += bytes.Count(d.text[:d.head], []byte("\n"))
 		}
 	}
 	return fmt.Sprintf("%s: document %d (line %d)", d.file, d.number, line)
@@ -154,7 +155,7 @@ func (d *document) at(whole *any, path []string) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		decoder := json.NewDecoder(strings.NewReader(string(raw)))
+		decoder := json.NewDecoder(bytes.NewReader(raw))
 		decoder.UseNumber()
 		if err := decoder.Decode(whole); err != nil {
 			return nil, err
@@ -330,6 +331,11 @@ func (in *injection) edit(d *document, adds []placed) (edits []edit, anew bool, 
 	whole := apply(text, edits)
 	if marks(d.text, "---") {
 		whole = append([]byte("---\n"), whole...)
+	}
+	for line := range bytes.Lines(d.text) {
+		if marks(line, "...") { // what comes next may not begin with ---
+			whole = append(whole, "...\n"...)
+		}
 	}
 	return []edit{{0, len(d.text), string(whole)}}, true, nil
 }
