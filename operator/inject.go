@@ -221,7 +221,7 @@ func (in *injection) document(d *document) (r result) {
 		return r
 	}
 	if anew {
-		r.said = append(r.said, d.where()+": note: its anchors and aliases are written out, and its white space may differ")
+		r.said = append(r.said, d.where()+": note: written anew, because there is no place to add something to what several parts share (anchors, aliases) or to a text that lacks its last newline; white space may differ")
 	}
 	r.edits = edits
 	return r
