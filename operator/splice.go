@@ -490,13 +490,14 @@ func (s *splicer) end(n *yaml.Node) (int, error) {
 		return 0, err
 	}
 	step := 1
-	switch {
-	case n.Kind == yaml.MappingNode:
+	switch n.Kind {
+	case yaml.MappingNode:
 		step = 2
-	case n.Kind == yaml.AliasNode:
+	case yaml.AliasNode:
 		return at + 1 + len(n.Value), nil
-	case n.Kind == yaml.ScalarNode:
+	case yaml.ScalarNode:
 		return s.scalarEnd(n, at)
+	default: // a list
 	}
 	if n.Style&yaml.FlowStyle == 0 {
 		for i := len(n.Content) - step; i >= 0; i -= step {
@@ -676,7 +677,7 @@ func (s *splicer) nextLine(at int) int {
 // lineStarts returns where each line begins, by the line breaks of YAML 1.1, as package yaml counts them.
 func lineStarts(b []byte) []int {
 	lines := []int{0}
-	for i := 0; i < len(b); i++ {
+	for i := range b {
 		switch {
 		case b[i] == '\n', b[i] == '\r' && (i+1 == len(b) || b[i+1] != '\n'):
 			lines = append(lines, i+1)
