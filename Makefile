@@ -10,7 +10,7 @@ MAKEFLAGS     += --no-print-directory
 # Programs are static. The tag leaves out gRPC's tracing pages, and with them html/template and the
 # reflection that keeps the linker from dropping what is not used: a quarter of the sidecar's size. What is
 # said of the version comes from the build information that Go records.
-PROGRAMS := broker sidecar webhook
+PROGRAMS := broker credence sidecar webhook
 BUILD    := CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags '-s -w'
 
 # How long "make fuzz" gives to each fuzz test.
@@ -26,8 +26,9 @@ help: ## list the targets
 build: ## build the programs into .build/bin
 	@mkdir -p .build/bin
 	@for p in $(PROGRAMS); do \
-		$(BUILD) -o .build/bin/credence-$$p ./cmd/$$p; \
-		echo ".build/bin/credence-$$p  $$(wc -c < .build/bin/credence-$$p) bytes"; \
+		name=credence-$${p#credence}; name=$${name%-}; \
+		$(BUILD) -o .build/bin/$$name ./cmd/$$p; \
+		echo ".build/bin/$$name  $$(wc -c < .build/bin/$$name) bytes"; \
 	done
 
 # Where images are to be pushed, and how they are tagged: see "go run ./integration/images/make -help".

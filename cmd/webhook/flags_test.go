@@ -46,7 +46,7 @@ func TestBadFlags(t *testing.T) {
 
 func TestPlatformChoosesUser(t *testing.T) {
 	o, err := parse([]string{"--broker=b:1", "--sidecar-image=i", "--sidecar-run-as-user=-1"})
-	if err != nil || o.injector == nil || o.rules == nil {
+	if err != nil || o.Injector == nil || o.Rules == nil {
 		t.Errorf("--sidecar-run-as-user=-1: %+v, %v", o, err)
 	}
 }

@@ -42,8 +42,8 @@ func run(ctx context.Context, o options) error {
 		runs     []func(context.Context) error
 		follower *rulesfile.Follower // nil without a rules file
 	)
-	if o.rulesFile != "" {
-		follower, err = rulesfile.New(rulesfile.Config{Path: o.rulesFile, Rules: o.rules, Logger: log})
+	if o.RulesFile != "" {
+		follower, err = rulesfile.New(rulesfile.Config{Path: o.RulesFile, Rules: o.Rules, Logger: log})
 		if err != nil {
 			return fmt.Errorf("--rules-file: %w", err)
 		}
@@ -53,7 +53,7 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
 	}
-	namespaces, err := kube.NewNamespaces(rest, o.rules.Keys(), log)
+	namespaces, err := kube.NewNamespaces(rest, o.Rules.Keys(), log)
 	if err != nil {
 		return err
 	}
@@ -71,8 +71,8 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	server, err := webhook.New(webhook.Config{
-		Injector:   o.injector,
-		Rules:      o.rules,
+		Injector:   o.Injector,
+		Rules:      o.Rules,
 		Namespaces: namespaces,
 		KeyPair:    pair,
 		Ready: map[string]func() error{"namespaces": func() error {

@@ -50,6 +50,7 @@ var floors = map[string]int{
 	"operator":                4,
 
 	"cmd/internal/oneprocessor":        4,
+	"cmd/internal/injectflags":         4, // what the webhook and the operator's command share
 	"cmd/internal/program":             4, // what the mains share
 	"cmd/internal/program/programtest": 4,
 

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"flag"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/credence-iam/credence/operator"
+)
+
+// parse parses args as package program does.
+func parse(args []string) (operator.InjectConfig, error) {
+	f := flag.NewFlagSet("credence inject", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	finish := injectFlags(f)
+	if err := f.Parse(args); err != nil {
+		return operator.InjectConfig{}, err
+	}
+	return finish(f.Args())
+}
+
+func TestFlags(t *testing.T) {
+	good := []string{"--broker=broker:9443", "--sidecar-image=registry.example/credence-sidecar:v1"}
+	cfg, err := parse(append(slices.Clone(good), "-f", "a", "-f=-", "--namespace=shop", "--namespaces=n", "--rules-file=r", "--diff"))
+	if err != nil || !slices.Equal(cfg.Files, []string{"a", "-"}) || cfg.Namespace != "shop" || cfg.NamespacesFile != "n" || cfg.RulesFile != "r" || !cfg.Diff || cfg.Injector == nil || cfg.Rules == nil {
+		t.Errorf("%+v, %v", cfg, err)
+	}
+	if cfg, err := parse(good); err != nil || !slices.Equal(cfg.Files, []string{"-"}) {
+		t.Errorf("without files: %+v, %v", cfg, err)
+	}
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{good[:1], "--broker and --sidecar-image are required"},
+		{append(slices.Clone(good), "a.yaml"), `unexpected argument "a.yaml": everything is set by flags`},
+		{append(slices.Clone(good), "--namespace=A"), `--namespace: "A" is no name of a namespace`},
+		{append(slices.Clone(good), "-f="), `invalid value "" for flag -f: the name of a file is empty`},
+		{append(slices.Clone(good), "-f=-", "-f=-"), "standard input can be read once"},
+		{append(slices.Clone(good), "--namespaces=-"), "standard input can be read once"},
+		{append(slices.Clone(good), "--sidecar-port=80"), "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
+	} {
+		if _, err := parse(tt.args); err == nil || !strings.HasPrefix(err.Error(), tt.want) {
+			t.Errorf("%q: error is %v, want %s", tt.args, err, tt.want)
+		}
+	}
+}
+
+// docs/inject.md has every flag, and no other.
+func TestSettingsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/inject.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented, want []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `--?([a-z-]+)` \\|").FindAllSubmatch(page, -1) {
+		documented = append(documented, string(row[1]))
+	}
+	f := flag.NewFlagSet("credence inject", flag.ContinueOnError)
+	injectFlags(f)
+	f.VisitAll(func(f *flag.Flag) { want = append(want, f.Name) })
+	if !slices.Equal(documented, want) {
+		t.Errorf("documented are\n%q, there are\n%q", documented, want)
+	}
+}

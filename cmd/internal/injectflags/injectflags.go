@@ -1,0 +1,84 @@
+// Package injectflags is the one definition of the flags that say what is injected into pods and which
+// roles are permitted: those of the webhook, and of "credence inject", which must come to the same result.
+// It parses values and opens nothing; the flags of one program alone are that program's.
+package injectflags
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+// Options are what the flags mean.
+type Options struct {
+	// Injector injects.
+	Injector *inject.Injector
+	// Rules judge, with the keys of Injector. They have not seen RulesFile.
+	Rules *policy.Rules
+	// RulesFile is the path of the rules file. Empty: there is none.
+	RulesFile string
+}
+
+// Define defines the flags. What it returns is called when they are parsed, and returns what they mean or
+// why they cannot be right.
+func Define(f *flag.FlagSet) func() (Options, error) {
+	var (
+		o                                     Options
+		prefix, baseARN, cluster, onShadowed  string
+		image, pullPolicy, broker, trust, aud string
+		port                                  int
+		user                                  int64
+	)
+	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key; the broker's must be the same")
+	f.StringVar(&baseARN, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty leaves roles that are no full ARNs to the broker")
+	f.StringVar(&cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
+	f.StringVar(&o.RulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; the broker's must be the same; a server takes up a replaced file without a restart; empty sets no limits")
+	f.StringVar(&image, "sidecar-image", "", "`image` of the sidecar (required)")
+	f.StringVar(&pullPolicy, "sidecar-image-pull-policy", "", "`policy` Always, IfNotPresent or Never; empty leaves it to Kubernetes")
+	f.IntVar(&port, "sidecar-port", inject.DefaultPort, "`port` on 127.0.0.1 where the sidecar listens")
+	f.Int64Var(&user, "sidecar-run-as-user", inject.DefaultRunAsUser, "user `id` of the sidecar; -1 leaves it to the platform (OpenShift)")
+	f.StringVar(&broker, "broker", "", "address of the brokers, `HOST:PORT`, that sidecars ask, such as credence-broker.credence.svc:9443 (required)")
+	f.StringVar(&aud, "audience", inject.DefaultAudience, "`audience` of the sidecars' tokens; the broker's must be the same")
+	f.StringVar(&trust, "trust-config-map", inject.DefaultTrustConfigMap, "`name` of the ConfigMap, in each namespace, with the broker's roots as roots.pem")
+	f.StringVar(&onShadowed, "on-shadowed", string(inject.RefuseShadowed), "what to do about containers with web identity, which SDKs prefer to the sidecar: refuse, or warn during a migration (`choice`)")
+	return func() (Options, error) {
+		if broker == "" || image == "" {
+			return Options{}, errors.New("--broker and --sidecar-image are required")
+		}
+		keys, err := policy.NewKeys(prefix)
+		if err != nil {
+			return Options{}, fmt.Errorf("--annotation-prefix: %w", err)
+		}
+		var base credential.RoleBase
+		if baseARN != "" {
+			if base, err = credential.ParseRoleBase(baseARN); err != nil {
+				return Options{}, fmt.Errorf("--base-arn: %w", err)
+			}
+		}
+		if o.Rules, err = policy.New(policy.Config{Keys: keys, Base: base, Cluster: cluster}); err != nil {
+			return Options{}, fmt.Errorf("--cluster-name: %w", err)
+		}
+		runAs := &user
+		if user == -1 {
+			runAs = nil
+		}
+		o.Injector, err = inject.New(inject.Config{
+			Keys:            keys,
+			Image:           image,
+			ImagePullPolicy: corev1.PullPolicy(pullPolicy),
+			Broker:          broker,
+			Audience:        aud,
+			TrustConfigMap:  trust,
+			Port:            port,
+			RunAsUser:       runAs,
+			OnShadowed:      inject.OnShadowed(onShadowed),
+		})
+		return o, err
+	}
+}

@@ -1,0 +1,427 @@
+package operator
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+	utiljson "k8s.io/apimachinery/pkg/util/json"
+	sigsyaml "sigs.k8s.io/yaml"
+
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+// templates says where in an object of a kind the pod is that it stands for, or makes.
+var templates = map[string]struct {
+	groups []string
+	path   []string
+}{
+	"Pod":                   {[]string{""}, nil},
+	"PodTemplate":           {[]string{""}, []string{"template"}},
+	"ReplicationController": {[]string{""}, []string{"spec", "template"}},
+	"Deployment":            {[]string{"apps", "extensions"}, []string{"spec", "template"}},
+	"DaemonSet":             {[]string{"apps", "extensions"}, []string{"spec", "template"}},
+	"ReplicaSet":            {[]string{"apps", "extensions"}, []string{"spec", "template"}},
+	"StatefulSet":           {[]string{"apps"}, []string{"spec", "template"}},
+	"Job":                   {[]string{"batch"}, []string{"spec", "template"}},
+	"CronJob":               {[]string{"batch"}, []string{"spec", "jobTemplate", "spec", "template"}},
+}
+
+// object is one object of a document: all of it, or an item of a list.
+type object struct {
+	kind string
+	path []string // in the document
+	node *yaml.Node
+}
+
+// objects returns those of a document that concern us.
+func objects(root *yaml.Node) []object {
+	var all []object
+	var walk func(n *yaml.Node, path []string, group, kind string, depth int)
+	walk = func(n *yaml.Node, path []string, group, kind string, depth int) {
+		n = value(n)
+		if k := text(n, "kind"); k != "" {
+			kind, group = k, groupOf(text(n, "apiVersion"))
+		}
+		if t, ok := templates[kind]; ok && slices.Contains(t.groups, group) || kind == "Namespace" && group == "" {
+			all = append(all, object{kind, path, n})
+			return
+		}
+		// The items of a list of one kind need not say which. Lists in lists are taken as kubectl does.
+		of, isList := strings.CutSuffix(kind, "List")
+		items, _ := child(n, "items")
+		if items = value(items); !isList || items == nil || items.Kind != yaml.SequenceNode || depth > 8 {
+			return
+		}
+		for i, item := range items.Content {
+			walk(item, append(slices.Clone(path), "items", strconv.Itoa(i)), group, of, depth+1)
+		}
+	}
+	if root != nil {
+		walk(root, nil, "", "", 0)
+	}
+	return all
+}
+
+func groupOf(apiVersion string) string {
+	group, _, ok := strings.Cut(apiVersion, "/")
+	if !ok {
+		return ""
+	}
+	return group
+}
+
+// injection is the webhook's function on documents.
+type injection struct {
+	injector   *inject.Injector
+	rules      *policy.Rules
+	namespace  string // of objects that name none
+	namespaces map[string]policy.Namespace
+}
+
+// result is what became of a document.
+type result struct {
+	edits   []edit
+	said    []string // lines for whoever runs the command
+	refused bool
+}
+
+// metadata is what is read of an object.
+type metadata struct {
+	Name         string            `json:"name"`
+	GenerateName string            `json:"generateName"`
+	Namespace    string            `json:"namespace"`
+	Labels       map[string]string `json:"labels"`
+	Annotations  map[string]string `json:"annotations"`
+}
+
+// learn takes up the facts of the namespaces among documents. Of two of one name the later counts, as it does
+// when they are applied.
+func (in *injection) learn(documents []*document) error {
+	for _, d := range documents {
+		var whole any
+		for _, o := range objects(d.root) {
+			if o.kind != "Namespace" {
+				continue
+			}
+			raw, err := d.at(&whole, o.path)
+			var ns struct {
+				Metadata metadata `json:"metadata"`
+			}
+			if err == nil {
+				err = utiljson.Unmarshal(raw, &ns)
+			}
+			if err != nil {
+				return fmt.Errorf("%s: the namespace cannot be read: %w", d.where(), err)
+			}
+			in.namespaces[ns.Metadata.Name] = policy.Namespace{
+				Name: ns.Metadata.Name, Labels: ns.Metadata.Labels, Annotations: ns.Metadata.Annotations,
+			}
+		}
+	}
+	return nil
+}
+
+// where names a document in messages.
+func (d *document) where() string {
+	line := d.line
+	if d.root != nil {
+		line += d.root.Line - 1
+		if d.json {
+			line += bytes.Count(d.text[:d.head], []byte("\n"))
+		}
+	}
+	return fmt.Sprintf("%s: document %d (line %d)", d.file, d.number, line)
+}
+
+// asJSON returns the document as the API server gets it from kubectl.
+func (d *document) asJSON() ([]byte, error) {
+	if d.json {
+		return d.text[d.head:], nil
+	}
+	return sigsyaml.YAMLToJSON(d.text)
+}
+
+// at returns the JSON of what is at path. It keeps the decoded document in whole.
+func (d *document) at(whole *any, path []string) ([]byte, error) {
+	if *whole == nil {
+		raw, err := d.asJSON()
+		if err != nil {
+			return nil, err
+		}
+		decoder := json.NewDecoder(bytes.NewReader(raw))
+		decoder.UseNumber()
+		if err := decoder.Decode(whole); err != nil {
+			return nil, err
+		}
+	}
+	v := *whole
+	for _, token := range path {
+		switch parent := v.(type) {
+		case map[string]any:
+			v = parent[token]
+		case []any:
+			i, err := strconv.Atoi(token)
+			if err != nil || i >= len(parent) {
+				return nil, nil
+			}
+			v = parent[i]
+		default:
+			return nil, nil
+		}
+	}
+	if v == nil {
+		return nil, nil
+	}
+	return json.Marshal(v)
+}
+
+// placed is an operation and the template that it is for.
+type placed struct {
+	template []string
+	ops      []inject.Operation
+}
+
+// document injects one document.
+func (in *injection) document(d *document) (r result) {
+	var (
+		whole any
+		adds  []placed
+	)
+	for _, o := range objects(d.root) {
+		if o.kind == "Namespace" {
+			continue
+		}
+		add, said, err := in.object(d, &whole, o)
+		who := d.where() + ", " + o.name() + ": "
+		for _, line := range said {
+			r.said = append(r.said, who+line)
+		}
+		if err != nil {
+			r.said = append(r.said, who+"refused: "+err.Error())
+			r.refused = true
+		}
+		if len(add.ops) > 0 {
+			adds = append(adds, add)
+		}
+	}
+	if r.refused || len(adds) == 0 {
+		return r
+	}
+	edits, anew, err := in.edit(d, adds)
+	if err != nil {
+		r.said = append(r.said, d.where()+": refused: cannot be edited: "+err.Error())
+		r.refused = true
+		return r
+	}
+	if anew {
+		r.said = append(r.said, d.where()+": note: written anew, because there is no place to add something to what several parts share (anchors, aliases) or to a text that lacks its last newline; white space may differ")
+	}
+	r.edits = edits
+	return r
+}
+
+// name is how messages name an object.
+func (o object) name() string {
+	name := text(o.node, "metadata", "name")
+	if name == "" {
+		if name = text(o.node, "metadata", "generateName"); name != "" {
+			name += "*"
+		}
+	}
+	if ns := text(o.node, "metadata", "namespace"); ns != "" {
+		name = ns + "/" + name
+	}
+	return strings.TrimSpace(o.kind + " " + name)
+}
+
+// object decides on one object.
+func (in *injection) object(d *document, whole *any, o object) (add placed, said []string, err error) {
+	raw, err := d.at(whole, o.path)
+	var meta struct {
+		Metadata struct {
+			Namespace   string         `json:"namespace"`
+			Annotations map[string]any `json:"annotations"`
+		} `json:"metadata"`
+	}
+	if err == nil {
+		err = utiljson.Unmarshal(raw, &meta)
+	}
+	if err != nil {
+		return placed{}, nil, fmt.Errorf("it cannot be read: %w", err)
+	}
+	template := append(slices.Clone(o.path), templates[o.kind].path...)
+	pod, err := d.at(whole, template)
+	if err != nil || pod == nil {
+		return placed{}, nil, err
+	}
+	namespace := meta.Metadata.Namespace
+	if namespace == "" {
+		namespace = in.namespace
+	}
+	ns, known := in.namespaces[namespace]
+	result, err := in.injector.Inject(pod, namespace)
+	keys := in.injector.Keys()
+	if !result.Annotated {
+		if o.kind != "Pod" && err == nil {
+			for name := range meta.Metadata.Annotations {
+				if strings.HasPrefix(name, keys.Prefix()+"/") {
+					said = append(said, fmt.Sprintf("note: annotation %q is on the %s itself, and counts on its pod template only", name, o.kind))
+				}
+			}
+			slices.Sort(said)
+		}
+		return placed{}, said, err
+	}
+	if known && !keys.OptedIn(ns.Labels) {
+		// The API server would not call the webhook.
+		return placed{}, []string{fmt.Sprintf("note: left alone, because namespace %q is not opted in: label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)}, nil
+	}
+	if err != nil {
+		return placed{}, nil, err
+	}
+	for _, warning := range result.Warnings {
+		said = append(said, "warning: "+warning)
+	}
+	switch {
+	case namespace == "":
+		said = append(said, "note: its role is not judged, because its namespace is not known: give --namespace")
+	case !known:
+		said = append(said, fmt.Sprintf("note: its role is not judged, because nothing is known of namespace %q: give --namespaces", namespace))
+	default:
+		_, err := in.rules.Grant(result.Pod, ns)
+		if errors.Is(err, policy.ErrNoBase) {
+			said = append(said, "note: its role is not judged, because names are not full ARNs: give --base-arn")
+		} else if err != nil {
+			return placed{}, said, err
+		}
+	}
+	return placed{template, result.Patch}, said, nil
+}
+
+// edit returns the edits that make the operations in the text of a document, and whether it had to be written
+// anew for them. It checks that they come to what the operations do, that nothing else has changed, and that
+// the webhook would add nothing more.
+func (in *injection) edit(d *document, adds []placed) (edits []edit, anew bool, err error) {
+	edits, err = in.splice(d, adds)
+	if err == nil || d.json {
+		return edits, false, err
+	}
+	text, expandErr := expand(d.root)
+	if expandErr != nil {
+		return nil, false, expandErr
+	}
+	expanded := &document{file: d.file, text: text}
+	if expanded.root, err = parseYAML(text); err != nil {
+		return nil, false, err
+	}
+	if err := sameJSON(d, expanded, nil); err != nil {
+		return nil, false, err
+	}
+	// What is being injected was decided by the aliased document; the places are the same.
+	if edits, err = in.splice(expanded, adds); err != nil {
+		return nil, false, err
+	}
+	whole := apply(text, edits)
+	if marks(d.text, "---") {
+		whole = append([]byte("---\n"), whole...)
+	}
+	for line := range bytes.Lines(d.text) {
+		if marks(line, "...") { // what comes next may not begin with ---
+			whole = append(whole, "...\n"...)
+		}
+	}
+	return []edit{{0, len(d.text), string(whole)}}, true, nil
+}
+
+// splice is edit for a document that stays as it is written.
+func (in *injection) splice(d *document, adds []placed) ([]edit, error) {
+	// The tree of the document stays as it is: another is patched.
+	parse := parseYAML
+	if d.json {
+		parse = parseJSON
+	}
+	root, err := parse(d.text[d.head:])
+	if err != nil {
+		return nil, err
+	}
+	tree := newPatched(root)
+	for _, add := range adds {
+		for _, op := range add.ops {
+			if err := tree.add(add.template, op); err != nil {
+				return nil, err
+			}
+		}
+	}
+	edits, err := splice(d.text[d.head:], tree, d.json)
+	if err != nil {
+		return nil, err
+	}
+	for i := range edits {
+		edits[i].start += d.head
+		edits[i].end += d.head
+	}
+	out := &document{file: d.file, text: apply(d.text, edits), head: d.head, json: d.json}
+	if out.root, err = parse(out.text[out.head:]); err != nil {
+		return nil, fmt.Errorf("what comes of it cannot be read: %w", err)
+	}
+	if out.root == nil || !same(tree.root, out.root, false) {
+		return nil, errShape
+	}
+	if err := sameJSON(d, out, adds); err != nil {
+		return nil, err
+	}
+	var whole any
+	for _, add := range adds {
+		pod, err := out.at(&whole, add.template)
+		if err != nil {
+			return nil, err
+		}
+		again, err := in.injector.Inject(pod, in.namespace)
+		if err != nil {
+			return nil, fmt.Errorf("the webhook would refuse what comes of it: %w", err)
+		}
+		if again.Patch != nil {
+			return nil, errors.New("the webhook would add to what comes of it")
+		}
+	}
+	return edits, nil
+}
+
+// sameJSON returns an error unless the JSON of b is that of a with the operations applied.
+func sameJSON(a, b *document, adds []placed) error {
+	rawA, err := a.asJSON()
+	if err != nil {
+		return err
+	}
+	rawB, err := b.asJSON()
+	if err != nil {
+		return err
+	}
+	rootA, err := parseJSON(rawA)
+	if err != nil {
+		return err
+	}
+	rootB, err := parseJSON(rawB)
+	if err != nil {
+		return err
+	}
+	tree := newPatched(rootA)
+	for _, add := range adds {
+		for _, op := range add.ops {
+			if err := tree.add(add.template, op); err != nil {
+				return err
+			}
+		}
+	}
+	if !same(tree.root, rootB, true) {
+		return errAliased
+	}
+	return nil
+}
