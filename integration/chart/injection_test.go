@@ -40,7 +40,7 @@ func TestInjectionIsAskedFor(t *testing.T) {
 			},
 			MatchConditions: []admissionregistrationv1.MatchCondition{{
 				Name:       "annotated",
-				Expression: `has(object.metadata.annotations) && object.metadata.annotations.exists(key, key.startsWith("` + tc.prefix + `/"))`,
+				Expression: `has(object.metadata.annotations) && (object.metadata.annotations.size() > 5000 || object.metadata.annotations.exists(key, key.startsWith("` + tc.prefix + `/")))`,
 			}},
 			FailurePolicy:      new(admissionregistrationv1.Fail),
 			ReinvocationPolicy: new(admissionregistrationv1.IfNeededReinvocationPolicy),

@@ -147,7 +147,7 @@ func (i *Injector) checkSupported(p *pod, spec *podSpec) error {
 	}
 	for c := range spec.all() {
 		for _, port := range c.Ports {
-			if c.Name != sidecarName && int(port.ContainerPort) == i.cfg.Port {
+			if c.Name != sidecarName && int(port.ContainerPort) == i.cfg.Port && defaultTo(port.Protocol, corev1.ProtocolTCP) == corev1.ProtocolTCP {
 				return unsupported("container %q has port %d, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port", c.Name, i.cfg.Port)
 			}
 		}

@@ -53,6 +53,10 @@ func TestInstallation(t *testing.T) {
 			t.Run("Injected", w.injected)
 			t.Run("FixedKeys", w.fixedKeys)
 			t.Run("OthersAreUnaffected", w.othersAreUnaffected)
+			t.Run("LaterWebhooks", w.laterWebhooks)
+			if release.name == "Installed" { // which takes seconds, and no prefix makes a difference
+				t.Run("Monsters", w.monsters)
+			}
 		})
 	}
 	t.Run("UninstallLeavesNothingThatBlocks", uninstall)

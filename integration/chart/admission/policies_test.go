@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -33,12 +34,26 @@ func (w *world) injected(t *testing.T) {
 		"a misspelt key":                      {optedIn, w.pod(annotate(w.prefix+"/roel", "cart")), true},
 		"an empty role":                       {optedIn, w.pod(annotate(w.prefix+"/role", "")), true},
 		"a sidecar that ends before the app":  {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].RestartPolicy = nil }), true},
-		"another image by its name":           {optedIn, w.pod(w.annotated, sidecar("pause:3")), true},
-		"another image below the name":        {optedIn, w.pod(w.annotated, sidecar("ghcr.io/credence-sidecar/other:1")), true},
-		"another image from a host so called": {optedIn, w.pod(w.annotated, sidecar("credence-sidecar:5000/other:1")), true},
-		"another image that ends like ours":   {optedIn, w.pod(w.annotated, sidecar("ghcr.io/not-credence-sidecar:1")), true},
-		"our image by another name": {optedIn, w.pod(w.annotated, sidecar(sidecarImage), func(p *corev1.Pod) {
+		"another image by its name":           {optedIn, w.pod(w.completeWith("pause:3")), true},
+		"another image below the name":        {optedIn, w.pod(w.completeWith("ghcr.io/credence-sidecar/other:1")), true},
+		"another image from a host so called": {optedIn, w.pod(w.completeWith("credence-sidecar:5000/other:1")), true},
+		"another image that ends like ours":   {optedIn, w.pod(w.completeWith("ghcr.io/not-credence-sidecar:1")), true},
+		"our image by another name": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
 			p.Spec.InitContainers[0].Name = "other"
+		}), true},
+		"our image with another command":     {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Command = []string{"/bin/sh"} }), true},
+		"our image with the image's command": {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Command = nil }), true},
+		"our image with arguments":           {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Args = []string{"probe"} }), true},
+		"without the label":                  {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Labels = nil }), true},
+		"with another label":                 {optedIn, w.pod(w.complete, label(w.prefix+"/injected", "false")), true},
+		"our label alone":                    {optedIn, w.pod(w.annotated, label(w.prefix+"/injected", "true")), true},
+		"a key in another case":              {optedIn, w.pod(annotate(w.prefix+"/Role", "cart")), true},
+		"a name that the API server makes":   {optedIn, w.pod(w.annotated, func(p *corev1.Pod) { p.Name, p.GenerateName = "", "pod-" }), true},
+		"two sidecars, and neither whole": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Name = "other"
+			p.Spec.InitContainers = append(p.Spec.InitContainers, corev1.Container{
+				Name: "credence-sidecar", Image: "pause:3", Command: []string{"/credence-sidecar"}, RestartPolicy: new(corev1.ContainerRestartPolicyAlways),
+			})
 		}), true},
 		"our image as a container of the app": {optedIn, w.pod(w.annotated, func(p *corev1.Pod) {
 			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "credence-sidecar", Image: sidecarImage})
@@ -46,10 +61,12 @@ func (w *world) injected(t *testing.T) {
 
 		"injected":                               {optedIn, w.pod(w.complete), false},
 		"injected, behind somebody else's":       {optedIn, w.pod(initFirst, w.complete), false},
-		"from a mirror":                          {optedIn, w.pod(w.annotated, sidecar("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
-		"pinned":                                 {optedIn, w.pod(w.annotated, sidecar("credence-sidecar@sha256:"+strings.Repeat("0", 64))), false},
-		"of another version":                     {optedIn, w.pod(w.annotated, sidecar("ghcr.io/credence-iam/credence-sidecar:0.2.0")), false},
+		"from a mirror":                          {optedIn, w.pod(w.completeWith("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
+		"pinned":                                 {optedIn, w.pod(w.completeWith("credence-sidecar@sha256:" + strings.Repeat("0", 64))), false},
+		"of another version":                     {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/credence-sidecar:0.2.0")), false},
 		"only what the webhook writes":           {optedIn, w.pod(annotate(w.prefix+"/service-account", "default")), false},
+		"a label without any annotation":         {optedIn, w.pod(label(w.prefix+"/injected", "true")), false},
+		"a prefix in another case":               {optedIn, w.pod(annotate(strings.ToUpper(w.prefix)+"/role", "cart")), false},
 		"a key that only looks like ours":        {optedIn, w.pod(annotate(w.prefix+".example.org/role", "cart"), annotate("x"+w.prefix+"/role", "cart")), false},
 		"no annotation":                          {optedIn, w.pod(), false},
 		"annotated, in a namespace not opted in": {plain, w.pod(w.annotated), false},
@@ -63,6 +80,46 @@ func (w *world) injected(t *testing.T) {
 		case err != nil:
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	// Server-side apply makes a pod that is not there, and a dry run is judged as what it tries.
+	missing := w.pod()
+	missing.Namespace = optedIn
+	text := fmt.Appendf(nil, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":%q,"annotations":{%q:"admin"}},"spec":{"containers":[{"name":"app","image":"app:1"}]}}`, missing.Name, w.prefix+"/role")
+	for _, dry := range [][]string{nil, {metav1.DryRunAll}} {
+		_, err := client.CoreV1().Pods(optedIn).Patch(t.Context(), missing.Name, types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", DryRun: dry})
+		if err := refusedBy("credence-injected", err); err != nil {
+			t.Errorf("server-side apply of a pod that is not there, dry run %v: %v", dry, err)
+		}
+	}
+	w.mirror(t, optedIn)
+}
+
+// mirror: a kubelet shows the API server what it runs from files on its node. What is shown cannot ask for a role,
+// not even by a sidecar in the file, because a pod without a service account has no token.
+func (w *world) mirror(t *testing.T, namespace string) {
+	static := func(pod *corev1.Pod) {
+		onNode(pod)
+		annotate(corev1.MirrorPodAnnotationKey, "0")(pod)
+		machine, err := client.CoreV1().Nodes().Get(t.Context(), nodeName, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: nodeName, UID: machine.UID, Controller: new(true)}}
+	}
+	_, err := node.CoreV1().Pods(namespace).Create(t.Context(), w.pod(w.annotated, static), metav1.CreateOptions{})
+	if err := refusedBy("credence-injected", err); err != nil {
+		t.Errorf("a mirror pod that is annotated: %v", err)
+	}
+	withToken := func(pod *corev1.Pod) {
+		pod.Spec.Volumes = []corev1.Volume{{Name: "credence-identity", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+			Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: "credence-broker", Path: "token"}}},
+		}}}}
+	}
+	if _, err := node.CoreV1().Pods(namespace).Create(t.Context(), w.pod(w.complete, static, withToken), metav1.CreateOptions{}); err == nil {
+		t.Error("a mirror pod has a token")
+	}
+	if _, err := node.CoreV1().Pods(namespace).Create(t.Context(), w.pod(static), metav1.CreateOptions{}); err != nil {
+		t.Errorf("a mirror pod like any other: %v", err)
 	}
 }
 
@@ -87,6 +144,22 @@ func patch(who kubernetes.Interface, metadata map[string]any, subresources ...st
 			return err
 		}
 		_, err = who.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.MergePatchType, text, metav1.PatchOptions{}, subresources...)
+		return err
+	}
+}
+
+// jsonPatch is an attempt by a list of operations.
+func jsonPatch(operations string, subresources ...string) attempt {
+	return func(ctx context.Context, pod *corev1.Pod) error {
+		_, err := client.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.JSONPatchType, []byte(operations), metav1.PatchOptions{}, subresources...)
+		return err
+	}
+}
+
+// strategic is an attempt by a strategic merge patch.
+func strategic(who kubernetes.Interface, text string, subresources ...string) attempt {
+	return func(ctx context.Context, pod *corev1.Pod) error {
+		_, err := who.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(text), metav1.PatchOptions{}, subresources...)
 		return err
 	}
 }
@@ -131,6 +204,19 @@ func (w *world) fixedKeys(t *testing.T) {
 		"server-side apply through the status":    apply(annotations(map[string]any{role: "admin"}), "status"),
 		"update of the status":                    updateStatus(client, annotate(role, "admin")),
 		"update of the status that removes a key": updateStatus(node, func(p *corev1.Pod) { delete(p.Annotations, role) }),
+		"operation that replaces the role":        jsonPatch(fmt.Sprintf(`[{"op":"replace","path":"/metadata/annotations/%s","value":"admin"}]`, pointer(role))),
+		"operation that adds a key":               jsonPatch(fmt.Sprintf(`[{"op":"add","path":"/metadata/annotations/%s","value":"admin"}]`, pointer(session))),
+		"operation that removes the role":         jsonPatch(fmt.Sprintf(`[{"op":"remove","path":"/metadata/annotations/%s"}]`, pointer(role))),
+		"operation that moves the role":           jsonPatch(fmt.Sprintf(`[{"op":"move","from":"/metadata/annotations/%s","path":"/metadata/annotations/x"}]`, pointer(role))),
+		"operation that copies it":                jsonPatch(fmt.Sprintf(`[{"op":"copy","from":"/metadata/annotations/%s","path":"/metadata/annotations/%s"}]`, pointer(role), pointer(session))),
+		"operation on the status":                 jsonPatch(fmt.Sprintf(`[{"op":"add","path":"/metadata/annotations/%s","value":"admin"}]`, pointer(session)), "status"),
+		"operation that removes all annotations":  jsonPatch(`[{"op":"remove","path":"/metadata/annotations"}]`),
+		"strategic merge of the role":             strategic(client, fmt.Sprintf(`{"metadata":{"annotations":{%q:"admin"}}}`, role)),
+		"strategic merge that replaces all":       strategic(client, fmt.Sprintf(`{"metadata":{"annotations":{"$patch":"replace",%q:"admin"}}}`, session)),
+		"strategic merge that deletes all":        strategic(client, `{"metadata":{"annotations":{"$patch":"delete"}}}`),
+		"strategic merge of the label, as status": strategic(client, fmt.Sprintf(`{"metadata":{"labels":{%q:"no"}}}`, injected), "status"),
+		"a key in another case":                   update(annotate(w.prefix+"/Role", "admin")),
+		"a key with a value that is empty":        update(annotate(session, "")),
 		"a key together with an ordinary change":  update(func(p *corev1.Pod) { annotate("other", "x")(p); annotate(role, "admin")(p) }),
 		"one key's value moved to another":        update(func(p *corev1.Pod) { annotate(session, p.Annotations[role])(p); delete(p.Annotations, role) }),
 	}
@@ -166,6 +252,9 @@ func (w *world) fixedKeys(t *testing.T) {
 	t.Run("OtherSubresources", w.otherSubresources)
 	t.Run("Bindings", w.bindings)
 }
+
+// pointer makes a key a token of a JSON pointer.
+func pointer(key string) string { return strings.ReplaceAll(key, "/", "~1") }
 
 func onNode(pod *corev1.Pod) { pod.Spec.NodeName = nodeName }
 
@@ -255,6 +344,19 @@ func (w *world) bindings(t *testing.T) {
 	err = client.CoreV1().RESTClient().Post().Namespace(namespace).Resource("bindings").Body(bind(pod, stolen)).Do(t.Context()).Error()
 	if err := refusedBy("credence-fixed-keys", err); err != nil {
 		t.Errorf("bindings: %v", err)
+	}
+	w.unchanged(t, pod)
+	labelled := bind(pod, nil)
+	labelled.Labels = map[string]string{w.prefix + "/injected": "no"}
+	err = client.CoreV1().Pods(namespace).Bind(t.Context(), labelled, metav1.CreateOptions{})
+	if err := refusedBy("credence-fixed-keys", err); err != nil {
+		t.Errorf("pods/binding with a label: %v", err)
+	}
+	w.unchanged(t, pod)
+	// An eviction has metadata of its own, which nobody copies.
+	eviction := &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: pod.Name, Annotations: stolen}, DeleteOptions: &metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}}}
+	if err := client.CoreV1().Pods(namespace).EvictV1(t.Context(), eviction); err != nil {
+		t.Errorf("an eviction: %v", err)
 	}
 	w.unchanged(t, pod)
 	// A scheduler goes on as before.

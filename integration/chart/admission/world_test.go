@@ -69,7 +69,7 @@ func (w *world) annotated(pod *corev1.Pod) { annotate(w.prefix+"/role", "cart")(
 func sidecar(image string) func(*corev1.Pod) {
 	return func(pod *corev1.Pod) {
 		pod.Spec.InitContainers = append(pod.Spec.InitContainers, corev1.Container{
-			Name: "credence-sidecar", Image: image, RestartPolicy: new(corev1.ContainerRestartPolicyAlways),
+			Name: "credence-sidecar", Image: image, Command: []string{"/credence-sidecar"}, RestartPolicy: new(corev1.ContainerRestartPolicyAlways),
 		})
 	}
 }
@@ -78,10 +78,7 @@ const sidecarImage = "ghcr.io/credence-iam/credence-sidecar:0.1.0"
 
 // complete makes a pod what the webhook makes of it.
 func (w *world) complete(pod *corev1.Pod) {
-	w.annotated(pod)
-	annotate(w.prefix+"/service-account", "default")(pod)
-	label(w.prefix+"/injected", "true")(pod)
-	sidecar(sidecarImage)(pod)
+	w.completeWith(sidecarImage)(pod)
 }
 
 // create makes a pod that is admitted.
@@ -121,5 +118,15 @@ func (w *world) awaitPolicies(t *testing.T) {
 		return refusedBy("credence-fixed-keys", err)
 	}); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// completeWith does the same, with another image.
+func (w *world) completeWith(image string) func(*corev1.Pod) {
+	return func(pod *corev1.Pod) {
+		w.annotated(pod)
+		annotate(w.prefix+"/service-account", "default")(pod)
+		label(w.prefix+"/injected", "true")(pod)
+		sidecar(image)(pod)
 	}
 }
