@@ -157,7 +157,7 @@ func FuzzConnection(f *testing.F) {
 	var log syncBuffer
 	_, address := holding(f, policy.MetadataV2, &log)
 	f.Fuzz(func(t *testing.T, sent []byte) {
-		conn, err := net.Dial("tcp", address)
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", address)
 		if err != nil {
 			t.Fatal(err)
 		}

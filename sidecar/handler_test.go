@@ -144,13 +144,12 @@ func TestHost(t *testing.T) {
 		"127.0.0.1.evil.example": false, "169.254.169.254": false, "10.0.0.1:9779": false, "0.0.0.0:9779": false,
 		"[::]:9779": false, "2130706433": false, "0x7f.1": false, "[::1%25lo]:9779": false, "localhost.": false,
 	} {
-		// What is asked for is neither secret nor slow, and needs the check all the same.
-		request := httptest.NewRequestWithContext(t.Context(), http.MethodPut, "/latest/api/token", http.NoBody)
-		request.Header.Set("X-aws-ec2-metadata-token-ttl-seconds", "60")
+		// What is asked for is neither secret nor slow, nor there, and needs the check all the same.
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/latest/user-data", http.NoBody)
 		request.Host = host
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, request)
-		if want := map[bool]int{true: http.StatusOK, false: http.StatusForbidden}[allowed]; w.Code != want {
+		if want := map[bool]int{true: http.StatusNotFound, false: http.StatusForbidden}[allowed]; w.Code != want {
 			t.Errorf("Host %q: status %d, want %d", host, w.Code, want)
 		}
 	}
@@ -182,7 +181,12 @@ func TestPatience(t *testing.T) {
 		if a.took != 900*time.Millisecond {
 			t.Errorf("credentials took %v", a.took)
 		}
-		token := w.metadataToken()
+		a = w.do(http.MethodPut, tokenPath, headerTTL, "60")
+		a.want(t, http.StatusOK, "")
+		token := a.body
+		if a.took != 900*time.Millisecond {
+			t.Errorf("a token took %v", a.took)
+		}
 		for agent, want := range map[string]time.Duration{
 			"Boto3/1.26.27 Python/3.11.2 Linux/6.1.0 Botocore/1.29.27":                        900 * time.Millisecond,
 			"aws-sdk-go-v2/1.47.7 ua/2.1 os/linux lang/go#1.26.8 md/GOARCH#amd64 ft/ec2-imds": 400 * time.Millisecond,

@@ -67,6 +67,10 @@ func (s *Sidecar) serveMetadataToken(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, "TTL_INVALID", headerTokenTTL+" must be from 1 to 21600")
 		return
 	}
+	// Who wants a token asks for credentials next, and many SDKs ask once: they wait here, and then there.
+	if s.state.Load().got.IsZero() {
+		_, _ = s.awaitFor(r)
+	}
 	// The Go and Rust SDKs refuse a token without it.
 	w.Header().Set(headerTokenTTL, strconv.FormatUint(seconds, 10))
 	writeText(w, s.metadataToken(time.Now().Add(ttl)))

@@ -61,7 +61,9 @@ func (n *Namespaces) Run(ctx context.Context) error {
 func (n *Namespaces) Age() time.Duration { return n.watched.age() }
 
 // Reads counts the reads past the watch that were made so far, and those that the bounds on them refused.
-func (n *Namespaces) Reads() (made, refused uint64) { return n.reads.made.Load(), n.reads.refused.Load() }
+func (n *Namespaces) Reads() (made, refused uint64) {
+	return n.reads.made.Load(), n.reads.refused.Load()
+}
 
 // Synced reports whether all namespaces have been listed once.
 func (n *Namespaces) Synced() bool { return n.watched.synced() }

@@ -45,10 +45,9 @@ func (n notRun) Error() string { return string(n) }
 // fewSessions is for clients that start a program of a second's processor time for each call.
 const fewSessions = 5
 
-// botocoreExpects is of both: on the metadata path it makes up a later end for credentials that end soon, asks once,
-// and keeps in mind that there was nothing.
+// botocoreExpects is of both: on the metadata path it makes up a later end for credentials that end soon.
 var botocoreExpects = map[Path]expectations{
-	MetadataV2: {renewal: {Expired}, expired: {Expired}, back: {Works, NewSession}, refused: {Hidden}, slow: {NewSession}},
+	MetadataV2: {renewal: {Expired}, expired: {Expired}, back: {Works, NewSession}, refused: {Hidden}},
 }
 
 // clients are the rows of the matrix, in its order.
@@ -75,7 +74,7 @@ var clients = []client{
 		expect: map[Path]expectations{
 			// It asks once, and its errors are the HTTP status alone.
 			Container:  {expired: {Hidden}, refused: {Hidden}, token: {Hidden}, slow: {NextCall}, region: {Unsupported}},
-			MetadataV2: {expired: {Hidden}, refused: {Hidden}, slow: {NextCall}, region: {Unsupported}},
+			MetadataV2: {expired: {Hidden}, refused: {Hidden}, region: {Unsupported}},
 		},
 	},
 	{
@@ -93,14 +92,14 @@ var clients = []client{
 		find: (*finder).awscliV1, sessions: fewSessions,
 		expect: map[Path]expectations{
 			Container:  {region: {Unsupported}},
-			MetadataV2: {expired: {Hidden}, refused: {Hidden}, slow: {NextCall}, region: {Unsupported}},
+			MetadataV2: {expired: {Hidden}, refused: {Hidden}, region: {Unsupported}},
 		},
 	},
 	{
 		name: "awscli-v2", about: "AWS CLI, version 2", paths: []Path{Container, MetadataV2},
 		find: (*finder).awscliV2, sessions: fewSessions,
 		expect: map[Path]expectations{
-			MetadataV2: {expired: {Hidden}, refused: {Hidden}, slow: {NextCall}},
+			MetadataV2: {expired: {Hidden}, refused: {Hidden}},
 		},
 	},
 	{
@@ -108,7 +107,7 @@ var clients = []client{
 		find: (*finder).jsV3,
 		expect: map[Path]expectations{
 			Container:  {expired: {Hidden}, refused: {Hidden}, token: {Hidden}},
-			MetadataV2: {expired: {Hidden}, refused: {Hidden}, slow: {NextCall}},
+			MetadataV2: {expired: {Hidden}, refused: {Hidden}},
 		},
 	},
 	{
@@ -138,7 +137,6 @@ var clients = []client{
 		find: (*finder).curl,
 		expect: map[Path]expectations{
 			Container:  {slow: {NextCall}},
-			MetadataV2: {slow: {NextCall}},
 			MetadataV1: {slow: {NextCall}},
 		},
 	},
