@@ -58,6 +58,9 @@ func FuzzStyles(f *testing.F) {
 		if strings.Contains(said, "written anew") {
 			t.Errorf("seed %d was written anew:\n%s", seed, text)
 		}
+		if strings.Contains(text, "\r\n") && strings.Count(out, "\n") != strings.Count(out, "\r\n") {
+			t.Errorf("seed %d: lines end in different ways:\n%q", seed, out)
+		}
 		if n := strings.Count(out, "/credence-sidecar:v1"); n != 1 {
 			t.Errorf("seed %d: %d sidecars in\n%s\nof\n%s", seed, n, out, text)
 		}

@@ -11,8 +11,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"sigs.k8s.io/yaml"
@@ -105,6 +108,7 @@ func TestGolden(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			checkPlaces(t, diff, out)
 			if got := patch(t, text, diff); got != out {
 				t.Errorf("the difference comes to something else (-written +patched):\n%s", cmp.Diff(out, got))
 			}
@@ -133,6 +137,31 @@ func compare(t *testing.T, file, got string) {
 	}
 	if diff := cmp.Diff(read(t, file), got); diff != "" {
 		t.Errorf("%s (-want +got; -update writes it):\n%s", file, diff)
+	}
+}
+
+var hunk = regexp.MustCompile(`^@@ -[0-9,]+ \+(\d+)`)
+
+// checkPlaces asks that the lines of each part of a difference are where it says; git apply looks for them nearby.
+func checkPlaces(t *testing.T, diff, out string) {
+	t.Helper()
+	lines := strings.Split(out, "\n")
+	at, found := 0, 0
+	for line := range strings.Lines(diff) {
+		switch match := hunk.FindStringSubmatch(line); {
+		case match != nil:
+			at, _ = strconv.Atoi(match[1])
+			at--
+			found++
+		case found > 0 && (line[0] == '+' || line[0] == ' '):
+			if at >= len(lines) || lines[at]+"\n" != line[1:] {
+				t.Fatalf("line %d is not %q", at+1, line)
+			}
+			at++
+		}
+	}
+	if (found > 0) != (diff != "") {
+		t.Errorf("there are %d parts in %q", found, diff)
 	}
 }
 
@@ -444,8 +473,15 @@ func TestCancel(t *testing.T) {
 	cancel()
 	cfg := config(t)
 	cfg.Stdin, cfg.Stdout, cfg.Stderr = reader, io.Discard, io.Discard
-	if err := operator.Inject(ctx, cfg); !errors.Is(err, context.Canceled) {
-		t.Errorf("error is %v", err)
+	ended := make(chan error, 1)
+	go func() { ended <- operator.Inject(ctx, cfg) }()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("error is %v", err)
+		}
+	case <-time.After(time.Minute): // only of what hangs
+		t.Error("it goes on waiting")
 	}
 }
 
