@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -193,9 +194,7 @@ func TestUpdatesAreNotMutated(t *testing.T) {
 	for _, pod := range []*corev1.Pod{early, late} {
 		changed := pod.DeepCopy()
 		changed.Labels = map[string]string{"x": "y"}
-		for k, v := range pod.Labels {
-			changed.Labels[k] = v
-		}
+		maps.Copy(changed.Labels, pod.Labels)
 		changed.Spec.Containers[0].Image = "app:2"
 		updated, err := pods.Update(t.Context(), changed, metav1.UpdateOptions{})
 		if err != nil {
@@ -229,6 +228,9 @@ func kubectl(t *testing.T, stdin string, args ...string) (string, error) {
 // What users type makes the pods that controllers make, and typing it again changes nothing.
 func TestKubectl(t *testing.T) {
 	t.Parallel()
+	if testing.Short() && !tools.Built(tools.Kubectl) {
+		t.Skip("-short, and kubectl would have to be built first (go run ./integration/tools/install)")
+	}
 	ns := namespace(t, arn("cart"))
 	get := func(name string) *corev1.Pod {
 		t.Helper()
