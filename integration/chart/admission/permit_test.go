@@ -1,0 +1,147 @@
+//go:build unix
+
+package admission
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"sigs.k8s.io/yaml"
+)
+
+// TestWhoMayPermit applies the manifests of docs/annotations.md as they stand there, and tries what each lets whom do.
+func TestWhoMayPermit(t *testing.T) {
+	text, err := os.ReadFile("../../../docs/annotations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## Who may permit roles\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	blocks := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(section, -1)
+	if len(blocks) != 2 {
+		t.Fatalf("the section has %d manifests, want those of roles and those of the policy", len(blocks))
+	}
+	for _, name := range []string{"team-a", "team-b"} {
+		if _, err := client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	patch := func(who kubernetes.Interface, namespace, metadata string) error {
+		_, err := who.CoreV1().Namespaces().Patch(t.Context(), namespace, types.MergePatchType, []byte(`{"metadata":`+metadata+`}`), metav1.PatchOptions{})
+		return err
+	}
+	as := func(name string, groups ...string) kubernetes.Interface {
+		config, err := control.User(name, groups...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		who, err := kubernetes.NewForConfig(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return who
+	}
+	const permit, other = `{"annotations":{"iam.amazonaws.com/permitted":".*"}}`, `{"annotations":{"example.com/note":"x"}}`
+
+	applyAll(t, blocks[0][1])
+	permitter, stranger := as("ann", "cloud-team"), as("bob")
+	if err := poll(t.Context(), func() error { return patch(permitter, "team-a", permit) }); err != nil {
+		t.Errorf("cloud-team in team-a: %v", err)
+	}
+	if err := patch(permitter, "team-b", permit); !apierrors.IsForbidden(err) {
+		t.Errorf("cloud-team in team-b: answered %v", err)
+	}
+	// Kubernetes' own roles do not let a team permit itself roles.
+	admin := unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": map[string]any{"name": "admin", "namespace": "team-a"},
+		"subjects": []any{map[string]any{"kind": "User", "name": "bob", "apiGroup": "rbac.authorization.k8s.io"}},
+		"roleRef":  map[string]any{"kind": "ClusterRole", "name": "admin", "apiGroup": "rbac.authorization.k8s.io"},
+	}}
+	applyOne(t, &admin)
+	if err := poll(t.Context(), func() error {
+		_, err := stranger.CoreV1().Pods("team-a").List(t.Context(), metav1.ListOptions{})
+		return err
+	}); err != nil {
+		t.Errorf("an admin of team-a: %v", err)
+	}
+	if err := patch(stranger, "team-a", permit); !apierrors.IsForbidden(err) {
+		t.Errorf("an admin of team-a permits: answered %v", err)
+	}
+
+	// With the policy, those who may update namespaces may not permit for that.
+	applyAll(t, blocks[1][1])
+	t.Cleanup(func() {
+		if err := client.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings().Delete(context.WithoutCancel(t.Context()), "credence-permit", metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	tries := 0
+	if err := poll(t.Context(), func() error {
+		tries++ // another value each time: one that is there already is no change
+		err := patch(permitter, "team-a", fmt.Sprintf(`{"annotations":{"iam.amazonaws.com/permitted":"x%d"}}`, tries))
+		if err == nil || !strings.Contains(err.Error(), "the verb permit") {
+			return fmt.Errorf("answered %w", err)
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("cloud-team permits where the policy is: %v", err)
+	}
+	for _, metadata := range []string{
+		`{"annotations":{"iam.amazonaws.com/permitted":null}}`,
+		`{"annotations":null}`,
+		`{"annotations":{"iam.amazonaws.com/allowed-roles":"[]"}}`,
+		`{"annotations":{"iam.amazonaws.com/default-role":"x"}}`,
+		`{"annotations":{"iam.amazonaws.com/permitted-tags":"x"}}`,
+		`{"labels":{"iam.amazonaws.com/inject":"enabled"}}`,
+	} {
+		if err := patch(permitter, "team-a", metadata); err == nil || !strings.Contains(err.Error(), "the verb permit") {
+			t.Errorf("%s: answered %v", metadata, err)
+		}
+	}
+	if err := patch(permitter, "team-a", other); err != nil {
+		t.Errorf("another annotation: %v", err)
+	}
+	boss := as("eve", "cloud-admins")
+	for _, metadata := range []string{permit, `{"labels":{"iam.amazonaws.com/inject":"enabled"}}`} {
+		if err := poll(t.Context(), func() error { return patch(boss, "team-b", metadata) }); err != nil {
+			t.Errorf("cloud-admins: %s: %v", metadata, err)
+		}
+	}
+}
+
+func applyAll(t *testing.T, manifests string) {
+	t.Helper()
+	for manifest := range strings.SplitSeq(manifests, "\n---\n") {
+		var object unstructured.Unstructured
+		if err := yaml.Unmarshal([]byte(manifest), &object.Object); err != nil {
+			t.Fatalf("%v in\n%s", err, manifest)
+		}
+		applyOne(t, &object)
+	}
+}
+
+func applyOne(t *testing.T, object *unstructured.Unstructured) {
+	t.Helper()
+	text, err := json.Marshal(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resource, _ := meta.UnsafeGuessKindToResource(object.GroupVersionKind())
+	if _, err := objects.Resource(resource).Namespace(object.GetNamespace()).Patch(t.Context(), object.GetName(), types.ApplyPatchType, text,
+		metav1.PatchOptions{FieldManager: "test", FieldValidation: metav1.FieldValidationStrict}); err != nil {
+		t.Fatal(errors.Join(fmt.Errorf("%s %s", object.GetKind(), object.GetName()), err))
+	}
+}
