@@ -64,7 +64,7 @@ func TestAnotherWebhook(t *testing.T) {
 			mesh.TLS = &tls.Config{Certificates: []tls.Certificate{ca.Leaf("127.0.0.1").TLS()}, MinVersion: tls.VersionTLS13}
 			mesh.StartTLS()
 			t.Cleanup(mesh.Close)
-			ns := namespace(t, ".*")
+			ns := scratch(t, ".*")
 			url, again, none := mesh.URL, admissionregistrationv1.IfNeededReinvocationPolicy, admissionregistrationv1.SideEffectClassNone
 			if _, err := credence.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Create(t.Context(), &admissionregistrationv1.MutatingWebhookConfiguration{
 				ObjectMeta: metav1.ObjectMeta{Name: tc.name},

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -49,11 +50,29 @@ func injected(pod *corev1.Pod) error {
 	return nil
 }
 
+// scratch is namespace, for a test that leaves nothing behind: whoever waits for all opted-in namespaces, as a test of
+// replaced certificates does, is not to wait for its.
+func scratch(t *testing.T, permitted string) string {
+	t.Helper()
+	ns := namespace(t, permitted)
+	discard(t, ns)
+	return ns
+}
+
+// discard deletes a namespace when the test ends.
+func discard(t *testing.T, ns string) {
+	t.Cleanup(func() {
+		if err := credence.Client.CoreV1().Namespaces().Delete(context.WithoutCancel(t.Context()), ns, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // The pods of webhook/inject's golden tests, in a dry run: what injection makes of them is a pod to the API server, and
 // it stores nothing and has no effect elsewhere.
 func TestGoldenPodsAreAccepted(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t, ".*")
+	ns := scratch(t, ".*")
 	files, err := filepath.Glob("../webhook/inject/testdata/*.in.yaml")
 	if err != nil {
 		t.Fatal(err)
@@ -110,7 +129,7 @@ func TestGoldenPodsAreAccepted(t *testing.T) {
 // Controllers make pods with names that the API server completes, in a namespace that only the request says.
 func TestControllersPodsAreInjected(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t, ".*")
+	ns := scratch(t, ".*")
 	template := func(app string) (corev1.PodTemplateSpec, *metav1.LabelSelector) {
 		labels := map[string]string{"app": app}
 		return corev1.PodTemplateSpec{
@@ -173,6 +192,7 @@ func await(t *testing.T, done func() error) {
 func TestUpdatesAreNotMutated(t *testing.T) {
 	t.Parallel()
 	ns := strings.ToLower(t.Name())
+	discard(t, ns)
 	if err := credence.MakeNamespace(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns, Annotations: map[string]string{permittedKey: ".*"}}}); err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +251,7 @@ func TestKubectl(t *testing.T) {
 	if testing.Short() && !tools.Built(tools.Kubectl) {
 		t.Skip("-short, and kubectl would have to be built first (go run ./integration/tools/install)")
 	}
-	ns := namespace(t, arn("cart"))
+	ns := scratch(t, arn("cart"))
 	get := func(name string) *corev1.Pod {
 		t.Helper()
 		pod, err := credence.Client.CoreV1().Pods(ns).Get(t.Context(), name, metav1.GetOptions{})
@@ -294,7 +314,7 @@ func TestKubectl(t *testing.T) {
 // the API server: the webhook copes.
 func TestLargePods(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t, ".*")
+	ns := scratch(t, ".*")
 	large := func(bytes int) *corev1.Pod {
 		pod := stack.Pod("", map[string]string{roleKey: "cart"})
 		pod.GenerateName = "large-"
@@ -362,7 +382,7 @@ func TestLimitRangeAndQuota(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			ns := namespace(t, ".*")
+			ns := scratch(t, ".*")
 			if tc.limits != nil {
 				if _, err := credence.Client.CoreV1().LimitRanges(ns).Create(t.Context(), tc.limits, metav1.CreateOptions{}); err != nil {
 					t.Fatal(err)
