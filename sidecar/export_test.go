@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"net/http"
 	"testing/synctest"
 	"time"
 )
@@ -30,4 +31,8 @@ const (
 	WriteTimeout      = writeTimeout
 	BodyTimeout       = bodyTimeout
 	IdleTimeout       = idleTimeout
+	MaxWaiting        = maxWaiting
 )
+
+// Bound is what [Sidecar.Run] puts before the handler.
+func Bound(next http.Handler) http.Handler { return limit(nil, 1).bound(next) }

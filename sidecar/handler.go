@@ -126,6 +126,13 @@ const readyPoll = 5 * time.Second
 // serveReady answers 204 once a credential is held or the start timeout has passed, and 503 when
 // neither happens within readyPoll.
 func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
+	select {
+	case s.waiting <- struct{}{}:
+		defer func() { <-s.waiting }()
+	default: // not the probe, which is one
+		writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "too many wait")
+		return
+	}
 	poll := time.NewTimer(readyPoll)
 	defer poll.Stop()
 	var start <-chan time.Time // never, for a start timeout of 0

@@ -155,15 +155,54 @@ func TestHost(t *testing.T) {
 	}
 }
 
+// Requests that wait leave room for others, and those that are too many are told at once.
+func TestWaitingIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, hangs)
+		synctest.Wait()
+		var all sync.WaitGroup
+		for range sidecar.MaxWaiting {
+			all.Go(func() { w.do(http.MethodGet, "/v1/ready") })
+		}
+		synctest.Wait()
+		for _, a := range []answer{w.credentials(), w.do(http.MethodGet, "/v1/ready")} {
+			if a.want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING"); a.took != 0 {
+				t.Errorf("one too many was answered after %v", a.took)
+			}
+		}
+		all.Wait()
+		if a := w.credentials(); a.took != 900*time.Millisecond {
+			t.Errorf("afterwards one was answered after %v: places are lost", a.took)
+		}
+	})
+}
+
+// Of a header of many fields those stay that are read here.
+func TestManyFields(t *testing.T) {
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
+	for i := range 3000 {
+		request.Header.Set(fmt.Sprint("X", i), "")
+	}
+	want := http.Header{"Authorization": {"a"}, "User-Agent": {"u"}, "X-Aws-Ec2-Metadata-Token": {"t"}, "X-Forwarded-For": {""}, "X-Aws-Ec2-Metadata-Token-Ttl-Seconds": {"60"}}
+	for name, values := range want {
+		request.Header.Set(name, values[0])
+	}
+	var got http.Header
+	sidecar.Bound(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r.Header })).ServeHTTP(httptest.NewRecorder(), request)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the header is (-want +got):\n%s", diff)
+	}
+}
+
 // The Host of paths that do not exist is checked as well: nothing is found out from elsewhere.
 func TestHostIsCheckedFirst(t *testing.T) {
 	s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{"/", "/v1/credentials", "/v1/ready", "/latest/api/token"} {
-		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, http.NoBody)
-		request.Host = "evil.example"
+	for _, path := range []string{"/", "/v1/credentials", "/v1/ready", "/latest/api/token", "*"} {
+		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
+		request.URL.Path, request.Host = path, "evil.example"
 		w := httptest.NewRecorder()
 		s.Handler().ServeHTTP(w, request)
 		if w.Code != http.StatusForbidden {
@@ -322,6 +361,7 @@ func TestSlowClients(t *testing.T) {
 		"a body byte by byte":  {send: head + "Content-Length: 1000\r\n\r\n", every: 100 * time.Millisecond, open: sidecar.BodyTimeout},
 		"no chunk":             {send: head + "Transfer-Encoding: chunked\r\n\r\n", open: sidecar.BodyTimeout},
 		"no continuation":      {send: head + "Content-Length: 1000\r\nExpect: 100-continue\r\n\r\n", open: sidecar.BodyTimeout},
+		"options":              {send: "OPTIONS * HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n", open: sidecar.BodyTimeout},
 		"idle after a request": {send: head + "\r\n", open: sidecar.IdleTimeout},
 		"nobody reads":         {send: head + "\r\n", unread: true, open: sidecar.WriteTimeout},
 	}

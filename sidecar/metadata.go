@@ -202,10 +202,11 @@ func serveRegion(w http.ResponseWriter, st *state) {
 	writeText(w, st.lease.Region)
 }
 
-// zoneOf is the zone to tell beside region, or empty. Programs take it for where to put replicas, so none is
-// made up: all would be put into the same.
+// zoneOf is the zone to tell beside region, or empty: region and one letter, since SDKs make a region of it by cutting
+// one off. Programs take it for where to put replicas, so none is made up: all would be put into the same.
 func (s *Sidecar) zoneOf(region string) string {
-	if region == "" || !strings.HasPrefix(s.zone, region) || len(s.zone) == len(region) {
+	letter, ok := strings.CutPrefix(s.zone, region)
+	if region == "" || !ok || len(letter) != 1 || letter < "a" || letter > "z" {
 		return ""
 	}
 	return s.zone

@@ -30,7 +30,7 @@ func (p pace) wait(failures int) time.Duration {
 }
 
 const (
-	// maxRetryAfter bounds what a broker may ask for: a credential has at least 25 minutes left
+	// maxRetryAfter bounds what a broker may ask for: a credential of an hour has at least 25 minutes left
 	// when its renewal begins, and several attempts must fit in.
 	maxRetryAfter = 5 * time.Minute
 	// minRenewal keeps a source whose leases are at their end from being asked in a busy loop.
@@ -61,7 +61,7 @@ func (s *Sidecar) renew(ctx context.Context) {
 		}
 		old := s.state.Load()
 		next := new(*old)
-		next.err, next.changed = err, make(chan struct{})
+		next.err, next.holding, next.changed = err, false, make(chan struct{})
 		var wait time.Duration
 		if err == nil {
 			failures = 0
@@ -83,6 +83,12 @@ func (s *Sidecar) renew(ctx context.Context) {
 			if e, ok := errors.AsType[*credential.Error](err); ok && e.RetryAfter > 0 {
 				// On top, so that those who were all told the same time still come apart.
 				wait += min(e.RetryAfter, maxRetryAfter)
+			}
+			if holding {
+				// Not past the end of what is held: somebody would be without credentials then.
+				next.holding = true
+				left := min(old.lease.Remaining(now), old.left-now.Sub(old.got))
+				wait = min(wait, left+rand.N(paceEmpty.base)) //nolint:gosec // G404: spreads load, guards nothing
 			}
 			s.publish(old, next)
 			report.failed(s.log, err, old, now)

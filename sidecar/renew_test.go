@@ -227,6 +227,47 @@ func TestSuspend(t *testing.T) {
 	})
 }
 
+// At the end of what is held the broker is asked, however long the last wait is: it may be well again.
+func TestAsksAtTheEndOfWhatIsHeld(t *testing.T) {
+	for name, failure := range map[string]error{
+		"away": errAway,
+		"told to wait": &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "slow down", RetryAfter: 5 * time.Minute,
+		},
+		"refused": errDenied,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const life = 15 * time.Minute
+				w := start(t, yields(t, life, 7*time.Minute))
+				synctest.Wait()
+				w.broker.set(fails(failure))
+				time.Sleep(life - 100*time.Millisecond)
+				w.broker.set(yields(t, life, 7*time.Minute))
+				time.Sleep(300 * time.Millisecond)
+				w.credentials().want(t, http.StatusOK, "")
+			})
+		})
+	}
+}
+
+// A machine that sleeps while the broker is away wakes without credentials, and the next request has them fetched.
+func TestSuspendWhileTheBrokerIsAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		synctest.Wait()
+		w.broker.set(fails(&credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "slow down", RetryAfter: 5 * time.Minute,
+		}))
+		time.Sleep(28 * time.Minute)
+		w.SuspendFor(2 * time.Hour)
+		w.broker.set(yields(t, time.Hour, 27*time.Minute))
+		if a := w.credentials(); a.status != http.StatusOK || a.took != 0 {
+			t.Errorf("answered %d after %v", a.status, a.took)
+		}
+	})
+}
+
 // A clock that is set back makes no session last longer than AWS accepts it, and does not put off its renewal.
 func TestClockSetBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -298,6 +339,24 @@ func TestChangingTextIsLoggedOnceAMinute(t *testing.T) {
 		w := start(t, func(context.Context) (credential.Lease, error) {
 			n++
 			return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "port %d", n)
+		})
+		time.Sleep(time.Hour)
+		if got := len(w.messages()); got < 30 || got > 62 {
+			t.Errorf("%d lines in an hour for %d attempts", got, n)
+		}
+	})
+}
+
+// Troubles that take turns are logged once a minute, too.
+func TestTroublesThatTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := 0
+		w := start(t, func(context.Context) (credential.Lease, error) {
+			n++
+			if n%2 == 0 {
+				return credential.Lease{}, errAway
+			}
+			return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSThrottled, "slow down")
 		})
 		time.Sleep(time.Hour)
 		if got := len(w.messages()); got < 30 || got > 62 {

@@ -8,8 +8,8 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// repeatAfter is how long the same trouble stays unmentioned when nothing but its wording changed: a port
-// number in it differs at each attempt, yet a broker that turns from absent to untrusted is news.
+// repeatAfter is how long a trouble that goes on stays unmentioned, whatever it turns into meanwhile: of two that
+// take turns each is in the log, and a port number differs at each attempt.
 const repeatAfter = time.Minute
 
 // reporter logs what changed, not what was tried. The zero reporter has reported nothing. It belongs
@@ -38,7 +38,7 @@ func (r *reporter) held(log *slog.Logger, lease credential.Lease, renewAt time.T
 // failed reports why there is no new lease, and whether that of old still serves.
 func (r *reporter) failed(log *slog.Logger, err error, old *state, now time.Time) {
 	reason, holding, text := credential.ReasonOf(err), old.valid(now), err.Error()
-	if r.failing && r.reason == reason && r.holding == holding && (r.text == text || now.Sub(r.at) < repeatAfter) {
+	if r.failing && r.holding == holding && (r.reason == reason && r.text == text || now.Sub(r.at) < repeatAfter) {
 		return
 	}
 	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, holding: holding, text: text, at: now}

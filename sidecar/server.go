@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -29,12 +31,18 @@ const (
 	idleTimeout = 5 * time.Second
 	// maxHeaderBytes leaves room for tracing headers; net/http adds 4 kB of its own.
 	maxHeaderBytes = 8 << 10
-	// maxConnections bounds memory: a connection costs about 20 kB, so these fit in the container's
-	// 16 MiB beside the program. More wait in the kernel's queue, a millisecond each as a rule.
+	// maxConnections bounds memory: a connection costs about 20 kB and twice socketBuffer, so these fit in the
+	// container's 16 MiB beside the program. More wait in the kernel's queue, a millisecond each while credentials are
+	// held.
 	maxConnections = 128
 	// crowd is the number of open connections above which an answer is the last one on its
 	// connection, so that clients that keep theirs do not keep others waiting.
 	crowd = maxConnections / 2
+	// maxFields is above what SDKs and tracers send. The fields of a header of 12 kB can take 280 kB.
+	maxFields = 16
+	// socketBuffer is far above a request and an answer, in bytes. Left to itself, the kernel lets a client that does
+	// not read have 4 MB, which count as the container's.
+	socketBuffer = 16 << 10
 	// shutdownTimeout is how long answers under way have once the context has ended.
 	shutdownTimeout = 2 * time.Second
 )
@@ -57,7 +65,9 @@ func (s *Sidecar) Run(ctx context.Context, listener net.Listener) error {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		// net/http's answer to OPTIONS * would come without a look at Host, and wait for a body.
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 		// Requests that wait for a credential leave when ctx ends.
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
@@ -104,10 +114,27 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		<-l.slots
+		if _, ofSystem := errors.AsType[syscall.Errno](err); ofSystem && !errors.Is(err, net.ErrClosed) {
+			return nil, passing{err}
+		}
 		return nil, err
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		// Where they fail the connection has gone, or has what the system gives.
+		_, _ = tcp.SetReadBuffer(socketBuffer), tcp.SetWriteBuffer(socketBuffer)
 	}
 	return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
 }
+
+// passing is an error of accept(2) that net/http tries again after. By itself it does so for a few only, and gives up
+// where memory is short for a moment.
+type passing struct{ error }
+
+// Timeout implements [net.Error].
+func (passing) Timeout() bool { return false }
+
+// Temporary implements [net.Error].
+func (passing) Temporary() bool { return true }
 
 // Close implements [net.Listener]. It also ends an Accept that waits for a connection to close.
 func (l *limitedListener) Close() error {
@@ -122,11 +149,25 @@ func (l *limitedListener) bound(next http.Handler) http.Handler {
 			// The error would be that w cannot do it: then readTimeout is left.
 			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 		}
+		if len(r.Header) > maxFields {
+			r.Header = known(r.Header)
+		}
 		if len(l.slots) > crowd {
 			w.Header().Set("Connection", "close")
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// known returns the fields that are read here, without the memory of the others.
+func known(header http.Header) http.Header {
+	kept := make(http.Header)
+	for _, name := range []string{"Authorization", headerToken, headerTokenTTL, "X-Forwarded-For", "User-Agent"} {
+		if values := header.Values(name); len(values) > 0 {
+			kept[name] = []string{strings.Clone(values[0])}
+		}
+	}
+	return kept
 }
 
 type limitedConn struct {

@@ -8,7 +8,7 @@
 //     context or its listener ends [Sidecar.Run];
 //   - while it holds a credential that is valid it answers with it, whatever the last attempt to
 //     renew it came to; what has expired is never served;
-//   - an answer comes within 900 ms, because many SDKs give up after a second;
+//   - an answer begins within 900 ms, because many SDKs give up after a second;
 //   - only a program that can reach the pod's loopback and knows what the webhook told it, or speaks
 //     the handshake of IMDSv2, gets a credential. Browsers that were sent here by a foreign name
 //     (DNS rebinding) and programs that fetch URLs for others do neither;
@@ -76,6 +76,8 @@ type Sidecar struct {
 	state atomic.Pointer[state]
 	// wake tells the renewal loop that a request found the renewal overdue.
 	wake chan struct{}
+	// waiting has an element for each request that waits.
+	waiting chan struct{}
 }
 
 // state is what is known at one moment. It does not change once it is published, but for changed,
@@ -91,7 +93,9 @@ type state struct {
 	// renewAt is when lease should be renewed, by the wall clock; zero before the first.
 	renewAt time.Time
 	// err says why the latest attempt failed; nil when lease came from it, and before the first.
-	err     error
+	err error
+	// holding: the latest attempt failed while lease was valid.
+	holding bool
 	changed chan struct{}
 }
 
@@ -121,6 +125,7 @@ func New(cfg Config) (*Sidecar, error) {
 		started:       time.Now(),
 		log:           cfg.Logger,
 		wake:          make(chan struct{}, 1),
+		waiting:       make(chan struct{}, maxWaiting),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -136,6 +141,9 @@ func New(cfg Config) (*Sidecar, error) {
 const (
 	patience      = 900 * time.Millisecond
 	shortPatience = 400 * time.Millisecond
+	// maxWaiting is how many may wait at a time. The connections that are left are for those who need not, and further
+	// ones hear at once that there is nothing yet.
+	maxWaiting = maxConnections / 2
 )
 
 // await returns a state whose lease is valid now. While there is none it waits for one, unless the
@@ -158,6 +166,12 @@ func (s *Sidecar) await(ctx context.Context, patience time.Duration) (*state, er
 			return nil, st.err
 		}
 		if timeout == nil {
+			select {
+			case s.waiting <- struct{}{}:
+				defer func() { <-s.waiting }()
+			default:
+				return nil, st.why()
+			}
 			timer := time.NewTimer(patience)
 			defer timer.Stop()
 			timeout = timer.C
@@ -191,11 +205,14 @@ func (st *state) why() error {
 	return st.err
 }
 
-// overdue reports whether the time to renew has passed though the latest attempt went well. Timers
-// stand still while a machine is suspended and the wall clock does not, so the renewal loop can sleep
-// through the end of a credential; the next request notices, at no cost while there is none.
+// overdue reports whether the time to renew has passed though the latest attempt went well, or the end of what was
+// held then though it did not. Timers stand still while a machine is suspended and the wall clock does not, so the
+// renewal loop can sleep through the end of a credential; the next request notices, at no cost while there is none.
 func (st *state) overdue(now time.Time) bool {
-	return st.err == nil && !st.renewAt.IsZero() && now.After(st.renewAt)
+	if st.err != nil {
+		return st.holding && !st.valid(now)
+	}
+	return !st.renewAt.IsZero() && now.After(st.renewAt)
 }
 
 // refused reports whether err says that asking again will not help until somebody mends something.

@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -312,6 +314,41 @@ func TestRunRefusesOtherThanLoopback(t *testing.T) {
 	}
 	if !listener.closed {
 		t.Error("the listener was left open")
+	}
+}
+
+// What the system lacks for a moment ends nothing.
+func TestRunGoesOnWhenTheSystemIsShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener := &shortListener{pipeListener: pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}}
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(time.Minute, cancel)
+		if err := s.Run(ctx, listener); err != nil {
+			t.Errorf("Run = %v", err)
+		}
+		if listener.failed < 10 {
+			t.Errorf("connections were accepted %d times", listener.failed)
+		}
+	})
+}
+
+// shortListener has no memory for a connection.
+type shortListener struct {
+	pipeListener
+	failed int
+}
+
+func (l *shortListener) Accept() (net.Conn, error) {
+	select {
+	case <-l.closed:
+		return nil, net.ErrClosed
+	default:
+		l.failed++
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.ENOMEM)}
 	}
 }
 

@@ -255,7 +255,7 @@ func (i *Injector) sidecarDifference(c container, settings policy.Settings) stri
 	if has(c, podUID) {
 		want = append(want, fromUID(podUID))
 	}
-	// A webhook of the version before, in the middle of an upgrade, did not add it; nobody misses a zone.
+	// A webhook of the version before did not add it, and may have had the same sidecar; nobody misses a zone.
 	if !has(c, zone) {
 		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zone })
 	}
