@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -10,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/placement"
 )
 
@@ -58,8 +58,7 @@ func (a *addresses) find(ctx context.Context) (found []netip.Addr, current bool,
 	if len(a.last) > 0 {
 		return a.last, false, nil
 	}
-	return nil, false, credential.Errorf(credential.ErrUnavailable, credential.ReasonBrokerUnreachable,
-		"DNS gave no address of the broker's host %s: %v", a.host, err)
+	return nil, false, unreachable(fmt.Errorf("DNS gave no address of the broker's host %s: %w", a.host, err))
 }
 
 // usable makes one set of what DNS said, the same in every sidecar and broker whatever the order: the owners of

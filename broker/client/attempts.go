@@ -183,7 +183,7 @@ func (c *call) start(ctx context.Context) {
 	c.asked = append(c.asked, attempt{addr: addr, taken: taken})
 	c.open++
 	c.running.Go(func() {
-		a := c.ask(ctx, addr, func() { taken.Store(true) })
+		a := c.ask(ctx, addr, taken)
 		a.at = at
 		select {
 		case c.answers <- a:
@@ -224,19 +224,21 @@ const (
 	saysReason
 )
 
-// ask asks one broker; taken is called once it has the call.
-func (c *call) ask(ctx context.Context, addr netip.Addr, taken func()) answer {
+// ask asks one broker, and sets has once it has the call.
+func (c *call) ask(ctx context.Context, addr netip.Addr, has *atomic.Bool) answer {
 	conn, err := grpc.NewClient("passthrough:///"+netip.AddrPortFrom(addr, c.port).String(), c.options...)
 	if err != nil {
 		return answer{err: unreachable(fmt.Errorf("making a connection: %w", err))}
 	}
 	defer conn.Close()
 	response, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx,
-		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token, taken}))
+		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token, func() { has.Store(true) }}))
 	if err != nil {
 		a := answer{err: brokerpb.FromError(err)}
 		own := len(status.Convert(err).Details()) == 0 // gRPC's own errors have none
 		switch reason := credential.ReasonOf(a.err); {
+		case own && (status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled) && has.Load():
+			a.err = unanswered(err)
 		case own && (status.Code(err) == codes.Unavailable || status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled):
 			a.err = unreachable(errors.New(status.Convert(err).Message()))
 		case own:
@@ -264,11 +266,22 @@ func unreachable(cause error) error {
 	}
 }
 
+// unanswered is the error of a call that a broker has taken and not answered in time. What it waits for, its log says.
+func unanswered(cause error) error {
+	return &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Cause: fmt.Errorf("no answer: %w", cause),
+		Message: "the broker has not answered in time, and is asked again",
+	}
+}
+
 // verdict is the error of a call that nobody has answered: the one that tells most, and of those the first in rank.
 func (c *call) verdict(ctx context.Context) error {
 	for i := range c.asked {
 		if c.asked[i].err == nil {
 			c.asked[i].err = unreachable(fmt.Errorf("no answer: %w", ctx.Err()))
+			if c.asked[i].taken.Load() {
+				c.asked[i].err = unanswered(ctx.Err())
+			}
 		}
 	}
 	most := slices.MaxFunc(c.asked, func(a, b attempt) int { return a.says - b.says })

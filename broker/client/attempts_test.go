@@ -572,6 +572,20 @@ func TestOneTraceOfAllAttempts(t *testing.T) {
 	})
 }
 
+// A broker that has the call, and waits for something, was reached.
+func TestTakenAndNotAnswered(t *testing.T) {
+	in(t, func(t *testing.T, n *network) {
+		for _, addr := range n.brokers(2) {
+			n.serve(addr, slow(time.Minute))
+		}
+		_, err := n.call(n.client())
+		unavailable(t, err, credential.ReasonInternal, "has not answered in time", "no answer: ")
+		if n.took() != client.CallTimeout {
+			t.Errorf("the call took %v", n.took())
+		}
+	})
+}
+
 // The caller's context ends all of it.
 func TestCallerLeaves(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {

@@ -33,8 +33,10 @@ import (
 )
 
 const (
-	// patient are those that keep their connections after the answer, so that all the sidecar takes are in use.
+	// patient are those that were there before, and keep their connections for as long as the sidecar does.
 	patient = 128
+	// wordy is how many of a header's fields every fourth sends, which is about all that a header has room for.
+	wordy = 1_800
 	// maxResets is how many may be turned away, and ask again as SDKs do. What the kernel could not queue it has the
 	// client send again, after ever longer times; and who is silent for two seconds after being let in, is let go.
 	maxResets = crowd / 100
@@ -57,7 +59,11 @@ func TestMemory(t *testing.T) {
 	address := freeAddress(t)
 	pid, ended := startProgram(t, program, address)
 
-	ask := func(ctx context.Context) (net.Conn, error) { return askOnce(ctx, address) }
+	ask := func(ctx context.Context, fields ...string) (net.Conn, error) { return askOnce(ctx, address, fields...) }
+	var many []string
+	for i := range wordy {
+		many = append(many, strconv.FormatInt(int64(i), 36)+":")
+	}
 	var kept []net.Conn
 	for len(kept) < patient {
 		conn, err := ask(t.Context())
@@ -78,11 +84,15 @@ func TestMemory(t *testing.T) {
 	var all sync.WaitGroup
 	var answered, resets atomic.Int32
 	failed := make(chan error, crowd)
-	for range crowd {
+	for i := range crowd {
 		all.Go(func() {
-			conn, err := ask(t.Context())
+			var fields []string
+			if i%4 == 0 {
+				fields = many
+			}
+			conn, err := ask(t.Context(), fields...)
 			for (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF)) && resets.Add(1) <= maxResets {
-				conn, err = ask(t.Context())
+				conn, err = ask(t.Context(), fields...)
 			}
 			if err != nil {
 				failed <- err
@@ -190,7 +200,7 @@ func (double) GetCredentials(context.Context, *brokerpb.GetCredentialsRequest) (
 }
 
 // askOnce asks for credentials on a connection of its own, and returns that once it has the answer.
-func askOnce(ctx context.Context, address string) (_ net.Conn, err error) {
+func askOnce(ctx context.Context, address string, fields ...string) (_ net.Conn, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
@@ -200,7 +210,7 @@ func askOnce(ctx context.Context, address string) (_ net.Conn, err error) {
 			conn.Close()
 		}
 	}()
-	if _, err := io.WriteString(conn, "GET "+sidecar.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET "+sidecar.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(append(fields, ""), "\r\n")+"\r\n"); err != nil {
 		return nil, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
