@@ -66,7 +66,7 @@ type options struct {
 func parse(args []string, stderr io.Writer) (o options, err error) {
 	flags := flag.NewFlagSet("sdks", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.DurationVar(&o.life, "life", defaultLife, "how `long` sessions last, from 70s to 12h; above 90s the page is not written")
+	flags.DurationVar(&o.life, "life", defaultLife, "how `long` sessions last, from 70s to 12h; with any but 90s the page is not written")
 	only := flags.String("only", "", "comma `list` of clients to run, and not to write the page; default all")
 	flags.Usage = func() {
 		_, _ = fmt.Fprintln(stderr, "usage: go run ./integration/sdks [flags]\n\nFlags:")
@@ -106,6 +106,9 @@ func run(ctx context.Context, args []string, progress io.Writer) error {
 		return err
 	}
 	report, err := measure(ctx, o, root, progress)
+	if err == nil {
+		err = ctx.Err() // what was interrupted is no result
+	}
 	if err != nil {
 		return err
 	}
@@ -118,7 +121,7 @@ func run(ctx context.Context, args []string, progress io.Writer) error {
 	case o.life != defaultLife:
 		_, _ = fmt.Fprintln(progress, "with another -life than the default, the page is not written")
 	default:
-		if err := os.WriteFile(filepath.Join(root, pagePath), page(report), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(root, pagePath), page(report), 0o644); err != nil { //nolint:gosec // G306: a page is for all to read.
 			return fmt.Errorf("writing the page: %w", err)
 		}
 	}

@@ -56,8 +56,10 @@ func assumed(role string) string {
 type matrix struct {
 	stack    *stack.Stack
 	life     time.Duration
-	dir      string // for homes
-	logs     string // for what drivers say besides
+	gone     time.Time     // when the broker went away
+	absence  time.Duration // how long it was away
+	dir      string        // for homes
+	logs     string        // for what drivers say besides
 	progress io.Writer
 	began    time.Time
 	rows     []*row
@@ -260,6 +262,9 @@ func (m *matrix) podForEach(ctx context.Context, name, role string) (func(Path) 
 	return func(path Path) ([]string, error) { return m.env(sidecars[path], path) }, nil
 }
 
+// noMetadata keeps clients from instance metadata.
+const noMetadata = "AWS_EC2_METADATA_DISABLED=true"
+
 // env is the environment of a client in the pod of that sidecar: what the pod has, without what the path does
 // without, the search path of this machine, and where STS is.
 func (m *matrix) env(sidecar *stack.Sidecar, path Path) ([]string, error) {
@@ -267,7 +272,10 @@ func (m *matrix) env(sidecar *stack.Sidecar, path Path) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if path != Container {
+	if path == Container {
+		// Or a client whose container credentials fail goes on to instance metadata, and nobody sees it.
+		env = append(env, noMetadata)
+	} else {
 		env = slices.DeleteFunc(env, func(e string) bool { return strings.HasPrefix(e, "AWS_CONTAINER_") })
 	}
 	if path == MetadataV1 {
@@ -311,6 +319,7 @@ func value(env []string, name string) string {
 
 // refusal is an error that a sidecar answers.
 type refusal struct {
+	Status  int    `json:"-"`
 	Code    string `json:"code"`
 	Message string `json:"message"`
 }
@@ -348,7 +357,16 @@ func askSidecar(ctx context.Context, env []string, role, wrong string) (*refusal
 	if status == http.StatusOK || json.Unmarshal(body, &r) != nil || r.Code == "" || r.Message == "" {
 		return nil, fmt.Errorf("asking the sidecar: it answers %d without a reason", status)
 	}
+	r.Status = status
 	return &r, nil
+}
+
+// is returns an error unless the sidecar refuses with that status and code, which no client can make good.
+func (r refusal) is(status int, code string) error {
+	if r.Status != status || r.Code != code {
+		return fmt.Errorf("the sidecar answers %d %s, want %d %s", r.Status, r.Code, status, code)
+	}
+	return nil
 }
 
 // metadataToken gets a session token of the metadata service.

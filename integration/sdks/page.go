@@ -35,13 +35,14 @@ var explained = []struct {
 	outcome Outcome
 	text    string
 }{
-	{Works, "every call succeeded, with the pod's role; for the region, the right one was found"},
+	{Works, "every call succeeded, with the pod's role; for the region, the right one was found, by a program that asks for the look-up where its SDK makes none by itself (with `AWS_REGION`, or the annotation `region`, there is no need to)"},
 	{NextCall, "the first call failed, and one of the next, a second apart, succeeded"},
 	{Reason, "the call failed, as it has to, and the error that the program sees has the code or the message of the sidecar, which [errors](errors.md) explains"},
-	{Hidden, "the call failed, as it has to, and the error has neither: look at the Events of the pod, or at `kubectl logs POD -c credence-sidecar`"},
+	{Hidden, "the call failed, as it has to, and the error has neither: look at the Events of the pod, or at `kubectl logs POD -c credence-sidecar`; " +
+		"for a wrong token, which neither knows of, compare `AWS_CONTAINER_AUTHORIZATION_TOKEN` in the container with the pod's UID (`kubectl get pod POD -o jsonpath='{.metadata.uid}'`)"},
 	{Expired, "the client made up a later end for its credentials and went on using them, and AWS refused them with `ExpiredToken`: " +
 		"see [what is compressed](#what-is-compressed)"},
-	{NewSession, "a client that is kept goes on failing for minutes, and a new one succeeds: see [what is compressed](#what-is-compressed)"},
+	{NewSession, "a client that is kept goes on failing for minutes, and a new one, or a restart of the program, succeeds: see [what is compressed](#what-is-compressed)"},
 	{Metadata, "refused by the container-credentials endpoint, the client went on to instance metadata, where that token is not asked for, and has its credentials from there"},
 	{NotFound, "the client's look-up found nothing: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Unusable, "the client cannot use this path as it is, and nothing else was tried on it: [see the error](#what-you-see-when-something-is-wrong)"},
@@ -49,7 +50,7 @@ var explained = []struct {
 	{Fails, "not as it should be"},
 }
 
-// elsewhere are SDKs that this machine cannot run, whatever is installed.
+// elsewhere are SDKs that have no driver here.
 var elsewhere = []string{"Java", ".NET", "PHP", "C++", "Rust", "Kotlin", "Swift"}
 
 // page renders the whole page. It holds no figure that changes from run to run.
@@ -109,11 +110,12 @@ container credentials, which is what clients choose by themselves; instance meta
 ## What is compressed
 
 Sessions lasted %s here, so that a run takes minutes. Real ones last an hour, or what the annotation
-[duration](annotations.md) says, and while the broker is there the sidecar never serves one with less than 25
-minutes left.
+[duration](annotations.md) says, and while the broker is there the sidecar serves none with less than 25
+minutes left, or 0.45 of its life where that is less.
 
-- SDKs renew what has 5 to 15 minutes left. All that they got here had less, so they asked the sidecar at nearly every
-  call, which it answered from memory. With sessions of an hour they ask when it is due.
+- Most SDKs renew what has 5 to 15 minutes left. All that they got here had less, so they asked the sidecar at nearly every
+  call, which it answered from memory. With sessions of an hour they ask when it is due. Not so the SDK for JavaScript v2 (15
+  seconds), minio-go (a fifth of the life) and, on the metadata path, the SDK for Go v2 (none).
 - On the metadata path some clients take credentials for valid beyond their end, because EC2 forgives that. STS does
   not: those are the ones with "%s". botocore does so when it gets credentials with less than some 25 minutes
   left; with sessions of an hour it does not get such while the broker is there. The SDKs for Go v2 and Ruby do so when they cannot
@@ -188,7 +190,7 @@ func used(r *Report, o Outcome) bool {
 }
 
 // quoted are the scenarios whose errors the page quotes.
-var quoted = []string{refused, token}
+var quoted = []string{expired, refused, token}
 
 // seen writes what a client shows of what is wrong.
 func seen(b *bytes.Buffer, r *Report, c client) {

@@ -17,7 +17,7 @@ func asExpected() *Report {
 	r := &Report{Life: 90}
 	for _, c := range clients {
 		for _, path := range c.paths {
-			row := Row{Client: c.name, Path: path, Version: "1.2.3"}
+			row := Row{Client: c.name, Path: path, Version: "1.2.3", BrokerCalls: 3, MostCalls: 5}
 			if c.name == "ruby" {
 				row = Row{Client: c.name, Path: path, NotRun: "no ruby here"}
 			}
@@ -130,9 +130,34 @@ func TestCommittedPageHasTheWholeMatrix(t *testing.T) {
 			t.Errorf("%s does not say what %s is: run make sdks", pagePath, c.name)
 		}
 	}
+	// What the code expects is what is on the page, cell by cell, but for what was not installed.
+	wanted := rows(string(page(asExpected())))
+	for key, row := range rows(text) {
+		want := wanted[key]
+		if row != want && !strings.Contains(row, "not run") && !strings.Contains(want, "not run") {
+			t.Errorf("%s has for %s\n%s, and expected is\n%s", pagePath, key, row, want)
+		}
+	}
+	if n := strings.Count(text, "| not run: "); n > 3 {
+		t.Errorf("%s is of a machine where %d rows were not run", pagePath, n)
+	}
 	if strings.Contains(text, "not as expected") {
 		t.Errorf("%s was written by a run that was not as expected", pagePath)
 	}
+}
+
+// rows are the lines of the matrix, by client and path.
+func rows(text string) map[string]string {
+	all := make(map[string]string)
+	for _, c := range clients {
+		for _, path := range c.paths {
+			key := fmt.Sprintf("| %s | %s |", c.name, path)
+			if _, rest, found := strings.Cut(text, "\n"+key); found {
+				all[key], _, _ = strings.Cut(rest, "\n")
+			}
+		}
+	}
+	return all
 }
 
 // checkTable checks that a page has a row for each client on each path, with a column for each scenario.

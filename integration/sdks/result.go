@@ -111,6 +111,9 @@ func (r *Report) unmet() (lines []string) {
 				lines = append(lines, fmt.Sprintf("%s, %s: %s: %s, expected %q: %s %s", row.Client, row.Path, s.name, c.Outcome, c.Expected, c.Code, c.Error))
 			}
 		}
+		if _, unusable := clientOf(row.Client).unusable[row.Path]; row.BrokerCalls < 2 && !unusable {
+			lines = append(lines, fmt.Sprintf("%s, %s: the sidecar asked the broker %d times: they are not counted", row.Client, row.Path, row.BrokerCalls))
+		}
 		if row.BrokerCalls > row.MostCalls {
 			lines = append(lines, fmt.Sprintf("%s, %s: the sidecar asked the broker %d times, more than %d", row.Client, row.Path, row.BrokerCalls, row.MostCalls))
 		}
