@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -210,7 +211,7 @@ func askOnce(ctx context.Context, address string, fields ...string) (_ net.Conn,
 			conn.Close()
 		}
 	}()
-	if _, err := io.WriteString(conn, "GET "+sidecar.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(append(fields, ""), "\r\n")+"\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET "+sidecar.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
 		return nil, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
