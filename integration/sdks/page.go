@@ -98,7 +98,7 @@ container credentials, which is what clients choose by themselves; instance meta
 			line("- %s: %s.", words[e.outcome], e.text)
 		}
 	}
-	line("\nNo client, whatever it did, made its sidecar ask the broker more often than once in 0.4 of the life of a session, and once more: that is a condition of the run.")
+	line("\nNo client, whatever it did, made its sidecar ask the broker more often than once in 0.4 of the life of a session, at its start, and once more when the broker is back: that is a condition of the run.")
 
 	line("\n## What you see when something is wrong\n")
 	line("The error as the client gave it. `PORT`, `ID` and `TIME` stand for what differs from case to case.")

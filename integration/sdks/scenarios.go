@@ -230,7 +230,7 @@ func (m *matrix) away(ctx context.Context, r *row) error {
 			t.ask(ctx, r.driver, "fresh")
 		}
 		c := t.outcome(lifeRole, nil)
-		if c.Outcome != Works || time.Now().After(end) {
+		if c.Outcome != Works || time.Now().Add(calmPause).After(end) {
 			return r.set(c)
 		}
 		if err := sleep(ctx, calmPause); err != nil {
