@@ -26,9 +26,10 @@ const (
 	// here has one; net/http skips a short one, so that the client sees the answer, and closes the
 	// connection on a long one.
 	bodyTimeout = time.Second
-	// idleTimeout is short, because a client that comes back in half an hour needs no open
-	// connection, and those that are open count against maxConnections.
-	idleTimeout = 5 * time.Second
+	// idleTimeout is above the 90 seconds after which Go's clients close an idle connection, so that no request
+	// meets one that is being closed here: not all clients ask for a metadata token again, as PUT may not be
+	// repeated. Those that are idle leave room for others, see crowd.
+	idleTimeout = 2 * time.Minute
 	// maxHeaderBytes leaves room for tracing headers; net/http adds 4 kB of its own.
 	maxHeaderBytes = 8 << 10
 	// maxConnections bounds memory: a connection costs about 20 kB and twice socketBuffer, so these fit in the
