@@ -1,7 +1,6 @@
 package sidecar
 
 import (
-	"net/http"
 	"testing/synctest"
 	"time"
 )
@@ -32,7 +31,5 @@ const (
 	BodyTimeout       = bodyTimeout
 	IdleTimeout       = idleTimeout
 	MaxWaiting        = maxWaiting
+	MaxLines          = maxLines
 )
-
-// Bound is what [Sidecar.Run] puts before the handler.
-func Bound(next http.Handler) http.Handler { return limit(nil, 1).bound(next) }

@@ -177,23 +177,6 @@ func TestWaitingIsBounded(t *testing.T) {
 	})
 }
 
-// Of a header of many fields those stay that are read here.
-func TestManyFields(t *testing.T) {
-	request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
-	for i := range 3000 {
-		request.Header.Set(fmt.Sprint("X", i), "")
-	}
-	want := http.Header{"Authorization": {"a"}, "User-Agent": {"u"}, "X-Aws-Ec2-Metadata-Token": {"t"}, "X-Forwarded-For": {""}, "X-Aws-Ec2-Metadata-Token-Ttl-Seconds": {"60"}}
-	for name, values := range want {
-		request.Header.Set(name, values[0])
-	}
-	var got http.Header
-	sidecar.Bound(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r.Header })).ServeHTTP(httptest.NewRecorder(), request)
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("the header is (-want +got):\n%s", diff)
-	}
-}
-
 // The Host of paths that do not exist is checked as well: nothing is found out from elsewhere.
 func TestHostIsCheckedFirst(t *testing.T) {
 	s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})
@@ -452,6 +435,34 @@ func TestHeaderIsBounded(t *testing.T) {
 		defer response.Body.Close()
 		if response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 			t.Errorf("status = %d, want 431", response.StatusCode)
+		}
+	})
+}
+
+// A header of many lines is not parsed. The lines of one request do not count for the next.
+func TestLinesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, yields(t, time.Hour, 27*time.Minute))
+		synctest.Wait()
+		conn := w.dial()
+		defer conn.Close()
+		answers := bufio.NewReader(conn)
+		for _, test := range []struct{ lines, status int }{{20, 200}, {sidecar.MaxLines, 200}, {sidecar.MaxLines, 200}, {sidecar.MaxLines + 1, 400}} {
+			go func() {
+				fields := strings.Repeat("X-Field: value\r\n", test.lines-4)
+				_, _ = fmt.Fprintf(conn, "GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: %s\r\n%s\r\n", authorization, fields)
+			}()
+			response, err := http.ReadResponse(answers, nil)
+			if err != nil {
+				t.Fatalf("%d lines: %v", test.lines, err)
+			}
+			if _, err := io.Copy(io.Discard, response.Body); err != nil {
+				t.Errorf("%d lines: %v", test.lines, err)
+			}
+			response.Body.Close()
+			if response.StatusCode != test.status {
+				t.Errorf("%d lines were answered %d, want %d", test.lines, response.StatusCode, test.status)
+			}
 		}
 	})
 }

@@ -1,14 +1,15 @@
 package sidecar
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -39,8 +40,9 @@ const (
 	// crowd is the number of open connections above which an answer is the last one on its
 	// connection, so that clients that keep theirs do not keep others waiting.
 	crowd = maxConnections / 2
-	// maxFields is above what SDKs and tracers send. The fields of a header of 12 kB can take 280 kB.
-	maxFields = 16
+	// maxLines is how many lines a request may have, several times what SDKs and tracers send. Those that a header of
+	// 12 kB has room for take 280 kB once they are parsed.
+	maxLines = 64
 	// socketBuffer is far above a request and an answer, in bytes. Left to itself, the kernel lets a client that does
 	// not read have 4 MB, which count as the container's.
 	socketBuffer = 16 << 10
@@ -150,9 +152,6 @@ func (l *limitedListener) bound(next http.Handler) http.Handler {
 			// The error would be that w cannot do it: then readTimeout is left.
 			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 		}
-		if len(r.Header) > maxFields {
-			r.Header = known(r.Header)
-		}
 		if len(l.slots) > crowd {
 			w.Header().Set("Connection", "close")
 		}
@@ -160,20 +159,41 @@ func (l *limitedListener) bound(next http.Handler) http.Handler {
 	})
 }
 
-// known returns the fields that are read here, without the memory of the others.
-func known(header http.Header) http.Header {
-	kept := make(http.Header)
-	for _, name := range []string{"Authorization", headerToken, headerTokenTTL, "X-Forwarded-For", "User-Agent"} {
-		if values := header.Values(name); len(values) > 0 {
-			kept[name] = []string{strings.Clone(values[0])}
-		}
-	}
-	return kept
-}
-
 type limitedConn struct {
 	net.Conn
 	release func()
+	lines   atomic.Int32 // that the client has sent since it was last answered
+	over    bool         // they are too many; only Read looks, and there is one at a time
+}
+
+var errTooManyLines = fmt.Errorf("a request has more than %d lines", maxLines)
+
+// Read implements [net.Conn]. It ends in the middle of a header that has too many lines, and net/http answers that the
+// request is a bad one.
+func (c *limitedConn) Read(p []byte) (int, error) {
+	if c.over {
+		return 0, errTooManyLines
+	}
+	n, err := c.Conn.Read(p)
+	for rest := p[:n]; len(rest) > 0; {
+		if c.lines.Load() >= maxLines {
+			c.over = true
+			return n - len(rest), nil
+		}
+		i := bytes.IndexByte(rest, '\n')
+		if i < 0 {
+			break
+		}
+		c.lines.Add(1)
+		rest = rest[i+1:]
+	}
+	return n, err
+}
+
+// Write implements [net.Conn].
+func (c *limitedConn) Write(p []byte) (int, error) {
+	c.lines.Store(0)
+	return c.Conn.Write(p)
 }
 
 // Close implements [net.Conn].

@@ -36,8 +36,9 @@ import (
 const (
 	// patient are those that were there before, and keep their connections for as long as the sidecar does.
 	patient = 128
-	// wordy is how many of a header's fields every fourth sends, which is about all that a header has room for.
-	wordy = 1_800
+	// wordy is how many of a header's fields every fourth sends, which is about all that a header has room for and far
+	// more than one may have. As many send what one may: fat fields of fatSize bytes.
+	wordy, fat, fatSize = 1_800, 55, 140
 	// maxResets is how many may be turned away, and ask again as SDKs do. What the kernel could not queue it has the
 	// client send again, after ever longer times; and who is silent for two seconds after being let in, is let go.
 	maxResets = crowd / 100
@@ -61,9 +62,12 @@ func TestMemory(t *testing.T) {
 	pid, ended := startProgram(t, program, address)
 
 	ask := func(ctx context.Context, fields ...string) (net.Conn, error) { return askOnce(ctx, address, fields...) }
-	var many []string
+	var many, large []string
 	for i := range wordy {
 		many = append(many, strconv.FormatInt(int64(i), 36)+":")
+	}
+	for i := range fat {
+		large = append(large, strconv.Itoa(i)+":"+strings.Repeat("x", fatSize))
 	}
 	var kept []net.Conn
 	for len(kept) < patient {
@@ -88,8 +92,18 @@ func TestMemory(t *testing.T) {
 	for i := range crowd {
 		all.Go(func() {
 			var fields []string
-			if i%4 == 0 {
-				fields = many
+			switch i % 4 {
+			case 0:
+				fields = large
+			case 1:
+				// It is answered that this is too much, or cut off while it sends.
+				if conn, err := ask(t.Context(), many...); err == nil {
+					conn.Close()
+					failed <- errors.New("a header of 1,800 fields was answered with credentials")
+					return
+				}
+				answered.Add(1)
+				return
 			}
 			conn, err := ask(t.Context(), fields...)
 			for (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF)) && resets.Add(1) <= maxResets {
