@@ -24,12 +24,11 @@ var Limit = limit
 
 // Bounds of the server.
 const (
-	MaxConnections    = maxConnections
-	Crowd             = crowd
-	ReadHeaderTimeout = readHeaderTimeout
-	WriteTimeout      = writeTimeout
-	BodyTimeout       = bodyTimeout
-	IdleTimeout       = idleTimeout
-	MaxWaiting        = maxWaiting
-	MaxLines          = maxLines
+	MaxConnections = maxConnections
+	Crowd          = crowd
+	ReadTimeout    = readTimeout
+	WriteTimeout   = writeTimeout
+	IdleTimeout    = idleTimeout
+	MaxWaiting     = maxWaiting
+	MaxLines       = maxLines
 )

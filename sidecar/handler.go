@@ -121,7 +121,7 @@ func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
 
 // readyPoll is how long a request for readiness waits. The probe asks again; a longer wait would need
 // other time limits than the rest of the server.
-const readyPoll = 5 * time.Second
+const readyPoll = 1500 * time.Millisecond
 
 // serveReady answers 204 once a credential is held or the start timeout has passed, and 503 when
 // neither happens within readyPoll.
@@ -235,16 +235,19 @@ func writeError(w http.ResponseWriter, status int, code, message string) {
 	writeJSON(w, status, mustJSON(failure{code, message, code, message}))
 }
 
-var noStore = []string{"no-store"} // shared by all answers, which do not change it
+// Shared by all answers, which do not change them.
+var (
+	noStore = []string{"no-store"}
+	// The Go SDK reads an error's message only if the type has no charset.
+	typeJSON = []string{"application/json"}
+	typeText = []string{"text/plain"}
+)
 
-// writeJSON sends body. The Go SDK reads an error's message only if the type has no charset.
-func writeJSON(w http.ResponseWriter, status int, body []byte) {
-	write(w, status, "application/json", body)
-}
+func writeJSON(w http.ResponseWriter, status int, body []byte) { write(w, status, typeJSON, body) }
 
-func write(w http.ResponseWriter, status int, contentType string, body []byte) {
+func write(w http.ResponseWriter, status int, contentType []string, body []byte) {
 	h := w.Header()
-	h["Content-Type"] = []string{contentType}
+	h["Content-Type"] = contentType
 	h["Cache-Control"] = noStore
 	// Without it net/http sends in chunks what is longer than 2 kB, as with a long session token.
 	h["Content-Length"] = []string{strconv.Itoa(len(body))}

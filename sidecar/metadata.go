@@ -246,5 +246,5 @@ func (s *Sidecar) serveInstanceID(w http.ResponseWriter, _ *http.Request) {
 }
 
 func writeText(w http.ResponseWriter, text string) {
-	write(w, http.StatusOK, "text/plain", []byte(text))
+	write(w, http.StatusOK, typeText, []byte(text))
 }

@@ -17,16 +17,11 @@ import (
 // Bounds of the HTTP server. Its clients are SDKs in the same pod: they send some 500 bytes and read
 // some 2 kB, both at once.
 const (
-	readHeaderTimeout = 2 * time.Second
-	// readTimeout is for header and body, and also ends the wait of a handler, so it must outlast the
-	// longest one, readyPoll. Nobody's body is waited for that long: see bodyTimeout.
-	readTimeout = 10 * time.Second
+	// readTimeout is for header and body; no request served here has one. It also ends the wait of a handler, so it must
+	// outlast the longest one, readyPoll.
+	readTimeout = 2 * time.Second
 	// writeTimeout counts from the request's header, so it must outlast readyPoll, too.
 	writeTimeout = 10 * time.Second
-	// bodyTimeout is how long the rest of a body may take once the header is there. No request served
-	// here has one; net/http skips a short one, so that the client sees the answer, and closes the
-	// connection on a long one.
-	bodyTimeout = time.Second
 	// idleTimeout is above the 90 seconds after which Go's clients close an idle connection, so that no request
 	// meets one that is being closed here: not all clients ask for a metadata token again, as PUT may not be
 	// repeated. Those that are idle leave room for others, see crowd.
@@ -62,12 +57,11 @@ func (s *Sidecar) Run(ctx context.Context, listener net.Listener) error {
 
 	limited := limit(listener, maxConnections)
 	server := &http.Server{
-		Handler:           limited.bound(s.Handler()),
-		ReadHeaderTimeout: readHeaderTimeout,
-		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeaderBytes,
+		Handler:        limited.leaveRoom(s.Handler()),
+		ReadTimeout:    readTimeout,
+		WriteTimeout:   writeTimeout,
+		IdleTimeout:    idleTimeout,
+		MaxHeaderBytes: maxHeaderBytes,
 		// net/http's answer to OPTIONS * would come without a look at Host, and wait for a body.
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
@@ -145,13 +139,9 @@ func (l *limitedListener) Close() error {
 	return l.Listener.Close()
 }
 
-// bound bounds what one request takes of what all share.
-func (l *limitedListener) bound(next http.Handler) http.Handler {
+// leaveRoom makes answers the last ones on their connections while these are many.
+func (l *limitedListener) leaveRoom(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.ContentLength != 0 {
-			// The error would be that w cannot do it: then readTimeout is left.
-			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
-		}
 		if len(l.slots) > crowd {
 			w.Header().Set("Connection", "close")
 		}

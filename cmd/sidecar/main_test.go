@@ -155,9 +155,9 @@ func imports(t *testing.T, dir string) []string {
 }
 
 // This test is the program, so far as what happens before main.
-func TestOneProcessor(t *testing.T) {
-	if n := runtime.GOMAXPROCS(0); n != 1 {
-		t.Errorf("the program uses %d processors, want 1", n)
+func TestTwoProcessors(t *testing.T) {
+	if n := runtime.GOMAXPROCS(0); n > 2 {
+		t.Errorf("the program uses %d processors, want 2 at most", n)
 	}
 }
 

@@ -42,10 +42,10 @@ const (
 	// maxResets is how many may be turned away, and ask again as SDKs do. What the kernel could not queue it has the
 	// client send again, after ever longer times; and who is silent for two seconds after being let in, is let go.
 	maxResets = crowd / 100
-	// maxAnonymous bounds the memory that is the process's own, in bytes, whatever is asked of it at once: 7.5 MiB of the
-	// 16 MiB that the container may have by default. The kernel needs 2 for its sockets, threads and tables. A pod that
+	// maxAnonymous bounds the memory that is the process's own, in bytes, whatever is asked of it at once: 8 MB of the
+	// 16.8 MB that the container may have by default. The kernel needs 2 for its sockets, threads and tables. A pod that
 	// pays for the pages of the program, since it is the first of its node to read them, needs 6.5 of those all the time.
-	maxAnonymous = 15 << 19
+	maxAnonymous = 8_000_000
 )
 
 // TestMemory runs the program as it is released, and looks at its memory while many ask at once.

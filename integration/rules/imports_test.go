@@ -49,7 +49,7 @@ var floors = map[string]int{
 	"broker/tracing/otlptest": 4,
 	"operator":                4,
 
-	"cmd/internal/oneprocessor":        4,
+	"cmd/internal/twoprocessors":       4,
 	"cmd/internal/injectflags":         4, // what the webhook and the operator's command share
 	"cmd/internal/program":             4, // what the mains share
 	"cmd/internal/program/programtest": 4,
