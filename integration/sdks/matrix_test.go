@@ -180,3 +180,23 @@ func TestFlags(t *testing.T) {
 		}
 	}
 }
+
+// What a scenario rests on, a sidecar that refuses, is seen to be so, and no client blamed for it.
+func TestRefusalIsSeen(t *testing.T) {
+	t.Parallel()
+	w := newToy(nil)
+	p, err := w.pod(t.Context(), "p", lifeRole, Container)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &matrix{world: w}
+	if r, err := m.refused(t.Context(), p.env, lifeRole, "wrong", http.StatusForbidden, "AUTHORIZATION_INVALID"); err != nil || r.Message == "" {
+		t.Errorf("a refusal is taken for %+v, %v", r, err)
+	}
+	if _, err := m.refused(t.Context(), p.env, lifeRole, "wrong", http.StatusForbidden, "STS_ACCESS_DENIED"); err == nil || !strings.Contains(err.Error(), "answers 403 AUTHORIZATION_INVALID, want 403 STS_ACCESS_DENIED") {
+		t.Errorf("another refusal: %v", err)
+	}
+	if _, err := m.refused(t.Context(), p.env, lifeRole, "", http.StatusForbidden, "STS_ACCESS_DENIED"); err == nil || !strings.Contains(err.Error(), "gives credentials") {
+		t.Errorf("no refusal: %v", err)
+	}
+}

@@ -29,6 +29,9 @@ func asExpected(absent map[string]string) *Report {
 					if cell.Outcome == Reason || cell.Outcome == Hidden {
 						cell.Error, cell.Code = "no: http://127.0.0.1:41234/v1/credentials", "DENIED"
 					}
+					if cell.Outcome == Hangs {
+						cell.Error = "waiting: nothing came"
+					}
 					row.Cells = append(row.Cells, cell)
 				}
 			}
@@ -55,6 +58,9 @@ func TestPageSaysWhatWasFound(t *testing.T) {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not have %q", want)
 		}
+	}
+	if strings.Contains(text, "nothing came") {
+		t.Error("the page quotes as an error of a client what this program says of one that hangs")
 	}
 	if strings.Contains(text, "not as expected") {
 		t.Error("the page says that something is not as expected")

@@ -139,7 +139,10 @@ func (m *matrix) run(ctx context.Context) error {
 		{
 			name: expired,
 			tell: func() string {
-				return fmt.Sprintf("all sessions end, in %v at most; then each tries once more", m.left().Round(time.Second))
+				if m.left() == 0 {
+					return "all sessions have ended; each tries once more"
+				}
+				return fmt.Sprintf("all sessions will have ended in %v; then each tries once more", m.left().Round(time.Second))
 			},
 			do: func(ctx context.Context) error {
 				if err := sleep(ctx, m.left()); err != nil {
