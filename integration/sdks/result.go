@@ -104,7 +104,8 @@ type Cell struct {
 	Calls   int     `json:"calls"`
 	Slowest float64 `json:"slowest_ms"`
 	Took    float64 `json:"took_ms"`
-	// BrokerCalls is how often the sidecar of the client's own pod asked the broker meanwhile, in a life scenario.
+	// BrokerCalls is, in a life scenario, how often the sidecar of the client's own pod asked the broker since the one before
+	// it ended.
 	BrokerCalls int `json:"broker_calls"`
 }
 

@@ -83,100 +83,78 @@ const (
 	calmPause = 5 * time.Second
 )
 
-// stage is one of the life scenarios, or what is done between them.
-type stage struct {
-	name string // of the scenario; empty if it is none
-	tell func() string
-	do   func(context.Context) error
-}
-
 // run runs all scenarios. The error is of what they need; what a client does is in its cells.
 func (m *matrix) run(ctx context.Context) error {
-	var end time.Time // of what anybody holds after the first calls
-	for _, s := range []stage{
-		{
-			tell: func() string { return "starting a pod and a driver for each client on each path" },
-			do:   func(ctx context.Context) error { return m.few(ctx, sideBySide, m.start) },
-		},
-		{
-			name: first,
-			tell: func() string { return "each asks STS who it is, with its first credentials" },
-			do: func(ctx context.Context) error {
-				err := m.each(ctx, m.first)
-				end = time.Now().Add(m.life + margin)
-				return err
-			},
-		},
-		{
-			name: sessions,
-			tell: func() string { return "each makes many sessions, one after the other" },
-			do:   func(ctx context.Context) error { return m.each(ctx, m.sessions) },
-		},
-		{
-			name: renewal,
-			tell: func() string {
-				return fmt.Sprintf("each goes on for %v, past the end of its first session; meanwhile a refused role, a wrong token, the region, and a slow start", time.Until(end).Round(time.Second))
-			},
-			do: func(ctx context.Context) error {
-				err := m.both(ctx, func(ctx context.Context) error { return m.each(ctx, m.renewal(end)) }, m.others)
-				if err != nil {
-					return err
-				}
-				return m.each(ctx, m.renewIfExpired)
-			},
-		},
-		{
-			name: away,
-			tell: func() string { return "the broker is stopped; each goes on until what its sidecar holds ends" },
-			do: func(ctx context.Context) error {
-				if err := m.world.stopBroker(ctx); err != nil {
-					return err
-				}
-				m.gone = time.Now()
-				return m.each(ctx, m.away)
-			},
-		},
-		{
-			name: expired,
-			tell: func() string {
-				if m.left() == 0 {
-					return "all sessions have ended; each tries once more"
-				}
-				return fmt.Sprintf("all sessions will have ended in %v; then each tries once more", m.left().Round(time.Second))
-			},
-			do: func(ctx context.Context) error {
-				if err := sleep(ctx, m.left()); err != nil {
-					return err
-				}
-				return m.each(ctx, m.expired)
-			},
-		},
-		{
-			name: back,
-			tell: func() string {
-				return fmt.Sprintf("the broker is started again; each has %v to recover", recovery)
-			},
-			do: func(ctx context.Context) error {
-				if err := m.world.startBroker(ctx); err != nil {
-					return err
-				}
-				m.absence = time.Since(m.gone)
-				return m.each(ctx, m.back)
-			},
-		},
-	} {
-		m.tell("%s", s.tell())
-		if err := s.do(ctx); err != nil {
-			return err
-		}
-		if s.name != "" {
-			if err := m.count(s.name); err != nil {
-				return err
-			}
-		}
+	m.tell("starting a pod and a driver for each client on each path")
+	if err := m.few(ctx, sideBySide, m.start); err != nil {
+		return err
+	}
+	m.tell("each asks STS who it is, with its first credentials")
+	if err := m.live(ctx, first, m.first); err != nil {
+		return err
+	}
+	end := time.Now().Add(m.life + margin) // of what anybody holds now
+	m.tell("each makes many sessions, one after the other")
+	if err := m.live(ctx, sessions, m.sessions); err != nil {
+		return err
+	}
+	m.tell("each goes on for %v, past the end of its first session; meanwhile a refused role, a wrong token, the region, and a slow start",
+		time.Until(end).Round(time.Second))
+	if err := m.both(ctx,
+		func(ctx context.Context) error { return m.live(ctx, renewal, m.renewal(end)) },
+		m.others,
+	); err != nil {
+		return err
+	}
+	if err := m.each(ctx, m.renewIfExpired); err != nil {
+		return err
+	}
+	m.tell("the broker is stopped; each goes on until just before the end of what its sidecar holds")
+	if err := m.world.stopBroker(ctx); err != nil {
+		return err
+	}
+	m.gone = time.Now()
+	if err := m.live(ctx, away, m.away); err != nil {
+		return err
+	}
+	m.tell("all sessions will have ended in %v; then each tries once more", m.left().Round(time.Second))
+	if err := sleep(ctx, m.left()); err != nil {
+		return err
+	}
+	if err := m.live(ctx, expired, m.expired); err != nil {
+		return err
+	}
+	m.tell("the broker is started again; each has %v to recover", recovery)
+	if err := m.world.startBroker(ctx); err != nil {
+		return err
+	}
+	m.absence = time.Since(m.gone)
+	if err := m.live(ctx, back, m.back); err != nil {
+		return err
 	}
 	m.judge()
 	m.tell("done")
+	return nil
+}
+
+// live runs one of the life scenarios for all, and counts for its cells how often each pod's sidecar asked the broker in it.
+func (m *matrix) live(ctx context.Context, name string, do func(context.Context, *row) error) error {
+	if err := m.each(ctx, do); err != nil {
+		return err
+	}
+	calls, err := m.world.brokerCalls()
+	if err != nil {
+		return err
+	}
+	for _, r := range m.rows {
+		n := calls[r.name()]
+		r.mu.Lock() // others may try the row beside this
+		if i := slices.IndexFunc(r.report.Cells, func(c Cell) bool { return c.Scenario == name }); i >= 0 {
+			r.report.Cells[i].BrokerCalls = n - r.counted
+		}
+		r.mu.Unlock()
+		r.counted, r.report.BrokerCalls = n, n
+	}
 	return nil
 }
 
@@ -516,22 +494,6 @@ func (m *matrix) callEvery() time.Duration { return m.life * 2 / 5 }
 
 // most is how many calls there may be in that time.
 func most(in, every time.Duration) int { return int(in/every) + 2 }
-
-// count counts for the cells of a life scenario, which is over, how often each pod's sidecar asked the broker in it.
-func (m *matrix) count(name string) error {
-	calls, err := m.world.brokerCalls()
-	if err != nil {
-		return err
-	}
-	for _, r := range m.rows {
-		n := calls[r.name()]
-		if i := slices.IndexFunc(r.report.Cells, func(c Cell) bool { return c.Scenario == name }); i >= 0 {
-			r.report.Cells[i].BrokerCalls = n - r.counted
-		}
-		r.counted, r.report.BrokerCalls = n, n
-	}
-	return nil
-}
 
 // judge says how many calls of broker and STS there may have been. While the broker is away nobody counts.
 func (m *matrix) judge() {
