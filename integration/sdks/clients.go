@@ -24,13 +24,16 @@ type client struct {
 	name  string
 	about string // what it is, for a reader
 	paths []Path
-	// find returns the command line of its driver, or a notRun error.
-	find func(*finder, context.Context) ([]string, error)
+	// find finds what is installed of it. A notRun error says that this is nothing.
+	find func(*finder, context.Context) (installation, error)
+	// asks is what a program has to ask for so that the region is looked up; empty if the client does it by itself, or
+	// not at all.
+	asks string
 	// sessions is how many new sessions it makes in a row; 0: many.
 	sessions int
 	// expect holds what differs from what is expected of all, by path and scenario.
 	expect map[Path]expectations
-	// unusable are the paths that it cannot use, with the text of the error by which that is known.
+	// unusable are the paths that it cannot use, with a text of the error. It does not even come to the sidecar there.
 	unusable map[Path]string
 }
 
@@ -50,11 +53,15 @@ var botocoreExpects = map[Path]expectations{
 	MetadataV2: {renewal: {Expired}, expired: {Expired}, back: {Works, NewSession}, refused: {Hidden}},
 }
 
+const rubyWithout = "unable to sign request without credentials set"
+
+const botocoreAsks = "`botocore.utils.IMDSRegionProvider(session).provide()`"
+
 // clients are the rows of the matrix, in its order.
 var clients = []client{
 	{
 		name: "go-v2", about: "AWS SDK for Go v2", paths: []Path{Container, MetadataV2},
-		find: golang("go-v2"),
+		find: golang("go-v2", "github.com/aws/aws-sdk-go-v2"), asks: "the option `config.WithEC2IMDSRegion()`",
 		expect: map[Path]expectations{
 			// Its provider of instance metadata makes up a later end when it cannot renew.
 			MetadataV2: {expired: {Expired}, back: {NewSession}, refused: {Hidden}},
@@ -62,7 +69,7 @@ var clients = []client{
 	},
 	{
 		name: "go-v1", about: "AWS SDK for Go v1", paths: []Path{Container, MetadataV2},
-		find: golang("go-v1"),
+		find: golang("go-v1", "github.com/aws/aws-sdk-go"), asks: "`ec2metadata.New(session).Region()`",
 		expect: map[Path]expectations{
 			Container:  {expired: {Hidden}, refused: {Hidden}, token: {Hidden}},
 			MetadataV2: {expired: {Hidden}, refused: {Hidden}},
@@ -70,7 +77,7 @@ var clients = []client{
 	},
 	{
 		name: "minio-go", about: "MinIO client for Go", paths: []Path{Container, MetadataV2},
-		find: golang("minio-go"),
+		find: golang("minio-go", "github.com/minio/minio-go/v7"),
 		expect: map[Path]expectations{
 			// It asks once, and its errors are the HTTP status alone.
 			Container:  {expired: {Hidden}, refused: {Hidden}, token: {Hidden}, slow: {NextCall}, region: {Unsupported}},
@@ -79,12 +86,12 @@ var clients = []client{
 	},
 	{
 		name: "botocore-old", about: "botocore before 1.34.41, which boto3 is built on", paths: []Path{Container, MetadataV2},
-		find:   (*finder).botocoreOld,
+		find: (*finder).botocoreOld, asks: botocoreAsks,
 		expect: botocoreExpects,
 	},
 	{
 		name: "botocore-new", about: "botocore from 1.34.41 on", paths: []Path{Container, MetadataV2},
-		find:   (*finder).botocoreNew,
+		find: (*finder).botocoreNew, asks: botocoreAsks,
 		expect: botocoreExpects,
 	},
 	{
@@ -114,16 +121,21 @@ var clients = []client{
 		name: "js-v2", about: "AWS SDK for JavaScript v2", paths: []Path{Container, MetadataV2},
 		find: (*finder).jsV2,
 		expect: map[Path]expectations{
-			Container:  {expired: {Hidden}, refused: {Hidden}, token: {Metadata}, region: {Unsupported}},
-			MetadataV2: {expired: {Hidden}, refused: {Hidden}, region: {Unsupported}},
+			Container: {expired: {Hidden}, refused: {Hidden}, token: {Metadata}, region: {Unsupported}},
+			// Offered credentials with less than 15 s left, its metadata provider calls a logger that it does not have, and
+			// nobody hears of the error.
+			MetadataV2: {away: {Hangs}, expired: {Hangs}, back: {NewSession}, refused: {Hidden}, region: {Unsupported}},
 		},
 	},
 	{
-		name: "ruby", about: "AWS SDK for Ruby before 3.171", paths: []Path{MetadataV2},
+		name: "ruby", about: "AWS SDK for Ruby before 3.171", paths: []Path{Container, MetadataV2},
 		find:   ruby(),
-		expect: map[Path]expectations{MetadataV2: {first: {Unusable}}},
-		// It takes the host of the endpoint, and asks at port 80.
-		unusable: map[Path]string{MetadataV2: "unable to sign request without credentials set"},
+		expect: map[Path]expectations{Container: {first: {Unusable}}, MetadataV2: {first: {Unusable}}},
+		unusable: map[Path]string{
+			Container: rubyWithout,
+			// It takes the host of the endpoint, and asks at port 80.
+			MetadataV2: rubyWithout,
+		},
 	},
 	{
 		name: "ruby-port", about: "the same, in a program that tells it the port of the metadata service", paths: []Path{MetadataV2},
@@ -134,7 +146,7 @@ var clients = []client{
 	},
 	{
 		name: "curl", about: "curl, which asks once and shows what it is answered", paths: []Path{Container, MetadataV2, MetadataV1},
-		find: (*finder).curl,
+		find: (*finder).curl, asks: "`/latest/meta-data/placement/region`",
 		expect: map[Path]expectations{
 			Container:  {slow: {NextCall}},
 			MetadataV1: {slow: {NextCall}},

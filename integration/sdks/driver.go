@@ -25,6 +25,9 @@ const (
 	maxLine = 256 << 10
 )
 
+// errSilent is what answerTimeout comes to.
+var errSilent = fmt.Errorf("nothing came within %v", answerTimeout)
+
 // hello is a driver's first line.
 type hello struct {
 	Client  string `json:"client"`
@@ -47,46 +50,58 @@ type answer struct {
 type driver struct {
 	hello
 
-	cmd   *exec.Cmd
 	stdin io.WriteCloser
 	lines chan []byte // closed when it ends
-	log   *os.File
+	kill  func()      // ends the program, and with it what it writes
+	reap  func()      // is called once that has ended
+	err   error       // of the first answer that did not come: the next line might be that one
 }
 
 // startDriver starts the program and waits until it has said who it is. What it says besides goes to the file
 // log. env is its whole environment, and dir its working folder.
 func startDriver(ctx context.Context, command, env []string, dir, log string) (_ *driver, err error) {
-	d := &driver{lines: make(chan []byte)}
-	d.cmd = exec.Command(command[0], command[1:]...) //nolint:gosec,noctx // a client of our table, until it is stopped
-	d.cmd.Env, d.cmd.Dir = env, dir
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if d.log, err = os.OpenFile(log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err != nil {
+	cmd := exec.Command(command[0], command[1:]...) //nolint:gosec,noctx // a client of our table, until it is stopped
+	cmd.Env, cmd.Dir = env, dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	says, err := os.OpenFile(log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
 		return nil, fmt.Errorf("opening a driver's log: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			_ = d.log.Close()
-		}
-	}()
-	d.cmd.Stderr = d.log
-	if d.stdin, err = d.cmd.StdinPipe(); err != nil {
-		return nil, fmt.Errorf("starting a driver: %w", err)
-	}
-	stdout, err := d.cmd.StdoutPipe()
+	defer func() { _ = says.Close() }() // the program has its own
+	cmd.Stderr = says
+	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, fmt.Errorf("starting a driver: %w", err)
 	}
-	if err := process.Launch(d.cmd); err != nil {
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
 		return nil, fmt.Errorf("starting a driver: %w", err)
 	}
-	go d.read(stdout)
-	if err := d.receive(ctx, &d.hello); err != nil {
-		d.stop()
+	if err := process.Launch(cmd); err != nil {
+		return nil, fmt.Errorf("starting a driver: %w", err)
+	}
+	d, err := greet(ctx, stdin, stdout,
+		// Not reaped before reap below, so the number of the group is still its own.
+		func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) },
+		func() { _ = cmd.Wait() }, // killed on purpose
+	)
+	if err != nil {
 		return nil, fmt.Errorf("starting %q, whose log is %s: %w", command, log, err)
 	}
-	if d.Client == "" || d.Version == "" {
+	return d, nil
+}
+
+// greet makes a driver of a program that was started, and waits until it has said who it is.
+func greet(ctx context.Context, stdin io.WriteCloser, stdout io.Reader, kill, reap func()) (*driver, error) {
+	d := &driver{stdin: stdin, lines: make(chan []byte), kill: kill, reap: reap}
+	go d.read(stdout)
+	err := d.receive(ctx, &d.hello)
+	if err == nil && (d.Client == "" || d.Version == "") {
+		err = errors.New("it says neither name nor version")
+	}
+	if err != nil {
 		d.stop()
-		return nil, fmt.Errorf("starting %q: it says neither name nor version", command)
+		return nil, err
 	}
 	return d, nil
 }
@@ -101,13 +116,16 @@ func (d *driver) read(stdout io.Reader) {
 	}
 }
 
-// ask sends one command and returns the answer.
-func (d *driver) ask(ctx context.Context, command string) (answer, error) {
+// ask sends one command and returns the answer. After an error, there is none to any further command.
+func (d *driver) ask(ctx context.Context, command string) (a answer, err error) {
+	if d.err != nil {
+		return answer{}, fmt.Errorf("sending %q after what came before: %w", command, d.err)
+	}
+	defer func() { d.err = err }()
 	began := time.Now()
 	if _, err := io.WriteString(d.stdin, command+"\n"); err != nil {
 		return answer{}, fmt.Errorf("sending %q: %w", command, err)
 	}
-	var a answer
 	if err := d.receive(ctx, &a); err != nil {
 		return answer{}, fmt.Errorf("waiting for the answer to %q: %w", command, err)
 	}
@@ -117,7 +135,7 @@ func (d *driver) ask(ctx context.Context, command string) (answer, error) {
 
 // receive reads one line into v.
 func (d *driver) receive(ctx context.Context, v any) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, fmt.Errorf("nothing came within %v", answerTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errSilent)
 	defer cancel()
 	select {
 	case line, ok := <-d.lines:
@@ -136,11 +154,9 @@ func (d *driver) receive(ctx context.Context, v any) error {
 // stop ends the driver and all that it started. It must be called once.
 func (d *driver) stop() {
 	_ = d.stdin.Close()
-	// Not reaped before Wait below, so the number of the group is still its own.
-	_ = syscall.Kill(-d.cmd.Process.Pid, syscall.SIGKILL)
+	d.kill()
 	for range d.lines {
-		// Until read has ended, which Wait must not run beside.
+		// Until read has ended, which reap must not run beside.
 	}
-	_ = d.cmd.Wait() // killed on purpose
-	_ = d.log.Close()
+	d.reap()
 }

@@ -12,9 +12,9 @@
 // code. The results go to docs/sdk-compatibility.md, without figures that change from run to run, and with all
 // figures to .build/sdks/sdks.json.
 //
-// A client that is not installed is reported as not run, which is no failure. Anything else than what is
-// expected makes the exit status 1, after all results are written. Ctrl-C ends all programs that were started,
-// and writes nothing.
+// A client that is not installed is reported as not run, which is no failure. One whose driver cannot be built or
+// started, and anything else than what is expected, makes the exit status 1, after all results are written. Ctrl-C
+// ends all programs that were started, and writes nothing; a second one does not wait for them.
 package main
 
 import (
@@ -43,8 +43,14 @@ const defaultLife = 90 * time.Second
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// From the first signal on, another one has its usual effect.
+	done := context.AfterFunc(ctx, func() {
+		stop()
+		fmt.Fprintln(os.Stderr, "sdks: ending what was started; Ctrl-C again ends this at once")
+	})
 	err := run(ctx, os.Args[1:], os.Stderr)
 	interrupted := ctx.Err() != nil
+	done()
 	stop()
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -112,26 +118,43 @@ func run(ctx context.Context, args []string, progress io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := report.write(filepath.Join(root, ".build", "sdks", "sdks.json")); err != nil {
+	return finish(report, o, root, progress)
+}
+
+// finish writes what was found, and says how it is.
+func finish(report *Report, o options, root string, progress io.Writer) error {
+	say := func(format string, args ...any) { _, _ = fmt.Fprintf(progress, format+"\n", args...) }
+	figures := filepath.Join(root, ".build", "sdks", "sdks.json")
+	if err := report.write(figures); err != nil {
 		return err
 	}
+	say("\nAll figures are in %s.", figures)
+	file := filepath.Join(root, pagePath)
 	switch {
 	case len(o.only) > 0:
-		_, _ = fmt.Fprintln(progress, "with -only, the page is not written")
+		say("%s is as it was: with -only it is not written.", file)
 	case o.life != defaultLife:
-		_, _ = fmt.Fprintln(progress, "with another -life than the default, the page is not written")
+		say("%s is as it was: with another -life than %v it is not written.", file, defaultLife)
 	default:
-		if err := os.WriteFile(filepath.Join(root, pagePath), page(report), 0o644); err != nil { //nolint:gosec // G306: a page is for all to read.
+		if err := os.WriteFile(file, page(report), 0o644); err != nil { //nolint:gosec // G306: a page is for all to read.
 			return fmt.Errorf("writing the page: %w", err)
 		}
+		say("The page is written to %s; \"git diff\" shows what is new.", file)
 	}
 	unmet := report.unmet()
 	for _, line := range unmet {
-		_, _ = fmt.Fprintln(progress, "NOT AS EXPECTED:", line)
+		say("NOT AS EXPECTED: %s", line)
 	}
 	if len(unmet) > 0 {
-		return fmt.Errorf("%d results are not as expected", len(unmet))
+		return fmt.Errorf("%d results are not as expected; what is expected stands in integration/sdks/clients.go", len(unmet))
 	}
+	cells, rows := 0, 0
+	for _, row := range report.Rows {
+		if row.run() {
+			cells, rows = cells+len(row.Cells), rows+1
+		}
+	}
+	say("All is as expected: %d results of %d clients and paths; %d were not run.", cells, rows, len(report.Rows)-rows)
 	return nil
 }
 
@@ -149,15 +172,21 @@ func checkout(ctx context.Context) (string, error) {
 }
 
 // measure starts a control plane with Credence on it, runs the matrix there, and ends everything.
-func measure(ctx context.Context, o options, root string, progress io.Writer) (_ *Report, err error) {
+func measure(ctx context.Context, o options, root string, progress io.Writer) (report *Report, err error) {
+	_, _ = fmt.Fprintln(progress, "This takes some minutes: it builds Credence, starts a control plane, and lets sessions end twice. Ctrl-C ends it.")
 	control, err := cluster.Start(ctx, cluster.Config{Progress: progress})
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
-		if err != nil && ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+		case err != nil:
 			control.Run().KeepLogs()
 			err = fmt.Errorf("%w\nlogs are kept for a day in %s", err, control.Logs())
+		case len(report.unmet()) > 0:
+			control.Run().KeepLogs()
+			_, _ = fmt.Fprintf(progress, "Logs of all programs are kept for a day in %s.\n", control.Logs())
 		}
 		err = errors.Join(err, control.Stop())
 	}()
@@ -173,9 +202,13 @@ func measure(ctx context.Context, o options, root string, progress io.Writer) (_
 		return nil, err
 	}
 	defer credence.Close()
-	m := &matrix{stack: credence, life: o.life, dir: control.Run().Dir(), logs: control.Logs(), progress: progress}
+	dir := control.Run().Dir()
+	m := &matrix{world: &real{stack: credence, dir: dir, logs: control.Logs()}, life: o.life, progress: progress, heavy: make(chan struct{}, heavySideBySide)}
 	defer m.close()
-	f := finder{root: root, bin: filepath.Join(control.Run().Dir(), "bin"), progress: progress}
+	f := finder{root: root, bin: filepath.Join(dir, "bin"), home: filepath.Join(dir, "homes", "finder"), progress: progress}
+	if err := os.MkdirAll(f.home, 0o700); err != nil {
+		return nil, fmt.Errorf("making a home: %w", err)
+	}
 	for _, c := range clients {
 		if len(o.only) == 0 || slices.Contains(o.only, c.name) {
 			if err := m.add(ctx, c, &f); err != nil {

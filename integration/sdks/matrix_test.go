@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -112,6 +114,12 @@ func TestSidecarIsAskedForItsReason(t *testing.T) {
 		case r.Header.Get("Authorization") == "right", r.Header.Get("X-Aws-Ec2-Metadata-Token") == "session" && path.Base(r.URL.Path) == "r":
 			w.WriteHeader(http.StatusForbidden)
 			_, _ = io.WriteString(w, `{"code":"DENIED","message":"no","Code":"DENIED","Message":"no"}`)
+		case r.Header.Get("Authorization") == "good":
+			_, _ = io.WriteString(w, `{"AccessKeyId":"ASIA","Expiration":"2026-11-28T02:03:04Z"}`)
+		case r.Header.Get("Authorization") == "endless":
+			_, _ = io.WriteString(w, `{"AccessKeyId":"ASIA"}`)
+		case r.Header.Get("Authorization") == "other":
+			w.WriteHeader(http.StatusForbidden)
 		case r.Header.Get("Authorization") == "wrong":
 			w.WriteHeader(http.StatusForbidden)
 			_, _ = io.WriteString(w, `{"code":"AUTHORIZATION_INVALID","message":"wrong"}`)
@@ -124,12 +132,39 @@ func TestSidecarIsAskedForItsReason(t *testing.T) {
 		env         []string
 		wrong, want string
 	}{{container, "", "DENIED"}, {container, "wrong", "AUTHORIZATION_INVALID"}, {metadata, "", "DENIED"}} {
-		if r, err := askSidecar(t.Context(), test.env, "r", test.wrong); err != nil || r.Code != test.want {
+		if r, _, err := askSidecar(t.Context(), test.env, "r", test.wrong); err != nil || r.Code != test.want {
 			t.Errorf("asked with %q: %+v, %v, want %s", test.wrong, r, err, test.want)
 		}
 	}
-	if r, err := askSidecar(t.Context(), replace(container, authorizationVariable, "other"), "r", ""); err == nil {
+	if r, _, err := askSidecar(t.Context(), withToken(container, "other"), "r", ""); err == nil {
 		t.Errorf("an answer without a reason is taken for %+v", r)
+	}
+	want := time.Date(2026, 11, 28, 2, 3, 4, 0, time.UTC)
+	if r, until, err := askSidecar(t.Context(), withToken(container, "good"), "r", ""); err != nil || r != nil || !until.Equal(want) {
+		t.Errorf("credentials are read as %+v, valid until %v, %v", r, until, err)
+	}
+	if _, until, err := askSidecar(t.Context(), withToken(container, "endless"), "r", ""); err == nil {
+		t.Errorf("credentials that state no end are taken as valid until %v", until)
+	}
+}
+
+// That a broker was stopped is not taken on trust.
+func TestNobodyAt(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := listener.Addr().String()
+	if err := nobodyAt(t.Context(), address); err == nil || !strings.Contains(err.Error(), "somebody answers at "+address) {
+		t.Errorf("with a listener: %v", err)
+	}
+	_ = listener.Close()
+	if err := nobodyAt(t.Context(), address); err != nil {
+		t.Errorf("without: %v", err)
+	}
+	if err := nobodyAt(t.Context(), "127.0.0.1:none"); err == nil {
+		t.Error("an address that cannot be dialled counts as left")
 	}
 }
 
@@ -143,5 +178,25 @@ func TestFlags(t *testing.T) {
 		if _, err := parse(args, io.Discard); err == nil {
 			t.Errorf("%q is taken", args)
 		}
+	}
+}
+
+// What a scenario rests on, a sidecar that refuses, is seen to be so, and no client blamed for it.
+func TestRefusalIsSeen(t *testing.T) {
+	t.Parallel()
+	w := newToy(nil)
+	p, err := w.pod(t.Context(), "p", lifeRole, Container)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &matrix{world: w}
+	if r, err := m.refused(t.Context(), p.env, lifeRole, "wrong", http.StatusForbidden, "AUTHORIZATION_INVALID"); err != nil || r.Message == "" {
+		t.Errorf("a refusal is taken for %+v, %v", r, err)
+	}
+	if _, err := m.refused(t.Context(), p.env, lifeRole, "wrong", http.StatusForbidden, "STS_ACCESS_DENIED"); err == nil || !strings.Contains(err.Error(), "answers 403 AUTHORIZATION_INVALID, want 403 STS_ACCESS_DENIED") {
+		t.Errorf("another refusal: %v", err)
+	}
+	if _, err := m.refused(t.Context(), p.env, lifeRole, "", http.StatusForbidden, "STS_ACCESS_DENIED"); err == nil || !strings.Contains(err.Error(), "gives credentials") {
+		t.Errorf("no refusal: %v", err)
 	}
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"fmt"
 	"regexp"
 	"slices"
@@ -24,6 +23,7 @@ var words = map[Outcome]string{
 	Hidden:      "no reason",
 	Expired:     "keeps expired",
 	Metadata:    "by metadata",
+	Hangs:       "hangs",
 	NotFound:    "not found",
 	Unusable:    "cannot",
 	Unsupported: "none",
@@ -35,7 +35,7 @@ var explained = []struct {
 	outcome Outcome
 	text    string
 }{
-	{Works, "every call succeeded, with the pod's role; for the region, the right one was found, by a program that asks for the look-up where its SDK makes none by itself (with `AWS_REGION`, or the annotation `region`, there is no need to)"},
+	{Works, "every call succeeded, with the pod's role; for the region, the SDK found the right one by itself"},
 	{NextCall, "the first call failed, and one of the next, a second apart, succeeded"},
 	{Reason, "the call failed, as it has to, and the error that the program sees has the code or the message of the sidecar, which [errors](errors.md) explains"},
 	{Hidden, "the call failed, as it has to, and the error has neither: look at the Events of the pod, or at `kubectl logs POD -c credence-sidecar`; " +
@@ -43,6 +43,7 @@ var explained = []struct {
 	{Expired, "the client made up a later end for its credentials and went on using them, and AWS refused them with `ExpiredToken`: " +
 		"see [what is compressed](#what-is-compressed)"},
 	{NewSession, "a client that is kept goes on failing for minutes, and a new one, or a restart of the program, succeeds: see [what is compressed](#what-is-compressed)"},
+	{Hangs, "a call did not come back within a minute, and none after it: see [what is compressed](#what-is-compressed)"},
 	{Metadata, "refused by the container-credentials endpoint, the client went on to instance metadata, where that token is not asked for, and has its credentials from there"},
 	{NotFound, "the client's look-up found nothing: set `AWS_REGION`, or the pod's annotation `region`"},
 	{Unusable, "the client cannot use this path as it is, and nothing else was tried on it: [see the error](#what-you-see-when-something-is-wrong)"},
@@ -64,15 +65,14 @@ func page(r *Report) []byte {
 For whoever asks: does my SDK work, and what will I see when something is wrong?
 
 Real clients were run, with the environment of an injected pod and nothing else, against the real sidecar and the
-real broker. ` + "`make sdks`" + ` does it again, with the versions that are installed where it runs. In short: use
-container credentials, which is what clients choose by themselves; instance metadata is for those that know nothing else.`)
+real broker. ` + "`make sdks`" + ` does it again, with the versions that are installed where it runs.`)
 	line("\n## What was run\n")
 	line("| client | what it is | version |\n|---|---|---|")
 	for _, c := range clients {
 		i := slices.IndexFunc(r.Rows, func(row Row) bool { return row.Client == c.name })
 		what := "not run"
 		if i >= 0 {
-			what = cmp.Or(r.Rows[i].Version, "not run: "+r.Rows[i].NotRun)
+			what = state(r.Rows[i])
 		}
 		line("| %s | %s | %s |", c.name, c.about, what)
 	}
@@ -80,9 +80,14 @@ container credentials, which is what clients choose by themselves; instance meta
 	line("- `%s`: the environment as it is injected, with `%s`.", Container, fullURIVariable)
 	line("- `%s`: the same without `AWS_CONTAINER_*`, so that `%s` and the emulation of instance metadata are what is left.", MetadataV2, metadataVariable)
 	line("- `%s`: the same in a pod with the annotation `imds: v1`, for a client that knows no session tokens.", MetadataV1)
+	line("\n**Leave clients the `%s` path where they have it**, as these do: %s.\n"+
+		"It is what they choose by themselves in a pod as it is injected. On it more of them show why they fail, none goes on with\n"+
+		"credentials that have ended, and these serve to their end, of which the metadata path states one that is five minutes earlier.\n"+
+		"Instance metadata is for clients that know nothing else.", Container, strings.Join(both(), ", "))
 	line("\n`minio-go` does not read `%s`: its program hands it over.\n\nThe SDK for Ruby before 3.171 does not know "+
-		"`%s`, and of the other variable it takes the\nhost and not the port. As `ruby` it is run as it is, and as `ruby-port` in a "+
-		"program that makes its credentials with\n`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
+		"`%s`, and of the other variable it takes the\nhost and not the port. That it \"cannot\" is said where no connection of it came to "+
+		"the sidecar. As `ruby` it is run as it is,\nand as `ruby-port` in a program that makes its credentials with "+
+		"`Aws::InstanceProfileCredentials.new(port: …)`.", metadataVariable, fullURIVariable)
 	line("\nThe pods have the label `topology.kubernetes.io/zone`, as Kubernetes sets it from 1.35 on. Without it botocore and the AWS CLI v2\nfind no region: " +
 		"they make it of the zone.")
 
@@ -98,7 +103,13 @@ container credentials, which is what clients choose by themselves; instance meta
 			line("- %s: %s.", words[e.outcome], e.text)
 		}
 	}
-	line("\nNo client, whatever it did, made its sidecar ask the broker more often than once in 0.4 of the life of a session, at its start, and once more when the broker is back: that is a condition of the run.")
+	if asking := asked(r); len(asking) > 0 {
+		line("- %s: the region was found, by a program that asks for it, which the client does not do by itself (%s). With `AWS_REGION`, or the annotation `region`, there is no need to.",
+			ifAsked, strings.Join(asking, "; "))
+	}
+	if len(r.storms()) == 0 {
+		line("\nNo client, whatever it did, made its sidecar ask the broker more often than once in 0.4 of the life of a session, at its start, and once more when the broker is back; nor, where the role is refused, than once in %v. STS was asked no more often for the session that all of them share.", refusedEvery)
+	}
 
 	line("\n## What you see when something is wrong\n")
 	line("The error as the client gave it. `PORT`, `ID` and `TIME` stand for what differs from case to case.")
@@ -121,13 +132,16 @@ minutes left, or 0.45 of its life where that is less.
   left; with sessions of an hour it does not get such while the broker is there. The SDKs for Go v2 and Ruby do so when they cannot
   renew what has ended, so with any session, after the broker has been away for longer than it lasts. Container credentials
   are never prolonged.
+- The SDK for JavaScript v2 hangs on the metadata path with credentials that have less than 15 seconds left, and only a new process
+  helps: it wants to warn of that, and has no `+"`AWS.config.logger`"+` unless the program sets one. A pod comes to that when the broker
+  is away until the stated end of a session.
 - The sidecar states an end five minutes earlier on the metadata path. It cannot do so for sessions this short.`,
 		life(r), words[Expired])
 
 	line("\n## What was not run\n")
 	var absent []string
 	for _, row := range r.Rows {
-		if s := row.Client + " (" + row.NotRun + ")"; row.NotRun != "" && !slices.Contains(absent, s) {
+		if s := row.Client + " (" + state(row) + ")"; !row.run() && !slices.Contains(absent, s) {
 			absent = append(absent, s)
 		}
 	}
@@ -137,6 +151,53 @@ minutes left, or 0.45 of its life where that is less.
 	line("The SDKs for %s and %s, the SDK for Ruby from 3.171 on, and programs that bring a provider of their own, were never run: "+
 		"nothing on this page says anything of them.", strings.Join(elsewhere[:len(elsewhere)-1], ", "), elsewhere[len(elsewhere)-1])
 	return b.Bytes()
+}
+
+// state is what was run of a row, or why it was not.
+func state(row Row) string {
+	switch {
+	case row.Failed != "":
+		return "could not be run: " + fixed(row.Failed)
+	case row.NotRun != "":
+		return "not run: " + row.NotRun
+	default:
+		return row.Version
+	}
+}
+
+// both are the clients that can choose between container credentials and instance metadata.
+func both() (names []string) {
+	for _, c := range clients {
+		if slices.Contains(c.paths, Container) && slices.Contains(c.paths, MetadataV2) && c.unusable == nil {
+			names = append(names, c.name)
+		}
+	}
+	return names
+}
+
+// ifAsked is what the table says of a region that is found by a program that asks for it.
+const ifAsked = "if asked"
+
+// asked says what programs have to ask for the region, of clients for which the table says so.
+func asked(r *Report) (texts []string) {
+	var names, all []string // of those who ask, and what
+	for _, c := range clients {
+		if c.asks == "" || !slices.ContainsFunc(r.Rows, func(row Row) bool {
+			found, ok := row.cell(region)
+			return row.Client == c.name && ok && found.Outcome == Works
+		}) {
+			continue
+		}
+		if i := slices.Index(all, c.asks); i >= 0 {
+			names[i] += ", " + c.name
+			continue
+		}
+		names, all = append(names, c.name), append(all, c.asks)
+	}
+	for i := range names {
+		texts = append(texts, names[i]+": "+all[i])
+	}
+	return texts
 }
 
 // table writes the table client × path by scenario.
@@ -155,7 +216,7 @@ func table(b *bytes.Buffer, r *Report) {
 				switch {
 				case !c.tries(path, s):
 					text = "–"
-				case i >= 0 && r.Rows[i].NotRun == "":
+				case i >= 0 && r.Rows[i].run():
 					text = r.Rows[i].word(s)
 				}
 				b.WriteString(" " + text + " |")
@@ -174,6 +235,9 @@ func (r Row) word(s scenario) string {
 	}
 	if !c.Met() {
 		return words[c.Outcome] + " (not as expected)"
+	}
+	if s.name == region && c.Outcome == Works && clientOf(r.Client).asks != "" {
+		return ifAsked
 	}
 	var all []string
 	for _, o := range c.Expected {
@@ -200,7 +264,7 @@ func seen(b *bytes.Buffer, r *Report, c client) {
 		var texts []string
 		for _, row := range r.Rows {
 			cell, ok := row.cell(name)
-			if row.Client != c.name || !ok || cell.Error == "" || name == first && cell.Outcome != Unusable {
+			if row.Client != c.name || !ok || cell.Error == "" || cell.Outcome == Hangs || name == first && cell.Outcome != Unusable {
 				continue
 			}
 			text := fixed(cell.Error)
