@@ -149,11 +149,20 @@ func New(cfg Config) (*Server, error) {
 }
 
 // ServeHTTP implements [http.Handler].
-func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.router.ServeHTTP(w, r) }
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if s.stopping.Load() {
+		// The API server speaks HTTP/1.1 to webhooks, in which a connection that we close while it sends a review
+		// is an admission that fails: it does not try again. So it is asked to close those that it uses. Of
+		// http.Server, SetKeepAlivesEnabled would close the idle ones at once, under whoever has just taken one.
+		w.Header().Set("Connection", "close")
+	}
+	s.router.ServeHTTP(w, r)
+}
 
 // Run serves TLS on listener, which it closes, until ctx ends. It then reports itself as not ready,
-// accepts new connections for the drain delay, lets the reviews in flight end, and returns nil. An
-// error says why it could not go on serving before ctx ended, or that reviews were cut off.
+// accepts new connections for the drain delay, has clients give up those that they use, lets the reviews in
+// flight end, and returns nil. An error says why it could not go on serving before ctx ended, or that reviews
+// were cut off.
 func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	server := &http.Server{
 		Handler:           s,

@@ -100,7 +100,7 @@ func start(t testing.TB, s *webhook.Server, pair *certs.KeyPair, listener net.Li
 	transport := &http.Transport{
 		DialContext:       dial,
 		TLSClientConfig:   &tls.Config{RootCAs: roots, ServerName: "webhook.example", MinVersion: tls.VersionTLS13},
-		ForceAttemptHTTP2: true, // like the API server
+		ForceAttemptHTTP2: true,
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -541,6 +541,74 @@ func TestStop(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestStopGivesUpConnections: while a server stops, clients that keep connections open are answered, and asked to
+// open others. So none is left for the server to close while a review is on its way.
+func TestStopGivesUpConnections(t *testing.T) {
+	for _, tc := range []struct {
+		name, protocol string
+		http2          bool
+	}{
+		{"as the API server calls webhooks that are Services", "HTTP/1.1", false},
+		{"as it calls others", "HTTP/2.0", true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cfg := config(t)
+				s, err := webhook.New(cfg)
+				if err != nil {
+					t.Fatal(err)
+				}
+				pipes := newPipes()
+				dialled := 0
+				client, stop := start(t, s, cfg.KeyPair, pipes, func(ctx context.Context, network, address string) (net.Conn, error) {
+					dialled++
+					return pipes.dial(ctx, network, address)
+				})
+				client.Transport.(*http.Transport).ForceAttemptHTTP2 = tc.http2
+				ask := func() {
+					t.Helper()
+					request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://webhook.example/mutate", strings.NewReader(review(pod(permitted, ""))))
+					if err != nil {
+						t.Fatal(err)
+					}
+					request.Header.Set("Content-Type", "application/json")
+					response, err := client.Do(request)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer response.Body.Close()
+					if text, err := io.ReadAll(response.Body); err != nil || !decodeReview(t, string(text), "0b2e5d3c").Allowed || response.Proto != tc.protocol {
+						t.Errorf("answered %s %s: %s (%v)", response.Proto, response.Status, text, err)
+					}
+					synctest.Wait() // until both ends know what becomes of the connection
+				}
+				for range 3 {
+					ask()
+				}
+				if dialled != 1 {
+					t.Fatalf("before, 3 reviews took %d connections, want 1", dialled)
+				}
+				stopped := make(chan error, 1)
+				begun := time.Now()
+				go func() { stopped <- stop() }()
+				synctest.Wait()
+				for range 3 { // the first on the connection that is there
+					ask()
+				}
+				if dialled != 3 {
+					t.Errorf("stopping, 3 reviews left %d connections behind, want each of 3", dialled)
+				}
+				if err := <-stopped; err != nil {
+					t.Errorf("Run: %v", err)
+				}
+				if took := time.Since(begun); took != 5*time.Second {
+					t.Errorf("stopped after %s: there were connections to wait for", took)
+				}
+			})
+		})
+	}
 }
 
 // TestSlowNamespaces: who cannot be asked within 4 seconds is not waited for any longer, because the

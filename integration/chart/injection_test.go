@@ -8,6 +8,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // TestInjectionIsAskedFor: what decides which pods the webhook is called for, and what happens without it, is
@@ -50,5 +52,15 @@ func TestInjectionIsAskedFor(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s (- want, + got):\n%s", name, diff)
 		}
+	}
+}
+
+// TestStackAsksForTheSame: what the tests of a running Credence see of admission is what an installation does.
+func TestStackAsksForTheSame(t *testing.T) {
+	t.Parallel()
+	installed := webhookConfiguration(t, objects(t, "defaults")).Webhooks[0]
+	installed.ClientConfig = admissionregistrationv1.WebhookClientConfig{}
+	if diff := cmp.Diff(installed, stack.Webhook()); diff != "" {
+		t.Errorf("integration/stack registers another webhook (- chart, + stack):\n%s", diff)
 	}
 }

@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -11,8 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -163,77 +160,6 @@ func startWithoutBroker(t *testing.T, ns string) (waiting []string) {
 func keys(t *testing.T, namespace, name string) int {
 	t.Helper()
 	return len(strings.Fields(logs(t, namespace, name, "app")))
-}
-
-// reviews is how many admission reviews the API server has sent to our webhook, or tried to.
-func reviews(ctx context.Context, t *testing.T) (n int) {
-	t.Helper()
-	text, err := d.Client.Discovery().RESTClient().Get().AbsPath("/metrics").DoRaw(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for lines := bufio.NewScanner(strings.NewReader(string(text))); lines.Scan(); {
-		line := lines.Text()
-		if !strings.HasPrefix(line, "apiserver_admission_webhook_admission_duration_seconds_count{") || !strings.Contains(line, `name="inject.credence-iam.github.io"`) {
-			continue
-		}
-		value, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
-		if err != nil {
-			t.Fatalf("metric %q: %v", line, err)
-		}
-		n += int(value)
-	}
-	return n
-}
-
-// Without a webhook, what it would have had to inject is refused, and all else starts: it is not even asked.
-func TestWebhookAway(t *testing.T) {
-	optedIn := namespace(t)
-	plain := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: optedIn + "-plain"}}
-	if _, err := d.Client.CoreV1().Namespaces().Create(t.Context(), plain, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		// t.Context has ended here.
-		if err := d.Client.CoreV1().Namespaces().Delete(context.Background(), plain.Name, metav1.DeleteOptions{}); err != nil {
-			t.Error(err)
-		}
-	})
-	awaitServiceAccount(t, plain.Name)
-	// While it is there, it is asked about the annotated pod of the opted-in namespace, and no other.
-	others := func(suffix string) {
-		t.Helper()
-		for namespace, annotations := range map[string]map[string]string{optedIn: nil, plain.Name: annotated()} {
-			pod := app("other-"+suffix, annotations)
-			pod.Spec.Containers[0].Image = pauseImage
-			create(t, namespace, pod)
-			awaitReady(t, namespace, pod.Name)
-		}
-	}
-	// The count is of every API server's life, and nothing else is made meanwhile.
-	before := reviews(t.Context(), t)
-	others("before")
-	if n := reviews(t.Context(), t); n != before {
-		t.Errorf("the webhook was asked %d times about pods that are none of its business", n-before)
-	}
-	create(t, optedIn, once(app("asked", annotated(), "whoami")))
-	if n := reviews(t.Context(), t); n <= before {
-		t.Error("the webhook was not asked about an annotated pod: the count is wrong")
-	}
-
-	away(t, "webhook")
-	before = reviews(t.Context(), t)
-	others("away")
-	if n := reviews(t.Context(), t); n != before {
-		t.Errorf("the webhook was asked %d times about pods that are none of its business", n-before)
-	}
-	_, err := d.Client.CoreV1().Pods(optedIn).Create(t.Context(), app("refused", annotated()), metav1.CreateOptions{})
-	if err == nil || !strings.Contains(err.Error(), `failed calling webhook "inject.credence-iam.github.io"`) {
-		t.Errorf("an annotated pod: answered %v", err)
-	}
-	if !apierrors.IsInternalError(err) {
-		t.Errorf("it is no error that controllers try again after: %v", err)
-	}
 }
 
 func pause(ctx context.Context, t *testing.T) {

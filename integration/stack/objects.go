@@ -87,37 +87,41 @@ func (s *Stack) installLead(ctx context.Context) error {
 	return nil
 }
 
+// Webhook returns what the API server is told of the webhook, but for where it is. A test holds it to the chart's.
+func Webhook() admissionregistrationv1.MutatingWebhook {
+	failurePolicy, reinvocation, sideEffects := admissionregistrationv1.Fail, admissionregistrationv1.IfNeededReinvocationPolicy, admissionregistrationv1.SideEffectClassNone
+	scope, timeout := admissionregistrationv1.NamespacedScope, int32(5)
+	return admissionregistrationv1.MutatingWebhook{
+		Name:                    "inject.credence-iam.github.io",
+		AdmissionReviewVersions: []string{"v1"},
+		FailurePolicy:           &failurePolicy,
+		ReinvocationPolicy:      &reinvocation,
+		SideEffects:             &sideEffects,
+		TimeoutSeconds:          &timeout,
+		Rules: []admissionregistrationv1.RuleWithOperations{{
+			Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create},
+			Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}, Scope: &scope},
+		}},
+		NamespaceSelector: &metav1.LabelSelector{
+			MatchLabels: map[string]string{optedIn: "enabled"},
+			MatchExpressions: []metav1.LabelSelectorRequirement{{
+				Key: corev1.LabelMetadataName, Operator: metav1.LabelSelectorOpNotIn, Values: []string{"cert-manager", SystemNamespace, metav1.NamespaceSystem},
+			}},
+		},
+		MatchConditions: []admissionregistrationv1.MatchCondition{{
+			Name:       "annotated",
+			Expression: `has(object.metadata.annotations) && (object.metadata.annotations.size() > 5000 || object.metadata.annotations.exists(key, key.startsWith("iam.amazonaws.com/")))`,
+		}},
+	}
+}
+
 // registerWebhook makes the API server call the webhook, and returns when it does.
 func (s *Stack) registerWebhook(ctx context.Context) error {
 	url := "https://" + net.JoinHostPort(loopback, strconv.Itoa(s.hookPort)) + "/mutate"
-	failurePolicy, reinvocation, sideEffects := admissionregistrationv1.Fail, admissionregistrationv1.IfNeededReinvocationPolicy, admissionregistrationv1.SideEffectClassNone
-	scope, timeout := admissionregistrationv1.NamespacedScope, int32(5)
+	webhook := Webhook()
+	webhook.ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
 	config := &admissionregistrationv1.MutatingWebhookConfiguration{
-		ObjectMeta: metav1.ObjectMeta{Name: configuration},
-		Webhooks: []admissionregistrationv1.MutatingWebhook{{
-			Name:                    "inject.credence-iam.github.io",
-			ClientConfig:            admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM},
-			AdmissionReviewVersions: []string{"v1"},
-			FailurePolicy:           &failurePolicy,
-			ReinvocationPolicy:      &reinvocation,
-			SideEffects:             &sideEffects,
-			TimeoutSeconds:          &timeout,
-			Rules: []admissionregistrationv1.RuleWithOperations{{
-				Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create},
-				Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}, Scope: &scope},
-			}},
-			NamespaceSelector: &metav1.LabelSelector{
-				MatchLabels: map[string]string{optedIn: "enabled"},
-				MatchExpressions: []metav1.LabelSelectorRequirement{{
-					Key: corev1.LabelMetadataName, Operator: metav1.LabelSelectorOpNotIn, Values: []string{SystemNamespace, metav1.NamespaceSystem},
-				}},
-			},
-			MatchConditions: []admissionregistrationv1.MatchCondition{{
-				// Any key under the prefix, so that a misspelt one is seen and refused.
-				Name:       "annotated",
-				Expression: `has(object.metadata.annotations) && object.metadata.annotations.exists(key, key.startsWith("iam.amazonaws.com/"))`,
-			}},
-		}},
+		ObjectMeta: metav1.ObjectMeta{Name: configuration}, Webhooks: []admissionregistrationv1.MutatingWebhook{webhook},
 	}
 	if _, err := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Create(ctx, config, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("registering the webhook: %w", err)

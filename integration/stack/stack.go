@@ -228,6 +228,14 @@ func metrics(ctx context.Context, port int) (string, error) {
 	return string(text), nil
 }
 
+// InjectFlags are those flags of the webhook that decide what it injects, which "credence inject" has, too.
+func (s *Stack) InjectFlags() []string {
+	return []string{
+		"--audience=" + Audience, "--broker=" + s.BrokerAddress(),
+		"--sidecar-image=credence-sidecar:test", "--base-arn=arn:aws:iam::" + Account + ":role/",
+	}
+}
+
 func (s *Stack) startWebhook(ctx context.Context) error {
 	kubeconfig, err := s.kubeconfig(ctx, webhookName)
 	if err != nil {
@@ -237,12 +245,11 @@ func (s *Stack) startWebhook(ctx context.Context) error {
 	s.webhook, err = s.run.Start(process.Command{
 		Name: webhookName,
 		Path: filepath.Join(s.programs, webhookName),
-		Args: []string{
-			"--listen=" + address, "--admin-listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
-			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
-			"--kubeconfig=" + kubeconfig, "--audience=" + Audience, "--broker=" + s.BrokerAddress(),
-			"--sidecar-image=credence-sidecar:test", "--base-arn=arn:aws:iam::" + Account + ":role/",
-		},
+		Args: append(s.InjectFlags(),
+			"--listen="+address, "--admin-listen="+net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
+			"--tls-cert="+filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key="+filepath.Join(s.dir(webhookName), "tls.key"),
+			"--kubeconfig="+kubeconfig,
+		),
 		Env: []string{"GORACE=halt_on_error=1"},
 	})
 	if err != nil {

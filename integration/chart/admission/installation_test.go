@@ -52,6 +52,10 @@ func TestInstallation(t *testing.T) {
 			w.awaitPolicies(t)
 			t.Run("Injected", w.injected)
 			t.Run("FixedKeys", w.fixedKeys)
+			t.Run("Commands", w.commands)
+			t.Run("Recreated", w.recreated)
+			t.Run("Relabelled", w.relabelled)
+			t.Run("Forged", w.forged)
 			t.Run("OthersAreUnaffected", w.othersAreUnaffected)
 			t.Run("LaterWebhooks", w.laterWebhooks)
 			if release.name == "Installed" { // which takes seconds, and no prefix makes a difference
