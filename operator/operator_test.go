@@ -38,7 +38,7 @@ func config(t testing.TB) operator.InjectConfig {
 		t.Fatal(err)
 	}
 	injector, err := inject.New(inject.Config{
-		Keys: keys, Image: "registry.example/credence-sidecar:v1", Broker: "credence-broker.credence.svc:9443", RunAsUser: new(inject.DefaultRunAsUser),
+		Keys: keys, Image: "registry.example/credence-sidecar:v1", Broker: "credence-broker.credence.svc:9443", Settings: inject.DefaultSettings(),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -67,6 +67,16 @@ const (
 	IMDS Key = "imds"
 	// StartTimeout is how long the application waits for first credentials.
 	StartTimeout Key = "start-timeout"
+	// SidecarMemory is the sidecar's memory, request and limit.
+	SidecarMemory Key = "sidecar-memory"
+	// SidecarCPURequest is the sidecar's CPU request.
+	SidecarCPURequest Key = "sidecar-cpu-request"
+	// SidecarCPULimit is the sidecar's CPU limit; 0 is none.
+	SidecarCPULimit Key = "sidecar-cpu-limit"
+	// SidecarPort is where the sidecar listens.
+	SidecarPort Key = "sidecar-port"
+	// SidecarLogLevel is the least level that the sidecar logs.
+	SidecarLogLevel Key = "sidecar-log-level"
 )
 
 // What the webhook writes on pods.
@@ -80,7 +90,8 @@ const (
 
 var (
 	podKeys = [...]Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
-		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout}
+		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout,
+		SidecarMemory, SidecarCPURequest, SidecarCPULimit, SidecarPort, SidecarLogLevel}
 	namespaceKeys = []Key{Inject, Permitted, AllowedRoles, DefaultRole, PermittedTags}
 )
 

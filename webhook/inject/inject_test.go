@@ -13,7 +13,6 @@ import (
 	jsonpatch "github.com/evanphx/json-patch/v5"
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -33,10 +32,10 @@ func config(t testing.TB) inject.Config {
 		t.Fatal(err)
 	}
 	return inject.Config{
-		Keys:      keys,
-		Image:     "registry.example/credence-sidecar:v1",
-		Broker:    "credence-broker.credence.svc:9443",
-		RunAsUser: new(inject.DefaultRunAsUser),
+		Keys:     keys,
+		Image:    "registry.example/credence-sidecar:v1",
+		Broker:   "credence-broker.credence.svc:9443",
+		Settings: inject.DefaultSettings(),
 	}
 }
 
@@ -183,12 +182,9 @@ func TestNew(t *testing.T) {
 		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"broker of gRPC", func(c *inject.Config) { c.Broker = "dns:///credence-broker:9443" }, `broker address "dns:///credence-broker:9443": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"broker without port", func(c *inject.Config) { c.Broker = "credence-broker" }, `broker address "credence-broker": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
-		{"low port", func(c *inject.Config) { c.Port = 80 }, "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
-		{"high port", func(c *inject.Config) { c.Port = 65536 }, "sidecar port 65536: --sidecar-port must be from 1024 to 65535"},
-		{"root", func(c *inject.Config) { c.RunAsUser = new(int64(0)) }, "sidecar user id 0: the sidecar never runs as root, so --sidecar-run-as-user must be above 0"},
-		{"memory", func(c *inject.Config) { c.Memory = resource.MustParse("-1") }, "sidecar memory -1 must be above 0"},
+		{"settings", func(c *inject.Config) { c.Settings.Port = 80 }, "sidecar settings: port: 80 is out of bounds: from 1024 to 65535"},
+		{"no settings", func(c *inject.Config) { c.Settings = inject.Settings{} }, "sidecar settings: memory: 0Mi is out of bounds: from 16Mi to 256Mi"},
 		{"trust", func(c *inject.Config) { c.TrustConfigMap = "A b" }, `trust ConfigMap "A b": --trust-config-map must be a name that Kubernetes takes`},
-		{"pull policy", func(c *inject.Config) { c.ImagePullPolicy = "Sometimes" }, `image pull policy "Sometimes": --sidecar-image-pull-policy must be Always, IfNotPresent or Never`},
 		{"shadowed", func(c *inject.Config) { c.OnShadowed = "ignore" }, `on shadowed credentials "ignore": --on-shadowed must be refuse or warn`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -248,9 +244,9 @@ func TestRefusals(t *testing.T) {
 		{"static", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","kubernetes.io/config.mirror":"x"}},"spec":{"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod is static: its kubelet runs it from a file, which admission cannot change; remove annotation "iam.amazonaws.com/role" there, or make it a DaemonSet`},
 		{"port", `{` + role + `,"spec":{"containers":[{"name":"app","ports":[{"containerPort":80},{"containerPort":9779}]}]}}`, credential.ReasonPodUnsupported,
-			`container "app" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port`},
+			`container "app" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"port of init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","ports":[{"containerPort":9779}]}],"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`container "i" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port`},
+			`container "i" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"containers", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/containers":"app,ap"}},"spec":{"initContainers":[{"name":"i"}],"containers":[{"name":"app"}]}}`,
 			credential.ReasonPodUnsupported, `annotation "iam.amazonaws.com/containers" names ["ap"], and the pod has only ["app" "i"]`},
 		{"web identity", `{` + role + `,"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`, credential.ReasonShadowed,
@@ -398,9 +394,9 @@ func TestWarnShadowed(t *testing.T) {
 	}
 }
 
-func TestNoRunAsUser(t *testing.T) {
+func TestPlatformUser(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
-	result, err := newInjector(t, func(c *inject.Config) { c.RunAsUser = nil }).Inject(raw, namespace)
+	result, err := newInjector(t, func(c *inject.Config) { c.Settings.RunAsUser = inject.PlatformUser }).Inject(raw, namespace)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -347,7 +347,7 @@ func TestRestricted(t *testing.T) {
 		}
 		result, err := newInjector(t, func(c *inject.Config) {
 			if evaluated%2 == 1 { // as on OpenShift, which chooses the user
-				c.RunAsUser = nil
+				c.Settings.RunAsUser = inject.PlatformUser
 			}
 		}).Inject(raw, namespace)
 		if err != nil {
