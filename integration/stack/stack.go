@@ -138,7 +138,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if err := s.StartBroker(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.startWebhook(ctx); err != nil {
+	if err := s.StartWebhook(ctx); err != nil {
 		return nil, err
 	}
 	if err := s.registerWebhook(ctx); err != nil {
@@ -149,9 +149,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 
 // Close stops the programs, each with time to drain. The cluster goes on.
 func (s *Stack) Close() {
-	if s.webhook != nil {
-		s.webhook.Stop(stopGrace)
-	}
+	s.StopWebhook()
 	s.StopBroker()
 	s.STS.Close()
 }
@@ -228,7 +226,16 @@ func metrics(ctx context.Context, port int) (string, error) {
 	return string(text), nil
 }
 
-func (s *Stack) startWebhook(ctx context.Context) error {
+// StopWebhook takes the webhook away. Not for concurrent use.
+func (s *Stack) StopWebhook() {
+	if s.webhook != nil {
+		s.webhook.Stop(stopGrace)
+	}
+}
+
+// StartWebhook starts the webhook, on the same port as before and with more flags if there are any, and returns
+// when it is ready. Not for concurrent use.
+func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
 	kubeconfig, err := s.kubeconfig(ctx, webhookName)
 	if err != nil {
 		return err
@@ -237,12 +244,12 @@ func (s *Stack) startWebhook(ctx context.Context) error {
 	s.webhook, err = s.run.Start(process.Command{
 		Name: webhookName,
 		Path: filepath.Join(s.programs, webhookName),
-		Args: []string{
+		Args: append([]string{
 			"--listen=" + address, "--admin-listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
 			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
 			"--kubeconfig=" + kubeconfig, "--audience=" + Audience, "--broker=" + s.BrokerAddress(),
 			"--sidecar-image=credence-sidecar:test", "--base-arn=arn:aws:iam::" + Account + ":role/",
-		},
+		}, flags...),
 		Env: []string{"GORACE=halt_on_error=1"},
 	})
 	if err != nil {

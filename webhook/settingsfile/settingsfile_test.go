@@ -155,6 +155,8 @@ var refused = []struct{ text, want string }{
 	{"port: 65536", "out of bounds"},
 	{"port: http", `line 1: port: "http" is no whole number`},
 	{"port: 9_779", "is no whole number"},
+	{"port: 09779", "is no whole number"},
+	{"port: +9779", "is no whole number"},
 	{"port: 0x2633", "is no whole number"},
 	{"port: 99999999999999999999", "is no whole number"},
 	{"runAsUser: 0", "runAsUser: 0 is no user id from 1 to 2147483647: the sidecar never runs as root; -1 leaves it to the platform"},
