@@ -242,8 +242,9 @@ func (by *plan) checkPresent(spec *podSpec) (bool, error) {
 
 // sidecarDifference names what keeps c from doing what our sidecar does, or is empty. Other webhooks
 // and defaults may add to a container, move its image to a mirror, or change its resources and its
-// security context: that is theirs to do, as it is that of settings which have changed since. They may also change the service account or an annotation, and with
-// it the routing key; an old one costs a session that is fetched more often than need be, and the pod nothing.
+// security context: that is theirs to do. So may settings, which can have changed since. Webhooks may also change the
+// service account or an annotation, and with it the routing key; an old one costs a session that is fetched more often
+// than need be, and the pod nothing.
 func (by *plan) sidecarDifference(c container) string {
 	switch {
 	case !sameImage(c.Image, by.cfg.Image):
