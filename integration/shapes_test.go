@@ -377,7 +377,9 @@ func TestLimitRangeAndQuota(t *testing.T) {
 		has    string            // its sidecar's requests and limits then
 		want   string            // in the refusal; empty: the pod is made
 	}{
-		"defaults":      {limits: limit(corev1.LimitRangeItem{Default: list("cpu", "1", "memory", "1Gi"), DefaultRequest: list("cpu", "500m", "memory", "512Mi")})},
+		"defaults": {limits: limit(corev1.LimitRangeItem{Default: list("cpu", "1", "memory", "1Gi"), DefaultRequest: list("cpu", "500m", "memory", "512Mi")})},
+		"defaults and no limit": {limits: limit(corev1.LimitRangeItem{Default: list("cpu", "1", "memory", "1Gi")}),
+			says: map[string]string{"sidecar-cpu-limit": "0"}, has: "5m 1 16Mi 16Mi"},
 		"max":           {limits: limit(corev1.LimitRangeItem{Max: list("cpu", "100m", "memory", "64Mi")})},
 		"min":           {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "5m", "memory", "16Mi")})},
 		"min of cpu":    {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "10m")}), want: "minimum cpu usage per Container is 10m, but request is 5m"},
