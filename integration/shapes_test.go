@@ -339,6 +339,12 @@ func TestLargePods(t *testing.T) {
 	}
 }
 
+// resourcesOf writes a container's CPU request and limit and its memory request and limit.
+func resourcesOf(c corev1.Container) string {
+	r := c.Resources
+	return fmt.Sprint(r.Requests.Cpu(), " ", r.Limits.Cpu(), " ", r.Requests.Memory(), " ", r.Limits.Memory())
+}
+
 // What docs/annotations.md says of LimitRanges and ResourceQuotas.
 func TestLimitRangeAndQuota(t *testing.T) {
 	t.Parallel()
@@ -367,13 +373,23 @@ func TestLimitRangeAndQuota(t *testing.T) {
 	for name, tc := range map[string]struct {
 		limits *corev1.LimitRange
 		quota  *corev1.ResourceQuota
-		want   string // in the refusal; empty: the pod is made
+		says   map[string]string // what the pod says of its sidecar
+		has    string            // its sidecar's requests and limits then
+		want   string            // in the refusal; empty: the pod is made
 	}{
-		"defaults":           {limits: limit(corev1.LimitRangeItem{Default: list("cpu", "1", "memory", "1Gi"), DefaultRequest: list("cpu", "500m", "memory", "512Mi")})},
-		"max":                {limits: limit(corev1.LimitRangeItem{Max: list("cpu", "100m", "memory", "64Mi")})},
-		"min":                {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "5m", "memory", "16Mi")})},
-		"min of cpu":         {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "10m")}), want: "minimum cpu usage per Container is 10m, but request is 5m"},
-		"min of memory":      {limits: limit(corev1.LimitRangeItem{Min: list("memory", "32Mi")}), want: "minimum memory usage per Container is 32Mi, but request is 16Mi"},
+		"defaults": {limits: limit(corev1.LimitRangeItem{Default: list("cpu", "1", "memory", "1Gi"), DefaultRequest: list("cpu", "500m", "memory", "512Mi")})},
+		"defaults and no limit": {limits: limit(corev1.LimitRangeItem{Default: list("cpu", "1", "memory", "1Gi")}),
+			says: map[string]string{"sidecar-cpu-limit": "0"}, has: "5m 1 16Mi 16Mi"},
+		"max":           {limits: limit(corev1.LimitRangeItem{Max: list("cpu", "100m", "memory", "64Mi")})},
+		"min":           {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "5m", "memory", "16Mi")})},
+		"min of cpu":    {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "10m")}), want: "minimum cpu usage per Container is 10m, but request is 5m"},
+		"min of memory": {limits: limit(corev1.LimitRangeItem{Min: list("memory", "32Mi")}), want: "minimum memory usage per Container is 32Mi, but request is 16Mi"},
+		"min and said": {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "50m", "memory", "64Mi")}),
+			says: map[string]string{"sidecar-memory": "64Mi", "sidecar-cpu-request": "50m"}, has: "50m 100m 64Mi 64Mi"},
+		"min of cpu and memory said": {limits: limit(corev1.LimitRangeItem{Min: list("cpu", "50m", "memory", "64Mi")}),
+			says: map[string]string{"sidecar-memory": "64Mi"}, want: "minimum cpu usage per Container is 50m, but request is 5m"},
+		"ratio and said": {limits: limit(corev1.LimitRangeItem{MaxLimitRequestRatio: list("cpu", "2")}),
+			says: map[string]string{"sidecar-cpu-request": "60m", "sidecar-cpu-limit": "60m"}, has: "60m 60m 16Mi 16Mi"},
 		"ratio":              {limits: limit(corev1.LimitRangeItem{MaxLimitRequestRatio: list("cpu", "10")}), want: "cpu max limit to request ratio per Container is 10, but provided ratio is 20"},
 		"quota":              {quota: hard("requests.cpu", "55m", "limits.cpu", "200m", "requests.memory", "80Mi", "limits.memory", "80Mi", "pods", "1")},
 		"quota of less":      {quota: hard("limits.memory", "79Mi"), want: "exceeded quota: quota, requested: limits.memory=80Mi"},
@@ -404,12 +420,19 @@ func TestLimitRangeAndQuota(t *testing.T) {
 				}
 				return err
 			})
+			asked := pod()
+			for key, value := range tc.says {
+				asked.Annotations["iam.amazonaws.com/"+key] = value
+			}
+			if tc.has == "" {
+				tc.has = "5m 100m 16Mi 16Mi"
+			}
 			await(t, func() error {
-				made, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), pod(), metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+				made, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), asked, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 				switch {
 				case tc.want == "" && err == nil:
-					if r := made.Spec.InitContainers[0].Resources; r.Requests.Cpu().String() != "5m" || r.Limits.Memory().String() != "16Mi" {
-						return fmt.Errorf("the sidecar has resources %+v", r)
+					if got := resourcesOf(made.Spec.InitContainers[0]); got != tc.has {
+						return fmt.Errorf("the sidecar has resources %s, want %s", got, tc.has)
 					}
 					return injected(made)
 				case tc.want == "":

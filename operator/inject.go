@@ -289,6 +289,9 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 	for _, warning := range result.Warnings {
 		said = append(said, "warning: "+warning)
 	}
+	if firstPullSecrets(pod, result.Patch) {
+		said = append(said, "note: it has imagePullSecrets now, so that Kubernetes no longer adds those of its service account: add what it needs of them")
+	}
 	switch {
 	case namespace == "":
 		said = append(said, "note: its role is not judged, because its namespace is not known: give --namespace")
@@ -303,6 +306,20 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 		}
 	}
 	return placed{template, result.Patch}, said, nil
+}
+
+// firstPullSecrets reports whether ops give imagePullSecrets to a pod that has none. Kubernetes adds those of the service
+// account to such pods alone, and does so before it calls webhooks, but after manifests are written.
+func firstPullSecrets(pod []byte, ops []inject.Operation) bool {
+	if !slices.ContainsFunc(ops, func(op inject.Operation) bool { return strings.HasPrefix(op.Path, "/spec/imagePullSecrets") }) {
+		return false
+	}
+	var before struct {
+		Spec struct {
+			ImagePullSecrets []any `json:"imagePullSecrets"`
+		} `json:"spec"`
+	}
+	return utiljson.Unmarshal(pod, &before) == nil && len(before.Spec.ImagePullSecrets) == 0
 }
 
 // edit returns the edits that make the operations in the text of a document, and whether it had to be written

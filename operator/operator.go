@@ -24,6 +24,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/webhook/inject"
+	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
 // InjectConfig configures [Inject].
@@ -40,6 +41,8 @@ type InjectConfig struct {
 	Rules *policy.Rules
 	// RulesFile is loaded into Rules. Empty: there is none.
 	RulesFile string
+	// SettingsFile is loaded into Injector. Empty: there is none.
+	SettingsFile string
 	// Diff asks for the difference between the files and what would become of them, instead of the latter.
 	Diff bool
 
@@ -54,6 +57,12 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 		_, err := rulesfile.New(rulesfile.Config{Path: cfg.RulesFile, Rules: cfg.Rules, Logger: slog.New(slog.DiscardHandler)})
 		if err != nil {
 			return fmt.Errorf("--rules-file: %w", err)
+		}
+	}
+	if cfg.SettingsFile != "" {
+		_, err := settingsfile.New(settingsfile.Config{Path: cfg.SettingsFile, Injector: cfg.Injector, Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			return fmt.Errorf("--sidecar-settings-file: %w", err)
 		}
 	}
 	in := injection{injector: cfg.Injector, rules: cfg.Rules, namespace: cfg.Namespace, namespaces: map[string]policy.Namespace{}}

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,7 +39,7 @@ func config(t testing.TB) operator.InjectConfig {
 		t.Fatal(err)
 	}
 	injector, err := inject.New(inject.Config{
-		Keys: keys, Image: "registry.example/credence-sidecar:v1", Broker: "credence-broker.credence.svc:9443", RunAsUser: new(inject.DefaultRunAsUser),
+		Keys: keys, Image: "registry.example/credence-sidecar:v1", Broker: "credence-broker.credence.svc:9443", Settings: inject.DefaultSettings(),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -194,7 +195,11 @@ func TestWebhooksGolden(t *testing.T) {
 	}
 	for _, in := range files {
 		t.Run(filepath.Base(in), func(t *testing.T) {
-			out, said := must(t, read(t, in))
+			out, said := must(t, read(t, in), func(cfg *operator.InjectConfig) {
+				if beside := strings.TrimSuffix(in, ".in.yaml") + ".settings.yaml"; exists(t, beside) {
+					cfg.SettingsFile = beside
+				}
+			})
 			want := read(t, strings.TrimSuffix(in, ".in.yaml")+".out.yaml")
 			if diff := cmp.Diff(decode(t, want), decode(t, out)); diff != "" {
 				t.Errorf("(-webhook +command):\n%s", diff)
@@ -206,6 +211,15 @@ func TestWebhooksGolden(t *testing.T) {
 			}
 		})
 	}
+}
+
+func exists(t testing.TB, file string) bool {
+	t.Helper()
+	_, err := os.Stat(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return err == nil
 }
 
 func decode(t testing.TB, text string) (v any) {
@@ -498,5 +512,45 @@ func TestFiles(t *testing.T) {
 	out, _ := must(t, "", func(c *operator.InjectConfig) { c.Files = files })
 	if want := "a: 1\n---\nb: 2\n---\n" + `{"c":3}`; out != want {
 		t.Errorf("it is %q, want %q", out, want)
+	}
+}
+
+// TestSettingsFile: manifests are injected by the webhook's file with settings, and its errors are told.
+func TestSettingsFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "settings.yaml")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bySettings := func(cfg *operator.InjectConfig) { cfg.SettingsFile = file }
+	const note = "imagePullSecrets"
+	pod := func(spec string) string {
+		return "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations:\n    iam.amazonaws.com/role: r\nspec:\n" + spec + "  containers:\n    - name: app\n"
+	}
+	write("memory: 64Mi\nport: 9780\nimagePullSecrets: [registry]\npodAnnotations: {sidecar.example/ports: '9443'}\n")
+	for _, tt := range []struct {
+		spec string
+		note bool
+	}{
+		{"", true},
+		{"  imagePullSecrets: []\n", true},
+		{"  imagePullSecrets:\n    - name: theirs\n", false},
+		{"  imagePullSecrets:\n    - name: registry\n", false},
+	} {
+		out, said := must(t, pod(tt.spec), bySettings)
+		for _, want := range []string{"memory: 64Mi", "127.0.0.1:9780", "name: registry", "sidecar.example/ports: \"9443\""} {
+			if !strings.Contains(out, want) {
+				t.Errorf("there is no %s in\n%s", want, out)
+			}
+		}
+		if strings.Contains(said, note) != tt.note {
+			t.Errorf("with %q it says %s", tt.spec, said)
+		}
+	}
+	write("memory: 64Mi\nport: 80\n")
+	if _, _, err := run(t, pod(""), bySettings); err == nil || !strings.Contains(err.Error(), "--sidecar-settings-file: reading the sidecar settings file "+file+": port: 80 is out of bounds") {
+		t.Errorf("a wrong file: %v", err)
 	}
 }

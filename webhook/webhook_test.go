@@ -62,7 +62,7 @@ func config(t testing.TB) webhook.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	injector, err := inject.New(inject.Config{Keys: keys, Image: image, Broker: "broker:9443"})
+	injector, err := inject.New(inject.Config{Keys: keys, Image: image, Broker: "broker:9443", Settings: inject.DefaultSettings()})
 	if err != nil {
 		t.Fatal(err)
 	}

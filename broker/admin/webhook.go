@@ -43,11 +43,13 @@ type WebhookSources struct {
 	InformerAge func() time.Duration           // since the watch last heard from the API server; 0: at present
 	LiveReads   func() (made, refused uint64)  // reads past the watch
 	RulesFile   func() (f RulesFile, has bool) // false where there is none
+	// SettingsFile is the file with settings of the sidecar, as RulesFile.
+	SettingsFile func() (f RulesFile, has bool)
 }
 
 // NewWebhookMetrics returns metrics of a webhook of that version, with what is known of the process itself.
 func NewWebhookMetrics(version string, sources WebhookSources, log *slog.Logger) (*WebhookMetrics, error) {
-	if log == nil || sources.Certificate == nil || sources.InformerAge == nil || sources.LiveReads == nil || sources.RulesFile == nil {
+	if log == nil || sources.Certificate == nil || sources.InformerAge == nil || sources.LiveReads == nil || sources.RulesFile == nil || sources.SettingsFile == nil {
 		return nil, errors.New("metrics of the webhook need a Logger and all sources")
 	}
 	m := &WebhookMetrics{
@@ -124,6 +126,16 @@ func (s WebhookSources) watched() sourced {
 	age := named("informer_age_seconds", "Time since the watch on namespaces last heard from the API server; 0 while it does.", prometheus.GaugeValue)
 	reads := named("live_reads_total", "Reads of the API server for namespaces that the watch may be behind of, by outcome: made, or refused by their bounds.", prometheus.CounterValue, "outcome")
 	fine := named("rules_file_ok", "1 when the rules in force are what their file holds, 0 when the file cannot be taken; absent without a file.", prometheus.GaugeValue)
+	settled := named("sidecar_settings_file_ok", "1 when the sidecar settings in force are what their file holds, 0 when the file cannot be taken; absent without a file.", prometheus.GaugeValue)
+	ok := func(file func() (RulesFile, bool)) func() (float64, bool) {
+		return func() (float64, bool) {
+			f, has := file()
+			if f.OK {
+				return 1, has
+			}
+			return 0, has
+		}
+	}
 	return sourced{
 		when(end, func() (float64, bool) { end := s.Certificate(); return unix(end), !end.IsZero() }),
 		always(age, func() float64 { return s.InformerAge().Seconds() }),
@@ -132,12 +144,7 @@ func (s WebhookSources) watched() sourced {
 			emit(reads, float64(made), "made")
 			emit(reads, float64(refused), "refused")
 		}},
-		when(fine, func() (float64, bool) {
-			f, has := s.RulesFile()
-			if f.OK {
-				return 1, has
-			}
-			return 0, has
-		}),
+		when(fine, ok(s.RulesFile)),
+		when(settled, ok(s.SettingsFile)),
 	}
 }

@@ -23,6 +23,8 @@ func webhookSources() admin.WebhookSources {
 		InformerAge: func() time.Duration { return 14 * time.Second },
 		LiveReads:   func() (made, refused uint64) { return 20, 21 },
 		RulesFile:   func() (admin.RulesFile, bool) { return admin.RulesFile{OK: true}, true },
+		// One that cannot be taken.
+		SettingsFile: func() (admin.RulesFile, bool) { return admin.RulesFile{}, true },
 	}
 }
 
@@ -59,7 +61,7 @@ func TestWebhookMetrics(t *testing.T) {
 		`refusals_total{reason="ROLE_NOT_PERMITTED"} 1`, `refusals_total{reason="INTERNAL"} 5000`, `refusals_total{reason="POD_UNSUPPORTED"} 0`,
 		`review_duration_seconds_bucket{le="0.0025"} 2`, `review_duration_seconds_count 5003`,
 		`patch_bytes_bucket{le="2000"} 0`, `patch_bytes_bucket{le="4000"} 1`, `patch_bytes_count 1`,
-		`certificate_expiry_timestamp_seconds 1.8e+09`, `informer_age_seconds 14`, `rules_file_ok 1`,
+		`certificate_expiry_timestamp_seconds 1.8e+09`, `informer_age_seconds 14`, `rules_file_ok 1`, `sidecar_settings_file_ok 0`,
 		`live_reads_total{outcome="made"} 20`, `live_reads_total{outcome="refused"} 21`, `build_info{goversion="go`,
 	} {
 		if !strings.Contains(text, "\ncredence_webhook_"+want) {
@@ -93,6 +95,7 @@ func TestWebhookMetricsNeedTheirSources(t *testing.T) {
 	for name, change := range map[string]func(*admin.WebhookSources){
 		"certificate": func(s *admin.WebhookSources) { s.Certificate = nil }, "informer": func(s *admin.WebhookSources) { s.InformerAge = nil },
 		"live reads": func(s *admin.WebhookSources) { s.LiveReads = nil }, "rules": func(s *admin.WebhookSources) { s.RulesFile = nil },
+		"settings": func(s *admin.WebhookSources) { s.SettingsFile = nil },
 	} {
 		sources := webhookSources()
 		change(&sources)

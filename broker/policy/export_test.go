@@ -5,7 +5,7 @@ var (
 	PodKeys       = podKeys[:]
 	NamespaceKeys = namespaceKeys
 	MatchGlob     = matchGlob
-	EditDistance  = editDistance
+	EditDistance  = editDistance[Key]
 )
 
 // KeptExpressions is how many compiled expressions r keeps, and what they are estimated to take.

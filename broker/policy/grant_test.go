@@ -301,6 +301,7 @@ type subject struct {
 	role, sessionName, externalID, tags, policy, policyARNs, duration, scope string
 	namespace, account, pod, uid                                             string
 	region, containers, imds, startTimeout, hint, otherLabel                 string
+	memory, cpu, limit, port, logLevel                                       string
 	forced, kubernetes, transitive, source, maxDuration                      string // of the rules file; all empty: there is none
 }
 
@@ -323,6 +324,11 @@ var choices = map[string][]string{
 	"containers":   {"", "app", "app,proxy"},
 	"imds":         {"", "v1", "off"},
 	"startTimeout": {"", "0", "10s"},
+	"memory":       {"", "16Mi", "64Mi"},
+	"cpu":          {"", "10m"},
+	"limit":        {"", "0", "50m"},
+	"port":         {"", "9780"},
+	"logLevel":     {"", "debug"},
 	"hint":         {"", "cart"},
 	"otherLabel":   {"", "x"},
 }
@@ -366,7 +372,7 @@ func (s subject) with(name, value string) subject {
 		"role": &s.role, "sessionName": &s.sessionName, "externalID": &s.externalID, "tags": &s.tags, "policy": &s.policy,
 		"policyARNs": &s.policyARNs, "duration": &s.duration, "scope": &s.scope, "namespace": &s.namespace, "account": &s.account,
 		"pod": &s.pod, "uid": &s.uid, "region": &s.region, "containers": &s.containers, "imds": &s.imds,
-		"startTimeout": &s.startTimeout, "hint": &s.hint, "otherLabel": &s.otherLabel, "forced": &s.forced,
+		"startTimeout": &s.startTimeout, "memory": &s.memory, "cpu": &s.cpu, "limit": &s.limit, "port": &s.port, "logLevel": &s.logLevel, "hint": &s.hint, "otherLabel": &s.otherLabel, "forced": &s.forced,
 		"kubernetes": &s.kubernetes, "transitive": &s.transitive, "source": &s.source, "maxDuration": &s.maxDuration,
 	}
 	*fields[name] = value
@@ -381,6 +387,7 @@ func (s subject) grant(t *testing.T, rules *policy.Rules, random *rand.Rand) pol
 		policy.SessionName: s.sessionName, policy.ExternalID: s.externalID, policy.SessionTags: s.tags, policy.SessionPolicy: s.policy,
 		policy.PolicyARNs: s.policyARNs, policy.Duration: s.duration, policy.SessionScope: s.scope, policy.Region: s.region,
 		policy.Containers: s.containers, policy.IMDS: s.imds, policy.StartTimeout: s.startTimeout, policy.ServiceAccount: s.hint,
+		policy.SidecarMemory: s.memory, policy.SidecarCPURequest: s.cpu, policy.SidecarCPULimit: s.limit, policy.SidecarPort: s.port, policy.SidecarLogLevel: s.logLevel,
 	} {
 		if value == "" {
 			continue

@@ -67,6 +67,16 @@ const (
 	IMDS Key = "imds"
 	// StartTimeout is how long the application waits for first credentials.
 	StartTimeout Key = "start-timeout"
+	// SidecarMemory is the sidecar's memory, request and limit.
+	SidecarMemory Key = "sidecar-memory"
+	// SidecarCPURequest is the sidecar's CPU request.
+	SidecarCPURequest Key = "sidecar-cpu-request"
+	// SidecarCPULimit is the sidecar's CPU limit; 0 is none.
+	SidecarCPULimit Key = "sidecar-cpu-limit"
+	// SidecarPort is where the sidecar listens.
+	SidecarPort Key = "sidecar-port"
+	// SidecarLogLevel is the least level that the sidecar logs.
+	SidecarLogLevel Key = "sidecar-log-level"
 )
 
 // What the webhook writes on pods.
@@ -80,7 +90,8 @@ const (
 
 var (
 	podKeys = [...]Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
-		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout}
+		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout,
+		SidecarMemory, SidecarCPURequest, SidecarCPULimit, SidecarPort, SidecarLogLevel}
 	namespaceKeys = []Key{Inject, Permitted, AllowedRoles, DefaultRole, PermittedTags}
 )
 
@@ -163,13 +174,15 @@ func (k Keys) refuseUnknown(annotations map[string]string) error {
 			"annotation %.100q… is unknown, and longer than any known one", name)
 	}
 	return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
-		"annotation %q is unknown: did you mean %q?", name, k.Name(nearest(key, podKeys[:])))
+		"annotation %q is unknown: did you mean %q?", name, k.Name(Nearest(key, podKeys[:])))
 }
 
-// nearest returns the candidate with the smallest edit distance to key. A transposition, the usual
-// typing error, counts as one edit.
-func nearest(key Key, candidates []Key) Key {
-	return slices.MinFunc(candidates, func(a, b Key) int { return editDistance(key, a) - editDistance(key, b) })
+// Nearest returns the candidate, of which there must be some, with the smallest edit distance to text. A
+// transposition, the usual typing error, counts as one edit. Of a text that is far longer than any key only
+// the beginning counts.
+func Nearest[T ~string](text T, candidates []T) T {
+	text = text[:min(len(text), maxKey)]
+	return slices.MinFunc(candidates, func(a, b T) int { return editDistance(text, a) - editDistance(text, b) })
 }
 
 // maxKey is how long Kubernetes lets the name of an annotation be behind its prefix. It checks that
@@ -178,7 +191,7 @@ const maxKey = 63
 
 // editDistance is the optimal string alignment distance. Its callers compare at most maxKey
 // characters, so the table is small.
-func editDistance(a, b Key) int {
+func editDistance[T ~string](a, b T) int {
 	d := make([][]int, len(a)+1)
 	for i := range d {
 		d[i] = make([]int, len(b)+1)

@@ -105,6 +105,7 @@ type Settings struct {
 	SkipContainers []string
 	Metadata       Metadata
 	StartTimeout   time.Duration // 0: wait for ever
+	Sidecar        Sidecar
 }
 
 // Parse reads the annotations of a pod. It refuses keys under the prefix that it does not know and
@@ -145,6 +146,10 @@ func (k Keys) Parse(annotations map[string]string) (Settings, error) {
 	if len(s.Containers) > 0 && len(s.SkipContainers) > 0 {
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
 			"annotations %q and %q exclude each other: keep one", k.Name(Containers), k.Name(SkipContainers))
+	}
+	if limit := s.Sidecar.CPULimit; limit != nil && *limit != 0 && *limit < s.Sidecar.CPURequest {
+		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
+			"annotation %q: %s is below %s, the %q: raise it, or remove one of the two", k.Name(SidecarCPULimit), *limit, s.Sidecar.CPURequest, k.Name(SidecarCPURequest))
 	}
 	n := utf8.RuneCountInString(s.SessionPolicy)
 	for _, arn := range s.PolicyARNs {
@@ -187,6 +192,8 @@ func (s *Settings) set(key Key, value string) (err error) {
 		s.Metadata, err = parseChoice(value, MetadataV2, MetadataV1, MetadataOff)
 	case StartTimeout:
 		s.StartTimeout, err = parseDuration(value, 0, maxStartTimeout)
+	case SidecarMemory, SidecarCPURequest, SidecarCPULimit, SidecarPort, SidecarLogLevel:
+		err = s.Sidecar.set(key, value)
 	default:
 		// podKeys and this switch list the same keys; a test walks both.
 		return fmt.Errorf("key %q is not parsed", key)

@@ -137,6 +137,30 @@ var goodValues = map[policy.Key][]struct {
 		{"30s", func(s *policy.Settings) { s.StartTimeout = 30 * time.Second }},
 		{"24h", func(s *policy.Settings) { s.StartTimeout = 24 * time.Hour }},
 	},
+	policy.SidecarMemory: {
+		{"16Mi", func(s *policy.Settings) { s.Sidecar.Memory = 16 }},
+		{" 256Mi\n", func(s *policy.Settings) { s.Sidecar.Memory = 256 }},
+	},
+	policy.SidecarCPURequest: {
+		{"1m", func(s *policy.Settings) { s.Sidecar.CPURequest = 1 }},
+		{"1000m", func(s *policy.Settings) { s.Sidecar.CPURequest = 1000 }},
+		{"1", func(s *policy.Settings) { s.Sidecar.CPURequest = 1000 }},
+	},
+	policy.SidecarCPULimit: {
+		{"10m", func(s *policy.Settings) { s.Sidecar.CPULimit = new(policy.CPU(10)) }},
+		{"1", func(s *policy.Settings) { s.Sidecar.CPULimit = new(policy.CPU(1000)) }},
+		{"0", func(s *policy.Settings) { s.Sidecar.CPULimit = new(policy.CPU(0)) }},
+	},
+	policy.SidecarPort: {
+		{"1024", func(s *policy.Settings) { s.Sidecar.Port = 1024 }},
+		{"65535", func(s *policy.Settings) { s.Sidecar.Port = 65535 }},
+	},
+	policy.SidecarLogLevel: {
+		{"debug", func(s *policy.Settings) { s.Sidecar.LogLevel = policy.LogDebug }},
+		{"info", func(s *policy.Settings) { s.Sidecar.LogLevel = policy.LogInfo }},
+		{"warn", func(s *policy.Settings) { s.Sidecar.LogLevel = policy.LogWarn }},
+		{"error", func(s *policy.Settings) { s.Sidecar.LogLevel = policy.LogError }},
+	},
 }
 
 // badValues is, for each key, what does not parse and what the message says of it.
@@ -265,6 +289,54 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"24h1s", "out of bounds"},
 		{"0.5s", "must be whole seconds"},
 	},
+	policy.SidecarMemory: {
+		{"", `"" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
+		{"64", "write whole mebibytes"},
+		{"64M", "write whole mebibytes"},
+		{"1Gi", "write whole mebibytes"},
+		{"64.5Mi", "write whole mebibytes"},
+		{"+64Mi", "write whole mebibytes"},
+		{"064Mi", "write whole mebibytes"},
+		{"64 Mi", "write whole mebibytes"},
+		{"15Mi", "15Mi is out of bounds: from 16Mi to 256Mi"},
+		{"257Mi", "out of bounds"},
+		{"0Mi", "out of bounds"},
+		{"-16Mi", "write whole mebibytes"},
+		{"4294967312Mi", "write whole mebibytes"},
+		{strings.Repeat("1", 100_000) + "Mi", "write whole mebibytes"},
+	},
+	policy.SidecarCPURequest: {
+		{"", `"" is no amount of CPU: write thousandths of a processor, such as 50m, or 1`},
+		{"0.05", "write thousandths of a processor, such as 50m"},
+		{"50M", "write thousandths"},
+		{"-5m", "write thousandths"},
+		{"m", "write thousandths"},
+		{"0", "0 is out of bounds: from 1m to 1"},
+		{"1001m", "out of bounds"},
+		{"2", "2 is out of bounds"},
+		{"4294968", "write thousandths"},
+	},
+	policy.SidecarCPULimit: {
+		{"none", "write thousandths"},
+		{"9m", "9m is out of bounds: from 10m to 1, or 0 for no limit"},
+		{"1001m", "out of bounds"},
+	},
+	policy.SidecarPort: {
+		{"", `"" is no port: write a number from 1024 to 65535`},
+		{"http", "is no port"},
+		{"127.0.0.1:9779", "is no port"},
+		{"09779", "is no port"},
+		{"1023", "1023 is out of bounds: from 1024 to 65535"},
+		{"0", "out of bounds"},
+		{"65536", "out of bounds"},
+		{"-1", "is no port"},
+		{"4294977075", "is no port"},
+	},
+	policy.SidecarLogLevel: {
+		{"", `"" is none of ["debug" "info" "warn" "error"]`},
+		{"INFO", "is none of"},
+		{"trace", "is none of"},
+	},
 }
 
 func TestParse(t *testing.T) {
@@ -304,6 +376,13 @@ func TestParseRefuses(t *testing.T) {
 	mustRefuse(t, "a region alone", err, credential.ErrInvalid, credential.ReasonRoleMissing, "no role")
 	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.Containers: "a", policy.SkipContainers: "b"}))
 	mustRefuse(t, "both lists", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/containers"`, `"iam.amazonaws.com/skip-containers"`, "exclude each other")
+	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: "49m"}))
+	mustRefuse(t, "limit below request", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/sidecar-cpu-limit"`, `"iam.amazonaws.com/sidecar-cpu-request"`, "49m is below 50m", "raise it")
+	for _, limit := range []string{"50m", "0"} {
+		if _, err := keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: limit})); err != nil {
+			t.Errorf("limit %s: %v", limit, err)
+		}
+	}
 	_, err = keys.Parse(annotations(map[policy.Key]string{
 		policy.Role: "r", policy.SessionPolicy: `{"Statement":"` + strings.Repeat("x", 2000) + `"}`, policy.PolicyARNs: "arn:aws:iam::aws:policy/ReadOnlyAccess",
 	}))
@@ -363,6 +442,11 @@ func checkSettings(t *testing.T, s policy.Settings) {
 	}
 	if s.StartTimeout < 0 || s.StartTimeout > 24*time.Hour {
 		t.Errorf("start timeout %s", s.StartTimeout)
+	}
+	c := s.Sidecar
+	if c.Memory != 0 && (c.Memory < 16 || c.Memory > 256) || c.CPURequest < 0 || c.CPURequest > 1000 || c.Port != 0 && (c.Port < 1024 || c.Port > 65535) ||
+		c.CPULimit != nil && *c.CPULimit != 0 && (*c.CPULimit < 10 || *c.CPULimit > 1000) {
+		t.Errorf("sidecar %+v", c)
 	}
 	if n := len(s.SessionName); n == 1 || n > 64 {
 		t.Errorf("session name of %d characters", n)

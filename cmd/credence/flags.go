@@ -56,7 +56,7 @@ func injectFlags(f *flag.FlagSet) func(args []string) (operator.InjectConfig, er
 			return operator.InjectConfig{}, errors.New("standard input can be read once: give - once to -f and --namespaces (it is the default of -f)")
 		}
 		o, err := injection()
-		cfg.Injector, cfg.Rules, cfg.RulesFile = o.Injector, o.Rules, o.RulesFile
+		cfg.Injector, cfg.Rules, cfg.RulesFile, cfg.SettingsFile = o.Injector, o.Rules, o.RulesFile, o.SettingsFile
 		return cfg, err
 	}
 }

@@ -42,7 +42,7 @@ func TestFlags(t *testing.T) {
 		{append(slices.Clone(good), "-f="), `invalid value "" for flag -f: the name of a file is empty`},
 		{append(slices.Clone(good), "-f=-", "-f=-"), "standard input can be read once"},
 		{append(slices.Clone(good), "--namespaces=-"), "standard input can be read once"},
-		{append(slices.Clone(good), "--sidecar-port=80"), "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
+		{append(slices.Clone(good), "--sidecar-port=80"), "--sidecar-port: 80 is out of bounds: from 1024 to 65535"},
 	} {
 		if _, err := parse(tt.args); err == nil || !strings.HasPrefix(err.Error(), tt.want) {
 			t.Errorf("%q: error is %v, want %s", tt.args, err, tt.want)

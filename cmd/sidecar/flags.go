@@ -4,6 +4,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 	"time"
@@ -17,12 +18,13 @@ it waits until the one that serves has credentials.
 Usage: credence-sidecar [flags] [probe]
 
 The webhook runs it in each pod that it injects. Each flag but version can be set by an environment variable:
---token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, metadata, routing-key, pod-uid, zone and
-start-timeout are required to serve; probe needs none.`
+--token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, log-level, metadata, routing-key, pod-uid, zone
+and start-timeout are required to serve; probe needs none.`
 
 type options struct {
 	broker, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string
 	startTimeout                                                                            time.Duration
+	level                                                                                   slog.Level
 	probe                                                                                   bool
 }
 
@@ -40,6 +42,7 @@ func flags(f *flag.FlagSet) func([]string) (options, error) {
 	f.StringVar(&o.zone, "zone", "", "availability `zone` that the pod runs in, for the emulated instance metadata; empty when unknown")
 	f.DurationVar(&o.startTimeout, "start-timeout", policy.DefaultStartTimeout,
 		"how long probe waits for the first credentials; 0 for ever (`duration`)")
+	f.TextVar(&o.level, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
 	problem := setFromEnv(f)
 
 	return func(args []string) (options, error) {

@@ -37,7 +37,7 @@ func run(ctx context.Context, o options) error {
 	if o.probe {
 		return sidecar.Probe(ctx, o.listen)
 	}
-	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
 	roots, err := certs.NewRoots(o.rootsFile, log)
 	if err != nil {
 		return fmt.Errorf("--roots-file: %w", err)

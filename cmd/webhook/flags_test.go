@@ -5,6 +5,10 @@ import (
 	"io"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/webhook/inject"
 )
 
 // parse parses args as package program does.
@@ -31,8 +35,15 @@ func TestBadFlags(t *testing.T) {
 		{good[1:], "--broker and --sidecar-image are required"},
 		{append(good, "word"), `unexpected argument "word": everything is set by flags`},
 		{append(good, "--annotation-prefix=A/b"), `--annotation-prefix: annotation prefix "A/b" is not a DNS subdomain such as iam.amazonaws.com`},
-		{append(good, "--sidecar-port=80"), "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
-		{append(good, "--sidecar-run-as-user=0"), "sidecar user id 0: the sidecar never runs as root, so --sidecar-run-as-user must be above 0"},
+		{append(good, "--sidecar-port=80"), "--sidecar-port: 80 is out of bounds: from 1024 to 65535"},
+		{append(good, "--sidecar-run-as-user=0"), "--sidecar-run-as-user: 0 is no user id from 1 to 2147483647: the sidecar never runs as root; -1 leaves it to the platform"},
+		{append(good, "--sidecar-memory=8Mi"), `invalid value "8Mi" for flag -sidecar-memory: 8Mi is out of bounds: from 16Mi to 256Mi`},
+		{append(good, "--sidecar-cpu-request=0"), "--sidecar-cpu-request: 0 is out of bounds: from 1m to 1"},
+		{append(good, "--sidecar-cpu-request=200m"), "--sidecar-cpu-limit: 100m is below the request, 200m"},
+		{append(good, "--sidecar-cpu-limit=5m"), "--sidecar-cpu-limit: 5m is out of bounds: from 10m to 1, or 0 for no limit"},
+		{append(good, "--sidecar-cpu-guaranteed=0"), "--sidecar-cpu-guaranteed: 0 is out of bounds: from 10m to 1"},
+		{append(good, "--sidecar-log-level=trace"), `invalid value "trace" for flag -sidecar-log-level: "trace" is none of ["debug" "info" "warn" "error"]`},
+		{append(good, "--sidecar-image-pull-policy=Sometimes"), `--sidecar-image-pull-policy: "Sometimes" must be Always, IfNotPresent or Never`},
 		{append(good, "--on-shadowed=allow"), `on shadowed credentials "allow": --on-shadowed must be refuse or warn`},
 	} {
 		if _, err := parse(tc.args); err == nil || err.Error() != tc.want {
@@ -44,9 +55,25 @@ func TestBadFlags(t *testing.T) {
 	}
 }
 
+func TestSidecarFlags(t *testing.T) {
+	o, err := parse([]string{
+		"--broker=b:1", "--sidecar-image=i", "--sidecar-image-pull-policy=Always", "--sidecar-memory=64Mi", "--sidecar-cpu-request=50m", "--sidecar-cpu-limit=0",
+		"--sidecar-cpu-guaranteed=60m", "--sidecar-port=9780", "--sidecar-run-as-user=1000", "--sidecar-log-level=warn", "--sidecar-settings-file=/file",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := inject.Settings{
+		ImagePullPolicy: "Always", Memory: 64, CPU: inject.CPU{Request: 50, Limit: 0, Guaranteed: 60}, Port: 9780, RunAsUser: 1000, LogLevel: "warn",
+	}
+	if diff := cmp.Diff(want, o.Injector.Settings()); diff != "" || o.SettingsFile != "/file" {
+		t.Errorf("file %q, settings (-want +got):\n%s", o.SettingsFile, diff)
+	}
+}
+
 func TestPlatformChoosesUser(t *testing.T) {
 	o, err := parse([]string{"--broker=b:1", "--sidecar-image=i", "--sidecar-run-as-user=-1"})
-	if err != nil || o.Injector == nil || o.Rules == nil {
+	if err != nil || o.Injector.Settings().RunAsUser != inject.PlatformUser || o.Rules == nil {
 		t.Errorf("--sidecar-run-as-user=-1: %+v, %v", o, err)
 	}
 }

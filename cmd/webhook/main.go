@@ -18,11 +18,13 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/broker/admin"
+	"github.com/credence-iam/credence/broker/configfile"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/webhook"
+	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
 func main() {
@@ -39,15 +41,22 @@ func run(ctx context.Context, o options) error {
 		return fmt.Errorf("--tls-cert, --tls-key: %w", err)
 	}
 	var (
-		runs     []func(context.Context) error
-		follower *rulesfile.Follower // nil without a rules file
+		runs            []func(context.Context) error
+		rules, settings *configfile.Follower // nil without such a file
 	)
 	if o.RulesFile != "" {
-		follower, err = rulesfile.New(rulesfile.Config{Path: o.RulesFile, Rules: o.Rules, Logger: log})
+		rules, err = rulesfile.New(rulesfile.Config{Path: o.RulesFile, Rules: o.Rules, Logger: log})
 		if err != nil {
 			return fmt.Errorf("--rules-file: %w", err)
 		}
-		runs = append(runs, follower.Run)
+		runs = append(runs, rules.Run)
+	}
+	if o.SettingsFile != "" {
+		settings, err = settingsfile.New(settingsfile.Config{Path: o.SettingsFile, Injector: o.Injector, Logger: log})
+		if err != nil {
+			return fmt.Errorf("--sidecar-settings-file: %w", err)
+		}
+		runs = append(runs, settings.Run)
 	}
 	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
 	if err != nil {
@@ -59,13 +68,7 @@ func run(ctx context.Context, o options) error {
 	}
 	metrics, err := admin.NewWebhookMetrics(program.Version(), admin.WebhookSources{
 		Certificate: pair.NotAfter, InformerAge: namespaces.Age, LiveReads: namespaces.Reads,
-		RulesFile: func() (admin.RulesFile, bool) {
-			if follower == nil {
-				return admin.RulesFile{}, false
-			}
-			status := follower.Status()
-			return admin.RulesFile{Loaded: status.Loaded, OK: status.Err == nil}, true
-		},
+		RulesFile: following(rules), SettingsFile: following(settings),
 	}, log)
 	if err != nil {
 		return err
@@ -116,4 +119,15 @@ func run(ctx context.Context, o options) error {
 		return server.Run(ctx, listener)
 	})
 	return group.Wait()
+}
+
+// following tells the metrics of a file, and that there is none if f is nil.
+func following(f *configfile.Follower) func() (admin.RulesFile, bool) {
+	return func() (admin.RulesFile, bool) {
+		if f == nil {
+			return admin.RulesFile{}, false
+		}
+		status := f.Status()
+		return admin.RulesFile{Loaded: status.Loaded, OK: status.Err == nil}, true
+	}
 }

@@ -94,6 +94,7 @@ func newWebhook(t trust) (*webhook.Server, error) {
 	}
 	injector, err := inject.New(inject.Config{
 		Keys: rules.Keys(), Image: "registry.example/credence-sidecar:v1", Broker: "credence-broker.credence.svc:9443",
+		Settings: inject.DefaultSettings(),
 	})
 	if err != nil {
 		return nil, err

@@ -15,6 +15,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/deployment"
@@ -42,6 +43,35 @@ func TestFirstLineFindsCredentials(t *testing.T) {
 	if init.State.Terminated.StartedAt.Before(&begin) || end.Before(&own.State.Terminated.FinishedAt) {
 		t.Errorf("the sidecar ran from %v to %v, the init container from %v, the application to %v",
 			begin, end, init.State.Terminated.StartedAt, own.State.Terminated.FinishedAt)
+	}
+}
+
+// A pod whose sidecar is as it says, in a namespace whose LimitRange would refuse the default one, has credentials too.
+func TestSidecarOfItsOwn(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	least := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("20m"), corev1.ResourceMemory: resource.MustParse("24Mi")}
+	if _, err := d.Client.CoreV1().LimitRanges(ns).Create(t.Context(), &corev1.LimitRange{
+		ObjectMeta: metav1.ObjectMeta{Name: "limits"}, Spec: corev1.LimitRangeSpec{Limits: []corev1.LimitRangeItem{{
+			Type: corev1.LimitTypeContainer, Min: least, DefaultRequest: least,
+			Default: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("500m"), corev1.ResourceMemory: resource.MustParse("128Mi")},
+		}}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	says := annotated()
+	for key, value := range map[string]string{
+		"sidecar-memory": "24Mi", "sidecar-cpu-request": "20m", "sidecar-cpu-limit": "0", "sidecar-port": "9790", "sidecar-log-level": "warn",
+	} {
+		says["iam.amazonaws.com/"+key] = value
+	}
+	create(t, ns, once(app("job", says, "whoami")))
+	awaitEnd(t, ns, "job")
+	if said := logs(t, ns, "job", "app"); !strings.HasPrefix(said, assumed(bucket)) {
+		t.Errorf("the application said %q", said)
+	}
+	if said := logs(t, ns, "job", sidecarName); strings.Contains(said, `"level":"INFO"`) {
+		t.Errorf("the sidecar said %q", said)
 	}
 }
 

@@ -28,20 +28,22 @@ var floors = map[string]int{
 	"certs/pki":        1,
 
 	// 2: what meets one outside system each.
-	"broker/assume":    2,
-	"broker/audit":     2,
-	"broker/client":    2,
-	"broker/kube":      2,
-	"broker/rulesfile": 2, // the file system, and YAML
-	"broker/tracing":   2,
-	"certs/trust":      2,
-	"webhook/inject":   2,
+	"broker/assume":     2,
+	"broker/audit":      2,
+	"broker/client":     2,
+	"broker/configfile": 2, // the file system, and YAML
+	"broker/kube":       2,
+	"broker/tracing":    2,
+	"certs/trust":       2,
+	"webhook/inject":    2,
 
-	// 3: the components.
-	"broker":       3,
-	"broker/admin": 3,
-	"sidecar":      3,
-	"webhook":      3,
+	// 3: the components, and the files by which some decide.
+	"broker":               3,
+	"broker/admin":         3,
+	"broker/rulesfile":     3,
+	"sidecar":              3,
+	"webhook":              3,
+	"webhook/settingsfile": 3,
 
 	// 4: components put together, for tests and for the operator.
 	"broker/assume/ststest":   4,

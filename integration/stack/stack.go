@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -138,7 +139,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if err := s.StartBroker(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.startWebhook(ctx); err != nil {
+	if err := s.StartWebhook(ctx); err != nil {
 		return nil, err
 	}
 	if err := s.registerWebhook(ctx); err != nil {
@@ -149,9 +150,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 
 // Close stops the programs, each with time to drain. The cluster goes on.
 func (s *Stack) Close() {
-	if s.webhook != nil {
-		s.webhook.Stop(stopGrace)
-	}
+	s.StopWebhook()
 	s.StopBroker()
 	s.STS.Close()
 }
@@ -236,7 +235,16 @@ func (s *Stack) InjectFlags() []string {
 	}
 }
 
-func (s *Stack) startWebhook(ctx context.Context) error {
+// StopWebhook takes the webhook away. Not for concurrent use.
+func (s *Stack) StopWebhook() {
+	if s.webhook != nil {
+		s.webhook.Stop(stopGrace)
+	}
+}
+
+// StartWebhook starts the webhook, on the same port as before and with more flags if there are any, and returns
+// when it is ready. Not for concurrent use.
+func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
 	kubeconfig, err := s.kubeconfig(ctx, webhookName)
 	if err != nil {
 		return err
@@ -245,11 +253,11 @@ func (s *Stack) startWebhook(ctx context.Context) error {
 	s.webhook, err = s.run.Start(process.Command{
 		Name: webhookName,
 		Path: filepath.Join(s.programs, webhookName),
-		Args: append(s.InjectFlags(),
-			"--listen="+address, "--admin-listen="+net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
-			"--tls-cert="+filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key="+filepath.Join(s.dir(webhookName), "tls.key"),
-			"--kubeconfig="+kubeconfig,
-		),
+		Args: slices.Concat(s.InjectFlags(), []string{
+			"--listen=" + address, "--admin-listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
+			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
+			"--kubeconfig=" + kubeconfig,
+		}, flags),
 		Env: []string{"GORACE=halt_on_error=1"},
 	})
 	if err != nil {

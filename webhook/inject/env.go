@@ -5,8 +5,6 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-
-	"github.com/credence-iam/credence/broker/policy"
 )
 
 // The environment of AWS SDKs.
@@ -23,14 +21,14 @@ const (
 )
 
 // env returns the variables that container c lacks.
-func (i *Injector) env(c container, settings policy.Settings) []corev1.EnvVar {
+func (by *plan) env(c container) []corev1.EnvVar {
 	var vars []corev1.EnvVar
 	// All of the family or none: which of its members wins, when several are set, differs from SDK to
 	// SDK and from version to version. The address is a literal of 127.0.0.1, the only form of the
 	// loopback interface that all SDKs take.
-	if !i.hasContainerFamily(c) {
+	if !by.hasContainerFamily(c) {
 		vars = append(vars,
-			corev1.EnvVar{Name: fullURI, Value: i.endpoint + credentialsPath},
+			corev1.EnvVar{Name: fullURI, Value: by.endpoint + credentialsPath},
 			// The UID is unique and stored nowhere. It keeps a request that an application was talked
 			// into making (SSRF) from working; it is no secret from those who may read the pod.
 			fromUID(authorization))
@@ -41,12 +39,12 @@ func (i *Injector) env(c container, settings policy.Settings) []corev1.EnvVar {
 	// With a slash at its end, because the AWS CLI v2 appends paths that begin without one. Those who append paths
 	// that begin with one ask for //latest, which the sidecar takes for the same.
 	if !has(c, metadataEndpoint) {
-		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: i.endpoint + "/"})
+		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: by.endpoint + "/"})
 	}
-	if settings.Region != "" && !has(c, region) && !has(c, defaultRegion) {
+	if by.pod.Region != "" && !has(c, region) && !has(c, defaultRegion) {
 		vars = append(vars,
-			corev1.EnvVar{Name: region, Value: settings.Region},
-			corev1.EnvVar{Name: defaultRegion, Value: settings.Region})
+			corev1.EnvVar{Name: region, Value: by.pod.Region},
+			corev1.EnvVar{Name: defaultRegion, Value: by.pod.Region})
 	}
 	return vars
 }
@@ -55,15 +53,15 @@ func has(c container, name string) bool {
 	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == name })
 }
 
-func (i *Injector) hasContainerFamily(c container) bool {
+func (by *plan) hasContainerFamily(c container) bool {
 	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return strings.HasPrefix(v.Name, containerPrefix) })
 }
 
 // ours reports whether v is a variable of the AWS_CONTAINER_ family as this package writes it.
-func (i *Injector) ours(v corev1.EnvVar) bool {
+func (by *plan) ours(v corev1.EnvVar) bool {
 	switch v.Name {
 	case fullURI:
-		return v.Value == i.endpoint+credentialsPath
+		return v.Value == by.endpoint+credentialsPath
 	case authorization:
 		return isFromUID(v)
 	default:

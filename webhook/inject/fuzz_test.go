@@ -3,6 +3,8 @@ package inject_test
 import (
 	"encoding/json"
 	"testing"
+
+	"github.com/credence-iam/credence/webhook/inject"
 )
 
 // FuzzInject: whatever bytes arrive, a refusal comes without a patch; and a patch applies, adds only
@@ -13,7 +15,9 @@ func FuzzInject(f *testing.F) {
 	}
 	f.Add([]byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[null]}}`))
 	f.Add([]byte(`null`))
-	i := newInjector(f)
+	i := newInjector(f, func(c *inject.Config) {
+		c.Settings.ImagePullSecrets, c.Settings.PodAnnotations = []string{"ours", "registry"}, map[string]string{"sidecar.example/ports": "9443"}
+	})
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		result, err := i.Inject(raw, namespace)
 		if err != nil {

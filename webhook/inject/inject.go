@@ -21,9 +21,9 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -34,13 +34,6 @@ import (
 const (
 	DefaultAudience       = "credence-broker"
 	DefaultTrustConfigMap = "credence-trust"
-	DefaultPort           = 9779
-	// DefaultRunAsUser is the "nonroot" user of distroless images. It is not the default of the
-	// field, whose nil means that the platform chooses.
-	DefaultRunAsUser int64 = 65532
-	// defaultMemory is several times what the sidecar uses, because its limit is also its request:
-	// a kernel that counts socket buffers must never kill it.
-	defaultMemory = "16Mi"
 )
 
 // OnShadowed says what becomes of a container whose own environment would outrank the sidecar in
@@ -62,8 +55,6 @@ type Config struct {
 	Keys policy.Keys
 	// Image is the sidecar's image. Required.
 	Image string
-	// ImagePullPolicy of the sidecar. Empty leaves Kubernetes to choose by the image's tag.
-	ImagePullPolicy corev1.PullPolicy
 	// Broker is HOST:PORT, such as credence-broker.credence.svc:9443. The addresses of HOST are those of the
 	// brokers. Required.
 	Broker string
@@ -72,14 +63,8 @@ type Config struct {
 	// TrustConfigMap is the ConfigMap, in the pod's namespace, whose key roots.pem holds the
 	// broker's roots. Default [DefaultTrustConfigMap].
 	TrustConfigMap string
-	// Port is where the sidecar listens on 127.0.0.1, from 1024 to 65535: it has no capability to
-	// bind a lower one. Default [DefaultPort].
-	Port int
-	// RunAsUser is the sidecar's user id, never 0. Nil omits it, for platforms that choose one for
-	// each namespace (OpenShift).
-	RunAsUser *int64
-	// Memory is the sidecar's memory request and limit. Default 16Mi.
-	Memory resource.Quantity
+	// Settings of the sidecar, until [Injector.Use] changes them. Required; begin with [DefaultSettings].
+	Settings Settings
 	// OnShadowed is what to do about web identity in a container. Default [RefuseShadowed].
 	OnShadowed OnShadowed
 }
@@ -87,19 +72,15 @@ type Config struct {
 // Injector injects pods. Make it with [New]; the zero value must not be used. It may be used
 // concurrently.
 type Injector struct {
-	cfg      Config
-	endpoint string // http://127.0.0.1:PORT
+	cfg      Config // but for its Settings
+	settings atomic.Pointer[Settings]
 }
 
 // New checks cfg and fills in its defaults.
 func New(cfg Config) (*Injector, error) {
 	cfg.Audience = defaultTo(cfg.Audience, DefaultAudience)
 	cfg.TrustConfigMap = defaultTo(cfg.TrustConfigMap, DefaultTrustConfigMap)
-	cfg.Port = defaultTo(cfg.Port, DefaultPort)
 	cfg.OnShadowed = defaultTo(cfg.OnShadowed, RefuseShadowed)
-	if cfg.Memory.IsZero() {
-		cfg.Memory = resource.MustParse(defaultMemory)
-	}
 	switch {
 	case cfg.Keys.Prefix() == "":
 		return nil, errors.New("injecting without annotation keys would inject nothing")
@@ -107,26 +88,19 @@ func New(cfg Config) (*Injector, error) {
 		return nil, fmt.Errorf("sidecar image %q: set --sidecar-image to one such as registry.example/credence-sidecar:v1", cfg.Image)
 	case !hostPort(cfg.Broker):
 		return nil, fmt.Errorf("broker address %q: set --broker to HOST:PORT such as credence-broker.credence.svc:9443", cfg.Broker)
-	case cfg.Port < 1024 || cfg.Port > 65535:
-		return nil, fmt.Errorf("sidecar port %d: --sidecar-port must be from 1024 to 65535", cfg.Port)
-	case cfg.RunAsUser != nil && *cfg.RunAsUser <= 0:
-		return nil, fmt.Errorf("sidecar user id %d: the sidecar never runs as root, so --sidecar-run-as-user must be above 0", *cfg.RunAsUser)
-	case cfg.Memory.Sign() < 0:
-		return nil, fmt.Errorf("sidecar memory %s must be above 0", cfg.Memory.String())
 	case len(validation.IsDNS1123Subdomain(cfg.TrustConfigMap)) > 0:
 		return nil, fmt.Errorf("trust ConfigMap %q: --trust-config-map must be a name that Kubernetes takes", cfg.TrustConfigMap)
-	}
-	switch cfg.ImagePullPolicy {
-	case "", corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
-	default:
-		return nil, fmt.Errorf("image pull policy %q: --sidecar-image-pull-policy must be Always, IfNotPresent or Never", cfg.ImagePullPolicy)
 	}
 	switch cfg.OnShadowed {
 	case RefuseShadowed, WarnShadowed:
 	default:
 		return nil, fmt.Errorf("on shadowed credentials %q: --on-shadowed must be %s or %s", cfg.OnShadowed, RefuseShadowed, WarnShadowed)
 	}
-	return &Injector{cfg: cfg, endpoint: fmt.Sprintf("http://127.0.0.1:%d", cfg.Port)}, nil
+	i := &Injector{cfg: cfg}
+	if err := i.Use(cfg.Settings); err != nil {
+		return nil, fmt.Errorf("sidecar settings: %w", err)
+	}
+	return i, nil
 }
 
 // hostPort reports whether sidecars can take s as the brokers' address. A target of gRPC with a scheme has slashes.
@@ -199,7 +173,7 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 	}
 	result.Pod.ServiceAccount = spec.serviceAccount()
 
-	patch, warnings, err := i.patch(p, spec, namespace, settings)
+	patch, warnings, err := i.newPlan(settings, spec).patch(p, spec, namespace)
 	if err != nil {
 		return result, err
 	}
@@ -209,15 +183,15 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 
 // patch makes the operations in an order in which the indices of the pod as it came stay right: what
 // edits existing containers first, and the container that shifts all others last.
-func (i *Injector) patch(p *pod, spec *podSpec, namespace string, settings policy.Settings) (ops []Operation, warnings []string, err error) {
-	if err := i.checkSupported(p, spec); err != nil {
+func (by *plan) patch(p *pod, spec *podSpec, namespace string) (ops []Operation, warnings []string, err error) {
+	if err := by.checkSupported(p, spec); err != nil {
 		return nil, nil, err
 	}
-	present, err := i.checkPresent(spec, settings)
+	present, err := by.checkPresent(spec)
 	if err != nil {
 		return nil, nil, err
 	}
-	if warnings, err = i.checkSettings(spec, settings); err != nil {
+	if warnings, err = by.checkSettings(spec); err != nil {
 		return nil, nil, err
 	}
 	if present && spec.InitContainers[0].Name != sidecarName {
@@ -229,31 +203,34 @@ func (i *Injector) patch(p *pod, spec *podSpec, namespace string, settings polic
 		containers []container
 	}{{"/spec/containers", spec.Containers}, {"/spec/initContainers", spec.InitContainers}} {
 		for at, c := range list.containers {
-			if c.Name == sidecarName || !selected(c.Name, settings) {
+			if c.Name == sidecarName || !selected(c.Name, by.pod) {
 				continue
 			}
-			shadows, err := i.shadowed(c)
+			shadows, err := by.shadowed(c)
 			if err != nil {
 				return nil, nil, err
 			}
 			warnings = append(warnings, shadows...)
 			path := fmt.Sprintf("%s/%d/env", list.path, at)
-			ops = appendAll(ops, path, c.Env, i.env(c, settings))
+			ops = appendAll(ops, path, c.Env, by.env(c))
 		}
 	}
-	ops = i.mark(ops, p, spec)
+	ops = by.mark(ops, p, spec)
+	ops, differing := by.addAnnotations(ops, p)
+	warnings = append(warnings, differing...)
+	ops = by.addPullSecrets(ops, spec)
 	if !present {
-		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{i.volume(spec)})
-		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, i.sidecar(spec, namespace, settings))
+		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{by.volume(spec)})
+		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, by.sidecar(spec, namespace))
 	}
 	return ops, warnings, nil
 }
 
 // mark adds the label and the annotation by which the broker finds the pod. Both keys are the
 // webhook's own: a wrong value, which only a copied manifest can have, is overwritten.
-func (i *Injector) mark(ops []Operation, p *pod, spec *podSpec) []Operation {
-	ops = setKey(ops, "/metadata/labels", p.Metadata.Labels, i.cfg.Keys.Name(policy.Injected), "true")
-	return setKey(ops, "/metadata/annotations", p.Metadata.Annotations, i.cfg.Keys.Name(policy.ServiceAccount), spec.serviceAccount())
+func (by *plan) mark(ops []Operation, p *pod, spec *podSpec) []Operation {
+	ops = setKey(ops, "/metadata/labels", p.Metadata.Labels, by.cfg.Keys.Name(policy.Injected), "true")
+	return setKey(ops, "/metadata/annotations", p.Metadata.Annotations, by.cfg.Keys.Name(policy.ServiceAccount), spec.serviceAccount())
 }
 
 // unsupported refuses a pod for its shape.

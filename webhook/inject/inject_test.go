@@ -5,15 +5,17 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
+	"sync"
 	"testing"
 
 	jsonpatch "github.com/evanphx/json-patch/v5"
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -33,10 +35,10 @@ func config(t testing.TB) inject.Config {
 		t.Fatal(err)
 	}
 	return inject.Config{
-		Keys:      keys,
-		Image:     "registry.example/credence-sidecar:v1",
-		Broker:    "credence-broker.credence.svc:9443",
-		RunAsUser: new(inject.DefaultRunAsUser),
+		Keys:     keys,
+		Image:    "registry.example/credence-sidecar:v1",
+		Broker:   "credence-broker.credence.svc:9443",
+		Settings: inject.DefaultSettings(),
 	}
 }
 
@@ -111,12 +113,34 @@ func readYAML(t testing.TB, file string) []byte {
 	return raw
 }
 
+// settingsBeside returns the settings for a golden file: those in NAME.settings.yaml upon the defaults.
+func settingsBeside(t testing.TB, in string) inject.Settings {
+	t.Helper()
+	s := inject.DefaultSettings()
+	text, err := os.ReadFile(strings.TrimSuffix(in, ".in.yaml") + ".settings.yaml")
+	if errors.Is(err, fs.ErrNotExist) {
+		return s
+	}
+	if err == nil {
+		err = yaml.UnmarshalStrict(text, &s)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 // TestGolden compares pods after injection, warnings above them as comments, with files. Each pod is
 // injected a second time, which must change nothing.
 func TestGolden(t *testing.T) {
-	i := newInjector(t)
+	settled := 0
 	for _, in := range golden(t) {
+		s := settingsBeside(t, in)
+		if !reflect.DeepEqual(s, inject.DefaultSettings()) {
+			settled++
+		}
 		t.Run(strings.TrimSuffix(filepath.Base(in), ".in.yaml"), func(t *testing.T) {
+			i := newInjector(t, func(c *inject.Config) { c.Settings = s })
 			raw := readYAML(t, in)
 			result, err := i.Inject(raw, namespace)
 			if err != nil {
@@ -156,6 +180,9 @@ func TestGolden(t *testing.T) {
 			}
 		})
 	}
+	if settled < 3 {
+		t.Errorf("only %d files have settings beside them", settled)
+	}
 }
 
 func TestUnknownFieldsKeepTheirText(t *testing.T) {
@@ -183,12 +210,9 @@ func TestNew(t *testing.T) {
 		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"broker of gRPC", func(c *inject.Config) { c.Broker = "dns:///credence-broker:9443" }, `broker address "dns:///credence-broker:9443": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"broker without port", func(c *inject.Config) { c.Broker = "credence-broker" }, `broker address "credence-broker": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
-		{"low port", func(c *inject.Config) { c.Port = 80 }, "sidecar port 80: --sidecar-port must be from 1024 to 65535"},
-		{"high port", func(c *inject.Config) { c.Port = 65536 }, "sidecar port 65536: --sidecar-port must be from 1024 to 65535"},
-		{"root", func(c *inject.Config) { c.RunAsUser = new(int64(0)) }, "sidecar user id 0: the sidecar never runs as root, so --sidecar-run-as-user must be above 0"},
-		{"memory", func(c *inject.Config) { c.Memory = resource.MustParse("-1") }, "sidecar memory -1 must be above 0"},
+		{"settings", func(c *inject.Config) { c.Settings.Port = 80 }, "sidecar settings: port: 80 is out of bounds: from 1024 to 65535"},
+		{"no settings", func(c *inject.Config) { c.Settings = inject.Settings{} }, "sidecar settings: memory: 0Mi is out of bounds: from 16Mi to 256Mi"},
 		{"trust", func(c *inject.Config) { c.TrustConfigMap = "A b" }, `trust ConfigMap "A b": --trust-config-map must be a name that Kubernetes takes`},
-		{"pull policy", func(c *inject.Config) { c.ImagePullPolicy = "Sometimes" }, `image pull policy "Sometimes": --sidecar-image-pull-policy must be Always, IfNotPresent or Never`},
 		{"shadowed", func(c *inject.Config) { c.OnShadowed = "ignore" }, `on shadowed credentials "ignore": --on-shadowed must be refuse or warn`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -248,9 +272,9 @@ func TestRefusals(t *testing.T) {
 		{"static", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","kubernetes.io/config.mirror":"x"}},"spec":{"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod is static: its kubelet runs it from a file, which admission cannot change; remove annotation "iam.amazonaws.com/role" there, or make it a DaemonSet`},
 		{"port", `{` + role + `,"spec":{"containers":[{"name":"app","ports":[{"containerPort":80},{"containerPort":9779}]}]}}`, credential.ReasonPodUnsupported,
-			`container "app" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port`},
+			`container "app" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"port of init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","ports":[{"containerPort":9779}]}],"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`container "i" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port`},
+			`container "i" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"containers", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/containers":"app,ap"}},"spec":{"initContainers":[{"name":"i"}],"containers":[{"name":"app"}]}}`,
 			credential.ReasonPodUnsupported, `annotation "iam.amazonaws.com/containers" names ["ap"], and the pod has only ["app" "i"]`},
 		{"web identity", `{` + role + `,"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`, credential.ReasonShadowed,
@@ -278,6 +302,21 @@ func TestRefusals(t *testing.T) {
 		{"mount", present(`"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"`, `"mountPath":"/other"`), credential.ReasonPodUnsupported,
 			differs(`it does not mount volume "credence-identity" at /var/run/secrets/kubernetes.io/serviceaccount`)},
 		{"broker", present(`"credence-broker.credence.svc:9443"`, `"evil:9443"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_BROKER differs`)},
+		{"listens on all", present(`"127.0.0.1:9779"`, `"0.0.0.0:9779"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LISTEN differs`)},
+		{"listens on a low port", present(`"127.0.0.1:9779"`, `"127.0.0.1:80"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LISTEN differs`)},
+		{"listens on no port", present(`"127.0.0.1:9779"`, `"127.0.0.1:09780"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LISTEN differs`)},
+		{"listens where it is told by others", present(`{"name":"CREDENCE_LISTEN","value":"127.0.0.1:9779"}`, `{"name":"CREDENCE_LISTEN","value":"127.0.0.1:9779","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LISTEN differs`)},
+		{"listens twice", present(`{"name":"CREDENCE_LISTEN","value":"127.0.0.1:9779"}`, `{"name":"CREDENCE_LISTEN","value":"127.0.0.1:9779"},{"name":"CREDENCE_LISTEN","value":"127.0.0.1:9780"}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LISTEN differs`)},
+		{"listens elsewhere than annotated", present(`"iam.amazonaws.com/role":"reader"`, `"iam.amazonaws.com/role":"reader","iam.amazonaws.com/sidecar-port":"9780"`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LISTEN differs`)},
+		{"logs what is no level", present(`{"name":"CREDENCE_METADATA","value":"v2"}`, `{"name":"CREDENCE_METADATA","value":"v2"},{"name":"CREDENCE_LOG_LEVEL","value":"off"}`),
+			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_LOG_LEVEL differs`)},
+		{"port of the sidecar that is there", present(`"127.0.0.1:9779"`, `"127.0.0.1:8080"`, `{"name":"app"`, `{"name":"app","ports":[{"containerPort":8080}]`), credential.ReasonPodUnsupported,
+			`container "app" has port 8080, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
+		{"bad memory", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/sidecar-memory":"64M"}},"spec":{"containers":[{"name":"app"}]}}`,
+			credential.ReasonAnnotationInvalid, `annotation "iam.amazonaws.com/sidecar-memory": "64M" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
 		{"authorization", present(`{"name":"CREDENCE_AUTHORIZATION","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}`, `{"name":"CREDENCE_AUTHORIZATION","value":"known"}`),
 			credential.ReasonPodUnsupported, differs(`its variable CREDENCE_AUTHORIZATION differs`)},
 		{"routing key set twice", present(`{"name":"CREDENCE_ROUTING_KEY"`, `{"name":"CREDENCE_ROUTING_KEY","value":"x"},{"name":"CREDENCE_ROUTING_KEY"`),
@@ -383,6 +422,158 @@ func TestKeyOfBefore(t *testing.T) {
 	}
 }
 
+// TestResources: what is said of CPU by settings and by a pod, of either class, makes a pair that Kubernetes takes, and a pod
+// that is Guaranteed remains so.
+func TestResources(t *testing.T) {
+	const guaranteed = `,"resources":{"limits":{"cpu":"1","memory":"1Gi"}}`
+	cpu := func(request, limit, guaranteed policy.CPU) func(*inject.Config) {
+		return func(c *inject.Config) {
+			c.Settings.CPU = inject.CPU{Request: request, Limit: limit, Guaranteed: guaranteed}
+		}
+	}
+	for _, tc := range []struct {
+		name        string
+		set         func(*inject.Config)
+		annotations string
+		resources   string // of the pod's container
+		want        string // request, limit
+	}{
+		{"defaults", nil, ``, ``, "5m 100m"},
+		{"defaults, guaranteed", nil, ``, guaranteed, "50m 50m"},
+		{"settings", cpu(20, 40, 60), ``, ``, "20m 40m"},
+		{"settings, guaranteed", cpu(20, 40, 60), ``, guaranteed, "60m 60m"},
+		{"no limit", cpu(20, 0, 60), ``, ``, "20m 0"},
+		{"no limit, guaranteed", cpu(20, 0, 60), ``, guaranteed, "60m 60m"},
+		{"request", nil, `"sidecar-cpu-request":"50m"`, ``, "50m 100m"},
+		{"request, guaranteed", nil, `"sidecar-cpu-request":"70m"`, guaranteed, "70m 70m"},
+		{"small request, guaranteed", nil, `"sidecar-cpu-request":"1m"`, guaranteed, "10m 10m"},
+		{"request above the limit", nil, `"sidecar-cpu-request":"200m"`, ``, "200m 200m"},
+		{"request without a limit", cpu(20, 0, 60), `"sidecar-cpu-request":"200m"`, ``, "200m 0"},
+		{"limit", nil, `"sidecar-cpu-limit":"1"`, ``, "5m 1"},
+		{"limit, guaranteed", nil, `"sidecar-cpu-limit":"70m"`, guaranteed, "70m 70m"},
+		{"limit below the request", cpu(200, 400, 60), `"sidecar-cpu-limit":"50m"`, ``, "50m 50m"},
+		{"limit of none", nil, `"sidecar-cpu-limit":"0"`, ``, "5m 0"},
+		{"limit of none, guaranteed", nil, `"sidecar-cpu-limit":"0"`, guaranteed, "50m 50m"},
+		{"both", nil, `"sidecar-cpu-request":"20m","sidecar-cpu-limit":"30m"`, ``, "20m 30m"},
+		{"both, guaranteed", nil, `"sidecar-cpu-request":"20m","sidecar-cpu-limit":"30m"`, guaranteed, "30m 30m"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			annotations := `"iam.amazonaws.com/role":"r"`
+			if tc.annotations != "" {
+				annotations += strings.ReplaceAll(","+tc.annotations, `,"`, `,"iam.amazonaws.com/`)
+			}
+			raw := []byte(`{"metadata":{"annotations":{` + annotations + `}},"spec":{"containers":[{"name":"app"` + tc.resources + `}]}}`)
+			var changes []func(*inject.Config)
+			if tc.set != nil {
+				changes = append(changes, tc.set)
+			}
+			result, err := newInjector(t, changes...).Inject(raw, namespace)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var pod corev1.Pod
+			if err := json.Unmarshal(apply(t, raw, result.Patch), &pod); err != nil {
+				t.Fatal(err)
+			}
+			r := pod.Spec.InitContainers[0].Resources
+			if got := r.Requests.Cpu().String() + " " + r.Limits.Cpu().String(); got != tc.want {
+				t.Errorf("request and limit are %s, want %s", got, tc.want)
+			}
+			if r.Limits.Cpu().IsZero() != (len(r.Limits) == 1) {
+				t.Errorf("limits are %v", r.Limits)
+			}
+		})
+	}
+}
+
+// TestUse: settings that are changed are those of the next pod; those that cannot be change nothing.
+func TestUse(t *testing.T) {
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
+	i := newInjector(t)
+	memory := func() string {
+		t.Helper()
+		result, err := i.Inject(raw, namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, text, _ := strings.Cut(string(apply(t, raw, result.Patch)), `"limits":{"cpu":"100m","memory":"`)
+		text, _, _ = strings.Cut(text, `"`)
+		return text
+	}
+	s := inject.DefaultSettings()
+	s.Memory, s.PodAnnotations, s.ImagePullSecrets = 64, map[string]string{"a": "b"}, []string{"s"}
+	if err := i.Use(s); err != nil || memory() != "64Mi" {
+		t.Errorf("after Use: %v, %s", err, memory())
+	}
+	// What the caller still holds is not what is in force.
+	s.PodAnnotations["a"], s.ImagePullSecrets[0] = "c", "t"
+	i.Settings().PodAnnotations["a"], i.Settings().ImagePullSecrets[0] = "d", "u"
+	if got := i.Settings(); got.PodAnnotations["a"] != "b" || got.ImagePullSecrets[0] != "s" {
+		t.Errorf("settings in force were changed from outside: %+v", got)
+	}
+	s.Port = 80
+	s.Memory = 128
+	err := i.Use(s)
+	if field, ok := errors.AsType[*inject.FieldError](err); !ok || field.Field != "port" || memory() != "64Mi" {
+		t.Errorf("after settings that cannot be: %v, %s", err, memory())
+	}
+}
+
+// TestUseWhilePodsAreInjected: each pod is injected by one value of the settings, never by parts of two.
+func TestUseWhilePodsAreInjected(t *testing.T) {
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
+	i := newInjector(t)
+	one, other := inject.DefaultSettings(), inject.DefaultSettings()
+	one.Port, one.Memory, one.PodAnnotations = 2001, 21, map[string]string{"n": "1"}
+	other.Port, other.Memory, other.PodAnnotations = 2002, 22, map[string]string{"n": "2"}
+	if err := i.Use(one); err != nil {
+		t.Fatal(err)
+	}
+	var writer sync.WaitGroup
+	done := make(chan struct{})
+	writer.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			if err := errors.Join(i.Use(other), i.Use(one)); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for range 2000 {
+		result, err := i.Inject(raw, namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		encoded, err := json.Marshal(result.Patch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(encoded)
+		var parts []string
+		for n, wants := range map[string][]string{
+			"1": {`"127.0.0.1:2001"`, `"http://127.0.0.1:2001/"`, `"memory":"21Mi"`, `"value":"1"`},
+			"2": {`"127.0.0.1:2002"`, `"http://127.0.0.1:2002/"`, `"memory":"22Mi"`, `"value":"2"`},
+		} {
+			for _, want := range wants {
+				if strings.Contains(text, want) {
+					parts = append(parts, n)
+				}
+			}
+		}
+		whole := strings.Join(parts, "")
+		if whole != "1111" && whole != "2222" {
+			t.Fatalf("a pod has parts of %s: %s", whole, text)
+		}
+	}
+	close(done)
+	writer.Wait()
+}
+
 func TestWarnShadowed(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`)
 	result, err := newInjector(t, func(c *inject.Config) { c.OnShadowed = inject.WarnShadowed }).Inject(raw, namespace)
@@ -398,9 +589,9 @@ func TestWarnShadowed(t *testing.T) {
 	}
 }
 
-func TestNoRunAsUser(t *testing.T) {
+func TestPlatformUser(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
-	result, err := newInjector(t, func(c *inject.Config) { c.RunAsUser = nil }).Inject(raw, namespace)
+	result, err := newInjector(t, func(c *inject.Config) { c.Settings.RunAsUser = inject.PlatformUser }).Inject(raw, namespace)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,16 +29,17 @@ type pod struct {
 }
 
 type podSpec struct {
-	Containers                    []container                  `json:"containers"`
-	InitContainers                []container                  `json:"initContainers"`
-	Volumes                       []volume                     `json:"volumes"`
-	ServiceAccountName            string                       `json:"serviceAccountName"`
-	DeprecatedServiceAccount      string                       `json:"serviceAccount"`
-	HostNetwork                   bool                         `json:"hostNetwork"`
-	OS                            *corev1.PodOS                `json:"os"`
-	NodeSelector                  map[string]string            `json:"nodeSelector"`
-	TerminationGracePeriodSeconds *int64                       `json:"terminationGracePeriodSeconds"`
-	Resources                     *corev1.ResourceRequirements `json:"resources"`
+	Containers                    []container                   `json:"containers"`
+	InitContainers                []container                   `json:"initContainers"`
+	Volumes                       []volume                      `json:"volumes"`
+	ServiceAccountName            string                        `json:"serviceAccountName"`
+	DeprecatedServiceAccount      string                        `json:"serviceAccount"`
+	HostNetwork                   bool                          `json:"hostNetwork"`
+	OS                            *corev1.PodOS                 `json:"os"`
+	NodeSelector                  map[string]string             `json:"nodeSelector"`
+	TerminationGracePeriodSeconds *int64                        `json:"terminationGracePeriodSeconds"`
+	Resources                     *corev1.ResourceRequirements  `json:"resources"`
+	ImagePullSecrets              []corev1.LocalObjectReference `json:"imagePullSecrets"`
 }
 
 type container struct {
@@ -135,8 +136,8 @@ func (s *podSpec) guaranteed() bool {
 const mirrorAnnotation = corev1.MirrorPodAnnotationKey
 
 // checkSupported refuses pods in which a sidecar could not do its work, or would do it for others.
-func (i *Injector) checkSupported(p *pod, spec *podSpec) error {
-	role := i.cfg.Keys.Name(policy.Role)
+func (by *plan) checkSupported(p *pod, spec *podSpec) error {
+	role := by.cfg.Keys.Name(policy.Role)
 	switch {
 	case spec.HostNetwork:
 		return unsupported("the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation %q", role)
@@ -147,8 +148,8 @@ func (i *Injector) checkSupported(p *pod, spec *podSpec) error {
 	}
 	for c := range spec.all() {
 		for _, port := range c.Ports {
-			if c.Name != sidecarName && int(port.ContainerPort) == i.cfg.Port && defaultTo(port.Protocol, corev1.ProtocolTCP) == corev1.ProtocolTCP {
-				return unsupported("container %q has port %d, where the sidecar listens (containers of a pod share its ports): choose another one, or ask the operator to change --sidecar-port", c.Name, i.cfg.Port)
+			if c.Name != sidecarName && int(port.ContainerPort) == by.settings.Port && defaultTo(port.Protocol, corev1.ProtocolTCP) == corev1.ProtocolTCP {
+				return unsupported("container %q has port %d, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation %q", c.Name, by.settings.Port, by.cfg.Keys.Name(policy.SidecarPort))
 			}
 		}
 	}
@@ -157,7 +158,7 @@ func (i *Injector) checkSupported(p *pod, spec *podSpec) error {
 
 // checkSettings refuses lists of containers that name some which are not there, and warns of
 // settings that are legal and unwise.
-func (i *Injector) checkSettings(spec *podSpec, settings policy.Settings) (warnings []string, err error) {
+func (by *plan) checkSettings(spec *podSpec) (warnings []string, err error) {
 	var names []string
 	for c := range spec.all() {
 		if c.Name != sidecarName {
@@ -167,17 +168,17 @@ func (i *Injector) checkSettings(spec *podSpec, settings policy.Settings) (warni
 	missing := func(list []string) []string {
 		return slices.DeleteFunc(slices.Clone(list), func(name string) bool { return slices.Contains(names, name) })
 	}
-	if unknown := missing(settings.Containers); len(unknown) > 0 {
+	if unknown := missing(by.pod.Containers); len(unknown) > 0 {
 		return nil, unsupported("annotation %q names %q, and the pod has only %q",
-			i.cfg.Keys.Name(policy.Containers), unknown, names)
+			by.cfg.Keys.Name(policy.Containers), unknown, names)
 	}
 	// A container to skip may come from a webhook that is called after this one, so that refusing
 	// would be wrong; and missing one makes no container go without.
-	if unknown := missing(settings.SkipContainers); len(unknown) > 0 {
-		warnings = append(warnings, fmt.Sprintf("annotation %q names %q, which the pod does not have so far", i.cfg.Keys.Name(policy.SkipContainers), unknown))
+	if unknown := missing(by.pod.SkipContainers); len(unknown) > 0 {
+		warnings = append(warnings, fmt.Sprintf("annotation %q names %q, which the pod does not have so far", by.cfg.Keys.Name(policy.SkipContainers), unknown))
 	}
-	if settings.Duration < policy.DefaultDuration {
-		warnings = append(warnings, fmt.Sprintf("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", i.cfg.Keys.Name(policy.Duration), settings.Duration))
+	if by.pod.Duration < policy.DefaultDuration {
+		warnings = append(warnings, fmt.Sprintf("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", by.cfg.Keys.Name(policy.Duration), by.pod.Duration))
 	}
 	return warnings, nil
 }

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,12 +17,14 @@ import (
 	psaapi "k8s.io/pod-security-admission/api"
 	psapolicy "k8s.io/pod-security-admission/policy"
 
+	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
 // allowed are the places where injection may add something.
 var allowed = regexp.MustCompile(`^(` +
 	`/metadata/labels|/metadata/labels/iam\.amazonaws\.com~injected|/metadata/annotations/iam\.amazonaws\.com~service-account|` +
+	`/metadata/annotations/sidecar\.example~ports|/spec/imagePullSecrets|/spec/imagePullSecrets/(ours|registry)|` +
 	`/spec/volumes|/spec/volumes/credence-identity|` +
 	`/spec/initContainers|/spec/initContainers/credence-sidecar|` +
 	`/spec/(initC|c)ontainers/[^/]+/env|/spec/(initC|c)ontainers/[^/]+/env/AWS_[A-Z0-9_]+)$`)
@@ -171,6 +174,17 @@ func (g generator) pod() map[string]any {
 	if g.some(20) {
 		annotations["iam.amazonaws.com/skip-containers"] = "c0"
 	}
+	for key, values := range map[string][]string{
+		"sidecar-memory": {"16Mi", "64Mi"}, "sidecar-cpu-request": {"1m", "50m", "1"}, "sidecar-cpu-limit": {"0", "1"}, "sidecar-port": {"9779", "9790"},
+		"sidecar-log-level": {"info", "debug"},
+	} {
+		if g.some(10) {
+			annotations["iam.amazonaws.com/"+key] = values[g.IntN(len(values))]
+		}
+	}
+	if g.some(10) {
+		annotations["sidecar.example/ports"] = "of the pod"
+	}
 	metadata := map[string]any{"annotations": annotations}
 	switch g.IntN(4) {
 	case 0:
@@ -194,12 +208,35 @@ func (g generator) pod() map[string]any {
 		containers = append(containers, g.container(fmt.Sprintf("c%d", n)))
 	}
 	spec["containers"] = containers
+	g.list(spec, "imagePullSecrets", 2, func(n int) any {
+		secret := map[string]any{"name": []string{"registry", "theirs"}[n]}
+		g.unknown(secret)
+		return secret
+	})
 	if g.some(20) {
 		spec["resources"] = map[string]any{"limits": map[string]any{"cpu": "1"}}
 	}
 	pod := map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 	g.unknown(pod)
 	return pod
+}
+
+// settings makes those of a platform's team.
+func (g generator) settings() inject.Settings {
+	s := inject.DefaultSettings()
+	s.ImagePullPolicy = []corev1.PullPolicy{"", corev1.PullAlways}[g.IntN(2)]
+	s.ImagePullSecrets = [][]string{nil, {"registry"}, {"ours", "registry"}}[g.IntN(3)]
+	s.Memory = []policy.Memory{policy.MinMemory, 64, policy.MaxMemory}[g.IntN(3)]
+	s.CPU.Request = []policy.CPU{policy.MinCPU, 5, 50}[g.IntN(3)]
+	s.CPU.Limit = []policy.CPU{0, 50, 100, policy.MaxCPU}[g.IntN(4)]
+	s.CPU.Guaranteed = []policy.CPU{policy.MinCPULimit, 50, policy.MaxCPU}[g.IntN(3)]
+	s.Port = []int{policy.MinPort, inject.DefaultPort, policy.MaxPort}[g.IntN(3)]
+	s.RunAsUser = []int64{1, inject.DefaultRunAsUser, inject.PlatformUser}[g.IntN(3)]
+	s.LogLevel = []policy.LogLevel{policy.LogDebug, policy.LogInfo, policy.LogError}[g.IntN(3)]
+	if g.some(50) {
+		s.PodAnnotations = map[string]string{"sidecar.example/ports": []string{"9443", ""}[g.IntN(2)]}
+	}
+	return s
 }
 
 // addContainers is another webhook: it puts a container of its own first among the init containers
@@ -213,8 +250,7 @@ func addContainers(pod map[string]any) map[string]any {
 }
 
 func TestProperties(t *testing.T) {
-	i := newInjector(t)
-	inject := func(t *testing.T, pod any) any {
+	with := func(t *testing.T, i *inject.Injector, pod any) any {
 		t.Helper()
 		raw, err := json.Marshal(pod)
 		if err != nil {
@@ -228,25 +264,44 @@ func TestProperties(t *testing.T) {
 	}
 	for seed := range uint64(500) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
-			in := generator{rand.New(rand.NewPCG(seed, 0))}.pod()
+			g := generator{rand.New(rand.NewPCG(seed, 0))}
+			in := g.pod()
+			i := newInjector(t, func(c *inject.Config) { c.Settings = g.settings() })
+			injected := func(t *testing.T, pod any) any { return with(t, i, pod) }
 			raw, err := json.Marshal(in)
 			if err != nil {
 				t.Fatal(err)
 			}
 			before := decode(t, raw)
-			once := inject(t, in)
+			once := injected(t, in)
 			if err := embedded("", before, once); err != nil {
 				t.Errorf("%v: %s", err, raw)
 			}
 			if first := at(once, "spec", "initContainers", 0, "name"); first != "credence-sidecar" {
 				t.Errorf("the first init container is %v", first)
 			}
-			if twice := inject(t, once); !reflect.DeepEqual(once, twice) {
+			if twice := injected(t, once); !reflect.DeepEqual(once, twice) {
 				t.Errorf("injecting twice is not injecting once: %s", raw)
 			}
+			// Settings that change between two calls leave the sidecar as it is, and what is added later fits it.
+			changed := newInjector(t, func(c *inject.Config) { c.Settings = g.settings() })
+			between := addContainers(decode(t, encode(t, once)).(map[string]any))
+			later := with(t, changed, between)
+			if err := embedded("", decode(t, encode(t, between)), later); err != nil {
+				t.Errorf("with settings that have changed: %v: %s", err, raw)
+			}
+			if !reflect.DeepEqual(named(t, later, "initContainers", "credence-sidecar"), named(t, once, "initContainers", "credence-sidecar")) {
+				t.Errorf("settings that have changed have changed the sidecar: %s", raw)
+			}
+			if uri, listen := variable(named(t, later, "containers", "mesh"), "AWS_CONTAINER_CREDENTIALS_FULL_URI"), variable(named(t, once, "initContainers", "credence-sidecar"), "CREDENCE_LISTEN"); uri != fmt.Sprintf("http://%s/v1/credentials", listen) {
+				t.Errorf("a container that came in between is sent to %s, and the sidecar listens on %s: %s", uri, listen, raw)
+			}
+			if again := with(t, changed, later); !reflect.DeepEqual(later, again) {
+				t.Errorf("with settings that have changed, injecting twice is not injecting once: %s", raw)
+			}
 			// Another webhook before and after ours gives the same, but for the order of init containers.
-			reinvoked := inject(t, addContainers(once.(map[string]any)))
-			last := inject(t, addContainers(decode(t, raw).(map[string]any)))
+			reinvoked := injected(t, addContainers(once.(map[string]any)))
+			last := injected(t, addContainers(decode(t, raw).(map[string]any)))
 			byName(reinvoked)
 			byName(last)
 			// Whether the pod is Guaranteed may depend on who came first; resources are not compared.
@@ -255,6 +310,36 @@ func TestProperties(t *testing.T) {
 			}
 		})
 	}
+}
+
+func encode(t *testing.T, v any) []byte {
+	t.Helper()
+	raw, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// named returns a container of a pod.
+func named(t *testing.T, pod any, list, name string) any {
+	t.Helper()
+	containers := at(pod, "spec", list).([]any)
+	n := slices.IndexFunc(containers, func(c any) bool { return nameOf(c) == name })
+	if n < 0 {
+		t.Fatalf("there is no %s in %v", name, pod)
+	}
+	return containers[n]
+}
+
+// variable returns the value of a variable of a container.
+func variable(container any, name string) any {
+	env := at(container, "env").([]any)
+	n := slices.IndexFunc(env, func(v any) bool { return nameOf(v) == name })
+	if n < 0 {
+		return nil
+	}
+	return at(env[n], "value")
 }
 
 func at(v any, path ...any) any {
@@ -345,11 +430,8 @@ func TestRestricted(t *testing.T) {
 		if !refusals(t, raw).Allowed {
 			continue
 		}
-		result, err := newInjector(t, func(c *inject.Config) {
-			if evaluated%2 == 1 { // as on OpenShift, which chooses the user
-				c.RunAsUser = nil
-			}
-		}).Inject(raw, namespace)
+		g := generator{rand.New(rand.NewPCG(uint64(evaluated), 1))}
+		result, err := newInjector(t, func(c *inject.Config) { c.Settings = g.settings() }).Inject(raw, namespace)
 		if err != nil {
 			t.Fatal(err)
 		}

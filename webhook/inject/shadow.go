@@ -30,13 +30,13 @@ var outranking = []struct {
 // shadowed looks for what would outrank the sidecar in the chains of AWS SDKs. It refuses web
 // identity, which comes before container credentials in nearly all of them and never falls through
 // when it fails; so the pod would run under another role than its annotation says, or under none.
-func (i *Injector) shadowed(c container) (warnings []string, err error) {
+func (by *plan) shadowed(c container) (warnings []string, err error) {
 	// Of variables of the same name, the last counts.
 	if at := last(c.Env, webIdentity); at >= 0 && !empty(c.Env[at]) {
-		if i.cfg.OnShadowed != WarnShadowed {
+		if by.cfg.OnShadowed != WarnShadowed {
 			return nil, credential.Errorf(credential.ErrInvalid, credential.ReasonShadowed,
 				"container %q has %s, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in %q",
-				c.Name, webIdentity, i.cfg.Keys.Name(policy.SkipContainers))
+				c.Name, webIdentity, by.cfg.Keys.Name(policy.SkipContainers))
 		}
 		warnings = append(warnings, fmt.Sprintf("container %q has %s: SDKs use that identity, not the annotated role", c.Name, webIdentity))
 	}
@@ -46,7 +46,7 @@ func (i *Injector) shadowed(c container) (warnings []string, err error) {
 		}
 	}
 	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
-		return strings.HasPrefix(v.Name, containerPrefix) && !i.ours(v)
+		return strings.HasPrefix(v.Name, containerPrefix) && !by.ours(v)
 	}); at >= 0 {
 		warnings = append(warnings, fmt.Sprintf("container %q has %s: it is left as it is, and does not get the annotated role", c.Name, c.Env[at].Name))
 	}

@@ -33,6 +33,9 @@ const (
 	podUID     = "CREDENCE_POD_UID"
 )
 
+// logLevel is the variable with the least level that the sidecar logs.
+const logLevel = "CREDENCE_LOG_LEVEL"
+
 // zone is the variable with the zone that SDKs are told.
 const zone = "CREDENCE_ZONE"
 
@@ -42,24 +45,28 @@ const zoneFieldPath = "metadata.labels['" + corev1.LabelTopologyZone + "']"
 
 // sidecar returns the container to put first among the init containers: a native sidecar, that is one
 // which starts before all others, stays, and is ended after them.
-func (i *Injector) sidecar(spec *podSpec, namespace string, settings policy.Settings) corev1.Container {
+func (by *plan) sidecar(spec *podSpec, namespace string) corev1.Container {
+	var user *int64
+	if by.settings.RunAsUser != PlatformUser {
+		user = new(by.settings.RunAsUser)
+	}
 	return corev1.Container{
 		Name:            sidecarName,
-		Image:           i.cfg.Image,
-		ImagePullPolicy: i.cfg.ImagePullPolicy,
+		Image:           by.cfg.Image,
+		ImagePullPolicy: by.settings.ImagePullPolicy,
 		Command:         []string{sidecarBinary},
-		Env:             i.sidecarEnv(settings, settings.RoutingKey(namespace, spec.serviceAccount())),
-		Resources:       i.resources(spec),
+		Env:             by.sidecarEnv(by.pod.RoutingKey(namespace, spec.serviceAccount())),
+		Resources:       by.resources(spec),
 		VolumeMounts:    []corev1.VolumeMount{{Name: volumeName, MountPath: mountPath, ReadOnly: true}},
 		RestartPolicy:   new(corev1.ContainerRestartPolicyAlways),
-		StartupProbe:    startupProbe(settings.StartTimeout),
+		StartupProbe:    startupProbe(by.pod.StartTimeout),
 		// No readiness probe: it would count for the pod, and take an application that holds valid
 		// credentials out of its Services while the broker is away. No liveness probe: a restart
 		// loses the credentials, and mends nothing.
 		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
 		SecurityContext: &corev1.SecurityContext{
 			RunAsNonRoot:             new(true),
-			RunAsUser:                i.cfg.RunAsUser,
+			RunAsUser:                user,
 			AllowPrivilegeEscalation: new(false),
 			ReadOnlyRootFilesystem:   new(true),
 			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
@@ -70,21 +77,24 @@ func (i *Injector) sidecar(spec *podSpec, namespace string, settings policy.Sett
 
 // sidecarEnv is all of the sidecar's configuration: in variables and not in arguments, because the
 // probe, which is a process of its own, inherits them.
-func (i *Injector) sidecarEnv(settings policy.Settings, key policy.RoutingKey) []corev1.EnvVar {
+func (by *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
 	vars := []corev1.EnvVar{
-		{Name: "CREDENCE_BROKER", Value: i.cfg.Broker},
+		{Name: "CREDENCE_BROKER", Value: by.cfg.Broker},
 		{Name: routingKey, Value: string(key)},
-		{Name: "CREDENCE_LISTEN", Value: strings.TrimPrefix(i.endpoint, "http://")},
+		{Name: listenEnv, Value: strings.TrimPrefix(by.endpoint, "http://")},
 		{Name: "CREDENCE_TOKEN_FILE", Value: mountPath + "/" + tokenFile},
 		{Name: "CREDENCE_ROOTS_FILE", Value: mountPath + "/" + rootsFile},
 		fromUID("CREDENCE_AUTHORIZATION"),
-		{Name: "CREDENCE_START_TIMEOUT", Value: settings.StartTimeout.String()},
-		{Name: "CREDENCE_METADATA", Value: string(settings.Metadata)},
+		{Name: "CREDENCE_START_TIMEOUT", Value: by.pod.StartTimeout.String()},
+		{Name: "CREDENCE_METADATA", Value: string(by.pod.Metadata)},
 	}
-	if settings.Metadata != policy.MetadataOff {
+	if by.settings.LogLevel != policy.LogInfo { // its own default, which most pods need not carry
+		vars = append(vars, corev1.EnvVar{Name: logLevel, Value: string(by.settings.LogLevel)})
+	}
+	if by.pod.Metadata != policy.MetadataOff {
 		vars = append(vars, fromField(zone, zoneFieldPath))
 	}
-	if settings.Scope == policy.ScopePod {
+	if by.pod.Scope == policy.ScopePod {
 		vars = append(vars, fromUID(podUID)) // which the API server has not chosen yet
 	}
 	return vars
@@ -121,26 +131,22 @@ func startupProbe(startTimeout time.Duration) *corev1.Probe {
 	}
 }
 
-var (
-	cpuRequest = resource.MustParse("5m")
-	// cpuLimit lets a first handshake be done in milliseconds. A limit of 10m stretches it to 400 ms.
-	cpuLimit = resource.MustParse("100m")
-	// cpuGuaranteed is request and limit where both must be equal.
-	cpuGuaranteed = resource.MustParse("50m")
-)
-
 // resources returns the sidecar's requests and limits. A pod that would be of class Guaranteed
 // remains so. Of a resource that the pod as a whole declares, the sidecar declares nothing: it lives
 // on that budget, which the API server requires to cover the sum of all containers' requests.
-func (i *Injector) resources(spec *podSpec) corev1.ResourceRequirements {
+func (by *plan) resources(spec *podSpec) corev1.ResourceRequirements {
+	memory := *resource.NewQuantity(int64(by.settings.Memory)<<20, resource.BinarySI)
+	request, limit := by.settings.CPU.Request, by.settings.CPU.Limit
+	if spec.guaranteed() {
+		request, limit = by.settings.CPU.Guaranteed, by.settings.CPU.Guaranteed
+	}
 	r := corev1.ResourceRequirements{
 		// Of memory the request is the limit, so that a full node has no reason to kill the sidecar.
-		Requests: corev1.ResourceList{corev1.ResourceCPU: cpuRequest, corev1.ResourceMemory: i.cfg.Memory},
-		Limits:   corev1.ResourceList{corev1.ResourceCPU: cpuLimit, corev1.ResourceMemory: i.cfg.Memory},
+		Requests: corev1.ResourceList{corev1.ResourceCPU: processors(request), corev1.ResourceMemory: memory},
+		Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},
 	}
-	if spec.guaranteed() {
-		r.Requests[corev1.ResourceCPU] = cpuGuaranteed
-		r.Limits[corev1.ResourceCPU] = cpuGuaranteed
+	if limit != 0 {
+		r.Limits[corev1.ResourceCPU] = processors(limit)
 	}
 	if whole := spec.Resources; whole != nil {
 		for _, declared := range []corev1.ResourceList{whole.Requests, whole.Limits} {
@@ -153,21 +159,25 @@ func (i *Injector) resources(spec *podSpec) corev1.ResourceRequirements {
 	return r
 }
 
+func processors(c policy.CPU) resource.Quantity {
+	return *resource.NewMilliQuantity(int64(c), resource.DecimalSI)
+}
+
 // volume returns what the sidecar alone mounts: the token that proves to the broker which pod this
 // is, and the roots by which the broker proves itself. The roots are not optional: the kubelet
 // retries a ConfigMap that is missing within seconds, and shows a late optional one after a minute.
-func (i *Injector) volume(spec *podSpec) corev1.Volume {
+func (by *plan) volume(spec *podSpec) corev1.Volume {
 	return corev1.Volume{
 		Name: volumeName,
 		VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
 			Sources: []corev1.VolumeProjection{
 				{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
-					Audience:          i.cfg.Audience,
+					Audience:          by.cfg.Audience,
 					ExpirationSeconds: new(tokenSeconds(spec.TerminationGracePeriodSeconds)),
 					Path:              tokenFile,
 				}},
 				{ConfigMap: &corev1.ConfigMapProjection{
-					LocalObjectReference: corev1.LocalObjectReference{Name: i.cfg.TrustConfigMap},
+					LocalObjectReference: corev1.LocalObjectReference{Name: by.cfg.TrustConfigMap},
 					Items:                []corev1.KeyToPath{{Key: rootsFile, Path: rootsFile}},
 				}},
 			},
@@ -202,7 +212,7 @@ func tokenSeconds(grace *int64) int64 {
 // refused, not replaced: it is the user's until they remove it. It comes from a manifest that was
 // copied from a running pod, perhaps of an older version; a forged one would gain nothing, because
 // the broker believes tokens and annotations only.
-func (i *Injector) checkPresent(spec *podSpec, settings policy.Settings) (bool, error) {
+func (by *plan) checkPresent(spec *podSpec) (bool, error) {
 	const mend = "the webhook adds it to each new pod, so remove it from the manifest, with volume %q and variables %s*"
 	for _, c := range spec.Containers {
 		if c.Name == sidecarName {
@@ -220,8 +230,8 @@ func (i *Injector) checkPresent(spec *podSpec, settings policy.Settings) (bool, 
 		return false, unsupported("init container %q has no volume %q: "+mend, sidecarName, volumeName, volumeName, containerPrefix)
 	}
 	difference := cmp.Or(
-		i.sidecarDifference(spec.InitContainers[c], settings),
-		i.volumeDifference(spec.Volumes[v]),
+		by.sidecarDifference(spec.InitContainers[c]),
+		by.volumeDifference(spec.Volumes[v]),
 	)
 	if difference != "" {
 		return false, unsupported("init container %q is not the one that this version of the webhook adds (%s): "+mend,
@@ -232,12 +242,13 @@ func (i *Injector) checkPresent(spec *podSpec, settings policy.Settings) (bool, 
 
 // sidecarDifference names what keeps c from doing what our sidecar does, or is empty. Other webhooks
 // and defaults may add to a container, move its image to a mirror, or change its resources and its
-// security context: that is theirs to do. They may also change the service account or an annotation, and with
-// it the routing key; an old one costs a session that is fetched more often than need be, and the pod nothing.
-func (i *Injector) sidecarDifference(c container, settings policy.Settings) string {
+// security context: that is theirs to do. So may settings, which can have changed since. Webhooks may also change the
+// service account or an annotation, and with it the routing key; an old one costs a session that is fetched more often
+// than need be, and the pod nothing.
+func (by *plan) sidecarDifference(c container) string {
 	switch {
-	case !sameImage(c.Image, i.cfg.Image):
-		return fmt.Sprintf("its image is %q, not %q", c.Image, i.cfg.Image)
+	case !sameImage(c.Image, by.cfg.Image):
+		return fmt.Sprintf("its image is %q, not %q", c.Image, by.cfg.Image)
 	case !slices.Equal(c.Command, []string{sidecarBinary}) || len(c.Args) > 0:
 		return "its command differs"
 	case c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways:
@@ -249,7 +260,7 @@ func (i *Injector) sidecarDifference(c container, settings policy.Settings) stri
 	}):
 		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
 	}
-	want := i.sidecarEnv(settings, "")
+	want := by.sidecarEnv("")
 	// Whether the UID is a part of the routing key is compared no more than the key is.
 	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == podUID })
 	if has(c, podUID) {
@@ -258,6 +269,12 @@ func (i *Injector) sidecarDifference(c container, settings policy.Settings) stri
 	// A webhook of the version before did not add it, and may have had the same sidecar; nobody misses a zone.
 	if !has(c, zone) {
 		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zone })
+	}
+	// The settings, and an annotation, may have had another level when it was written. It changes what is logged, and
+	// nothing of what the sidecar does.
+	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == logLevel })
+	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == logLevel }); at >= 0 && policy.LogLevel(c.Env[at].Value).Check() == nil {
+		want = append(want, corev1.EnvVar{Name: logLevel, Value: c.Env[at].Value})
 	}
 	for _, v := range c.Env {
 		if !strings.HasPrefix(v.Name, sidecarEnv) {
@@ -278,15 +295,15 @@ func (i *Injector) sidecarDifference(c container, settings policy.Settings) stri
 
 // volumeDifference names what keeps v from holding what our volume holds, or is empty. The life of
 // the token is not compared: another webhook may have changed the grace period since.
-func (i *Injector) volumeDifference(v volume) string {
+func (by *plan) volumeDifference(v volume) string {
 	if v.Projected == nil || len(v.Projected.Sources) != 2 {
 		return fmt.Sprintf("volume %q is not its volume", volumeName)
 	}
 	token, roots := v.Projected.Sources[0].ServiceAccountToken, v.Projected.Sources[1].ConfigMap
 	switch {
-	case token == nil || token.Audience != i.cfg.Audience || token.Path != tokenFile:
+	case token == nil || token.Audience != by.cfg.Audience || token.Path != tokenFile:
 		return fmt.Sprintf("the token in volume %q differs", volumeName)
-	case roots == nil || roots.Name != i.cfg.TrustConfigMap || roots.Optional != nil && *roots.Optional || len(roots.Items) != 1 ||
+	case roots == nil || roots.Name != by.cfg.TrustConfigMap || roots.Optional != nil && *roots.Optional || len(roots.Items) != 1 ||
 		roots.Items[0].Key != rootsFile || roots.Items[0].Path != rootsFile:
 		return fmt.Sprintf("the roots in volume %q differ", volumeName)
 	}

@@ -35,3 +35,9 @@ app.kubernetes.io/component: {{ .component }}
 {{- if not .Values.webhook.allowKubeSystem }}{{ $names = append $names "kube-system" }}{{ end -}}
 {{ $names | uniq | sortAlpha | toJson }}
 {{- end }}
+
+{{/* Thousandths of a processor, of 50m or 1. */}}
+{{- define "credence.millis" -}}
+{{- $text := toString . -}}
+{{- if hasSuffix "m" $text }}{{ trimSuffix "m" $text }}{{ else }}{{ mul 1000 (int $text) }}{{ end -}}
+{{- end }}

@@ -1,11 +1,13 @@
-package rulesfile
+package configfile
 
 import (
 	"bytes"
+	"encoding"
 	"errors"
 	"fmt"
 	"io"
 	"reflect"
+	"strconv"
 	"strings"
 	"time"
 
@@ -14,32 +16,27 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Parse reads the text of a rules file, in YAML or JSON, and checks it. It is strict: a field that does
-// not exist, one that stands twice, one without a value, and whatever policy.File.Check refuses, is an
-// error that says where it is.
+// Decode puts the text of a file, in YAML or JSON, into what into points to: a struct whose fields have their names
+// in the file behind json. What the file does not name stays as it was. It is strict: a field that does not exist, one that
+// stands twice, one without a value, and a value of another kind, is an error that says where it is.
 //
 // Scalars are taken as they are written. An account id without quotes, which is a number to YAML, and an
 // octal one at that if it begins with 0, is the account id; the tag value 1.10 is not 1.1.
-func Parse(text []byte) (policy.File, error) {
+//
+// After an error, into may hold a part of the file.
+func Decode(text []byte, into any) error {
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	var document, more yaml.Node
 	switch err := decoder.Decode(&document); {
 	case errors.Is(err, io.EOF):
-		return policy.File{}, errors.New("it is empty")
+		return errors.New("it is empty")
 	case err != nil:
-		return policy.File{}, fmt.Errorf("%.500s", strings.TrimPrefix(err.Error(), "yaml: "))
+		return fmt.Errorf("%.500s", strings.TrimPrefix(err.Error(), "yaml: "))
 	}
 	if err := decoder.Decode(&more); !errors.Is(err, io.EOF) {
-		return policy.File{}, errors.New("it holds more than one document")
+		return errors.New("it holds more than one document")
 	}
-	var file policy.File
-	if err := decode(document.Content[0], "", reflect.ValueOf(&file).Elem()); err != nil {
-		return policy.File{}, err
-	}
-	if err := file.Check(); err != nil {
-		return policy.File{}, err
-	}
-	return file, nil
+	return decode(document.Content[0], "", reflect.ValueOf(into).Elem())
 }
 
 // wrong says what is wrong with node, which is at path.
@@ -47,11 +44,11 @@ func wrong(node *yaml.Node, path, format string, args ...any) error {
 	if path != "" {
 		path += ": "
 	}
-	return fmt.Errorf("line %d: %.200s%s", node.Line, path, fmt.Sprintf(format, args...))
+	return fmt.Errorf("line %d: %.200s%w", node.Line, path, fmt.Errorf(format, args...))
 }
 
-// decode puts node into v, whose type is one of those that policy.File is made of. Package yaml could do
-// so by itself, but would name neither paths nor all duplicates, and would take numbers for text.
+// decode puts node into v. Package yaml could do so by itself, but would name neither paths nor all duplicates, and would
+// take numbers for text.
 func decode(node *yaml.Node, path string, v reflect.Value) error {
 	switch {
 	case node.Kind == yaml.AliasNode, node.Anchor != "":
@@ -59,7 +56,7 @@ func decode(node *yaml.Node, path string, v reflect.Value) error {
 	case node.Style&yaml.TaggedStyle != 0:
 		return wrong(node, path, "the tag %.50q is not taken", node.Tag)
 	case node.Kind == yaml.ScalarNode && node.ShortTag() == "!!null":
-		return wrong(node, path, "has no value: remove it, or write [] for a list that allows nothing")
+		return wrong(node, path, "has no value: remove it, or write [] for an empty list")
 	}
 	switch v.Kind() {
 	case reflect.Struct:
@@ -72,7 +69,7 @@ func decode(node *yaml.Node, path string, v reflect.Value) error {
 		return pairs(node, path, func(key string, value *yaml.Node, path string) error {
 			field, ok := fields[key]
 			if !ok {
-				return wrong(value, path, "unknown field; known here are %s", strings.Join(names, ", "))
+				return wrong(value, path, "unknown field; known here are %s: did you mean %s?", strings.Join(names, ", "), policy.Nearest(key, names))
 			}
 			return decode(value, path, field)
 		})
@@ -106,6 +103,12 @@ func decodeScalar(node *yaml.Node, path string, v reflect.Value) error {
 	if node.Kind != yaml.ScalarNode {
 		return wrong(node, path, "must be one value, not a list or a map")
 	}
+	if own, ok := reflect.TypeAssert[encoding.TextUnmarshaler](v.Addr()); ok {
+		if err := own.UnmarshalText([]byte(node.Value)); err != nil {
+			return wrong(node, path, "%w", err)
+		}
+		return nil
+	}
 	switch {
 	case v.Type() == reflect.TypeFor[time.Duration]():
 		d, err := time.ParseDuration(node.Value)
@@ -118,10 +121,16 @@ func decodeScalar(node *yaml.Node, path string, v reflect.Value) error {
 			return wrong(node, path, "%.100q is neither true nor false", node.Value)
 		}
 		v.SetBool(node.Value == "true")
+	case v.Kind() == reflect.Int, v.Kind() == reflect.Int64:
+		n, err := strconv.ParseInt(node.Value, 10, v.Type().Bits())
+		if err != nil || strconv.FormatInt(n, 10) != node.Value {
+			return wrong(node, path, "%.100q is no whole number such as 9779", node.Value)
+		}
+		v.SetInt(n)
 	case v.Kind() == reflect.String:
 		v.SetString(node.Value)
 	default:
-		return wrong(node, path, "%s is a type that is not read", v.Type()) // a test walks all of them
+		return wrong(node, path, "%s is a type that is not read", v.Type()) // tests of those who call walk all of theirs
 	}
 	return nil
 }

@@ -1,0 +1,165 @@
+//go:build unix
+
+package chart_test
+
+import (
+	"encoding/json"
+	"maps"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/integration/chart"
+	"github.com/credence-iam/credence/webhook/inject"
+	"github.com/credence-iam/credence/webhook/settingsfile"
+)
+
+// TestSettings: the chart's settings of the sidecar reach the webhook as a file that it takes and can follow.
+func TestSettings(t *testing.T) {
+	t.Parallel()
+	openshift := inject.DefaultSettings()
+	openshift.RunAsUser = inject.PlatformUser
+	for name, want := range map[string]inject.Settings{
+		"defaults":  inject.DefaultSettings(),
+		"openshift": openshift,
+		"everything": {
+			ImagePullSecrets: []string{"registry"}, Memory: 64, CPU: inject.CPU{Request: 50, Limit: 1000, Guaranteed: 60}, Port: 19779, RunAsUser: 1000680000,
+			LogLevel: policy.LogWarn,
+			PodAnnotations: map[string]string{
+				"traffic.sidecar.istio.io/excludeOutboundPorts": "9443", "sidecar.opentelemetry.io/inject": "false",
+			},
+		},
+	} {
+		all := objects(t, name)
+		maps := slices.DeleteFunc(chart.Of[*corev1.ConfigMap](all), func(c *corev1.ConfigMap) bool { return c.Name != "credence-sidecar-settings" })
+		if len(maps) != 1 {
+			t.Errorf("%s: there are %d ConfigMaps of settings", name, len(maps))
+			continue
+		}
+		keys, err := policy.NewKeys(policy.DefaultPrefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Upon nothing, so that a field which is not written shows.
+		got, err := settingsfile.Parse([]byte(maps[0].Data["settings.yaml"]), inject.Settings{}, keys)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (- want, + got):\n%s", name, diff)
+		}
+		template := deployment(t, all, "webhook").Spec.Template
+		mounts, volumes := template.Spec.Containers[0].VolumeMounts, template.Spec.Volumes
+		at := slices.IndexFunc(mounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/etc/credence/sidecar" })
+		if at < 0 || mounts[at].SubPath != "" || !mounts[at].ReadOnly {
+			t.Errorf("%s: the webhook does not mount the settings as a folder, which is what kubelets keep up to date", name)
+			continue
+		}
+		volume := slices.IndexFunc(volumes, func(v corev1.Volume) bool { return v.Name == mounts[at].Name })
+		if volume < 0 || volumes[volume].ConfigMap == nil || volumes[volume].ConfigMap.Name != maps[0].Name {
+			t.Errorf("%s: the webhook mounts something else as settings", name)
+		}
+		if !slices.Contains(template.Spec.Containers[0].Args, "--sidecar-settings-file=/etc/credence/sidecar/settings.yaml") {
+			t.Errorf("%s: the webhook is not told where the settings are", name)
+		}
+	}
+}
+
+// TestSettingsRestartNothing: a change of settings changes their ConfigMap and nothing else.
+func TestSettingsRestartNothing(t *testing.T) {
+	t.Parallel()
+	rendered := func(set ...string) map[string]string {
+		text, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: set})
+		if err != nil {
+			t.Fatal(err)
+		}
+		documents := map[string]string{}
+		for document := range strings.SplitSeq(string(text), "\n---\n") {
+			source, _, _ := strings.Cut(document, "\n")
+			documents[source] += document
+		}
+		return documents
+	}
+	before := rendered()
+	after := rendered("sidecar.memory=64Mi", "sidecar.cpu.limit=0", "sidecar.port=9780", "sidecar.runAsUser=-1", "sidecar.logLevel=warn",
+		"sidecar.imagePullSecrets[0]=registry", `sidecar.podAnnotations.example\.com/a=b`)
+	var changed []string
+	for source := range after {
+		if before[source] != after[source] {
+			changed = append(changed, source)
+		}
+	}
+	if diff := cmp.Diff([]string{"# Source: credence/templates/settings.yaml"}, changed); diff != "" {
+		t.Errorf("changed are (- want, + got):\n%s", diff)
+	}
+}
+
+// TestSettingsSchema: the schema knows the fields that the webhook knows, but for what the chart has elsewhere.
+func TestSettingsSchema(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile(schemaFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	type object struct {
+		Properties map[string]json.RawMessage `json:"properties"`
+	}
+	var schema, sidecar, cpu object
+	for _, step := range []struct {
+		text []byte
+		into *object
+		next string
+	}{{text, &schema, "sidecar"}, {nil, &sidecar, "cpu"}, {nil, &cpu, ""}} {
+		if step.text != nil {
+			text = step.text
+		}
+		if err := json.Unmarshal(text, step.into); err != nil {
+			t.Fatal(err)
+		}
+		text = step.into.Properties[step.next]
+	}
+	names := func(typ reflect.Type, but ...string) (names []string) {
+		for field := range typ.Fields() {
+			if name := field.Tag.Get("json"); !slices.Contains(but, name) {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		return names
+	}
+	// The image's policy is beside the image.
+	want := slices.Sorted(slices.Values(append(names(reflect.TypeFor[inject.Settings](), "imagePullPolicy"), "onShadowed")))
+	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(sidecar.Properties))); diff != "" {
+		t.Errorf("sidecar (- the webhook, + the schema):\n%s", diff)
+	}
+	if diff := cmp.Diff(names(reflect.TypeFor[inject.CPU]()), slices.Sorted(maps.Keys(cpu.Properties))); diff != "" {
+		t.Errorf("sidecar.cpu (- the webhook, + the schema):\n%s", diff)
+	}
+}
+
+// TestSettingsThatTheSchemaCannotTell: what a webhook would not start with is not installed.
+func TestSettingsThatTheSchemaCannotTell(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		set  []string
+		want string // empty: it is taken
+	}{
+		{[]string{"sidecar.cpu.request=200m"}, "sidecar.cpu.limit, 100m, is below sidecar.cpu.request, 200m"},
+		{[]string{"sidecar.cpu.request=1"}, "sidecar.cpu.limit, 100m, is below sidecar.cpu.request, 1"},
+		{[]string{"sidecar.cpu.request=1", "sidecar.cpu.limit=1000m"}, ""},
+		{[]string{"sidecar.cpu.request=1", "sidecar.cpu.limit=0"}, ""},
+		{[]string{`sidecar.podAnnotations.iam\.amazonaws\.com/role=admin`}, "iam.amazonaws.com/role is under annotationPrefix"},
+		{[]string{`sidecar.podAnnotations.iam\.amazonaws\.com/role=admin`, "annotationPrefix=aws.example.com"}, ""},
+	} {
+		_, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: tc.set})
+		if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+			t.Errorf("%q: %v, want %q", tc.set, err, tc.want)
+		}
+	}
+}
