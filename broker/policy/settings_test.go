@@ -138,6 +138,7 @@ var goodValues = map[policy.Key][]struct {
 		{"24h", func(s *policy.Settings) { s.StartTimeout = 24 * time.Hour }},
 	},
 	policy.SidecarMemory: {
+		{"12Mi", func(s *policy.Settings) { s.Sidecar.Memory = 12 }},
 		{"16Mi", func(s *policy.Settings) { s.Sidecar.Memory = 16 }},
 		{" 256Mi\n", func(s *policy.Settings) { s.Sidecar.Memory = 256 }},
 	},
@@ -298,7 +299,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"+64Mi", "write whole mebibytes"},
 		{"064Mi", "write whole mebibytes"},
 		{"64 Mi", "write whole mebibytes"},
-		{"15Mi", "15Mi is out of bounds: from 16Mi to 256Mi"},
+		{"11Mi", "11Mi is out of bounds: from 12Mi to 256Mi"},
 		{"257Mi", "out of bounds"},
 		{"0Mi", "out of bounds"},
 		{"-16Mi", "write whole mebibytes"},
@@ -444,7 +445,7 @@ func checkSettings(t *testing.T, s policy.Settings) {
 		t.Errorf("start timeout %s", s.StartTimeout)
 	}
 	c := s.Sidecar
-	if c.Memory != 0 && (c.Memory < 16 || c.Memory > 256) || c.CPURequest < 0 || c.CPURequest > 1000 || c.Port != 0 && (c.Port < 1024 || c.Port > 65535) ||
+	if c.Memory != 0 && (c.Memory < 12 || c.Memory > 256) || c.CPURequest < 0 || c.CPURequest > 1000 || c.Port != 0 && (c.Port < 1024 || c.Port > 65535) ||
 		c.CPULimit != nil && *c.CPULimit != 0 && (*c.CPULimit < 10 || *c.CPULimit > 1000) {
 		t.Errorf("sidecar %+v", c)
 	}

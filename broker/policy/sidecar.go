@@ -18,16 +18,18 @@ type Sidecar struct {
 
 // Bounds of what a sidecar may be given, by a pod and by the webhook's settings.
 const (
-	// MinMemory is several times what the sidecar touches at rest, 4 MB, and above the 10 MiB at which it
-	// collects its garbage all the time: the kernel counts socket buffers and its own pages on top.
-	MinMemory Memory = 16
+	// DefaultMemory is several times what the sidecar touches at rest, 4 MB, and enough for all connections that it
+	// takes: the kernel counts their buffers and its own pages on top, and must never kill it.
+	DefaultMemory Memory = 16
+	// MinMemory is enough for 16 connections at a time, and not for all that the sidecar takes.
+	MinMemory Memory = 12
 	// MaxMemory is for LimitRanges with a minimum. The sidecar cannot use it, because it bounds its own heap.
 	MaxMemory Memory = 256
 	// MinCPU is the least that Kubernetes knows.
 	MinCPU CPU = 1
 	// MinCPULimit: with less than this a first handshake takes longer than 400 ms, in which the pod waits.
 	MinCPULimit CPU = 10
-	// MaxCPU is all that the sidecar could use, because it runs on one processor.
+	// MaxCPU is far more than a pod's SDKs make it use: a millisecond of it answers 40 of them.
 	MaxCPU CPU = 1000
 	// MinPort: the sidecar has no capability to bind a lower one.
 	MinPort = 1024
@@ -49,7 +51,7 @@ func (m *Memory) UnmarshalText(text []byte) error {
 	digits, ok := strings.CutSuffix(string(text), "Mi")
 	n, ok := number(digits, ok)
 	if !ok {
-		return fmt.Errorf("%.100q is no amount of memory: write whole mebibytes, such as %s or 64Mi", text, MinMemory)
+		return fmt.Errorf("%.100q is no amount of memory: write whole mebibytes, such as %s or 64Mi", text, DefaultMemory)
 	}
 	if err := Memory(n).Check(); err != nil {
 		return err

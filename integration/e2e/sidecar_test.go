@@ -170,18 +170,34 @@ func TestKilledSidecarComesBack(t *testing.T) {
 // However many ask at once, the sidecar stays within its memory.
 func TestCrowdIsServedInTheSidecarsMemory(t *testing.T) {
 	t.Parallel()
-	const crowd = "10000"
-	ns := namespace(t)
-	pod := once(app("app", annotated(), "crowd", crowd))
-	pod.Spec.Containers[0].Image = plainImage
-	stored := create(t, ns, pod)
-	ended := awaitEnd(t, ns, "app")
-	if said := strings.TrimSpace(logs(t, ns, "app", "app")); said != crowd {
-		t.Errorf("answered %q, want all %s", said, crowd)
-	}
-	if s := status(t, ended, sidecarName); s.RestartCount != 0 || s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
-		limit := sidecarOf(stored).Resources.Limits[corev1.ResourceMemory]
-		t.Errorf("with a limit of %s the sidecar has not ended well: %s", limit.String(), states(ended))
+	for name, tc := range map[string]struct {
+		memory, atOnce, times, all string
+	}{
+		"default": {atOnce: "10000", times: "1", all: "10000"},
+		"least":   {memory: "12Mi", atOnce: "16", times: "200", all: "3200"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ns := namespace(t)
+			says, want := annotated(), "16Mi"
+			if tc.memory != "" {
+				says["iam.amazonaws.com/sidecar-memory"], want = tc.memory, tc.memory
+			}
+			pod := once(app("app", says, "crowd", tc.atOnce, tc.times))
+			pod.Spec.Containers[0].Image = plainImage
+			stored := create(t, ns, pod)
+			limit := sidecarOf(stored).Resources.Limits[corev1.ResourceMemory]
+			if limit.String() != want {
+				t.Errorf("the sidecar's memory is limited to %s, want %s", limit.String(), want)
+			}
+			ended := awaitEnd(t, ns, "app")
+			if said := strings.TrimSpace(logs(t, ns, "app", "app")); said != tc.all {
+				t.Errorf("answered %q, want all %s", said, tc.all)
+			}
+			if s := status(t, ended, sidecarName); s.RestartCount != 0 || s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
+				t.Errorf("with a limit of %s the sidecar has not ended well: %s", limit.String(), states(ended))
+			}
+		})
 	}
 }
 

@@ -211,7 +211,7 @@ func TestNew(t *testing.T) {
 		{"broker of gRPC", func(c *inject.Config) { c.Broker = "dns:///credence-broker:9443" }, `broker address "dns:///credence-broker:9443": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"broker without port", func(c *inject.Config) { c.Broker = "credence-broker" }, `broker address "credence-broker": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"settings", func(c *inject.Config) { c.Settings.Port = 80 }, "sidecar settings: port: 80 is out of bounds: from 1024 to 65535"},
-		{"no settings", func(c *inject.Config) { c.Settings = inject.Settings{} }, "sidecar settings: memory: 0Mi is out of bounds: from 16Mi to 256Mi"},
+		{"no settings", func(c *inject.Config) { c.Settings = inject.Settings{} }, "sidecar settings: memory: 0Mi is out of bounds: from 12Mi to 256Mi"},
 		{"trust", func(c *inject.Config) { c.TrustConfigMap = "A b" }, `trust ConfigMap "A b": --trust-config-map must be a name that Kubernetes takes`},
 		{"shadowed", func(c *inject.Config) { c.OnShadowed = "ignore" }, `on shadowed credentials "ignore": --on-shadowed must be refuse or warn`},
 	} {
@@ -266,8 +266,6 @@ func TestRefusals(t *testing.T) {
 		{"hostNetwork", `{` + role + `,"spec":{"hostNetwork":true,"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation "iam.amazonaws.com/role"`},
 		{"windows", `{` + role + `,"spec":{"os":{"name":"windows"},"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`the pod is for Windows, and the sidecar runs on Linux only: remove annotation "iam.amazonaws.com/role"`},
-		{"windows by selector", `{` + role + `,"spec":{"nodeSelector":{"kubernetes.io/os":"windows"},"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod is for Windows, and the sidecar runs on Linux only: remove annotation "iam.amazonaws.com/role"`},
 		{"static", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","kubernetes.io/config.mirror":"x"}},"spec":{"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod is static: its kubelet runs it from a file, which admission cannot change; remove annotation "iam.amazonaws.com/role" there, or make it a DaemonSet`},
@@ -644,5 +642,44 @@ func TestTokenLife(t *testing.T) {
 		if out := string(apply(t, raw, result.Patch)); !strings.Contains(out, `"expirationSeconds":`+tc.want+`,`) {
 			t.Errorf("%q: want expirationSeconds %s in %s", tc.grace, tc.want, out)
 		}
+	}
+}
+
+// A pod that can run on Windows nodes only is refused, whichever way it says so; one that may run on others is not.
+func TestWindows(t *testing.T) {
+	affinity := func(terms string) string {
+		return `"affinity":{"nodeAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":{"nodeSelectorTerms":[` + terms + `]}}}`
+	}
+	const (
+		windows = `{"key":"kubernetes.io/os","operator":"In","values":["windows"]}`
+		zone    = `{"key":"zone","operator":"In","values":["windows"]}`
+	)
+	for name, tc := range map[string]struct {
+		spec    string
+		refused bool
+	}{
+		"os":                      {`"os":{"name":"windows"}`, true},
+		"selector":                {`"nodeSelector":{"kubernetes.io/os":"windows"}`, true},
+		"old selector":            {`"nodeSelector":{"beta.kubernetes.io/os":"windows"}`, true},
+		"affinity":                {affinity(`{"matchExpressions":[` + zone + `,` + windows + `]}`), true},
+		"in each term":            {affinity(`{"matchExpressions":[` + windows + `]},{"matchExpressions":[` + windows + `,` + zone + `]}`), true},
+		"not Linux":               {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"NotIn","values":["linux"]}]}`), true},
+		"Linux":                   {`"os":{"name":"linux"},"nodeSelector":{"kubernetes.io/os":"linux"}`, false},
+		"in one term only":        {affinity(`{"matchExpressions":[` + windows + `]},{"matchExpressions":[` + zone + `]}`), false},
+		"either":                  {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"In","values":["windows","linux"]}]}`), false},
+		"not Windows":             {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"NotIn","values":["windows"]}]}`), false},
+		"any of which it is told": {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"Exists"}]}`), false},
+		"preferred":               {`"affinity":{"nodeAffinity":{"preferredDuringSchedulingIgnoredDuringExecution":[{"weight":1,"preference":{"matchExpressions":[` + windows + `]}}]}}`, false},
+		"no terms":                {affinity(``), false},
+		"an empty term":           {affinity(`{}`), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader"}},"spec":{` + tc.spec + `,"containers":[{"name":"app"}]}}`
+			_, err := newInjector(t).Inject([]byte(raw), namespace)
+			e, ok := errors.AsType[*credential.Error](err)
+			if refused := ok && strings.Contains(e.Message, "the pod is for Windows"); refused != tc.refused || !refused && err != nil {
+				t.Errorf("refused: %v, want %v (%v)", refused, tc.refused, err)
+			}
+		})
 	}
 }

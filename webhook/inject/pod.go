@@ -37,6 +37,7 @@ type podSpec struct {
 	HostNetwork                   bool                          `json:"hostNetwork"`
 	OS                            *corev1.PodOS                 `json:"os"`
 	NodeSelector                  map[string]string             `json:"nodeSelector"`
+	Affinity                      *corev1.Affinity              `json:"affinity"`
 	TerminationGracePeriodSeconds *int64                        `json:"terminationGracePeriodSeconds"`
 	Resources                     *corev1.ResourceRequirements  `json:"resources"`
 	ImagePullSecrets              []corev1.LocalObjectReference `json:"imagePullSecrets"`
@@ -108,10 +109,41 @@ func (s *podSpec) serviceAccount() string {
 	return defaultTo(defaultTo(s.ServiceAccountName, s.DeprecatedServiceAccount), defaultServiceAccount)
 }
 
-// windows reports whether the pod says that it is for Windows nodes.
+// windows reports whether the pod says that it is for Windows nodes only.
 func (s *podSpec) windows() bool {
-	return s.OS != nil && s.OS.Name == corev1.Windows ||
-		s.NodeSelector[corev1.LabelOSStable] == string(corev1.Windows)
+	if s.OS != nil && s.OS.Name == corev1.Windows {
+		return true
+	}
+	for _, label := range osLabels {
+		if s.NodeSelector[label] == string(corev1.Windows) {
+			return true
+		}
+	}
+	if s.Affinity == nil || s.Affinity.NodeAffinity == nil || s.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution == nil {
+		return false
+	}
+	// A node has to meet one of the terms, and of that term all expressions.
+	terms := s.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+	return len(terms) > 0 && !slices.ContainsFunc(terms, func(term corev1.NodeSelectorTerm) bool {
+		return !slices.ContainsFunc(term.MatchExpressions, onlyWindows)
+	})
+}
+
+// osLabels are those that kubelets give their nodes with the name of the operating system.
+var osLabels = []string{corev1.LabelOSStable, "beta.kubernetes.io/os"}
+
+func onlyWindows(r corev1.NodeSelectorRequirement) bool {
+	if !slices.Contains(osLabels, r.Key) {
+		return false
+	}
+	switch r.Operator {
+	case corev1.NodeSelectorOpIn:
+		return len(r.Values) == 1 && r.Values[0] == string(corev1.Windows)
+	case corev1.NodeSelectorOpNotIn:
+		return slices.Contains(r.Values, string(corev1.Linux))
+	default:
+		return false
+	}
 }
 
 // guaranteed reports whether the quality-of-service class of the pod as it came is Guaranteed: every

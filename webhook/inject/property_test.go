@@ -175,7 +175,7 @@ func (g generator) pod() map[string]any {
 		annotations["iam.amazonaws.com/skip-containers"] = "c0"
 	}
 	for key, values := range map[string][]string{
-		"sidecar-memory": {"16Mi", "64Mi"}, "sidecar-cpu-request": {"1m", "50m", "1"}, "sidecar-cpu-limit": {"0", "1"}, "sidecar-port": {"9779", "9790"},
+		"sidecar-memory": {"12Mi", "64Mi"}, "sidecar-cpu-request": {"1m", "50m", "1"}, "sidecar-cpu-limit": {"0", "1"}, "sidecar-port": {"9779", "9790"},
 		"sidecar-log-level": {"info", "debug"},
 	} {
 		if g.some(10) {

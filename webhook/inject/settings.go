@@ -61,9 +61,7 @@ type CPU struct {
 // DefaultSettings are those of a webhook that is told none.
 func DefaultSettings() Settings {
 	return Settings{
-		// Several times what the sidecar uses, because its limit is also its request: a kernel that counts
-		// socket buffers must never kill it.
-		Memory: policy.MinMemory,
+		Memory: policy.DefaultMemory,
 		CPU: CPU{
 			Request: 5,
 			// The limit lets a first handshake be done in milliseconds. One of 10m stretches it to 400 ms.

@@ -141,7 +141,7 @@ var refused = []struct{ text, want string }{
 	{"cpu:\n  limits: 1", "line 2: cpu.limits: unknown field; known here are request, limit, guaranteed: did you mean limit?"},
 	{"port: 9779\nport: 9780", "line 2: port: stands twice, in line 1 as well"},
 	{"memory: 64", `line 1: memory: "64" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
-	{"memory: 8Mi", "line 1: memory: 8Mi is out of bounds: from 16Mi to 256Mi"},
+	{"memory: 8Mi", "line 1: memory: 8Mi is out of bounds: from 12Mi to 256Mi"},
 	{"memory: 257Mi", "out of bounds"},
 	{"memory: [64Mi]", "memory: must be one value"},
 	{"cpu: 5m", "line 1: cpu: must be a map of fields"},

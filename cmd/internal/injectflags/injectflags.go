@@ -43,7 +43,7 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 	f.StringVar(&o.RulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; the broker's must be the same; a server takes up a replaced file without a restart; empty sets no limits")
 	f.StringVar(&image, "sidecar-image", "", "`image` of the sidecar (required)")
 	f.StringVar(&pullPolicy, "sidecar-image-pull-policy", "", "`policy` Always, IfNotPresent or Never; empty leaves it to Kubernetes")
-	f.TextVar(&sidecar.Memory, "sidecar-memory", sidecar.Memory, "`memory` of the sidecar, request and limit, from 16Mi to 256Mi")
+	f.TextVar(&sidecar.Memory, "sidecar-memory", sidecar.Memory, "`memory` of the sidecar, request and limit, from 12Mi to 256Mi")
 	f.TextVar(&sidecar.CPU.Request, "sidecar-cpu-request", sidecar.CPU.Request, "`CPU` request of the sidecar, from 1m to 1")
 	f.TextVar(&sidecar.CPU.Limit, "sidecar-cpu-limit", sidecar.CPU.Limit, "`CPU` limit of the sidecar, from 10m to 1; 0 sets none")
 	f.TextVar(&sidecar.CPU.Guaranteed, "sidecar-cpu-guaranteed", sidecar.CPU.Guaranteed, "`CPU` request and limit of the sidecar in pods of class Guaranteed, from 10m to 1")

@@ -1,8 +1,8 @@
 // Command plain is a client of the sidecar without an SDK, by the variables that SDKs read.
 //
-//	plain crowd N    asks for credentials N times at once, each on a connection of its own, and prints how
-//	                 many were answered with status 200
-//	plain zone       prints the availability zone that instance metadata tells
+//	plain crowd N TIMES    asks for credentials N times at once, each on a connection of its own, and so often one after
+//	                       the other; prints how many were answered with status 200
+//	plain zone             prints the availability zone that instance metadata tells
 package main
 
 import (
@@ -31,16 +31,20 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	switch {
-	case len(args) == 2 && args[0] == "crowd":
+	case len(args) == 3 && args[0] == "crowd":
 		n, err := strconv.Atoi(args[1])
 		if err != nil {
 			return err
 		}
-		return crowd(ctx, n)
+		times, err := strconv.Atoi(args[2])
+		if err != nil {
+			return err
+		}
+		return crowd(ctx, n, times)
 	case len(args) == 1 && args[0] == "zone":
 		return zone(ctx)
 	}
-	return errors.New("usage: plain crowd N, or plain zone")
+	return errors.New("usage: plain crowd N TIMES, or plain zone")
 }
 
 // patience bounds a request that waits for its turn behind ten thousand, of a server with a tenth of a processor. The
@@ -51,7 +55,7 @@ const patience = 5 * time.Minute
 // longer times; and who is silent for two seconds after being let in, is let go.
 const tries = 5
 
-func crowd(ctx context.Context, n int) error {
+func crowd(ctx context.Context, n, times int) error {
 	target, err := url.Parse(os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI"))
 	if err != nil {
 		return err
@@ -63,18 +67,20 @@ func crowd(ctx context.Context, n int) error {
 	failures := make(chan error, n)
 	for range n {
 		all.Go(func() {
-			err := ask(ctx, target.Host, request)
-			for range tries - 1 {
-				if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) {
-					break
+			for range times {
+				err := ask(ctx, target.Host, request)
+				for range tries - 1 {
+					if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) {
+						break
+					}
+					err = ask(ctx, target.Host, request)
 				}
-				err = ask(ctx, target.Host, request)
+				if err != nil {
+					failures <- err
+					return
+				}
+				answered.Add(1)
 			}
-			if err != nil {
-				failures <- err
-				return
-			}
-			answered.Add(1)
 		})
 	}
 	all.Wait()
