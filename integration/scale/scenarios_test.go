@@ -130,11 +130,12 @@ func (r *run) promised(t *testing.T, part string, s summary) {
 	}
 }
 
-// unnoticed is promised where no broker comes or goes: pods do not even wait.
+// unnoticed is promised where no broker comes or goes: pods do not even wait, but the few that ask just when half of a
+// session's life is over, for the renewal that is under way.
 func (r *run) unnoticed(t *testing.T, part string, s summary) {
 	t.Helper()
 	r.promised(t, part, s)
-	if s.longest > 0 || s.calls[caller] > 0 {
+	if s.longest > latency || s.calls[caller] > 0 {
 		t.Errorf("%s: pods waited up to %s, and %d times for a session that nobody held", part, s.longest, s.calls[caller])
 	}
 }
