@@ -194,6 +194,9 @@ func (by *plan) patch(p *pod, spec *podSpec, namespace string) (ops []Operation,
 	if warnings, err = by.checkSettings(spec); err != nil {
 		return nil, nil, err
 	}
+	if image := by.anotherVersion(spec); present && image != "" {
+		warnings = append(warnings, fmt.Sprintf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", sidecarName, image))
+	}
 	if present && spec.InitContainers[0].Name != sidecarName {
 		// Patches of "add" cannot reorder, and the order is the other webhook's to choose.
 		warnings = append(warnings, fmt.Sprintf("init container %q stands before the sidecar: it has no credentials while it runs", spec.InitContainers[0].Name))

@@ -286,12 +286,8 @@ func TestRefusals(t *testing.T) {
 		{"sidecar without volume", `{` + role + `,"spec":{"containers":[{"name":"app"}],"initContainers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
 			`init container "credence-sidecar" has no volume "credence-identity"` + copied},
 
-		{"older version", present(`credence-sidecar:v1"`, `credence-sidecar:v0"`), credential.ReasonPodUnsupported,
-			differs(`its image is "registry.example/credence-sidecar:v0", not "registry.example/credence-sidecar:v1"`)},
 		{"other image", present(`credence-sidecar:v1"`, `evil:v1"`), credential.ReasonPodUnsupported,
 			differs(`its image is "registry.example/evil:v1", not "registry.example/credence-sidecar:v1"`)},
-		{"image without tag", present(`credence-sidecar:v1"`, `credence-sidecar"`), credential.ReasonPodUnsupported,
-			differs(`its image is "registry.example/credence-sidecar", not "registry.example/credence-sidecar:v1"`)},
 		{"command", present(`"command":["/credence-sidecar"]`, `"command":["/bin/sh"]`), credential.ReasonPodUnsupported, differs(`its command differs`)},
 		{"args", present(`"command":["/credence-sidecar"]`, `"command":["/credence-sidecar"],"args":["--x"]`), credential.ReasonPodUnsupported, differs(`its command differs`)},
 		{"restart policy", present(`"restartPolicy":"Always",`, ``), credential.ReasonPodUnsupported, differs(`its restartPolicy is not Always`)},
@@ -679,6 +675,69 @@ func TestWindows(t *testing.T) {
 			e, ok := errors.AsType[*credential.Error](err)
 			if refused := ok && strings.Contains(e.Message, "the pod is for Windows"); refused != tc.refused || !refused && err != nil {
 				t.Errorf("refused: %v, want %v (%v)", refused, tc.refused, err)
+			}
+		})
+	}
+}
+
+// While webhooks are replaced, the sidecar that one version has added meets another one, where a webhook in between has
+// changed the pod: it stays, whatever variables either version knows, and the containers get what fits it.
+func TestAnotherVersion(t *testing.T) {
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader"}},"spec":{"containers":[{"name":"app"}]}}`)
+	first, err := newInjector(t).Inject(raw, namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	injected := strings.Replace(string(apply(t, raw, first.Patch)), `"containers":[`, `"containers":[{"name":"proxy"},`, 1)
+	for name, tc := range map[string]struct {
+		edit    []string
+		want    string // in the refusal; empty for none
+		warning string
+	}{
+		"the same":           {[]string{`@`, `@`}, "", ""},
+		"older":              {[]string{`sidecar:v1"`, `sidecar:v0"`}, "", `of another version than the webhook's, "registry.example/credence-sidecar:v0"`},
+		"of a mirror, older": {[]string{`registry.example/credence-sidecar:v1"`, `mirror/x/credence-sidecar:v0"`}, "", `"mirror/x/credence-sidecar:v0"`},
+		"untagged":           {[]string{`sidecar:v1"`, `sidecar"`}, "", `"registry.example/credence-sidecar"`},
+		"lacks what is new":  {[]string{`sidecar:v1"`, `sidecar:v0"`, `{"name":"CREDENCE_METADATA","value":"v2"},`, ``}, "", `:v0"`},
+		"has what is newer":  {[]string{`sidecar:v1"`, `sidecar:v2"`, `"env":[{"name":"CREDENCE_BROKER"`, `"env":[{"name":"CREDENCE_NEW","value":"x"},{"name":"CREDENCE_BROKER"`}, "", `:v2"`},
+		"new at the same version": {[]string{`"env":[{"name":"CREDENCE_BROKER"`, `"env":[{"name":"CREDENCE_NEW","value":"x"},{"name":"CREDENCE_BROKER"`},
+			"its variable CREDENCE_NEW differs", ""},
+		"another name":   {[]string{`credence-sidecar:v1"`, `other:v0"`}, `its image is "registry.example/other:v0"`, ""},
+		"another broker": {[]string{`sidecar:v1"`, `sidecar:v0"`, `credence-broker.credence.svc:9443`, `evil:1`}, "its variable CREDENCE_BROKER differs", ""},
+		"broker twice": {[]string{`sidecar:v1"`, `sidecar:v0"`, `"env":[{"name":"CREDENCE_BROKER"`, `"env":[{"name":"CREDENCE_BROKER","value":"evil:1"},{"name":"CREDENCE_BROKER"`},
+			"its variable CREDENCE_BROKER differs", ""},
+		"no broker": {[]string{`sidecar:v1"`, `sidecar:v0"`, `"name":"CREDENCE_BROKER"`, `"name":"OTHER"`}, "it lacks variable CREDENCE_BROKER", ""},
+		"no token":  {[]string{`sidecar:v1"`, `sidecar:v0"`, `"name":"CREDENCE_TOKEN_FILE"`, `"name":"OTHER"`}, "it lacks variable CREDENCE_TOKEN_FILE", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text := strings.NewReplacer(tc.edit...).Replace(injected)
+			if text == injected && tc.edit[0] != "@" {
+				t.Fatalf("%q changes nothing in %s", tc.edit, text)
+			}
+			result, err := newInjector(t).Inject([]byte(text), namespace)
+			if tc.want != "" {
+				if err == nil || !strings.Contains(err.Error(), tc.want) {
+					t.Errorf("the refusal is %v, want one with %q", err, tc.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var patched struct {
+				Spec struct {
+					InitContainers []json.RawMessage
+					Containers     []struct{ Env []json.RawMessage }
+				}
+			}
+			if err := json.Unmarshal(apply(t, []byte(text), result.Patch), &patched); err != nil {
+				t.Fatal(err)
+			}
+			if n := len(patched.Spec.InitContainers); n != 1 || len(patched.Spec.Containers[0].Env) != 3 {
+				t.Errorf("%d init containers, and the new container has the variables %s", n, patched.Spec.Containers[0].Env)
+			}
+			if got := strings.Join(result.Warnings, "\n"); tc.warning == "" && got != "" || !strings.Contains(got, tc.warning) {
+				t.Errorf("warnings are %q, want one with %q", got, tc.warning)
 			}
 		})
 	}

@@ -42,9 +42,6 @@ func (i *Injector) newPlan(pod policy.Settings, spec *podSpec) *plan {
 
 const loopback = "http://127.0.0.1:"
 
-// listenEnv is the variable with the address on which the sidecar listens.
-const listenEnv = "CREDENCE_LISTEN"
-
 // sidecarPort returns the port of a sidecar that is there already; 0 if there is none, or it has none that a
 // webhook could have given it.
 func (s *podSpec) sidecarPort() int {

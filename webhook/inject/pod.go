@@ -212,6 +212,9 @@ func (by *plan) checkSettings(spec *podSpec) (warnings []string, err error) {
 	if by.pod.Duration < policy.DefaultDuration {
 		warnings = append(warnings, fmt.Sprintf("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", by.cfg.Keys.Name(policy.Duration), by.pod.Duration))
 	}
+	if by.pod.Duration > policy.DefaultDuration {
+		warnings = append(warnings, fmt.Sprintf("annotation %q: AWS refuses sessions of %s if the broker's own credentials are those of a role, as they nearly always are; 1h is the most then", by.cfg.Keys.Name(policy.Duration), by.pod.Duration))
+	}
 	return warnings, nil
 }
 

@@ -284,7 +284,7 @@ func TestProperties(t *testing.T) {
 				t.Errorf("injecting twice is not injecting once: %s", raw)
 			}
 			// Settings that change between two calls leave the sidecar as it is, and what is added later fits it.
-			changed := newInjector(t, func(c *inject.Config) { c.Settings = g.settings() })
+			changed := newInjector(t, func(c *inject.Config) { c.Settings, c.Image = g.settings(), "registry.example/credence-sidecar:v2" })
 			between := addContainers(decode(t, encode(t, once)).(map[string]any))
 			later := with(t, changed, between)
 			if err := embedded("", decode(t, encode(t, between)), later); err != nil {

@@ -45,10 +45,16 @@ func (by *plan) shadowed(c container) (warnings []string, err error) {
 			warnings = append(warnings, fmt.Sprintf("container %q has %s: %s", c.Name, v.name, v.what))
 		}
 	}
-	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
+	switch at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
 		return strings.HasPrefix(v.Name, containerPrefix) && !by.ours(v)
-	}); at >= 0 {
-		warnings = append(warnings, fmt.Sprintf("container %q has %s: it is left as it is, and does not get the annotated role", c.Name, c.Env[at].Name))
+	}); {
+	case at >= 0:
+		warnings = append(warnings, fmt.Sprintf("container %q has %s: it is left as it is, and the annotated role is not added to it", c.Name, c.Env[at].Name))
+	case has(c, fullURI) != has(c, authorization):
+		warnings = append(warnings, fmt.Sprintf("container %q has only one of %s and %s: it is left as it is, and does not get the annotated role; remove it, and both are added", c.Name, fullURI, authorization))
+	}
+	if at := last(c.Env, metadataEndpoint); at >= 0 && empty(c.Env[at]) {
+		warnings = append(warnings, fmt.Sprintf("container %q has an empty %s: SDKs that find nothing else go on to the node's metadata service, and so to the node's role; remove it", c.Name, metadataEndpoint))
 	}
 	if len(c.EnvFrom) > 0 {
 		warnings = append(warnings, fmt.Sprintf("container %q has envFrom, which admission cannot see into: AWS_* variables in it may outrank the annotated role", c.Name))

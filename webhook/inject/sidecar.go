@@ -33,6 +33,17 @@ const (
 	podUID     = "CREDENCE_POD_UID"
 )
 
+// everyVersion are the variables without which no version of the sidecar serves anybody.
+var everyVersion = []string{brokerEnv, listenEnv, tokenEnv, rootsEnv, authorizationEnv}
+
+const (
+	brokerEnv        = "CREDENCE_BROKER"
+	listenEnv        = "CREDENCE_LISTEN"
+	tokenEnv         = "CREDENCE_TOKEN_FILE"
+	rootsEnv         = "CREDENCE_ROOTS_FILE"
+	authorizationEnv = "CREDENCE_AUTHORIZATION"
+)
+
 // logLevel is the variable with the least level that the sidecar logs.
 const logLevel = "CREDENCE_LOG_LEVEL"
 
@@ -79,12 +90,12 @@ func (by *plan) sidecar(spec *podSpec, namespace string) corev1.Container {
 // probe, which is a process of its own, inherits them.
 func (by *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
 	vars := []corev1.EnvVar{
-		{Name: "CREDENCE_BROKER", Value: by.cfg.Broker},
+		{Name: brokerEnv, Value: by.cfg.Broker},
 		{Name: routingKey, Value: string(key)},
 		{Name: listenEnv, Value: strings.TrimPrefix(by.endpoint, "http://")},
-		{Name: "CREDENCE_TOKEN_FILE", Value: mountPath + "/" + tokenFile},
-		{Name: "CREDENCE_ROOTS_FILE", Value: mountPath + "/" + rootsFile},
-		fromUID("CREDENCE_AUTHORIZATION"),
+		{Name: tokenEnv, Value: mountPath + "/" + tokenFile},
+		{Name: rootsEnv, Value: mountPath + "/" + rootsFile},
+		fromUID(authorizationEnv),
 		{Name: "CREDENCE_START_TIMEOUT", Value: by.pod.StartTimeout.String()},
 		{Name: "CREDENCE_METADATA", Value: string(by.pod.Metadata)},
 	}
@@ -242,12 +253,14 @@ func (by *plan) checkPresent(spec *podSpec) (bool, error) {
 
 // sidecarDifference names what keeps c from doing what our sidecar does, or is empty. Other webhooks
 // and defaults may add to a container, move its image to a mirror, or change its resources and its
-// security context: that is theirs to do. So may settings, which can have changed since. Webhooks may also change the
+// security context: that is theirs to do. It may be of another version, see anotherVersion, and then have variables that
+// this one does not know, or lack some. So may settings, which can have changed since. Webhooks may also change the
 // service account or an annotation, and with it the routing key; an old one costs a session that is fetched more often
 // than need be, and the pod nothing.
 func (by *plan) sidecarDifference(c container) string {
+	there, asked := splitImage(c.Image), splitImage(by.cfg.Image)
 	switch {
-	case !sameImage(c.Image, by.cfg.Image):
+	case there.name != asked.name:
 		return fmt.Sprintf("its image is %q, not %q", c.Image, by.cfg.Image)
 	case !slices.Equal(c.Command, []string{sidecarBinary}) || len(c.Args) > 0:
 		return "its command differs"
@@ -266,10 +279,11 @@ func (by *plan) sidecarDifference(c container) string {
 	if has(c, podUID) {
 		want = append(want, fromUID(podUID))
 	}
-	// A webhook of the version before did not add it, and may have had the same sidecar; nobody misses a zone.
+	// A webhook of another version may not have added it, and may have had the same sidecar; nobody misses a zone.
 	if !has(c, zone) {
 		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zone })
 	}
+	another := !there.canBe(asked)
 	// The settings, and an annotation, may have had another level when it was written. It changes what is logged, and
 	// nothing of what the sidecar does.
 	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == logLevel })
@@ -281,11 +295,17 @@ func (by *plan) sidecarDifference(c container) string {
 			continue
 		}
 		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
+		if at < 0 && another && !slices.ContainsFunc(by.sidecarEnv(""), func(w corev1.EnvVar) bool { return w.Name == v.Name }) {
+			continue // what that version has and this one does not
+		}
 		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || fieldPath(v) != fieldPath(want[at]) {
 			return fmt.Sprintf("its variable %s differs", v.Name)
 		}
 		// Taken off the list, so that a second one of the same name differs.
 		want = slices.Delete(want, at, at+1)
+	}
+	if another {
+		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return !slices.Contains(everyVersion, v.Name) })
 	}
 	if len(want) > 0 {
 		return fmt.Sprintf("it lacks variable %s", want[0].Name)
@@ -310,19 +330,26 @@ func (by *plan) volumeDifference(v volume) string {
 	return ""
 }
 
-// sameImage reports whether the image that is there can be the one we asked for, after a webhook that
-// moves images to a mirror or pins tags to digests: the last component of its name is the same, and
-// so are tag and digest where both have one.
-func sameImage(there, asked string) bool {
-	a, b := splitImage(there), splitImage(asked)
-	same := func(x, y string) bool { return x == y || x == "" || y == "" }
-	if a.tag == "" && a.digest == "" || b.tag == "" && b.digest == "" {
-		return there == asked
+// anotherVersion returns the image of a sidecar that is there and is of another version than this webhook's; empty for
+// none. While webhooks are replaced, two versions of them are called for one pod where another webhook changes it in
+// between.
+func (by *plan) anotherVersion(spec *podSpec) string {
+	c := slices.IndexFunc(spec.InitContainers, func(c container) bool { return c.Name == sidecarName })
+	if c < 0 || splitImage(spec.InitContainers[c].Image).canBe(splitImage(by.cfg.Image)) {
+		return ""
 	}
-	return a.name == b.name && same(a.tag, b.tag) && same(a.digest, b.digest)
+	return spec.InitContainers[c].Image
 }
 
 type image struct{ name, tag, digest string }
+
+// canBe reports whether i can be the image other, after a webhook that moves images to a mirror or pins tags to
+// digests: the last component of its name is the same, and so are tag and digest where both have one.
+func (i image) canBe(other image) bool {
+	same := func(x, y string) bool { return x == y || x == "" || y == "" }
+	untagged := func(x image) bool { return x.tag == "" && x.digest == "" }
+	return i.name == other.name && untagged(i) == untagged(other) && same(i.tag, other.tag) && same(i.digest, other.digest)
+}
 
 func splitImage(s string) (i image) {
 	s, i.digest, _ = strings.Cut(s, "@")
