@@ -126,6 +126,11 @@ const readyPoll = 1500 * time.Millisecond
 // serveReady answers 204 once a credential is held or the start timeout has passed, and 503 when
 // neither happens within readyPoll.
 func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
+	started := s.startTimeout > 0 && time.Since(s.started) >= s.startTimeout
+	if started || s.state.Load().valid(time.Now()) {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
 	select {
 	case s.waiting <- struct{}{}:
 		defer func() { <-s.waiting }()

@@ -177,6 +177,24 @@ func TestWaitingIsBounded(t *testing.T) {
 	})
 }
 
+// A probe that need not wait takes no place of those who wait: the pod's start is over, however many ask.
+func TestReadyWhileManyWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, hangs, func(c *sidecar.Config) { c.StartTimeout = time.Minute })
+		time.Sleep(time.Minute)
+		var all sync.WaitGroup
+		for range sidecar.MaxWaiting {
+			all.Go(func() { w.credentials() })
+		}
+		synctest.Wait()
+		w.credentials().want(t, http.StatusServiceUnavailable, "CREDENTIALS_PENDING")
+		if a := w.do(http.MethodGet, "/v1/ready"); a.status != http.StatusNoContent || a.took != 0 {
+			t.Errorf("the probe was answered %d after %v", a.status, a.took)
+		}
+		all.Wait()
+	})
+}
+
 // The Host of paths that do not exist is checked as well: nothing is found out from elsewhere.
 func TestHostIsCheckedFirst(t *testing.T) {
 	s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})

@@ -27,7 +27,7 @@ const (
 	MaxMemory Memory = 256
 	// MinCPU is the least that Kubernetes knows.
 	MinCPU CPU = 1
-	// MinCPULimit: with less than this a first handshake takes longer than 400 ms, in which the pod waits.
+	// MinCPULimit: with this, first credentials take two seconds, in which the pod waits.
 	MinCPULimit CPU = 10
 	// MaxCPU is far more than a pod's SDKs make it use: a millisecond of it answers 40 of them.
 	MaxCPU CPU = 1000

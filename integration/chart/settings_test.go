@@ -155,11 +155,54 @@ func TestSettingsThatTheSchemaCannotTell(t *testing.T) {
 		{[]string{"sidecar.cpu.request=1", "sidecar.cpu.limit=1000m"}, ""},
 		{[]string{"sidecar.cpu.request=1", "sidecar.cpu.limit=0"}, ""},
 		{[]string{`sidecar.podAnnotations.iam\.amazonaws\.com/role=admin`}, "iam.amazonaws.com/role is under annotationPrefix"},
+		{[]string{`sidecar.podAnnotations.IAM\.amazonaws\.com/role=admin`}, "IAM.amazonaws.com/role is under annotationPrefix"},
 		{[]string{`sidecar.podAnnotations.iam\.amazonaws\.com/role=admin`, "annotationPrefix=aws.example.com"}, ""},
+		{[]string{"sidecar.podAnnotations.a=" + strings.Repeat("ä", 512)}, ""},
+		{[]string{"sidecar.podAnnotations.a=" + strings.Repeat("ä", 513)}, "the value of a has 1026 bytes, the limit is 1024"},
 	} {
 		_, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: tc.set})
 		if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
 			t.Errorf("%q: %v, want %q", tc.set, err, tc.want)
 		}
+	}
+}
+
+// TestWrongSettings: whatever Helm installs, the webhook takes. A file reaches all webhooks at once, without a rollout that
+// a wrong one would stop.
+func TestWrongSettings(t *testing.T) {
+	t.Parallel()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := 0
+	for _, set := range []string{
+		"podAnnotations.foo bar=x", `podAnnotations.example\.com/a/b=x`, `podAnnotations.example\.com/=x`, "podAnnotations." + strings.Repeat("a", 64) + "=x",
+		"podAnnotations." + strings.Repeat("a", 63) + "=x", "podAnnotations." + strings.Repeat("a.", 130) + "a/b=x", `podAnnotations.Kubernetes\.io/a=x`, `podAnnotations.x\.K8S\.IO/a=x`,
+		`podAnnotations.notkubernetes\.io/a=x`, `podAnnotations.A_b\.c=x`, `podAnnotations.a_b\.com/c=x`, "podAnnotations.-a=x",
+		"imagePullSecrets[0]=a..b", "imagePullSecrets[0]=a.-b", "imagePullSecrets[0]=a.b", "imagePullSecrets[0]=" + strings.Repeat("a", 253), "imagePullSecrets[0]=" + strings.Repeat("a", 254),
+		"runAsUser=2147483647", "runAsUser=2147483648", "memory=null", "cpu=null", "cpu.request=null", "cpu.limit=null", "cpu.guaranteed=null", "logLevel=null",
+		"port=null", "runAsUser=null", "imagePullSecrets=null", "podAnnotations=null",
+	} {
+		text, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: []string{"sidecar." + set}})
+		if err != nil {
+			continue
+		}
+		taken++
+		all, err := chart.Decode(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range chart.Of[*corev1.ConfigMap](all) {
+			if c.Name != "credence-sidecar-settings" {
+				continue
+			}
+			if _, err := settingsfile.Parse([]byte(c.Data["settings.yaml"]), inject.DefaultSettings(), keys); err != nil {
+				t.Errorf("%s is installed, and the webhook says %v", set, err)
+			}
+		}
+	}
+	if taken != 8 {
+		t.Errorf("%d of these were taken, want 8", taken)
 	}
 }

@@ -436,6 +436,7 @@ func TestResources(t *testing.T) {
 		{"defaults, guaranteed", nil, ``, guaranteed, "50m 50m"},
 		{"settings", cpu(20, 40, 60), ``, ``, "20m 40m"},
 		{"settings, guaranteed", cpu(20, 40, 60), ``, guaranteed, "60m 60m"},
+		{"settings, guaranteed with less than the request", cpu(70, 90, 60), ``, guaranteed, "70m 70m"},
 		{"no limit", cpu(20, 0, 60), ``, ``, "20m 0"},
 		{"no limit, guaranteed", cpu(20, 0, 60), ``, guaranteed, "60m 60m"},
 		{"request", nil, `"sidecar-cpu-request":"50m"`, ``, "50m 100m"},

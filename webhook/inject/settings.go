@@ -54,7 +54,8 @@ type CPU struct {
 	Request policy.CPU `json:"request"`
 	// Limit is what it may take; 0 is no limit.
 	Limit policy.CPU `json:"limit"`
-	// Guaranteed is both in a pod of class Guaranteed, which would lose its class were they not equal.
+	// Guaranteed is both in a pod of class Guaranteed, which would lose its class were they not equal. Where Request
+	// is more, it counts.
 	Guaranteed policy.CPU `json:"guaranteed"`
 }
 

@@ -149,7 +149,9 @@ func (by *plan) resources(spec *podSpec) corev1.ResourceRequirements {
 	memory := *resource.NewQuantity(int64(by.settings.Memory)<<20, resource.BinarySI)
 	request, limit := by.settings.CPU.Request, by.settings.CPU.Limit
 	if spec.guaranteed() {
-		request, limit = by.settings.CPU.Guaranteed, by.settings.CPU.Guaranteed
+		// Not below the request, which may be there for the minimum of a LimitRange.
+		request = max(request, by.settings.CPU.Guaranteed)
+		limit = request
 	}
 	r := corev1.ResourceRequirements{
 		// Of memory the request is the limit, so that a full node has no reason to kill the sidecar.
