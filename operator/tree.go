@@ -2,6 +2,7 @@ package operator
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -157,6 +158,21 @@ func newPatched(root *yaml.Node) *patched {
 	return &patched{root: root, replaced: map[*yaml.Node]*yaml.Node{}}
 }
 
+// addAll applies the operations of all templates.
+func (p *patched) addAll(ctx context.Context, adds []placed) error {
+	for _, add := range adds {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		for _, op := range add.ops {
+			if err := p.add(add.template, op); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // add applies one operation whose path is below the value at prefix, a list of keys and indices.
 func (p *patched) add(prefix []string, op inject.Operation) error {
 	if op.Op != "add" {
@@ -245,7 +261,7 @@ func sorted(n *yaml.Node) *yaml.Node {
 	return s
 }
 
-// maxNodes bounds a document whose aliases are written out: a few lines of them can stand for billions of
+// maxNodes bounds a document whose aliases are written out or followed: a few lines of them can stand for billions of
 // nodes. An object of 3 MiB, the most that an API server reads, has fewer.
 const maxNodes = 1 << 20
 
