@@ -62,6 +62,16 @@ func TestAliasesWrittenOut(t *testing.T) {
 	}
 }
 
+// TestLongLine: the time that a line takes does not grow with the square of its length, or this would not end in minutes.
+// What follows the line, and what comes behind other than ASCII, has its place.
+func TestLongLine(t *testing.T) {
+	text := `{"apiVersion":"v1","kind":"Pod","x":["é"` + strings.Repeat(`,"é"`, 300_000) + `],"spec":` + podSpec + `,` + "\n" +
+		`"y":"é","metadata":{"name":"p","annotations":{"iam.amazonaws.com/role":"r"}}}`
+	if out, _ := must(t, text); strings.Count(out, "/credence-sidecar:v1") != 1 {
+		t.Errorf("it became %.200s", out[strings.Index(out, `"spec"`):])
+	}
+}
+
 // TestUnreadableOnce: of a document that cannot be read, as one whose aliases hold themselves, that is said once, and not of
 // each of its objects.
 func TestUnreadableOnce(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 
@@ -83,6 +84,19 @@ type jsonParser struct {
 	b     []byte
 	d     *json.Decoder
 	lines []int
+	// The place of the last value.
+	at, line, column int
+}
+
+// moveTo moves the place on to an offset. Lines and columns are from 1 on, and in characters. To count each column from the
+// beginning of its line would take for ever: much JSON is a single line.
+func (p *jsonParser) moveTo(at int) {
+	for p.line < len(p.lines) && p.lines[p.line] <= at {
+		p.at, p.column = p.lines[p.line], 1
+		p.line++
+	}
+	p.column += utf8.RuneCount(p.b[p.at:at])
+	p.at = at
 }
 
 func (p *jsonParser) next() (*yaml.Node, error) {
@@ -95,7 +109,8 @@ func (p *jsonParser) next() (*yaml.Node, error) {
 		return nil, err
 	}
 	n := &yaml.Node{Kind: yaml.ScalarNode}
-	n.Line, n.Column = position(p.b, p.lines, at)
+	p.moveTo(at)
+	n.Line, n.Column = p.line, p.column
 	switch token := token.(type) {
 	case json.Delim:
 		n.Kind, n.Tag, n.Style = yaml.SequenceNode, "!!seq", yaml.FlowStyle
