@@ -2,6 +2,7 @@ package operator
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,8 @@ type document struct {
 	head   int        // where the JSON value begins, with white space around it; 0 in YAML
 	json   bool       // one JSON value, and not YAML
 	root   *yaml.Node // nil for comments alone
+	// objects are those of root that concern us.
+	objects []object
 }
 
 // maxSize bounds what is read, in bytes, all files together. It is far more than the manifests of a large
@@ -27,12 +30,15 @@ type document struct {
 const maxSize = 64 << 20
 
 // parseDocuments takes a file apart, and parses what it holds.
-func parseDocuments(file string, text []byte) ([]*document, error) {
+func parseDocuments(ctx context.Context, file string, text []byte) ([]*document, error) {
 	var all []*document
 	number, line := 0, 1
 	for _, part := range split(text) {
 		values, head, isJSON := splitJSON(part)
 		for _, value := range values {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
 			d := &document{file: file, line: line, text: value, head: head, json: isJSON}
 			head = 0
 			var err error
@@ -40,6 +46,9 @@ func parseDocuments(file string, text []byte) ([]*document, error) {
 				d.root, err = parseJSON(value[d.head:])
 			} else {
 				d.root, err = parseYAML(value)
+			}
+			if err == nil {
+				d.objects, err = objects(d.root)
 			}
 			if err != nil {
 				return nil, fmt.Errorf("%s: document %d, which begins in line %d, cannot be read: %w", file, number+1, line, err)

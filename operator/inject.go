@@ -2,6 +2,7 @@ package operator
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -41,32 +42,39 @@ type object struct {
 }
 
 // objects returns those of a document that concern us.
-func objects(root *yaml.Node) []object {
+func objects(root *yaml.Node) ([]object, error) {
 	var all []object
-	var walk func(n *yaml.Node, path []string, group, kind string, depth int)
-	walk = func(n *yaml.Node, path []string, group, kind string, depth int) {
+	left := maxNodes
+	var walk func(n *yaml.Node, path []string, group, kind string, depth int) error
+	walk = func(n *yaml.Node, path []string, group, kind string, depth int) error {
+		if left--; left < 0 {
+			return fmt.Errorf("its lists hold more than %d objects, with those that aliases stand for", maxNodes)
+		}
 		n = value(n)
 		if k := text(n, "kind"); k != "" {
 			kind, group = k, groupOf(text(n, "apiVersion"))
 		}
 		if t, ok := templates[kind]; ok && slices.Contains(t.groups, group) || kind == "Namespace" && group == "" {
 			all = append(all, object{kind, path, n})
-			return
+			return nil
 		}
 		// The items of a list of one kind need not say which. Lists in lists are taken as kubectl does.
 		of, isList := strings.CutSuffix(kind, "List")
 		items, _ := child(n, "items")
 		if items = value(items); !isList || items == nil || items.Kind != yaml.SequenceNode || depth > 8 {
-			return
+			return nil
 		}
 		for i, item := range items.Content {
-			walk(item, append(slices.Clone(path), "items", strconv.Itoa(i)), group, of, depth+1)
+			if err := walk(item, append(slices.Clone(path), "items", strconv.Itoa(i)), group, of, depth+1); err != nil {
+				return err
+			}
 		}
+		return nil
 	}
-	if root != nil {
-		walk(root, nil, "", "", 0)
+	if root == nil {
+		return nil, nil
 	}
-	return all
+	return all, walk(root, nil, "", "", 0)
 }
 
 func groupOf(apiVersion string) string {
@@ -103,10 +111,13 @@ type metadata struct {
 
 // learn takes up the facts of the namespaces among documents. Of two of one name the later counts, as it does
 // when they are applied.
-func (in *injection) learn(documents []*document) error {
+func (in *injection) learn(ctx context.Context, documents []*document) error {
 	for _, d := range documents {
 		var whole any
-		for _, o := range objects(d.root) {
+		for _, o := range d.objects {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
 			if o.kind != "Namespace" {
 				continue
 			}
@@ -188,13 +199,16 @@ type placed struct {
 	ops      []inject.Operation
 }
 
-// document injects one document.
-func (in *injection) document(d *document) (r result) {
+// document injects one document. Its error is that of ctx.
+func (in *injection) document(ctx context.Context, d *document) (r result, err error) {
 	var (
 		whole any
 		adds  []placed
 	)
-	for _, o := range objects(d.root) {
+	for _, o := range d.objects {
+		if err := ctx.Err(); err != nil {
+			return result{}, err
+		}
 		if o.kind == "Namespace" {
 			continue
 		}
@@ -206,25 +220,31 @@ func (in *injection) document(d *document) (r result) {
 		if err != nil {
 			r.said = append(r.said, who+"refused: "+err.Error())
 			r.refused = true
+			if whole == nil {
+				break // none of it can be read: once is enough to try it and to say so
+			}
 		}
 		if len(add.ops) > 0 {
 			adds = append(adds, add)
 		}
 	}
 	if r.refused || len(adds) == 0 {
-		return r
+		return r, nil
 	}
-	edits, anew, err := in.edit(d, adds)
+	edits, anew, err := in.edit(ctx, d, adds)
+	if ended := ctx.Err(); ended != nil {
+		return result{}, ended
+	}
 	if err != nil {
 		r.said = append(r.said, d.where()+": refused: cannot be edited: "+err.Error())
 		r.refused = true
-		return r
+		return r, nil
 	}
 	if anew {
 		r.said = append(r.said, d.where()+": note: written anew, because there is no place to add something to what several parts share (anchors, aliases) or to a text that lacks its last newline; white space may differ")
 	}
 	r.edits = edits
-	return r
+	return r, nil
 }
 
 // name is how messages name an object.
@@ -325,9 +345,9 @@ func firstPullSecrets(pod []byte, ops []inject.Operation) bool {
 // edit returns the edits that make the operations in the text of a document, and whether it had to be written
 // anew for them. It checks that they come to what the operations do, that nothing else has changed, and that
 // the webhook would add nothing more.
-func (in *injection) edit(d *document, adds []placed) (edits []edit, anew bool, err error) {
-	edits, err = in.splice(d, adds)
-	if err == nil || d.json {
+func (in *injection) edit(ctx context.Context, d *document, adds []placed) (edits []edit, anew bool, err error) {
+	edits, err = in.splice(ctx, d, adds)
+	if err == nil || d.json || ctx.Err() != nil {
 		return edits, false, err
 	}
 	text, expandErr := expand(d.root)
@@ -338,11 +358,11 @@ func (in *injection) edit(d *document, adds []placed) (edits []edit, anew bool, 
 	if expanded.root, err = parseYAML(text); err != nil {
 		return nil, false, err
 	}
-	if err := sameJSON(d, expanded, nil); err != nil {
+	if err := sameJSON(ctx, d, expanded, nil); err != nil {
 		return nil, false, err
 	}
 	// What is being injected was decided by the aliased document; the places are the same.
-	if edits, err = in.splice(expanded, adds); err != nil {
+	if edits, err = in.splice(ctx, expanded, adds); err != nil {
 		return nil, false, err
 	}
 	whole := apply(text, edits)
@@ -358,7 +378,7 @@ func (in *injection) edit(d *document, adds []placed) (edits []edit, anew bool, 
 }
 
 // splice is edit for a document that stays as it is written.
-func (in *injection) splice(d *document, adds []placed) ([]edit, error) {
+func (in *injection) splice(ctx context.Context, d *document, adds []placed) ([]edit, error) {
 	// The tree of the document stays as it is: another is patched.
 	parse := parseYAML
 	if d.json {
@@ -369,12 +389,8 @@ func (in *injection) splice(d *document, adds []placed) ([]edit, error) {
 		return nil, err
 	}
 	tree := newPatched(root)
-	for _, add := range adds {
-		for _, op := range add.ops {
-			if err := tree.add(add.template, op); err != nil {
-				return nil, err
-			}
-		}
+	if err := tree.addAll(ctx, adds); err != nil {
+		return nil, err
 	}
 	edits, err := splice(d.text[d.head:], tree, d.json)
 	if err != nil {
@@ -391,11 +407,14 @@ func (in *injection) splice(d *document, adds []placed) ([]edit, error) {
 	if out.root == nil || !same(tree.root, out.root, false) {
 		return nil, errShape
 	}
-	if err := sameJSON(d, out, adds); err != nil {
+	if err := sameJSON(ctx, d, out, adds); err != nil {
 		return nil, err
 	}
 	var whole any
 	for _, add := range adds {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
 		pod, err := out.at(&whole, add.template)
 		if err != nil {
 			return nil, err
@@ -412,7 +431,7 @@ func (in *injection) splice(d *document, adds []placed) ([]edit, error) {
 }
 
 // sameJSON returns an error unless the JSON of b is that of a with the operations applied.
-func sameJSON(a, b *document, adds []placed) error {
+func sameJSON(ctx context.Context, a, b *document, adds []placed) error {
 	rawA, err := a.asJSON()
 	if err != nil {
 		return err
@@ -430,12 +449,8 @@ func sameJSON(a, b *document, adds []placed) error {
 		return err
 	}
 	tree := newPatched(rootA)
-	for _, add := range adds {
-		for _, op := range add.ops {
-			if err := tree.add(add.template, op); err != nil {
-				return err
-			}
-		}
+	if err := tree.addAll(ctx, adds); err != nil {
+		return err
 	}
 	if !same(tree.root, rootB, true) {
 		return errAliased

@@ -73,12 +73,12 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 			return nil, err
 		}
 		left -= int64(len(text))
-		return parseDocuments(shown(name), text)
+		return parseDocuments(ctx, shown(name), text)
 	}
 	if cfg.NamespacesFile != "" {
 		documents, err := read(cfg.NamespacesFile)
 		if err == nil {
-			err = in.learn(documents)
+			err = in.learn(ctx, documents)
 		}
 		if err == nil && len(in.namespaces) == 0 {
 			err = fmt.Errorf("%s holds no Namespace", cfg.NamespacesFile)
@@ -91,7 +91,7 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 	for i, name := range cfg.Files {
 		var err error
 		if files[i], err = read(name); err == nil {
-			err = in.learn(files[i])
+			err = in.learn(ctx, files[i])
 		}
 		if err != nil {
 			return err
@@ -107,7 +107,10 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			result := in.document(d)
+			result, err := in.document(ctx, d)
+			if err != nil {
+				return err
+			}
 			for _, line := range result.said {
 				_, _ = fmt.Fprintln(cfg.Stderr, line) // where nobody listens, nobody is to be told
 			}

@@ -689,12 +689,3 @@ func lineStarts(b []byte) []int {
 	}
 	return lines
 }
-
-// position returns the line and the column of an offset, both from 1 on and in characters.
-func position(b []byte, lines []int, at int) (line, column int) {
-	i, found := slices.BinarySearch(lines, at)
-	if !found {
-		i--
-	}
-	return i + 1, utf8.RuneCount(b[lines[i]:at]) + 1
-}

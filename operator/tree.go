@@ -2,6 +2,7 @@ package operator
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 
@@ -82,6 +84,19 @@ type jsonParser struct {
 	b     []byte
 	d     *json.Decoder
 	lines []int
+	// The place of the last value.
+	at, line, column int
+}
+
+// moveTo moves the place on to an offset. Lines and columns are from 1 on, and in characters. To count each column from the
+// beginning of its line would take for ever: much JSON is a single line.
+func (p *jsonParser) moveTo(at int) {
+	for p.line < len(p.lines) && p.lines[p.line] <= at {
+		p.at, p.column = p.lines[p.line], 1
+		p.line++
+	}
+	p.column += utf8.RuneCount(p.b[p.at:at])
+	p.at = at
 }
 
 func (p *jsonParser) next() (*yaml.Node, error) {
@@ -94,7 +109,8 @@ func (p *jsonParser) next() (*yaml.Node, error) {
 		return nil, err
 	}
 	n := &yaml.Node{Kind: yaml.ScalarNode}
-	n.Line, n.Column = position(p.b, p.lines, at)
+	p.moveTo(at)
+	n.Line, n.Column = p.line, p.column
 	switch token := token.(type) {
 	case json.Delim:
 		n.Kind, n.Tag, n.Style = yaml.SequenceNode, "!!seq", yaml.FlowStyle
@@ -155,6 +171,21 @@ type patched struct {
 
 func newPatched(root *yaml.Node) *patched {
 	return &patched{root: root, replaced: map[*yaml.Node]*yaml.Node{}}
+}
+
+// addAll applies the operations of all templates.
+func (p *patched) addAll(ctx context.Context, adds []placed) error {
+	for _, add := range adds {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		for _, op := range add.ops {
+			if err := p.add(add.template, op); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // add applies one operation whose path is below the value at prefix, a list of keys and indices.
@@ -245,7 +276,7 @@ func sorted(n *yaml.Node) *yaml.Node {
 	return s
 }
 
-// maxNodes bounds a document whose aliases are written out: a few lines of them can stand for billions of
+// maxNodes bounds a document whose aliases are written out or followed: a few lines of them can stand for billions of
 // nodes. An object of 3 MiB, the most that an API server reads, has fewer.
 const maxNodes = 1 << 20
 
