@@ -38,8 +38,6 @@ type verdict struct {
 
 // respond decides on one request, logs the decision and puts it in the API server's form.
 func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, began time.Time) *admissionv1.AdmissionResponse {
-	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
-	defer cancel()
 	v, err := s.decideSafely(ctx, request)
 	response := &admissionv1.AdmissionResponse{UID: request.UID}
 	if err == nil && v.Patch != nil {

@@ -3,5 +3,5 @@ package webhook
 // Bounds of reviews.
 const (
 	MaxReview = maxReview
-	MaxBodies = maxBodies
+	MaxShared = maxBodies - maxReview
 )
