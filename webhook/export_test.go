@@ -5,3 +5,6 @@ const (
 	MaxReview = maxReview
 	MaxShared = maxBodies - maxReview
 )
+
+// Refusal is what a user is told of an error.
+var Refusal = refusal

@@ -138,7 +138,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.DrainDelay == 0 {
 		cfg.DrainDelay = defaultDrainDelay
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter(), bodies: newBodies()}
+	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter().SkipClean(true), bodies: newBodies()}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -206,8 +206,14 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	if s.stopping.Load() {
 		missing = append(missing, "server: stopping")
 	}
-	if end := s.cfg.KeyPair.NotAfter(); time.Now().After(end) {
-		missing = append(missing, "key pair: expired at "+end.UTC().Format(time.RFC3339))
+	// By the rule of clients: there is no leeway.
+	switch pair, err := s.cfg.KeyPair.GetCertificate(nil); {
+	case err != nil:
+		missing = append(missing, fmt.Sprintf("key pair: %v", err))
+	case time.Now().After(pair.Leaf.NotAfter):
+		missing = append(missing, "key pair: expired at "+pair.Leaf.NotAfter.UTC().Format(time.RFC3339))
+	case time.Now().Before(pair.Leaf.NotBefore):
+		missing = append(missing, "key pair: not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339))
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.cfg.Ready)) {
 		if err := s.cfg.Ready[name](); err != nil {
