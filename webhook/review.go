@@ -27,28 +27,37 @@ func (s *Server) mutate(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	memory := &share{of: s.bodies}
 	defer memory.release()
-	request, code, err := readReview(ctx, w, r, memory)
+	var request *admissionv1.AdmissionRequest
+	// Of what failed by no status of its own, the log tells.
+	code, err := http.StatusInternalServerError, error(nil)
+	if fault := s.safely(ctx, "", func() { request, code, err = readReview(ctx, w, r, memory) }); fault != nil {
+		err = errors.New("internal error: the webhook's log has it")
+	}
 	if err != nil {
 		s.log.WarnContext(ctx, "Admission review not understood", "status", code, "error", err)
 		answer(w, code, err.Error())
 		return
 	}
-	response := s.respond(ctx, request, began)
-	body, err := stdjson.Marshal(admissionv1.AdmissionReview{
-		TypeMeta: metav1.TypeMeta{APIVersion: reviewVersion, Kind: reviewKind},
-		Response: response,
-	})
-	if err != nil {
-		// Cannot happen: these types have no value that does not encode. To the API server, it is a
-		// webhook that fails, and so a refusal.
-		s.log.ErrorContext(r.Context(), "Answer to an admission review not encoded", "uid", request.UID, "error", err)
-		answer(w, http.StatusInternalServerError, "the answer cannot be encoded")
-		return
+	var body []byte
+	fault := s.safely(ctx, request.UID, func() { body, err = encode(s.respond(ctx, request, began)) })
+	if fault = errors.Join(fault, err); fault != nil {
+		if body, err = encode(refusal(request, fault)); err != nil {
+			// Cannot happen: it has no value that does not encode.
+			answer(w, http.StatusInternalServerError, "the answer cannot be encoded")
+			return
+		}
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if _, err := w.Write(body); err != nil {
 		s.log.WarnContext(r.Context(), "Answer to an admission review not sent", "uid", request.UID, "error", err)
 	}
+}
+
+func encode(response *admissionv1.AdmissionResponse) ([]byte, error) {
+	return stdjson.Marshal(admissionv1.AdmissionReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: reviewVersion, Kind: reviewKind},
+		Response: response,
+	})
 }
 
 // readReview returns the request of the one review in the body, or the HTTP status that refuses it.

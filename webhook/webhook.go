@@ -6,7 +6,7 @@
 //     that cannot be asked) it is refused, because a pod without its sidecar would silently get the
 //     role of its node;
 //   - all that is not the creation of an annotated pod is let through untouched;
-//   - each review it can read is answered by a review with the same uid. All else is answered by a 4xx, or by a 503
+//   - each review it can read is answered by a review with the same uid. All else is answered by a 4xx, by a 500 after a panic, or by a 503
 //     if there are more reviews at once than there is memory to read them;
 //   - no admission is lost while it stops: see [Server.Run];
 //   - its log has one line per decision, and in none of them an environment value or a pod.
@@ -232,5 +232,5 @@ func answer(w http.ResponseWriter, code int, text string) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)
 	// An error here means that the client has gone.
-	_, _ = fmt.Fprintln(w, text) //nolint:gosec // G705: plain text, which no browser may take for anything else
+	_, _ = fmt.Fprintln(w, text)
 }

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -710,6 +711,27 @@ func TestRefusalsAreBounded(t *testing.T) {
 	}
 	if got.Details.RetryAfterSeconds != 60 {
 		t.Errorf("to be tried again after %d s", got.Details.RetryAfterSeconds)
+	}
+}
+
+// panics is a body that cannot be read.
+type panics struct{}
+
+func (panics) Read([]byte) (int, error) { panic("hunter2") }
+
+// TestPanics: outside the decision, too, the answer is a refusal.
+func TestPanics(t *testing.T) {
+	s := newServer(t, func(c *webhook.Config) { c.Observe = func(webhook.Observation) { panic("hunter2") } })
+	w := recorded(t, s, http.MethodPost, "/mutate", review(pod(permitted, "")))
+	if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || got.Result.Code != 500 {
+		t.Errorf("answered %s", w.Body)
+	}
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", panics{})
+	request.Header.Set("Content-Type", "application/json")
+	w = httptest.NewRecorder()
+	s.ServeHTTP(w, request)
+	if w.Code != 500 || !strings.HasPrefix(w.Body.String(), "internal error") {
+		t.Errorf("answered %d %s", w.Code, w.Body)
 	}
 }
 
