@@ -1,7 +1,12 @@
 package webhook_test
 
 import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -9,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/webhook"
 )
 
@@ -28,42 +34,33 @@ func asks(t *testing.T, s *webhook.Server, length int64, r io.Reader) chan *http
 	return answered
 }
 
-// Reviews that come at once wait for each other's memory: none is lost that gets some in time, and the others are told.
-func TestBodiesAreBounded(t *testing.T) {
-	body := review(pod(permitted, ""))
-	for name, tt := range map[string]struct {
-		length int64 // of each that is under way
-		sent   bool  // one of them arrives
-		want   int
-	}{
-		"memory in time":    {webhook.MaxReview, true, http.StatusOK},
-		"none in time":      {webhook.MaxReview, false, http.StatusServiceUnavailable},
-		"length not told":   {-1, false, http.StatusServiceUnavailable},
-		"more than is read": {webhook.MaxBodies, false, http.StatusServiceUnavailable},
-	} {
+// sends starts n reviews of length, and sends the beginning of each. What ends their bodies is returned.
+func sends(t *testing.T, s *webhook.Server, n int, length int64, begin string) (writers []*io.PipeWriter, answered []chan *httptest.ResponseRecorder) {
+	t.Helper()
+	for range n {
+		reader, writer := io.Pipe()
+		answered = append(answered, asks(t, s, length, reader))
+		go func() { _, _ = io.WriteString(writer, begin) }() // refused, nobody reads the rest
+		writers = append(writers, writer)
+	}
+	synctest.Wait()
+	return writers, answered
+}
+
+// A body that does not arrive takes no memory from others, whatever length it declares.
+func TestSilentBodiesTakeNothing(t *testing.T) {
+	for name, length := range map[string]int64{"declared": webhook.MaxReview, "not declared": -1} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(t)
-				var writers []*io.PipeWriter
-				for range webhook.MaxBodies / webhook.MaxReview {
-					reader, writer := io.Pipe()
-					asks(t, s, tt.length, reader)
-					writers = append(writers, writer)
-				}
-				const length = webhook.MaxBodies%webhook.MaxReview + 1 // more than is left
-				answered := asks(t, s, length, strings.NewReader(body))
-				began := time.Now()
+				writers, _ := sends(t, s, 1000, length, strings.Repeat(" ", 4<<10))
 				select {
-				case w := <-answered:
-					t.Fatalf("a further review was answered %d while there was no memory for it", w.Code)
+				case w := <-asks(t, s, 10<<10, strings.NewReader(review(pod(permitted, ""))+strings.Repeat(" ", 9<<10))):
+					if w.Code != http.StatusOK {
+						t.Errorf("answered %d: %s", w.Code, w.Body)
+					}
 				default:
-				}
-				if tt.sent {
-					writers[0].Close()
-				}
-				w := <-answered
-				if w.Code != tt.want {
-					t.Errorf("answered %d after %v: %s", w.Code, time.Since(began), w.Body)
+					t.Error("a review waits for those that do not arrive")
 				}
 				for _, writer := range writers {
 					writer.Close()
@@ -71,4 +68,189 @@ func TestBodiesAreBounded(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Reviews that come at once wait for each other's memory: none is lost that gets some in time, and the others are told.
+func TestBodiesAreBounded(t *testing.T) {
+	for name, tt := range map[string]struct {
+		length int64 // of each that is under way
+		sent   bool  // one of them arrives
+		want   int
+	}{
+		"memory in time":  {webhook.MaxReview, true, http.StatusOK},
+		"none in time":    {webhook.MaxReview, false, http.StatusServiceUnavailable},
+		"length not told": {-1, false, http.StatusServiceUnavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newServer(t)
+				const part = 1 << 20
+				writers, _ := sends(t, s, webhook.MaxShared/part, tt.length, strings.Repeat(" ", part-1))
+				body := review(pod(permitted, ""))
+				answered := asks(t, s, int64(len(body)), strings.NewReader(body))
+				select {
+				case w := <-answered:
+					t.Fatalf("a further review was answered %d while there was no memory for it", w.Code)
+				default:
+				}
+				began := time.Now()
+				if tt.sent {
+					writers[0].Close()
+				}
+				w := <-answered
+				if w.Code != tt.want {
+					t.Errorf("answered %d: %s", w.Code, w.Body)
+				}
+				if took := time.Since(began); took > 4*time.Second || !tt.sent && took < 4*time.Second {
+					t.Errorf("answered after %s", took)
+				}
+				if tt.want != http.StatusOK && !strings.HasPrefix(w.Body.String(), "too many reviews at once: of the 33554432 bytes") {
+					t.Errorf("answered %s", w.Body)
+				}
+				for _, writer := range writers {
+					writer.Close()
+				}
+			})
+		})
+	}
+}
+
+// Large bodies that arrive at once, each with a part for which there is memory, do not wait for each other for ever.
+func TestLargeBodiesAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		const length, first = 3 << 20, 1<<20 - 1
+		began := time.Now()
+		writers, answered := sends(t, s, 24, length, strings.Repeat(" ", first))
+		end := review(pod(permitted, ""))
+		rest := strings.Repeat(" ", length-first-len(end)) + end
+		for _, writer := range writers {
+			go func() {
+				_, _ = io.WriteString(writer, rest)
+				writer.Close()
+			}()
+		}
+		for _, a := range answered {
+			if w := <-a; w.Code != http.StatusOK {
+				t.Errorf("answered %d after %s: %s", w.Code, time.Since(began), w.Body)
+			}
+		}
+	})
+}
+
+// What a body was given is given back: more are answered one after the other than there is memory for at once.
+func TestMemoryIsGivenBack(t *testing.T) {
+	s := newServer(t)
+	body := strings.Repeat(" ", 1<<20) + review(pod(permitted, ""))
+	for n := range 64 {
+		if w := recorded(t, s, http.MethodPost, "/mutate", body); w.Code != http.StatusOK {
+			t.Fatalf("after %d reviews: %d %s", n, w.Code, w.Body)
+		}
+	}
+}
+
+// A body has two seconds for each part, and the four of the review for all. What it took to arrive does not cut short
+// the decision.
+func TestBodiesThatArriveSlowly(t *testing.T) {
+	const second = time.Second
+	for name, tt := range map[string]struct {
+		pauses  []time.Duration // before each further part; the last one completes the body
+		cut     bool            // the last part is not sent
+		decides time.Duration
+		want    int
+		took    time.Duration
+	}{
+		"nothing":          {cut: true, want: http.StatusRequestTimeout, took: 2 * second},
+		"a part only":      {pauses: []time.Duration{second}, cut: true, want: http.StatusRequestTimeout, took: 3 * second},
+		"bit by bit":       {pauses: []time.Duration{second, second, second, second * 9 / 10, second}, want: http.StatusRequestTimeout, took: 4 * second},
+		"slowly":           {pauses: []time.Duration{second, second, second}, want: http.StatusOK, took: 3 * second},
+		"at once":          {pauses: []time.Duration{0}, decides: 3 * second, want: http.StatusOK, took: 3 * second},
+		"slowly, and then": {pauses: []time.Duration{second}, decides: 2 * second, want: http.StatusOK, took: 3 * second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				connection := connect(t, func(c *webhook.Config) {
+					c.Namespaces = namespaces(func(ctx context.Context, name string) (policy.Namespace, error) {
+						select {
+						case <-time.After(tt.decides):
+							return teamA(ctx, name)
+						case <-ctx.Done():
+							return policy.Namespace{}, ctx.Err()
+						}
+					})
+				})
+				body := review(pod(permitted, ""))
+				began := time.Now()
+				fmt.Fprintf(connection, "POST /mutate HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(body))
+				go func() {
+					for n, pause := range tt.pauses {
+						time.Sleep(pause)
+						part := body[n : n+1]
+						if n == len(tt.pauses)-1 && !tt.cut {
+							part = body[n:]
+						}
+						if _, err := io.WriteString(connection, part); err != nil {
+							return
+						}
+					}
+				}()
+				code, text := answered(t, connection)
+				if took := time.Since(began); code != tt.want || took != tt.took {
+					t.Errorf("answered %d after %s, want %d after %s: %s", code, took, tt.want, tt.took, text)
+				}
+				if code == http.StatusOK && !decodeReview(t, text, "0b2e5d3c").Allowed {
+					t.Errorf("answered %s", text)
+				}
+			})
+		})
+	}
+}
+
+// connect returns a connection to a server that runs until the test of synctest ends.
+func connect(t *testing.T, change ...func(*webhook.Config)) *tls.Conn {
+	t.Helper()
+	cfg := config(t)
+	for _, f := range change {
+		f(&cfg)
+	}
+	s, err := webhook.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pipes := newPipes()
+	_, stop := start(t, s, cfg.KeyPair, pipes, pipes.dial)
+	raw, err := pipes.dial(t.Context(), "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		raw.Close() // without the alert of TLS, for which nobody may be there
+		if err := stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	connection := tls.Client(raw, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13})
+	if err := connection.HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// More than any limit of the server's.
+	if err := connection.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	return connection
+}
+
+// answered reads a response.
+func answered(t *testing.T, connection net.Conn) (code int, text string) {
+	t.Helper()
+	response, err := http.ReadResponse(bufio.NewReader(connection), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(body)
 }

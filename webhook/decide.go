@@ -13,6 +13,7 @@ import (
 
 	admissionv1 "k8s.io/api/admission/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
@@ -38,8 +39,6 @@ type verdict struct {
 
 // respond decides on one request, logs the decision and puts it in the API server's form.
 func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, began time.Time) *admissionv1.AdmissionResponse {
-	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
-	defer cancel()
 	v, err := s.decideSafely(ctx, request)
 	response := &admissionv1.AdmissionResponse{UID: request.UID}
 	if err == nil && v.Patch != nil {
@@ -89,9 +88,16 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 	return response
 }
 
-// decideSafely is decide, with a panic turned into an error: the pod is refused, and the others of the
-// process live on.
+// decideSafely is decide, with a panic turned into an error.
 func (s *Server) decideSafely(ctx context.Context, request *admissionv1.AdmissionRequest) (v verdict, err error) {
+	if fault := s.safely(ctx, request.UID, func() { v, err = s.decide(ctx, request) }); fault != nil {
+		return verdict{}, fault
+	}
+	return v, err
+}
+
+// safely calls f, and turns a panic into an error: the pod is refused, and the others of the process live on.
+func (s *Server) safely(ctx context.Context, uid types.UID, f func()) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			// Errors of the Go runtime quote no data; other panic values might quote the pod.
@@ -99,11 +105,12 @@ func (s *Server) decideSafely(ctx context.Context, request *admissionv1.Admissio
 			if fault, ok := p.(runtime.Error); ok {
 				what = fault.Error()
 			}
-			s.log.ErrorContext(ctx, "Panic while deciding on an admission", "uid", clip(string(request.UID), maxName), "panic", what, "stack", string(debug.Stack()))
-			v, err = verdict{}, errors.New("panic: "+what)
+			s.log.ErrorContext(ctx, "Panic while deciding on an admission", "uid", clip(string(uid), maxName), "panic", what, "stack", string(debug.Stack()))
+			err = errors.New("panic: " + what)
 		}
 	}()
-	return s.decide(ctx, request)
+	f()
+	return nil
 }
 
 func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionRequest) (verdict, error) {

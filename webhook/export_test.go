@@ -3,5 +3,8 @@ package webhook
 // Bounds of reviews.
 const (
 	MaxReview = maxReview
-	MaxBodies = maxBodies
+	MaxShared = maxBodies - maxReview
 )
+
+// Refusal is what a user is told of an error.
+var Refusal = refusal

@@ -5,7 +5,6 @@ import (
 	stdjson "encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"mime"
 	"net/http"
 	"time"
@@ -14,16 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/json"
 )
-
-// maxReview bounds the body of a review, in bytes. The API server reads at most 3 MiB of any object
-// (etcd stores 1.5 MiB), a review can hold an object twice, before and after, and 1 MiB is left for
-// who asks and with what options.
-const maxReview = 7 << 20
-
-// maxBodies bounds the bodies that are in memory at a time, in bytes together. Deciding takes some three times a
-// body's length, so that this fits beside the watch in half of the 256 MiB that the chart gives the webhook. Reviews of
-// usual pods are 10 kB: this many are 3,000 at once.
-const maxBodies = 32 << 20
 
 // apiVersion and kind of the reviews that are understood.
 var (
@@ -34,30 +23,29 @@ var (
 // mutate answers one review.
 func (s *Server) mutate(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
-	release, err := s.admit(r)
-	if err != nil {
-		s.log.WarnContext(r.Context(), "Admission review not read", "status", http.StatusServiceUnavailable, "error", err)
-		answer(w, http.StatusServiceUnavailable, err.Error())
-		return
+	ctx, cancel := context.WithTimeout(r.Context(), reviewTimeout)
+	defer cancel()
+	memory := &share{of: s.bodies}
+	defer memory.release()
+	var request *admissionv1.AdmissionRequest
+	// Of what failed by no status of its own, the log tells.
+	code, err := http.StatusInternalServerError, error(nil)
+	if fault := s.safely(ctx, "", func() { request, code, err = readReview(ctx, w, r, memory) }); fault != nil {
+		err = errors.New("internal error: the webhook's log has it")
 	}
-	defer release()
-	request, code, err := readReview(w, r)
 	if err != nil {
-		s.log.WarnContext(r.Context(), "Admission review not understood", "status", code, "error", err)
+		s.log.WarnContext(ctx, "Admission review not understood", "status", code, "error", err)
 		answer(w, code, err.Error())
 		return
 	}
-	response := s.respond(r.Context(), request, began)
-	body, err := stdjson.Marshal(admissionv1.AdmissionReview{
-		TypeMeta: metav1.TypeMeta{APIVersion: reviewVersion, Kind: reviewKind},
-		Response: response,
-	})
-	if err != nil {
-		// Cannot happen: these types have no value that does not encode. To the API server, it is a
-		// webhook that fails, and so a refusal.
-		s.log.ErrorContext(r.Context(), "Answer to an admission review not encoded", "uid", request.UID, "error", err)
-		answer(w, http.StatusInternalServerError, "the answer cannot be encoded")
-		return
+	var body []byte
+	fault := s.safely(ctx, request.UID, func() { body, err = encode(s.respond(ctx, request, began)) })
+	if fault = errors.Join(fault, err); fault != nil {
+		if body, err = encode(refusal(request, fault)); err != nil {
+			// Cannot happen: it has no value that does not encode.
+			answer(w, http.StatusInternalServerError, "the answer cannot be encoded")
+			return
+		}
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if _, err := w.Write(body); err != nil {
@@ -65,31 +53,21 @@ func (s *Server) mutate(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// admit waits until there is memory for the body of r, for as long as a review may take. The caller must release it.
-func (s *Server) admit(r *http.Request) (release func(), err error) {
-	length := r.ContentLength
-	if length < 0 || length > maxReview {
-		length = maxReview // what is read of it at most
-	}
-	ctx, cancel := context.WithTimeout(r.Context(), reviewTimeout)
-	defer cancel()
-	if err := s.bodies.Acquire(ctx, length); err != nil {
-		return nil, fmt.Errorf("too many reviews at once: %d bytes of them are being decided on", maxBodies)
-	}
-	return func() { s.bodies.Release(length) }, nil
+func encode(response *admissionv1.AdmissionResponse) ([]byte, error) {
+	return stdjson.Marshal(admissionv1.AdmissionReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: reviewVersion, Kind: reviewKind},
+		Response: response,
+	})
 }
 
 // readReview returns the request of the one review in the body, or the HTTP status that refuses it.
-func readReview(w http.ResponseWriter, r *http.Request) (*admissionv1.AdmissionRequest, int, error) {
+func readReview(ctx context.Context, w http.ResponseWriter, r *http.Request, memory *share) (*admissionv1.AdmissionRequest, int, error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return nil, http.StatusUnsupportedMediaType, fmt.Errorf("content type %q is not application/json", r.Header.Get("Content-Type"))
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxReview))
-	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return nil, http.StatusRequestEntityTooLarge, fmt.Errorf("the review is longer than %d bytes", tooLarge.Limit)
-	}
+	body, code, err := readBody(ctx, w, r, memory)
 	if err != nil {
-		return nil, http.StatusBadRequest, fmt.Errorf("reading the review: %w", err)
+		return nil, code, err
 	}
 	var review admissionv1.AdmissionReview
 	if err := json.Unmarshal(body, &review); err != nil {

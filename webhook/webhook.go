@@ -6,7 +6,8 @@
 //     that cannot be asked) it is refused, because a pod without its sidecar would silently get the
 //     role of its node;
 //   - all that is not the creation of an annotated pod is let through untouched;
-//   - each review it can read is answered by a review with the same uid, and all else by a 4xx;
+//   - each review it can read is answered by a review with the same uid. All else is answered by a 4xx, by a 500 after a panic, or by a 503
+//     if there are more reviews at once than there is memory to read them;
 //   - no admission is lost while it stops: see [Server.Run];
 //   - its log has one line per decision, and in none of them an environment value or a pod.
 //
@@ -28,7 +29,6 @@ import (
 	"time"
 
 	"github.com/gorilla/mux"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
@@ -114,7 +114,7 @@ type Server struct {
 	cfg      Config
 	log      *slog.Logger
 	router   *mux.Router
-	bodies   *semaphore.Weighted // bytes of reviews that are read or decided on
+	bodies   *bodies
 	stopping atomic.Bool
 }
 
@@ -138,7 +138,7 @@ func New(cfg Config) (*Server, error) {
 	if cfg.DrainDelay == 0 {
 		cfg.DrainDelay = defaultDrainDelay
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter(), bodies: semaphore.NewWeighted(maxBodies)}
+	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter().SkipClean(true), bodies: newBodies()}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -206,8 +206,14 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	if s.stopping.Load() {
 		missing = append(missing, "server: stopping")
 	}
-	if end := s.cfg.KeyPair.NotAfter(); time.Now().After(end) {
-		missing = append(missing, "key pair: expired at "+end.UTC().Format(time.RFC3339))
+	// By the rule of clients: there is no leeway.
+	switch pair, err := s.cfg.KeyPair.GetCertificate(nil); {
+	case err != nil:
+		missing = append(missing, fmt.Sprintf("key pair: %v", err))
+	case time.Now().After(pair.Leaf.NotAfter):
+		missing = append(missing, "key pair: expired at "+pair.Leaf.NotAfter.UTC().Format(time.RFC3339))
+	case time.Now().Before(pair.Leaf.NotBefore):
+		missing = append(missing, "key pair: not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339))
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.cfg.Ready)) {
 		if err := s.cfg.Ready[name](); err != nil {

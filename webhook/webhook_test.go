@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -350,8 +351,7 @@ level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="panic: strin
 	}
 }
 
-// TestPatchedTwice: the answer to a pod that is injected already has no patch, and does say so.
-// The webhook judges by the rules file that is in force at that moment, as the broker does.
+// TestRulesFile: the webhook judges by the rules file that is in force at that moment, as the broker does.
 func TestRulesFile(t *testing.T) {
 	cfg := config(t)
 	client, url := startTCP(t, func(c *webhook.Config) { c.Rules = cfg.Rules })
@@ -378,6 +378,7 @@ func TestRulesFile(t *testing.T) {
 	}
 }
 
+// TestPatchedTwice: the answer to a pod that is injected already has no patch, and does say so.
 func TestPatchedTwice(t *testing.T) {
 	cfg := config(t)
 	result, err := cfg.Injector.Inject([]byte(pod(permitted, "")), "team-a")
@@ -411,6 +412,7 @@ func TestNotUnderstood(t *testing.T) {
 		{"no uid", "/mutate", "application/json", review("{}", "0b2e5d3c", ""), 400, "the review's request has no uid"},
 		{"too long", "/mutate", "application/json", strings.Repeat(" ", 7<<20) + review("{}"), 413, "the review is longer than 7340032 bytes"},
 		{"path", "/validate", "application/json", review("{}"), 404, "404 page not found"},
+		{"path that is not clean", "//mutate", "application/json", review("{}"), 404, "404 page not found"},
 		{"method", "/readyz", "application/json", review("{}"), 405, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -479,6 +481,29 @@ func TestExpiredKeyPairIsNotReady(t *testing.T) {
 		w := recorded(t, s, http.MethodGet, "/readyz", "")
 		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "key pair: expired at 2000-01-02T00:00:00Z") {
 			t.Errorf("answer is %d %q", w.Code, w.Body)
+		}
+	})
+}
+
+func TestKeyPairOfTomorrowIsNotReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		from := time.Now().Add(time.Hour)
+		s := newServer(t, func(c *webhook.Config) {
+			leaf := certstest.NewCA(t).LeafWith(func(l *x509.Certificate) { l.NotBefore = from }, "webhook.example")
+			certFile, keyFile := leaf.WriteTo(t.TempDir())
+			var err error
+			if c.KeyPair, err = certs.NewKeyPair(certFile, keyFile, nil); err != nil {
+				t.Fatal(err)
+			}
+		})
+		time.Sleep(time.Hour - time.Second)
+		w := recorded(t, s, http.MethodGet, "/readyz", "")
+		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "key pair: not valid before 2000-01-01T01:00:00Z") {
+			t.Errorf("a second before, the answer is %d %q", w.Code, w.Body)
+		}
+		time.Sleep(time.Second)
+		if w := recorded(t, s, http.MethodGet, "/readyz", ""); w.Code != 200 {
+			t.Errorf("in time, the answer is %d %q", w.Code, w.Body)
 		}
 	})
 }
@@ -630,6 +655,84 @@ func TestSlowNamespaces(t *testing.T) {
 			t.Errorf("answer is %s", w.Body)
 		}
 	})
+}
+
+// TestConnectionsAreBounded: each limit of the connection by itself.
+func TestConnectionsAreBounded(t *testing.T) {
+	ended := func(t *testing.T, sent string, after time.Duration) {
+		t.Helper()
+		connection, began := connect(t), time.Now()
+		if _, err := io.WriteString(connection, sent); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, connection)
+		if took := time.Since(began); took != after {
+			t.Errorf("the connection ended after %s, want %s", took, after)
+		}
+	}
+	for name, test := range map[string]func(t *testing.T){
+		"headers that do not end": func(t *testing.T) { ended(t, "GET /healthz HTTP/1.1\r\nHost:", 5*time.Second) },
+		"a body that nobody asked for": func(t *testing.T) {
+			ended(t, "GET /healthz HTTP/1.1\r\nHost: webhook\r\nContent-Length: 9\r\n\r\n", 10*time.Second)
+		},
+		"an answer that is not taken": func(t *testing.T) {
+			connection := connect(t)
+			if _, err := io.WriteString(connection, "GET /healthz HTTP/1.1\r\nHost: webhook\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(30 * time.Second)
+			if n, err := connection.Read(make([]byte, 1)); err == nil {
+				t.Errorf("after half a minute, %d bytes were there", n)
+			}
+		},
+		"headers that are long": func(t *testing.T) {
+			connection := connect(t)
+			go func() {
+				_, _ = io.WriteString(connection, "GET /healthz HTTP/1.1\r\nHost: webhook\r\nX: "+strings.Repeat("x", 40<<10)+"\r\n\r\n")
+			}()
+			if code, text := answered(t, connection); code != http.StatusRequestHeaderFieldsTooLarge {
+				t.Errorf("answered %d %s", code, text)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) { synctest.Test(t, test) })
+	}
+}
+
+// TestRefusalsAreBounded: a refusal is at most as long as a message may be, and nobody is told to wait for more than a
+// minute.
+func TestRefusalsAreBounded(t *testing.T) {
+	got := webhook.Refusal(&admissionv1.AdmissionRequest{UID: "1"}, &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, Message: strings.Repeat("é", 2049), RetryAfter: time.Hour,
+	}).Result
+	want := strings.Repeat("é", 2047) + "…"
+	if got.Message != "credence: "+want || got.Details.Causes[0].Message != want {
+		t.Errorf("the message has %d characters, its cause %d", len([]rune(got.Message)), len([]rune(got.Details.Causes[0].Message)))
+	}
+	if got.Details.RetryAfterSeconds != 60 {
+		t.Errorf("to be tried again after %d s", got.Details.RetryAfterSeconds)
+	}
+}
+
+// panics is a body that cannot be read.
+type panics struct{}
+
+func (panics) Read([]byte) (int, error) { panic("hunter2") }
+
+// TestPanics: outside the decision, too, the answer is a refusal.
+func TestPanics(t *testing.T) {
+	s := newServer(t, func(c *webhook.Config) { c.Observe = func(webhook.Observation) { panic("hunter2") } })
+	w := recorded(t, s, http.MethodPost, "/mutate", review(pod(permitted, "")))
+	if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || got.Result.Code != 500 {
+		t.Errorf("answered %s", w.Body)
+	}
+	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", panics{})
+	request.Header.Set("Content-Type", "application/json")
+	w = httptest.NewRecorder()
+	s.ServeHTTP(w, request)
+	if w.Code != 500 || !strings.HasPrefix(w.Body.String(), "internal error") {
+		t.Errorf("answered %d %s", w.Code, w.Body)
+	}
 }
 
 func TestRunSaysWhyItEnds(t *testing.T) {
