@@ -121,7 +121,7 @@ func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
 
 // readyPoll is how long a request for readiness waits. The probe asks again; a longer wait would need
 // other time limits than the rest of the server.
-const readyPoll = 1500 * time.Millisecond
+const readyPoll = 5 * time.Second
 
 // serveReady answers 204 once a credential is held or the start timeout has passed, and 503 when
 // neither happens within readyPoll.

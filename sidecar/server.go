@@ -17,10 +17,9 @@ import (
 // Bounds of the HTTP server. Its clients are SDKs in the same pod: they send some 500 bytes and read
 // some 2 kB, both at once.
 const (
-	// readTimeout is for header and body; no request served here has one. It also ends the wait of a handler, so it must
-	// outlast the longest one, readyPoll.
+	// readTimeout is for header and body; no request served here has one.
 	readTimeout = 2 * time.Second
-	// writeTimeout counts from the request's header, so it must outlast readyPoll, too.
+	// writeTimeout counts from the request's header, so it must outlast the longest wait of a handler, readyPoll.
 	writeTimeout = 10 * time.Second
 	// idleTimeout is above the 90 seconds after which Go's clients close an idle connection, so that no request
 	// meets one that is being closed here: not all clients ask for a metadata token again, as PUT may not be
