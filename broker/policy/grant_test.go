@@ -588,3 +588,31 @@ func TestEveryFieldTellsGrantsApart(t *testing.T) {
 		t.Errorf("there are mutations of %d fields, and Grant has %d", len(mutations), typ.NumField())
 	}
 }
+
+// A broker that is a role which assumes a role asks for no session that AWS does not give.
+func TestRoleChaining(t *testing.T) {
+	base, err := credential.ParseRoleBase(rolePrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, chained := range []bool{true, false} {
+		rules, err := policy.New(policy.Config{Keys: newKeys(t), Base: base, Chained: chained})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for duration, refused := range map[string]bool{"": false, "15m": false, "1h": false, "1h0m1s": chained, "12h": chained} {
+			said := map[policy.Key]string{policy.Role: "reader"}
+			if duration != "" {
+				said[policy.Duration] = duration
+			}
+			_, err := rules.Grant(cart(said), shop(map[policy.Key]string{policy.Permitted: ".*"}))
+			if got := err != nil; got != refused {
+				t.Errorf("chained %v, duration %q: %v", chained, duration, err)
+			}
+			if refused && (!errors.Is(err, credential.ErrInvalid) || credential.ReasonOf(err) != credential.ReasonAnnotationInvalid ||
+				!strings.Contains(err.Error(), `"iam.amazonaws.com/duration": AWS gives sessions of 1h at most here`)) {
+				t.Errorf("duration %q: the refusal is %v", duration, err)
+			}
+		}
+	}
+}

@@ -114,10 +114,16 @@ type Config struct {
 	// Cluster names this cluster in default session names, so that CloudTrail tells clusters apart.
 	// At most 32 characters that a session name may have. Default "credence".
 	Cluster string
+	// Chained refuses sessions of more than one hour, because the broker is a role that assumes a role: AWS gives no
+	// more then (IAM User Guide, "Role chaining"). Default: STS decides.
+	Chained bool
 }
 
 // maxCluster leaves half of a session name's 64 characters to what follows the cluster's name.
 const maxCluster = 32
+
+// maxChained is the longest session that AWS gives to a role that assumes a role.
+const maxChained = time.Hour
 
 // ErrNoBase says that a decision needs the base ARN, and the rules have none.
 var ErrNoBase = errors.New("no base ARN is known")
@@ -127,6 +133,7 @@ type Rules struct {
 	keys    Keys
 	base    credential.RoleBase
 	cluster string
+	chained bool
 	names   names
 	limits  atomic.Pointer[limits] // nil: there is no rules file
 
@@ -154,7 +161,7 @@ func New(cfg Config) (*Rules, error) {
 	}
 	base := cfg.Base.String()
 	account, _, _ := strings.Cut(base, "/")
-	return &Rules{keys: cfg.Keys, base: cfg.Base, cluster: cfg.Cluster, names: names{
+	return &Rules{keys: cfg.Keys, base: cfg.Base, cluster: cfg.Cluster, chained: cfg.Chained, names: names{
 		permitted: cfg.Keys.Name(Permitted), allowedRoles: cfg.Keys.Name(AllowedRoles), defaultRole: cfg.Keys.Name(DefaultRole),
 		permittedTags: cfg.Keys.Name(PermittedTags), duration: cfg.Keys.Name(Duration),
 		base: base, account: account,
@@ -199,6 +206,11 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	}
 	if err := r.permitTags(s.SessionTags, ns); err != nil {
 		return Grant{}, err
+	}
+	if r.chained && s.Duration > maxChained {
+		return Grant{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
+			"annotation %q: AWS gives sessions of 1h at most here, because the broker is a role that assumes a role (role chaining), and not %s: write 1h or less",
+			r.names.duration, s.Duration)
 	}
 	g := Grant{
 		role:       role,

@@ -79,7 +79,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
-	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most")
+	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most, and longer ones are refused")
 	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "`calls` of STS that all brokers of --service together begin per second, of which each takes an equal part: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
 	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
 	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "`number` of distinct sessions that the pods of one namespace may have at a time, of those that this broker has; 0 sets no bound")

@@ -210,7 +210,7 @@ type deciding struct {
 
 // decide makes it.
 func (p parts) decide(o options, base credential.RoleBase) (d deciding, err error) {
-	rules, err := policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster})
+	rules, err := policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster, Chained: o.firstHop != (credential.RoleARN{})})
 	if err != nil {
 		return deciding{}, fmt.Errorf("--cluster-name: %w", err)
 	}

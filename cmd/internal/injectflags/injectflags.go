@@ -35,10 +35,12 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 		o                                     Options
 		prefix, baseARN, cluster, onShadowed  string
 		image, pullPolicy, broker, trust, aud string
+		chained                               bool
 		sidecar                               = inject.DefaultSettings()
 	)
 	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key; the broker's must be the same")
 	f.StringVar(&baseARN, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty leaves roles that are no full ARNs to the broker")
+	f.BoolVar(&chained, "role-chaining", false, "refuse sessions of more than one hour, as a broker with --assume-role does and AWS wherever the broker's own credentials are those of a role")
 	f.StringVar(&cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.RulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; the broker's must be the same; a server takes up a replaced file without a restart; empty sets no limits")
 	f.StringVar(&image, "sidecar-image", "", "`image` of the sidecar (required)")
@@ -69,7 +71,7 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 				return Options{}, fmt.Errorf("--base-arn: %w", err)
 			}
 		}
-		if o.Rules, err = policy.New(policy.Config{Keys: keys, Base: base, Cluster: cluster}); err != nil {
+		if o.Rules, err = policy.New(policy.Config{Keys: keys, Base: base, Cluster: cluster, Chained: chained}); err != nil {
 			return Options{}, fmt.Errorf("--cluster-name: %w", err)
 		}
 		sidecar.ImagePullPolicy = corev1.PullPolicy(pullPolicy)
