@@ -76,6 +76,9 @@ func parsePod(raw []byte) (*pod, error) {
 }
 
 func (p *pod) parseSpec() (*podSpec, error) {
+	if len(p.Spec) == 0 {
+		return nil, unsupported("the pod has no spec")
+	}
 	var spec podSpec
 	if err := json.Unmarshal(p.Spec, &spec); err != nil {
 		return nil, unsupported("the pod's spec cannot be read: %v", err)
