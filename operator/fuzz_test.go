@@ -1,7 +1,6 @@
 package operator_test
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -26,6 +25,9 @@ func FuzzInject(f *testing.F) {
 		}
 	}
 	for _, text := range untouched {
+		f.Add(text)
+	}
+	for _, text := range unterminated() {
 		f.Add(text)
 	}
 	f.Add("a: &a [*a]\nkind: Pod\napiVersion: v1\n")
@@ -146,9 +148,6 @@ func (w writer) document() string {
 	w.block(&lines, "", all, indent, lists)
 	newline := w.one("\n", "\n", "\r\n")
 	end := w.one(newline, "", newline+newline, newline+"..."+newline, newline+"# last")
-	if end == "" && strings.Contains(fmt.Sprint(all), "\v") {
-		end = newline // what is added would end the last line of a text that has no end of a line
-	}
 	return w.one("", "---"+newline, "# first"+newline) + strings.Join(lines, newline) + end
 }
 

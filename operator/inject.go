@@ -156,7 +156,7 @@ func (d *document) asJSON() ([]byte, error) {
 	if d.json {
 		return d.text[d.head:], nil
 	}
-	return sigsyaml.YAMLToJSON(d.text)
+	return sigsyaml.YAMLToJSON(terminated(d.text))
 }
 
 // at returns the JSON of what is at path. It keeps the decoded document in whole.
@@ -241,7 +241,7 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 		return r, nil
 	}
 	if anew {
-		r.said = append(r.said, d.where()+": note: written anew, because there is no place to add something to what several parts share (anchors, aliases) or to a text that lacks its last newline; white space may differ")
+		r.said = append(r.said, d.where()+": note: written anew, because there is no place to add something to what several parts share (anchors, aliases); white space may differ")
 	}
 	r.edits = edits
 	return r, nil
@@ -392,10 +392,15 @@ func (in *injection) splice(ctx context.Context, d *document, adds []placed) ([]
 	if err := tree.addAll(ctx, adds); err != nil {
 		return nil, err
 	}
-	edits, err := splice(d.text[d.head:], tree, d.json)
+	text := d.text[d.head:]
+	if !d.json {
+		text = terminated(text)
+	}
+	edits, err := splice(text, tree, d.json)
 	if err != nil {
 		return nil, err
 	}
+	edits = beforeEnd(edits, d.text[d.head:])
 	for i := range edits {
 		edits[i].start += d.head
 		edits[i].end += d.head

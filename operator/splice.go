@@ -31,6 +31,23 @@ func apply(text []byte, edits []edit) []byte {
 	return append(out, text[at:]...)
 }
 
+// beforeEnd returns edits of a text that was terminated, as edits of the text itself: the first one behind its last line ends
+// that line.
+func beforeEnd(edits []edit, text []byte) []edit {
+	newline := "\n"
+	if at := bytes.IndexByte(text, '\n'); at > 0 && text[at-1] == '\r' {
+		newline = "\r\n"
+	}
+	for i := range edits {
+		if edits[i].start > len(text) {
+			edits[i].start, edits[i].end = len(text), len(text)
+			edits[i].text = newline + edits[i].text
+			newline = ""
+		}
+	}
+	return edits
+}
+
 // splicer finds out where in the text of a document the new nodes of its tree belong. It adds lines, and
 // leaves all other bytes as they are: indentation, order, quotes and comments are those who wrote them.
 type splicer struct {
@@ -603,7 +620,7 @@ func (s *splicer) blockEnd(n *yaml.Node, at int) (int, error) {
 		}
 		line += count
 	} else {
-		if keep || strings.ContainsAny(header, "123456789") {
+		if strings.ContainsAny(header, "123456789") {
 			return 0, errShape
 		}
 		indent := ""
@@ -619,6 +636,10 @@ func (s *splicer) blockEnd(n *yaml.Node, at int) (int, error) {
 				break
 			}
 			line = next
+		}
+		// What is kept are the empty lines behind it, but for what follows the last newline of the text.
+		for keep && line+2 < len(s.lines) && len(bytes.TrimSpace(s.text[s.lines[line+1]:s.lines[line+2]])) == 0 {
+			line++
 		}
 	}
 	if line >= len(s.lines) {

@@ -53,9 +53,18 @@ func text(n *yaml.Node, path ...string) string {
 	return n.Value
 }
 
-// parseYAML parses the one document in b; nil if there is none, but perhaps comments.
+// terminated returns text with a newline at its end. A file without its last newline is read so by kubectl
+// (k8s.io/apimachinery/pkg/util/yaml adds one to each line), and a block scalar there has another value without it.
+func terminated(text []byte) []byte {
+	if len(text) == 0 || text[len(text)-1] == '\n' {
+		return text
+	}
+	return append(slices.Clip(text), '\n')
+}
+
+// parseYAML parses the one document in b as if its last line were terminated; nil if there is none, but perhaps comments.
 func parseYAML(b []byte) (*yaml.Node, error) {
-	decoder := yaml.NewDecoder(bytes.NewReader(b))
+	decoder := yaml.NewDecoder(bytes.NewReader(terminated(b)))
 	var document yaml.Node
 	switch err := decoder.Decode(&document); {
 	case errors.Is(err, io.EOF):
