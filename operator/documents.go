@@ -49,6 +49,8 @@ func parseDocuments(ctx context.Context, file string, text []byte) ([]*document,
 			}
 			if err == nil {
 				d.objects, err = objects(d.root)
+			} else {
+				err = d.unreadable(err)
 			}
 			if err != nil {
 				return nil, fmt.Errorf("%s: document %d, which begins in line %d, cannot be read: %w", file, number+1, line, err)

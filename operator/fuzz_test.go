@@ -30,6 +30,9 @@ func FuzzInject(f *testing.F) {
 	for _, text := range unterminated() {
 		f.Add(text)
 	}
+	for _, tt := range unreadable {
+		f.Add(tt.text)
+	}
 	f.Add("a: &a [*a]\nkind: Pod\napiVersion: v1\n")
 	f.Add("&a kind: Pod\napiVersion: v1\nmetadata: {annotations: {iam.amazonaws.com/role: x}}\nspec: {containers: [{name: a}, *b]}\n")
 	f.Fuzz(func(t *testing.T, text string) {

@@ -125,11 +125,11 @@ func (in *injection) learn(ctx context.Context, documents []*document) error {
 			var ns struct {
 				Metadata metadata `json:"metadata"`
 			}
-			if err == nil {
+			if err == nil && raw != nil {
 				err = utiljson.Unmarshal(raw, &ns)
 			}
-			if err != nil {
-				return fmt.Errorf("%s: the namespace cannot be read: %w", d.where(), err)
+			if err != nil || raw == nil {
+				return fmt.Errorf("%s: the namespace cannot be read: %w", d.where(), d.misread(o.path, raw, err))
 			}
 			in.namespaces[ns.Metadata.Name] = policy.Namespace{
 				Name: ns.Metadata.Name, Labels: ns.Metadata.Labels, Annotations: ns.Metadata.Annotations,
@@ -143,10 +143,7 @@ func (in *injection) learn(ctx context.Context, documents []*document) error {
 func (d *document) where() string {
 	line := d.line
 	if d.root != nil {
-		line += d.root.Line - 1
-		if d.json {
-			line += bytes.Count(d.text[:d.head], []byte("\n"))
-		}
+		line = d.fileLine(d.root)
 	}
 	return fmt.Sprintf("%s: document %d (line %d)", d.file, d.number, line)
 }
@@ -270,11 +267,11 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 			Annotations map[string]any `json:"annotations"`
 		} `json:"metadata"`
 	}
-	if err == nil {
+	if err == nil && raw != nil {
 		err = utiljson.Unmarshal(raw, &meta)
 	}
-	if err != nil {
-		return placed{}, nil, fmt.Errorf("it cannot be read: %w", err)
+	if err != nil || raw == nil {
+		return placed{}, nil, fmt.Errorf("it cannot be read: %w", d.misread(o.path, raw, err))
 	}
 	template := append(slices.Clone(o.path), templates[o.kind].path...)
 	pod, err := d.at(whole, template)
@@ -287,6 +284,9 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 	}
 	ns, known := in.namespaces[namespace]
 	result, err := in.injector.Inject(pod, namespace)
+	if err != nil {
+		err = d.misreadPod(template, pod, err)
+	}
 	keys := in.injector.Keys()
 	if !result.Annotated {
 		if o.kind != "Pod" && err == nil {
@@ -298,6 +298,9 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 			slices.Sort(said)
 		}
 		return placed{}, said, err
+	}
+	if err := d.templated(template, keys.Prefix()+"/"); err != nil {
+		return placed{}, nil, err
 	}
 	if known && !keys.OptedIn(ns.Labels) {
 		// The API server would not call the webhook.

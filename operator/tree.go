@@ -70,7 +70,7 @@ func parseYAML(b []byte) (*yaml.Node, error) {
 	case errors.Is(err, io.EOF):
 		return nil, nil //nolint:nilnil // there is no document, and that is no error
 	case err != nil:
-		return nil, fmt.Errorf("%.500s", strings.TrimPrefix(err.Error(), "yaml: "))
+		return nil, err
 	}
 	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
 		return nil, errors.New("documents are not parted by lines that begin with ---")
