@@ -21,8 +21,8 @@ type document struct {
 	head   int        // where the JSON value begins, with white space around it; 0 in YAML
 	json   bool       // one JSON value, and not YAML
 	root   *yaml.Node // nil for comments alone
-	// objects are those of root that concern us.
-	objects []object
+	// objects are those of root that concern us, and passed those of kinds that are not known here.
+	objects, passed []object
 }
 
 // maxSize bounds what is read, in bytes, all files together. It is far more than the manifests of a large
@@ -48,7 +48,7 @@ func parseDocuments(ctx context.Context, file string, text []byte) ([]*document,
 				d.root, err = parseYAML(value)
 			}
 			if err == nil {
-				d.objects, err = objects(d.root)
+				d.objects, d.passed, err = objects(d.root)
 			} else {
 				err = d.unreadable(err)
 			}

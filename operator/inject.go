@@ -41,9 +41,8 @@ type object struct {
 	node *yaml.Node
 }
 
-// objects returns those of a document that concern us.
-func objects(root *yaml.Node) ([]object, error) {
-	var all []object
+// objects returns those of a document that concern us, and passed, those of kinds that are not known here.
+func objects(root *yaml.Node) (all, passed []object, err error) {
 	left := maxNodes
 	var walk func(n *yaml.Node, path []string, group, kind string, depth int) error
 	walk = func(n *yaml.Node, path []string, group, kind string, depth int) error {
@@ -62,6 +61,9 @@ func objects(root *yaml.Node) ([]object, error) {
 		of, isList := strings.CutSuffix(kind, "List")
 		items, _ := child(n, "items")
 		if items = value(items); !isList || items == nil || items.Kind != yaml.SequenceNode || depth > 8 {
+			if kind != "" && n != nil && n.Kind == yaml.MappingNode {
+				passed = append(passed, object{kind, path, n})
+			}
 			return nil
 		}
 		for i, item := range items.Content {
@@ -72,9 +74,10 @@ func objects(root *yaml.Node) ([]object, error) {
 		return nil
 	}
 	if root == nil {
-		return nil, nil
+		return nil, nil, nil
 	}
-	return all, walk(root, nil, "", "", 0)
+	err = walk(root, nil, "", "", 0)
+	return all, passed, err
 }
 
 func groupOf(apiVersion string) string {
@@ -225,6 +228,14 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 			adds = append(adds, add)
 		}
 	}
+	for _, o := range d.passed {
+		if err := ctx.Err(); err != nil {
+			return result{}, err
+		}
+		if note := in.passedBy(d, o); note != "" {
+			r.said = append(r.said, d.where()+", "+o.name()+": note: "+note)
+		}
+	}
 	if r.refused || len(adds) == 0 {
 		return r, nil
 	}
@@ -242,6 +253,85 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 	}
 	r.edits = edits
 	return r, nil
+}
+
+// passedBy returns a note about an object of a kind that is not known here, if it has annotations of ours that its
+// controller may give to pods, as the templates of Argo's Rollout and Knative's Service have; otherwise "".
+func (in *injection) passedBy(d *document, o object) string {
+	keys := in.injector.Keys()
+	path, n := annotationsOf(o.node, keys.Prefix()+"/")
+	if n == nil {
+		return ""
+	}
+	kind := o.kind
+	if version := text(o.node, "apiVersion"); version != "" {
+		kind += " of " + version
+	}
+	note := fmt.Sprintf("left as it is, because credence inject does not know pods of kind %s; the webhook injects its pods when they are created, "+
+		"if they get the annotations of line %d, %s", kind, d.fileLine(n), keyName(path))
+	namespace := text(o.node, "metadata", "namespace")
+	if namespace == "" {
+		namespace = in.namespace
+	}
+	ns, known := in.namespaces[namespace]
+	switch {
+	case !known:
+		return note + ", and their namespace is opted in"
+	case !keys.OptedIn(ns.Labels):
+		return note + fmt.Sprintf(", and namespace %q is opted in, which it is not: label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)
+	}
+	return note
+}
+
+// annotationsOf returns the first annotations below n, and their path, that have a key with the prefix. It leaves out the
+// object's own, which are not those of pods. Aliases are not followed: what they stand for is written elsewhere in the
+// document.
+func annotationsOf(n *yaml.Node, prefix string) (path []string, found *yaml.Node) {
+	var look func(n *yaml.Node, at []string) bool
+	look = func(n *yaml.Node, at []string) bool {
+		for i, c := range n.Content {
+			token := strconv.Itoa(i)
+			if n.Kind == yaml.MappingNode {
+				if i%2 == 0 {
+					continue
+				}
+				token = n.Content[i-1].Value
+			}
+			below := append(slices.Clip(at), token)
+			own := len(below) == 2 && below[0] == "metadata"
+			if n.Kind == yaml.MappingNode && strings.HasSuffix(strings.ToLower(token), "annotations") && !own && hasPrefix(value(c), prefix, 0) {
+				path, found = below, n.Content[i-1]
+				return true
+			}
+			if look(c, below) {
+				return true
+			}
+		}
+		return false
+	}
+	look(n, nil)
+	return path, found
+}
+
+// hasPrefix reports whether a mapping, or one that is merged into it, has a key with the prefix.
+func hasPrefix(n *yaml.Node, prefix string, depth int) bool {
+	if n == nil || depth > 8 {
+		return false
+	}
+	for i := 0; i < len(n.Content); i++ {
+		c := n.Content[i]
+		switch {
+		case n.Kind == yaml.SequenceNode: // of what is merged
+			if hasPrefix(value(c), prefix, depth+1) {
+				return true
+			}
+		case n.Kind == yaml.MappingNode && i%2 == 0:
+			if strings.HasPrefix(c.Value, prefix) || c.Tag == "!!merge" && hasPrefix(value(n.Content[i+1]), prefix, depth+1) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // name is how messages name an object.
