@@ -112,12 +112,13 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	}
 }
 
-// namespace makes an opted-in namespace, named after the test.
+// namespace makes an opted-in namespace, named after the test and another one each time (-count), and returns its name.
 func namespace(t *testing.T) string {
 	t.Helper()
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name[:min(len(name), 63)], Labels: map[string]string{injectKey: "enabled"}}}
-	if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: name + "-", Labels: map[string]string{injectKey: "enabled"}}}
+	ns, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{})
+	if err != nil {
 		t.Fatal(err)
 	}
 	account(t, ns.Name, "app")
