@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	_ "embed" // of asksTheNode
 	"fmt"
 	"regexp"
 	"slices"
@@ -53,6 +54,11 @@ var explained = []struct {
 
 // elsewhere are SDKs that have no driver here.
 var elsewhere = []string{"Java", ".NET", "PHP", "C++", "Rust", "Kotlin", "Swift"}
+
+// asksTheNode is what was found in trials by hand: of these clients there is no driver here, or of another version.
+//
+//go:embed asks-the-node.txt
+var asksTheNode string
 
 // page renders the whole page. It holds no figure that changes from run to run.
 func page(r *Report) []byte {
@@ -138,6 +144,8 @@ minutes left, or 0.45 of its life where that is less.
 - The sidecar states an end five minutes earlier on the metadata path. It cannot do so for sessions this short.`,
 		life(r), words[Expired])
 
+	line("\n%s", strings.TrimSpace(asksTheNode))
+
 	line("\n## What was not run\n")
 	var absent []string
 	for _, row := range r.Rows {
@@ -148,7 +156,7 @@ minutes left, or 0.45 of its life where that is less.
 	if len(absent) > 0 {
 		line("Here, though `make sdks` knows them: %s.\n", strings.Join(absent, "; "))
 	}
-	line("The SDKs for %s and %s, the SDK for Ruby from 3.171 on, and programs that bring a provider of their own, were never run: "+
+	line("The SDKs for %s and %s, the SDK for Ruby from 3.171 on, and programs that bring a provider of their own, but for those named above, were never run: "+
 		"nothing on this page says anything of them.", strings.Join(elsewhere[:len(elsewhere)-1], ", "), elsewhere[len(elsewhere)-1])
 	return b.Bytes()
 }
