@@ -284,6 +284,7 @@ func find(n *yaml.Node, path []string) *yaml.Node {
 			if i, err := strconv.Atoi(token); err == nil && i >= 0 && i < len(v.Content) {
 				next = v.Content[i]
 			}
+		default: // a scalar has nothing below
 		}
 		if next == nil {
 			return n
