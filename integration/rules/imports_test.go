@@ -47,6 +47,7 @@ var floors = map[string]int{
 
 	// 4: components put together, for tests and for the operator.
 	"broker/assume/ststest":   4,
+	"broker/kube/apitest":     4,
 	"broker/brokertest":       4,
 	"broker/tracing/otlptest": 4,
 	"operator":                4,
@@ -54,6 +55,7 @@ var floors = map[string]int{
 	"cmd/internal/twoprocessors":       4,
 	"cmd/internal/injectflags":         4, // what the webhook and the operator's command share
 	"cmd/internal/program":             4, // what the mains share
+	"cmd/internal/program/processtest": 4,
 	"cmd/internal/program/programtest": 4,
 
 	// 5: programs.

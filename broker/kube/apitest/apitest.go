@@ -1,0 +1,266 @@
+// Package apitest is a Kubernetes API server for tests: a real HTTP server that keeps objects in memory.
+//
+// It gets, lists, watches, creates, updates and deletes the objects that a broker or a webhook needs, honors
+// label and field selectors, refuses an update of an old version, publishes the keys that sign its tokens, and reviews
+// tokens. It counts requests. [Server.Put] and [Server.Delete] change objects as another client would.
+//
+// It does not authorize, default or validate, it does not stream lists, and its server-side apply merges maps without
+// owning fields. The tests in integration show what a real API server does.
+package apitest
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// kind is one kind of object that the server keeps.
+type kind struct {
+	version, name, resource string
+	object                  metav1.Object
+}
+
+var kinds = []kind{
+	{"v1", "Namespace", "namespaces", &corev1.Namespace{}},
+	{"v1", "Pod", "pods", &corev1.Pod{}},
+	{"v1", "ServiceAccount", "serviceaccounts", &corev1.ServiceAccount{}},
+	{"v1", "ConfigMap", "configmaps", &corev1.ConfigMap{}},
+	{"coordination.k8s.io/v1", "Lease", "leases", &coordinationv1.Lease{}},
+	{"discovery.k8s.io/v1", "EndpointSlice", "endpointslices", &discoveryv1.EndpointSlice{}},
+	{"events.k8s.io/v1", "Event", "events", &eventsv1.Event{}},
+	{"rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles", &rbacv1.ClusterRole{}},
+	{"authentication.k8s.io/v1", "TokenReview", "tokenreviews", &authenticationv1.TokenReview{}},
+}
+
+// Issuer is the issuer that the server names as its own.
+const Issuer = "https://kubernetes.default.svc.cluster.local"
+
+// Server is the server. Make it with [Start]. It is safe for concurrent use.
+type Server struct {
+	url string
+	key *ecdsa.PrivateKey
+	end chan struct{} // closed when the server stops
+
+	mu       sync.Mutex
+	changes  []change            // of which the nth made version n; guarded by mu
+	objects  map[location]object // guarded by mu
+	watchers map[*watcher]bool   // guarded by mu
+	requests map[request]int     // guarded by mu
+}
+
+// change is one change of an object; nil is none.
+type change struct {
+	at       location
+	old, now object
+}
+
+// location is where an object is.
+type location struct{ resource, namespace, name string }
+
+// request is what [Server.Requests] counts.
+type request struct{ method, resource, namespace string }
+
+// Start runs a server until the test ends.
+func Start(t testing.TB) *Server {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{
+		key: key, end: make(chan struct{}),
+		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[request]int),
+	}
+	server := httptest.NewServer(http.HandlerFunc(s.serve))
+	s.url = server.URL
+	t.Cleanup(func() {
+		close(s.end)
+		server.Close()
+	})
+	return s
+}
+
+// Kubeconfig writes a kubeconfig file for the server, and returns its path.
+func (s *Server) Kubeconfig(t testing.TB) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "kubeconfig")
+	text := fmt.Sprintf(`apiVersion: v1
+kind: Config
+clusters: [{name: test, cluster: {server: %q}}]
+contexts: [{name: test, context: {cluster: test, user: test}}]
+current-context: test
+users: [{name: test, user: {}}]
+`, s.url)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// Put creates or replaces objects. One without a UID gets one, as the server and in the caller's own object.
+func (s *Server) Put(objects ...metav1.Object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, o := range objects {
+		stored := s.store(locate(o), encode(o))
+		uid, _ := stored.meta()["uid"].(string)
+		reflect.ValueOf(o).Elem().FieldByName("ObjectMeta").FieldByName("UID").SetString(uid)
+	}
+}
+
+// Delete deletes an object by its type, namespace and name.
+func (s *Server) Delete(o metav1.Object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.store(locate(o), nil)
+}
+
+// Load reads the object of o's type, namespace and name into o, and reports whether there is one.
+func (s *Server) Load(o metav1.Object) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stored := s.objects[locate(o)]
+	if stored == nil {
+		return false
+	}
+	must(json.Unmarshal(must2(json.Marshal(stored)), o))
+	return true
+}
+
+// Names returns the names of the objects of o's type in o's namespace.
+func (s *Server) Names(o metav1.Object) (names []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	where := locate(o)
+	for l := range s.objects {
+		if l.resource == where.resource && l.namespace == where.namespace {
+			names = append(names, l.name)
+		}
+	}
+	return names
+}
+
+// Requests counts the requests so far, by HTTP method and by resource, such as pods. Empty arguments match all.
+func (s *Server) Requests(method, resource, namespace string) (count int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for r, n := range s.requests {
+		if (method == "" || r.method == method) && (resource == "" || r.resource == resource) && (namespace == "" || r.namespace == namespace) {
+			count += n
+		}
+	}
+	return count
+}
+
+// kindOf returns the kind that match finds; ok is false if there is none.
+func kindOf(match func(kind) bool) (k kind, ok bool) {
+	for _, k = range kinds {
+		if match(k) {
+			return k, true
+		}
+	}
+	return kind{}, false
+}
+
+// locate panics for a type that the server does not know: a mistake in the test.
+func locate(o metav1.Object) location {
+	k, ok := kindOf(func(k kind) bool { return reflect.TypeOf(k.object) == reflect.TypeOf(o) })
+	if !ok {
+		panic(fmt.Sprintf("apitest: %T is not among the kinds that it keeps", o))
+	}
+	return location{k.resource, o.GetNamespace(), o.GetName()}
+}
+
+// object is an object as JSON has it.
+type object map[string]any
+
+func encode(o any) (e object) {
+	must(json.Unmarshal(must2(json.Marshal(o)), &e))
+	return e
+}
+
+func (o object) meta() map[string]any {
+	m, ok := o["metadata"].(map[string]any)
+	if !ok {
+		m = make(map[string]any)
+		o["metadata"] = m
+	}
+	return m
+}
+
+// text returns the string at a path of fields such as metadata.name; "" if there is none.
+func (o object) text(path string) string {
+	var value any = map[string]any(o)
+	for field := range strings.SplitSeq(path, ".") {
+		fields, ok := value.(map[string]any)
+		if !ok {
+			return ""
+		}
+		value = fields[field]
+	}
+	text, _ := value.(string)
+	return text
+}
+
+// store stores an object, or deletes it if o is nil, and informs watchers. The caller holds mu.
+func (s *Server) store(at location, o object) object {
+	old := s.objects[at]
+	if o == nil && old == nil {
+		return nil
+	}
+	version := strconv.Itoa(len(s.changes) + 1)
+	if o == nil {
+		delete(s.objects, at)
+	} else {
+		o = encode(o)
+		m := o.meta()
+		m["name"], m["resourceVersion"] = at.name, version
+		if at.namespace != "" {
+			m["namespace"] = at.namespace
+		}
+		if uid, _ := m["uid"].(string); uid == "" {
+			if old != nil {
+				m["uid"] = old.meta()["uid"]
+			} else {
+				m["uid"] = fmt.Sprintf("00000000-0000-4000-8000-%012d", len(s.changes)+1)
+			}
+		}
+		s.objects[at] = o
+	}
+	s.changes = append(s.changes, change{at, old, o})
+	for w := range s.watchers {
+		w.inform(at, old, o)
+	}
+	return o
+}
+
+// must panics with an error that only a mistake in a test, or in this package, can cause.
+func must(err error) {
+	if err != nil {
+		panic("apitest: " + err.Error())
+	}
+}
+
+func must2[T any](value T, err error) T {
+	must(err)
+	return value
+}
