@@ -1,0 +1,32 @@
+package processtest
+
+import (
+	"fmt"
+	"os"
+	"syscall"
+)
+
+// mountNamespace has a process started in a mount namespace of its own, and in a user namespace where only root may do so.
+func mountNamespace() *syscall.SysProcAttr {
+	a := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if uid := os.Geteuid(); uid != 0 {
+		a.Cloneflags |= syscall.CLONE_NEWUSER
+		a.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
+	}
+	return a
+}
+
+// useHosts puts file in the place of /etc/hosts in the mount namespace of this process.
+func useHosts(file string) error {
+	if file == "" {
+		return nil
+	}
+	// Else the machine would see it too.
+	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("keeping mounts private: %w", err)
+	}
+	if err := syscall.Mount(file, "/etc/hosts", "", syscall.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting %s as /etc/hosts: %w", file, err)
+	}
+	return nil
+}
