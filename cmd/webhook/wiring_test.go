@@ -1,0 +1,473 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	jsonpatch "github.com/evanphx/json-patch/v5"
+	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/kube/apitest"
+	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
+)
+
+func TestMain(m *testing.M) {
+	processtest.Main(main)
+	os.Exit(m.Run())
+}
+
+// wiring has a row for each flag: what changes when it is given. A flag can have several. Each row runs the program
+// against a real API server double, and sends it admission reviews as an API server does; so a row fails when a flag is
+// parsed and then forgotten. A new flag needs a row here.
+var wiring = []struct {
+	flag, shows string
+	run         func(w *world)
+}{
+	{"listen", "reviews are answered there", func(w *world) {
+		address := freeAddress(w)
+		h := w.start("--listen=" + address)
+		if h.address != address {
+			w.Errorf("the webhook serves on %s, want %s", h.address, address)
+		}
+		h.mustInject(cart())
+	}},
+	{"admin-listen", "metrics are served there", func(w *world) {
+		address := freeAddress(w)
+		h := w.start("--admin-listen=" + address)
+		h.mustInject(cart())
+		_, text := h.get("http://" + address + "/metrics")
+		if want := `credence_webhook_reviews_total{decision="injected"} 1`; !strings.Contains(text, want) {
+			w.Errorf("the metrics have no %s:\n%s", want, text)
+		}
+	}},
+	{"tls-cert", "the certificate in that file is served, and one that replaces it", func(w *world) {
+		dir := w.TempDir()
+		leaf := w.ca.Leaf(webhookName)
+		certFile, keyFile := leaf.WriteTo(dir)
+		h := w.start("--tls-cert="+certFile, "--tls-key="+keyFile)
+		if h.serial() != serialOf(leaf) {
+			w.Error("another certificate is served than that in the file")
+		}
+		next := w.ca.Leaf(webhookName)
+		next.WriteTo(dir)
+		h.Await(w.T, "the replaced certificate is served", func() bool { return h.serial() == serialOf(next) })
+	}},
+	{"tls-key", "its key is read from that file", func(w *world) {
+		leaf, file := w.ca.Leaf(webhookName), filepath.Join(w.TempDir(), "key.pem")
+		dir := w.TempDir() // with another key beside the certificate
+		certstest.WriteVolume(w, dir, map[string][]byte{"tls.crt": leaf.CertPEM, "tls.key": w.ca.Leaf(webhookName).KeyPEM})
+		must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
+		h := w.start("--tls-cert="+filepath.Join(dir, "tls.crt"), "--tls-key="+file)
+		h.mustInject(cart())
+	}},
+	{"kubeconfig", "namespaces are those of that API server", func(w *world) {
+		h := w.start()
+		pod := cart()
+		pod.Namespace = "closed"
+		h.mustRefuse(pod, credential.ReasonNamespaceNotOpted)
+		h.mustInject(cart())
+		if w.api.Requests(http.MethodGet, "namespaces", "") == 0 {
+			w.Error("the webhook has not listed namespaces")
+		}
+	}},
+	{"log-level", "warn leaves out the decisions", func(w *world) {
+		h := &running{w: w, address: freeAddress(w)}
+		h.Process = w.process("--listen="+h.address, "--log-level=warn")
+		h.Await(w.T, "the webhook is ready", h.ready)
+		h.mustInject(cart())
+		if len(h.Stderr.Lines("level", "INFO")) > 0 {
+			w.Errorf("the log is %s", h.Stderr)
+		}
+	}},
+	{"annotation-prefix", "keys have that prefix, and no other", func(w *world) {
+		w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+			Name: "shop", Labels: map[string]string{"aws.example.com/inject": "enabled"}, Annotations: map[string]string{"aws.example.com/permitted": ".*"},
+		}})
+		h := w.start("--annotation-prefix=aws.example.com")
+		if pod := h.mustAdmit(cart()); sidecar(pod) != nil {
+			w.Error("a pod with another prefix is injected")
+		}
+		pod := cart()
+		pod.Annotations = map[string]string{"aws.example.com/role": "cart"}
+		if injected := h.mustInject(pod); injected.Labels["aws.example.com/injected"] != "true" {
+			w.Errorf("the labels are %v", injected.Labels)
+		}
+	}},
+	{"base-arn", "roles without an ARN are decided on, with that account", func(w *world) {
+		w.permit("arn:aws:iam::999999999999:role/team/.*")
+		h := w.start("--base-arn=arn:aws:iam::999999999999:role/team/")
+		h.mustInject(cart())
+		pod := cart()
+		pod.Annotations["iam.amazonaws.com/role"] = "/elsewhere"
+		h.mustRefuse(pod, credential.ReasonRoleNotPermitted)
+	}},
+	{"role-chaining", "sessions of more than an hour are refused", func(w *world) {
+		h := w.start("--role-chaining", "--base-arn=arn:aws:iam::123456789012:role/")
+		pod := cart()
+		pod.Annotations["iam.amazonaws.com/duration"] = "2h"
+		h.mustRefuse(pod, credential.ReasonAnnotationInvalid)
+	}},
+	{"role-chaining", "without it they are not", func(w *world) {
+		h := w.start("--base-arn=arn:aws:iam::123456789012:role/")
+		pod := cart()
+		pod.Annotations["iam.amazonaws.com/duration"] = "2h"
+		h.mustInject(pod)
+	}},
+	{"cluster-name", "the rules take it, and refuse one that no session could be named after", func(w *world) {
+		// The names of sessions are in no answer of the webhook: the broker's row shows that they have it.
+		w.process("--cluster-name=a b").MustFail(w.T, 2, "--cluster-name")
+	}},
+	{"rules-file", "it limits what pods get, and so does a changed one", func(w *world) {
+		file := filepath.Join(w.TempDir(), "rules.yaml")
+		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['*']}]"), 0o600))
+		h := w.start("--rules-file="+file, "--base-arn=arn:aws:iam::123456789012:role/")
+		h.mustInject(cart())
+		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['/other/*']}]"), 0o600))
+		h.Await(w.T, "what is not permitted any more is refused", func() bool { return h.review(cart()).reason() == credential.ReasonRulesRole })
+	}},
+	{"sidecar-settings-file", "it counts more than the flags, and so does a changed one", func(w *world) {
+		file := filepath.Join(w.TempDir(), "settings.yaml")
+		must(w, os.WriteFile(file, []byte("port: 9800"), 0o600))
+		h := w.start("--sidecar-settings-file="+file, "--sidecar-port=9801")
+		if got := env(h.mustInject(cart()), "CREDENCE_LISTEN"); got != "127.0.0.1:9800" {
+			w.Errorf("the sidecar listens on %s", got)
+		}
+		must(w, os.WriteFile(file, []byte("port: 9802"), 0o600))
+		h.Await(w.T, "the changed settings are used", func() bool { return env(h.mustInject(cart()), "CREDENCE_LISTEN") == "127.0.0.1:9802" })
+	}},
+	{"on-shadowed", "warn lets in what has web identity, with a warning", func(w *world) {
+		h := w.start("--on-shadowed=warn")
+		answer := h.review(shadowed())
+		if !answer.Allowed || len(answer.Warnings) == 0 || !strings.Contains(answer.Warnings[0], "AWS_WEB_IDENTITY_TOKEN_FILE") {
+			w.Errorf("allowed: %v, warnings %q", answer.Allowed, answer.Warnings)
+		}
+	}},
+	{"on-shadowed", "refuse refuses it", func(w *world) {
+		w.start("--on-shadowed=refuse").mustRefuse(shadowed(), credential.ReasonShadowed)
+	}},
+	{"sidecar-image", "it is the sidecar's", injects("registry.example/sidecar:v7", func(pod *corev1.Pod) any { return sidecar(pod).Image })},
+	{"sidecar-image-pull-policy", "it is the sidecar's", injects("Always", func(pod *corev1.Pod) any { return sidecar(pod).ImagePullPolicy })},
+	{"sidecar-memory", "it is the sidecar's request and limit", injects("64Mi", func(pod *corev1.Pod) any {
+		r := sidecar(pod).Resources
+		if r.Requests.Memory().Cmp(*r.Limits.Memory()) != 0 {
+			return "unequal"
+		}
+		return r.Limits.Memory()
+	})},
+	{"sidecar-cpu-request", "it is the sidecar's request", injects("77m", func(pod *corev1.Pod) any { return sidecar(pod).Resources.Requests.Cpu() })},
+	{"sidecar-cpu-limit", "it is the sidecar's limit", injects("230m", func(pod *corev1.Pod) any { return sidecar(pod).Resources.Limits.Cpu() })},
+	{"sidecar-cpu-guaranteed", "it is both in a pod of class Guaranteed", func(w *world) {
+		h := w.start("--sidecar-cpu-guaranteed=90m")
+		pod := cart()
+		amounts := corev1.ResourceList{"cpu": resource.MustParse("1"), "memory": resource.MustParse("64Mi")}
+		pod.Spec.Containers[0].Resources = corev1.ResourceRequirements{Requests: amounts, Limits: amounts}
+		r := sidecar(h.mustInject(pod)).Resources
+		if r.Requests.Cpu().String() != "90m" || r.Limits.Cpu().String() != "90m" {
+			w.Errorf("the request is %v, the limit %v", r.Requests.Cpu(), r.Limits.Cpu())
+		}
+	}},
+	{"sidecar-port", "the sidecar listens on it, and SDKs ask there", func(w *world) {
+		pod := w.start("--sidecar-port=9801").mustInject(cart())
+		asked := slices.ContainsFunc(pod.Spec.Containers[0].Env, func(v corev1.EnvVar) bool {
+			return v.Name == "AWS_CONTAINER_CREDENTIALS_FULL_URI" && strings.HasPrefix(v.Value, "http://127.0.0.1:9801/")
+		})
+		if got := env(pod, "CREDENCE_LISTEN"); got != "127.0.0.1:9801" || !asked {
+			w.Errorf("the sidecar listens on %s, the application has %v", got, pod.Spec.Containers[0].Env)
+		}
+	}},
+	{"sidecar-run-as-user", "it is the sidecar's user", injects("4711", func(pod *corev1.Pod) any { return *sidecar(pod).SecurityContext.RunAsUser })},
+	{"sidecar-log-level", "it is the sidecar's", injects("warn", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_LOG_LEVEL") })},
+	{"broker", "sidecars ask there", injects("brokers.example:9999", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_BROKER") })},
+	{"audience", "the sidecar's token is for it", injects("brokers.example", func(pod *corev1.Pod) any {
+		return projected(pod, func(s corev1.VolumeProjection) (string, bool) {
+			if s.ServiceAccountToken == nil {
+				return "", false
+			}
+			return s.ServiceAccountToken.Audience, true
+		})
+	})},
+	{"trust-config-map", "the sidecar's roots are in it", injects("brokers-roots", func(pod *corev1.Pod) any {
+		return projected(pod, func(s corev1.VolumeProjection) (string, bool) {
+			if s.ConfigMap == nil {
+				return "", false
+			}
+			return s.ConfigMap.Name, true
+		})
+	})},
+}
+
+// exempt are the flags whose effect no row shows, with the reason.
+var exempt = map[string]string{}
+
+// injects is a row of a flag whose value can be found, as text, in an injected pod.
+func injects(value string, found func(pod *corev1.Pod) any) func(w *world) {
+	return func(w *world) {
+		pod := w.start("--" + w.flag + "=" + value).mustInject(cart())
+		if got := fmt.Sprint(found(pod)); got != value {
+			w.Errorf("--%s=%s: the pod has %s", w.flag, value, got)
+		}
+	}
+}
+
+// TestFlagsAreWired runs the rows.
+func TestFlagsAreWired(t *testing.T) {
+	var rows []string
+	for _, row := range wiring {
+		rows = append(rows, row.flag)
+		t.Run(row.flag+": "+row.shows, func(one *testing.T) {
+			one.Parallel()
+			row.run(newWorld(one, t, row.flag))
+		})
+	}
+	processtest.CheckFlags(t, flags, rows, exempt)
+}
+
+// webhookName is what the webhook's certificate is for.
+const webhookName = "credence-webhook.credence.svc"
+
+// world is what a webhook runs in.
+type world struct {
+	*testing.T
+	all  *testing.T // that the row is part of
+	flag string
+	api  *apitest.Server
+	ca   *certstest.CA
+	args []string
+}
+
+// newWorld makes one with the namespaces shop, which is opted in and permits all roles, and closed, which is not.
+func newWorld(t, all *testing.T, flag string) *world {
+	t.Helper()
+	w := &world{T: t, all: all, flag: flag, api: apitest.Start(t), ca: certstest.NewCA(t)}
+	w.permit(".*")
+	w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "closed"}})
+	certFile, keyFile := w.ca.Leaf(webhookName).WriteTo(t.TempDir())
+	w.args = []string{
+		"--listen=127.0.0.1:0", "--admin-listen=", "--tls-cert=" + certFile, "--tls-key=" + keyFile, "--kubeconfig=" + w.api.Kubeconfig(t),
+		"--broker=credence-broker.credence.svc:9443", "--sidecar-image=registry.example/credence-sidecar:v1",
+	}
+	return w
+}
+
+// permit has the namespace shop permit the roles that the expression matches.
+func (w *world) permit(expression string) {
+	w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+		Name: "shop", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, Annotations: map[string]string{"iam.amazonaws.com/permitted": expression},
+	}})
+}
+
+// cart is a pod that asks for a role.
+func cart() *corev1.Pod {
+	return &corev1.Pod{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart-1", Annotations: map[string]string{"iam.amazonaws.com/role": "cart"}},
+		Spec:       corev1.PodSpec{ServiceAccountName: "default", Containers: []corev1.Container{{Name: "app", Image: "registry.example/cart:v1"}}},
+	}
+}
+
+// shadowed is one whose SDKs would use web identity.
+func shadowed() *corev1.Pod {
+	pod := cart()
+	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "AWS_WEB_IDENTITY_TOKEN_FILE", Value: "/token"}, {Name: "AWS_ROLE_ARN", Value: "arn:aws:iam::123456789012:role/other"}}
+	return pod
+}
+
+// sidecar is the sidecar of an injected pod; nil if there is none.
+func sidecar(pod *corev1.Pod) *corev1.Container {
+	at := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == "credence-sidecar" })
+	if at < 0 {
+		return nil
+	}
+	return &pod.Spec.InitContainers[at]
+}
+
+// env is the value of one of its variables; empty if there is none.
+func env(pod *corev1.Pod, name string) string {
+	for _, v := range sidecar(pod).Env {
+		if v.Name == name {
+			return v.Value
+		}
+	}
+	return ""
+}
+
+// projected is what value finds in the sources of a pod's projected volumes.
+func projected(pod *corev1.Pod, value func(corev1.VolumeProjection) (string, bool)) string {
+	for _, v := range pod.Spec.Volumes {
+		if v.Projected == nil {
+			continue
+		}
+		for _, source := range v.Projected.Sources {
+			if found, ok := value(source); ok {
+				return found
+			}
+		}
+	}
+	return ""
+}
+
+// process starts the program with more flags; the last of one name counts.
+func (w *world) process(args ...string) *processtest.Process {
+	w.Helper()
+	return processtest.Start(w.T, processtest.Command{Args: slices.Concat(w.args, args), Drain: w.all})
+}
+
+// start starts a webhook with more flags, and waits until it is ready.
+func (w *world) start(args ...string) *running {
+	w.Helper()
+	h := &running{Process: w.process(args...), w: w}
+	h.address = fmt.Sprint(h.Logged(w.T, "Serving")["address"])
+	h.Await(w.T, "the webhook is ready", h.ready)
+	return h
+}
+
+// running is a webhook that runs.
+type running struct {
+	*processtest.Process
+	w       *world
+	address string
+}
+
+func (h *running) ready() bool {
+	status, _ := h.get("https://" + h.address + "/readyz")
+	return status == http.StatusOK
+}
+
+// client is an HTTP client that trusts the webhook as an API server does.
+func (h *running) client() *http.Client {
+	return &http.Client{Timeout: processtest.Patience, Transport: &http.Transport{
+		DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: h.w.ca.Pool(), ServerName: webhookName, MinVersion: tls.VersionTLS13},
+	}}
+}
+
+// get is a request. Its status is 0 if nobody answers.
+func (h *running) get(address string) (status int, body string) {
+	request, err := http.NewRequestWithContext(h.w.Context(), http.MethodGet, address, nil)
+	if err != nil {
+		return 0, err.Error()
+	}
+	response, err := h.client().Do(request)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(response.Body, 4<<20))
+	if err != nil {
+		return 0, err.Error()
+	}
+	return response.StatusCode, string(text)
+}
+
+// answer is one to a review.
+type answer struct {
+	*admissionv1.AdmissionResponse
+}
+
+// reason is why it refuses; empty if it does not.
+func (a answer) reason() credential.Reason { return credential.Reason(a.AuditAnnotations["reason"]) }
+
+// review sends the creation of a pod.
+func (h *running) review(pod *corev1.Pod) answer {
+	h.w.Helper()
+	object, err := json.Marshal(pod)
+	must(h.w, err)
+	review := admissionv1.AdmissionReview{TypeMeta: metav1.TypeMeta{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview"}}
+	review.Request = &admissionv1.AdmissionRequest{
+		UID: "uid-1", Operation: admissionv1.Create, Resource: metav1.GroupVersionResource{Version: "v1", Resource: "pods"},
+		Namespace: pod.Namespace, Name: pod.Name,
+	}
+	review.Request.Object.Raw = object
+	body, err := json.Marshal(review)
+	must(h.w, err)
+	request, err := http.NewRequestWithContext(h.w.Context(), http.MethodPost, "https://"+h.address+"/mutate", bytes.NewReader(body))
+	must(h.w, err)
+	request.Header.Set("Content-Type", "application/json")
+	response, err := h.client().Do(request)
+	must(h.w, err)
+	defer response.Body.Close()
+	review.Response = nil
+	if err := json.NewDecoder(response.Body).Decode(&review); err != nil || review.Response == nil {
+		h.w.Fatalf("the review is answered with %s: %v", response.Status, err)
+	}
+	return answer{review.Response}
+}
+
+// mustAdmit returns the pod as it is admitted.
+func (h *running) mustAdmit(pod *corev1.Pod) *corev1.Pod {
+	h.w.Helper()
+	a := h.review(pod)
+	if !a.Allowed {
+		h.w.Fatalf("the pod is refused: %s", a.Result.Message)
+	}
+	if a.Patch == nil {
+		return pod
+	}
+	object, err := json.Marshal(pod)
+	must(h.w, err)
+	patch, err := jsonpatch.DecodePatch(a.Patch)
+	must(h.w, err)
+	object, err = patch.Apply(object)
+	must(h.w, err)
+	var admitted corev1.Pod
+	must(h.w, json.Unmarshal(object, &admitted))
+	return &admitted
+}
+
+func (h *running) mustInject(pod *corev1.Pod) *corev1.Pod {
+	h.w.Helper()
+	admitted := h.mustAdmit(pod)
+	if sidecar(admitted) == nil {
+		h.w.Fatal("the pod is not injected")
+	}
+	return admitted
+}
+
+func (h *running) mustRefuse(pod *corev1.Pod, reason credential.Reason) {
+	h.w.Helper()
+	if a := h.review(pod); a.Allowed || a.reason() != reason {
+		h.w.Errorf("allowed: %v, reason %q; want a refusal with %s", a.Allowed, a.reason(), reason)
+	}
+}
+
+// serial identifies the certificate that the webhook serves now; "" if there is none.
+func (h *running) serial() string {
+	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} // it looks, and trusts nothing
+	conn, err := dialer.DialContext(h.w.Context(), "tcp", h.address)
+	if err != nil {
+		return ""
+	}
+	defer conn.Close()
+	return conn.(*tls.Conn).ConnectionState().PeerCertificates[0].SerialNumber.String()
+}
+
+func serialOf(l *certstest.Leaf) string { return l.TLS().Leaf.SerialNumber.String() }
+
+// freeAddress returns a loopback address that nobody listens on.
+func freeAddress(w *world) string {
+	listener, err := new(net.ListenConfig).Listen(w.Context(), "tcp", "127.0.0.1:0")
+	must(w, err)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
