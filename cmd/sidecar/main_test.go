@@ -18,9 +18,11 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
 )
 
 func TestMain(m *testing.M) {
+	processtest.Main(main)
 	testscript.Main(m, map[string]func(){"credence-sidecar": main})
 }
 
