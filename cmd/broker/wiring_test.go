@@ -464,6 +464,31 @@ func TestAnswersLeaveTraces(t *testing.T) {
 	}
 }
 
+// TestMetricsAreWired: a broker that does all it can exports every metric of docs/metrics.md.
+func TestMetricsAreWired(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("../../docs/metrics.md")
+	must(t, err)
+	documented := regexp.MustCompile("(?m)^\\| `(credence_broker_[a-z_]+)` \\|").FindAllSubmatch(page, -1)
+	if len(documented) == 0 {
+		t.Fatal("docs/metrics.md has no metric of the broker")
+	}
+	w := newWorld(t)
+	rules := filepath.Join(t.TempDir(), "rules.yaml")
+	must(t, os.WriteFile(rules, []byte("namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]"), 0o600))
+	w.brokers("10.0.0.1")
+	b := w.start("--rules-file="+rules, "--token-verification=tokenreview", "--assume-role="+roleARN("hop"), "--trace-endpoint="+otlptest.Start(t).Endpoint(),
+		"--roots-file="+w.rootsFile, "--service=credence-broker", "--pod-ips=10.0.0.1")
+	b.mustServe(w.pod("cart-1", "cart"))
+	b.Await(t, "the session is kept", func() bool { return b.metric("sessions_warm") == 1 })
+	_, text := b.get(b.admin, "/metrics")
+	for _, metric := range documented {
+		if name := string(metric[1]); !regexp.MustCompile(`(?m)^` + name + `(_count)?[ {]`).MatchString(text) {
+			t.Errorf("the broker does not export %s", name)
+		}
+	}
+}
+
 // TestPodsAreFollowed: sessions are fetched for pods that appear, without a call.
 func TestPodsAreFollowed(t *testing.T) {
 	t.Parallel()
@@ -506,12 +531,28 @@ func TestLeadIsGivenUpWhileDraining(t *testing.T) {
 	if err := <-answered; err != nil {
 		t.Errorf("the call that was under way failed: %v", err)
 	}
-	if err := b.Wait(); err != nil {
-		t.Errorf("the broker ended with %v", err)
+	b.end()
+	if lines := b.Stdout.Lines("pod", "cart-1"); len(lines) != 1 || lines[0]["decision"] != "allow" {
+		t.Errorf("the audit log has %v of the call that was under way", lines)
 	}
 	if holder := w.leader("credence"); holder != "" {
 		t.Errorf("%s leads again", holder)
 	}
+}
+
+// TestAliveWithoutSTS: a broker that does not know its account is alive, not ready, and ends when it is told to.
+func TestAliveWithoutSTS(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.sts.SetIdentity(ststest.Behavior{Fault: ststest.Hang()})
+	b := &running{w: w, admin: freeAddress(w)}
+	b.Process = w.process("--admin-listen=" + b.admin)
+	b.Await(t, "the broker is alive", func() bool { code, _ := b.get(b.admin, "/healthz"); return code == http.StatusOK })
+	must(t, w.sts.AwaitCount(t.Context(), "GetCallerIdentity", "", 1))
+	if b.ready() {
+		t.Error("the broker is ready")
+	}
+	b.end()
 }
 
 // TestWrongFilesStopTheStart: before STS has answered, and with the name of the flag.

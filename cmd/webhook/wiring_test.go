@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -235,6 +236,58 @@ func TestFlagsAreWired(t *testing.T) {
 		})
 	}
 	processtest.CheckFlags(t, flags, rows, exempt)
+}
+
+// TestMetricsAreWired: a webhook that has all files exports every metric of docs/metrics.md.
+func TestMetricsAreWired(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("../../docs/metrics.md")
+	must(t, err)
+	documented := regexp.MustCompile("(?m)^\\| `(credence_webhook_[a-z_]+)` \\|").FindAllSubmatch(page, -1)
+	if len(documented) == 0 {
+		t.Fatal("docs/metrics.md has no metric of the webhook")
+	}
+	w := newWorld(t, t, "")
+	rules, settings, admin := filepath.Join(t.TempDir(), "rules.yaml"), filepath.Join(t.TempDir(), "settings.yaml"), freeAddress(w)
+	must(t, os.WriteFile(rules, []byte("namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]"), 0o600))
+	must(t, os.WriteFile(settings, []byte("port: 9800"), 0o600))
+	h := w.start("--admin-listen="+admin, "--rules-file="+rules, "--sidecar-settings-file="+settings)
+	h.mustInject(cart())
+	_, text := h.get("http://" + admin + "/metrics")
+	for _, metric := range documented {
+		if name := string(metric[1]); !regexp.MustCompile(`(?m)^` + name + `(_count)?[ {]`).MatchString(text) {
+			t.Errorf("the webhook does not export %s", name)
+		}
+	}
+}
+
+// TestNotReadyWithoutNamespaces: a webhook that cannot list them refuses annotated pods, and is not ready.
+func TestNotReadyWithoutNamespaces(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, t, "")
+	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
+	text, err := os.ReadFile(w.api.Kubeconfig(t))
+	must(t, err)
+	nobody := regexp.MustCompile(`http://[0-9.:]+`).ReplaceAll(text, []byte("http://"+freeAddress(w)))
+	must(t, os.WriteFile(kubeconfig, nobody, 0o600))
+	h := &running{Process: w.process("--kubeconfig=" + kubeconfig), w: w}
+	h.address = fmt.Sprint(h.Logged(t, "Serving")["address"])
+	if status, text := h.get("https://" + h.address + "/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(text, "namespaces") {
+		t.Errorf("/readyz answers %d: %s", status, text)
+	}
+	h.mustRefuse(cart(), credential.ReasonAPIServerAway)
+}
+
+// TestWrongFilesStopTheStart: with the name of the flag.
+func TestWrongFilesStopTheStart(t *testing.T) {
+	t.Parallel()
+	missing := filepath.Join(t.TempDir(), "missing")
+	for _, flag := range []string{"--rules-file", "--sidecar-settings-file", "--tls-cert", "--tls-key", "--kubeconfig"} {
+		t.Run(flag, func(t *testing.T) {
+			t.Parallel()
+			newWorld(t, t, "").process(flag+"="+missing).MustFail(t, 1, strings.TrimPrefix(flag, "--"))
+		})
+	}
 }
 
 // webhookName is what the webhook's certificate is for.
