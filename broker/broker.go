@@ -160,7 +160,7 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lea
 	if err != nil {
 		return credential.Lease{}, err
 	}
-	grant, err := b.cfg.Rules.Grant(pod, ns)
+	grant, err := b.cfg.Rules.Decide(ctx, pod, ns)
 	if err != nil {
 		b.notify(pod, err)
 		return credential.Lease{}, err

@@ -149,9 +149,9 @@ func (s *Server) judge(ctx context.Context, pod policy.Pod) (policy.Grant, error
 			Message: fmt.Sprintf("whether namespace %q permits the role cannot be known now, because the API server does not answer: try again", pod.Namespace),
 		}
 	}
-	grant, err := s.grant(pod, ns)
-	if err == nil {
-		return grant, nil
+	grant, err := s.grant(ctx, pod, ns)
+	if err == nil || errors.Is(err, credential.ErrUnavailable) {
+		return grant, err
 	}
 	// The watch may be behind: namespaces are annotated a moment before their first pod.
 	latest, readErr := s.cfg.Namespaces.Latest(ctx, pod.Namespace)
@@ -159,12 +159,12 @@ func (s *Server) judge(ctx context.Context, pod policy.Pod) (policy.Grant, error
 		s.log.WarnContext(ctx, "Refusing by what was last heard of a namespace", "namespace", clip(pod.Namespace, maxName), "error", readErr)
 		return policy.Grant{}, err
 	}
-	return s.grant(pod, latest)
+	return s.grant(ctx, pod, latest)
 }
 
 // grant judges by ns. It is zero where that is left to the broker.
-func (s *Server) grant(pod policy.Pod, ns policy.Namespace) (policy.Grant, error) {
-	grant, err := s.cfg.Rules.Grant(pod, ns)
+func (s *Server) grant(ctx context.Context, pod policy.Pod, ns policy.Namespace) (policy.Grant, error) {
+	grant, err := s.cfg.Rules.Decide(ctx, pod, ns)
 	if errors.Is(err, policy.ErrNoBase) {
 		return policy.Grant{}, nil
 	}

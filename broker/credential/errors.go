@@ -56,6 +56,7 @@ const (
 	ReasonAnnotationInvalid  Reason = "ANNOTATION_INVALID"
 	ReasonPodUnsupported     Reason = "POD_UNSUPPORTED"
 	ReasonShadowed           Reason = "CREDENTIALS_SHADOWED"
+	ReasonNamespaceBusy      Reason = "NAMESPACE_BUSY"
 	ReasonAPIServerAway      Reason = "API_SERVER_UNAVAILABLE"
 	ReasonSTSDenied          Reason = "STS_ACCESS_DENIED"
 	ReasonSTSRejected        Reason = "STS_REJECTED"

@@ -33,6 +33,7 @@ var reasons = []Reason{
 	ReasonAnnotationInvalid,
 	ReasonPodUnsupported,
 	ReasonShadowed,
+	ReasonNamespaceBusy,
 	ReasonAPIServerAway,
 	ReasonSTSDenied,
 	ReasonSTSRejected,

@@ -1,10 +1,12 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -95,6 +97,7 @@ func (r *Rules) Use(f File) error {
 	if err != nil {
 		return err
 	}
+	l.generation = strconv.FormatUint(r.generations.Add(1), 10)
 	r.limits.Store(l)
 	return nil
 }
@@ -184,7 +187,7 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 			return entry{}, fmt.Errorf("%s: has %d entries, the limit is %d", list.name, len(list.from), maxListed)
 		}
 		for i, text := range list.from {
-			if err := list.check(text); err != nil {
+			if err := cmp.Or(list.check(text), checkStars(text)); err != nil {
 				return entry{}, fmt.Errorf("%s[%d]: %w", list.name, i, err)
 			}
 			*list.to = append(*list.to, newGlob(text))

@@ -3,7 +3,7 @@
 // what to change.
 //
 // It is pure: no clock, no randomness, no network. The webhook and the broker use the same code, so
-// what admission accepts the broker grants. Only [Rules.Grant] makes a Grant, and the zero Rules
+// what admission accepts the broker grants. Only [Rules] makes a Grant, and the zero Rules
 // refuses everything.
 package policy
 

@@ -12,6 +12,7 @@ import (
 
 // limits are a [File] in the form that decisions are made by. They never change.
 type limits struct {
+	generation     string // unlike that of every other file of the same [Rules]
 	kubernetesTags bool
 	transitive     []string
 	source         SourceIdentity
@@ -39,29 +40,49 @@ func (l *limits) find(namespace string) (*entry, error) {
 }
 
 // allow refuses what the entry does not allow of what the pod asks for.
-func (e *entry) allow(keys Keys, namespace string, role credential.RoleARN, arn string, s Settings, durationSaid bool) error {
+func (e *entry) allow(ev *evaluation, namespace string, role credential.RoleARN, arn string, s Settings, durationSaid bool) error {
+	keys := ev.rules.keys
 	if !matchAny(e.accounts, role.Account()) {
 		return e.refuse(credential.ReasonRulesAccount, "accounts", namespace, "a role of account "+role.Account(), keys.Name(Role))
 	}
-	if !slices.ContainsFunc(e.roles, func(g glob) bool {
-		if strings.HasPrefix(g.first, "arn:") {
-			return g.match(arn)
-		}
-		return g.match(arn[len(arn)-len(role.Path())-len(role.Name()):])
-	}) {
+	if ok, _ := ev.ask(rulesRoles, ev.file.generation, arn, matchRulesRole); !ok {
 		return e.refuse(credential.ReasonRulesRole, "roles", namespace, "role "+arn, keys.Name(Role))
 	}
-	if s.ExternalID != "" && !matchAny(e.externalIDs, s.ExternalID) {
-		return e.refuse(credential.ReasonRulesExternalID, "externalIDs", namespace, fmt.Sprintf("external id %.100q", s.ExternalID), keys.Name(ExternalID))
+	if s.ExternalID != "" {
+		if ok, _ := ev.ask(rulesExternalIDs, ev.file.generation, s.ExternalID, matchRulesExternalID); !ok {
+			return e.refuse(credential.ReasonRulesExternalID, "externalIDs", namespace, fmt.Sprintf("external id %.100q", s.ExternalID), keys.Name(ExternalID))
+		}
 	}
-	if s.SessionName != "" && !matchAny(e.sessionNames, s.SessionName) {
-		return e.refuse(credential.ReasonRulesSessionName, "sessionNames", namespace, fmt.Sprintf("session name %q", s.SessionName), keys.Name(SessionName))
+	if s.SessionName != "" {
+		if ok, _ := ev.ask(rulesNames, ev.file.generation, s.SessionName, matchRulesName); !ok {
+			return e.refuse(credential.ReasonRulesSessionName, "sessionNames", namespace, fmt.Sprintf("session name %q", s.SessionName), keys.Name(SessionName))
+		}
 	}
 	if durationSaid && e.maxDuration != 0 && s.Duration > e.maxDuration {
 		return e.refuse(credential.ReasonRulesDuration, "maxDuration", namespace,
 			fmt.Sprintf("a session of %s, which is more than %s", s.Duration, e.maxDuration), keys.Name(Duration))
 	}
 	return nil
+}
+
+// matchRulesRole, matchRulesExternalID and matchRulesName report whether a list of the evaluation's entry has a glob
+// that matches. The text that they are passed is the file's generation.
+func matchRulesRole(ev *evaluation, _, arn string) (bool, error) {
+	_, name, _ := strings.Cut(arn, ":role")
+	return slices.ContainsFunc(ev.entry.roles, func(g glob) bool {
+		if strings.HasPrefix(g.first, "arn:") {
+			return g.match(arn)
+		}
+		return g.match(name)
+	}), nil
+}
+
+func matchRulesExternalID(ev *evaluation, _, id string) (bool, error) {
+	return matchAny(ev.entry.externalIDs, id), nil
+}
+
+func matchRulesName(ev *evaluation, _, name string) (bool, error) {
+	return matchAny(ev.entry.sessionNames, name), nil
 }
 
 func (e *entry) refuse(reason credential.Reason, field, namespace, what, annotation string) error {
@@ -93,6 +114,7 @@ func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 			tags = append(tags, tag)
 		}
 	}
+	pods := len(tags) // checked when they were parsed
 	for _, tag := range e.forced {
 		if strings.Contains(tag.Value, serviceAccountPlaceholder) && pod.ServiceAccount == "" {
 			return nil, errNoServiceAccount
@@ -116,7 +138,7 @@ func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 			tags = append(tags, Tag{podNameTag, pod.Name}, Tag{podUIDTag, pod.UID})
 		}
 	}
-	for _, tag := range tags {
+	for _, tag := range tags[pods:] {
 		if !isTagText(tag.Value, 0, maxTagValue) {
 			return nil, fmt.Errorf("%.300q is no value of tag %q: Kubernetes has no such names", tag.Value, tag.Key)
 		}

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"regexp"
 	"regexp/syntax"
@@ -14,65 +15,96 @@ import (
 const (
 	// maxExpression bounds the text of a permitted expression: some sixty ARNs.
 	maxExpression = 4 << 10
-	// maxSteps bounds what it compiles to. RE2 matches in linear time, but compiles repetitions into
-	// copies: 4 kB of .{0,1000} make 78 MB, and seconds for each decision. This is twice what the
-	// longest expression without repetitions needs, and keeps a decision under a tenth of a second.
+	// maxSteps bounds what it compiles to, and so memory and the time to compile it. RE2 compiles
+	// repetitions into copies: 4 kB of .{0,1000} make 78 MB. This is twice what the longest expression
+	// without repetitions needs. What it costs to match is bounded by maxVisits.
 	maxSteps = 2 * maxExpression
-	// maxGlobs bounds allowed-roles: each decision walks the list.
+	// maxAllowed bounds the text of allowed-roles in bytes: a thousand ARNs of ordinary length, and a
+	// millisecond to decode them.
+	maxAllowed = 128 << 10
+	// maxGlobs bounds allowed-roles: a decision that is not cached walks the list.
 	maxGlobs = 1000
+	// maxStars bounds a glob, so that the parts of all globs of a list are matched in a millisecond. Real ones have
+	// less than five.
+	maxStars = 32
 	// stepCost is about how many bytes one step of a compiled expression takes: 170 of ordinary ones,
-	// 256 of character classes (measured).
-	stepCost = 256
+	// 256 of character classes (measured), and 40 in the form that is for counting.
+	stepCost = 300
 	// globCost and partCost are the same for a glob, and for each of its parts.
 	globCost = 64
 	partCost = 16
 )
 
 // permit refuses the role of that ARN unless the namespace permits it.
-func (r *Rules) permit(role string, ns Namespace) error {
+func (r *Rules) permit(e *evaluation, role string, ns Namespace) error {
 	permitted, hasPermitted := ns.Annotations[r.names.permitted]
 	allowed, hasAllowed := ns.Annotations[r.names.allowedRoles]
 	if !hasPermitted && !hasAllowed {
 		return credential.Errorf(credential.ErrDenied, credential.ReasonNothingPermitted,
 			"namespace %q permits no roles: annotate it with %q, a regular expression that matches %s",
-			ns.Name, r.keys.Name(Permitted), role)
+			ns.Name, r.names.permitted, role)
 	}
 	if hasPermitted {
-		expression, err := r.expressions.get(permitted, compile)
-		if err != nil {
-			return invalidNamespace(ns, r.keys.Name(Permitted), err)
-		}
-		if expression.MatchString(role) {
+		if ok, err := e.ask(permittedText, permitted, role, matchExpression); err != nil {
+			return invalidNamespace(ns, r.names.permitted, err)
+		} else if ok {
 			return nil
 		}
 	}
 	needsBase := false
 	if hasAllowed {
-		globs, err := r.globs.get(allowed, parseGlobs)
-		if err != nil {
-			return invalidNamespace(ns, r.keys.Name(AllowedRoles), err)
-		}
-		for _, g := range globs {
-			// What the base puts before a glob has no *, so the parts can be matched one by one.
-			rest, ok := role, true
-			if !strings.HasPrefix(g.first, "arn:") {
-				if r.base.IsZero() {
-					needsBase = true
-					continue
-				}
-				rest, ok = strings.CutPrefix(role, r.before(g))
-			}
-			if ok && g.match(rest) {
-				return nil
-			}
+		ok, err := e.ask(allowedText, allowed, role, matchAllowed)
+		switch {
+		case ok:
+			return nil
+		case err == errNeedsBase: //nolint:errorlint // It is never wrapped.
+			needsBase = true
+		case err != nil:
+			return invalidNamespace(ns, r.names.allowedRoles, err)
 		}
 	}
 	if needsBase {
-		return r.needsBase(fmt.Sprintf("annotation %q of namespace %q has names that are not full ARNs", r.keys.Name(AllowedRoles), ns.Name))
+		return r.needsBase(fmt.Sprintf("annotation %q of namespace %q has names that are not full ARNs", r.names.allowedRoles, ns.Name))
 	}
 	return credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted,
 		"namespace %q does not permit role %s: change the pod's %q, or the namespace's %q or %q",
-		ns.Name, role, r.keys.Name(Role), r.keys.Name(Permitted), r.keys.Name(AllowedRoles))
+		ns.Name, role, r.keys.Name(Role), r.names.permitted, r.names.allowedRoles)
+}
+
+// matchExpression reports whether a text of [Permitted] matches the role of that ARN.
+func matchExpression(e *evaluation, text, role string) (bool, error) {
+	compiled, err := meaning(e, permittedText, text, compile)
+	if err != nil {
+		return false, err
+	}
+	return compiled.match(role)
+}
+
+// errNeedsBase says that no full ARN in [AllowedRoles] matches, and that its names need a base ARN.
+var errNeedsBase = errors.New("names need a base ARN")
+
+// matchAllowed reports whether a text of [AllowedRoles] matches the role of that ARN.
+func matchAllowed(e *evaluation, text, role string) (bool, error) {
+	globs, err := meaning(e, allowedText, text, parseGlobs)
+	if err != nil {
+		return false, err
+	}
+	r := e.rules
+	for _, g := range globs {
+		// What the base puts before a glob has no *, so the parts can be matched one by one.
+		rest, ok := role, true
+		if !strings.HasPrefix(g.first, "arn:") {
+			if r.base.IsZero() {
+				err = errNeedsBase
+				continue
+			}
+			rest, ok = strings.CutPrefix(role, r.before(g))
+		}
+		if ok && g.match(rest) {
+			return true, nil
+		}
+	}
+	return false, err
 }
 
 // before is what completes a glob, in the way in which the names of roles are completed: a /PATH/NAME
@@ -115,28 +147,40 @@ func invalidNamespace(ns Namespace, name string, err error) error {
 	}
 }
 
-// compile returns the form of expression that matches whole ARNs only, and about how many bytes it
-// takes.
-func compile(expression string) (*regexp.Regexp, int, error) {
-	if len(expression) > maxExpression {
-		return nil, 0, fmt.Errorf("has %d characters, the limit is %d", len(expression), maxExpression)
+// compile returns a compiled text of [Permitted], and about how many bytes it takes.
+func compile(text string) (expression, int, error) {
+	if len(text) > maxExpression {
+		return expression{}, 0, fmt.Errorf("has %d characters, the limit is %d", len(text), maxExpression)
+	}
+	if beyond := beyondASCII.FindString(text); beyond != "" {
+		return expression{}, 0, fmt.Errorf("%.200q has %q, and a role's ARN has letters, digits and marks of ASCII only: write the characters themselves, or a class such as [a-z]", text, beyond)
 	}
 	// Parsed alone first: an expression such as "a)|(?:.*" is wrong by itself, but would become
 	// a valid one that matches everything once it stands in a group.
-	alone, err := syntax.Parse(expression, syntax.Perl)
+	alone, err := syntax.Parse(text, syntax.Perl)
 	if err != nil {
-		return nil, 0, fmt.Errorf("%q is not a regular expression: %w", expression, err)
+		return expression{}, 0, fmt.Errorf("%.200q is not a regular expression: %w", text, err)
 	}
 	n := steps(alone)
 	if n > maxSteps {
-		return nil, 0, fmt.Errorf("repeats too much: it would be compiled into %d steps, the limit is %d", n, maxSteps)
+		return expression{}, 0, fmt.Errorf("repeats too much: it would be compiled into %d steps, the limit is %d", n, maxSteps)
 	}
-	re, err := regexp.Compile("^(?:" + expression + ")$")
+	prog, err := syntax.Compile(alone.Simplify())
 	if err != nil {
-		return nil, 0, fmt.Errorf("%q is not a regular expression: %w", expression, err)
+		return expression{}, 0, fmt.Errorf("%.200q is not a regular expression: %w", text, err)
 	}
-	return re, n * stepCost, nil
+	whole, err := regexp.Compile("^(?:" + text + ")$")
+	if err != nil {
+		return expression{}, 0, fmt.Errorf("%.200q is not a regular expression: %w", text, err)
+	}
+	return expression{whole: whole, alone: prog}, n * stepCost, nil
 }
+
+// beyondASCII finds what only an expression for other texts than ARNs has: characters beyond ASCII, and escapes that
+// name characters by their number or by a property in Unicode. They are refused because package syntax takes seconds
+// for some of them: (?i)[B-\x{10FFFF}] adds each of a million characters to the class, and 4 kB have 200 such classes.
+// Without them, no text of maxExpression takes more than 5 ms to compile (BenchmarkCompile).
+var beyondASCII = regexp.MustCompile(`[^\x00-\x7f]|\\[xpP0-7]`)
 
 // steps estimates how many instructions re compiles to.
 func steps(re *syntax.Regexp) int {
@@ -145,7 +189,7 @@ func steps(re *syntax.Regexp) int {
 		n = len(re.Rune)
 	}
 	if re.Op == syntax.OpCharClass {
-		n += len(re.Rune) / 16 // a class such as \pL has hundreds of ranges, each of which takes memory
+		n += len(re.Rune) / 16 // a class can have dozens of ranges, each of which takes memory
 	}
 	for _, part := range re.Sub {
 		n += steps(part)
@@ -157,6 +201,9 @@ func steps(re *syntax.Regexp) int {
 }
 
 func parseGlobs(list string) ([]glob, int, error) {
+	if len(list) > maxAllowed {
+		return nil, 0, fmt.Errorf("has %d characters, the limit is %d", len(list), maxAllowed)
+	}
 	var texts []string
 	if err := json.Unmarshal([]byte(list), &texts); err != nil {
 		return nil, 0, fmt.Errorf(`is not a JSON list such as ["team-*"]: %w`, err)
@@ -166,8 +213,19 @@ func parseGlobs(list string) ([]glob, int, error) {
 	}
 	globs, cost := make([]glob, len(texts)), 0
 	for i, text := range texts {
+		if err := checkStars(text); err != nil {
+			return nil, 0, err
+		}
 		globs[i] = newGlob(text)
 		cost += globCost + len(text) + partCost*strings.Count(text, "*")
 	}
 	return globs, cost, nil
+}
+
+// checkStars refuses a glob with too many *.
+func checkStars(text string) error {
+	if n := strings.Count(text, "*"); n > maxStars {
+		return fmt.Errorf("%.100q has %d *, the limit is %d", text, n, maxStars)
+	}
+	return nil
 }

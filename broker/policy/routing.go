@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -50,6 +51,24 @@ func (s Settings) RoutingKey(namespace, serviceAccount string) RoutingKey {
 // RoutingKey returns the key of a live pod. It fails with the error of Parse.
 func (k Keys) RoutingKey(pod Pod) (RoutingKey, error) {
 	s, err := k.Parse(pod.Annotations)
+	return routingKey(pod, s, err)
+}
+
+// RoutingKey is [Keys.RoutingKey] with what is cached, for a caller of [Rules.Grant].
+func (r *Rules) RoutingKey(pod Pod) (RoutingKey, error) {
+	e := evaluation{rules: r, namespace: pod.Namespace}
+	s, err := r.keys.parse(&e, pod.Annotations)
+	if e.lacks {
+		// It fails with the context only, which never ends.
+		_ = r.gate.enter(context.Background(), noNamespace)
+		defer r.gate.leave(noNamespace)
+		s, err = r.keys.parse(&evaluation{rules: r, namespace: pod.Namespace, mayWork: true}, pod.Annotations)
+	}
+	return routingKey(pod, s, err)
+}
+
+// routingKey returns the key of a pod whose annotations parsed to s or err.
+func routingKey(pod Pod, s Settings, err error) (RoutingKey, error) {
 	if err != nil {
 		return "", fmt.Errorf("placing pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}

@@ -1,11 +1,11 @@
 package policy
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -31,7 +31,7 @@ type Namespace struct {
 
 // Grant is one AWS session that some pod may have: everything that AssumeRole is called with, and
 // whom the session is shared by. Grants compare with ==, and two pods get the same session exactly
-// when their grants are equal. Only [Rules.Grant] makes one that is not zero.
+// when their grants are equal. Only [Rules] makes one that is not zero.
 type Grant struct {
 	role           credential.RoleARN
 	sessionName    string
@@ -137,8 +137,9 @@ type Rules struct {
 	names   names
 	limits  atomic.Pointer[limits] // nil: there is no rules file
 
-	expressions memo[*regexp.Regexp]
-	globs       memo[[]glob]
+	generations atomic.Uint64 // how many rules files there were
+	cache       cache
+	gate        gate
 }
 
 // names are texts that each decision needs, made once.
@@ -174,9 +175,46 @@ func (r *Rules) Keys() Keys { return r.keys }
 // errNoServiceAccount is a fault of ours: every pod has one.
 var errNoServiceAccount = errors.New("the pod's service account is not known")
 
-// Grant decides which session the pod may have. A refusal is an [*credential.Error] whose message
+// Decide decides which session the pod may have. A refusal is an [*credential.Error] whose message
 // says what to change, on the pod, on its namespace or in the rules file.
+//
+// A decision like one that the namespace has had before takes some microseconds. Another one takes some milliseconds
+// at most, and waits until the namespace has its turn, and not longer than ctx: then the refusal is
+// credential.ErrUnavailable.
+func (r *Rules) Decide(ctx context.Context, pod Pod, ns Namespace) (Grant, error) {
+	return r.decide(ctx, ns.Name, pod, ns)
+}
+
+// Grant is Decide for a caller that goes through the pods of many namespaces, one after the other, such as one that
+// prefetches: it waits for a turn that all calls of Grant share, as if they were of one more namespace.
 func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
+	return r.decide(context.Background(), noNamespace, pod, ns)
+}
+
+// noNamespace has turns of its own at the gate. No namespace has an empty name.
+const noNamespace = ""
+
+func (r *Rules) decide(ctx context.Context, turn string, pod Pod, ns Namespace) (Grant, error) {
+	e := evaluation{rules: r, namespace: ns.Name}
+	if grant, err := r.grant(&e, pod, ns); !e.lacks {
+		return grant, err
+	}
+	if err := r.gate.enter(ctx, turn); err != nil {
+		return Grant{}, &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonNamespaceBusy, RetryAfter: busyWait,
+			Message: fmt.Sprintf("namespace %q has too many pods that need a new decision at the same time; try again", ns.Name),
+		}
+	}
+	defer r.gate.leave(turn)
+	e = evaluation{rules: r, namespace: ns.Name, mayWork: true}
+	return r.grant(&e, pod, ns)
+}
+
+// busyWait is the least time before a decision that did not get its turn is asked for again.
+const busyWait = time.Second
+
+// grant decides by what the evaluation has.
+func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	if pod.Namespace == "" || pod.Namespace != ns.Name {
 		return Grant{}, credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotFound,
 			"the pod's namespace %q is not known", pod.Namespace)
@@ -192,7 +230,8 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 			return Grant{}, err
 		}
 	}
-	s, err := r.keys.Parse(pod.Annotations)
+	e.file, e.entry = file, limit
+	s, err := r.keys.parse(e, pod.Annotations)
 	if err != nil {
 		return Grant{}, err
 	}
@@ -201,7 +240,7 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 		return Grant{}, err
 	}
 	arn := role.String()
-	if err := r.permit(arn, ns); err != nil {
+	if err := r.permit(e, arn, ns); err != nil {
 		return Grant{}, err
 	}
 	if err := r.permitTags(s.SessionTags, ns); err != nil {
@@ -225,7 +264,7 @@ func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	tags := s.SessionTags
 	if file != nil {
 		_, said := pod.Annotations[r.names.duration]
-		if err := limit.allow(r.keys, ns.Name, role, arn, s, said); err != nil {
+		if err := limit.allow(e, ns.Name, role, arn, s, said); err != nil {
 			return Grant{}, err
 		}
 		if limit.maxDuration != 0 {

@@ -64,6 +64,8 @@ const (
 	maxTags        = 50
 	maxTagKey      = 128
 	maxTagValue    = 256
+	// tagCost is how many bytes a tag takes besides its text.
+	tagCost = 32
 	// maxPolicy is the plain-text limit of the inline policy and the managed policies' ARNs
 	// together. The packed limit beside it is known to STS alone.
 	maxPolicy     = 2048
@@ -71,6 +73,8 @@ const (
 	minPolicyARN  = 20
 	// maxContainerNames bounds the comma lists: no pod near etcd's 1.5 MB has so many containers.
 	maxContainerNames = 1000
+	// maxDurationText is more than any duration within bounds needs.
+	maxDurationText = 64
 	// maxStartTimeout: longer than a day is a typing error. "0" waits for ever.
 	maxStartTimeout = 24 * time.Hour
 )
@@ -112,6 +116,11 @@ type Settings struct {
 // values that do not parse, with an [*credential.Error] of kind credential.ErrInvalid whose message
 // names the annotation; nothing is ignored.
 func (k Keys) Parse(annotations map[string]string) (Settings, error) {
+	return k.parse(nil, annotations)
+}
+
+// parse is Parse with what the evaluation has cached.
+func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, error) {
 	// One pass over what the pod has: it is mostly less than there are keys, and needs no full names.
 	var values [len(podKeys)]string
 	var said [len(podKeys)]bool
@@ -136,7 +145,7 @@ func (k Keys) Parse(annotations map[string]string) (Settings, error) {
 		if !said[at] {
 			continue
 		}
-		if err := s.set(podKeys[at], strings.TrimSpace(value)); err != nil {
+		if err := s.set(e, podKeys[at], strings.TrimSpace(value)); err != nil {
 			return Settings{}, &credential.Error{
 				Kind: credential.ErrInvalid, Reason: credential.ReasonAnnotationInvalid,
 				Message: fmt.Sprintf("annotation %q: %v", k.Name(podKeys[at]), err),
@@ -164,7 +173,7 @@ func (k Keys) Parse(annotations map[string]string) (Settings, error) {
 
 // set parses the value of one key. What it says of a value quotes at most 100 characters: Kubernetes
 // bounds annotations only after admission has run.
-func (s *Settings) set(key Key, value string) (err error) {
+func (s *Settings) set(e *evaluation, key Key, value string) (err error) {
 	switch key {
 	case Role:
 		s.Role = value
@@ -173,9 +182,9 @@ func (s *Settings) set(key Key, value string) (err error) {
 	case ExternalID:
 		s.ExternalID, err = parseText(value, isExternalID, minExternalID, maxExternalID, "letters, digits and any of _+=,.@:/-")
 	case SessionTags:
-		s.SessionTags, err = parseTags(value)
+		s.SessionTags, err = meaning(e, sessionTagsText, value, parseTags)
 	case SessionPolicy:
-		s.SessionPolicy, err = parseSessionPolicy(value)
+		s.SessionPolicy, err = meaning(e, policyText, value, compactPolicy)
 	case PolicyARNs:
 		s.PolicyARNs, err = parsePolicyARNs(value)
 	case SessionScope:
@@ -219,8 +228,8 @@ func parseChoice[T ~string](value string, choices ...T) (T, error) {
 }
 
 func parseDuration(value string, shortest, longest time.Duration) (time.Duration, error) {
-	d, err := time.ParseDuration(value)
-	if err != nil {
+	d, err := time.ParseDuration(value[:min(len(value), maxDurationText+1)])
+	if err != nil || len(value) > maxDurationText {
 		return 0, fmt.Errorf("%.100q is not a duration such as 90m or 2h", value)
 	}
 	if d < shortest || d > longest {
@@ -236,49 +245,52 @@ func parseDuration(value string, shortest, longest time.Duration) (time.Duration
 // parseList splits a comma list. Blanks around names are dropped; empty names are refused.
 func parseList(value string, most int) ([]string, error) {
 	var list []string
+	seen := make(map[string]bool)
 	for name := range strings.SplitSeq(value, ",") {
 		name = strings.TrimSpace(name)
 		switch {
 		case name == "":
 			return nil, fmt.Errorf("%.100q has an empty name in its comma list", value)
-		case slices.Contains(list, name):
+		case seen[name]:
 			return nil, fmt.Errorf("%.100q is named twice", name)
 		case len(list) == most:
 			return nil, fmt.Errorf("has more than %d names", most)
 		}
 		list = append(list, name)
+		seen[name] = true
 	}
 	return list, nil
 }
 
-func parseTags(value string) ([]Tag, error) {
+// parseTags returns the tags of a text, sorted by key, and about how many bytes they take.
+func parseTags(value string) ([]Tag, int, error) {
 	pairs, err := parseList(value, maxTags)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	var tags []Tag
 	var keys []string
 	for _, pair := range pairs {
 		key, val, ok := strings.Cut(pair, "=")
 		if !ok {
-			return nil, fmt.Errorf("%.100q is not key=value", pair)
+			return nil, 0, fmt.Errorf("%.100q is not key=value", pair)
 		}
 		// Blanks are legal within keys, so those around one would make another key of it.
 		key, val = strings.TrimSpace(key), strings.TrimSpace(val)
 		if err := checkTagKey(key, keys); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if slices.ContainsFunc(reservedTags, func(r string) bool { return strings.EqualFold(r, key) }) {
-			return nil, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
+			return nil, 0, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
 		}
 		if !isTagText(val, 0, maxTagValue) {
-			return nil, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
+			return nil, 0, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
 		}
 		keys = append(keys, key)
 		tags = append(tags, Tag{Key: key, Value: val})
 	}
 	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
-	return tags, nil
+	return tags, tagCost*len(tags) + len(value), nil
 }
 
 // checkTagKey refuses what STS takes for no tag's key, and one that is among before.
@@ -301,6 +313,8 @@ func isTagText(s string, shortest, longest int) bool {
 	n := 0
 	for _, r := range s {
 		switch {
+		case n == longest:
+			return false
 		case 'a' <= r && r <= 'z', 'A' <= r && r <= 'Z', '0' <= r && r <= '9', strings.ContainsRune("_.:/=+-@", r):
 		case !unicode.In(r, unicode.L, unicode.Z, unicode.N):
 			return false
@@ -325,42 +339,41 @@ func onlyOf(s, marks string) bool {
 	return true
 }
 
-// compactPolicies keeps what became of policies, for decoding one takes longer than all else that a
-// decision needs. It may be shared by all Keys, because it depends on nothing but the text.
-var compactPolicies memo[string]
+// maxPolicyText bounds a policy with its blanks: what is left without them is bounded by maxPolicy.
+const maxPolicyText = 8 * maxPolicy
 
-func parseSessionPolicy(value string) (string, error) {
-	return compactPolicies.get(value, func(value string) (string, int, error) {
-		compact, err := compactPolicy(value)
-		return compact, len(compact), err
-	})
-}
-
-func compactPolicy(value string) (string, error) {
+// compactPolicy returns a policy without blanks, and about how many bytes it takes.
+func compactPolicy(value string) (string, int, error) {
+	if len(value) > maxPolicyText {
+		return "", 0, fmt.Errorf("has %d characters with its blanks, the limit is %d", len(value), maxPolicyText)
+	}
 	// The characters that STS takes in a policy; invalid UTF-8 comes out as one that it does not.
 	for _, r := range value {
 		if r > 0xFF {
-			return "", fmt.Errorf("has the character %q, and STS takes none above U+00FF: write it as an escape of JSON", r)
+			return "", 0, fmt.Errorf("has the character %q, and STS takes none above U+00FF: write it as an escape of JSON", r)
 		}
 	}
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal([]byte(value), &object); err != nil {
-		return "", fmt.Errorf("is not a JSON object: %w", err)
+		return "", 0, fmt.Errorf("is not a JSON object: %w", err)
 	}
 	if _, ok := object["Statement"]; !ok {
-		return "", fmt.Errorf("is not an IAM policy: it has no Statement")
+		return "", 0, fmt.Errorf("is not an IAM policy: it has no Statement")
 	}
 	var compact bytes.Buffer
 	if err := json.Compact(&compact, []byte(value)); err != nil {
-		return "", err
+		return "", 0, err
 	}
-	return compact.String(), nil
+	return compact.String(), compact.Len(), nil
 }
 
 func parsePolicyARNs(value string) ([]string, error) {
 	arns, err := parseList(value, maxPolicyARNs)
 	if err != nil {
 		return nil, err
+	}
+	if n := len(strings.Join(arns, "")); len(arns) > 1 && n > maxPolicy {
+		return nil, fmt.Errorf("has ARNs of %d characters together, STS takes %d", n, maxPolicy)
 	}
 	for _, arn := range arns {
 		if len(arn) < minPolicyARN || len(arn) > maxPolicy || !policyARNForm.MatchString(arn) {

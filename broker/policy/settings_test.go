@@ -225,7 +225,8 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{`{"Statement":[]`, "is not a JSON object"},
 		{`{"Statement":"→"}`, "STS takes none above U+00FF"},
 		{"{\"Statement\":\"\xff\"}", "STS takes none above U+00FF"},
-		{strings.Repeat("[", 100_000), "is not a JSON object"},
+		{strings.Repeat("[", 16<<10), "is not a JSON object"},
+		{statement + strings.Repeat(" ", 16<<10) + "x", "characters with its blanks, the limit is 16384"},
 		{`{"Statement":"` + strings.Repeat("x", 2049-len(statement)) + `"}`, "have 2049 characters together, STS takes 2048"},
 	},
 	policy.PolicyARNs: {
@@ -238,7 +239,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"arn:aws:iam::aws:policy/a,arn:aws:iam::aws:policy/a", "named twice"},
 		{"arn:aws:iam::aws:policy/" + strings.Repeat("p", 2048), "is not the ARN"},
 		{numbered(11, "arn:aws:iam::aws:policy/p%d"), "more than 10 names"},
-		{numbered(2, "arn:aws:iam::aws:policy/"+strings.Repeat("p", 1100)+"%d"), "characters together, STS takes 2048"},
+		{numbered(2, "arn:aws:iam::aws:policy/"+strings.Repeat("p", 1100)+"%d"), "has ARNs of 2250 characters together, STS takes 2048"},
 	},
 	policy.SessionScope: {
 		{"", `"" is none of ["role" "service-account" "pod"]`},
@@ -257,6 +258,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"1h0.5s", "must be whole seconds"},
 		{"1e9h", "is not a duration"},
 		{strings.Repeat("1", 100_000), "is not a duration"},
+		{strings.Repeat("0", 64) + "h", "is not a duration"},
 	},
 	policy.Region: {
 		{"", "must have 1 to 64"},

@@ -1,0 +1,318 @@
+package policy_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// longest returns a role with the longest path and name that IAM has.
+func longest(path string) string {
+	path = strings.Repeat(path, 512/len(path)+1)
+	return rolePrefix + strings.TrimRight(path[:510], "/") + "/" + strings.Repeat("a", 64)
+}
+
+// names joins n role names of some length.
+func names(n int) string {
+	var list []string
+	for i := range n {
+		list = append(list, fmt.Sprintf("%c-service-%03d", 'a'+i%26, i))
+	}
+	return strings.Join(list, "|")
+}
+
+// An expression that takes long to match with a role is refused for that role, and before it is matched.
+func TestCostlyExpressions(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	for _, tt := range []struct{ expression, role string }{
+		{"(((.*)*)*){1000}Z", rolePrefix + strings.Repeat("a", 494) + "/" + strings.Repeat("a", 64)}, // 590 characters
+		{"(((.*)*)*){1000}Z", "cart"},
+		{"(.*){1000}(.*){1000}Z|.*cart", "cart"},
+		{"(.*){1000}(.*){1000}Z|.*cart", longest("cart/")},
+		{strings.Repeat(".*", 1800) + "Z", longest("a")},
+		{"(?:.?){1000}", longest("a")},
+		{"(?:.+){500}Z", longest("a")},
+		{"(?:.{0,30}){30}Z", longest("a")},
+		{strings.Repeat("((((.*))))", 300) + "Z", longest("a")},
+		{strings.Repeat(`\B*.*`, 300) + "Z", longest("a")},
+		{strings.Repeat(`[^B]*`, 600) + "Z", longest("a")},
+		{"(?i)" + strings.Repeat(`[a-z0-9:/]*`, 330) + "Z", longest("a")},
+	} {
+		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: tt.role}), shop(map[policy.Key]string{policy.Permitted: tt.expression}))
+		mustRefuse(t, tt.expression, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid,
+			`annotation "iam.amazonaws.com/permitted" of namespace "shop"`, "takes more than 250000 steps, the limit", "instructions", "remove repetitions of repetitions")
+	}
+}
+
+// Expressions as namespaces have them pass with the longest ARN, and far from the limit.
+func TestOrdinaryExpressionsAreCheap(t *testing.T) {
+	for _, expression := range []string{
+		".*",
+		"arn:aws:iam::123456789012:role/team-.*",
+		".*/(a|b|c)",
+		".*role/.*cart.*",
+		"arn:aws:iam::.*:role/(" + names(250) + ")",
+		`arn:aws:iam::\d+:role/(` + names(250) + ")",
+		".*/(" + names(40) + ")",
+		rolePrefix + strings.Join(strings.Split(names(75), "|"), "|"+rolePrefix),
+		"arn:aws:iam::(123456789012|210987654321):role/[a-z]{1,64}(/[a-z]{1,64}){0,8}",
+		"(?i).*(cart|shop|admin|reader|writer).*",
+		"(?:[^:]*:){5}role/(.+/)?(cart|shop)-[a-z0-9]+",
+	} {
+		for _, path := range []string{"a", "a/", "cart/", "a-service-000/"} {
+			n, err := policy.Visits(expression, longest(path))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n > policy.MaxVisits/10 {
+				t.Errorf("%.60s: %d visits for a role of path %q, more than a tenth of %d", expression, n, path, policy.MaxVisits)
+			}
+		}
+	}
+	for _, expression := range []string{"(?i).*(" + names(100) + ").*", ".*/(" + names(250) + ")"} {
+		for _, path := range []string{"a", "a/"} {
+			if n, err := policy.Visits(expression, longest(path)); err != nil || n > policy.MaxVisits {
+				t.Errorf("%.60s: %d visits, %v, for a role of path %q: the limit refuses it", expression, n, err, path)
+			}
+		}
+	}
+}
+
+// Visits are counted by what the engines do: each instruction once at each position that reaches it.
+func TestVisits(t *testing.T) {
+	for _, tt := range []struct {
+		expression, text string
+		want             int
+	}{
+		{"abc", "abc", 4},                  // three characters and the match
+		{"abc", "abd", 3},                  // ends where none is left
+		{"abc", "ab", 3},                   // likewise
+		{"", "a", 2},                       // nothing, and the match
+		{"a|b", "a", 2},                    // a class
+		{"ab|cd", "ab", 5},                 // alternative, a and c; b; match
+		{"a*", "aaa", 4 * 3},               // alternative, a and match, at each of four positions
+		{"(a)", "a", 4},                    // both ends of the group count
+		{"^a$", "a", 4},                    // so do assertions
+		{`\bb`, "a", 2},                    // whether they hold is not looked at
+		{"(?:a?){3}", "aa", 7 + 5 + 3},     // one part less at each position
+		{"(?:a*)*b", "a", 2 * 3},           // loops in loops end
+		{`[a-z]\pL(?s:.).`, "abc:", 4 + 1}, // each way to accept a character
+		{`[a-z]`, "A", 1},
+		{".", "\n", 1},
+	} {
+		if n, err := policy.Visits(tt.expression, tt.text); err != nil || n != tt.want {
+			t.Errorf("%q with %q: %d visits, %v, want %d", tt.expression, tt.text, n, err, tt.want)
+		}
+	}
+	// It stops where the limit is passed.
+	if n, err := policy.Visits("(.*){1000}", strings.Repeat("a", 1000)); err != nil || n != policy.MaxVisits+1 {
+		t.Errorf("%d visits, %v: the count goes beyond %d", n, err, policy.MaxVisits)
+	}
+}
+
+// What makes package syntax slow is refused before it is parsed.
+func TestExpressionsBeyondASCII(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	for _, tt := range []struct{ expression, names string }{
+		{`(?i)[B-\x{10FFFF}]*`, `"\\x"`}, // 200 of these take a second
+		{"(?i)[B-\U0001e944]*", "\U0001e944"},
+		{`[B-\777]*`, `"\\7"`},
+		{`[B-\xff]*`, `"\\x"`},
+		{`\pL*`, `"\\p"`},
+		{`[\PL]*`, `"\\P"`},
+		{"\xff", `"\xff"`},
+		{".*é", "é"},
+		{`.*\01`, `"\\0"`},
+	} {
+		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(map[policy.Key]string{policy.Permitted: tt.expression}))
+		mustRefuse(t, tt.expression, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid,
+			`annotation "iam.amazonaws.com/permitted" of namespace "shop"`, tt.names, "a role's ARN has letters, digits and marks of ASCII only")
+	}
+	if !permits(t, rules, "reader", map[policy.Key]string{policy.Permitted: `\Aarn:aws:iam::\d{12}:role/\w+[^\s]\z`}) {
+		t.Error("an expression with other escapes is refused")
+	}
+}
+
+// What an expression was found to be, and what it answered, is not worked out again: neither a permission nor a
+// refusal, of whatever kind.
+func TestDecisionsAreCached(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	use(t, rules, policy.File{Namespaces: []policy.NamespaceRules{edit("*", func(n *policy.NamespaceRules) {
+		n.Accounts, n.Roles, n.ExternalIDs, n.SessionNames = []string{"*"}, []string{"/reader", "/team/*"}, []string{"ext-*"}, []string{"name-*"}
+	})}})
+	ended, end := context.WithCancel(t.Context())
+	end()
+	hold := rules.Hold(t) // from here on, what needs an evaluation does not get its turn
+	for _, tt := range []struct {
+		name    string
+		pod, ns map[policy.Key]string
+		reason  credential.Reason
+	}{
+		{"permitted", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: ".*"}, ""},
+		{"not permitted", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: ".*/writer"}, credential.ReasonRoleNotPermitted},
+		{"no expression", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: "("}, credential.ReasonAnnotationInvalid},
+		{"too costly", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: "(((.*)*)*){1000}Z"}, credential.ReasonAnnotationInvalid},
+		{"allowed", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["read*"]`}, ""},
+		{"not allowed", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["write*"]`}, credential.ReasonRoleNotPermitted},
+		{"no list", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: "["}, credential.ReasonAnnotationInvalid},
+		{"policy", map[policy.Key]string{policy.Role: "reader", policy.SessionPolicy: `{"Statement":[]}`}, anything, ""},
+		{"no policy", map[policy.Key]string{policy.Role: "reader", policy.SessionPolicy: `{"Statement":[`}, anything, credential.ReasonAnnotationInvalid},
+		{"tags", map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "a=b"}, map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: "a"}, ""},
+		{"no tags", map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "a"}, anything, credential.ReasonAnnotationInvalid},
+		{"rules: role", map[policy.Key]string{policy.Role: "writer"}, anything, credential.ReasonRulesRole},
+		{"rules: external id", map[policy.Key]string{policy.Role: "team/a", policy.ExternalID: "ext-1"}, anything, ""},
+		{"rules: another external id", map[policy.Key]string{policy.Role: "team/a", policy.ExternalID: "other"}, anything, credential.ReasonRulesExternalID},
+		{"rules: session name", map[policy.Key]string{policy.Role: "team/a", policy.SessionName: "name-1"}, anything, ""},
+		{"rules: another session name", map[policy.Key]string{policy.Role: "team/a", policy.SessionName: "other"}, anything, credential.ReasonRulesSessionName},
+	} {
+		decide := func() credential.Reason {
+			_, err := rules.Decide(ended, cart(tt.pod), shop(tt.ns))
+			return credential.ReasonOf(err)
+		}
+		if got := decide(); got != credential.ReasonNamespaceBusy {
+			t.Errorf("%s: decided with %q without an evaluation", tt.name, got)
+		}
+		hold.Pause(func() {
+			if got := decide(); got != tt.reason {
+				t.Errorf("%s: decided with %q, want %q", tt.name, got, tt.reason)
+			}
+		})
+		if got := decide(); got != tt.reason {
+			t.Errorf("%s: decided with %q from the cache, want %q", tt.name, got, tt.reason)
+		}
+		other := shop(tt.ns)
+		other.Name = "other"
+		pod := cart(tt.pod)
+		pod.Namespace = "other"
+		if _, err := rules.Decide(ended, pod, other); credential.ReasonOf(err) != credential.ReasonNamespaceBusy {
+			t.Errorf("%s: another namespace is answered from the cache of this one: %v", tt.name, err)
+		}
+	}
+	// A new rules file decides at once.
+	pod, ns := cart(map[policy.Key]string{policy.Role: "reader"}), shop(anything)
+	use(t, rules, policy.File{Namespaces: []policy.NamespaceRules{edit("*", func(n *policy.NamespaceRules) {
+		n.Accounts, n.Roles = []string{"*"}, []string{"/other"}
+	})}})
+	hold.Pause(func() {
+		if _, err := rules.Decide(ended, pod, ns); credential.ReasonOf(err) != credential.ReasonRulesRole {
+			t.Errorf("with a new rules file: %v", err)
+		}
+	})
+}
+
+// A routing key is made of what the cache has, too, and is the one that Keys makes.
+func TestRulesRoutingKey(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	pod := cart(map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "b=1,a=2", policy.SessionScope: "pod"})
+	want, err := rules.Keys().RoutingKey(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got, err := rules.RoutingKey(pod); err != nil || got != want {
+			t.Errorf("RoutingKey = %s, %v, want %s", got, err, want)
+		}
+		rules.Hold(t) // the second time without an evaluation
+	}
+	pod.Annotations = annotations(map[policy.Key]string{policy.Role: "reader", policy.Duration: "x"})
+	if got, err := rules.RoutingKey(pod); got != "" || !errors.Is(err, credential.ErrInvalid) {
+		t.Errorf("RoutingKey of a wrong pod = %s, %v", got, err)
+	}
+}
+
+// BenchmarkVisits is the time per visit of the expressions that are the most expensive for each engine of package
+// regexp, of those that are not refused.
+func BenchmarkVisits(b *testing.B) {
+	role := longest("a")
+	for _, bench := range []struct{ name, expression string }{
+		{"onepass", "[a-z0-9:/]*B"},
+		{"backtracker", "(?:.*){190}Z"}, // at most 500 instructions
+		{"backtracker,groups", strings.Repeat("((((.*))))", 38) + "Z"},
+		{"nfa", "(?:.*){192}Z"},
+		{"nfa,classes", strings.Repeat(`[^B]*`, 192) + "Z"},
+		{"nfa,names", "(?i).*(" + names(170) + ").*"},
+		{"nfa,optional", "(?:.?){400}Z"},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			visits, err := policy.Visits(bench.expression, role)
+			if err != nil || visits > policy.MaxVisits {
+				b.Fatal(visits, err)
+			}
+			re := regexp.MustCompile("^(?:" + bench.expression + ")$")
+			for b.Loop() {
+				re.MatchString(role)
+			}
+			b.ReportMetric(float64(visits), "visits/op")
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(visits), "ns/visit")
+		})
+	}
+}
+
+// BenchmarkCompile is what the texts take to compile that take longest, of those that are not refused.
+func BenchmarkCompile(b *testing.B) {
+	fill := func(part string) string { return strings.Repeat(part, 4000/len(part)) }
+	for _, bench := range []struct{ name, expression string }{
+		{"groups", fill("(a)")},
+		{"optional", fill("a?b?|")},
+		{"stars", fill("(a?)*")},
+		{"repeats", fill("(?:.?){4}")},
+		{"folded", "(?i)[" + fill("!-~") + "]"},
+		{"alternatives", "(?i)" + names(250)},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			for b.Loop() {
+				if err := policy.Compile(bench.expression); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkCostlyNeighbor is what the decision of a namespace takes while 32 callers of another one have decisions
+// that cost as much as they may, as a ratio to what it takes alone: cached ones, and such as need an evaluation.
+func BenchmarkCostlyNeighbor(b *testing.B) {
+	for _, hog := range []bool{false, true} {
+		for _, cached := range []bool{true, false} {
+			b.Run(fmt.Sprintf("hog=%v/cached=%v", hog, cached), func(b *testing.B) {
+				rules := newRules(b, rolePrefix)
+				ctx, cancel := context.WithCancel(b.Context())
+				done := make(chan struct{}, 32)
+				if hog {
+					for i := range 32 {
+						go func() {
+							defer func() { done <- struct{}{} }()
+							for j := 0; ctx.Err() == nil; j++ {
+								pod, ns := cart(map[policy.Key]string{policy.Role: longest(fmt.Sprintf("%d-%d/", i, j))}), shop(map[policy.Key]string{policy.Permitted: "(?:.*){190}Z"})
+								pod.Namespace, ns.Name = "hog", "hog"
+								_, _ = rules.Decide(ctx, pod, ns)
+							}
+						}()
+					}
+				}
+				ns := shop(map[policy.Key]string{policy.Permitted: ".*"})
+				for i := 0; b.Loop(); i++ {
+					role := "reader"
+					if !cached {
+						role = fmt.Sprintf("reader-%d", i)
+					}
+					if _, err := rules.Decide(b.Context(), cart(map[policy.Key]string{policy.Role: role}), ns); err != nil {
+						b.Fatal(err)
+					}
+				}
+				cancel()
+				if hog {
+					for range 32 {
+						<-done
+					}
+				}
+			})
+		}
+	}
+}
