@@ -21,14 +21,17 @@ type Keeper interface {
 // and lets go of it when its last pod does.
 //
 // Changes come in by key through a set: however many there are, each pod is looked at once, and
-// none is lost.
+// none is lost. Namespaces take turns, a pod each: the pods of one namespace, however many and
+// however expensive to decide on, delay those of another by one pod at a time.
 type Prefetch struct {
 	cfg  PrefetchConfig
 	wake chan struct{} // holds one
 
 	mu      sync.Mutex
 	dirty   map[string]struct{} // keys of pods to look at; guarded by mu
-	looking bool                // Run has taken keys out of dirty, and is not through with them; guarded by mu
+	queues  map[string][]string // :: namespace → those of its pods, next first; guarded by mu
+	turns   []string            // the namespaces of queues, next first; guarded by mu
+	looking bool                // Run looks at a pod that is not in dirty any more; guarded by mu
 
 	// Used by Run alone.
 	kept map[string]policy.Grant // :: pod key → what is kept for it
@@ -57,11 +60,12 @@ func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
 		return nil, errors.New("prefetching needs Lookup, Rules, Sessions and a Logger")
 	}
 	return &Prefetch{
-		cfg:   cfg,
-		wake:  make(chan struct{}, 1),
-		dirty: make(map[string]struct{}),
-		kept:  make(map[string]policy.Grant),
-		full:  room{waiting: make(map[string]map[string]struct{}), freed: make(map[string]bool)},
+		cfg:    cfg,
+		wake:   make(chan struct{}, 1),
+		dirty:  make(map[string]struct{}),
+		queues: make(map[string][]string),
+		kept:   make(map[string]policy.Grant),
+		full:   room{waiting: make(map[string]map[string]struct{}), freed: make(map[string]bool)},
 	}, nil
 }
 
@@ -69,7 +73,15 @@ func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
 func (p *Prefetch) Changed(keys ...string) {
 	p.mu.Lock()
 	for _, key := range keys {
+		if _, ok := p.dirty[key]; ok {
+			continue
+		}
 		p.dirty[key] = struct{}{}
+		namespace, _, _ := strings.Cut(key, "/")
+		if len(p.queues[namespace]) == 0 {
+			p.turns = append(p.turns, namespace)
+		}
+		p.queues[namespace] = append(p.queues[namespace], key)
 	}
 	p.mu.Unlock()
 	select {
@@ -96,18 +108,35 @@ func (p *Prefetch) Run(ctx context.Context) error {
 			return nil
 		case <-p.wake:
 		}
-		p.mu.Lock()
-		keys := p.dirty
-		p.dirty = make(map[string]struct{})
-		p.looking = true
-		p.mu.Unlock()
-		for key := range keys {
+		for ctx.Err() == nil {
+			key, ok := p.next()
+			if !ok {
+				break
+			}
 			p.look(ctx, key)
 		}
-		p.mu.Lock()
-		p.looking = false
-		p.mu.Unlock()
 	}
+}
+
+// next takes out the key of a pod to look at, of the namespace whose turn it is.
+func (p *Prefetch) next() (key string, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.looking = len(p.turns) > 0
+	if !p.looking {
+		return "", false
+	}
+	namespace := p.turns[0]
+	p.turns = p.turns[1:]
+	queue := p.queues[namespace]
+	key, p.queues[namespace] = queue[0], queue[1:]
+	delete(p.dirty, key)
+	if len(queue) > 1 {
+		p.turns = append(p.turns, namespace)
+	} else {
+		delete(p.queues, namespace)
+	}
+	return key, true
 }
 
 // look brings what is kept for one pod up to date, and has another one looked at where there may be room for it.
@@ -128,7 +157,7 @@ func (p *Prefetch) wanted(ctx context.Context, key string) policy.Grant {
 	}
 	if p.cfg.Owns != nil {
 		// What does not parse is nobody's, and has no grant either.
-		if key, err := p.cfg.Rules.Keys().RoutingKey(pod); err == nil && !p.cfg.Owns(string(key)) {
+		if key, err := p.cfg.Rules.RoutingKey(pod); err == nil && !p.cfg.Owns(string(key)) {
 			return policy.Grant{}
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -224,5 +225,47 @@ func TestPrefetchOfAFullNamespace(t *testing.T) {
 		p.set("b", "")
 		synctest.Wait()
 		sessions.want(t, map[string]int{})
+	})
+}
+
+// The pods of a namespace, however many, are looked at in turn with those of others, whichever came first.
+func TestPrefetchTakesNamespacesInTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys, err := policy.NewKeys(policy.DefaultPrefix)
+		fatal(t, err)
+		rules, err := policy.New(policy.Config{Keys: keys})
+		fatal(t, err)
+		var looked []string // only Run calls Lookup
+		var prefetch *broker.Prefetch
+		prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
+			Rules: rules, Sessions: &keeper{kept: map[string]int{}}, Logger: slog.New(slog.DiscardHandler),
+			Lookup: func(key string) (policy.Pod, policy.Namespace, bool) {
+				if looked = append(looked, key); len(looked) == 4 {
+					prefetch.Changed("late/1", "hog/0") // hog/0 has been looked at, and is again
+				}
+				return policy.Pod{}, policy.Namespace{}, false
+			},
+		})
+		fatal(t, err)
+		var hog []string
+		for i := range 100 {
+			hog = append(hog, fmt.Sprint("hog/", i))
+		}
+		prefetch.Changed(hog...)
+		prefetch.Changed("shop/1", "shop/2", "shop/1", "team/1")
+		if n := prefetch.Pending(); n != 103 {
+			t.Errorf("%d are pending, want 103", n)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { _ = prefetch.Run(ctx) }()
+		synctest.Wait()
+		want := []string{"hog/0", "shop/1", "team/1", "hog/1", "shop/2", "hog/2", "late/1", "hog/3"}
+		if len(looked) != 105 || !slices.Equal(looked[:len(want)], want) {
+			t.Errorf("looked at %d pods, first at %q, want 105 and %q", len(looked), looked[:min(len(looked), len(want))], want)
+		}
+		if looked[104] != "hog/0" || prefetch.Pending() != 0 {
+			t.Errorf("looked at %q last, %d are pending", looked[104], prefetch.Pending())
+		}
 	})
 }
