@@ -456,8 +456,14 @@ func TestDeniedSaysWhatTheTrustPolicyNeeds(t *testing.T) {
 	} {
 		err := call(t, sts, grantBy(t, tt.file, tt.pairs), count)
 		check(t, tt.want, err, credential.ErrDenied, credential.ReasonSTSDenied, []string{tt.want})
-		if e, ok := errors.AsType[*credential.Error](err); ok && strings.Contains(e.Message, "wrong") {
+		e, ok := errors.AsType[*credential.Error](err)
+		if ok && strings.Contains(e.Message, "wrong") {
 			t.Errorf("the message tells the external id: %s", e.Message)
+		}
+		// A pod without one is told of external ids; one that has one is told that it may be the wrong one.
+		const asks = "; if its trust policy requires an external id (sts:ExternalId), set the annotation external-id"
+		if _, has := tt.pairs[policy.ExternalID]; ok && has == strings.Contains(e.Message, asks) {
+			t.Errorf("with an external id: %v, the message is: %s", has, e.Message)
 		}
 	}
 	if _, err := sts.Credential(t.Context(), grant(t, map[policy.Key]string{policy.ExternalID: "right"})); err != nil {

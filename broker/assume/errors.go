@@ -190,7 +190,11 @@ func denial(g policy.Grant, words string) string {
 	case strings.Contains(words, "sts:TagSession"):
 		return "its trust policy must allow the broker's role sts:TagSession as well, and so must the permissions of the broker's role: the session is to carry tags"
 	}
-	return fmt.Sprintf("check that it exists, that its trust policy names the broker's role%s, and that the broker may assume it", conditions(g))
+	check := fmt.Sprintf("check that it exists, that its trust policy names the broker's role%s, and that the broker may assume it", conditions(g))
+	if g.ExternalID() == "" {
+		check += "; if its trust policy requires an external id (sts:ExternalId), set the annotation external-id"
+	}
+	return check
 }
 
 // conditions names what a trust policy may ask for besides the broker's role.
