@@ -407,7 +407,8 @@ func TestJudgement(t *testing.T) {
 		{"not opted in", aPod, func(c *operator.InjectConfig) { c.NamespacesFile = closed }, false, true,
 			where + `1 (line 1), Pod p: note: left alone, because namespace "team-a" is not opted in: label it iam.amazonaws.com/inject=enabled` + "\n"},
 		{"not permitted", optedIn + strings.ReplaceAll(aPod, "role: r", "role: s"), nil, true, false,
-			where + `2 (line 8), Pod p: refused: namespace "team-a" does not permit role arn:aws:iam::123456789012:role/s: change the pod's "iam.amazonaws.com/role", or the namespace's "iam.amazonaws.com/permitted" or "iam.amazonaws.com/allowed-roles"` + "\n"},
+			where + `2 (line 8), Pod p: refused: namespace "team-a" does not permit role arn:aws:iam::123456789012:role/s: its annotation "iam.amazonaws.com/permitted" is ` +
+				"`.*:role/r` and must match the whole ARN; change the namespace's annotation, or the pod's \"iam.amazonaws.com/role\"\n"},
 		{"rules file", optedIn + aPod, func(c *operator.InjectConfig) { c.RulesFile = nobody }, true, false,
 			where + `2 (line 8), Pod p: refused: `},
 		{"misspelt, of one of two", aPod + "---\n# second\n" + strings.ReplaceAll(aPod, "role", "rloe"), nil, true, false,

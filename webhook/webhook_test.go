@@ -278,7 +278,8 @@ func TestDecisions(t *testing.T) {
 			name: "role not permitted", review: review(pod("arn:aws:iam::123456789012:role/admin", "")),
 			want: &admissionv1.AdmissionResponse{
 				Result: refusal(403, "Forbidden", "ROLE_NOT_PERMITTED", 0,
-					`namespace "team-a" does not permit role arn:aws:iam::123456789012:role/admin: change the pod's "iam.amazonaws.com/role", or the namespace's "iam.amazonaws.com/permitted" or "iam.amazonaws.com/allowed-roles"`),
+					"namespace \"team-a\" does not permit role arn:aws:iam::123456789012:role/admin: its annotation \"iam.amazonaws.com/permitted\" is "+
+						"`arn:aws:iam::123456789012:role/team-a/.*` and must match the whole ARN; change the namespace's annotation, or the pod's \"iam.amazonaws.com/role\""),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "ROLE_NOT_PERMITTED"}},
 			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=ROLE_NOT_PERMITTED role="" dry_run=true`,
 		},

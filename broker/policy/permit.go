@@ -8,6 +8,7 @@ import (
 	"regexp/syntax"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/credence-iam/credence/broker/credential"
 )
@@ -66,9 +67,28 @@ func (r *Rules) permit(e *evaluation, role string, ns Namespace) error {
 	if needsBase {
 		return r.needsBase(fmt.Sprintf("annotation %q of namespace %q has names that are not full ARNs", r.names.allowedRoles, ns.Name))
 	}
+	var says []string
+	if hasPermitted {
+		says = append(says, fmt.Sprintf("annotation %q is %s and must match the whole ARN", r.names.permitted, quote(permitted)))
+	}
+	if hasAllowed {
+		says = append(says, fmt.Sprintf("annotation %q is %s and none of its globs matches the whole ARN", r.names.allowedRoles, quote(allowed)))
+	}
 	return credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted,
-		"namespace %q does not permit role %s: change the pod's %q, or the namespace's %q or %q",
-		ns.Name, role, r.keys.Name(Role), r.names.permitted, r.names.allowedRoles)
+		"namespace %q does not permit role %s: its %s; change the namespace's annotation, or the pod's %q",
+		ns.Name, role, strings.Join(says, ", and its "), r.keys.Name(Role))
+}
+
+// maxQuoted bounds what a message quotes of a namespace's annotation, in characters: a few ARNs.
+const maxQuoted = 200
+
+// quote returns the beginning of a text for a message, in backquotes if it has none, so that expressions and JSON stay
+// as they were written.
+func quote(text string) string {
+	if utf8.RuneCountInString(text) > maxQuoted {
+		return fmt.Sprintf("%#.*q…", maxQuoted, text)
+	}
+	return fmt.Sprintf("%#q", text)
 }
 
 // matchExpression reports whether a text of [Permitted] matches the role of that ARN.

@@ -59,8 +59,15 @@ func permits(t *testing.T, rules *policy.Rules, role string, pairs map[policy.Ke
 	if !grant.IsZero() {
 		t.Errorf("a refusal (%v) comes with %s", err, grant)
 	}
-	mustRefuse(t, "role "+role, err, credential.ErrDenied, credential.ReasonRoleNotPermitted,
-		`namespace "shop" does not permit role arn:`, `"iam.amazonaws.com/role"`, `"iam.amazonaws.com/permitted"`, `"iam.amazonaws.com/allowed-roles"`)
+	want := []string{`namespace "shop" does not permit role arn:`, `"iam.amazonaws.com/role"`}
+	for key, text := range map[policy.Key]string{policy.Permitted: "must match the whole ARN", policy.AllowedRoles: "none of its globs matches the whole ARN"} {
+		if _, ok := pairs[key]; ok {
+			want = append(want, `annotation "iam.amazonaws.com/`+string(key)+`" is `, text)
+		} else if err != nil && strings.Contains(err.Error(), string(key)) {
+			t.Errorf("role %s: the message names an annotation that the namespace does not have: %v", role, err)
+		}
+	}
+	mustRefuse(t, "role "+role, err, credential.ErrDenied, credential.ReasonRoleNotPermitted, want...)
 	return false
 }
 
@@ -371,4 +378,26 @@ func FuzzGlob(f *testing.F) {
 			t.Errorf("glob %q matches %q: %v", glob, s, got)
 		}
 	})
+}
+
+// A refusal shows what the namespace's annotations say, and not more of it than a person reads.
+func TestRefusalShowsWhatIsPermitted(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	const begins, ends = `namespace "shop" does not permit role arn:aws:iam::123456789012:role/reader: its annotation `, `; change the namespace's annotation, or the pod's "iam.amazonaws.com/role"`
+	for _, tt := range []struct {
+		pairs map[policy.Key]string
+		want  string
+	}{
+		{map[policy.Key]string{policy.Permitted: `role/\d+`}, "\"iam.amazonaws.com/permitted\" is `role/\\d+` and must match the whole ARN"},
+		{map[policy.Key]string{policy.AllowedRoles: `["writer"]`}, "\"iam.amazonaws.com/allowed-roles\" is `[\"writer\"]` and none of its globs matches the whole ARN"},
+		{map[policy.Key]string{policy.Permitted: "a`\nb", policy.AllowedRoles: `[]`},
+			"\"iam.amazonaws.com/permitted\" is \"a`\\nb\" and must match the whole ARN, and its annotation \"iam.amazonaws.com/allowed-roles\" is `[]` and none of its globs matches the whole ARN"},
+		{map[policy.Key]string{policy.Permitted: strings.Repeat("x", 201)}, "\"iam.amazonaws.com/permitted\" is `" + strings.Repeat("x", 200) + "`… and must match the whole ARN"},
+		{map[policy.Key]string{policy.Permitted: strings.Repeat("x", 200)}, "\"iam.amazonaws.com/permitted\" is `" + strings.Repeat("x", 200) + "` and must match the whole ARN"},
+	} {
+		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(tt.pairs))
+		if want := begins + tt.want + ends; err == nil || err.Error() != want {
+			t.Errorf("the refusal is\n%v, want\n%s", err, want)
+		}
+	}
 }
