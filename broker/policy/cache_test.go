@@ -1,0 +1,89 @@
+package policy
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// What a namespace has cached stays, however much others have that is new, and all of it is bounded.
+func TestCacheIsSharedEqually(t *testing.T) {
+	var c cache
+	check := func(when string) {
+		t.Helper()
+		sum := 0
+		for name, n := range c.namespaces {
+			sum += n.cost
+			if n.cost > maxCachedEach {
+				t.Errorf("%s: %s takes %d bytes, the limit is %d", when, name, n.cost, maxCachedEach)
+			}
+		}
+		if sum != c.cost || sum > maxCached {
+			t.Errorf("%s: namespaces take %d bytes, which are counted as %d, the limit is %d", when, sum, c.cost, maxCached)
+		}
+		for i := range 1000 {
+			name := fmt.Sprint("small-", i)
+			if value, err, ok := c.meaning(name, textKey{permittedText, "text"}); !ok || err != nil || value != name {
+				t.Fatalf("%s: %s has %v, %v, %v", when, name, value, err, ok)
+			}
+			if a, ok := c.answer(name, textKey{permittedText, "text"}, "role"); !ok || !a.yes {
+				t.Fatalf("%s: the answer of %s is %v, %v", when, name, a, ok)
+			}
+		}
+	}
+	for i := range 1000 {
+		name := fmt.Sprint("small-", i)
+		c.keep(name, textKey{permittedText, "text"}, 1000, func(t *text) { t.parsed, t.value = true, name })
+		c.keep(name, textKey{permittedText, "text"}, 100, func(t *text) { t.answers = map[string]answer{"role": {yes: true}} })
+	}
+	check("at first")
+	if n := c.namespaces["small-0"].cost; n != 1000+100+textCost+len("text") {
+		t.Errorf("a text with an answer is counted as %d bytes", n)
+	}
+	for i := range 100 {
+		c.keep("hog", textKey{permittedText, fmt.Sprint(i)}, 1<<20, func(t *text) { t.parsed = true })
+		check("with one large namespace")
+		if _, _, ok := c.meaning("hog", textKey{permittedText, fmt.Sprint(i)}); !ok {
+			t.Fatalf("text %d of the large namespace is not kept", i)
+		}
+	}
+	for i := range 100 {
+		c.keep(fmt.Sprint("hog-", i%20), textKey{permittedText, fmt.Sprint(i)}, 3<<20, func(t *text) { t.parsed = true })
+		check("with many large namespaces")
+	}
+	// What is larger than all that a namespace may have is not kept, and takes the place of nothing else's.
+	c.keep("large", textKey{permittedText, strings.Repeat("x", maxCachedEach)}, 0, func(t *text) { t.parsed = true })
+	check("with a text that is too large")
+	if c.namespaces["large"] != nil {
+		t.Error("a text that is too large is kept")
+	}
+	// A namespace that has little finds room when it comes last.
+	c.keep("new", textKey{permittedText, "text"}, 1000, func(t *text) { t.parsed = true })
+	check("with a new namespace")
+	if _, _, ok := c.meaning("new", textKey{permittedText, "text"}); !ok {
+		t.Error("a small namespace that is new finds no room")
+	}
+}
+
+// What a text means and what it answers are two things: one may be known without the other. Kinds are kept apart.
+func TestCacheKeepsThingsApart(t *testing.T) {
+	var c cache
+	key := textKey{permittedText, "text"}
+	c.keep("shop", key, 1, func(t *text) { t.answers = map[string]answer{"role": {}} })
+	if _, _, ok := c.meaning("shop", key); ok {
+		t.Error("a text that was not parsed has a meaning")
+	}
+	for name, miss := range map[string]bool{
+		"another subject":   func() bool { _, ok := c.answer("shop", key, "other"); return !ok }(),
+		"another text":      func() bool { _, ok := c.answer("shop", textKey{permittedText, "x"}, "role"); return !ok }(),
+		"another kind":      func() bool { _, ok := c.answer("shop", textKey{allowedText, "text"}, "role"); return !ok }(),
+		"another namespace": func() bool { _, ok := c.answer("team", key, "role"); return !ok }(),
+	} {
+		if !miss {
+			t.Errorf("%s is answered", name)
+		}
+	}
+	if a, ok := c.answer("shop", key, "role"); !ok || a.yes {
+		t.Errorf("the answer is %v, %v", a, ok)
+	}
+}
