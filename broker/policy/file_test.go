@@ -400,6 +400,17 @@ func TestSourceIdentity(t *testing.T) {
 	}
 }
 
+// A forced tag with the service account needs one.
+func TestForcedTagWithoutServiceAccount(t *testing.T) {
+	rules := newRules(t, rolePrefix)
+	use(t, rules, entries(edit("*", func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"owner": "x-{serviceAccount}"} })))
+	pod := cart(map[policy.Key]string{policy.Role: "reader"})
+	pod.ServiceAccount = ""
+	if grant, err := rules.Grant(pod, shop(anything)); err == nil || !grant.IsZero() {
+		t.Errorf("without a service account: %s, %v", grant, err)
+	}
+}
+
 // Grants are made while files change, each by one file as a whole.
 func TestUseWhileGranting(t *testing.T) {
 	rules := newRules(t, rolePrefix)
