@@ -8,7 +8,6 @@ import (
 	"regexp/syntax"
 	"slices"
 	"strings"
-	"unicode/utf8"
 
 	"github.com/credence-iam/credence/broker/credential"
 )
@@ -79,16 +78,20 @@ func (r *Rules) permit(e *evaluation, role string, ns Namespace) error {
 		ns.Name, role, strings.Join(says, ", and its "), r.keys.Name(Role))
 }
 
-// maxQuoted bounds what a message quotes of a namespace's annotation, in characters: a few ARNs.
+// maxQuoted bounds what a message quotes of a namespace's annotation, in bytes: a few ARNs.
 const maxQuoted = 200
 
-// quote returns the beginning of a text for a message, in backquotes if it has none, so that expressions and JSON stay
-// as they were written.
+// quote returns the beginning of a text for a message: in backquotes, so that expressions and JSON stay as they were
+// written, or in quotes with escapes if it has characters beyond printable ASCII.
 func quote(text string) string {
-	if utf8.RuneCountInString(text) > maxQuoted {
-		return fmt.Sprintf("%#.*q…", maxQuoted, text)
+	more := ""
+	if len(text) > maxQuoted {
+		text, more = strings.ToValidUTF8(text[:maxQuoted], ""), "…"
 	}
-	return fmt.Sprintf("%#q", text)
+	if strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r > '~' || r == '`' }) {
+		return fmt.Sprintf("%q", text) + more
+	}
+	return "`" + text + "`" + more
 }
 
 // matchExpression reports whether a text of [Permitted] matches the role of that ARN.

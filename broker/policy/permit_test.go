@@ -396,6 +396,9 @@ func TestRefusalShowsWhatIsPermitted(t *testing.T) {
 			"\"iam.amazonaws.com/permitted\" is \"a`\\nb\" and must match the whole ARN, and its annotation \"iam.amazonaws.com/allowed-roles\" is `[]` and none of its globs matches the whole ARN"},
 		{map[policy.Key]string{policy.Permitted: strings.Repeat("x", 201)}, "\"iam.amazonaws.com/permitted\" is `" + strings.Repeat("x", 200) + "`… and must match the whole ARN"},
 		{map[policy.Key]string{policy.Permitted: strings.Repeat("x", 200)}, "\"iam.amazonaws.com/permitted\" is `" + strings.Repeat("x", 200) + "` and must match the whole ARN"},
+		{map[policy.Key]string{policy.AllowedRoles: `["` + strings.Repeat("é", 200) + `"]`}, "\"iam.amazonaws.com/allowed-roles\" is \"[\\\"" + strings.Repeat("é", 99) + "\"… and none of its globs matches the whole ARN"},
+		{map[policy.Key]string{policy.AllowedRoles: "[\"a\u202e\"]"}, "\"iam.amazonaws.com/allowed-roles\" is \"[\\\"a\\u202e\\\"]\" and none of its globs matches the whole ARN"},
+		{map[policy.Key]string{policy.AllowedRoles: "[\"a\x7f\"]"}, "\"iam.amazonaws.com/allowed-roles\" is \"[\\\"a\\x7f\\\"]\" and none of its globs matches the whole ARN"},
 	} {
 		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(tt.pairs))
 		if want := begins + tt.want + ends; err == nil || err.Error() != want {
