@@ -56,10 +56,15 @@ type textKey struct {
 
 // text is a text that has been seen.
 type text struct {
-	parsed  bool
-	value   any               // what it means
-	err     error             // why it means nothing
+	parsed  bool // meant has been found out
+	meant   meant
 	answers map[string]answer // :: what it was asked about, such as a role's ARN → the answer
+}
+
+// meant is what a text means.
+type meant struct {
+	value any
+	err   error // why it means nothing
 }
 
 type answer struct {
@@ -67,16 +72,16 @@ type answer struct {
 	err error
 }
 
-// meaning returns what text means, if that is cached.
-func (c *cache) meaning(namespace string, key textKey) (value any, err error, ok bool) {
+// meaning returns what text means, or why it means nothing, if that is cached.
+func (c *cache) meaning(namespace string, key textKey) (m meant, ok bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	if n := c.namespaces[namespace]; n != nil {
 		if t := n.texts[key]; t != nil {
-			return t.value, t.err, t.parsed
+			return t.meant, t.parsed
 		}
 	}
-	return nil, nil, false
+	return meant{}, false
 }
 
 // answer returns what text answers about a subject, if that is cached.
@@ -160,8 +165,8 @@ func meaning[T any](e *evaluation, kind kind, of string, parse func(string) (T, 
 		return value, err
 	}
 	key := textKey{kind, of}
-	if value, err, ok := e.rules.cache.meaning(e.namespace, key); ok {
-		return value.(T), err
+	if m, ok := e.rules.cache.meaning(e.namespace, key); ok {
+		return m.value.(T), m.err
 	}
 	if !e.mayWork {
 		e.lacks = true
@@ -173,7 +178,7 @@ func meaning[T any](e *evaluation, kind kind, of string, parse func(string) (T, 
 	if err != nil {
 		cost = len(err.Error())
 	}
-	e.rules.cache.keep(e.namespace, key, cost, func(t *text) { t.parsed, t.value, t.err = true, value, err })
+	e.rules.cache.keep(e.namespace, key, cost, func(t *text) { t.parsed, t.meant = true, meant{value, err} })
 	return value, err
 }
 

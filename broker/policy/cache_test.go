@@ -23,8 +23,8 @@ func TestCacheIsSharedEqually(t *testing.T) {
 		}
 		for i := range 1000 {
 			name := fmt.Sprint("small-", i)
-			if value, err, ok := c.meaning(name, textKey{permittedText, "text"}); !ok || err != nil || value != name {
-				t.Fatalf("%s: %s has %v, %v, %v", when, name, value, err, ok)
+			if m, ok := c.meaning(name, textKey{permittedText, "text"}); !ok || m.err != nil || m.value != name {
+				t.Fatalf("%s: %s has %v, %v", when, name, m, ok)
 			}
 			if a, ok := c.answer(name, textKey{permittedText, "text"}, "role"); !ok || !a.yes {
 				t.Fatalf("%s: the answer of %s is %v, %v", when, name, a, ok)
@@ -33,7 +33,7 @@ func TestCacheIsSharedEqually(t *testing.T) {
 	}
 	for i := range 1000 {
 		name := fmt.Sprint("small-", i)
-		c.keep(name, textKey{permittedText, "text"}, 1000, func(t *text) { t.parsed, t.value = true, name })
+		c.keep(name, textKey{permittedText, "text"}, 1000, func(t *text) { t.parsed, t.meant.value = true, name })
 		c.keep(name, textKey{permittedText, "text"}, 100, func(t *text) { t.answers = map[string]answer{"role": {yes: true}} })
 	}
 	check("at first")
@@ -43,7 +43,7 @@ func TestCacheIsSharedEqually(t *testing.T) {
 	for i := range 100 {
 		c.keep("hog", textKey{permittedText, fmt.Sprint(i)}, 1<<20, func(t *text) { t.parsed = true })
 		check("with one large namespace")
-		if _, _, ok := c.meaning("hog", textKey{permittedText, fmt.Sprint(i)}); !ok {
+		if _, ok := c.meaning("hog", textKey{permittedText, fmt.Sprint(i)}); !ok {
 			t.Fatalf("text %d of the large namespace is not kept", i)
 		}
 	}
@@ -60,7 +60,7 @@ func TestCacheIsSharedEqually(t *testing.T) {
 	// A namespace that has little finds room when it comes last.
 	c.keep("new", textKey{permittedText, "text"}, 1000, func(t *text) { t.parsed = true })
 	check("with a new namespace")
-	if _, _, ok := c.meaning("new", textKey{permittedText, "text"}); !ok {
+	if _, ok := c.meaning("new", textKey{permittedText, "text"}); !ok {
 		t.Error("a small namespace that is new finds no room")
 	}
 }
@@ -70,7 +70,7 @@ func TestCacheKeepsThingsApart(t *testing.T) {
 	var c cache
 	key := textKey{permittedText, "text"}
 	c.keep("shop", key, 1, func(t *text) { t.answers = map[string]answer{"role": {}} })
-	if _, _, ok := c.meaning("shop", key); ok {
+	if _, ok := c.meaning("shop", key); ok {
 		t.Error("a text that was not parsed has a meaning")
 	}
 	for name, miss := range map[string]bool{

@@ -2,7 +2,6 @@ package policy
 
 import (
 	"container/list"
-	"context"
 	"runtime"
 	"sync"
 )
@@ -27,9 +26,9 @@ type queue struct {
 	waiting   list.List // of chan struct{}, closed when the turn comes; next first
 }
 
-// enter waits for the turn of a caller of the namespace. It fails with ctx's error if that ends before. If it does
-// not fail, the caller calls leave after its evaluation.
-func (g *gate) enter(ctx context.Context, namespace string) error {
+// enter waits for the turn of a caller of the namespace, and reports whether it came before done was closed. If it
+// did, the caller calls leave after its evaluation. If done is nil, enter waits until the turn comes.
+func (g *gate) enter(done <-chan struct{}, namespace string) bool {
 	turn := make(chan struct{})
 	g.mu.Lock()
 	q := g.queues[namespace]
@@ -46,19 +45,19 @@ func (g *gate) enter(ctx context.Context, namespace string) error {
 
 	select {
 	case <-turn:
-		return nil
-	case <-ctx.Done():
+		return true
+	case <-done:
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	select {
 	case <-turn: // at the same time
-		return nil
+		return true
 	default:
 	}
 	q.waiting.Remove(place)
 	g.serve(q)
-	return ctx.Err()
+	return false
 }
 
 // leave ends the turn of a caller of the namespace.
@@ -85,7 +84,7 @@ func (g *gate) serve(q *queue) {
 		next := g.ready[0]
 		g.ready = g.ready[1:]
 		next.ready = false
-		if first := next.waiting.Front(); first != nil { // none is left if their contexts have ended
+		if first := next.waiting.Front(); first != nil { // none is left if all have given up
 			next.running = true
 			g.running++
 			close(next.waiting.Remove(first).(chan struct{}))

@@ -63,7 +63,7 @@ func permits(t *testing.T, rules *policy.Rules, role string, pairs map[policy.Ke
 	for key, text := range map[policy.Key]string{policy.Permitted: "must match the whole ARN", policy.AllowedRoles: "none of its globs matches the whole ARN"} {
 		if _, ok := pairs[key]; ok {
 			want = append(want, `annotation "iam.amazonaws.com/`+string(key)+`" is `, text)
-		} else if err != nil && strings.Contains(err.Error(), string(key)) {
+		} else if strings.Contains(err.Error(), string(key)) {
 			t.Errorf("role %s: the message names an annotation that the namespace does not have: %v", role, err)
 		}
 	}

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -59,8 +58,7 @@ func (r *Rules) RoutingKey(pod Pod) (RoutingKey, error) {
 	e := evaluation{rules: r, namespace: pod.Namespace}
 	s, err := r.keys.parse(&e, pod.Annotations)
 	if e.lacks {
-		// It fails with the context only, which never ends.
-		_ = r.gate.enter(context.Background(), noNamespace)
+		r.gate.enter(nil, noNamespace)
 		defer r.gate.leave(noNamespace)
 		s, err = r.keys.parse(&evaluation{rules: r, namespace: pod.Namespace, mayWork: true}, pod.Annotations)
 	}

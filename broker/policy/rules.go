@@ -182,24 +182,24 @@ var errNoServiceAccount = errors.New("the pod's service account is not known")
 // at most, and waits until the namespace has its turn, and not longer than ctx: then the refusal is
 // credential.ErrUnavailable.
 func (r *Rules) Decide(ctx context.Context, pod Pod, ns Namespace) (Grant, error) {
-	return r.decide(ctx, ns.Name, pod, ns)
+	return r.decide(ctx.Done(), ns.Name, pod, ns)
 }
 
 // Grant is Decide for a caller that goes through the pods of many namespaces, one after the other, such as one that
 // prefetches: it waits for a turn that all calls of Grant share, as if they were of one more namespace.
 func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
-	return r.decide(context.Background(), noNamespace, pod, ns)
+	return r.decide(nil, noNamespace, pod, ns)
 }
 
 // noNamespace has turns of its own at the gate. No namespace has an empty name.
 const noNamespace = ""
 
-func (r *Rules) decide(ctx context.Context, turn string, pod Pod, ns Namespace) (Grant, error) {
+func (r *Rules) decide(done <-chan struct{}, turn string, pod Pod, ns Namespace) (Grant, error) {
 	e := evaluation{rules: r, namespace: ns.Name}
 	if grant, err := r.grant(&e, pod, ns); !e.lacks {
 		return grant, err
 	}
-	if err := r.gate.enter(ctx, turn); err != nil {
+	if !r.gate.enter(done, turn) {
 		return Grant{}, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonNamespaceBusy, RetryAfter: busyWait,
 			Message: fmt.Sprintf("namespace %q has too many pods that need a new decision at the same time; try again", ns.Name),
