@@ -400,6 +400,21 @@ func TestSourceIdentity(t *testing.T) {
 	}
 }
 
+// Forced tags bring none of Kubernetes' own, whatever the scope.
+func TestForcedTagsAlone(t *testing.T) {
+	for _, scope := range []string{"role", "service-account", "pod"} {
+		rules := newRules(t, rolePrefix)
+		use(t, rules, entries(edit("*", func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"team": "x"} })))
+		grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: scope}), shop(anything))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]policy.Tag{{Key: "team", Value: "x"}}, grant.Tags()); diff != "" {
+			t.Errorf("scope %s: tags (-want +got):\n%s", scope, diff)
+		}
+	}
+}
+
 // A forced tag with the service account needs one.
 func TestForcedTagWithoutServiceAccount(t *testing.T) {
 	rules := newRules(t, rolePrefix)
