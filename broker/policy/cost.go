@@ -45,7 +45,6 @@ func visits(prog *syntax.Prog, text string) int {
 		n     int
 	)
 	for at := 0; at <= len(text) && len(stack) > 0; at++ {
-		next = next[:0]
 		for len(stack) > 0 {
 			pc := stack[len(stack)-1]
 			stack = stack[:len(stack)-1]
@@ -69,7 +68,7 @@ func visits(prog *syntax.Prog, text string) int {
 			case syntax.InstMatch, syntax.InstFail:
 			}
 		}
-		stack, next = next, stack
+		stack, next = next, stack // which is empty
 	}
 	return n
 }
