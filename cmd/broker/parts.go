@@ -71,7 +71,7 @@ func newVerifier(o options, rest *rest.Config, log *slog.Logger) (verifier, erro
 
 // build makes the parts that need nothing from AWS.
 func build(ctx context.Context, o options) (p parts, err error) {
-	p.log = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
+	p.log = program.NewLogger(os.Stderr, o.level)
 	klog.SetSlogLogger(p.log) // client-go's own lines
 	if o.rulesFile != "" {
 		// It is read again once the account is known. A wrong one is better told of before STS has answered.

@@ -9,7 +9,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"runtime/debug"
@@ -37,7 +36,7 @@ func run(ctx context.Context, o options) error {
 	if o.probe {
 		return sidecar.Probe(ctx, o.listen)
 	}
-	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
+	log := program.NewLogger(os.Stderr, o.level)
 	roots, err := certs.NewRoots(o.rootsFile, log)
 	if err != nil {
 		return fmt.Errorf("--roots-file: %w", err)

@@ -9,7 +9,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 
@@ -34,7 +33,7 @@ func main() {
 // run builds the parts and runs them until ctx ends: first the server drains, then the watch that it
 // judges by stops.
 func run(ctx context.Context, o options) error {
-	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
+	log := program.NewLogger(os.Stderr, o.level)
 	klog.SetSlogLogger(log) // client-go's own lines
 	pair, err := certs.NewKeyPair(o.tlsCert, o.tlsKey, log)
 	if err != nil {

@@ -1,0 +1,27 @@
+package program
+
+import (
+	"io"
+	"log/slog"
+)
+
+// NewLogger returns the logger of a program that runs as a server: JSON, one line per record. A duration is a number
+// of seconds, such as 1.5, and a time is RFC 3339 in UTC. A zero time says that there is none, so it is left out.
+func NewLogger(w io.Writer, level slog.Leveler) *slog.Logger {
+	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: readable}))
+}
+
+// readable writes values for the reader of a log. By itself, slog writes a duration in nanoseconds.
+func readable(_ []string, a slog.Attr) slog.Attr {
+	switch a.Value.Kind() {
+	case slog.KindDuration:
+		a.Value = slog.Float64Value(a.Value.Duration().Seconds())
+	case slog.KindTime:
+		if a.Value.Time().IsZero() {
+			return slog.Attr{}
+		}
+		a.Value = slog.TimeValue(a.Value.Time().UTC())
+	default:
+	}
+	return a
+}
