@@ -11,7 +11,8 @@
 //   - the two brokers that have the session warm are asked first, and a broker that fails or is silent
 //     costs little: another one is asked. Nobody is asked twice in one call;
 //   - what ails all brokers, and a cluster of slow ones, is not made worse by it: see [Client.Credentials];
-//   - a call ends within [CallTimeout], whatever brokers and DNS do, and nothing of it goes on;
+//   - a call ends within [CallTimeout], whatever brokers and DNS do. Nothing of it continues but a look-up of the
+//     brokers' name that has no answer yet, for up to 30 s: the next call uses its result;
 //   - an answer that is incomplete, expired or too large never becomes a lease.
 //
 // It does not ask again when all brokers have failed, and it keeps no credentials: both are the
@@ -50,6 +51,9 @@ const (
 	// but refuses requests whose headers are larger than this.
 	maxAnswer = 64 << 10
 
+	// maxName is the longest DNS name, with its final dot.
+	maxName = 254
+
 	// bufferSize of a connection, each way. One answer fits, and gRPC's own 32 kB twice would be the
 	// largest allocations of the sidecar.
 	bufferSize = 4 << 10
@@ -67,8 +71,14 @@ type Config struct {
 	TLS *tls.Config
 	// TokenFile holds the pod's token for the broker's audience. Required. It need not exist yet.
 	TokenFile string
-	// Lookup returns the addresses of a host, and returns soon after ctx ends. Zero: the resolver of Go.
-	Lookup func(ctx context.Context, host string) ([]netip.Addr, error)
+	// DNSName is the name that is looked up for the brokers' addresses, such as the host of Target with the cluster's
+	// domain and a final dot, which keeps resolvers from trying search domains. If it does not exist, the host of Target
+	// is looked up. It is not what TLS verifies. Zero: the host of Target.
+	DNSName string
+	// Lookup returns the addresses of a host, of network "ip4" or "ip6", and returns soon after ctx ends. If the host
+	// has none of that family, it returns a [*net.DNSError] with IsNotFound, or no address. It may be called again for a
+	// host while it runs, and sends another query then. Zero: Go's resolver.
+	Lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)
 	// Dial opens connections instead of the network; addr is IP:PORT. Zero: TCP, never through a proxy.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 }
@@ -95,6 +105,13 @@ func New(cfg Config) (*Client, error) {
 	case cfg.TokenFile == "":
 		return nil, errors.New("making broker client: no token file")
 	}
+	names := []string{host}
+	if _, err := netip.ParseAddr(host); err != nil && cfg.DNSName != "" {
+		if len(cfg.DNSName) > maxName || strings.ContainsAny(cfg.DNSName, "/%: ") {
+			return nil, fmt.Errorf("making broker client: %.100q is no DNS name: want the full name of the brokers with a final dot", cfg.DNSName)
+		}
+		names = []string{cfg.DNSName, host}
+	}
 	c := &Client{
 		target:    cfg.Target,
 		port:      port,
@@ -109,7 +126,7 @@ func New(cfg Config) (*Client, error) {
 			grpc.WithWriteBufferSize(bufferSize),
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 		},
-		addresses: addresses{host: host, lookup: cfg.Lookup},
+		addresses: addresses{names: names, lookup: cfg.Lookup},
 	}
 	if cfg.TLS.ServerName == "" {
 		// What is dialed is an address, and it is the name that certificates are for.

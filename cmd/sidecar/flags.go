@@ -18,11 +18,11 @@ it waits until the one that serves has credentials.
 Usage: credence-sidecar [flags] [probe]
 
 The webhook runs it in each pod that it injects. Each flag but version can be set by an environment variable:
---token-file by CREDENCE_TOKEN_FILE, and so on. All but listen, log-level, metadata, routing-key, pod-uid, zone
-and start-timeout are required to serve; probe needs none.`
+--token-file by CREDENCE_TOKEN_FILE, and so on. All but broker-dns-name, listen, log-level, metadata, routing-key,
+pod-uid, zone and start-timeout are required to serve; probe needs none.`
 
 type options struct {
-	broker, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string
+	broker, dnsName, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string
 	startTimeout                                                                            time.Duration
 	level                                                                                   slog.Level
 	probe                                                                                   bool
@@ -32,6 +32,7 @@ type options struct {
 func flags(f *flag.FlagSet) func([]string) (options, error) {
 	var o options
 	f.StringVar(&o.broker, "broker", "", "where the brokers are, `HOST:PORT`")
+	f.StringVar(&o.dnsName, "broker-dns-name", "", "full `name` that is looked up for the brokers' addresses, with a final dot; if empty or if it does not exist, the host of --broker is looked up, which is also what certificates must be for")
 	f.StringVar(&o.routingKey, "routing-key", "", "`text` that says which brokers have the pod's session warm; empty asks any of them")
 	f.StringVar(&o.podUID, "pod-uid", "", "the pod's `UID`, where its session is its own: a part of the routing key")
 	f.StringVar(&o.listen, "listen", "127.0.0.1:9779", "loopback `address` to serve on")

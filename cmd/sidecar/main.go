@@ -42,7 +42,7 @@ func run(ctx context.Context, o options) error {
 		return fmt.Errorf("--roots-file: %w", err)
 	}
 	broker, err := client.New(client.Config{
-		Target: o.broker, RoutingKey: o.key(), TLS: certs.ClientConfig(roots, ""), TokenFile: o.tokenFile,
+		Target: o.broker, DNSName: o.dnsName, RoutingKey: o.key(), TLS: certs.ClientConfig(roots, ""), TokenFile: o.tokenFile,
 	})
 	if err != nil {
 		return fmt.Errorf("--broker: %w", err)

@@ -301,7 +301,7 @@ func (b *bench) sidecarsOf(t trust, s *brokers) ([]*client.Client, error) {
 		c, err := client.New(client.Config{
 			Target: net.JoinHostPort(serverName, strconv.Itoa(s.port)), TLS: certs.ClientConfig(roots, serverName), TokenFile: file,
 			RoutingKey: key,
-			Lookup:     func(context.Context, string) ([]netip.Addr, error) { return s.lookup(), nil },
+			Lookup:     func(context.Context, string, string) ([]netip.Addr, error) { return s.lookup(), nil },
 		})
 		if err != nil {
 			return nil, err

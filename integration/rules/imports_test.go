@@ -49,6 +49,7 @@ var floors = map[string]int{
 	"broker/assume/ststest":   4,
 	"broker/kube/apitest":     4,
 	"broker/brokertest":       4,
+	"broker/client/dnstest":   4,
 	"broker/tracing/otlptest": 4,
 	"operator":                4,
 

@@ -1,0 +1,337 @@
+package client_test
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/credence-iam/credence/broker/client"
+	"github.com/credence-iam/credence/broker/client/dnstest"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/certs"
+	"github.com/credence-iam/credence/certs/certstest"
+)
+
+const fullName = host + ".cluster.local."
+
+var (
+	v4 = netip.MustParseAddr("10.0.0.1")
+	v6 = netip.MustParseAddr("fd00::1")
+)
+
+// insideEnv is set in the process that has a resolv.conf of its own, to the path of that file.
+const insideEnv = "CREDENCE_TEST_RESOLV_CONF"
+
+// init has package net read resolv.conf before a bubble does: what it keeps for that would belong to the bubble.
+func init() {
+	if os.Getenv(insideEnv) != "" {
+		return // It has yet to be put in its place.
+	}
+	_, _ = (&net.Resolver{PreferGo: true}).LookupNetIP(context.Background(), "ip4", "localhost") //nolint:forbidigo // there is no caller
+}
+
+// odd and even drop every second query.
+func odd(n int, _ dnstest.Query) dnstest.Treatment  { return dnstest.Treatment{Drop: n%2 == 1} }
+func even(n int, _ dnstest.Query) dnstest.Treatment { return dnstest.Treatment{Drop: n%2 == 0} }
+
+func slowly(int, dnstest.Query) dnstest.Treatment {
+	return dnstest.Treatment{After: 1100 * time.Millisecond}
+}
+
+// dropping drops the queries of one type.
+func dropping(which string) func(int, dnstest.Query) dnstest.Treatment {
+	return func(_ int, q dnstest.Query) dnstest.Treatment { return dnstest.Treatment{Drop: q.Type == which} }
+}
+
+// TestResolvers: the address is found within one call of ordinary and of bad resolvers, with no more queries than needed.
+func TestResolvers(t *testing.T) {
+	both, six := []netip.Addr{v4, v6}, []netip.Addr{v6}
+	for name, tt := range map[string]struct {
+		has     []netip.Addr
+		treat   func(int, dnstest.Query) dnstest.Treatment
+		want    netip.Addr
+		queries string // empty: as many as resolv.conf asks for
+	}{
+		"ordinary":                       {both, nil, v4, "A"},
+		"drops AAAA":                     {both, dropping("AAAA"), v4, "A"},
+		"drops A":                        {both, dropping("A"), v6, "A AAAA"},
+		"drops the first of two":         {both, odd, v6, "A AAAA"},
+		"drops the first of two, one A":  {[]netip.Addr{v4}, odd, v4, ""},
+		"drops the second of two, one A": {[]netip.Addr{v4}, even, v4, "A"},
+		"takes 1.1 s":                    {both, slowly, v4, "A AAAA"},
+		"IPv6 only":                      {six, nil, v6, "A AAAA"},
+		"IPv6 only, takes 1.1 s":         {six, slowly, v6, "A AAAA"},
+		"IPv6 only, drops A":             {six, dropping("A"), v6, "A AAAA"},
+		"truncates": {both, func(int, dnstest.Query) dnstest.Treatment {
+			return dnstest.Treatment{Truncated: true}
+		}, v4, "A A"},
+		"fails, and then answers": {both, func(n int, q dnstest.Query) dnstest.Treatment {
+			return dnstest.Treatment{Fails: n < 8 && q.Type == "A", Drop: q.Type == "AAAA"}
+		}, v4, ""},
+		"fails for A": {both, func(_ int, q dnstest.Query) dnstest.Treatment {
+			return dnstest.Treatment{Fails: q.Type == "A"}
+		}, v6, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, n *network) {
+				dns := dnstest.New(map[string][]netip.Addr{fullName: tt.has}, tt.treat)
+				n.serve(tt.want, answering(good()))
+				got, err := n.call(n.client(func(cfg *client.Config) {
+					cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory
+				}))
+				succeeded(t, err)
+				if len(got) != 1 || got[0].Addr != tt.want {
+					t.Errorf("dialed %v, want %v", got, tt.want)
+				}
+				checkQueries(t, dns, tt.queries, fullName)
+				time.Sleep(lookupEnds)
+			})
+		})
+	}
+}
+
+// checkQueries checks the types of the queries so far, and that all are for one name.
+func checkQueries(t *testing.T, dns *dnstest.Server, want, name string) {
+	t.Helper()
+	var types []string
+	for _, q := range dns.Queries() {
+		types = append(types, q.Type)
+		if q.Name != name {
+			t.Errorf("%q was looked up", q.Name)
+		}
+	}
+	if got := strings.Join(types, " "); want != "" && got != want {
+		t.Errorf("queries %q, want %q", got, want)
+	}
+}
+
+// TestFullNameIsWrong: if the cluster's domain is not the one that the full name has, the host itself is looked up. Once
+// the full name was found, only it is.
+func TestFullNameIsWrong(t *testing.T) {
+	in(t, func(t *testing.T, n *network) {
+		records := map[string][]netip.Addr{host + ".": {v4}}
+		dns := dnstest.New(records, nil)
+		n.serve(v4, answering(good()))
+		c := n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory })
+		_, err := n.call(c)
+		succeeded(t, err)
+
+		delete(records, host+".")
+		records[fullName] = []netip.Addr{v4}
+		_, err = n.call(c)
+		succeeded(t, err)
+		delete(records, fullName)
+		before := len(dns.Queries())
+		_, err = n.call(c)
+		succeeded(t, err) // by the address of before
+		for _, q := range dns.Queries()[before:] {
+			if q.Name != fullName {
+				t.Errorf("%q was looked up", q.Name)
+			}
+		}
+	})
+}
+
+// TestLookupOutlivesItsCall: a look-up that takes longer than a call serves the next call, which begins no other.
+func TestLookupOutlivesItsCall(t *testing.T) {
+	for name, tt := range map[string]struct{ takes, pause, want time.Duration }{
+		"the next call waits for it":      {12 * time.Second, time.Second, time.Second},
+		"it ends between the calls":       {12 * time.Second, 5 * time.Second, 0},
+		"within the time of its own call": {9 * time.Second, 0, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, n *network) {
+				ranked := n.brokers(4)
+				n.serve(ranked[0], answering(good()))
+				var lookups atomic.Int32
+				c := n.client(func(cfg *client.Config) {
+					cfg.Lookup = func(ctx context.Context, family, name string) ([]netip.Addr, error) {
+						if family == "ip4" {
+							lookups.Add(1)
+						}
+						select {
+						case <-time.After(tt.takes):
+							return n.lookup(ctx, family, name)
+						case <-ctx.Done():
+							return nil, ctx.Err()
+						}
+					}
+				})
+				got, err := n.call(c)
+				if tt.takes < client.CallTimeout {
+					succeeded(t, err)
+					want(t, got, dialed{ranked[0], tt.takes})
+				} else {
+					unavailable(t, err, credential.ReasonBrokerUnreachable, "DNS", host, "no answer in time")
+					began := lookups.Load()
+					time.Sleep(tt.pause)
+					got, err = n.call(c)
+					succeeded(t, err)
+					want(t, got, dialed{ranked[0], tt.want})
+					if tt.want == 0 && lookups.Load() != began {
+						t.Error("the result was not used")
+					}
+				}
+				time.Sleep(lookupEnds)
+			})
+		})
+	}
+}
+
+// TestOneLookupAtATime: calls that run at once share a look-up.
+func TestOneLookupAtATime(t *testing.T) {
+	in(t, func(t *testing.T, n *network) {
+		dns := dnstest.New(map[string][]netip.Addr{fullName: {v4}}, slowly)
+		n.serve(v4, answering(good()))
+		c := n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory })
+		done := make(chan error)
+		for range 8 {
+			go func() {
+				_, err := c.Credentials(t.Context())
+				done <- err
+			}()
+		}
+		for range 8 {
+			succeeded(t, <-done)
+		}
+		checkQueries(t, dns, "A AAAA", fullName)
+		time.Sleep(lookupEnds)
+	})
+}
+
+// TestResolverOnTheNetwork: the same over UDP and TCP.
+func TestResolverOnTheNetwork(t *testing.T) {
+	ca := certstest.NewCA(t)
+	s := &server{answer: answering(good())}
+	_, port, err := net.SplitHostPort(s.listen(t, ca.Leaf(host)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	writeToken(t, tokenFile, token)
+	for name, treat := range map[string]func(int, dnstest.Query) dnstest.Treatment{
+		"drops AAAA, truncates": func(_ int, q dnstest.Query) dnstest.Treatment {
+			return dnstest.Treatment{Drop: q.Type == "AAAA", Truncated: true}
+		},
+		"is slow": func(int, dnstest.Query) dnstest.Treatment { return dnstest.Treatment{After: 400 * time.Millisecond} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dns := dnstest.New(map[string][]netip.Addr{fullName: {netip.MustParseAddr("127.0.0.1")}}, treat)
+			dns.Listen(t, "127.0.0.1:0")
+			c, err := client.New(client.Config{
+				// The certificate has the name of the target, which the full name is not.
+				Target: host + ":" + port, DNSName: fullName, TokenFile: tokenFile, Lookup: dns.Lookup,
+				TLS: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: ca.Pool()},
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Credentials(t.Context()); err != nil {
+				t.Error(err)
+			}
+			for _, q := range dns.Queries() {
+				if q.Name != fullName {
+					t.Errorf("%q was looked up", q.Name)
+				}
+			}
+		})
+	}
+}
+
+// TestFullNameIsNotVerified: the certificate must have the host of the target, whatever name was looked up.
+func TestFullNameIsNotVerified(t *testing.T) {
+	in(t, func(t *testing.T, n *network) {
+		n.resolve(v4)
+		s := n.serve(v4, answering(good()))
+		_, err := n.call(n.client(func(cfg *client.Config) {
+			cfg.Target, cfg.DNSName = "other.credence.svc:9443", host
+		}))
+		unavailable(t, err, credential.ReasonBrokerUnreachable, host, "other.credence.svc")
+		if s.asked.Load() != 0 {
+			t.Error("the token was shown to a server that was not verified")
+		}
+	})
+}
+
+func TestBadDNSName(t *testing.T) {
+	for _, name := range []string{"a b", "dns:///a", "a:1", "fe80%eth0", strings.Repeat("a.", 128)} {
+		_, err := client.New(client.Config{
+			Target: "broker:1", DNSName: name, TokenFile: "token", TLS: &tls.Config{MinVersion: tls.VersionTLS13},
+		})
+		if err == nil || !strings.Contains(err.Error(), "is no DNS name") {
+			t.Errorf("New with DNS name %.20q: %v", name, err)
+		}
+	}
+}
+
+// TestNoProxy: a proxy of the environment gets no connection.
+func TestNoProxy(t *testing.T) {
+	const address = "CREDENCE_TEST_BROKER"
+	if os.Getenv(address) != "" {
+		callThroughAnyAddress(t, os.Getenv(address))
+		return
+	}
+	var proxied atomic.Int32
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		proxied.Add(1)
+		w.WriteHeader(http.StatusForbidden)
+	}))
+	t.Cleanup(proxy.Close)
+	dir := t.TempDir()
+	ca := certstest.NewCA(t)
+	s := &server{answer: answering(good())}
+	target := s.listen(t, ca.Leaf("localhost"))
+	// Package net/http reads these variables once per process.
+	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestNoProxy$", "-test.v")
+	child.Env = []string{address + "=" + target, "CREDENCE_TEST_ROOTS=" + ca.WriteTo(dir)}
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"} {
+		child.Env = append(child.Env, name+"="+proxy.URL)
+	}
+	out, err := child.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: TestNoProxy") {
+		t.Errorf("calling with a proxy in the environment: %v\n%s", err, out)
+	}
+	if proxied.Load() != 0 || s.asked.Load() != 1 {
+		t.Errorf("%d connections went to the proxy, and %d calls to the broker; want 0 and 1", proxied.Load(), s.asked.Load())
+	}
+}
+
+// callThroughAnyAddress calls the broker at a port of this machine by the address 0.0.0.0, which Linux takes for this
+// machine, and which is none of the loopback addresses that net/http never sends to a proxy.
+func callThroughAnyAddress(t *testing.T, target string) {
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	writeToken(t, tokenFile, token)
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://0.0.0.0", http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if proxy, err := http.ProxyFromEnvironment(request); proxy == nil {
+		t.Fatalf("the environment has no proxy for this address: %v", err)
+	}
+	roots, err := certs.NewRoots(os.Getenv("CREDENCE_TEST_ROOTS"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := client.New(client.Config{
+		Target: target, TokenFile: tokenFile, TLS: certs.ClientConfig(roots, ""),
+		Lookup: func(_ context.Context, family, _ string) ([]netip.Addr, error) {
+			return ofFamily([]netip.Addr{netip.IPv4Unspecified()}, family), nil
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Credentials(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
