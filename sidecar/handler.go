@@ -220,7 +220,11 @@ func writeFailure(w http.ResponseWriter, err error) {
 	case refused(e):
 		code = http.StatusForbidden
 	}
-	writeError(w, code, string(e.Reason), e.Message)
+	message := e.Message
+	if e.Cause != nil {
+		message += "; the sidecar's log says more" // The cause is for the log alone, which must not point to itself.
+	}
+	writeError(w, code, string(e.Reason), message)
 }
 
 func notFound(w http.ResponseWriter, _ *http.Request) {

@@ -277,7 +277,7 @@ func TestRefusals(t *testing.T) {
 		"unavailable":     {errAway, 503, "INTERNAL", "broker away"},
 		"cause is ours": {&credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: "away", Cause: fmt.Errorf("dialling 10.1.2.3"),
-		}, 503, "INTERNAL", "away"},
+		}, 503, "INTERNAL", "away; the sidecar's log says more"},
 		"internal": {fmt.Errorf("some detail"), 503, "INTERNAL", "credentials cannot be had at the moment; the sidecar's log says why"},
 	}
 	for name, test := range tests {
@@ -296,6 +296,10 @@ func TestRefusals(t *testing.T) {
 				}
 				if test.status != 503 && a.took != 0 {
 					t.Errorf("a refusal took %v", a.took)
+				}
+				synctest.Wait()
+				if log := w.log.String(); !strings.Contains(log, test.err.Error()) || strings.Contains(log, "log says") {
+					t.Errorf("the log lacks the cause %q, or points to a log:\n%s", test.err, log)
 				}
 			})
 		})

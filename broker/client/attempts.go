@@ -258,11 +258,12 @@ func (c *call) ask(ctx context.Context, addr netip.Addr, has *atomic.Bool) answe
 	return answer{lease: lease}
 }
 
-// unreachable is the error of a call that no broker has taken, for whoever uses an SDK; cause is for the log.
+// unreachable is the error of a call that no broker has taken. Users of an SDK get its message, the sidecar's log the
+// cause as well.
 func unreachable(cause error) error {
 	return &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerUnreachable, Cause: cause,
-		Message: "no broker can be reached, which the sidecar goes on trying; its log says more",
+		Message: "no broker can be reached, which the sidecar goes on trying",
 	}
 }
 
