@@ -196,6 +196,9 @@ func TestWebhooksGolden(t *testing.T) {
 	for _, in := range files {
 		t.Run(filepath.Base(in), func(t *testing.T) {
 			out, said := must(t, read(t, in), func(cfg *operator.InjectConfig) {
+				if err := cfg.Injector.UseDNS(inject.DNS{Domain: "cluster.local"}); err != nil {
+					t.Fatal(err)
+				}
 				if beside := strings.TrimSuffix(in, ".in.yaml") + ".settings.yaml"; exists(t, beside) {
 					cfg.SettingsFile = beside
 				}

@@ -23,9 +23,9 @@ pod-uid, zone and start-timeout are required to serve; probe needs none.`
 
 type options struct {
 	broker, dnsName, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string
-	startTimeout                                                                            time.Duration
-	level                                                                                   slog.Level
-	probe                                                                                   bool
+	startTimeout                                                                                     time.Duration
+	level                                                                                            slog.Level
+	probe                                                                                            bool
 }
 
 // flags defines the flags, with what the environment says as their defaults.

@@ -14,6 +14,7 @@ type options struct {
 	listen, tlsCert, tlsKey, kubeconfig string
 	adminListen                         string // empty: there are no metrics
 	level                               slog.Level
+	resolvConf                          string // always the same, but in tests
 
 	injectflags.Options
 }
@@ -25,7 +26,7 @@ Usage: credence-webhook --broker=ADDRESS --sidecar-image=IMAGE [flags]`
 
 // flags defines the flags; what it returns parses their values.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {
-	var o options
+	o := options{resolvConf: resolvConf}
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve HTTPS on: /mutate, /healthz and /readyz")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /metrics on, over plain HTTP; empty serves none")
 	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; replaced files are taken up without a restart")

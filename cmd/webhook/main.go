@@ -35,6 +35,9 @@ func main() {
 func run(ctx context.Context, o options) error {
 	log := program.NewLogger(os.Stderr, o.level)
 	klog.SetSlogLogger(log) // client-go's own lines
+	if err := useDNS(ctx, o, log); err != nil {
+		return err
+	}
 	pair, err := certs.NewKeyPair(o.tlsCert, o.tlsKey, log)
 	if err != nil {
 		return fmt.Errorf("--tls-cert, --tls-key: %w", err)

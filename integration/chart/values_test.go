@@ -43,6 +43,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"networkPolicy.enable=true", "/networkPolicy", "additional properties 'enable' not allowed"},
 
 		{"clusterName=x", "/clusterName", "does not match pattern"},
+		{"clusterDomain=cluster.local.", "/clusterDomain", "does not match pattern"},
 		{"annotationPrefix=iam.amazonaws.com/", "/annotationPrefix", "does not match pattern"},
 		{"annotationPrefix=pods.kubernetes.io", "/annotationPrefix", "'not' failed"},
 		{"logLevel=verbose", "/logLevel", "value must be one of 'debug', 'info', 'warn', 'error'"},

@@ -74,6 +74,7 @@ type Config struct {
 type Injector struct {
 	cfg      Config // but for its Settings
 	settings atomic.Pointer[Settings]
+	dns      atomic.Pointer[DNS]
 }
 
 // New checks cfg and fills in its defaults.
@@ -97,6 +98,7 @@ func New(cfg Config) (*Injector, error) {
 		return nil, fmt.Errorf("on shadowed credentials %q: --on-shadowed must be %s or %s", cfg.OnShadowed, RefuseShadowed, WarnShadowed)
 	}
 	i := &Injector{cfg: cfg}
+	i.dns.Store(new(DNS))
 	if err := i.Use(cfg.Settings); err != nil {
 		return nil, fmt.Errorf("sidecar settings: %w", err)
 	}
@@ -194,6 +196,11 @@ func (by *plan) patch(p *pod, spec *podSpec, namespace string) (ops []Operation,
 	if warnings, err = by.checkSettings(spec); err != nil {
 		return nil, nil, err
 	}
+	unresolved, err := by.checkDNS(spec)
+	if err != nil {
+		return nil, nil, err
+	}
+	warnings = append(warnings, unresolved...)
 	if image := by.anotherVersion(spec); present && image != "" {
 		warnings = append(warnings, fmt.Sprintf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", sidecarName, image))
 	}

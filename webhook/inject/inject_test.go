@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -52,8 +53,14 @@ func newInjector(t testing.TB, change ...func(*inject.Config)) *inject.Injector 
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := i.UseDNS(clusterDNS); err != nil {
+		t.Fatal(err)
+	}
 	return i
 }
+
+// clusterDNS is what all tests know of DNS that do not change it.
+var clusterDNS = inject.DNS{Domain: "cluster.local", Servers: []netip.Addr{netip.MustParseAddr("10.96.0.10")}}
 
 // apply returns raw with the operations applied, as the API server would.
 func apply(t testing.TB, raw []byte, ops []inject.Operation) []byte {

@@ -20,10 +20,13 @@ type plan struct {
 	pod      policy.Settings // what the pod's annotations say
 	settings Settings        // but for what pod says otherwise
 	endpoint string          // http://127.0.0.1:PORT
+	dns      DNS
+	dnsName  string // full name of the brokers, with its final dot; empty: it is not known, or there is no other than Config.Broker has
 }
 
 func (i *Injector) newPlan(pod policy.Settings, spec *podSpec) *plan {
-	by := &plan{cfg: &i.cfg, pod: pod, settings: *i.settings.Load()}
+	by := &plan{cfg: &i.cfg, pod: pod, settings: *i.settings.Load(), dns: *i.dns.Load()}
+	by.dnsName = by.dns.fullName(i.cfg.Broker)
 	s := &by.settings
 	s.Memory = defaultTo(pod.Sidecar.Memory, s.Memory)
 	s.LogLevel = defaultTo(pod.Sidecar.LogLevel, s.LogLevel)

@@ -41,6 +41,11 @@ type podSpec struct {
 	TerminationGracePeriodSeconds *int64                        `json:"terminationGracePeriodSeconds"`
 	Resources                     *corev1.ResourceRequirements  `json:"resources"`
 	ImagePullSecrets              []corev1.LocalObjectReference `json:"imagePullSecrets"`
+	DNSPolicy                     corev1.DNSPolicy              `json:"dnsPolicy"`
+	DNSConfig                     struct {
+		Nameservers []string `json:"nameservers"`
+		Searches    []string `json:"searches"`
+	} `json:"dnsConfig"`
 }
 
 type container struct {

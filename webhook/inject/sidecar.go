@@ -38,6 +38,7 @@ var everyVersion = []string{brokerEnv, listenEnv, tokenEnv, rootsEnv, authorizat
 
 const (
 	brokerEnv        = "CREDENCE_BROKER"
+	dnsNameEnv       = "CREDENCE_BROKER_DNS_NAME"
 	listenEnv        = "CREDENCE_LISTEN"
 	tokenEnv         = "CREDENCE_TOKEN_FILE"
 	rootsEnv         = "CREDENCE_ROOTS_FILE"
@@ -89,8 +90,11 @@ func (by *plan) sidecar(spec *podSpec, namespace string) corev1.Container {
 // sidecarEnv is all of the sidecar's configuration: in variables and not in arguments, because the
 // probe, which is a process of its own, inherits them.
 func (by *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
-	vars := []corev1.EnvVar{
-		{Name: brokerEnv, Value: by.cfg.Broker},
+	vars := []corev1.EnvVar{{Name: brokerEnv, Value: by.cfg.Broker}}
+	if by.dnsName != "" {
+		vars = append(vars, corev1.EnvVar{Name: dnsNameEnv, Value: by.dnsName})
+	}
+	vars = append(vars, []corev1.EnvVar{
 		{Name: routingKey, Value: string(key)},
 		{Name: listenEnv, Value: strings.TrimPrefix(by.endpoint, "http://")},
 		{Name: tokenEnv, Value: mountPath + "/" + tokenFile},
@@ -98,7 +102,7 @@ func (by *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
 		fromUID(authorizationEnv),
 		{Name: "CREDENCE_START_TIMEOUT", Value: by.pod.StartTimeout.String()},
 		{Name: "CREDENCE_METADATA", Value: string(by.pod.Metadata)},
-	}
+	}...)
 	if by.settings.LogLevel != policy.LogInfo { // its own default, which most pods need not carry
 		vars = append(vars, corev1.EnvVar{Name: logLevel, Value: string(by.settings.LogLevel)})
 	}
@@ -284,6 +288,11 @@ func (by *plan) sidecarDifference(c container) string {
 	// A webhook of another version may not have added it, and may have had the same sidecar; nobody misses a zone.
 	if !has(c, zone) {
 		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zone })
+	}
+	// The cluster's domain may not have been known when it was written, or not be known here.
+	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv })
+	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv }); at >= 0 && by.canBeDNSName(c.Env[at].Value) {
+		want = append(want, corev1.EnvVar{Name: dnsNameEnv, Value: c.Env[at].Value})
 	}
 	another := !there.canBe(asked)
 	// The settings, and an annotation, may have had another level when it was written. It changes what is logged, and

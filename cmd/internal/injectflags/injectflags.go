@@ -24,6 +24,8 @@ type Options struct {
 	Rules *policy.Rules
 	// RulesFile is the path of the rules file. Empty: there is none.
 	RulesFile string
+	// ClusterDomain is the cluster's domain, which Injector has seen. Empty: it was not given.
+	ClusterDomain string
 	// SettingsFile is the path of the file with settings of the sidecar, which Injector has not seen. Empty: there is none.
 	SettingsFile string
 }
@@ -54,6 +56,7 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 	f.TextVar(&sidecar.LogLevel, "sidecar-log-level", sidecar.LogLevel, "least `level` that the sidecar logs: debug, info, warn or error")
 	f.StringVar(&o.SettingsFile, "sidecar-settings-file", "", "YAML or JSON `file` with settings of the sidecar, which count more than the flags; a server takes up a replaced file without a restart")
 	f.StringVar(&broker, "broker", "", "address of the brokers, `HOST:PORT`, that sidecars ask, such as credence-broker.credence.svc:9443 (required)")
+	f.StringVar(&o.ClusterDomain, "cluster-domain", "", "`domain` of the cluster's Services, such as cluster.local, with which sidecars look the brokers up by their full name; empty: the webhook reads it from its own resolv.conf, and without one the pods' search domains complete the name")
 	f.StringVar(&aud, "audience", inject.DefaultAudience, "`audience` of the sidecars' tokens; the broker's must be the same")
 	f.StringVar(&trust, "trust-config-map", inject.DefaultTrustConfigMap, "`name` of the ConfigMap, in each namespace, with the broker's roots as roots.pem")
 	f.StringVar(&onShadowed, "on-shadowed", string(inject.RefuseShadowed), "what to do about containers with web identity, which SDKs prefer to the sidecar: refuse, or warn during a migration (`choice`)")
@@ -87,7 +90,14 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 			Settings:       sidecar,
 			OnShadowed:     inject.OnShadowed(onShadowed),
 		})
-		return o, err
+		if err != nil {
+			return o, err
+		}
+		o.ClusterDomain = strings.TrimSuffix(o.ClusterDomain, ".")
+		if err := o.Injector.UseDNS(inject.DNS{Domain: o.ClusterDomain}); err != nil {
+			return Options{}, fmt.Errorf("--cluster-domain: %w", err)
+		}
+		return o, nil
 	}
 }
 

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+// TestLearnDNS: the cluster's domain is learned from what a kubelet writes, and from nothing else.
+func TestLearnDNS(t *testing.T) {
+	servers := []netip.Addr{netip.MustParseAddr("10.96.0.10")}
+	cluster := inject.DNS{Domain: "cluster.local", Servers: servers}
+	for name, tt := range map[string]struct {
+		text string
+		want inject.DNS
+		fail bool
+	}{
+		"of a kubelet": {text: "search credence.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n", want: cluster},
+		"with the node's domains, and final dots": {
+			text: "nameserver 10.96.0.10\nsearch credence.svc.cluster.local. svc.cluster.local. cluster.local. eu-central-1.compute.internal", want: cluster},
+		"another domain": {
+			text: "search a.svc.k8s.corp.example svc.k8s.corp.example k8s.corp.example corp.example\nnameserver 169.254.20.10\nnameserver fd00::a\n",
+			want: inject.DNS{Domain: "k8s.corp.example", Servers: []netip.Addr{netip.MustParseAddr("169.254.20.10"), netip.MustParseAddr("fd00::a")}}},
+		"the last search counts":   {text: "search svc.a a\nsearch svc.cluster.local cluster.local\nnameserver 10.96.0.10\n", want: cluster},
+		"comments":                 {text: "# search svc.a a\n; nameserver 192.0.2.1\nsearch svc.cluster.local cluster.local\nnameserver 10.96.0.10\n", want: cluster},
+		"of a node":                {text: "search corp.example\nnameserver 192.0.2.53\n"},
+		"empty":                    {},
+		"no search":                {text: "nameserver 10.96.0.10\n"},
+		"svc alone":                {text: "search svc cluster.local\nnameserver 10.96.0.10\n"},
+		"without the domain alone": {text: "search svc.cluster.local\nnameserver 10.96.0.10\n"},
+		"two domains":              {text: "search svc.cluster.local cluster.local svc.corp.example corp.example\nnameserver 10.96.0.10\n"},
+		"no domain":                {text: "search svc.Cluster_Local Cluster_Local\nnameserver 10.96.0.10\n", fail: true},
+		"no address":               {text: "search svc.cluster.local cluster.local\nnameserver dns\n", want: inject.DNS{Domain: "cluster.local"}},
+		"a line too long":          {text: "search svc.cluster.local cluster.local\n#" + strings.Repeat("x", 70_000), fail: true},
+		"far too long":             {text: strings.Repeat("# nothing\n", 7_000) + "search svc.cluster.local cluster.local\n", fail: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "resolv.conf")
+			if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			got, err := learnDNS(file)
+			if (err != nil) != tt.fail || !reflect.DeepEqual(got, tt.want) {
+				t.Errorf("learned %+v, %v; want %+v", got, err, tt.want)
+			}
+		})
+	}
+}
+
+// TestUseDNS: the flag counts more than the file, and neither is needed.
+func TestUseDNS(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(file, []byte("search svc.cluster.local cluster.local\nnameserver 10.96.0.10\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const pod = `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"c"}]}}`
+	for name, tt := range map[string]struct {
+		flags      []string
+		file, want string
+	}{
+		"file":          {nil, file, "b.credence.svc.cluster.local."},
+		"flag":          {[]string{"--cluster-domain=corp.example"}, file, "b.credence.svc.corp.example."},
+		"flag with dot": {[]string{"--cluster-domain=corp.example."}, file, "b.credence.svc.corp.example."},
+		"flag alone":    {[]string{"--cluster-domain=corp.example"}, file + ".missing", "b.credence.svc.corp.example."},
+		"nothing":       {nil, file + ".missing", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o, err := parse(append(tt.flags, "--broker=b.credence.svc:9443", "--sidecar-image=i"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if o.resolvConf != "/etc/resolv.conf" {
+				t.Errorf("the webhook reads %q", o.resolvConf)
+			}
+			o.resolvConf = tt.file
+			var log bytes.Buffer
+			if err := useDNS(t.Context(), o, program.NewLogger(&log, o.level)); err != nil {
+				t.Fatal(err)
+			}
+			result, err := o.Injector.Inject([]byte(pod), "shop")
+			if err != nil {
+				t.Fatal(err)
+			}
+			patch, err := json.Marshal(result.Patch)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if has := strings.Contains(string(patch), `{"name":"CREDENCE_BROKER_DNS_NAME","value":"`+tt.want+`"}`); has != (tt.want != "") {
+				t.Errorf("want the name %q in %s", tt.want, patch)
+			}
+			if unknown := strings.Contains(log.String(), "set --cluster-domain"); unknown != (tt.want == "") {
+				t.Errorf("logged %s", log.String())
+			}
+		})
+	}
+	if diff := cmp.Diff(`--cluster-domain: cluster domain "a b" is not a DNS domain such as cluster.local`, errorOf(parse([]string{
+		"--broker=b:1", "--sidecar-image=i", "--cluster-domain=a b",
+	}))); diff != "" {
+		t.Errorf("error (-want +got):\n%s", diff)
+	}
+}
+
+func errorOf(_ options, err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
