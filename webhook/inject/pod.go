@@ -41,6 +41,7 @@ type podSpec struct {
 	TerminationGracePeriodSeconds *int64                        `json:"terminationGracePeriodSeconds"`
 	Resources                     *corev1.ResourceRequirements  `json:"resources"`
 	ImagePullSecrets              []corev1.LocalObjectReference `json:"imagePullSecrets"`
+	SecurityContext               securityContext               `json:"securityContext"`
 	DNSPolicy                     corev1.DNSPolicy              `json:"dnsPolicy"`
 	DNSConfig                     struct {
 		Nameservers []string `json:"nameservers"`
@@ -60,6 +61,13 @@ type container struct {
 	VolumeMounts  []corev1.VolumeMount           `json:"volumeMounts"`
 	RestartPolicy *corev1.ContainerRestartPolicy `json:"restartPolicy"`
 	StartupProbe  *corev1.Probe                  `json:"startupProbe"`
+
+	SecurityContext securityContext `json:"securityContext"`
+}
+
+// securityContext is that of a pod or of a container.
+type securityContext struct {
+	RunAsUser *int64 `json:"runAsUser"`
 }
 
 type volume struct {
@@ -170,6 +178,29 @@ func (s *podSpec) guaranteed() bool {
 		}
 	}
 	return true
+}
+
+// commonUser returns the user as which all containers of the pod run. It reports false if they declare different
+// users, if one declares none and so runs as its image's, and for root.
+//
+// A kubelet makes this user the owner of projected tokens, trust bundles and pod certificates, with mode 0600 (KEP-1205,
+// FsUserFrom in pkg/volume/util of Kubernetes). A sidecar with another user would take that away: a file of mode 0400
+// would be root's, and one without a mode readable by all.
+func (s *podSpec) commonUser() (user int64, ok bool) {
+	for c := range s.all() {
+		if c.Name == sidecarName {
+			continue
+		}
+		own := c.SecurityContext.RunAsUser
+		if own == nil {
+			own = s.SecurityContext.RunAsUser
+		}
+		if own == nil || *own <= 0 || *own > maxUser || user != 0 && *own != user {
+			return 0, false
+		}
+		user = *own
+	}
+	return user, user != 0
 }
 
 // mirrorAnnotation marks the API server's image of a static pod, which a kubelet runs from a file.

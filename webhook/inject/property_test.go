@@ -153,6 +153,11 @@ func (g generator) container(name string) map[string]any {
 		env, _ := c["env"].([]any)
 		c["env"] = append(env, map[string]any{"name": "FROM", "valueFrom": from})
 	}
+	if g.some(60) {
+		user := map[string]any{}
+		g.user(user)
+		c["securityContext"] = user
+	}
 	g.list(c, "envFrom", 2, func(int) any {
 		source := map[string]any{"configMapRef": map[string]any{"name": "settings"}}
 		g.unknown(source)
@@ -164,6 +169,14 @@ func (g generator) container(name string) map[string]any {
 		c["startupProbe"] = probe
 	}
 	return c
+}
+
+// user lets the securityContext of a pod or a container have one, often the same.
+func (g generator) user(context map[string]any) {
+	g.unknown(context)
+	if g.some(80) {
+		context["runAsUser"] = []any{1000, 1000, 1000, 1000, 1000, 2000, 0, nil}[g.IntN(8)]
+	}
 }
 
 func (g generator) pod() map[string]any {
@@ -197,6 +210,11 @@ func (g generator) pod() map[string]any {
 	g.unknown(metadata)
 	spec := map[string]any{}
 	g.unknown(spec)
+	if g.some(60) {
+		context := map[string]any{}
+		g.user(context)
+		spec["securityContext"] = context
+	}
 	g.list(spec, "initContainers", 3, func(n int) any { return g.container(fmt.Sprintf("i%d", n)) })
 	g.list(spec, "volumes", 3, func(n int) any {
 		v := map[string]any{"name": fmt.Sprintf("v%d", n), "emptyDir": map[string]any{}}
@@ -280,6 +298,7 @@ func TestProperties(t *testing.T) {
 			if first := at(once, "spec", "initContainers", 0, "name"); first != "credence-sidecar" {
 				t.Errorf("the first init container is %v", first)
 			}
+			checkOwner(t, i, before, once)
 			if twice := injected(t, once); !reflect.DeepEqual(once, twice) {
 				t.Errorf("injecting twice is not injecting once: %s", raw)
 			}
@@ -304,12 +323,51 @@ func TestProperties(t *testing.T) {
 			last := injected(t, addContainers(decode(t, raw).(map[string]any)))
 			byName(reinvoked)
 			byName(last)
-			// Whether the pod is Guaranteed may depend on who came first; resources are not compared.
+			// Whether the pod is Guaranteed, and whether its containers have one user, may depend on who came first;
+			// resources and user are not compared.
 			if !reflect.DeepEqual(reinvoked, last) {
 				t.Errorf("called before another webhook and again: %v\ncalled after it: %v", reinvoked, last)
 			}
 		})
 	}
+}
+
+// checkOwner checks that the kubelet gives projected tokens to the same user before and after injection, unless that is
+// root or the platform chooses the sidecar's.
+func checkOwner(t *testing.T, i *inject.Injector, before, after any) {
+	t.Helper()
+	var pods [2]corev1.Pod
+	for n, pod := range []any{before, after} {
+		if err := utiljson.Unmarshal(encode(t, pod), &pods[n]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	was, is := fsUserFrom(&pods[0]), fsUserFrom(&pods[1])
+	if i.Settings().RunAsUser == inject.PlatformUser || was == nil || *was == 0 {
+		return
+	}
+	if is == nil || *is != *was {
+		t.Errorf("the owner of projected tokens was %d and is %v: %s", *was, is, encode(t, before))
+	}
+}
+
+// fsUserFrom is the kubelet's FsUserFrom, of pkg/volume/util in Kubernetes 1.37.
+func fsUserFrom(pod *corev1.Pod) *int64 {
+	var fsUser *int64
+	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		var user *int64
+		if pod.Spec.SecurityContext != nil {
+			user = pod.Spec.SecurityContext.RunAsUser
+		}
+		if c.SecurityContext != nil && c.SecurityContext.RunAsUser != nil {
+			user = c.SecurityContext.RunAsUser
+		}
+		if user == nil || fsUser != nil && *fsUser != *user {
+			return nil
+		}
+		fsUser = user
+	}
+	return fsUser
 }
 
 func encode(t *testing.T, v any) []byte {
@@ -354,7 +412,7 @@ func at(v any, path ...any) any {
 	return v
 }
 
-// byName makes an object of the init containers, and takes the sidecar's resources out of it.
+// byName makes an object of the init containers, and takes the sidecar's resources and user out of it.
 func byName(pod any) {
 	spec := at(pod, "spec").(map[string]any)
 	byName := map[string]any{}
@@ -362,6 +420,7 @@ func byName(pod any) {
 		c := c.(map[string]any)
 		if c["name"] == "credence-sidecar" {
 			delete(c, "resources")
+			delete(at(c, "securityContext").(map[string]any), "runAsUser")
 		}
 		byName[c["name"].(string)] = c
 	}
@@ -372,6 +431,7 @@ func byName(pod any) {
 func (g generator) restrict(pod map[string]any) {
 	spec := pod["spec"].(map[string]any)
 	identity := map[string]any{"runAsNonRoot": true, "seccompProfile": map[string]any{"type": "RuntimeDefault"}}
+	delete(spec, "securityContext")
 	ofPod := g.some(50)
 	if ofPod {
 		spec["securityContext"] = identity

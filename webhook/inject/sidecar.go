@@ -61,6 +61,9 @@ func (by *plan) sidecar(spec *podSpec, namespace string) corev1.Container {
 	var user *int64
 	if by.settings.RunAsUser != PlatformUser {
 		user = new(by.settings.RunAsUser)
+		if common, ok := spec.commonUser(); ok {
+			user = new(common)
+		}
 	}
 	return corev1.Container{
 		Name:            sidecarName,
