@@ -123,11 +123,11 @@ func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
 // other time limits than the rest of the server.
 const readyPoll = 5 * time.Second
 
-// serveReady answers 204 once a credential is held or the start timeout has passed, and 503 when
-// neither happens within readyPoll.
+// serveReady answers 204 once a credential is held, the start timeout has passed or the broker has said that the pod was
+// not injected, and 503 when none of these happens within readyPoll.
 func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 	started := s.startTimeout > 0 && time.Since(s.started) >= s.startTimeout
-	if started || s.state.Load().valid(time.Now()) {
+	if st := s.state.Load(); started || st.valid(time.Now()) || st.uninjected() {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
@@ -148,7 +148,7 @@ func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 	}
 	for {
 		st := s.state.Load()
-		if st.valid(time.Now()) {
+		if st.valid(time.Now()) || st.uninjected() {
 			w.WriteHeader(http.StatusNoContent)
 			return
 		}

@@ -3,12 +3,14 @@ package sidecar_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -102,4 +104,58 @@ func TestProbeFails(t *testing.T) {
 			t.Errorf("Probe = %v", err)
 		}
 	})
+}
+
+// TestUninjectedPodStarts: a copy of a pod made by kubectl debug has the sidecar, and no annotations. Its containers are not
+// held back, whatever its start timeout is. Other refusals, and brokers that cannot say, are waited for.
+func TestUninjectedPodStarts(t *testing.T) {
+	errNotInjected := credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected, "no label")
+	sometimes := func(errs ...error) sourceFunc {
+		return func(context.Context) (credential.Lease, error) {
+			err := errs[0]
+			errs = errs[min(1, len(errs)-1):]
+			return credential.Lease{}, err
+		}
+	}
+	for name, tt := range map[string]struct {
+		answer  sourceFunc
+		timeout time.Duration
+		want    time.Duration // 0: within the wait between two attempts
+	}{
+		"at once":            {fails(errNotInjected), time.Hour, 0},
+		"wrapped":            {fails(fmt.Errorf("asking: %w", errNotInjected)), time.Hour, 0},
+		"waits for ever":     {fails(errNotInjected), 0, 0},
+		"after an outage":    {sometimes(errAway, errAway, errNotInjected), time.Hour, 0},
+		"after a refusal":    {sometimes(errDenied, errNotInjected), time.Hour, 0},
+		"another refusal":    {fails(errDenied), time.Hour, time.Hour},
+		"an outage":          {fails(errAway), time.Hour, time.Hour},
+		"unavailable reason": {fails(credential.Errorf(credential.ErrUnavailable, credential.ReasonPodNotInjected, "?")), time.Hour, time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := start(t, tt.answer, func(c *sidecar.Config) { c.StartTimeout = tt.timeout })
+				began := time.Now()
+				for w.do(http.MethodGet, "/v1/ready").status != http.StatusNoContent && time.Since(began) < 2*time.Hour {
+				}
+				took := time.Since(began)
+				if tt.want == 0 && took > 11*time.Second || tt.want > 0 && took != tt.want {
+					t.Errorf("the pod's containers were held back for %v, want %v", took, tt.want)
+				}
+				time.Sleep(10 * time.Minute)
+				want := 0
+				if tt.want == 0 {
+					want = 1
+				}
+				n := 0
+				for _, message := range w.messages() {
+					if message == "Pod was not injected, so its containers start without credentials" {
+						n++
+					}
+				}
+				if n != want {
+					t.Errorf("it was logged %d times, want %d", n, want)
+				}
+			})
+		})
+	}
 }

@@ -92,6 +92,9 @@ func (s *Sidecar) renew(ctx context.Context) {
 			}
 			s.publish(old, next)
 			report.failed(s.log, err, old, now)
+			if next.uninjected() && !next.valid(now) {
+				report.uninjected(s.log)
+			}
 		}
 		if !s.sleep(ctx, wait, next) {
 			return

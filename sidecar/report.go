@@ -21,6 +21,7 @@ type reporter struct {
 	holding   bool
 	text      string
 	at        time.Time
+	released  bool // it was reported that the pod's other containers are not held back
 }
 
 // held reports a lease that was got. The broker yields the same session again when it has no newer
@@ -29,7 +30,7 @@ func (r *reporter) held(log *slog.Logger, lease credential.Lease, renewAt time.T
 	if !r.failing && r.accessKey == lease.AccessKeyID {
 		return
 	}
-	*r = reporter{accessKey: lease.AccessKeyID}
+	*r = reporter{accessKey: lease.AccessKeyID, released: r.released}
 	log.Info("got credentials",
 		"role", lease.Role.String(), "access_key_id", lease.AccessKeyID,
 		"expiration", lease.Expiration.UTC(), "renews_at", renewAt.UTC())
@@ -41,7 +42,7 @@ func (r *reporter) failed(log *slog.Logger, err error, old *state, now time.Time
 	if r.failing && r.holding == holding && (r.reason == reason && r.text == text || now.Sub(r.at) < repeatAfter) {
 		return
 	}
-	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, holding: holding, text: text, at: now}
+	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, holding: holding, text: text, at: now, released: r.released}
 	if traced, ok := errors.AsType[interface {
 		error
 		TraceID() string
@@ -57,5 +58,13 @@ func (r *reporter) failed(log *slog.Logger, err error, old *state, now time.Time
 			"expiration", old.lease.Expiration.UTC())
 	default:
 		log.Error("cannot get credentials", "reason", string(reason), "error", text)
+	}
+}
+
+// uninjected reports, once, that the pod's containers start though there are no credentials.
+func (r *reporter) uninjected(log *slog.Logger) {
+	if !r.released {
+		r.released = true
+		log.Warn("Pod was not injected, so its containers start without credentials", "reason", string(credential.ReasonPodNotInjected))
 	}
 }

@@ -54,7 +54,7 @@ type Config struct {
 	// region, or of a data center, would mislead SDKs that make a region of it.
 	Zone string
 	// StartTimeout is how long [Probe] waits for the first credential, counted from [New]. Zero: for
-	// ever.
+	// ever. A pod that was not injected is not waited for.
 	StartTimeout time.Duration
 	// Logger gets a record when credentials are got, and when they can no longer be got; none per
 	// request, and no secret. Nil discards them.
@@ -213,6 +213,12 @@ func (st *state) overdue(now time.Time) bool {
 		return st.holding && !st.valid(now)
 	}
 	return !st.renewAt.IsZero() && now.After(st.renewAt)
+}
+
+// uninjected reports whether the latest attempt found that the pod was not injected, as a copy made by kubectl debug is.
+// Brokers say so of what a pod has had from its creation on, so it has no credentials to wait for.
+func (st *state) uninjected() bool {
+	return refused(st.err) && credential.ReasonOf(st.err) == credential.ReasonPodNotInjected
 }
 
 // refused reports whether err says that asking again will not help until somebody mends something.

@@ -93,8 +93,8 @@ func resolveAsPods(t *testing.T) {
 		"full-name-even":        {true, even, 1},
 		"search-domains":        {false, nil, 3},
 		"search-domains-slow":   {false, slowly, 0},
-		"search-domains-odd": {false, odd, 0},
-		"search-domains-even": {false, even, 0},
+		"search-domains-odd":    {false, odd, 0},
+		"search-domains-even":   {false, even, 0},
 		"search-domains-noaaaa": {false, dropping("AAAA"), 3},
 	}
 	var mu sync.Mutex

@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"strings"
 	"time"
@@ -113,7 +114,19 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 		}
 		pod.Annotations = annotations
 	}
+	// A pod has its annotations from its creation on, so none are on their way.
+	if !d.keys.Annotated(pod.Annotations) {
+		return policy.Pod{}, policy.Namespace{}, d.notInjected(id, fmt.Sprintf("no annotation %s", d.keys.Name(policy.Role)))
+	}
 	return pod, ns, nil
+}
+
+// notInjected refuses a pod for what it lacks of an injected one. The answer is final: the webhook adds all of it when it
+// admits the pod, what is missing was looked for in the pod as the API server has it, and an admission policy keeps
+// both from being added later. Sidecars rely on that, and stop holding back their pod's start.
+func (d *Directory) notInjected(id identity.Pod, lacks string) error {
+	return credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected,
+		"pod %s was not injected: it has %s. A copy made by kubectl debug --copy-to lacks label and annotations, and gets no credentials", id, lacks)
 }
 
 // readPod asks the API server for the pod's annotations.
@@ -128,8 +141,7 @@ func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]st
 		return nil, credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound,
 			"pod %s with UID %s does not exist any more", id, id.UID)
 	case pod.Labels[d.keys.Name(policy.Injected)] != "true":
-		return nil, credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected,
-			"pod %s was not injected: it has no label %s=true", id, d.keys.Name(policy.Injected))
+		return nil, d.notInjected(id, fmt.Sprintf("no label %s=true", d.keys.Name(policy.Injected)))
 	case pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed:
 		return nil, credential.Errorf(credential.ErrDenied, credential.ReasonPodFinished, "pod %s has finished", id)
 	}

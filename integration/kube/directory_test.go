@@ -364,3 +364,36 @@ func TestEventsAreSeen(t *testing.T) {
 	events.Refused(refused, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid, "x"))
 	eventually(t, "the next one is written", func() bool { return events.Stats().Written == 2 })
 }
+
+// TestCopiesAreNotInjected: a copy of an injected pod, without its label or its annotations, is refused as not injected,
+// and a pod that has both is not, whether the watch has brought it or not.
+func TestCopiesAreNotInjected(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	watching := startDirectory(t, control.Config())
+	reading, err := kube.NewDirectory(control.Config(), keys(t), logger(t)) // Its watches bring nothing.
+	if err != nil {
+		t.Fatal(err)
+	}
+	injected := pod(t, ns, "injected", nil)
+	copies := map[string]*corev1.Pod{
+		"neither": pod(t, ns, "copy", func(p *corev1.Pod) { p.Labels, p.Annotations = nil, nil }),
+		"the label": pod(t, ns, "copy-with-label", func(p *corev1.Pod) {
+			p.Annotations = map[string]string{policy.DefaultPrefix + "/service-account": "app", "example.com/other": "x"}
+		}),
+		"the annotations": pod(t, ns, "copy-with-annotations", func(p *corev1.Pod) { p.Labels = nil }),
+	}
+	eventually(t, "the pods with a label are known", func() bool {
+		return known(watching, injected) && known(watching, copies["the label"])
+	})
+	for how, d := range map[string]*kube.Directory{"watching": watching, "reading": reading} {
+		if _, _, err := d.Bind(t.Context(), idOf(t, injected)); err != nil {
+			t.Errorf("%s: the injected pod: %v", how, err)
+		}
+		for what, p := range copies {
+			if _, _, err := d.Bind(t.Context(), idOf(t, p)); credential.ReasonOf(err) != credential.ReasonPodNotInjected {
+				t.Errorf("%s: a copy with %s: %v, want %s", how, what, err, credential.ReasonPodNotInjected)
+			}
+		}
+	}
+}
