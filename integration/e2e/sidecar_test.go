@@ -56,8 +56,8 @@ func kill(t *testing.T, folder string) {
 	}
 }
 
-// sidecarUser is the user and the group of the sidecar.
-const sidecarUser = 65532
+// sidecarUser is the user of the sidecar in pods of function app, whose containers all run as it.
+const sidecarUser = 1000
 
 // writable says whether the sidecar's user can write to what is at path.
 func writable(path string, entry fs.DirEntry) (bool, error) {
@@ -134,7 +134,7 @@ func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Uid:\t65532", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"} {
+	for _, want := range []string{fmt.Sprintf("Uid:\t%d", sidecarUser), "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"} {
 		if !strings.Contains(string(status), want) {
 			t.Errorf("the sidecar's process lacks %q:\n%s", want, status)
 		}

@@ -210,3 +210,83 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 		t.Errorf("the CLI said %q", said)
 	}
 }
+
+// A pod whose containers all run as one user can read its own projected tokens when it is injected, as it can without.
+func TestOwnProjectedTokens(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	said := map[string]string{}
+	for name, annotations := range map[string]map[string]string{"plain": nil, "injected": annotated()} {
+		pod := once(app(name, annotations, "read", "/var/run/mode/token", "/var/run/default/token"))
+		pod.Spec.Containers[0].Image = plainImage
+		for volume, mode := range map[string]*int32{"mode": new(int32(0o400)), "default": nil} {
+			pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: volume, VolumeSource: corev1.VolumeSource{
+				Projected: &corev1.ProjectedVolumeSource{DefaultMode: mode, Sources: []corev1.VolumeProjection{
+					{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: "vault", Path: "token"}},
+				}},
+			}})
+			pod.Spec.Containers[0].VolumeMounts = append(pod.Spec.Containers[0].VolumeMounts,
+				corev1.VolumeMount{Name: volume, MountPath: "/var/run/" + volume, ReadOnly: true})
+		}
+		create(t, ns, pod)
+		ended := awaitEnd(t, ns, name)
+		if has := len(ended.Spec.InitContainers) == 1; has != (annotations != nil) {
+			t.Fatalf("pod %s has a sidecar: %t", name, has)
+		}
+		said[name] = logs(t, ns, name, "app")
+	}
+	if said["injected"] != said["plain"] || strings.Count(said["plain"], "-rw------- uid 1000, some text: true") != 2 {
+		t.Errorf("without the sidecar:\n%s\nwith it:\n%s", said["plain"], said["injected"])
+	}
+}
+
+// Pods with a DNS of their own find the broker by its full name, if their name server is the cluster's.
+func TestOwnDNS(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	dns, err := d.Client.CoreV1().Services(metav1.NamespaceSystem).Get(t.Context(), "kube-dns", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := func(name string, config *corev1.PodDNSConfig) *corev1.Pod {
+		pod := once(app(name, annotated(), "whoami"))
+		pod.Spec.DNSPolicy, pod.Spec.DNSConfig = corev1.DNSNone, config
+		return pod
+	}
+	create(t, ns, own("none", &corev1.PodDNSConfig{Nameservers: []string{dns.Spec.ClusterIP}}))
+	create(t, ns, own("searches", &corev1.PodDNSConfig{Nameservers: []string{dns.Spec.ClusterIP}, Searches: []string{"cluster.local"}}))
+	host := once(app("with-host-net", annotated(), "whoami"))
+	host.Spec.DNSPolicy = corev1.DNSClusterFirstWithHostNet
+	create(t, ns, host)
+	for _, name := range []string{"none", "searches", "with-host-net"} {
+		eventually(t, "the sidecar of pod "+name+" has credentials", func(context.Context) error {
+			if said := logs(t, ns, name, sidecarName); !strings.Contains(said, "got credentials") {
+				return errors.New(said)
+			}
+			return nil
+		})
+	}
+	node := app("default", annotated(), "whoami")
+	node.Spec.DNSPolicy = corev1.DNSDefault
+	if _, err := d.Client.CoreV1().Pods(ns).Create(t.Context(), node, metav1.CreateOptions{}); err == nil || !strings.Contains(err.Error(), "dnsPolicy Default") {
+		t.Errorf("a pod with dnsPolicy Default: %v", err)
+	}
+}
+
+// A copy of a pod as kubectl debug makes it, with the sidecar and without label and annotations, starts at once.
+func TestCopyForDebugging(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t)
+	annotations := annotated()
+	annotations[startTimeoutKey] = "1h"
+	create(t, ns, app("app", annotations, "watch", "1h"))
+	original := awaitReady(t, ns, "app")
+	debugged := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "copy"}, Spec: *original.Spec.DeepCopy()}
+	debugged.Spec.NodeName = ""
+	debugged.Spec.Containers[0].Image, debugged.Spec.Containers[0].Args = pauseImage, nil
+	create(t, ns, debugged)
+	awaitReady(t, ns, "copy")
+	if said := logs(t, ns, "copy", sidecarName); !strings.Contains(said, "POD_NOT_INJECTED") || !strings.Contains(said, "start without credentials") {
+		t.Errorf("its sidecar said:\n%s", said)
+	}
+}

@@ -3,6 +3,7 @@
 //	plain crowd N TIMES    asks for credentials N times at once, each on a connection of its own, and so often one after
 //	                       the other; prints how many were answered with status 200
 //	plain zone             prints the availability zone that instance metadata tells
+//	plain read FILE...     prints mode, owner and length of each file, which it must be able to read; never what is in it
 package main
 
 import (
@@ -43,8 +44,10 @@ func run(ctx context.Context, args []string) error {
 		return crowd(ctx, n, times)
 	case len(args) == 1 && args[0] == "zone":
 		return zone(ctx)
+	case len(args) > 1 && args[0] == "read":
+		return read(args[1:])
 	}
-	return errors.New("usage: plain crowd N TIMES, or plain zone")
+	return errors.New("usage: plain crowd N TIMES, plain zone, or plain read FILES")
 }
 
 // patience bounds a request that waits for its turn behind ten thousand, of a server with a tenth of a processor. The
@@ -145,4 +148,23 @@ func text(ctx context.Context, method, target, name, value string) (string, erro
 		err = fmt.Errorf("%s: %s: %s", target, response.Status, body)
 	}
 	return string(body), err
+}
+
+func read(files []string) error {
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		info, err := os.Stat(file)
+		if err != nil {
+			return err
+		}
+		owner, ok := info.Sys().(*syscall.Stat_t)
+		if !ok {
+			return errors.New("this system has no owners of files")
+		}
+		fmt.Printf("%s %s uid %d, some text: %t\n", file, info.Mode(), owner.Uid, len(content) > 0)
+	}
+	return nil
 }
