@@ -33,6 +33,7 @@ const (
 	ReasonTokenAudience      Reason = "TOKEN_AUDIENCE"
 	ReasonTokenIssuer        Reason = "TOKEN_ISSUER"
 	ReasonTokenNotPodBound   Reason = "TOKEN_NOT_POD_BOUND"
+	ReasonTokenKey           Reason = "TOKEN_KEY_UNSUPPORTED"
 	ReasonPodNotFound        Reason = "POD_NOT_FOUND"
 	ReasonPodNotInjected     Reason = "POD_NOT_INJECTED"
 	ReasonPodFinished        Reason = "POD_FINISHED"

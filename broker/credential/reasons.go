@@ -10,6 +10,7 @@ var reasons = []Reason{
 	ReasonTokenAudience,
 	ReasonTokenIssuer,
 	ReasonTokenNotPodBound,
+	ReasonTokenKey,
 	ReasonPodNotFound,
 	ReasonPodNotInjected,
 	ReasonPodFinished,

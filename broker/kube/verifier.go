@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strings"
@@ -28,8 +29,8 @@ const (
 	keysMinAge = 10 * time.Second
 	// notBeforeLeeway forgives clocks that differ; expiry gets none.
 	notBeforeLeeway = 10 * time.Second
-	// maxKeySet bounds the key set: one RSA-4096 key is under 1 kB.
-	maxKeySet = 1 << 20
+	// maxDocument bounds the key set and the discovery document: one RSA-4096 key is under 1 kB.
+	maxDocument = 1 << 20
 )
 
 // algorithms are those with which API servers sign service-account tokens: RS256 and ES256 with
@@ -57,8 +58,8 @@ type JWKS struct {
 	client rest.Interface
 	made   time.Time
 
-	mu      sync.Mutex                   // guards what follows
-	keys    map[string][]jose.JSONWebKey // :: key id → keys of that id
+	mu      sync.Mutex // guards what follows
+	keys    keySet
 	issuers []string
 	fetched time.Time     // when keys were last fetched
 	tried   time.Time     // when that was last begun
@@ -97,7 +98,7 @@ func (v *JWKS) Age() time.Duration {
 func (v *JWKS) Ready() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return len(v.keys) > 0 && len(v.issuers) > 0
+	return len(v.keys.usable) > 0 && len(v.issuers) > 0
 }
 
 // Run keeps the keys no older than ten minutes, until ctx ends. Old ones are used for as long as the
@@ -107,10 +108,10 @@ func (v *JWKS) Run(ctx context.Context) error {
 	defer ticker.Stop()
 	for {
 		v.mu.Lock()
-		age := time.Since(v.fetched)
+		age, incomplete := time.Since(v.fetched), len(v.keys.usable) == 0 || len(v.issuers) == 0
 		v.mu.Unlock()
 		// Three ticks early, so that a failed attempt is repeated before the age is reached.
-		if age >= keysMaxAge-3*keysMinAge {
+		if incomplete || age >= keysMaxAge-3*keysMinAge {
 			v.refresh(ctx)
 		}
 		select {
@@ -158,6 +159,12 @@ func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (iden
 	v.mu.Lock()
 	issuers := v.issuers
 	v.mu.Unlock()
+	if len(issuers) == 0 {
+		return identity.Pod{}, &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: keysMinAge,
+			Message: "the broker could not ask the API server yet which issuer its tokens have; try again, or set --issuer",
+		}
+	}
 	if !slices.Contains(issuers, c.Issuer) {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
 	}
@@ -174,6 +181,10 @@ func parse(token identity.UnverifiedToken) (*jose.JSONWebSignature, error) {
 		return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is longer than %d bytes", identity.MaxTokenBytes)
 	}
 	signed, err := jose.ParseSignedCompact(raw, algorithms)
+	if other, ok := errors.AsType[*jose.ErrUnexpectedSignatureAlgorithm](err); ok {
+		return nil, unauthenticated(credential.ReasonTokenInvalid, nil,
+			"the token is signed with %q; only RS256, RS384, RS512, ES256, ES384 and ES512 are accepted", clip(string(other.Got), maxClaimedKey))
+	}
 	if err != nil {
 		return nil, unauthenticated(credential.ReasonTokenInvalid, err, "the token is not a signed service-account token")
 	}
@@ -232,7 +243,7 @@ func unauthenticated(reason credential.Reason, cause error, format string, args 
 func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error) {
 	came := time.Now()
 	v.mu.Lock()
-	keys, ok := v.keys[id]
+	keys, ok := v.keys.usable[id]
 	wait := keysMinAge - time.Since(v.tried)
 	if v.flight != nil {
 		wait = 0 // Joined: nothing more is asked of the API server.
@@ -243,16 +254,17 @@ func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 	}
 	if wait <= 0 {
 		v.refresh(ctx)
-		v.mu.Lock()
-		keys, ok = v.keys[id]
-		known := !v.fetched.Before(came) && len(v.issuers) > 0
-		v.mu.Unlock()
-		switch {
-		case ok:
-			return keys, nil
-		case known:
-			return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
-		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if keys, ok := v.keys.usable[id]; ok {
+		return keys, nil
+	}
+	if err := v.keys.unusable(id); err != nil {
+		return nil, err
+	}
+	if !v.fetched.Before(came) && len(v.issuers) > 0 {
+		return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
 	}
 	return nil, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: max(wait, time.Second),
@@ -282,8 +294,9 @@ func (v *JWKS) fetch(ctx context.Context) {
 	defer cancel()
 	began := time.Now()
 	keys, err := v.fetchKeys(ctx)
+	fetched := err == nil
 	var issuer string
-	if err == nil && len(v.cfg.Issuers) == 0 {
+	if fetched && len(v.cfg.Issuers) == 0 {
 		issuer, err = v.fetchIssuer(ctx)
 	}
 	v.mu.Lock()
@@ -291,10 +304,12 @@ func (v *JWKS) fetch(ctx context.Context) {
 	close(v.flight)
 	v.flight = nil
 	if err != nil {
-		v.cfg.Logger.WarnContext(ctx, "Fetching the cluster's token-signing keys failed", "error", err, "held", len(v.keys))
+		v.cfg.Logger.WarnContext(ctx, "Could not fetch the cluster's token-signing keys", "error", err, "keys", len(v.keys.usable))
 	}
-	if keys != nil {
-		// Also without the issuer: a key that was removed is trusted no longer. They are no newer than the question.
+	if fetched {
+		// Also without the issuer, and also if no key of the new set is usable: a removed key is not trusted any
+		// longer. The keys are as old as the request for them.
+		keys.report(ctx, v.cfg.Logger, v.keys)
 		v.keys, v.fetched = keys, began
 	}
 	if issuer != "" {
@@ -304,21 +319,17 @@ func (v *JWKS) fetch(ctx context.Context) {
 
 // fetchKeys asks the API server itself. The jwks_uri of its discovery document may point outside
 // the cluster, where pods of the same issuer are verified by others.
-func (v *JWKS) fetchKeys(ctx context.Context) (map[string][]jose.JSONWebKey, error) {
-	var set jose.JSONWebKeySet
-	if err := v.getJSON(ctx, "/openid/v1/jwks", &set); err != nil {
-		return nil, err
+func (v *JWKS) fetchKeys(ctx context.Context) (keySet, error) {
+	var document struct {
+		Keys []json.RawMessage `json:"keys"`
 	}
-	keys := make(map[string][]jose.JSONWebKey)
-	for _, k := range set.Keys {
-		if k.Valid() && k.IsPublic() {
-			keys[k.KeyID] = append(keys[k.KeyID], k)
-		}
+	if err := v.getJSON(ctx, "/openid/v1/jwks", &document); err != nil {
+		return keySet{}, err
 	}
-	if len(keys) == 0 {
-		return nil, errors.New("the API server publishes no token-signing key at /openid/v1/jwks")
+	if len(document.Keys) == 0 {
+		return keySet{}, errors.New("the API server publishes no token-signing key at /openid/v1/jwks")
 	}
-	return keys, nil
+	return decodeKeys(document.Keys), nil
 }
 
 func (v *JWKS) fetchIssuer(ctx context.Context) (string, error) {
@@ -335,12 +346,17 @@ func (v *JWKS) fetchIssuer(ctx context.Context) (string, error) {
 }
 
 func (v *JWKS) getJSON(ctx context.Context, path string, into any) error {
-	body, err := v.client.Get().AbsPath(path).DoRaw(ctx)
+	stream, err := v.client.Get().AbsPath(path).Stream(ctx)
 	if err != nil {
 		return fmt.Errorf("getting %s: %w", path, err)
 	}
-	if len(body) > maxKeySet {
-		return fmt.Errorf("getting %s: the answer has %d bytes, the limit is %d", path, len(body), maxKeySet)
+	defer func() { _ = stream.Close() }()
+	body, err := io.ReadAll(io.LimitReader(stream, maxDocument+1))
+	if err != nil {
+		return fmt.Errorf("getting %s: %w", path, err)
+	}
+	if len(body) > maxDocument {
+		return fmt.Errorf("getting %s: the response has more than %d bytes", path, maxDocument)
 	}
 	if err := json.Unmarshal(body, into); err != nil {
 		return fmt.Errorf("reading %s: %w", path, err)

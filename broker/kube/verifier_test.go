@@ -40,8 +40,9 @@ type apiServer struct {
 	fetches atomic.Int64 // of the key set
 
 	mu        sync.Mutex
-	keys      []jose.JSONWebKey // guarded by mu
+	keys      []json.RawMessage // guarded by mu
 	secretive atomic.Bool       // refuses its discovery document
+	takes     atomic.Int64      // nanoseconds that the key set takes
 }
 
 // pipes is a listener of in-memory connections.
@@ -75,9 +76,10 @@ func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 	})
 	mux.HandleFunc("/openid/v1/jwks", func(w http.ResponseWriter, _ *http.Request) {
 		s.fetches.Add(1)
+		time.Sleep(time.Duration(s.takes.Load()))
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: s.keys})
+		_ = json.NewEncoder(w).Encode(map[string]any{"keys": s.keys})
 	})
 	return s, serve(t, mux, &s.away)
 }
@@ -113,8 +115,19 @@ func (s *apiServer) publish(keys ...signer) {
 	defer s.mu.Unlock()
 	s.keys = nil
 	for _, k := range keys {
-		s.keys = append(s.keys, jose.JSONWebKey{Key: k.key.Public(), KeyID: k.id, Algorithm: string(jose.ES256), Use: "sig"})
+		text, err := json.Marshal(jose.JSONWebKey{Key: k.key.Public(), KeyID: k.id, Algorithm: string(jose.ES256), Use: "sig"})
+		if err != nil {
+			panic(err) // a fresh key
+		}
+		s.keys = append(s.keys, text)
 	}
+}
+
+// add publishes one more entry, whatever it is.
+func (s *apiServer) add(entry json.RawMessage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys = append(s.keys, entry)
 }
 
 // signer is one signing key of the API server.
