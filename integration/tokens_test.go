@@ -97,7 +97,8 @@ func TestBrokerRefusesTokens(t *testing.T) {
 	}{
 		{"expired", resign(t, good, func(c map[string]any) { c["exp"] = time.Now().Add(-time.Second).Unix() }), credential.ReasonTokenExpired},
 		{"that never expires", resign(t, good, func(c map[string]any) { delete(c, "exp") }), credential.ReasonTokenInvalid},
-		{"not valid yet", resign(t, good, func(c map[string]any) { c["nbf"] = time.Now().Add(time.Hour).Unix() }), credential.ReasonTokenInvalid},
+		{"not valid yet", resign(t, good, func(c map[string]any) { c["nbf"] = time.Now().Add(time.Hour).Unix() }), credential.ReasonTokenEarly},
+		{"valid for ten years", resign(t, good, func(c map[string]any) { c["exp"] = time.Now().AddDate(10, 0, 0).Unix() }), credential.ReasonTokenLongLived},
 		{"for another audience", audience("somebody-else"), credential.ReasonTokenAudience},
 		{"for the API server", audience(""), credential.ReasonTokenAudience},
 		{"of another issuer", resign(t, good, func(c map[string]any) { c["iss"] = "https://elsewhere.example" }), credential.ReasonTokenIssuer},

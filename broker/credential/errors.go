@@ -30,6 +30,8 @@ const (
 	ReasonTokenMissing       Reason = "TOKEN_MISSING"
 	ReasonTokenInvalid       Reason = "TOKEN_INVALID"
 	ReasonTokenExpired       Reason = "TOKEN_EXPIRED"
+	ReasonTokenEarly         Reason = "TOKEN_NOT_YET_VALID"
+	ReasonTokenLongLived     Reason = "TOKEN_TOO_LONG_LIVED"
 	ReasonTokenAudience      Reason = "TOKEN_AUDIENCE"
 	ReasonTokenIssuer        Reason = "TOKEN_ISSUER"
 	ReasonTokenNotPodBound   Reason = "TOKEN_NOT_POD_BOUND"

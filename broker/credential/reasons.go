@@ -7,6 +7,8 @@ var reasons = []Reason{
 	ReasonTokenMissing,
 	ReasonTokenInvalid,
 	ReasonTokenExpired,
+	ReasonTokenEarly,
+	ReasonTokenLongLived,
 	ReasonTokenAudience,
 	ReasonTokenIssuer,
 	ReasonTokenNotPodBound,

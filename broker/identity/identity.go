@@ -74,8 +74,17 @@ func (p Pod) String() string { return p.Namespace + "/" + p.Name }
 // Verify returns the pod that the token is bound to, once the token's signature, issuer, audience
 // and times have been checked. It returns the zero Pod with an error of kind
 // credential.ErrUnauthenticated when the token proves nothing, and of kind
-// credential.ErrUnavailable when that could not be found out. It does not say that the pod is
+// credential.ErrUnavailable when that could not be found out. A token that is refused for its audience
+// alone may have an [OtherAudienceError] as cause. Verify does not say that the pod is
 // still alive: that is the binding's part.
 type Verifier interface {
 	Verify(ctx context.Context, token UnverifiedToken) (Pod, error)
 }
+
+// OtherAudienceError is the cause of a refusal for the audience of a token that is genuine otherwise: its signature,
+// its issuer and its times were verified. So its pod is known, and can be told that the audience is set wrong. It
+// must not be taken for an identity: the token was made for another service, which can replay it.
+type OtherAudienceError struct{ Pod Pod }
+
+// Error names the pod.
+func (e *OtherAudienceError) Error() string { return "the token is that of pod " + e.Pod.String() }

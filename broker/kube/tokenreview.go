@@ -51,6 +51,8 @@ type TokenReviewConfig struct {
 	Audience string
 	// Issuers are the accepted issuers, of those that the API server accepts. Default: all of them.
 	Issuers []string
+	// MaxLife is as in [JWKSConfig].
+	MaxLife time.Duration
 	// Logger. Required.
 	Logger *slog.Logger
 }
@@ -84,8 +86,8 @@ func NewTokenReview(cfg TokenReviewConfig) (*TokenReview, error) {
 	if cfg.REST == nil || cfg.Logger == nil {
 		return nil, errors.New("a REST configuration and a Logger are required")
 	}
-	if cfg.Audience == "" {
-		return nil, errors.New("no audience: tokens made for any other service would be accepted; set --audience")
+	if err := checkConfig(cfg.Audience, &cfg.MaxLife); err != nil {
+		return nil, err
 	}
 	config := rest.CopyConfig(cfg.REST)
 	config.QPS = -1 // reviewsAtOnce bounds them; client-go's own limit of 5 a second would make pods wait.
@@ -156,8 +158,8 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 		return identity.Pod{}, err
 	}
 	now := time.Now()
-	claimed, err := c.pod(v.cfg.Audience, now)
-	if err != nil {
+	claimed, err := c.pod(v.cfg.Audience, v.cfg.MaxLife, now)
+	if err != nil { // Also with a pod beside it: nobody has verified that one.
 		return identity.Pod{}, err
 	}
 	if len(v.cfg.Issuers) > 0 && !slices.Contains(v.cfg.Issuers, c.Issuer) {
@@ -217,6 +219,14 @@ func (v *TokenReview) review(ctx context.Context, token string) (authenticationv
 // judge reads the API server's answer about a token that claims to be of that pod.
 func (v *TokenReview) judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod) (identity.Pod, error) {
 	switch {
+	case !status.Authenticated && strings.Contains(status.Error, "token has expired"):
+		// Its clock is ahead of ours. Another broker may ask another API server.
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenExpired, errors.New(clipped(status.Error)), "the token expired by the API server's clock")
+	case !status.Authenticated && (strings.Contains(status.Error, "token is not valid yet") || strings.Contains(status.Error, "token is issued in the future")):
+		return identity.Pod{}, &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonTokenEarly, RetryAfter: earlyRetry, Cause: errors.New(clipped(status.Error)),
+			Message: "the token is not valid yet by the API server's clock; set the clocks of the API servers",
+		}
 	case !status.Authenticated && undecided(status.Error):
 		return identity.Pod{}, notReviewed(fmt.Errorf("the API server could not decide: %s", clipped(status.Error)))
 	case !status.Authenticated:
@@ -244,7 +254,7 @@ func (v *TokenReview) judge(status authenticationv1.TokenReviewStatus, claimed i
 // refusals are how API servers word what is wrong with a service-account token, as far as the token's own text
 // does not say it (pkg/serviceaccount and the token authenticators, read at Kubernetes 1.37).
 var refusals = []string{
-	"invalid bearer token", "has expired", "is not valid yet", "has been invalidated", "invalid for the target audiences",
+	"invalid bearer token", "has been invalidated", "invalid for the target audiences",
 	"error in cryptographic primitive", "signature is invalid", "does not match", "not found", "has been deleted", "is being deleted",
 }
 

@@ -117,6 +117,10 @@ func TestReviewAnswers(t *testing.T) {
 			{"with another audience beside ours", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = append(s.Audiences, "x") }), ""},
 			{"no", says(""), credential.ReasonTokenInvalid},
 			{"no, and why", says("[invalid bearer token, service account token has been invalidated]"), credential.ReasonTokenInvalid},
+			{"that it has expired", says("[invalid bearer token, service account token has expired]"), credential.ReasonTokenExpired},
+			{"that it is not valid yet", says("[invalid bearer token, service account token is not valid yet]"), credential.ReasonTokenEarly},
+			{"that it is made in the future", says("[invalid bearer token, service account token is issued in the future]"), credential.ReasonTokenEarly},
+			{"that a webhook's certificate has expired", says("Post \"https://authenticator.example\": x509: certificate has expired"), credential.ReasonAPIServerAway},
 			{"that it does not know", says("unknown"), credential.ReasonAPIServerAway},
 			{"that a webhook did not answer", says("Post \"https://authenticator.example\": context deadline exceeded"), credential.ReasonAPIServerAway},
 			// An authenticator that does not know of audiences.

@@ -27,11 +27,22 @@ const (
 	keysMaxAge = 10 * time.Minute
 	// keysMinAge bounds how often tokens with unknown key ids make us fetch the keys.
 	keysMinAge = 10 * time.Second
-	// notBeforeLeeway forgives clocks that differ; expiry gets none.
-	notBeforeLeeway = 10 * time.Second
+	// clockLeeway is how far the API server's clock may be ahead of this broker's. It is what API servers grant each
+	// other (go-jose's DefaultLeeway). Expiry has no leeway: a token is not accepted after its end.
+	clockLeeway = time.Minute
+	// earlyRetry is the longest time after which a caller with a token that is not valid yet tries again: either
+	// clock may be set right at any moment.
+	earlyRetry = time.Minute
 	// maxDocument bounds the key set and the discovery document: one RSA-4096 key is under 1 kB.
 	maxDocument = 1 << 20
 )
+
+// DefaultMaxTokenLife is the longest life of a token that is accepted unless configured otherwise. The webhook has the
+// kubelet request tokens for 24 hours at most. An API server extends the life of tokens
+// (--service-account-extend-token-expiration) only if they are for its own audience. A longer life means that
+// somebody made the token with the TokenRequest API, such as by kubectl create token --duration: such a token can be
+// replayed for as long as its pod lives.
+const DefaultMaxTokenLife = 25 * time.Hour
 
 // algorithms are those with which API servers sign service-account tokens: RS256 and ES256 with
 // their own keys, any of these with an external signer (KEP-740). Naming them shuts out "none" and
@@ -47,6 +58,9 @@ type JWKSConfig struct {
 	// Issuers are the accepted issuers. Default: the one that the API server's discovery document
 	// names.
 	Issuers []string
+	// MaxLife is the longest life of a token that is accepted, from its first to its last second. Default:
+	// DefaultMaxTokenLife.
+	MaxLife time.Duration
 	// Logger. Required.
 	Logger *slog.Logger
 }
@@ -73,14 +87,39 @@ func NewJWKS(cfg JWKSConfig) (*JWKS, error) {
 	if cfg.REST == nil || cfg.Logger == nil {
 		return nil, errors.New("a REST configuration and a Logger are required")
 	}
-	if cfg.Audience == "" {
-		return nil, errors.New("no audience: tokens made for any other service would be accepted; set --audience")
+	if err := checkConfig(cfg.Audience, &cfg.MaxLife); err != nil {
+		return nil, err
 	}
 	core, err := corev1client.NewForConfig(cfg.REST)
 	if err != nil {
 		return nil, fmt.Errorf("making a client for the key set: %w", err)
 	}
 	return &JWKS{cfg: cfg, client: core.RESTClient(), issuers: cfg.Issuers, made: time.Now()}, nil
+}
+
+// checkConfig checks what both verifiers have, and sets its default.
+func checkConfig(audience string, maxLife *time.Duration) error {
+	if audience == "" {
+		return errors.New("no audience: tokens made for any other service would be accepted; set --audience")
+	}
+	if *maxLife == 0 {
+		*maxLife = DefaultMaxTokenLife
+	}
+	if *maxLife < 0 {
+		return fmt.Errorf("--max-token-life=%s: must be positive", *maxLife)
+	}
+	return nil
+}
+
+// otherAudience adds the pod of a verified token to its refusal, if it is refused for its audience alone.
+func otherAudience(pod identity.Pod, err error) (identity.Pod, error) {
+	if err == nil || pod == (identity.Pod{}) {
+		return pod, err
+	}
+	if e, ok := errors.AsType[*credential.Error](err); ok {
+		e.Cause = &identity.OtherAudienceError{Pod: pod}
+	}
+	return identity.Pod{}, err
 }
 
 // Age is how long ago the keys were fetched: at most ten minutes while all is well. Where none were yet, it is
@@ -168,7 +207,8 @@ func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (iden
 	if !slices.Contains(issuers, c.Issuer) {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
 	}
-	return c.pod(v.cfg.Audience, time.Now())
+	pod, err := c.pod(v.cfg.Audience, v.cfg.MaxLife, time.Now())
+	return otherAudience(pod, err)
 }
 
 // parse reads the form of a token, and nothing that it says.
@@ -201,17 +241,52 @@ func parseClaims(payload []byte) (c claims, err error) {
 }
 
 // pod judges the claims, but for the issuer, and returns the pod that they name. It proves nothing of a token
-// whose signature was not verified.
-func (c claims) pod(audience string, now time.Time) (identity.Pod, error) {
-	switch {
-	case !slices.Contains(c.Audience, audience):
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil, "the token is made for %q, not for %q", clipped(strings.Join(c.Audience, ", ")), audience)
-	case c.Expiry == nil:
+// whose signature was not verified. A token for another audience that is as it should be otherwise is refused with
+// the pod beside the error.
+func (c claims) pod(audience string, maxLife time.Duration, now time.Time) (identity.Pod, error) {
+	pod, err := c.bound(maxLife, now)
+	if !slices.Contains(c.Audience, audience) {
+		return pod, unauthenticated(credential.ReasonTokenAudience, nil,
+			"the token is made for audience %q, and this broker accepts %q: set --audience of the webhook and of the broker to the same value "+
+				"(the chart value audience sets both), then recreate the pod", clipped(strings.Join(c.Audience, ", ")), audience)
+	}
+	return pod, err
+}
+
+// bound judges the times and the subject of the claims, and returns the pod that they name.
+func (c claims) bound(maxLife time.Duration, now time.Time) (identity.Pod, error) {
+	if c.Expiry == nil {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token never expires; use a bound token")
-	case !now.Before(c.Expiry.Time()):
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenExpired, nil, "the token expired at %s", c.Expiry.Time().UTC().Format(time.RFC3339))
-	case c.NotBefore != nil && now.Add(notBeforeLeeway).Before(c.NotBefore.Time()):
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is not valid yet: is a clock wrong?")
+	}
+	end := c.Expiry.Time()
+	// Kubernetes sets both to the same second. Without them, only the rest of the life is known.
+	first, last := now, now
+	switch {
+	case c.NotBefore != nil && c.IssuedAt != nil:
+		first, last = c.NotBefore.Time(), c.IssuedAt.Time()
+		if last.Before(first) {
+			first, last = last, first
+		}
+	case c.NotBefore != nil:
+		first, last = c.NotBefore.Time(), c.NotBefore.Time()
+	case c.IssuedAt != nil:
+		first, last = c.IssuedAt.Time(), c.IssuedAt.Time()
+	}
+	switch early := last.Sub(now); {
+	case !now.Before(end):
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenExpired, nil, "the token expired at %s, and it is %s by this broker's clock",
+			end.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	case early > clockLeeway:
+		return identity.Pod{}, &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonTokenEarly,
+			RetryAfter: min(max(early-clockLeeway, time.Second), earlyRetry),
+			Message: fmt.Sprintf("the token is valid from %s, and it is %s by this broker's clock; set the clocks of the broker's node and of the API server",
+				last.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)),
+		}
+	case end.Sub(first) > maxLife:
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenLongLived, nil,
+			"the token is valid for %s, and this broker accepts at most %s (--max-token-life); use the token that the kubelet projects into the sidecar",
+			end.Sub(first).Round(time.Second), maxLife)
 	}
 	k := c.Kubernetes
 	if k.Pod == nil || k.ServiceAccount == nil || slices.Contains([]string{k.Namespace, k.Pod.Name, k.Pod.UID, k.ServiceAccount.Name, k.ServiceAccount.UID}, "") {

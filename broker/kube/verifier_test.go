@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -99,6 +100,8 @@ func serve(t *testing.T, handler http.Handler, away *atomic.Bool) *rest.Config {
 		select {
 		case listener.conns <- theirs:
 			return ours, nil
+		case <-listener.done:
+			return nil, net.ErrClosed
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
@@ -213,13 +216,14 @@ func TestVerifyClaims(t *testing.T) {
 			{"good", key.token(t, nil), ""},
 			{"one audience as a string", key.token(t, set("aud", audience)), ""},
 			{"audience among others", key.token(t, set("aud", []string{"x", audience})), ""},
-			{"not yet valid by less than clocks differ", key.token(t, set("nbf", now.Add(9*time.Second).Unix())), ""},
+			{"as long-lived as any", key.token(t, set("exp", now.Add(25*time.Hour).Unix())), ""},
 			{"none", identity.UnverifiedToken{}, credential.ReasonTokenMissing},
 			{"too long", identity.NewUnverifiedToken(strings.Repeat("a", identity.MaxTokenBytes+1)), credential.ReasonTokenInvalid},
 			{"signed by a stranger under our key's id", stranger.token(t, nil), credential.ReasonTokenInvalid},
 			{"expired this second", key.token(t, set("exp", now.Unix())), credential.ReasonTokenExpired},
 			{"no expiry", key.token(t, func(c map[string]any) { delete(c, "exp") }), credential.ReasonTokenInvalid},
-			{"not yet valid", key.token(t, set("nbf", now.Add(time.Minute).Unix())), credential.ReasonTokenInvalid},
+			{"long-lived", key.token(t, set("exp", now.Add(25*time.Hour+time.Second).Unix())), credential.ReasonTokenLongLived},
+			{"of ten years", key.token(t, set("exp", now.AddDate(10, 0, 0).Unix())), credential.ReasonTokenLongLived},
 			{"no audience", key.token(t, func(c map[string]any) { delete(c, "aud") }), credential.ReasonTokenAudience},
 			{"claims of other types", key.token(t, set("aud", 7)), credential.ReasonTokenInvalid},
 			{"other audience", key.token(t, set("aud", "x")), credential.ReasonTokenAudience},
@@ -243,6 +247,118 @@ func TestVerifyClaims(t *testing.T) {
 		if err != nil || id != want {
 			t.Errorf("the good one is %+v (%v), want %+v", id, err, want)
 		}
+	})
+}
+
+// modes are both ways to verify. newVerifier makes one whose API server accepts what key signs.
+func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(maxLife time.Duration) identity.Verifier)) {
+	t.Run("jwks", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			_, config := startAPIServer(t, key)
+			test(t, func(maxLife time.Duration) identity.Verifier {
+				v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return v
+			})
+		})
+	})
+	t.Run("tokenreview", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			_, config := startReviewer(t)
+			test(t, func(maxLife time.Duration) identity.Verifier {
+				v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return v
+			})
+		})
+	})
+}
+
+// A clock that is behind by a minute is forgiven. Beyond it the token is not valid yet by this broker's clock, which
+// may be the wrong one: the caller is to try again, here or elsewhere.
+func TestClockThatIsBehind(t *testing.T) {
+	key := newSigner(t, "a")
+	modes(t, key, func(t *testing.T, newVerifier func(time.Duration) identity.Verifier) {
+		v := newVerifier(0)
+		for _, tt := range []struct {
+			nbf, iat time.Duration
+			retry    time.Duration // 0: accepted
+		}{
+			{25 * time.Second, 25 * time.Second, 0},
+			{time.Minute, time.Minute, 0},
+			{61 * time.Second, 61 * time.Second, time.Second},
+			{110 * time.Second, 110 * time.Second, 50 * time.Second},
+			{0, 110 * time.Second, 50 * time.Second},
+			{110 * time.Second, 0, 50 * time.Second},
+			{3 * time.Hour, 3 * time.Hour, time.Minute},
+		} {
+			now := time.Now()
+			token := key.token(t, func(c map[string]any) {
+				c["nbf"], c["iat"], c["exp"] = now.Add(tt.nbf).Unix(), now.Add(tt.iat).Unix(), now.Add(tt.nbf+24*time.Hour).Unix()
+			})
+			_, err := v.Verify(t.Context(), token)
+			if tt.retry == 0 {
+				if err != nil {
+					t.Errorf("a token from %s and %s ahead is answered %v", tt.nbf, tt.iat, err)
+				}
+				continue
+			}
+			e, ok := errors.AsType[*credential.Error](err)
+			if !ok || e.Reason != credential.ReasonTokenEarly || !errors.Is(err, credential.ErrUnavailable) || e.RetryAfter != tt.retry {
+				t.Errorf("a token from %s and %s ahead is answered %v (%+v), want a retry after %s", tt.nbf, tt.iat, err, e, tt.retry)
+			}
+			time.Sleep(max(tt.nbf, tt.iat) - time.Minute)
+			wantReason(t, v, token, "")
+		}
+	})
+}
+
+func TestExpiryIsStrict(t *testing.T) {
+	key := newSigner(t, "a")
+	modes(t, key, func(t *testing.T, newVerifier func(time.Duration) identity.Verifier) {
+		v := newVerifier(0)
+		token := key.token(t, func(c map[string]any) { c["exp"] = time.Now().Add(time.Hour).Unix() })
+		time.Sleep(time.Hour - time.Second)
+		wantReason(t, v, token, "")
+		time.Sleep(time.Second)
+		wantReason(t, v, token, credential.ReasonTokenExpired)
+	})
+}
+
+// A token that somebody made for years is refused, however it says when its life began.
+func TestLifeOfTokensIsBounded(t *testing.T) {
+	key := newSigner(t, "a")
+	modes(t, key, func(t *testing.T, newVerifier func(time.Duration) identity.Verifier) {
+		now := time.Now()
+		lives := func(life time.Duration, without ...string) identity.UnverifiedToken {
+			return key.token(t, func(c map[string]any) {
+				c["exp"] = now.Add(life).Unix()
+				for _, claim := range without {
+					delete(c, claim)
+				}
+			})
+		}
+		short := newVerifier(2 * time.Hour)
+		for _, without := range [][]string{nil, {"nbf"}, {"iat"}, {"nbf", "iat"}} {
+			wantReason(t, newVerifier(0), lives(25*time.Hour, without...), "")
+			wantReason(t, newVerifier(0), lives(25*time.Hour+time.Second, without...), credential.ReasonTokenLongLived)
+			wantReason(t, newVerifier(0), lives(10*365*24*time.Hour, without...), credential.ReasonTokenLongLived)
+			wantReason(t, short, lives(2*time.Hour, without...), "")
+			wantReason(t, short, lives(3*time.Hour, without...), credential.ReasonTokenLongLived)
+		}
+		// Its life counts, not what is left of it.
+		long := lives(10 * 24 * time.Hour)
+		time.Sleep(10*24*time.Hour - time.Minute)
+		wantReason(t, short, long, credential.ReasonTokenLongLived)
+		// A clock that is behind does not make a life longer.
+		wantReason(t, short, key.token(t, func(c map[string]any) {
+			c["nbf"], c["iat"] = time.Now().Add(time.Minute).Unix(), time.Now().Add(time.Minute).Unix()
+			c["exp"] = time.Now().Add(2*time.Hour + time.Minute).Unix()
+		}), "")
 	})
 }
 

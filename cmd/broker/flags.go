@@ -12,6 +12,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
@@ -25,8 +26,9 @@ type options struct {
 	tlsCert, tlsKey, kubeconfig string
 	keys                        policy.Keys
 	audience                    string
-	issuers                     []string            // nil: the API server's own
-	tokenReview                 bool                // ask the API server about each token
+	issuers                     []string // nil: the API server's own
+	tokenReview                 bool     // ask the API server about each token
+	maxTokenLife                time.Duration
 	base                        credential.RoleBase // zero: the broker's own account
 	cluster                     string
 	region, stsEndpoint         string
@@ -55,6 +57,9 @@ const (
 	debugListenFlag = "debug-listen"
 )
 
+// minTokenLife is the shortest life that the webhook gives to tokens (webhook/inject): with less, no pod would be served.
+const minTokenLife = 2 * time.Hour
+
 const usage = `credence-broker exchanges the identities of injected pods for AWS credentials.
 
 Usage: credence-broker [flags]`
@@ -75,6 +80,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must be made for")
 	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty asks the API server for its own")
 	f.StringVar(&verification, "token-verification", "jwks", "`mode` of verifying tokens: jwks by the API server's published keys, tokenreview by asking it about each")
+	f.DurationVar(&o.maxTokenLife, "max-token-life", kube.DefaultMaxTokenLife, "longest `life` of a token that is accepted: the webhook has kubelets request tokens of 24h at most, and whoever may create tokens could make one that is valid for years")
 	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty asks STS for the broker's own account")
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
@@ -136,6 +142,9 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 			return options{}, fmt.Errorf("--token-verification=%s: must be jwks or tokenreview", verification)
 		}
 		o.tokenReview = verification == "tokenreview"
+		if o.maxTokenLife < minTokenLife {
+			return options{}, fmt.Errorf("--max-token-life=%s: must be at least %s, the shortest life of the tokens that the webhook has kubelets request", o.maxTokenLife, minTokenLife)
+		}
 		if o.trustPropagation < 0 {
 			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)
 		}

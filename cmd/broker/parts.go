@@ -64,9 +64,9 @@ type verifier interface {
 // newVerifier makes the one that was asked for.
 func newVerifier(o options, rest *rest.Config, log *slog.Logger) (verifier, error) {
 	if o.tokenReview {
-		return kube.NewTokenReview(kube.TokenReviewConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: log})
+		return kube.NewTokenReview(kube.TokenReviewConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
 	}
-	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, Logger: log})
+	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
 }
 
 // build makes the parts that need nothing from AWS.

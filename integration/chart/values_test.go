@@ -76,6 +76,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"webhook.replicas=0", "/webhook/replicas", "minimum"},
 		{"broker.audit=none", "/broker/audit", "value must be one of 'best-effort', 'required'"},
 		{"broker.tokenVerification=none", "/broker/tokenVerification", "value must be one of 'jwks', 'tokenreview'"},
+		{"broker.maxTokenLife=1d", "/broker/maxTokenLife", "does not match pattern"},
 		{"broker.podLabels.app\\.kubernetes\\.io/component=x", "/broker/podLabels/app.kubernetes.io~1component", "false schema"},
 		{"broker.env[0].name=POD_NAMESPACE", "/broker/env/0/name", "'not' failed"},
 		{"broker.volumes[0].name=tls", "/broker/volumes/0/name", "'not' failed"},

@@ -169,8 +169,13 @@ func podRef(p *corev1.Pod) *authenticationv1.BoundObjectReference {
 // token has the API server make a token of a service account; bound may be nil.
 func token(t *testing.T, ns, account string, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
 	t.Helper()
+	return tokenOfLife(t, ns, account, time.Hour, bound, audiences...)
+}
+
+func tokenOfLife(t *testing.T, ns, account string, life time.Duration, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
+	t.Helper()
 	answer, err := client.CoreV1().ServiceAccounts(ns).CreateToken(t.Context(), account, &authenticationv1.TokenRequest{
-		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, BoundObjectRef: bound},
+		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, BoundObjectRef: bound, ExpirationSeconds: new(int64(life.Seconds()))},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)

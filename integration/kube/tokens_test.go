@@ -108,7 +108,11 @@ var want = map[string]row{
 	"expired":                                              {"TOKEN_EXPIRED", "TOKEN_EXPIRED", ""},
 	"expired a moment ago":                                 {"TOKEN_EXPIRED", "TOKEN_EXPIRED", ""},
 	"without expiry":                                       {"TOKEN_INVALID", "TOKEN_INVALID", ""},
-	"not valid for another hour":                           {"TOKEN_INVALID", "TOKEN_INVALID", ""},
+	"valid from 55 seconds ahead":                          {accepted, accepted, accepted},
+	"not valid for another hour":                           {"TOKEN_NOT_YET_VALID", "TOKEN_NOT_YET_VALID", ""},
+	"made in another hour":                                 {"TOKEN_NOT_YET_VALID", "TOKEN_NOT_YET_VALID", ""},
+	"of a life of 25 hours":                                {accepted, accepted, accepted},
+	"of a life of ten years":                               {"TOKEN_TOO_LONG_LIVED", "TOKEN_TOO_LONG_LIVED", ""},
 	"for another audience":                                 {"TOKEN_AUDIENCE", "TOKEN_AUDIENCE", ""},
 	"for the API server":                                   {"TOKEN_AUDIENCE", "TOKEN_AUDIENCE", ""},
 	"without audience":                                     {"TOKEN_AUDIENCE", "TOKEN_AUDIENCE", ""},
@@ -164,7 +168,11 @@ func TestDecisionTable(t *testing.T) {
 		"expired":                                       claim("exp", time.Now().Add(-time.Hour).Unix()),
 		"expired a moment ago":                          claim("exp", time.Now().Unix()),
 		"without expiry":                                claim("exp", nil),
+		"valid from 55 seconds ahead":                   claim("nbf", time.Now().Add(55*time.Second).Unix()),
 		"not valid for another hour":                    claim("nbf", time.Now().Add(time.Hour).Unix()),
+		"made in another hour":                          claim("iat", time.Now().Add(time.Hour).Unix()),
+		"of a life of 25 hours":                         claim("exp", int64(decoded(t, parts[1])["iat"].(float64))+int64((25*time.Hour).Seconds())),
+		"of a life of ten years":                        tokenOfLife(t, ns, "app", 10*365*24*time.Hour, podRef(live), audience),
 		"for another audience":                          token(t, ns, "app", podRef(live), "somebody-else"),
 		"for the API server":                            token(t, ns, "app", podRef(live)),
 		"without audience":                              claim("aud", nil),
@@ -235,6 +243,7 @@ func TestDecisionTable(t *testing.T) {
 	// Kubernetes lets a token go on for 60 s after its pod should have ended.
 	time.Sleep(time.Until(deletion(t, stuck).Add(61 * time.Second)))
 	terminate(t, ending, 300)
+	tokens["valid from 55 seconds ahead"] = claim("nbf", time.Now().Add(55*time.Second).Unix()) // made again: a minute has passed
 
 	got := make(map[string]row)
 	review := newTokenReview(t, control.Config())
