@@ -104,7 +104,7 @@ func (c *call) run(ctx context.Context) (credential.Lease, error) {
 	for c.next(ctx); c.open > 0 || c.looking; {
 		select {
 		case a := <-c.answers:
-			if a.err == nil || !errors.Is(a.err, credential.ErrUnavailable) {
+			if c.final(a) {
 				return c.settled(a)
 			}
 			c.failed(a)
@@ -123,6 +123,22 @@ func (c *call) run(ctx context.Context) (credential.Lease, error) {
 	}
 	return credential.Lease{}, c.verdict(ctx)
 }
+
+// final reports whether the answer ends the call: it is a lease, or a refusal that all brokers would make. That a token
+// has expired is by the broker's own clock, which may be wrong, so it takes two brokers to say so.
+func (c *call) final(a answer) bool {
+	switch {
+	case a.err == nil:
+		return true
+	case errors.Is(a.err, credential.ErrUnavailable):
+		return false
+	default:
+		return !expired(a.err) || slices.ContainsFunc(c.asked, func(other attempt) bool { return expired(other.err) })
+	}
+}
+
+// expired reports whether a broker said that the token has expired.
+func expired(err error) bool { return credential.ReasonOf(err) == credential.ReasonTokenExpired }
 
 // settled ends the call with a lease or a refusal.
 func (c *call) settled(a answer) (credential.Lease, error) {
@@ -286,5 +302,12 @@ func (c *call) verdict(ctx context.Context) error {
 		}
 	}
 	most := slices.MaxFunc(c.asked, func(a, b attempt) int { return a.says - b.says })
+	if e, ok := errors.AsType[*credential.Error](most.err); ok && expired(e) && len(c.asked) > 1 {
+		// No other broker has confirmed it. A refusal would make SDKs give up because of one wrong clock.
+		most.err = &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: e.Reason, RetryAfter: e.RetryAfter, Cause: e.Cause,
+			Message: e.Message + "; no second broker could be asked, so the sidecar tries again",
+		}
+	}
 	return fmt.Errorf("asking broker %s at %s (%d asked, %d not): %w", c.target, most.addr, len(c.asked), len(c.left), most.err)
 }

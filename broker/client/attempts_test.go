@@ -911,3 +911,51 @@ func TestNobodyIsVerified(t *testing.T) {
 		t.Errorf("the error %q does not say which broker it is of", err)
 	}
 }
+
+// One wrong clock does not decide about a pod: a broker that says that the token has expired, or is not valid yet, is
+// not believed before another one.
+func TestWrongClockOfOneBroker(t *testing.T) {
+	type answers []func(context.Context) (*brokerpb.GetCredentialsResponse, error)
+	expired := refuse(credential.ErrUnauthenticated, credential.ReasonTokenExpired)
+	early := refuse(credential.ErrUnavailable, credential.ReasonTokenEarly)
+	away := refuse(credential.ErrUnavailable, credential.ReasonSTSUnavailable)
+	lease := answering(good())
+	for name, tt := range map[string]struct {
+		answers answers // nil: nobody is there
+		dialed  int
+		kind    error // nil: a lease
+		reason  credential.Reason
+	}{
+		"the first is ahead":                  {answers{expired, lease, lease}, 2, nil, ""},
+		"the first is behind":                 {answers{early, lease, lease}, 2, nil, ""},
+		"two are behind":                      {answers{early, early, lease}, 3, nil, ""},
+		"one is ahead and one behind":         {answers{expired, early, lease}, 3, nil, ""},
+		"two agree that it has expired":       {answers{expired, expired, lease}, 2, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
+		"two agree, past one that is gone":    {answers{expired, nil, expired}, 3, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
+		"one refuses after one that is ahead": {answers{expired, refuse(credential.ErrDenied, credential.ReasonRoleNotPermitted), lease}, 2, credential.ErrDenied, credential.ReasonRoleNotPermitted},
+		"there is one only":                   {answers{expired}, 1, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
+		"the other one is gone":               {answers{expired, nil}, 2, credential.ErrUnavailable, credential.ReasonTokenExpired},
+		"the other one cannot say":            {answers{expired, away}, 2, credential.ErrUnavailable, credential.ReasonTokenExpired},
+		"all are behind":                      {answers{early, early}, 2, credential.ErrUnavailable, credential.ReasonTokenEarly},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, n *network) {
+				for i, at := range n.brokers(byte(len(tt.answers))) {
+					if tt.answers[i] != nil {
+						n.serve(at, tt.answers[i])
+					}
+				}
+				got, err := n.call(n.client())
+				if len(got) != tt.dialed {
+					t.Errorf("%d brokers were called, want %d", len(got), tt.dialed)
+				}
+				if (err == nil) != (tt.kind == nil) || tt.kind != nil && !errors.Is(err, tt.kind) || credential.ReasonOf(err) != tt.reason {
+					t.Errorf("the call ended with %v (%s), want %v, %q", err, credential.ReasonOf(err), tt.kind, tt.reason)
+				}
+				if errors.Is(err, credential.ErrUnavailable) && errors.Is(err, credential.ErrUnauthenticated) {
+					t.Errorf("the error %v is of two kinds", err)
+				}
+			})
+		})
+	}
+}

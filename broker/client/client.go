@@ -161,7 +161,7 @@ func splitTarget(target string) (host string, port uint16, err error) {
 // one could not say anything about the pod, and a little later while one is silent; how much later is said
 // with the constants of this package. When a broker says that what all brokers depend on is away, or has taken the
 // call and waits, hardly any but those that may hold the session are asked. The first lease counts, and so does the first refusal: policy is the
-// same in all brokers.
+// same in all brokers. Only that the token has expired must be said by two of them, where there are two: clocks differ.
 //
 // The lease is valid, and its RefreshAfter lies between 30 s and 1 h. Its Issued is when this call
 // began, not when the broker had the session from STS, which can be half a life earlier: a lease's
