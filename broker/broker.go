@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"regexp"
 	"strings"
 	"time"
@@ -112,6 +113,9 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	entry := audit.Entry{Decision: audit.Deny}
 	if p, ok := peer.FromContext(ctx); ok {
 		entry.Peer = p.Addr.String()
+		if host, _, err := net.SplitHostPort(entry.Peer); err == nil {
+			ctx = identity.WithPeer(ctx, host)
+		}
 	}
 	lease, err := b.decide(ctx, &entry)
 	if err != nil {

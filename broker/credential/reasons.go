@@ -45,6 +45,7 @@ var reasons = []Reason{
 	ReasonBaseCredential,
 	ReasonAuditUnavailable,
 	ReasonShuttingDown,
+	ReasonBusy,
 	ReasonBrokerUnreachable,
 	ReasonInternal,
 }

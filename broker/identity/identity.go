@@ -69,7 +69,23 @@ type Pod struct {
 // String returns namespace/name.
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }
 
-// Verifier proves tokens.
+// peerKey is the key of the address in a context.
+type peerKey struct{}
+
+// WithPeer returns a context that says which address a call comes from, without its port. Whoever calls cannot
+// choose it freely, other than everything in a token that is not verified yet.
+func WithPeer(ctx context.Context, address string) context.Context {
+	return context.WithValue(ctx, peerKey{}, address)
+}
+
+// PeerOf returns the address that a call comes from; "" if that is not known.
+func PeerOf(ctx context.Context) string {
+	address, _ := ctx.Value(peerKey{}).(string)
+	return address
+}
+
+// Verifier proves tokens. The context may have the caller's address, see [WithPeer]: callers at one address share
+// what there is for verification.
 //
 // Verify returns the pod that the token is bound to, once the token's signature, issuer, audience
 // and times have been checked. It returns the zero Pod with an error of kind

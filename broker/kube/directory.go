@@ -79,16 +79,8 @@ func (d *Directory) Age() time.Duration {
 // injected, and a pod of a namespace that is not opted in, is refused. What the watch does not know yet is waited for a little and then read from
 // the API server; credential.ErrUnavailable is returned only when that could not be asked.
 func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
-	accountIsLive := func() bool {
-		o := d.serviceAccounts.get(id.Namespace, id.ServiceAccount)
-		return o != nil && o.uid == id.ServiceAccountUID
-	}
-	livePod := func() *object {
-		if o := d.pods.get(id.Namespace, id.Name); o != nil && o.uid == id.UID {
-			return o
-		}
-		return nil
-	}
+	accountIsLive := func() bool { return d.accountIsLive(id) }
+	livePod := func() *object { return d.livePod(id) }
 	// First, because pods of other namespaces can have tokens for our audience too, and must not make us
 	// wait and ask for them.
 	ns, err := d.namespaces.Namespace(ctx, id.Namespace)
@@ -127,6 +119,24 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 func (d *Directory) notInjected(id identity.Pod, lacks string) error {
 	return credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected,
 		"pod %s was not injected: it has %s. A copy made by kubectl debug --copy-to lacks label and annotations, and gets no credentials", id, lacks)
+}
+
+// Expects reports whether the watches know an injected pod and a service account as in id, by name and UID. They are
+// not asked for what they do not know yet.
+func (d *Directory) Expects(id identity.Pod) bool { return d.livePod(id) != nil && d.accountIsLive(id) }
+
+// livePod returns what the watch knows of the pod; nil if it knows none of that UID.
+func (d *Directory) livePod(id identity.Pod) *object {
+	if o := d.pods.get(id.Namespace, id.Name); o != nil && o.uid == id.UID {
+		return o
+	}
+	return nil
+}
+
+// accountIsLive reports whether the watch knows the service account, with the same UID.
+func (d *Directory) accountIsLive(id identity.Pod) bool {
+	o := d.serviceAccounts.get(id.Namespace, id.ServiceAccount)
+	return o != nil && o.uid == id.ServiceAccountUID
 }
 
 // readPod asks the API server for the pod's annotations.

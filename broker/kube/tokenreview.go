@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/singleflight"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	authenticationv1client "k8s.io/client-go/kubernetes/typed/authentication/v1"
@@ -24,7 +23,7 @@ import (
 
 const (
 	// reviewsAtOnce bounds the reviews under way. An API server answers one in milliseconds, so these are
-	// thousands a second, and a storm of sidecars waits here and not there.
+	// thousands a second, and a storm of sidecars waits here, in turns, and not there.
 	reviewsAtOnce = 32
 	// reviewTimeout bounds one. An authenticating webhook, which the API server may have to ask, is given 30 s
 	// by default; sidecars do not wait that long.
@@ -35,6 +34,8 @@ const (
 	// maxReviewsKept bounds how many are kept, at some 400 bytes each. It is more calls than a broker answers in
 	// that time; should it be reached, what comes on top is asked each time.
 	maxReviewsKept = 20_000
+	// maxRecent bounds how many tokens are remembered to have passed: twice as many, at some 50 bytes each.
+	maxRecent = 50_000
 )
 
 // Extra fields of a user that is a pod's service account, as an API server names them.
@@ -53,6 +54,9 @@ type TokenReviewConfig struct {
 	Issuers []string
 	// MaxLife is as in [JWKSConfig].
 	MaxLife time.Duration
+	// Expected reports whether there is a pod as a token claims to be of. It must not block. Its answer decides
+	// nothing but the order in which tokens are reviewed. Default: none is expected.
+	Expected func(claimed identity.Pod) bool
 	// Logger. Required.
 	Logger *slog.Logger
 }
@@ -62,21 +66,37 @@ type TokenReviewConfig struct {
 // What a token itself says against itself is refused without asking: a form that is none, another audience, a
 // time that has passed, no pod. Everything else is the API server's word, the audience once more included.
 type TokenReview struct {
-	cfg     TokenReviewConfig
-	client  authenticationv1client.TokenReviewInterface
-	slots   chan struct{}
-	flights singleflight.Group
+	cfg    TokenReviewConfig
+	client authenticationv1client.TokenReviewInterface
+	turns  *turns
 
 	mu      sync.Mutex
-	passed  map[[sha256.Size]byte]passed // :: digest of a token → what it proved; guarded by mu
-	ready   bool                         // the API server has reviewed for us; guarded by mu
-	heard   time.Time                    // when it last did; guarded by mu
-	failing bool                         // it did not the last time; guarded by mu
+	flights map[digest]*reviewFlight // :: token → its review; guarded by mu
+	passed  map[digest]passed        // :: token → what it proved; guarded by mu
+	// Tokens that passed lately, for their turn: the older ones are those that were not seen since recent had
+	// maxRecent; guarded by mu.
+	recent, older map[digest]struct{}
+	ready         bool      // the API server has reviewed for us; guarded by mu
+	heard         time.Time // when it last did; guarded by mu
+	failing       bool      // it did not the last time; guarded by mu
 }
+
+// digest stands for a token, so that no token is a key of anything that is printed one day.
+type digest [sha256.Size]byte
 
 type passed struct {
 	pod   identity.Pod
 	until time.Time
+}
+
+// reviewFlight is the review of one token, which waits for its turn or is under way, for all who show that token.
+type reviewFlight struct {
+	callers int           // those that wait for it; guarded by the verifier's mu
+	begun   bool          // it has its turn; guarded by the verifier's mu
+	abandon func()        // ends the wait for a turn
+	done    chan struct{} // closed when there are pod and err
+	pod     identity.Pod
+	err     error
 }
 
 var _ identity.Verifier = (*TokenReview)(nil)
@@ -96,8 +116,8 @@ func NewTokenReview(cfg TokenReviewConfig) (*TokenReview, error) {
 		return nil, fmt.Errorf("making a client for token reviews: %w", err)
 	}
 	return &TokenReview{
-		cfg: cfg, client: client.TokenReviews(), slots: make(chan struct{}, reviewsAtOnce),
-		passed: make(map[[sha256.Size]byte]passed), heard: time.Now(),
+		cfg: cfg, client: client.TokenReviews(), turns: newTurns(reviewsAtOnce), heard: time.Now(),
+		flights: make(map[digest]*reviewFlight), passed: make(map[digest]passed), recent: make(map[digest]struct{}),
 	}, nil
 }
 
@@ -109,7 +129,16 @@ func (v *TokenReview) Ready() bool {
 }
 
 // UnderWay is how many reviews are under way, and how many may be: further ones wait.
-func (v *TokenReview) UnderWay() (now, most int) { return len(v.slots), cap(v.slots) }
+func (v *TokenReview) UnderWay() (now, most int) {
+	now, _ = v.turns.state()
+	return now, reviewsAtOnce
+}
+
+// Waiting is how many tokens wait for their review to begin.
+func (v *TokenReview) Waiting() int {
+	_, waiting := v.turns.state()
+	return waiting
+}
 
 // Age is how long ago the API server last reviewed a token for us, if it did not the last time, and else 0.
 func (v *TokenReview) Age() time.Duration {
@@ -132,10 +161,10 @@ func (v *TokenReview) Run(ctx context.Context) error {
 		v.mu.Lock()
 		ask := !v.ready || v.failing
 		now := time.Now()
-		maps.DeleteFunc(v.passed, func(_ [sha256.Size]byte, p passed) bool { return !now.Before(p.until) })
+		maps.DeleteFunc(v.passed, func(_ digest, p passed) bool { return !now.Before(p.until) })
 		v.mu.Unlock()
 		if ask {
-			if _, err := v.review(ctx, probe); err != nil && ctx.Err() == nil {
+			if _, err := v.reviewInTurn(ctx, claimant{}, probe); err != nil && ctx.Err() == nil {
 				v.cfg.Logger.WarnContext(ctx, "Reviewing tokens does not work; may this service account create tokenreviews?", "error", err)
 			}
 		}
@@ -165,45 +194,103 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	if len(v.cfg.Issuers) > 0 && !slices.Contains(v.cfg.Issuers, c.Issuer) {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
 	}
-	digest := sha256.Sum256([]byte(token.Reveal()))
+	d := digest(sha256.Sum256([]byte(token.Reveal())))
+	expected := v.cfg.Expected != nil && v.cfg.Expected(claimed)
 	// No later than its own expiry, which was judged above.
 	v.mu.Lock()
-	held, ok := v.passed[digest]
-	v.mu.Unlock()
-	if ok && now.Before(held.until) {
+	if held, ok := v.passed[d]; ok && now.Before(held.until) {
+		v.mu.Unlock()
 		return held.pod, nil
 	}
-	// The digest, so that no token is a key of anything that somebody prints one day.
-	answer := v.flights.DoChan(string(digest[:]), func() (any, error) {
-		// Not on a caller's context: one who leaves must not make it fail for the others.
-		status, err := v.review(context.WithoutCancel(ctx), token.Reveal())
-		if err != nil {
-			return identity.Pod{}, err
-		}
-		pod, err := v.judge(status, claimed)
-		if err == nil {
-			v.keep(digest, passed{pod, time.Now().Add(reviewKept)})
-		}
-		return pod, err
-	})
+	f := v.flights[d]
+	if f == nil {
+		who := claimant{address: identity.PeerOf(ctx), namespace: claimed.Namespace, verified: v.isRecent(d), expected: expected}
+		f = &reviewFlight{done: make(chan struct{})}
+		v.flights[d] = f
+		// Not on a caller's context: one who leaves must not make it fail for the others. It ends only by abandon,
+		// and not once the review has begun.
+		var turn context.Context
+		turn, f.abandon = context.WithCancel(context.WithoutCancel(ctx))
+		go v.fly(turn, f, d, who, token, claimed)
+	}
+	f.callers++
+	v.mu.Unlock()
 	select {
-	case r := <-answer:
-		return r.Val.(identity.Pod), r.Err
+	case <-f.done:
+		return f.pod, f.err
 	case <-ctx.Done():
-		return identity.Pod{}, notReviewed(ctx.Err())
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	// The last one to leave takes it out of the queue. What is under way goes on: to begin it again for the next
+	// caller would cost the API server more.
+	if f.callers--; f.callers == 0 && !f.begun {
+		f.abandon()
+		v.land(f, d)
+	}
+	return identity.Pod{}, notReviewed(ctx.Err())
+}
+
+// fly reviews one token, for all its callers.
+func (v *TokenReview) fly(turn context.Context, f *reviewFlight, d digest, who claimant, token identity.UnverifiedToken, claimed identity.Pod) {
+	defer f.abandon()
+	err := v.turns.take(turn, who)
+	if err == nil {
+		defer v.turns.give()
+	}
+	v.mu.Lock()
+	if err == nil && f.callers == 0 {
+		err = context.Canceled // The last one left at the very moment.
+	}
+	f.begun = err == nil
+	v.mu.Unlock()
+	var pod identity.Pod
+	if err == nil {
+		pod, err = v.ask(turn, token.Reveal(), claimed)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	switch {
+	case err == nil:
+		v.keep(d, passed{pod, time.Now().Add(reviewKept)})
+	case errors.Is(err, credential.ErrUnauthenticated):
+		delete(v.recent, d)
+		delete(v.older, d)
+	}
+	f.pod, f.err = pod, err
+	v.land(f, d)
+	close(f.done)
+}
+
+// land forgets a flight. The caller holds mu.
+func (v *TokenReview) land(f *reviewFlight, d digest) {
+	if v.flights[d] == f {
+		delete(v.flights, d)
 	}
 }
 
-// review asks the API server about a token. Its error is of kind credential.ErrUnavailable.
+// ask asks the API server about a token that claims to be of that pod.
+func (v *TokenReview) ask(ctx context.Context, token string, claimed identity.Pod) (identity.Pod, error) {
+	status, err := v.review(ctx, token)
+	if err != nil {
+		return identity.Pod{}, err
+	}
+	return v.judge(status, claimed)
+}
+
+// reviewInTurn is review, once there is a turn for it.
+func (v *TokenReview) reviewInTurn(ctx context.Context, who claimant, token string) (authenticationv1.TokenReviewStatus, error) {
+	if err := v.turns.take(ctx, who); err != nil {
+		return authenticationv1.TokenReviewStatus{}, err
+	}
+	defer v.turns.give()
+	return v.review(ctx, token)
+}
+
+// review asks the API server about a token. Its error is of kind credential.ErrUnavailable. The caller has a turn.
 func (v *TokenReview) review(ctx context.Context, token string) (authenticationv1.TokenReviewStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
 	defer cancel()
-	select {
-	case v.slots <- struct{}{}:
-		defer func() { <-v.slots }()
-	case <-ctx.Done():
-		return authenticationv1.TokenReviewStatus{}, notReviewed(errors.New("too many reviews are under way"))
-	}
 	review, err := v.client.Create(ctx, &authenticationv1.TokenReview{
 		Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{v.cfg.Audience}},
 	}, metav1.CreateOptions{})
@@ -272,12 +359,23 @@ func sole(values authenticationv1.ExtraValue) string {
 	return values[0]
 }
 
-func (v *TokenReview) keep(digest [sha256.Size]byte, p passed) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
+// keep remembers what a token has proved. The caller holds mu.
+func (v *TokenReview) keep(d digest, p passed) {
 	if len(v.passed) < maxReviewsKept {
-		v.passed[digest] = p
+		v.passed[d] = p
 	}
+	delete(v.older, d)
+	if v.recent[d] = struct{}{}; len(v.recent) >= maxRecent {
+		v.recent, v.older = make(map[digest]struct{}), v.recent
+	}
+}
+
+// isRecent reports whether a token has passed lately. That proves nothing any more, and is for its turn only. The
+// caller holds mu.
+func (v *TokenReview) isRecent(d digest) bool {
+	_, recent := v.recent[d]
+	_, older := v.older[d]
+	return recent || older
 }
 
 // notReviewed says that the API server could not be asked about a token.

@@ -62,9 +62,11 @@ type verifier interface {
 }
 
 // newVerifier makes the one that was asked for.
-func newVerifier(o options, rest *rest.Config, log *slog.Logger) (verifier, error) {
+func newVerifier(o options, rest *rest.Config, directory *kube.Directory, log *slog.Logger) (verifier, error) {
 	if o.tokenReview {
-		return kube.NewTokenReview(kube.TokenReviewConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
+		return kube.NewTokenReview(kube.TokenReviewConfig{
+			REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
+		})
 	}
 	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
 }
@@ -98,7 +100,7 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if p.directory, err = kube.NewDirectory(rest, o.keys, p.log); err != nil {
 		return parts{}, err
 	}
-	if p.verifier, err = newVerifier(o, rest, p.log); err != nil {
+	if p.verifier, err = newVerifier(o, rest, p.directory, p.log); err != nil {
 		return parts{}, err
 	}
 	name, err := os.Hostname() // in a pod, the pod's

@@ -1,0 +1,331 @@
+package kube_test
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/kube"
+)
+
+// The API server of these tests takes so long for a review. 32 are under way at once.
+const reviewTakes = 100 * time.Millisecond
+
+// soon is when a caller has its answer whose turn comes with the next reviews that begin.
+const soon = 2 * reviewTakes
+
+// tokenOf is a token of a pod, with a signature that the double of an API server takes for genuine or not.
+func tokenOf(id identity.Pod, serial int, signature string) identity.UnverifiedToken {
+	part := func(v any) string {
+		text, err := json.Marshal(v)
+		if err != nil {
+			panic(err) // maps of strings and numbers
+		}
+		return base64.RawURLEncoding.EncodeToString(text)
+	}
+	now := time.Now()
+	return identity.NewUnverifiedToken(strings.Join([]string{
+		part(map[string]string{"alg": "RS256", "kid": "a"}),
+		part(map[string]any{
+			"iss": issuer, "aud": audience, "sub": "system:serviceaccount:" + id.Namespace + ":" + id.ServiceAccount, "jti": fmt.Sprint(serial),
+			"iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(time.Hour).Unix(),
+			"kubernetes.io": map[string]any{
+				"namespace": id.Namespace, "pod": map[string]string{"name": id.Name, "uid": id.UID},
+				"serviceaccount": map[string]string{"name": id.ServiceAccount, "uid": id.ServiceAccountUID},
+			},
+		}),
+		base64.RawURLEncoding.EncodeToString([]byte(signature)),
+	}, "."))
+}
+
+// review answers as an API server does that signs with the word "genuine".
+func genuineOnly(review *authenticationv1.TokenReview) {
+	parts := strings.Split(review.Spec.Token, ".")
+	review.Status = authenticationv1.TokenReviewStatus{Error: "invalid bearer token"}
+	if parts[2] != base64.RawURLEncoding.EncodeToString([]byte("genuine")) {
+		return
+	}
+	var c struct {
+		Kubernetes struct {
+			Namespace           string
+			Pod, ServiceAccount struct{ Name, UID string }
+		} `json:"kubernetes.io"`
+	}
+	text, _ := base64.RawURLEncoding.DecodeString(parts[1])
+	_ = json.Unmarshal(text, &c)
+	review.Status = authenticationv1.TokenReviewStatus{
+		Authenticated: true, Audiences: review.Spec.Audiences,
+		User: authenticationv1.UserInfo{
+			Username: "system:serviceaccount:" + c.Kubernetes.Namespace + ":" + c.Kubernetes.ServiceAccount.Name, UID: c.Kubernetes.ServiceAccount.UID,
+			Extra: map[string]authenticationv1.ExtraValue{
+				"authentication.kubernetes.io/pod-name": {c.Kubernetes.Pod.Name}, "authentication.kubernetes.io/pod-uid": {c.Kubernetes.Pod.UID},
+			},
+		},
+	}
+}
+
+// flood is calls that are under way.
+type flood struct {
+	t       *testing.T
+	v       identity.Verifier
+	ctx     context.Context
+	calls   sync.WaitGroup
+	mu      sync.Mutex
+	reasons map[credential.Reason]int
+}
+
+func (f *flood) call(address string, token identity.UnverifiedToken) {
+	f.calls.Go(func() {
+		_, err := f.v.Verify(identity.WithPeer(f.ctx, address), token)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.reasons[credential.ReasonOf(err)]++
+	})
+}
+
+// took calls with a genuine token, and returns how long that took.
+func (f *flood) took(address string, token identity.UnverifiedToken) time.Duration {
+	f.t.Helper()
+	began := time.Now()
+	if _, err := f.v.Verify(identity.WithPeer(f.t.Context(), address), token); err != nil {
+		f.t.Errorf("the live pod at %s is answered %v", address, err)
+	}
+	return time.Since(began)
+}
+
+// underFlood runs test in virtual time, on a verifier whose API server takes its time.
+func underFlood(t *testing.T, expected func(identity.Pod) bool, test func(t *testing.T, f *flood, server *reviewer)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		server, config := startReviewer(t)
+		server.set(func(s *reviewer) { s.takes, s.change = reviewTakes, genuineOnly })
+		ctx, stop := withCancel(t)
+		f := &flood{t: t, v: newReviewExpecting(t, config, expected), ctx: ctx, reasons: make(map[credential.Reason]int)}
+		test(t, f, server)
+		stop()
+		f.calls.Wait()
+		time.Sleep(time.Minute) // until what was under way has ended
+	})
+}
+
+func newReviewExpecting(t *testing.T, config *rest.Config, expected func(identity.Pod) bool) *kube.TokenReview {
+	t.Helper()
+	v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, Logger: slog.New(slog.DiscardHandler), Expected: expected})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func podIn(namespace string, i int) identity.Pod {
+	return identity.Pod{Namespace: namespace, Name: fmt.Sprint("p-", i), UID: fmt.Sprint(namespace, "-u-", i), ServiceAccount: "cart", ServiceAccountUID: "s-1"}
+}
+
+// garbage sends tokens that nobody signed: of all namespaces, and of the very pod.
+func (f *flood) garbage(calls int, addresses ...string) {
+	for i := range calls {
+		id := podIn("shop", 1)
+		if i%3 != 0 {
+			id = podIn(fmt.Sprint("ns-", i), i)
+		}
+		f.call(addresses[i%len(addresses)], tokenOf(id, i, "forged"))
+	}
+	synctest.Wait()
+}
+
+var fourAddresses = []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"}
+
+func TestFloodOfGarbageLeavesTurnsToOthers(t *testing.T) {
+	for _, calls := range []int{1000, 4096} {
+		t.Run(fmt.Sprint(calls), func(t *testing.T) {
+			underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
+				f.garbage(calls, fourAddresses...)
+				if d := f.took("10.0.0.5", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
+					t.Errorf("a live pod at a fifth address waited %s for its review", d)
+				}
+				// And again, while the flood goes on.
+				f.garbage(calls, fourAddresses...)
+				if d := f.took("10.0.0.5", tokenOf(podIn("shop", 1), 1, "genuine")); d > soon {
+					t.Errorf("later it waited %s", d)
+				}
+			})
+		})
+	}
+}
+
+func TestStormOfOneNamespaceLeavesTurnsToOthers(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
+		for i := range 3000 {
+			f.call(fmt.Sprintf("10.1.%d.%d", i/250, i%250), tokenOf(podIn("batch", i), i, "genuine"))
+		}
+		synctest.Wait()
+		if d := f.took("10.2.0.1", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
+			t.Errorf("a pod of another namespace waited %s for its review", d)
+		}
+	})
+}
+
+// A running pod's token was verified before. It has its turn even behind the very address that floods, as on networks
+// that hide a node's pods behind one.
+func TestVerifiedTokensHaveTurnsFirst(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
+		running := tokenOf(podIn("shop", 1), 0, "genuine")
+		f.took("10.0.0.1", running)
+		time.Sleep(30 * time.Minute) // The review is not believed any longer, only its turn remains.
+		for i := range 1000 {
+			f.call("10.0.0.1", tokenOf(podIn("shop", 1), i, "forged"))
+		}
+		synctest.Wait()
+		before := server.reviews.Load()
+		if d := f.took("10.0.0.1", running); d > soon || d < reviewTakes || server.reviews.Load() == before {
+			t.Errorf("a token that was verified before was answered after %s", d)
+		}
+		// One that is refused loses its turn: the second time it waits as long as all others there.
+		time.Sleep(11 * time.Second)
+		server.set(func(s *reviewer) {
+			s.change = func(r *authenticationv1.TokenReview) {
+				r.Status = authenticationv1.TokenReviewStatus{Error: "invalid bearer token"}
+			}
+		})
+		wantReason(t, f.v, running, credential.ReasonTokenInvalid)
+		f.garbage(1000, "10.0.0.1")
+		began := time.Now()
+		_, err := f.v.Verify(identity.WithPeer(t.Context(), "10.0.0.1"), running)
+		if d := time.Since(began); d <= 5*soon || credential.ReasonOf(err) != credential.ReasonTokenInvalid {
+			t.Errorf("a token that was refused before is answered %v after %s", err, d)
+		}
+	})
+}
+
+// Genuine tokens can be made in numbers by who may create tokens. They leave turns to tokens that are new.
+func TestVerifiedTokensLeaveTurnsToNewOnes(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
+		made := make([]identity.UnverifiedToken, 1500)
+		for i := range made {
+			made[i] = tokenOf(podIn("shop", 1), i, "genuine")
+			f.call("10.0.0.1", made[i])
+		}
+		f.calls.Wait()
+		time.Sleep(11 * time.Second)
+		for i := range made {
+			f.call("10.0.0.1", made[i])
+		}
+		synctest.Wait()
+		if d := f.took("10.0.0.5", tokenOf(podIn("bank", 1), 0, "genuine")); d > soon {
+			t.Errorf("a new pod waited %s behind tokens that were verified before", d)
+		}
+	})
+}
+
+// A token that claims to be of a pod that is there has its turn before claims of pods that are not.
+func TestTokensOfExpectedPodsHaveTurns(t *testing.T) {
+	expected := func(id identity.Pod) bool { return id == podIn("shop", 1) || id.Namespace == "own" }
+	underFlood(t, expected, func(t *testing.T, f *flood, _ *reviewer) {
+		for i := range 2000 {
+			f.call("10.0.0.1", tokenOf(podIn(fmt.Sprint("ns-", i), i), i, "forged"))
+			f.call("10.0.0.1", tokenOf(podIn("own", i), i, "forged"))
+		}
+		synctest.Wait()
+		if d := f.took("10.0.0.1", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
+			t.Errorf("a pod that is there waited %s for its review", d)
+		}
+	})
+}
+
+func TestFullQueueDropsTheLargestShare(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
+		// A few others, who wait already.
+		server.set(func(s *reviewer) { s.takes = 5 * time.Second })
+		f.garbage(32, fourAddresses...)
+		few := &flood{t: t, v: f.v, ctx: t.Context(), reasons: make(map[credential.Reason]int)}
+		for i := range 100 {
+			few.call(fmt.Sprint("10.3.0.", i), tokenOf(podIn("shop", i), i, "genuine"))
+		}
+		synctest.Wait()
+		f.garbage(8000, fourAddresses...)
+		f.mu.Lock()
+		if n := f.reasons[credential.ReasonBusy]; n != 8000+100-32-2048 { // the first 32 show the tokens of those 8,000
+			t.Errorf("%d calls found no place, want all above 2,048 that wait", n)
+		}
+		f.mu.Unlock()
+		// Who comes last has a place too.
+		few.call("10.3.1.1", tokenOf(podIn("bank", 1), 1, "genuine"))
+		few.calls.Wait()
+		if n := few.reasons[""]; n != 101 {
+			t.Errorf("of 101 calls of small shares %d were answered: %v", n, few.reasons)
+		}
+	})
+}
+
+func TestWhoLeavesLeavesTheQueue(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
+		server.set(func(s *reviewer) { s.takes = time.Second })
+		gone, leave := withCancel(t)
+		leaving := &flood{t: t, v: f.v, ctx: gone, reasons: make(map[credential.Reason]int)}
+		shared := tokenOf(podIn("shop", 1), 5, "genuine")
+		for i := range 1000 {
+			leaving.call("10.0.0.1", tokenOf(podIn("shop", i), i, "forged"))
+		}
+		synctest.Wait()
+		// The first who waits for a token leaves, and one stays.
+		leaving.call("10.0.0.2", shared)
+		synctest.Wait()
+		stays := make(chan time.Duration)
+		go func() { stays <- f.took("10.0.0.3", shared) }()
+		synctest.Wait()
+		if n := f.v.(*kube.TokenReview).Waiting(); n != 1000-32+1 {
+			t.Errorf("%d tokens wait", n)
+		}
+		leave()
+		leaving.calls.Wait()
+		if synctest.Wait(); f.v.(*kube.TokenReview).Waiting() != 1 {
+			t.Errorf("%d tokens wait after those who showed them have left", f.v.(*kube.TokenReview).Waiting())
+		}
+		if d := <-stays; d != 2*time.Second {
+			t.Errorf("who stays was answered after %s", d)
+		}
+		if n := server.reviews.Load(); n != 33 {
+			t.Errorf("%d reviews were made, want the 32 that were under way and the one that is waited for", n)
+		}
+		// Nobody of them is there any longer: the next one does not wait.
+		if d := f.took("10.0.0.3", tokenOf(podIn("shop", 1), 6, "genuine")); d != time.Second {
+			t.Errorf("after that a call took %s", d)
+		}
+	})
+}
+
+// What is under way goes on for who stays, and for who comes, when the first to ask leaves.
+func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
+		token := tokenOf(podIn("shop", 1), 0, "genuine")
+		first, leave := context.WithTimeout(t.Context(), reviewTakes/2)
+		defer leave()
+		go func() {
+			if _, err := f.v.Verify(first, token); !errors.Is(err, credential.ErrUnavailable) {
+				t.Errorf("who leaves is answered %v", err)
+			}
+		}()
+		synctest.Wait()
+		var others sync.WaitGroup
+		others.Go(func() { f.took("10.0.0.1", token) })
+		time.Sleep(reviewTakes * 3 / 4)
+		others.Go(func() { f.took("10.0.0.1", token) })
+		others.Wait()
+		if n := server.reviews.Load(); n != 1 {
+			t.Errorf("%d reviews were made of one token", n)
+		}
+	})
+}
