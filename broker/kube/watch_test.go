@@ -16,7 +16,10 @@ import (
 	"testing/synctest"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/broker/credential"
@@ -32,9 +35,11 @@ type world struct {
 	largest atomic.Int64 // page
 	streams bool         // it streams lists
 	silent  atomic.Bool  // it sends no bookmarks
+	behind  atomic.Bool  // its watches bring nothing, while reads do
 
 	mu      sync.Mutex
 	objects map[string]map[string]metav1.PartialObjectMetadata // :: resource → path → object; guarded by mu
+	phases  map[string]corev1.PodPhase                         // :: path → phase of a pod; guarded by mu
 	version int                                                // guarded by mu
 	changed chan struct{}                                      // closed at the next change; guarded by mu
 	events  []change                                           // guarded by mu
@@ -47,10 +52,21 @@ type change struct {
 	resource string
 	kind     string
 	object   metav1.PartialObjectMetadata
+	phase    corev1.PodPhase
+}
+
+// selects reports whether a list or watch asks for the object: by its labels, and its phase.
+func selects(r *http.Request, m metav1.PartialObjectMetadata, phase corev1.PodPhase) bool {
+	byLabels, err := labels.Parse(r.URL.Query().Get("labelSelector"))
+	if err != nil {
+		return false
+	}
+	byFields, err := fields.ParseSelector(r.URL.Query().Get("fieldSelector"))
+	return err == nil && byLabels.Matches(labels.Set(m.Labels)) && byFields.Matches(fields.Set{"status.phase": string(phase)})
 }
 
 func newWorld() *world {
-	return &world{objects: make(map[string]map[string]metav1.PartialObjectMetadata), changed: make(chan struct{}), expired: make(chan struct{}), cut: make(chan struct{})}
+	return &world{objects: make(map[string]map[string]metav1.PartialObjectMetadata), phases: make(map[string]corev1.PodPhase), changed: make(chan struct{}), expired: make(chan struct{}), cut: make(chan struct{})}
 }
 
 func (w *world) put(kind, resource, namespace, name, uid string, annotations map[string]string) {
@@ -68,9 +84,35 @@ func (w *world) put(kind, resource, namespace, name, uid string, annotations map
 	if kind == "DELETED" {
 		delete(w.objects[resource], namespace+"/"+name)
 	}
-	w.events = append(w.events, change{w.version, resource, kind, m})
+	w.tell(change{w.version, resource, kind, m, w.phases[namespace+"/"+name]})
+}
+
+// tell makes a change known to watches. The caller holds mu.
+func (w *world) tell(c change) {
+	w.events = append(w.events, c)
 	close(w.changed)
 	w.changed = make(chan struct{})
+}
+
+// edit changes an object that is there.
+func (w *world) edit(resource, path string, edit func(*metav1.PartialObjectMetadata)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.version++
+	m := w.objects[resource][path]
+	m.Labels = maps.Clone(m.Labels)
+	m.ResourceVersion = strconv.Itoa(w.version)
+	edit(&m)
+	w.objects[resource][path] = m
+	w.tell(change{w.version, resource, "MODIFIED", m, w.phases[path]})
+}
+
+// become sets the phase of a pod of the namespace shop.
+func (w *world) become(name string, phase corev1.PodPhase) {
+	w.mu.Lock()
+	w.phases["shop/"+name] = phase
+	w.mu.Unlock()
+	w.edit("pods", "shop/"+name, func(*metav1.PartialObjectMetadata) {})
 }
 
 func (w *world) pod(name, uid, role string) {
@@ -122,7 +164,13 @@ func (w *world) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 			w.status(rw, http.StatusNotFound, metav1.StatusReasonNotFound)
 			return
 		}
-		m.Kind, m.APIVersion = map[string]string{"pods": "Pod", "namespaces": "Namespace", "serviceaccounts": "ServiceAccount"}[resource], "v1"
+		if resource == "pods" {
+			_ = json.NewEncoder(rw).Encode(corev1.Pod{
+				TypeMeta: metav1.TypeMeta{Kind: "Pod", APIVersion: "v1"}, ObjectMeta: m.ObjectMeta, Status: corev1.PodStatus{Phase: w.phases[key]},
+			})
+			return
+		}
+		m.Kind, m.APIVersion = map[string]string{"namespaces": "Namespace", "serviceaccounts": "ServiceAccount"}[resource], "v1"
 		_ = json.NewEncoder(rw).Encode(m)
 	}
 }
@@ -142,6 +190,7 @@ func (w *world) list(rw http.ResponseWriter, r *http.Request, resource string) {
 	from, _ := strconv.Atoi(r.URL.Query().Get("continue"))
 	limit, _ := strconv.Atoi(r.URL.Query().Get("limit"))
 	keys := slices.Sorted(maps.Keys(w.objects[resource]))
+	keys = slices.DeleteFunc(keys, func(key string) bool { return !selects(r, w.objects[resource][key], w.phases[key]) })
 	list := metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{Kind: "PartialObjectMetadataList", APIVersion: "meta.k8s.io/v1"}}
 	list.ResourceVersion = strconv.Itoa(w.version)
 	end := len(keys)
@@ -171,8 +220,10 @@ func (w *world) watch(rw http.ResponseWriter, r *http.Request, resource string) 
 	expired, cut := w.expired, w.cut
 	after, _ := strconv.Atoi(r.URL.Query().Get("resourceVersion"))
 	if r.URL.Query().Get("sendInitialEvents") == "true" {
-		for _, m := range w.objects[resource] {
-			send("ADDED", m)
+		for key, m := range w.objects[resource] {
+			if selects(r, m, w.phases[key]) {
+				send("ADDED", m)
+			}
 		}
 		after = w.version
 		bookmark(after, map[string]string{metav1.InitialEventsAnnotationKey: "true"})
@@ -184,12 +235,18 @@ func (w *world) watch(rw http.ResponseWriter, r *http.Request, resource string) 
 	for {
 		w.mu.Lock()
 		next, version := w.changed, w.version
-		for _, e := range w.events {
-			if e.version > after && e.resource == resource {
-				send(e.kind, e.object)
+		if !w.behind.Load() {
+			for _, e := range w.events {
+				switch {
+				case e.version <= after || e.resource != resource:
+				case selects(r, e.object, e.phase):
+					send(e.kind, e.object)
+				default:
+					send("DELETED", e.object) // as of an object that is selected no longer
+				}
 			}
+			after = version
 		}
-		after = version
 		w.mu.Unlock()
 		select {
 		case <-next:
