@@ -64,6 +64,9 @@ type Config struct {
 	// Notify is told of each refusal that a person must mend, of a live pod: also while the pod still gets
 	// the session that could not be renewed. It must not block. Default: nobody is told.
 	Notify func(policy.Pod, *credential.Error)
+	// Expects reports whether there is an injected pod as a verified token names it, without a wait. Default: none is,
+	// and Notify is not told of tokens for another audience.
+	Expects func(identity.Pod) bool
 	// Logger is told of failures that are the broker's own. Required.
 	Logger *slog.Logger
 	// Observe is told of each call of GetCredentials, once: why it was refused, "" when it was not, and
@@ -157,6 +160,7 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lea
 	}
 	id, err := b.cfg.Verifier.Verify(ctx, token)
 	if err != nil {
+		b.notifyAudience(err)
 		return credential.Lease{}, err
 	}
 	entry.Namespace, entry.Pod, entry.PodUID, entry.ServiceAccount = id.Namespace, id.Name, id.UID, id.ServiceAccount
@@ -197,6 +201,19 @@ func (b *Broker) notify(pod policy.Pod, err error) {
 	}
 	if e, ok := errors.AsType[*credential.Error](err); ok {
 		b.cfg.Notify(pod, e)
+	}
+}
+
+// notifyAudience passes on that a token is made for another audience, if nothing else is wrong with it: then its pod is
+// known, and the webhook and the broker disagree. Only a pod that the watch has is told. A service that pods show
+// tokens to could have this said of them, and no more.
+func (b *Broker) notifyAudience(err error) {
+	other, ok := errors.AsType[*identity.OtherAudienceError](err)
+	if !ok || b.cfg.Notify == nil || b.cfg.Expects == nil || !b.cfg.Expects(other.Pod) {
+		return
+	}
+	if e, ok := errors.AsType[*credential.Error](err); ok {
+		b.cfg.Notify(policy.Pod{Namespace: other.Pod.Namespace, Name: other.Pod.Name, UID: other.Pod.UID}, e)
 	}
 }
 

@@ -120,8 +120,10 @@ func NewEvents(config *rest.Config, instance string, log *slog.Logger) (*Events,
 // Refused has an Event written on the pod, if the refusal is one that a person must mend and is new. It returns
 // at once.
 func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
-	// What is away mends itself, and of a caller who has proved nothing there is no pod to tell.
-	if err == nil || !errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) || pod.UID == "" {
+	// What is unavailable comes back by itself, and of a caller who has proved nothing there is no pod to tell. That a
+	// token is made for another audience is passed on only if its pod is known.
+	if err == nil || pod.UID == "" ||
+		!errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) && err.Reason != credential.ReasonTokenAudience {
 		return
 	}
 	e.queueUp(pod, EventReason, err.Reason, string(err.Reason)+": "+err.Message)

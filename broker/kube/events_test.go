@@ -106,6 +106,7 @@ func TestWhichRefusalsBecomeEvents(t *testing.T) {
 			nil,
 			credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSThrottled, "later"),
 			credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "who?"),
+			credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenAudience, "set --audience"),
 			credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "gone"),
 		} {
 			e.Refused(pod, err)
@@ -113,23 +114,23 @@ func TestWhichRefusalsBecomeEvents(t *testing.T) {
 		e.Refused(policy.Pod{Namespace: "shop", Name: "p"}, notPermitted) // nobody's UID
 		synctest.Wait()
 		got := w.events()
-		if len(got) != 2 || !strings.HasPrefix(got[0].Note, "ROLE_NOT_PERMITTED: role x") || !strings.HasPrefix(got[1].Note, "ROLE_INVALID: é") {
-			t.Fatalf("%d Events were written, want the two refusals: %v", len(got), got)
+		if len(got) != 3 || got[2].Note != "TOKEN_AUDIENCE: set --audience" || !strings.HasPrefix(got[0].Note, "ROLE_NOT_PERMITTED: role x") || !strings.HasPrefix(got[1].Note, "ROLE_INVALID: é") {
+			t.Fatalf("%d Events were written, want the two refusals and the audience: %v", len(got), got)
 		}
 		if n := len(got[1].Note); n > 1024 || n < 1000 || !utf8.ValidString(got[1].Note) {
 			t.Errorf("a long message became one of %d bytes, valid: %t", n, utf8.ValidString(got[1].Note))
 		}
-		if diff := cmp.Diff(kube.EventStats{Written: 2, Suppressed: 1}, e.Stats()); diff != "" {
+		if diff := cmp.Diff(kube.EventStats{Written: 3, Suppressed: 1}, e.Stats()); diff != "" {
 			t.Errorf("the counts (- want, + got):\n%s", diff)
 		}
 		// After an hour the Event may have gone from the API server.
 		time.Sleep(time.Hour)
 		e.Refused(pod, notPermitted)
 		synctest.Wait()
-		if n := len(w.events()); n != 3 {
+		if n := len(w.events()); n != 4 {
 			t.Errorf("an hour later there are %d Events", n)
 		}
-		if regarding := w.events()[2].Regarding; string(regarding.UID) != pod.UID || regarding.Kind != "Pod" || regarding.Name != pod.Name {
+		if regarding := w.events()[3].Regarding; string(regarding.UID) != pod.UID || regarding.Kind != "Pod" || regarding.Name != pod.Name {
 			t.Errorf("it regards %+v", regarding)
 		}
 	})

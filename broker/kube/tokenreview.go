@@ -64,7 +64,8 @@ type TokenReviewConfig struct {
 // TokenReview verifies tokens by asking the API server about each. It implements identity.Verifier.
 //
 // What a token itself says against itself is refused without asking: a form that is none, another audience, a
-// time that has passed, no pod. Everything else is the API server's word, the audience once more included.
+// time that has passed, a life that is too long, no pod. Only a token for another audience is asked about, if it is of
+// an expected pod: so that the pod can be told. Everything else is the API server's word, the audience once more included.
 type TokenReview struct {
 	cfg    TokenReviewConfig
 	client authenticationv1client.TokenReviewInterface
@@ -164,7 +165,7 @@ func (v *TokenReview) Run(ctx context.Context) error {
 		maps.DeleteFunc(v.passed, func(_ digest, p passed) bool { return !now.Before(p.until) })
 		v.mu.Unlock()
 		if ask {
-			if _, err := v.reviewInTurn(ctx, claimant{}, probe); err != nil && ctx.Err() == nil {
+			if _, err := v.reviewInTurn(ctx, claimant{}, probe, v.cfg.Audience); err != nil && ctx.Err() == nil {
 				v.cfg.Logger.WarnContext(ctx, "Reviewing tokens does not work; may this service account create tokenreviews?", "error", err)
 			}
 		}
@@ -188,8 +189,8 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	}
 	now := time.Now()
 	claimed, err := c.pod(v.cfg.Audience, v.cfg.MaxLife, now)
-	if err != nil { // Also with a pod beside it: nobody has verified that one.
-		return identity.Pod{}, err
+	if err != nil {
+		return identity.Pod{}, v.audienceRefusal(ctx, token, c, claimed, err)
 	}
 	if len(v.cfg.Issuers) > 0 && !slices.Contains(v.cfg.Issuers, c.Issuer) {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
@@ -271,28 +272,47 @@ func (v *TokenReview) land(f *reviewFlight, d digest) {
 
 // ask asks the API server about a token that claims to be of that pod.
 func (v *TokenReview) ask(ctx context.Context, token string, claimed identity.Pod) (identity.Pod, error) {
-	status, err := v.review(ctx, token)
+	status, err := v.review(ctx, token, v.cfg.Audience)
 	if err != nil {
 		return identity.Pod{}, err
 	}
-	return v.judge(status, claimed)
+	return judge(status, claimed, v.cfg.Audience)
+}
+
+// audienceRefusal adds the pod to the refusal of a token that has another audience, if that is all that is wrong with
+// it, the pod is there, and the API server says so for the audience that the token has. It returns refusal otherwise.
+func (v *TokenReview) audienceRefusal(ctx context.Context, token identity.UnverifiedToken, c claims, claimed identity.Pod, refusal error) error {
+	if claimed == (identity.Pod{}) || len(c.Audience) == 0 || v.cfg.Expected == nil || !v.cfg.Expected(claimed) {
+		return refusal
+	}
+	who := claimant{address: identity.PeerOf(ctx), namespace: claimed.Namespace, expected: true}
+	status, err := v.reviewInTurn(ctx, who, token.Reveal(), c.Audience[0])
+	if err != nil {
+		return refusal
+	}
+	pod, err := judge(status, claimed, c.Audience[0])
+	if err != nil {
+		return refusal
+	}
+	_, refusal = otherAudience(pod, refusal)
+	return refusal
 }
 
 // reviewInTurn is review, once there is a turn for it.
-func (v *TokenReview) reviewInTurn(ctx context.Context, who claimant, token string) (authenticationv1.TokenReviewStatus, error) {
+func (v *TokenReview) reviewInTurn(ctx context.Context, who claimant, token, audience string) (authenticationv1.TokenReviewStatus, error) {
 	if err := v.turns.take(ctx, who); err != nil {
 		return authenticationv1.TokenReviewStatus{}, err
 	}
 	defer v.turns.give()
-	return v.review(ctx, token)
+	return v.review(ctx, token, audience)
 }
 
 // review asks the API server about a token. Its error is of kind credential.ErrUnavailable. The caller has a turn.
-func (v *TokenReview) review(ctx context.Context, token string) (authenticationv1.TokenReviewStatus, error) {
+func (v *TokenReview) review(ctx context.Context, token, audience string) (authenticationv1.TokenReviewStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
 	defer cancel()
 	review, err := v.client.Create(ctx, &authenticationv1.TokenReview{
-		Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{v.cfg.Audience}},
+		Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{audience}},
 	}, metav1.CreateOptions{})
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -303,8 +323,8 @@ func (v *TokenReview) review(ctx context.Context, token string) (authenticationv
 	return review.Status, nil
 }
 
-// judge reads the API server's answer about a token that claims to be of that pod.
-func (v *TokenReview) judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod) (identity.Pod, error) {
+// judge reads the API server's answer about a token that claims to be of that pod and for that audience.
+func judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod, audience string) (identity.Pod, error) {
 	switch {
 	case !status.Authenticated && strings.Contains(status.Error, "token has expired"):
 		// Its clock is ahead of ours. Another broker may ask another API server.
@@ -319,10 +339,10 @@ func (v *TokenReview) judge(status authenticationv1.TokenReviewStatus, claimed i
 	case !status.Authenticated:
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, errors.New(clipped(status.Error)),
 			"the API server does not accept the token: it was altered, is signed with a key that is not trusted any more, or its pod or service account is gone")
-	case !slices.Contains(status.Audiences, v.cfg.Audience):
+	case !slices.Contains(status.Audiences, audience):
 		// An authenticator that knows nothing of audiences leaves them out, and so has checked none.
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil,
-			"the API server does not say that the token is made for %q", v.cfg.Audience)
+			"the API server does not say that the token is made for %q", audience)
 	}
 	pod := identity.Pod{ServiceAccountUID: status.User.UID, Name: sole(status.User.Extra[extraPodName]), UID: sole(status.User.Extra[extraPodUID])}
 	account, ok := strings.CutPrefix(status.User.Username, "system:serviceaccount:")

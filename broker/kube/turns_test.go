@@ -329,3 +329,62 @@ func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
 		}
 	})
 }
+
+// A genuine token for another audience is refused, and its pod is told: webhook and broker disagree. A token that
+// proves nothing, or has another fault as well, tells of no pod.
+func TestTokenForAnotherAudience(t *testing.T) {
+	elsewhere := func(c map[string]any) { c["aud"] = []string{"other", "more"} }
+	pod := identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"}
+	check := func(t *testing.T, v identity.Verifier, token identity.UnverifiedToken, told bool) {
+		t.Helper()
+		id, err := v.Verify(t.Context(), token)
+		if id != (identity.Pod{}) || credential.ReasonOf(err) != credential.ReasonTokenAudience {
+			t.Errorf("answered %+v, %v", id, err)
+		}
+		for _, text := range []string{`"other, more"`, `"` + audience + `"`, "--audience of the webhook and of the broker", "chart value audience"} {
+			if !strings.Contains(fmt.Sprint(err), text) {
+				t.Errorf("the error %q does not say %s", err, text)
+			}
+		}
+		other, ok := errors.AsType[*identity.OtherAudienceError](err)
+		if ok != told || told && other.Pod != pod {
+			t.Errorf("told of %+v: %t, want %t", other, ok, told)
+		}
+	}
+	key := newSigner(t, "a")
+	t.Run("jwks", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			_, config := startAPIServer(t, key)
+			v := newVerifier(t, config)
+			check(t, v, key.token(t, elsewhere), true)
+			check(t, v, key.token(t, func(c map[string]any) { elsewhere(c); c["exp"] = time.Now().Unix() }), false)
+			check(t, v, key.token(t, func(c map[string]any) { elsewhere(c); delete(c, "kubernetes.io") }), false)
+			wantReason(t, v, newSigner(t, "a").token(t, elsewhere), credential.ReasonTokenInvalid)
+		})
+	})
+	t.Run("tokenreview", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			server, config := startReviewer(t)
+			v := newReviewExpecting(t, config, func(id identity.Pod) bool { return id == pod })
+			check(t, v, key.token(t, elsewhere), true)
+			check(t, v, key.token(t, elsewhere), true) // and is not believed the second time
+			made := server.reviews.Load()
+			check(t, v, key.token(t, func(c map[string]any) { elsewhere(c); c["exp"] = time.Now().Unix() }), false)
+			check(t, newReviewExpecting(t, config, nil), key.token(t, elsewhere), false)
+			check(t, newReviewExpecting(t, config, func(identity.Pod) bool { return false }), key.token(t, elsewhere), false)
+			if n := server.reviews.Load(); made != 2 || n != made {
+				t.Errorf("%d reviews were made, and %d of tokens of no known pod", made, n-made)
+			}
+			server.set(func(s *reviewer) {
+				s.change = func(r *authenticationv1.TokenReview) {
+					r.Status = authenticationv1.TokenReviewStatus{Error: "invalid bearer token"}
+				}
+			})
+			check(t, v, key.token(t, elsewhere), false)
+			server.set(func(s *reviewer) {
+				s.change = func(r *authenticationv1.TokenReview) { r.Status.Audiences = nil }
+			})
+			check(t, v, key.token(t, elsewhere), false)
+		})
+	})
+}
