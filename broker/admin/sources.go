@@ -48,6 +48,7 @@ type Sources struct {
 	Ready           func() bool
 	LiveReads       func() (made, refused uint64) // reads past the watches
 	TokenReviews    func() (now, most int)        // under way, and how many may be
+	TokensWaiting   func() int                    // for their turn to be verified
 	Spans           func() SpanStats
 }
 
@@ -106,6 +107,7 @@ var (
 	liveReads      = counter("live_reads_total", "Reads of the API server for what the watches do not know yet, by outcome: made, or refused by their bounds.", "outcome")
 	reviews        = gauge("token_reviews_in_flight", "TokenReviews under way, with --token-verification=tokenreview.")
 	reviewsMost    = gauge("token_reviews_in_flight_max", "How many TokenReviews may be under way; further ones wait.")
+	tokensWaiting  = gauge("tokens_waiting", "Tokens that wait for their turn to be verified.")
 	rulesLoaded    = gauge("rules_file_loaded_timestamp_seconds", "When the rules in force were loaded from their file, in seconds since 1970.")
 	rulesOK        = gauge("rules_file_ok", "1 when the rules in force are what their file holds, 0 when the file cannot be taken.")
 	spans          = counter("trace_spans_total", "Spans of traces, by outcome: ended, and exported to the collector. What lies between them for longer than some seconds is lost.", "outcome")
@@ -254,6 +256,11 @@ func (s Sources) watched() (all sourced) {
 			now, most := s.TokenReviews()
 			emit(reviews, float64(now))
 			emit(reviewsMost, float64(most))
+		}})
+	}
+	if s.TokensWaiting != nil {
+		all = append(all, watched{[]number{tokensWaiting}, func(emit func(number, float64, ...string)) {
+			emit(tokensWaiting, float64(s.TokensWaiting()))
 		}})
 	}
 	if s.RulesFile != nil {

@@ -135,6 +135,12 @@ func (v *JWKS) Age() time.Duration {
 	return time.Since(v.fetched)
 }
 
+// Waiting is how many tokens wait for their signature to be verified.
+func (v *JWKS) Waiting() int {
+	_, waiting := v.turns.state()
+	return waiting
+}
+
 // Ready reports whether keys are held.
 func (v *JWKS) Ready() bool {
 	v.mu.Lock()

@@ -32,6 +32,7 @@ func (p *parts) sources() admin.Sources {
 		InformerAge:     p.informerAge,
 		LiveReads:       p.directory.Reads,
 		VerificationAge: p.verifier.Age,
+		TokensWaiting:   p.verifier.Waiting,
 		Events: func() admin.EventStats {
 			stats := p.events.Stats()
 			return admin.EventStats{Queued: stats.Queued, Written: stats.Written, Suppressed: stats.Suppressed, Dropped: stats.Dropped}

@@ -59,6 +59,7 @@ type verifier interface {
 	Run(ctx context.Context) error
 	Ready() bool
 	Age() time.Duration
+	Waiting() int
 }
 
 // newVerifier makes the one that was asked for.
