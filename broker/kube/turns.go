@@ -11,8 +11,8 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// maxWaiting bounds how many tokens wait to be verified, at some 500 bytes each beside the token, which the call
-// holds anyway. An API server that takes 100 ms for a review gets through as many in 6 s; sidecars give up after 10.
+// maxWaiting bounds how many tokens wait to be verified, at some 5 kB each beside the token, which the call holds
+// anyway. An API server that takes 100 ms for a review gets through as many in 6 s; sidecars give up after 10.
 const maxWaiting = 2048
 
 // turns bounds how much is done at once for callers of whom nothing is proved yet. Those who wait take turns, so that

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -386,5 +387,54 @@ func TestTokenForAnotherAudience(t *testing.T) {
 			})
 			check(t, v, key.token(t, elsewhere), false)
 		})
+	})
+}
+
+// Signatures are verified by turns, too: what a flood of worthless ones costs is processor time.
+func TestSignaturesAreVerifiedByTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		key := newSigner(t, "a")
+		_, config := startAPIServer(t, key)
+		v := newVerifier(t, config)
+		wantReason(t, v, key.token(t, nil), "")
+		release := v.Occupy()
+		forged, genuine := newSigner(t, "a").token(t, nil), key.token(t, nil)
+		var done atomic.Int64
+		var calls sync.WaitGroup
+		for i := range 1000 {
+			calls.Go(func() {
+				_, err := v.Verify(identity.WithPeer(t.Context(), fourAddresses[i%4]), forged)
+				if credential.ReasonOf(err) != credential.ReasonTokenInvalid {
+					t.Errorf("a forged token is answered %v", err)
+				}
+				done.Add(1)
+			})
+		}
+		synctest.Wait()
+		if n := v.Waiting(); n != 1000 {
+			t.Errorf("%d tokens wait, want all", n)
+		}
+		leaving, leave := withCancel(t)
+		calls.Go(func() {
+			if _, err := v.Verify(leaving, genuine); credential.ReasonOf(err) != credential.ReasonBusy {
+				t.Errorf("who leaves is answered %v", err)
+			}
+		})
+		synctest.Wait()
+		leave()
+		calls.Go(func() {
+			if _, err := v.Verify(identity.WithPeer(t.Context(), "10.0.0.5"), genuine); err != nil {
+				t.Errorf("a live pod at a fifth address is answered %v", err)
+			}
+			if n := done.Load(); n > 100 {
+				t.Errorf("it was answered after %d of 1,000 forged ones", n)
+			}
+		})
+		synctest.Wait()
+		release()
+		calls.Wait()
+		if n := v.Waiting(); n != 0 {
+			t.Errorf("%d tokens wait at the end", n)
+		}
 	})
 }

@@ -31,6 +31,9 @@ const (
 	// clockLeeway is how far the API server's clock may be ahead of this broker's. It is what API servers grant each
 	// other (go-jose's DefaultLeeway). Expiry has no leeway: a token is not accepted after its end.
 	clockLeeway = time.Minute
+	// maxNamespace and maxName are Kubernetes' own bounds. They bound what is held of a token that waits for its
+	// review.
+	maxNamespace, maxName = 63, 253
 	// earlyRetry is the longest time after which a caller with a token that is not valid yet tries again: either
 	// clock may be set right at any moment.
 	earlyRetry = time.Minute
@@ -315,6 +318,9 @@ func (c claims) bound(maxLife time.Duration, now time.Time) (identity.Pod, error
 	k := c.Kubernetes
 	if k.Pod == nil || k.ServiceAccount == nil || slices.Contains([]string{k.Namespace, k.Pod.Name, k.Pod.UID, k.ServiceAccount.Name, k.ServiceAccount.UID}, "") {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenNotPodBound, nil, "the token is not bound to a pod; use the one that kubelet projects")
+	}
+	if len(k.Namespace) > maxNamespace || max(len(k.Pod.Name), len(k.Pod.UID), len(k.ServiceAccount.Name), len(k.ServiceAccount.UID)) > maxName {
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token names a pod or service account that Kubernetes could not have: its name is too long")
 	}
 	if want := strings.Join([]string{"system:serviceaccount", k.Namespace, k.ServiceAccount.Name}, ":"); c.Subject != want {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token's subject %q is not %q", clipped(c.Subject), clipped(want))

@@ -232,6 +232,11 @@ func TestVerifyClaims(t *testing.T) {
 			{"pod without UID", key.token(t, in("pod", map[string]string{"name": "cart-1"})), credential.ReasonTokenNotPodBound},
 			{"no service account", key.token(t, in("serviceaccount", nil)), credential.ReasonTokenNotPodBound},
 			{"other subject", key.token(t, set("sub", "system:serviceaccount:shop:other")), credential.ReasonTokenInvalid},
+			{"names that no pod has", key.token(t, in("pod", map[string]string{"name": strings.Repeat("a", 254), "uid": "u-1"})), credential.ReasonTokenInvalid},
+			{"a namespace that none is", key.token(t, func(c map[string]any) {
+				long := strings.Repeat("a", 64)
+				c["kubernetes.io"].(map[string]any)["namespace"], c["sub"] = long, "system:serviceaccount:"+long+":cart"
+			}), credential.ReasonTokenInvalid},
 			{"subject of another namespace", key.token(t, set("sub", "system:serviceaccount:bank:cart")), credential.ReasonTokenInvalid},
 		}
 		for _, tt := range tests {
