@@ -3,9 +3,9 @@ package kube
 import "context"
 
 // Occupy takes every slot for the verification of signatures, as calls under way do. What it returns gives one back.
-func (v *JWKS) Occupy() (release func()) {
+func (v *JWKS) Occupy(ctx context.Context) (release func()) {
 	for range v.turns.slots {
-		_ = v.turns.take(context.Background(), claimant{}) // there is one
+		_ = v.turns.take(ctx, claimant{}) // there is one
 	}
 	return v.turns.give
 }

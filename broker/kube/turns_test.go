@@ -169,7 +169,7 @@ func TestFloodOfGarbageLeavesTurnsToOthers(t *testing.T) {
 
 func TestStormOfOneNamespaceLeavesTurnsToOthers(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
-		for i := range 3000 {
+		for i := range 1500 {
 			f.call(fmt.Sprintf("10.1.%d.%d", i/250, i%250), tokenOf(podIn("batch", i), i, "genuine"))
 		}
 		synctest.Wait()
@@ -214,7 +214,7 @@ func TestVerifiedTokensHaveTurnsFirst(t *testing.T) {
 // Genuine tokens can be made in numbers by who may create tokens. They leave turns to tokens that are new.
 func TestVerifiedTokensLeaveTurnsToNewOnes(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
-		made := make([]identity.UnverifiedToken, 1500)
+		made := make([]identity.UnverifiedToken, 800)
 		for i := range made {
 			made[i] = tokenOf(podIn("shop", 1), i, "genuine")
 			f.call("10.0.0.1", made[i])
@@ -235,7 +235,7 @@ func TestVerifiedTokensLeaveTurnsToNewOnes(t *testing.T) {
 func TestTokensOfExpectedPodsHaveTurns(t *testing.T) {
 	expected := func(id identity.Pod) bool { return id == podIn("shop", 1) || id.Namespace == "own" }
 	underFlood(t, expected, func(t *testing.T, f *flood, _ *reviewer) {
-		for i := range 2000 {
+		for i := range 500 {
 			f.call("10.0.0.1", tokenOf(podIn(fmt.Sprint("ns-", i), i), i, "forged"))
 			f.call("10.0.0.1", tokenOf(podIn("own", i), i, "forged"))
 		}
@@ -256,9 +256,9 @@ func TestFullQueueDropsTheLargestShare(t *testing.T) {
 			few.call(fmt.Sprint("10.3.0.", i), tokenOf(podIn("shop", i), i, "genuine"))
 		}
 		synctest.Wait()
-		f.garbage(8000, fourAddresses...)
+		f.garbage(3000, fourAddresses...)
 		f.mu.Lock()
-		if n := f.reasons[credential.ReasonBusy]; n != 8000+100-32-2048 { // the first 32 show the tokens of those 8,000
+		if n := f.reasons[credential.ReasonBusy]; n != 3000+100-32-2048 { // the first 32 show the tokens of those 3,000
 			t.Errorf("%d calls found no place, want all above 2,048 that wait", n)
 		}
 		f.mu.Unlock()
@@ -397,7 +397,7 @@ func TestSignaturesAreVerifiedByTurns(t *testing.T) {
 		_, config := startAPIServer(t, key)
 		v := newVerifier(t, config)
 		wantReason(t, v, key.token(t, nil), "")
-		release := v.Occupy()
+		release := v.Occupy(t.Context())
 		forged, genuine := newSigner(t, "a").token(t, nil), key.token(t, nil)
 		var done atomic.Int64
 		var calls sync.WaitGroup
