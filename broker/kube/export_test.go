@@ -4,8 +4,8 @@ import "context"
 
 // Occupy takes every slot for the verification of signatures, as calls under way do. What it returns gives one back.
 func (v *JWKS) Occupy(ctx context.Context) (release func()) {
-	for range v.turns.slots {
-		_ = v.turns.take(ctx, claimant{}) // there is one
+	for range v.turns.slots[forAll] {
+		_, _ = v.turns.take(ctx, claimant{}) // there is one
 	}
-	return v.turns.give
+	return func() { v.turns.give(forAll) }
 }

@@ -25,6 +25,9 @@ const (
 	// reviewsAtOnce bounds the reviews under way. An API server answers one in milliseconds, so these are
 	// thousands a second, and a storm of sidecars waits here, in turns, and not there.
 	reviewsAtOnce = 32
+	// reviewsOfVerified are further ones, for tokens that passed before: an API server may take seconds for a token
+	// that it does not know, if it asks an authenticating webhook about it.
+	reviewsOfVerified = 4
 	// reviewTimeout bounds one. An authenticating webhook, which the API server may have to ask, is given 30 s
 	// by default; sidecars do not wait that long.
 	reviewTimeout = 10 * time.Second
@@ -117,7 +120,7 @@ func NewTokenReview(cfg TokenReviewConfig) (*TokenReview, error) {
 		return nil, fmt.Errorf("making a client for token reviews: %w", err)
 	}
 	return &TokenReview{
-		cfg: cfg, client: client.TokenReviews(), turns: newTurns(reviewsAtOnce), heard: time.Now(),
+		cfg: cfg, client: client.TokenReviews(), turns: newTurns(reviewsAtOnce, reviewsOfVerified), heard: time.Now(),
 		flights: make(map[digest]*reviewFlight), passed: make(map[digest]passed), recent: make(map[digest]struct{}),
 	}, nil
 }
@@ -132,7 +135,7 @@ func (v *TokenReview) Ready() bool {
 // UnderWay is how many reviews are under way, and how many may be: further ones wait.
 func (v *TokenReview) UnderWay() (now, most int) {
 	now, _ = v.turns.state()
-	return now, reviewsAtOnce
+	return now, reviewsAtOnce + reviewsOfVerified
 }
 
 // Waiting is how many tokens wait for their review to begin.
@@ -235,9 +238,9 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 // fly reviews one token, for all its callers.
 func (v *TokenReview) fly(turn context.Context, f *reviewFlight, d digest, who claimant, token identity.UnverifiedToken, claimed identity.Pod) {
 	defer f.abandon()
-	err := v.turns.take(turn, who)
+	slot, err := v.turns.take(turn, who)
 	if err == nil {
-		defer v.turns.give()
+		defer v.turns.give(slot)
 	}
 	v.mu.Lock()
 	if err == nil && f.callers == 0 {
@@ -300,10 +303,11 @@ func (v *TokenReview) audienceRefusal(ctx context.Context, token identity.Unveri
 
 // reviewInTurn is review, once there is a turn for it.
 func (v *TokenReview) reviewInTurn(ctx context.Context, who claimant, token, audience string) (authenticationv1.TokenReviewStatus, error) {
-	if err := v.turns.take(ctx, who); err != nil {
+	slot, err := v.turns.take(ctx, who)
+	if err != nil {
 		return authenticationv1.TokenReviewStatus{}, err
 	}
-	defer v.turns.give()
+	defer v.turns.give(slot)
 	return v.review(ctx, token, audience)
 }
 

@@ -26,17 +26,27 @@ const maxWaiting = 2048
 //   - pods of one namespace that start at once, each at its own address, leave a pod of another namespace its turn
 //     after one call of each namespace.
 //
-// Tokens that were verified before have every second turn, shared by namespace, and tokens of pods that are known to be
+// Tokens that were verified before have every second turn, shared by namespace, and some slots of their own: what takes
+// long for worthless tokens, such as a webhook that the API server asks about them, does not hold them up. And tokens of pods that are known to be
 // there have some. Neither ever has all: genuine tokens can be made in numbers too.
 type turns struct {
-	slots int
+	slots [numberOfSlots]int // how many there are
 
 	mu      sync.Mutex
-	taken   int                      // guarded by mu
+	taken   [numberOfSlots]int       // guarded by mu
 	waiting int                      // guarded by mu
 	turn    int                      // index into schedule; guarded by mu
 	kinds   [numberOfKinds]laneGroup // guarded by mu
 }
+
+// slot is one of two kinds of them.
+type slot int
+
+const (
+	forAll      slot = iota
+	forVerified      // for tokens that were verified before
+	numberOfSlots
+)
 
 // claimant is who waits for a turn.
 type claimant struct {
@@ -61,6 +71,7 @@ var schedule = [...]int{byVerified, byAddress, byVerified, byNamespace, byVerifi
 // waiter is a claimant without a slot.
 type waiter struct {
 	claimant
+	slot   slot                         // the one that it gets; set before ready
 	ready  chan error                   // one value: nil with a slot, or why there is none
 	lanes  [numberOfKinds]*lane         // nil: in none of that kind
 	places [numberOfKinds]*list.Element // in that lane
@@ -79,8 +90,9 @@ type lane struct {
 	waiters list.List     // of *waiter
 }
 
-func newTurns(slots int) *turns {
-	t := &turns{slots: slots}
+// newTurns makes so many slots for all, and so many more for tokens that were verified before.
+func newTurns(all, verified int) *turns {
+	t := &turns{slots: [...]int{forAll: all, forVerified: verified}}
 	for kind := range t.kinds {
 		t.kinds[kind].lanes = make(map[string]*lane)
 	}
@@ -89,12 +101,14 @@ func newTurns(slots int) *turns {
 
 // take waits for a slot, which must be given back by give. It returns the error of ctx if that ends first, and
 // errBusy if too many wait and this one is of those that have most.
-func (t *turns) take(ctx context.Context, who claimant) error {
+func (t *turns) take(ctx context.Context, who claimant) (slot, error) {
 	t.mu.Lock()
-	if t.taken < t.slots {
-		t.taken++
-		t.mu.Unlock()
-		return nil
+	for s, most := range t.slots {
+		if s := slot(s); t.taken[s] < most && (s == forAll || who.verified) {
+			t.taken[s]++
+			t.mu.Unlock()
+			return s, nil
+		}
 	}
 	w := &waiter{claimant: who, ready: make(chan error, 1)}
 	t.add(w)
@@ -106,7 +120,7 @@ func (t *turns) take(ctx context.Context, who claimant) error {
 	t.mu.Unlock()
 	select {
 	case err := <-w.ready:
-		return err
+		return w.slot, err
 	case <-ctx.Done():
 	}
 	t.mu.Lock()
@@ -114,25 +128,31 @@ func (t *turns) take(ctx context.Context, who claimant) error {
 	case err := <-w.ready: // It came meanwhile.
 		t.mu.Unlock()
 		if err == nil {
-			t.give()
+			t.give(w.slot)
 		}
 	default:
 		t.remove(w)
 		t.mu.Unlock()
 	}
-	return ctx.Err()
+	return 0, ctx.Err()
 }
 
 // give gives a slot back: to the one who waits and whose turn it is.
-func (t *turns) give() {
+func (t *turns) give(s slot) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	w := t.next()
+	var w *waiter
+	if s == forVerified {
+		w = t.kinds[byVerified].next()
+	} else {
+		w = t.next()
+	}
 	if w == nil {
-		t.taken--
+		t.taken[s]--
 		return
 	}
 	t.remove(w)
+	w.slot = s
 	w.ready <- nil
 }
 
@@ -140,20 +160,29 @@ func (t *turns) give() {
 func (t *turns) state() (taken, waiting int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.taken, t.waiting
+	return t.taken[forAll] + t.taken[forVerified], t.waiting
 }
 
 // next returns whose turn it is; nil if nobody waits. The caller holds mu.
 func (t *turns) next() *waiter {
 	for range schedule {
-		group := &t.kinds[schedule[t.turn]]
+		kind := schedule[t.turn]
 		t.turn = (t.turn + 1) % len(schedule)
-		if first := group.order.Front(); first != nil {
-			group.order.MoveToBack(first)
-			return first.Value.(*lane).waiters.Front().Value.(*waiter)
+		if w := t.kinds[kind].next(); w != nil {
+			return w
 		}
 	}
 	return nil
+}
+
+// next returns the first of the lane whose turn it is; nil if nobody waits.
+func (g *laneGroup) next() *waiter {
+	first := g.order.Front()
+	if first == nil {
+		return nil
+	}
+	g.order.MoveToBack(first)
+	return first.Value.(*lane).waiters.Front().Value.(*waiter)
 }
 
 // add lets w wait. The caller holds mu.

@@ -211,6 +211,36 @@ func TestVerifiedTokensHaveTurnsFirst(t *testing.T) {
 	})
 }
 
+// Worthless tokens can take long, where the API server asks a webhook about those that it does not know. A running pod
+// does not wait for them.
+func TestVerifiedTokensHaveSlotsOfTheirOwn(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
+		var running []identity.UnverifiedToken
+		for i := range 8 {
+			running = append(running, tokenOf(podIn("shop", i), i, "genuine"))
+			f.took("10.0.0.5", running[i])
+		}
+		time.Sleep(11 * time.Second)
+		server.set(func(s *reviewer) { s.takes = 8 * time.Second })
+		f.garbage(200, fourAddresses...)
+		time.Sleep(time.Second)
+		server.set(func(s *reviewer) { s.takes = reviewTakes }) // for what comes now
+		live := &flood{t: t, v: f.v, ctx: t.Context(), reasons: make(map[credential.Reason]int)}
+		began := time.Now()
+		for i, token := range running {
+			live.call(fmt.Sprint("10.3.0.", i), token)
+		}
+		live.calls.Wait()
+		// Eight, four at a time.
+		if d := time.Since(began); d != 2*reviewTakes || live.reasons[""] != 8 {
+			t.Errorf("running pods waited %s for their reviews: %v", d, live.reasons)
+		}
+		if n := server.most.Load(); n != 36 {
+			t.Errorf("%d reviews were under way at once", n)
+		}
+	})
+}
+
 // Genuine tokens can be made in numbers by who may create tokens. They leave turns to tokens that are new.
 func TestVerifiedTokensLeaveTurnsToNewOnes(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {

@@ -99,7 +99,7 @@ func NewJWKS(cfg JWKSConfig) (*JWKS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a client for the key set: %w", err)
 	}
-	return &JWKS{cfg: cfg, client: core.RESTClient(), issuers: cfg.Issuers, made: time.Now(), turns: newTurns(runtime.GOMAXPROCS(0))}, nil
+	return &JWKS{cfg: cfg, client: core.RESTClient(), issuers: cfg.Issuers, made: time.Now(), turns: newTurns(runtime.GOMAXPROCS(0), 0)}, nil
 }
 
 // checkConfig checks what both verifiers have, and sets its default.
@@ -226,10 +226,11 @@ func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (iden
 // have proved nothing could use up: so no more of it is done at once than there are processors, and addresses take
 // turns.
 func (v *JWKS) verifySignature(ctx context.Context, signed *jose.JSONWebSignature, keys []jose.JSONWebKey) ([]byte, error) {
-	if err := v.turns.take(ctx, claimant{address: identity.PeerOf(ctx)}); err != nil {
+	slot, err := v.turns.take(ctx, claimant{address: identity.PeerOf(ctx)})
+	if err != nil {
 		return nil, noTurn(err)
 	}
-	defer v.turns.give()
+	defer v.turns.give(slot)
 	for _, key := range keys {
 		if payload, err := signed.Verify(key); err == nil {
 			return payload, nil
