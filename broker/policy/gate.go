@@ -55,8 +55,7 @@ func (g *gate) enter(done <-chan struct{}, namespace string) bool {
 		return true
 	default:
 	}
-	q.waiting.Remove(place)
-	g.serve(q)
+	q.waiting.Remove(place) // The queue is tidied by serve, as one of its callers runs or it is in ready.
 	return false
 }
 
