@@ -3,6 +3,7 @@ package policy
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -232,4 +233,24 @@ func TestDecisionsWaitInTurn(t *testing.T) {
 			t.Errorf("the turns are %q, want %q", order, want)
 		}
 	})
+}
+
+// Evaluations take half of the processors, and one at least.
+func TestGateTakesHalfOfTheProcessors(t *testing.T) {
+	before := runtime.GOMAXPROCS(0)
+	defer runtime.GOMAXPROCS(before)
+	given := make(chan struct{})
+	close(given) // enter gives up unless the turn comes at once
+	for processors, want := range map[int]int{1: 1, 2: 1, 3: 1, 4: 2, 7: 3, 8: 4} {
+		runtime.GOMAXPROCS(processors)
+		g, n := &gate{}, 0
+		for i := range 10 {
+			if g.enter(given, fmt.Sprint(i)) {
+				n++
+			}
+		}
+		if n != want {
+			t.Errorf("%d run on %d processors, want %d", n, processors, want)
+		}
+	}
 }
