@@ -5,6 +5,9 @@
 // is refused; while the process lives nothing is lost silently. What is queued when it is killed is
 // lost. An entry is one line of at most [MaxLine] bytes, whatever is
 // in its fields. An [Entry] has no field that could hold a secret.
+//
+// Whoever reaches the broker can have calls denied, as fast as it can make them. So denials that repeat share a line for
+// each [Window], and all other lines are written first.
 package audit
 
 import (
@@ -48,12 +51,18 @@ type Entry struct {
 	AccessKeyID    string            `json:"access_key_id,omitempty"`
 	Expiration     time.Time         `json:"expiration,omitzero"`
 	Peer           string            `json:"peer,omitempty"`
+	// Count is how many denials the line stands for, and Since the time of the first of them. Record sets both.
+	Count int       `json:"count,omitempty"`
+	Since time.Time `json:"since,omitzero"`
 }
 
 // buffered is how many entries wait for a slow writer: at 10,000 decisions a second, over which no
 // broker has been driven, it bridges 0.8 s, and it takes about 4 MB when full, and never more than
 // MaxLine for each.
 const buffered = 8 << 10
+
+// bufferedDenials is how many denials wait. Those that find no room are counted, and written when the [Window] ends.
+const bufferedDenials = 1 << 10
 
 // retryWait is the pause before a required line that could not be written is tried again.
 const retryWait = time.Second
@@ -71,7 +80,9 @@ type Config struct {
 // Log records decisions. Run must be running for lines to be written.
 type Log struct {
 	cfg     Config
-	entries chan Entry
+	entries chan Entry // all but denials
+	denied  chan Entry // written when entries is empty
+	denials *denials
 	lost    atomic.Uint64
 	broken  atomic.Bool // the last write failed
 }
@@ -81,17 +92,25 @@ func New(cfg Config) (*Log, error) {
 	if cfg.Writer == nil || cfg.Logger == nil {
 		return nil, errors.New("an audit log needs a Writer and a Logger")
 	}
-	return &Log{cfg: cfg, entries: make(chan Entry, buffered)}, nil
+	return &Log{cfg: cfg, entries: make(chan Entry, buffered), denied: make(chan Entry, bufferedDenials), denials: newDenials()}, nil
 }
 
 // Record queues an entry, without waiting. Where audit is required it returns an error of kind
 // credential.ErrUnavailable when the entry could not be queued or the writer is failing; the
-// decision must then not take effect.
+// decision must then not take effect. A denial takes effect anyway, so it returns nil for each, and lines of denials take
+// no room from others.
 func (l *Log) Record(e Entry) error {
 	if e.Time.IsZero() {
 		e.Time = time.Now()
 	}
+	e.Count, e.Since = 0, time.Time{}
 	e.bound()
+	if e.Decision == Deny {
+		if !l.denials.record(e, l.queueDenial) {
+			l.lose(1)
+		}
+		return nil
+	}
 	if !l.cfg.Required || !l.broken.Load() {
 		select {
 		case l.entries <- e:
@@ -107,6 +126,16 @@ func (l *Log) Record(e Entry) error {
 		"the broker cannot write its audit log, and it is required to")
 }
 
+// queueDenial queues a denial, and reports whether there was room.
+func (l *Log) queueDenial(e Entry) bool {
+	select {
+	case l.denied <- e:
+		return true
+	default:
+		return false
+	}
+}
+
 // lose counts lines that will not be written, and says so each time their number has doubled: a writer
 // that hangs must not hide its losses, nor fill the log with them.
 func (l *Log) lose(n int) {
@@ -119,33 +148,79 @@ func (l *Log) lose(n int) {
 // Lost counts the entries that were not written.
 func (l *Log) Lost() uint64 { return l.lost.Load() }
 
-// Queued returns how many entries wait to be written, and how many may.
+// Queued returns how many entries wait to be written, and how many may; denials, which lose nothing when they are many,
+// are not among them.
 func (l *Log) Queued() (n, capacity int) { return len(l.entries), cap(l.entries) }
 
-// Run writes lines until ctx ends, and then those that are still queued. A required line is tried
+// Run writes lines until ctx ends, and then those that are still queued or counted. A required line is tried
 // until it is written or ctx ends; meanwhile Record refuses.
 func (l *Log) Run(ctx context.Context) error {
-	var b batch
-	for {
+	var (
+		b       batch
+		repeats []Entry // lines of the last window, which wait for all others
+	)
+	window := time.NewTicker(Window)
+	defer window.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-window.C:
+			if len(repeats) == 0 { // else the writer is behind, and what is counted goes on being counted
+				repeats = l.denials.end()
+			}
+		default:
+		}
+		e, ok := l.next(&repeats)
+		if ok {
+			b.add(e)
+		}
+		if len(b.text) >= maxBatch || !ok && len(b.text) > 0 {
+			l.write(ctx, &b)
+			continue
+		}
+		if ok {
+			continue
+		}
 		select {
 		case e := <-l.entries:
 			b.add(e)
-			if len(l.entries) > 0 && len(b.text) < maxBatch {
-				continue
-			}
-			l.write(ctx, &b)
+		case e := <-l.denied:
+			b.add(e)
+		case <-window.C:
+			repeats = l.denials.end()
 		case <-ctx.Done():
-			for {
-				select {
-				case e := <-l.entries:
-					b.add(e)
-				default:
-					l.write(ctx, &b)
-					return nil
-				}
-			}
 		}
 	}
+	for {
+		e, ok := l.next(&repeats)
+		if !ok {
+			if repeats = l.denials.end(); len(repeats) == 0 {
+				break
+			}
+			continue
+		}
+		b.add(e)
+	}
+	l.write(ctx, &b)
+	return nil
+}
+
+// next takes the entry that is to be written next: no denial while anything else is queued. ok is false when none is there.
+func (l *Log) next(repeats *[]Entry) (e Entry, ok bool) {
+	select {
+	case e = <-l.entries:
+		return e, true
+	default:
+	}
+	select {
+	case e = <-l.denied:
+		return e, true
+	default:
+	}
+	if len(*repeats) == 0 {
+		return Entry{}, false
+	}
+	e, *repeats = (*repeats)[0], (*repeats)[1:]
+	return e, true
 }
 
 // write writes the batch, and leaves it empty.

@@ -27,7 +27,7 @@ const (
 
 // bound cuts what is too long, and drops what cannot be encoded.
 func (e *Entry) bound() {
-	e.Time, e.Expiration = encodable(e.Time), encodable(e.Expiration)
+	e.Time, e.Expiration, e.Since = encodable(e.Time), encodable(e.Expiration), encodable(e.Since)
 	for _, field := range []struct {
 		text *string
 		most int
