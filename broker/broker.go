@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"regexp"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -152,8 +153,15 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	}, nil
 }
 
-// decide goes from the call's token to the session, and fills in entry as it learns.
-func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (credential.Lease, error) {
+// decide goes from the call's token to the session, and fills in entry as it learns. A panic on the way is an error, so
+// that the call has its audit line.
+func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credential.Lease, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			// The stack's arguments are addresses only.
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
 	token, err := bearer(ctx)
 	if err != nil {
 		return credential.Lease{}, err

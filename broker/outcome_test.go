@@ -1,0 +1,172 @@
+package broker_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/metadata"
+
+	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/brokerpb"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// steps are what a call goes through; each is world's unless the test has its own.
+type steps struct {
+	world
+	verify, bind, get func(ctx context.Context) error
+}
+
+func (s steps) Verify(ctx context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
+	if s.verify != nil {
+		return identity.Pod{}, s.verify(ctx)
+	}
+	return s.world.Verify(ctx, token)
+}
+
+func (s steps) Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
+	if s.bind != nil {
+		return policy.Pod{}, policy.Namespace{}, s.bind(ctx)
+	}
+	return s.world.Bind(ctx, id)
+}
+
+func (s steps) Get(ctx context.Context, g policy.Grant, namespace string) (cache.Value, error) {
+	if s.get != nil {
+		return cache.Value{}, s.get(ctx)
+	}
+	return s.world.Get(ctx, g, namespace)
+}
+
+// newStepped is a broker of those steps, which is called without a connection.
+func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (b *broker.Broker, end func()) {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	fatal(t, err)
+	rules, err := policy.New(policy.Config{Keys: keys})
+	fatal(t, err)
+	log := slog.New(slog.DiscardHandler)
+	decisions, err := audit.New(audit.Config{Writer: w, Logger: log})
+	fatal(t, err)
+	b, err = broker.New(broker.Config{
+		Verifier: s, Binder: s, Rules: rules, Sessions: s, Audit: decisions, Logger: log,
+		Decided: func(_ context.Context, e audit.Entry) {
+			if decided != nil {
+				decided(e)
+			}
+		},
+	})
+	fatal(t, err)
+	return b, func() {
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		_ = decisions.Run(ended) // writes what is queued
+	}
+}
+
+func bearing(t *testing.T) context.Context {
+	return metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer x"))
+}
+
+// Whatever becomes of a call, the audit log has one line that says so, in the words that the pod gets and no others.
+func TestAuditLineOfEachOutcome(t *testing.T) {
+	refuse := func(kind error, reason credential.Reason) func(context.Context) error {
+		return func(context.Context) error {
+			e := credential.Errorf(kind, reason, "for the pod")
+			e.Cause = errors.New("for the operator: " + secret)
+			return fmt.Errorf("doing this with %s: %w", secret, e)
+		}
+	}
+	for name, tt := range map[string]struct {
+		steps   steps
+		reason  credential.Reason
+		message string
+		role    bool // the line has the role that was decided on
+	}{
+		"credentials":                    {steps{}, "", "", true},
+		"refused by STS":                 {steps{get: refuse(credential.ErrDenied, credential.ReasonSTSDenied)}, credential.ReasonSTSDenied, "for the pod", true},
+		"rejected by STS":                {steps{get: refuse(credential.ErrInvalid, credential.ReasonSTSRejected)}, credential.ReasonSTSRejected, "for the pod", true},
+		"throttled by STS":               {steps{get: refuse(credential.ErrUnavailable, credential.ReasonSTSThrottled)}, credential.ReasonSTSThrottled, "for the pod", true},
+		"STS fails in words of its own":  {steps{get: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", true},
+		"pod is gone":                    {steps{bind: refuse(credential.ErrNotFound, credential.ReasonPodNotFound)}, credential.ReasonPodNotFound, "for the pod", false},
+		"binding fails in other words":   {steps{bind: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", false},
+		"token is refused":               {steps{verify: refuse(credential.ErrUnauthenticated, credential.ReasonTokenExpired)}, credential.ReasonTokenExpired, "for the pod", false},
+		"verifying fails in other words": {steps{verify: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", false},
+		"a panic":                        {steps{get: func(context.Context) error { panic(secret) }}, credential.ReasonInternal, "", true},
+		"a panic before it is decided":   {steps{verify: func(context.Context) error { panic(secret) }}, credential.ReasonInternal, "", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var audited lines
+			var decided []audit.Entry
+			b, end := newStepped(t, tt.steps, &audited, func(e audit.Entry) { decided = append(decided, e) })
+			got, err := b.GetCredentials(bearing(t), &brokerpb.GetCredentialsRequest{})
+			if reason := credential.ReasonOf(brokerpb.FromError(err)); reason != tt.reason || (got != nil) != (tt.reason == "") {
+				t.Errorf("answered %v with reason %q, want %q", got != nil, reason, tt.reason)
+			}
+			end()
+			if n := strings.Count(audited.buf.String(), "\n"); n != 1 {
+				t.Fatalf("%d audit lines, want 1:\n%s", n, audited.buf.String())
+			}
+			e := audited.last(t, 1) // which fails for a secret
+			want := audit.Deny
+			if tt.reason == "" {
+				want = audit.Allow
+			}
+			if e.Decision != want || e.Reason != tt.reason || e.Message != tt.message {
+				t.Errorf("audited %+v, want %s, %q, %q", e, want, tt.reason, tt.message)
+			}
+			if allowed := want == audit.Allow; (e.AccessKeyID != "") != allowed || e.Expiration.IsZero() == allowed {
+				t.Errorf("audited the session %q until %s of a call with the outcome %s", e.AccessKeyID, e.Expiration, want)
+			}
+			if (e.Role != "") != tt.role || (e.SessionName != "") != tt.role || (tt.role && e.Pod != cart.Identity.Name) {
+				t.Errorf("audited role %q, session name %q, pod %q", e.Role, e.SessionName, e.Pod)
+			}
+			if len(decided) != 1 || decided[0].Decision != e.Decision || decided[0].Reason != e.Reason || decided[0].Message != e.Message {
+				t.Errorf("Decided was told %+v, and the log %+v", decided, e)
+			}
+		})
+	}
+}
+
+// A call ends by itself, and before its caller's own clock says so, whichever step hangs.
+func TestCallsAreBounded(t *testing.T) {
+	hang := func(ctx context.Context) error {
+		<-ctx.Done()
+		return credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable, "it took too long")
+	}
+	for name, s := range map[string]steps{"verifying": {verify: hang}, "binding": {bind: hang}, "fetching": {get: hang}} {
+		for _, tt := range []struct{ deadline, want time.Duration }{
+			{0, 30*time.Second - 50*time.Millisecond}, // none at all
+			{time.Hour, 30*time.Second - 50*time.Millisecond},
+			{10 * time.Second, 10*time.Second - 50*time.Millisecond},
+		} {
+			t.Run(fmt.Sprintf("%s, %s", name, tt.deadline), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					b, _ := newStepped(t, s, io.Discard, nil)
+					ctx := bearing(t)
+					if tt.deadline != 0 {
+						var cancel context.CancelFunc
+						ctx, cancel = context.WithTimeout(ctx, tt.deadline)
+						defer cancel()
+					}
+					began := time.Now()
+					_, err := b.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
+					if took := time.Since(began); took != tt.want || credential.ReasonOf(brokerpb.FromError(err)) != credential.ReasonSTSUnavailable {
+						t.Errorf("took %s, want %s (%v)", took, tt.want, err)
+					}
+				})
+			})
+		}
+	}
+}
