@@ -114,3 +114,17 @@ func (c *Cache[K]) Check() error {
 	}
 	return nil
 }
+
+// Suspend is what a machine that was suspended for d finds: its timers stood still, and by the wall clock all that the cache
+// knows is older by d.
+func (c *Cache[K]) Suspend(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		for _, at := range []*time.Time{&e.held.Issued, &e.held.Expiration, &e.dueAt, &e.notBefore} {
+			if !at.IsZero() {
+				*at = at.Add(-d)
+			}
+		}
+	}
+}

@@ -371,3 +371,88 @@ func TestReleasedKeysAreBounded(t *testing.T) {
 		}
 	})
 }
+
+// A key whose fetch is queued or under way is no room for another one, whether a caller still waits for it or not: its
+// session would be lost, and the fetch's end would meet an entry that is not known.
+func TestFetchesUnderWayAreNoRoom(t *testing.T) {
+	for name, tt := range map[string]struct{ concurrency, callers int }{
+		"under way, with callers":  {64, 1},
+		"under way, all have left": {64, 0},
+		"one is queued":            {1, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := (&source{}).slow(10 * time.Second)
+				c := start(t, s, cache.Config[string]{MaxPerClass: 2, Concurrency: tt.concurrency})
+				ctx, leave := context.WithCancel(t.Context())
+				defer leave()
+				got := make(chan error, 2)
+				for _, key := range []string{"a", "b"} {
+					go func() { _, err := c.Get(ctx, key, "shop"); got <- err }()
+					synctest.Wait()
+				}
+				if tt.callers == 0 {
+					leave()
+				}
+				synctest.Wait()
+				for range 3 {
+					if _, err := c.Get(t.Context(), "c", "shop"); !errors.Is(err, cache.ErrClassFull) {
+						t.Errorf("a third key was answered %v, want %v", err, cache.ErrClassFull)
+					}
+					if err := c.Keep("d", "shop"); !errors.Is(err, cache.ErrClassFull) {
+						t.Errorf("a fourth key is kept: %v", err)
+					}
+				}
+				if err := c.Check(); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				for range 2 {
+					if err := <-got; err != nil && tt.callers > 0 {
+						t.Errorf("a caller whose fetch was under way got %v", err)
+					}
+				}
+				// What was fetched is there, and gives room now.
+				mustGet(t, c, "a")
+				mustGet(t, c, "b")
+				if n := s.count(); n != 2 {
+					t.Errorf("%d fetches, want 2: a session was lost", n)
+				}
+				if _, err := c.Get(t.Context(), "c", "shop"); err != nil {
+					t.Errorf("when nothing is under way, a third key was answered %v", err)
+				}
+				if err := c.Check(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+// Timers stand still while a machine is suspended, and sessions go on expiring. What fell due meanwhile is renewed soon after.
+func TestRenewalAfterASuspend(t *testing.T) {
+	for _, length := range []time.Duration{15 * time.Minute, time.Hour, 12 * time.Hour} {
+		for _, part := range []float64{0.6, 1.5} { // past its renewal, past its end
+			t.Run(fmt.Sprintf("%s, for %v of it", length, part), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := &source{}
+					s.become(func(context.Context, string) (credential.Credential, error) { return s.session(length), nil })
+					c := start(t, s, cache.Config[string]{})
+					keep(t, c, "a")
+					time.Sleep(10 * time.Second)
+					synctest.Wait()
+					if n := s.count(); n != 1 {
+						t.Fatalf("%d fetches at the start", n)
+					}
+					c.Suspend(time.Duration(part * float64(length)))
+					time.Sleep(time.Minute)
+					synctest.Wait()
+					if n := s.count(); n != 2 {
+						t.Errorf("%d fetches a minute after a suspend, want 2", n)
+					}
+				})
+			})
+		}
+	}
+}

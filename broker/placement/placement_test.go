@@ -295,3 +295,43 @@ func TestLossAndGrowth(t *testing.T) {
 		f.wantTwoOwners()
 	})
 }
+
+// A broker that ends keeps what it has and takes up nothing, neither what it waited for nor what the loss of others makes
+// its own: each would be a call of STS for its last seconds.
+func TestEndingTakesUpNothing(t *testing.T) {
+	for name, change := range map[string]func(f *fleet){
+		"nothing else changes": func(*fleet) {},
+		"another one goes":     func(f *fleet) { f.gone(3) },
+		"all others go":        func(f *fleet) { f.gone(3); f.gone(4); f.gone(5) },
+		"others come":          func(f *fleet) { f.set(6, starting); f.set(6, ready) },
+		"another one ends too": func(f *fleet) { f.set(3, ending) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFleet(t)
+				for i := 1; i <= 5; i++ {
+					f.set(i, ready)
+				}
+				time.Sleep(DefaultSettleTime)
+				synctest.Wait()
+				f.wantTwoOwners()
+				f.gone(2) // What that one had waits to be taken up.
+				before := f.owned(1)
+				f.set(1, ending)
+				told := 0
+				f.all[addr(1)].OnChange(func() { told++ })
+				change(f)
+				for range 3 {
+					time.Sleep(DefaultSettleTime)
+					synctest.Wait()
+					if owned := f.owned(1); !slices.Equal(owned, before) {
+						t.Fatalf("a broker that ends owned %d sessions and owns %d", len(before), len(owned))
+					}
+				}
+				if told != 0 {
+					t.Errorf("it had all pods looked at %d times", told)
+				}
+			})
+		})
+	}
+}

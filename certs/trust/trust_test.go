@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -813,4 +814,111 @@ func TestNewRefuses(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A term that cannot read what an earlier leader left waits until it can: with an empty record it would withdraw roots under
+// which other replicas still serve.
+func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
+	for what, status := range map[string]*metav1.Status{
+		"an error of the server": failure(http.StatusInternalServerError, metav1.StatusReasonInternalError, "etcd is electing"),
+		"overloaded":             failure(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, "try later"),
+		"forbidden":              failure(http.StatusForbidden, metav1.StatusReasonForbidden, "RBAC is not synced yet"),
+	} {
+		for _, long := range []time.Duration{0, 30 * time.Second} { // one failed read, and many
+			t.Run(fmt.Sprintf("%s, for %s", what, long), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					b := newBench(t)
+					cas := []*certstest.CA{newCA(t), newCA(t)}
+					b.mount(cas[0])
+					one := b.start(nil)
+					time.Sleep(settle)
+					b.mount(cas[1])
+					time.Sleep(settle)
+					b.want("under the first leader", "shop", cas, 0, 1)
+					record := b.api.configMap(t, home).Data[trust.RecordKey]
+					one.stop()
+
+					failed := 0
+					until := time.Now().Add(long)
+					b.api.mu.Lock()
+					b.api.refuse = func(method, resource, namespace string) *metav1.Status {
+						b.api.mu.Lock()
+						defer b.api.mu.Unlock()
+						// Every replica lists its own namespace's when it starts; the read is the next one.
+						if method != http.MethodGet || resource != "configmaps" || namespace != home || failed > 1 && !time.Now().Before(until) {
+							return nil
+						}
+						failed++
+						return status
+					}
+					b.api.mu.Unlock()
+					two := b.start(nil)
+					for range 600 {
+						time.Sleep(100 * time.Millisecond)
+						for _, namespace := range []string{"shop", home} {
+							if got := b.published(namespace, cas...); !slices.Equal(got, []int{0, 1}) {
+								t.Fatalf("namespace %s has roots %v of 0 and 1", namespace, got)
+							}
+						}
+					}
+					if failed < 2 || !two.Leading() || two.Err() != nil {
+						t.Errorf("%d reads failed; the second replica leads: %v, %v", failed, two.Leading(), two.Err())
+					}
+					// It has retired the old root, and knows since when both are published.
+					now := b.api.configMap(t, home).Data[trust.RecordKey]
+					if strings.Count(now, "published") != 2 || strings.Count(record, "published") != 2 {
+						t.Errorf("the record is\n%s\nand was\n%s", now, record)
+					}
+				})
+			})
+		}
+	}
+}
+
+// A root is never taken for published before every namespace has it, not even by the part of a second that the record
+// does not keep.
+func TestRootsCountAsPublishedWhenTheyAre(t *testing.T) {
+	for _, fraction := range []time.Duration{0, time.Millisecond, 300 * time.Millisecond, 999 * time.Millisecond} {
+		t.Run(fraction.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t)
+				cas := []*certstest.CA{newCA(t), newCA(t)}
+				first := b.mount(cas[0])
+				time.Sleep(fraction)
+				one := b.start(nil)
+				time.Sleep(settle)
+				two := b.start(nil) // One leads; the other knows no more than the record.
+				time.Sleep(settle)
+				second := b.mount(cas[1])
+				const step = 5 * time.Millisecond
+				for len(b.published("shop", cas...)) < 2 || len(b.published(home, cas...)) < 2 {
+					time.Sleep(step)
+				}
+				everywhere := time.Now().Add(-step)
+				time.Sleep(trust.DefaultPropagation - 2*step)
+				for i, r := range []*replica{one, two} {
+					if !serves(t, r, first) {
+						t.Errorf("replica %d serves the new leaf %s after its root was published, less than %s", i, time.Since(everywhere), trust.DefaultPropagation)
+					}
+				}
+				// The leader looks every 2 s, and the record has whole seconds.
+				time.Sleep(4 * time.Second)
+				for i, r := range []*replica{one, two} {
+					if !serves(t, r, second) {
+						t.Errorf("replica %d does not serve the new leaf %s after its root was published: %v", i, time.Since(everywhere), r.pair.Err())
+					}
+				}
+				var record struct {
+					Roots []struct{ Published time.Time }
+				}
+				if err := json.Unmarshal([]byte(b.api.configMap(t, home).Data[trust.RecordKey]), &record); err != nil || len(record.Roots) != 2 {
+					t.Fatalf("the record has %d roots: %v", len(record.Roots), err)
+				}
+				latest := slices.MaxFunc(record.Roots, func(a, b struct{ Published time.Time }) int { return a.Published.Compare(b.Published) }).Published
+				if latest.Before(everywhere) {
+					t.Errorf("the record has the root published at %s, and it was %s later", latest.Format(time.RFC3339Nano), everywhere.Sub(latest))
+				}
+			})
+		})
+	}
 }
