@@ -121,6 +121,7 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 	}
 	s.region = loaded.Region
 	s.client = sts.NewFromConfig(loaded, func(o *sts.Options) {
+		o.HTTPSignerV4 = new(signer)
 		if cfg.Endpoint != "" {
 			o.BaseEndpoint = aws.String(cfg.Endpoint)
 		}

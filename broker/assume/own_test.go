@@ -479,3 +479,23 @@ func TestRevokedHop(t *testing.T) {
 		check(t, "two hours", err, credential.ErrInvalid, credential.ReasonSTSRejected, []string{"because the broker itself is a role", "1h or less"})
 	})
 }
+
+// An operator corrects the secret of a key that has been refused, and leaves its id.
+func TestCorrectedSecretOfTheSameKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{})
+		id, secret := server.Keys()
+		isolate(t, "", "", "")
+		file := filepath.Join(t.TempDir(), "credentials")
+		t.Setenv("AWS_SHARED_CREDENTIALS_FILE", file)
+		write(t, file, keysFile(id, "wrong-secret"))
+		g := grant(t, nil)
+		_, err := sts.Credential(t.Context(), g)
+		check(t, "a wrong secret", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"}, "wrong-secret")
+		write(t, file, keysFile(id, secret.Reveal()))
+		time.Sleep(time.Minute)
+		if _, err := sts.Credential(t.Context(), g); err != nil {
+			t.Errorf("the right secret a minute later: %v", err)
+		}
+	})
+}

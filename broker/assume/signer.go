@@ -1,0 +1,35 @@
+package assume
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
+)
+
+// signer signs as the SDK does, with one difference. The SDK keeps what it derives from a secret access key for the rest of the
+// day by the access key's id alone: once an operator has corrected the secret of the same key, it goes on signing with the
+// wrong one.
+type signer struct {
+	mu     sync.Mutex
+	secret string     // guarded by mu
+	signer *v4.Signer // that has seen no secret but that; guarded by mu
+}
+
+// SignHTTP implements sts.HTTPSignerV4.
+func (s *signer) SignHTTP(ctx context.Context, keys aws.Credentials, r *http.Request, payloadHash, service, region string, at time.Time, options ...func(*v4.SignerOptions)) error {
+	s.mu.Lock()
+	if s.signer == nil || s.secret != keys.SecretAccessKey {
+		s.signer, s.secret = v4.NewSigner(), keys.SecretAccessKey
+	}
+	by := s.signer
+	s.mu.Unlock()
+	if err := by.SignHTTP(ctx, keys, r, payloadHash, service, region, at, options...); err != nil {
+		return fmt.Errorf("signing a call: %w", err)
+	}
+	return nil
+}
