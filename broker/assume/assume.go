@@ -73,6 +73,7 @@ type STS struct {
 	clock   *clock
 	region  string
 	observe func(Call)
+	proof   proof
 }
 
 var _ credential.Source[policy.Grant] = (*STS)(nil)
@@ -154,6 +155,9 @@ func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
 		return err
 	})
 	if err != nil {
+		if ctx.Err() == nil {
+			s.proof.fail(s.problem(err), unsupported(err))
+		}
 		return credential.RoleBase{}, fmt.Errorf("asking STS for the broker's own account: %w", cause(err))
 	}
 	caller, err := arn.Parse(aws.ToString(out.Arn))
@@ -166,25 +170,6 @@ func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
 	}
 	return base, nil
 }
-
-// AwaitBase is Base, asked again until STS answers or ctx ends: without a base, roles that are written
-// as names mean nothing.
-func (s *STS) AwaitBase(ctx context.Context, log *slog.Logger) (credential.RoleBase, error) {
-	for wait := minBaseWait; ; wait = min(2*wait, maxBaseWait) {
-		base, err := s.Base(ctx)
-		if err == nil || ctx.Err() != nil {
-			return base, err
-		}
-		log.WarnContext(ctx, "STS does not say which account this is; asking again", "error", err, "retry_in", wait)
-		select {
-		case <-time.After(wait): //nolint:forbidigo // Few times in a process's life.
-		case <-ctx.Done():
-		}
-	}
-}
-
-// Waits between questions for the broker's own account, doubled each time.
-const minBaseWait, maxBaseWait = time.Second, 30 * time.Second
 
 // Credential assumes the grant's role. Its errors are of type [*credential.Error].
 func (s *STS) Credential(ctx context.Context, g policy.Grant) (credential.Credential, error) {
@@ -290,6 +275,9 @@ func (s *STS) signed(ctx context.Context, keys *own, action string, call func(si
 		err = call(func(o *sts.Options) { o.Credentials = credentials.StaticCredentialsProvider{Value: creds} })
 		v := judge(err)
 		s.tell(action, v, began)
+		if keys == s.own && knowsCaller(v, err) {
+			s.proof.confirm()
+		}
 		switch v {
 		case stale:
 			if again || !keys.refused(version) {
@@ -350,7 +338,7 @@ func (s *STS) hop(ctx context.Context, base *own, role credential.RoleARN) (aws.
 		return err
 	})
 	if err != nil {
-		return aws.Credentials{}, fmt.Errorf("assuming %s, the role of --assume-role: %w", role, cause(err))
+		return aws.Credentials{}, &hopError{role: role, err: cause(err)}
 	}
 	c := out.Credentials
 	return aws.Credentials{

@@ -30,12 +30,15 @@ const (
 	EventReason = "CredentialsRefused"
 	// BudgetReason is the reason of the Event on a broker's own pod which may not call STS as often as it must.
 	BudgetReason = "STSBudgetShort"
+	// IdentityReason is the reason of the Event on a broker's own pod which is not ready, because STS has not confirmed its
+	// identity.
+	IdentityReason = "AWSIdentityUnconfirmed"
 	// EventController is what wrote it.
 	EventController = "credence-iam.github.io/broker"
 )
 
 // eventActions are what the broker did when it had something to say, by the reason of the Event.
-var eventActions = map[string]string{EventReason: "GetCredentials", BudgetReason: "RenewSessions"}
+var eventActions = map[string]string{EventReason: "GetCredentials", BudgetReason: "RenewSessions", IdentityReason: "ConfirmIdentity"}
 
 const (
 	// eventQuiet is how long the same refusal of the same pod is not written again: as long as an API server
@@ -131,6 +134,11 @@ func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
 
 // BudgetShort has an Event with this note written on the broker's own pod.
 func (e *Events) BudgetShort(pod policy.Pod, note string) { e.queueUp(pod, BudgetReason, "", note) }
+
+// IdentityUnconfirmed has an Event with this note written on the broker's own pod.
+func (e *Events) IdentityUnconfirmed(pod policy.Pod, note string) {
+	e.queueUp(pod, IdentityReason, "", note)
+}
 
 func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, note string) {
 	now := time.Now()

@@ -78,6 +78,7 @@ func TestBudgetIsAnEvent(t *testing.T) {
 		e, w := startEvents(t)
 		for range 2 {
 			e.BudgetShort(refusedPod("credence", 1), "too many sessions")
+			e.IdentityUnconfirmed(refusedPod("credence", 1), "wrong keys")
 		}
 		e.Refused(refusedPod("credence", 1), notPermitted)
 		synctest.Wait()
@@ -87,6 +88,7 @@ func TestBudgetIsAnEvent(t *testing.T) {
 		}
 		want := []string{
 			"STSBudgetShort/RenewSessions: too many sessions",
+			"AWSIdentityUnconfirmed/ConfirmIdentity: wrong keys",
 			"CredentialsRefused/GetCredentials: ROLE_NOT_PERMITTED: role x is not permitted",
 		}
 		if diff := cmp.Diff(want, got); diff != "" {

@@ -67,7 +67,8 @@ func run(ctx context.Context, o options) error {
 		group.Go(func() error { return p.trust.Run(serving) })
 	}
 	var prefetched atomic.Pointer[broker.Prefetch]
-	checks := p.readiness(serving, &prefetched)
+	checks, proof := p.readiness(serving, &prefetched)
+	group.Go(func() error { return proof.run(serving, p.reportIdentity) })
 	ready := func() bool { return admin.Ready(checks) == nil }
 	if err := p.metrics.Watch(admin.Sources{Ready: ready}); err != nil {
 		return err
@@ -81,6 +82,8 @@ func run(ctx context.Context, o options) error {
 			if base, err = p.sts.AwaitBase(serving, p.log); err != nil {
 				return listener.Close()
 			}
+		} else {
+			group.Go(func() error { p.sts.AwaitIdentity(serving, p.log); return nil })
 		}
 		d, err := p.decide(o, base)
 		if err != nil {

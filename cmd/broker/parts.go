@@ -38,6 +38,7 @@ import (
 // parts are what the broker is made of.
 type parts struct {
 	log       *slog.Logger
+	own       policy.Pod // this broker's; without a UID outside a cluster
 	pair      *certs.KeyPair
 	trust     *trust.Trust // nil: nothing is published
 	directory *kube.Directory
@@ -129,12 +130,12 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if err := p.place(o, rest); err != nil {
 		return parts{}, err
 	}
-	own := policy.Pod{Namespace: o.namespace, Name: name, UID: os.Getenv("POD_UID")}
+	p.own = policy.Pod{Namespace: o.namespace, Name: name, UID: os.Getenv("POD_UID")}
 	if p.budget, err = broker.NewBudget(broker.BudgetConfig{
 		Stats: p.sessions.Stats, Logger: p.log,
 		Tell: func(note string) {
-			if own.UID != "" { // outside a cluster there is no pod to tell it of
-				p.events.BudgetShort(own, note)
+			if p.own.UID != "" { // outside a cluster there is no pod to tell it of
+				p.events.BudgetShort(p.own, note)
 			}
 		},
 	}); err != nil {

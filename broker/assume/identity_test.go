@@ -1,0 +1,256 @@
+package assume_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/credence-iam/credence/broker/assume"
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/credential"
+)
+
+// form is an error as services word it that speak STS's form.
+func form(code, message string) string {
+	return fmt.Sprintf(`<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type></Type><Code>%s</Code><Message>%s</Message></Error><RequestId>18EC3C10FE2E4612</RequestId></ErrorResponse>`, code, message)
+}
+
+// What STS says decides whether it knows the broker, and what its operator reads.
+func TestIdentityByAnswer(t *testing.T) {
+	const confirmed, unsupported = "confirmed", "unsupported"
+	user := "User: arn:aws:iam::123456789012:user/broker is not authorized to perform: "
+	for name, tt := range map[string]struct {
+		status int
+		body   string
+		want   string   // of the two above; "" for neither
+		words  []string // of the problem
+	}{
+		"STS": {200, `<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult>` +
+			`<Arn>arn:aws:iam::123456789012:user/broker</Arn><Account>123456789012</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, confirmed, nil},
+		"unknown key":                {403, form("InvalidClientTokenId", "The security token included in the request is invalid."), "", []string{"InvalidClientTokenId", "access key does not exist", "Secret"}},
+		"wrong secret":               {403, form("SignatureDoesNotMatch", "The request signature we calculated does not match"), "", []string{"SignatureDoesNotMatch", "secret access key"}},
+		"unknown key, MinIO":         {403, form("AccessDenied", "The Access Key Id you provided does not exist in our records."), "", []string{"access key does not exist"}},
+		"expired":                    {400, form("ExpiredToken", "The security token included in the request is expired"), "", []string{"have expired", "Replace"}},
+		"clock":                      {400, form("RequestExpired", "Request has expired"), "", []string{"clock"}},
+		"no account":                 {403, form("OptInRequired", "The AWS Access Key Id needs a subscription for the service"), "", []string{"subscribed"}},
+		"region":                     {403, form("RegionDisabledException", "STS is not activated in this region"), "", []string{"eu-central-1", "--region"}},
+		"throttled":                  {400, form("Throttling", "Rate exceeded"), "", []string{"throttles", "keeps trying"}},
+		"failing":                    {503, form("ServiceUnavailable", "try later"), "", []string{"ServiceUnavailable", "status 503", "keeps trying"}},
+		"a denial that names nobody": {403, form("AccessDenied", "Access Denied."), "", []string{"denies the broker", "VPC endpoint"}},
+		// An endpoint policy that lets AssumeRole alone pass. STS knew the caller.
+		"a policy against the action": {403, form("AccessDenied", user+"sts:GetCallerIdentity because no VPC endpoint policy allows the sts:GetCallerIdentity action"), confirmed, nil},
+		// As a real MinIO answers, whatever the keys are.
+		"MinIO":                      {400, form("InvalidParameterValue", "Unsupported action GetCallerIdentity"), unsupported, []string{"no GetCallerIdentity", "--base-arn"}},
+		"unknown action":             {400, form("InvalidAction", "Could not find operation GetCallerIdentity for version 2011-06-15"), unsupported, nil},
+		"not implemented":            {501, form("NotImplemented", "A header you provided implies functionality that is not implemented"), unsupported, nil},
+		"not allowed, as S3 says it": {405, `<?xml version="1.0" encoding="UTF-8"?><Error><Code>MethodNotAllowed</Code><RequestId>tx1</RequestId></Error>`, unsupported, nil},
+		"a web server":               {404, "<html><title>404 Not Found</title></html>", "", []string{"status 404", "--sts-endpoint"}},
+		"a proxy":                    {403, "<html><title>Forbidden by your company</title></html>", "", []string{"status 403", "proxy"}},
+		"a page":                     {200, "<html>Sign in to the guest network</html>", "", []string{"status 200", "proxy"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			isolate(t, "AKIAEXAMPLE", "own-secret", "")
+			front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(tt.status)
+				_, _ = w.Write([]byte(tt.body))
+			}))
+			defer front.Close()
+			s := newSTS(t, assume.Config{Endpoint: front.URL})
+			if is := s.Identity(); is != (assume.Identity{}) {
+				t.Fatalf("before any call: %+v", is)
+			}
+			_, _ = s.Base(t.Context())
+			is := s.Identity()
+			if is.Confirmed != (tt.want == confirmed) || is.Unsupported != (tt.want == unsupported) || (is.Problem == "") != is.Confirmed {
+				t.Errorf("%+v, want %q", is, tt.want)
+			}
+			for _, words := range tt.words {
+				if !strings.Contains(is.Problem, words) {
+					t.Errorf("the problem does not say %q: %s", words, is.Problem)
+				}
+			}
+			for _, never := range []string{"own-secret", "18EC3C10FE2E4612", "arn:", "<html>"} {
+				if strings.Contains(is.Problem, never) {
+					t.Errorf("the problem has %q: %s", never, is.Problem)
+				}
+			}
+		})
+	}
+}
+
+// Any call that STS answers as one of a caller that it knows confirms the identity, and nothing takes that back.
+func TestIdentityIsConfirmedByAnyCallAndStays(t *testing.T) {
+	server := start(t, ststest.Config{})
+	server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidParameterValue", Message: "Unsupported action GetCallerIdentity"}})
+	s := newSTS(t, assume.Config{Endpoint: server.URL()})
+	_, _ = s.Base(t.Context())
+	if is := s.Identity(); is.Confirmed || !is.Unsupported {
+		t.Fatalf("without GetCallerIdentity: %+v", is)
+	}
+	if _, err := s.Credential(t.Context(), grant(t, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for _, outage := range []ststest.Outage{ststest.NoOutage, ststest.Failing, ststest.Refusing} {
+		server.SetOutage(outage)
+		_, _ = s.Base(t.Context())
+		if is := s.Identity(); is != (assume.Identity{Confirmed: true}) {
+			t.Errorf("outage %v: %+v", outage, is)
+		}
+	}
+
+	// A role that does not trust the broker does, too: STS says whom it refuses.
+	server = start(t, ststest.Config{Default: ststest.Behavior{Deny: true}})
+	s = newSTS(t, assume.Config{Endpoint: server.URL()})
+	if _, err := s.Credential(t.Context(), grant(t, nil)); err == nil || !s.Identity().Confirmed {
+		t.Errorf("a role that is refused (%v): %+v", err, s.Identity())
+	}
+	// What fails otherwise does not.
+	server.SetDefault(ststest.Behavior{Fault: ststest.Throttling()})
+	s = newSTS(t, assume.Config{Endpoint: server.URL()})
+	if _, err := s.Credential(t.Context(), grant(t, nil)); err == nil || s.Identity().Confirmed {
+		t.Errorf("a call that is throttled (%v): %+v", err, s.Identity())
+	}
+}
+
+// With --assume-role the first hop must work too.
+func TestIdentityBehindAHop(t *testing.T) {
+	hop, err := credential.ParseRoleARN(hopARN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := start(t, ststest.Config{})
+	for name, tt := range map[string]struct {
+		hop   ststest.Behavior
+		words []string
+	}{
+		"refused":   {ststest.Behavior{Deny: true}, []string{"--assume-role", "trust policy", "sts:AssumeRole"}},
+		"throttled": {ststest.Behavior{Fault: ststest.Throttling()}, []string{"--assume-role", "throttles"}},
+		"away":      {ststest.Behavior{Fault: ststest.Drop()}, []string{"--assume-role", "cannot reach STS"}},
+	} {
+		server.SetRole(hopARN, tt.hop)
+		s := newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop})
+		_, _ = s.Base(t.Context())
+		is := s.Identity()
+		if is.Confirmed || is.Unsupported {
+			t.Errorf("%s: %+v", name, is)
+		}
+		for _, words := range tt.words {
+			if !strings.Contains(is.Problem, words) || strings.Contains(is.Problem, "arn:") {
+				t.Errorf("%s: the problem does not say %q, or too much: %s", name, words, is.Problem)
+			}
+		}
+	}
+	server.SetRole(hopARN, ststest.Behavior{})
+	s := newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop})
+	if _, err := s.Base(t.Context()); err != nil || !s.Identity().Confirmed {
+		t.Errorf("a hop that works: %v, %+v", err, s.Identity())
+	}
+}
+
+func TestIdentityWithoutCredentials(t *testing.T) {
+	server := start(t, ststest.Config{})
+	isolate(t, "", "", "")
+	s := newSTS(t, assume.Config{Endpoint: server.URL()})
+	_, _ = s.Base(t.Context())
+	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "obtains no AWS credentials") || !strings.Contains(is.Problem, "docs/aws.md") {
+		t.Errorf("without credentials: %+v", is)
+	}
+
+	webIdentity(t, server, "token")
+	server.SetRole(baseARN, ststest.Behavior{WebIdentityToken: "another"})
+	s = newSTS(t, assume.Config{Endpoint: server.URL()})
+	_, _ = s.Base(t.Context())
+	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "InvalidIdentityToken") || !strings.Contains(is.Problem, "identity provider") {
+		t.Errorf("a token that is refused: %+v", is)
+	}
+	server.SetRole(baseARN, ststest.Behavior{Deny: true})
+	s = newSTS(t, assume.Config{Endpoint: server.URL()})
+	_, _ = s.Base(t.Context())
+	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "trust policy") {
+		t.Errorf("a role that is refused: %+v", is)
+	}
+	server.SetRole(baseARN, ststest.Behavior{Fault: ststest.Drop()})
+	s = newSTS(t, assume.Config{Endpoint: server.URL()})
+	_, _ = s.Base(t.Context())
+	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "cannot reach STS") {
+		t.Errorf("STS is away: %+v", is)
+	}
+}
+
+// One mistake is one problem, whatever port a connection has of its own: each text is an Event.
+func TestProblemsHaveNoPorts(t *testing.T) {
+	isolate(t, "AKIAEXAMPLE", "own-secret", "")
+	port := 40_000
+	s := newSTS(t, assume.Config{Dial: func(context.Context, string, string) (net.Conn, error) {
+		port++
+		resolver, source := net.UDPAddr{IP: net.IPv4(10, 96, 0, 10), Port: 53}, net.UDPAddr{IP: net.IPv4(10, 0, 0, 7), Port: port}
+		return nil, &net.OpError{Op: "read", Net: "udp", Source: &source, Addr: &resolver, Err: errors.New("i/o timeout")}
+	}})
+	problems := map[string]bool{}
+	for range 3 {
+		_, _ = s.Base(t.Context())
+		problems[s.Identity().Problem] = true
+	}
+	const want = "the broker cannot reach STS: check egress, DNS, --region and any proxy; the broker keeps trying (request send failed, " +
+		`Post "https://sts.eu-central-1.amazonaws.com/": read udp 10.96.0.10:53: i/o timeout)`
+	if len(problems) != 1 || !problems[want] {
+		t.Errorf("the problems are %v, want %s", problems, want)
+	}
+}
+
+// However long STS is away, a broker that waits for it is confirmed within seconds of its return, and without a storm.
+func TestAwaitIdentity(t *testing.T) {
+	for name, outage := range map[string]ststest.Outage{"failing": ststest.Failing, "refusing": ststest.Refusing} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				server, s := inMemory(t, ststest.Config{}, assume.Config{})
+				server.SetOutage(outage)
+				done := make(chan struct{})
+				go func() { defer close(done); s.AwaitIdentity(t.Context(), slog.New(slog.DiscardHandler)) }()
+				const away = time.Hour
+				time.Sleep(away)
+				first := s.Identity()
+				if first.Confirmed || first.Problem == "" {
+					t.Errorf("during the outage: %+v", first)
+				}
+				time.Sleep(time.Minute)
+				if again := s.Identity(); again != first {
+					t.Errorf("the problem changes its words from %q to %q", first.Problem, again.Problem)
+				}
+				server.SetOutage(ststest.NoOutage)
+				began := time.Now()
+				<-done
+				if took := time.Since(began); took > 10*time.Second || !s.Identity().Confirmed {
+					t.Errorf("%s after the outage: %+v", took, s.Identity())
+				}
+				if n := server.Count("GetCallerIdentity", ""); outage == ststest.Failing && (n < 300 || n > 800) {
+					t.Errorf("%d calls in an hour", n)
+				}
+			})
+		})
+	}
+	t.Run("unsupported", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			server, s := inMemory(t, ststest.Config{}, assume.Config{})
+			server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidAction"}})
+			s.AwaitIdentity(t.Context(), slog.New(slog.DiscardHandler)) // returns
+			if n := server.Count("GetCallerIdentity", ""); n != 1 || !s.Identity().Unsupported {
+				t.Errorf("%d calls of what is not there: %+v", n, s.Identity())
+			}
+			// A base needs an answer, so that is asked for until there is one.
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if base, err := s.AwaitBase(ctx, slog.New(slog.DiscardHandler)); err == nil || !base.IsZero() || server.Count("GetCallerIdentity", "") < 5 {
+				t.Errorf("the base is %s, %v", base, err)
+			}
+		})
+	})
+}

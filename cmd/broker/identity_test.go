@@ -1,0 +1,344 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	eventsv1 "k8s.io/api/events/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/admin"
+	"github.com/credence-iam/credence/broker/assume"
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/policy"
+)
+
+// starting is a broker that starts, as far as its readiness depends on AWS: the real STS client before a real STS, the real
+// cache, and Events that are written to an API server that takes nothing else.
+type starting struct {
+	t      *testing.T
+	sts    *ststest.Server
+	keys   string // the file with the broker's credentials
+	parts  parts
+	checks []admin.Check
+	proof  *proof
+	noBase bool
+	logged *bytes.Buffer
+	events *eventServer
+}
+
+// start starts it. Its STS has no GetCallerIdentity if compatible is set. It runs in a synctest bubble, and has wrong keys.
+func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *starting {
+	t.Helper()
+	server, err := ststest.StartInMemory(t.Context(), ststest.Config{})
+	must(t, err)
+	s := &starting{t: t, sts: server, keys: filepath.Join(t.TempDir(), "credentials"), logged: new(bytes.Buffer), events: new(eventServer)}
+	if compatible {
+		server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidParameterValue", Message: "Unsupported action GetCallerIdentity"}})
+	}
+	for name, value := range map[string]string{
+		"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SESSION_TOKEN": "", "AWS_PROFILE": "",
+		"AWS_CONFIG_FILE": os.DevNull, "AWS_SHARED_CREDENTIALS_FILE": s.keys, "AWS_EC2_METADATA_DISABLED": "true",
+	} {
+		t.Setenv(name, value)
+	}
+	s.setKeys("AKIAWRONG", "wrong-secret")
+	prepare(s)
+	log := slog.New(slog.NewJSONHandler(s.logged, nil))
+	source, err := assume.New(t.Context(), assume.Config{Region: "eu-central-1", Endpoint: server.URL(), Dial: server.Dial, Logger: log})
+	must(t, err)
+	sessions, err := cache.New(cache.Config[policy.Grant]{Source: source, Logger: log})
+	must(t, err)
+	events, err := kube.NewEvents(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
+	must(t, err)
+	s.parts = parts{log: log, own: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: events}
+	began := time.Now()
+	s.checks, s.proof = s.parts.readiness(t.Context(), new(atomic.Pointer[broker.Prefetch]))
+	s.checks = slices.DeleteFunc(s.checks, func(c admin.Check) bool { return c.Name != "AWS identity" }) // All others need a cluster.
+	s.proof.based = func() bool { return !s.noBase }
+	s.proof.warmed = func() bool {
+		settled, kept := sessions.Settled()
+		return settled == kept || time.Since(began) >= warmTime
+	}
+	for i := range pods {
+		must(t, sessions.Keep(grantOf(t, fmt.Sprint("role-", i)), "shop"))
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	for _, run := range []func(context.Context) error{
+		sessions.Run, events.Run,
+		func(ctx context.Context) error { source.AwaitIdentity(ctx, log); return nil },
+		func(ctx context.Context) error { return s.proof.run(ctx, s.parts.reportIdentity) },
+	} {
+		running.Go(func() { _ = run(ctx) })
+	}
+	t.Cleanup(func() { cancel(); running.Wait(); server.Close() })
+	return s
+}
+
+func (s *starting) setKeys(id, secret string) {
+	must(s.t, os.WriteFile(s.keys, fmt.Appendf(nil, "[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret), 0o600))
+}
+
+// rightKeys are what an operator puts in the place of the wrong ones.
+func (s *starting) rightKeys() {
+	id, secret := s.sts.Keys()
+	s.setKeys(id, secret.Reveal())
+}
+
+// ready returns what /readyz answers.
+func (s *starting) ready() (ok bool, text string) {
+	synctest.Wait()
+	w := httptest.NewRecorder()
+	admin.Handler(nil, s.checks...).ServeHTTP(w, httptest.NewRequestWithContext(s.t.Context(), http.MethodGet, "/readyz", nil))
+	return w.Code == http.StatusOK, w.Body.String()
+}
+
+func (s *starting) want(what string, want bool, words ...string) {
+	s.t.Helper()
+	ok, text := s.ready()
+	if ok != want {
+		s.t.Errorf("%s: ready is %v, want %v: %s", what, ok, want, text)
+	}
+	for _, w := range words {
+		if !strings.Contains(text, w) {
+			s.t.Errorf("%s: /readyz does not say %q: %s", what, w, text)
+		}
+	}
+	if strings.Contains(text, "wrong-secret") || strings.Contains(s.logged.String(), "wrong-secret") {
+		s.t.Errorf("%s: a secret is in /readyz or the log", what)
+	}
+}
+
+// eventServer is an API server that takes Events.
+type eventServer struct {
+	mu    sync.Mutex
+	taken []eventsv1.Event
+}
+
+func (e *eventServer) RoundTrip(r *http.Request) (*http.Response, error) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return nil, err
+	}
+	var event eventsv1.Event
+	if _, _, err := scheme.Codecs.UniversalDeserializer().Decode(body, nil, &event); err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.taken = append(e.taken, event)
+	return &http.Response{StatusCode: http.StatusCreated, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader(`{"kind":"Event","apiVersion":"events.k8s.io/v1"}`))}, nil
+}
+
+// notes are those of the Events so far, which are warnings on the broker's own pod.
+func (e *eventServer) notes(t *testing.T) (all []string) {
+	t.Helper()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, event := range e.taken {
+		if event.Reason != kube.IdentityReason || event.Type != "Warning" || event.Regarding.Name != "broker-1" || event.Regarding.UID != "u-1" || event.Namespace != "credence" {
+			t.Errorf("an Event is %+v", event)
+		}
+		all = append(all, event.Note)
+	}
+	return all
+}
+
+func grantOf(t *testing.T, role string) policy.Grant {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	must(t, err)
+	base, err := credential.BaseOf("aws", "123456789012")
+	must(t, err)
+	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	must(t, err)
+	g, err := rules.Grant(policy.Pod{Namespace: "shop", Name: "p", UID: "u", Annotations: map[string]string{keys.Name(policy.Role): role}}, policy.Namespace{
+		Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled}, Annotations: map[string]string{keys.Name(policy.Permitted): ".*"},
+	})
+	must(t, err)
+	return g
+}
+
+// A broker with wrong keys never is in the place of one that works, and says why where an operator looks.
+func TestWrongKeysAreNotReady(t *testing.T) {
+	for name, pods := range map[string]int{"no pods": 0, "with pods": 3} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := start(t, false, pods, func(*starting) {})
+				time.Sleep(10 * time.Minute)
+				const problem = "(InvalidClientTokenId): their access key does not exist or is inactive"
+				s.want("wrong keys", false, problem, "Secret")
+				notes := s.events.notes(t)
+				if len(notes) != 1 || !strings.Contains(notes[0], problem) || !strings.Contains(notes[0], "not ready") {
+					t.Errorf("the Events say %q, want one with the problem", notes)
+				}
+				if !strings.Contains(s.logged.String(), problem) {
+					t.Errorf("the log does not say %q:\n%.2000s", problem, s.logged)
+				}
+				// Another mistake is another Event, and the same one comes again when the first has expired.
+				id, _ := s.sts.Keys()
+				s.setKeys(id, "wrong-secret")
+				time.Sleep(2 * time.Minute)
+				s.want("a wrong secret", false, "(SignatureDoesNotMatch)")
+				time.Sleep(time.Hour)
+				if notes := s.events.notes(t); len(notes) != 3 || !strings.Contains(notes[1], "SignatureDoesNotMatch") || notes[2] != notes[1] {
+					t.Errorf("after an hour the Events say %q", notes)
+				}
+				s.rightKeys()
+				time.Sleep(2 * time.Minute)
+				s.want("corrected", true)
+			})
+		})
+	}
+}
+
+// A broker that starts in an outage of STS leaves the work to the others, and is ready by itself as soon as STS answers.
+func TestRestartInAnOutage(t *testing.T) {
+	for name, outage := range map[string]ststest.Outage{"failing": ststest.Failing, "unreachable": ststest.Refusing} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := start(t, false, 2, func(s *starting) {
+					s.rightKeys()
+					s.sts.SetOutage(outage)
+				})
+				time.Sleep(time.Hour)
+				s.want("in the outage", false, "STS")
+				if notes := s.events.notes(t); len(notes) == 0 {
+					t.Error("no Event says why")
+				}
+				s.sts.SetOutage(ststest.NoOutage)
+				time.Sleep(10 * time.Second)
+				s.want("after it", true)
+			})
+		})
+	}
+}
+
+// A broker that was ready stays so, whatever becomes of STS and of its keys.
+func TestOutageLeavesReadyBrokersReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, false, 2, (*starting).rightKeys)
+		time.Sleep(time.Second)
+		s.want("at first", true)
+		for _, outage := range []ststest.Outage{ststest.Failing, ststest.Refusing, ststest.NoOutage} {
+			s.sts.SetOutage(outage)
+			s.setKeys("AKIAWRONG", "wrong-secret")
+			time.Sleep(13 * time.Hour) // The longest session has ended.
+			s.want("a day later", true)
+		}
+		if notes := s.events.notes(t); len(notes) != 0 {
+			t.Errorf("the Events say %q", notes)
+		}
+	})
+}
+
+// A service without GetCallerIdentity, such as MinIO, does not say who the broker is. Its sessions do.
+func TestServiceWithoutGetCallerIdentity(t *testing.T) {
+	t.Run("a first installation has no pods", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := start(t, true, 0, (*starting).rightKeys)
+			time.Sleep(2 * time.Second)
+			s.want("without pods", true)
+			s.setKeys("AKIAWRONG", "wrong-secret")
+			s.sts.SetOutage(ststest.Failing)
+			must(t, s.parts.sessions.Keep(grantOf(t, "role"), "shop"))
+			time.Sleep(time.Hour)
+			s.want("when it was ready once", true)
+		})
+	})
+	t.Run("with pods", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := start(t, true, 2, (*starting).rightKeys)
+			time.Sleep(2 * time.Second)
+			s.want("with pods", true)
+		})
+	})
+	t.Run("without a base ARN", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := start(t, true, 0, func(s *starting) { s.rightKeys(); s.noBase = true })
+			time.Sleep(time.Minute)
+			s.want("without a base ARN", false, "--base-arn")
+		})
+	})
+	t.Run("all roles are refused", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := start(t, true, 2, func(s *starting) {
+				s.rightKeys()
+				s.sts.SetDefault(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Message: "Access Denied.", Status: http.StatusForbidden}})
+			})
+			time.Sleep(warmTime)
+			s.want("refused", true)
+		})
+	})
+	t.Run("wrong keys", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			s := start(t, true, 2, func(*starting) {})
+			time.Sleep(5 * time.Minute)
+			s.want("wrong keys", false, "none of 2 sessions could be fetched", "--sts-endpoint")
+			if notes := s.events.notes(t); len(notes) != 1 {
+				t.Errorf("the Events say %q", notes)
+			}
+			s.rightKeys()
+			time.Sleep(2 * time.Minute)
+			s.want("corrected", true)
+		})
+	})
+}
+
+// Where STS does not answer GetCallerIdentity, and answers for a role that pods want, the broker can do what it is for.
+func TestSessionProvesIdentity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, false, 1, func(s *starting) {
+			s.rightKeys()
+			s.sts.SetIdentity(ststest.Behavior{Fault: ststest.Unavailable()})
+		})
+		time.Sleep(2 * time.Second)
+		s.want("with a session", true)
+	})
+}
+
+// The program itself, with wrong keys: it lives, is not ready, and says why on its own pod.
+func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.env = []string{"AWS_ACCESS_KEY_ID=AKIAWRONG", "POD_UID=u-1"}
+	b := w.launch("--base-arn=arn:aws:iam::123456789012:role/")
+	b.Await(t, "it waits for AWS to know it, and for nothing else", func() bool {
+		_, text := b.get(b.admin, "/readyz")
+		return strings.HasPrefix(text, "AWS identity: AWS refuses the broker's own credentials (InvalidClientTokenId)") && strings.Count(text, "\n") == 1
+	})
+	b.Await(t, "there is an Event on its own pod", func() bool {
+		for _, name := range w.api.Names(&eventsv1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: "credence"}}) {
+			e := &eventsv1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: "credence", Name: name}}
+			if w.api.Load(e) && e.Reason == kube.IdentityReason && e.Regarding.UID == "u-1" && strings.Contains(e.Note, "InvalidClientTokenId") {
+				return true
+			}
+		}
+		return false
+	})
+	b.Logged(t, "This broker is not ready, because STS has not confirmed who it is")
+	if code, _ := b.get(b.admin, "/healthz"); code != http.StatusOK || b.ready() {
+		t.Errorf("/healthz answers %d, and ready is %v", code, b.ready())
+	}
+}
