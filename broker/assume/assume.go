@@ -22,6 +22,7 @@ import (
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
+	"github.com/aws/aws-sdk-go-v2/credentials/endpointcreds"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/aws-sdk-go-v2/service/sts/types"
 	"github.com/aws/smithy-go/logging"
@@ -48,7 +49,7 @@ type Config struct {
 	// Logger is told of own credentials that cannot be renewed and of a clock that is wrong. Default:
 	// nobody is told.
 	Logger *slog.Logger
-	// Dial opens connections to STS instead of the network. Default: TCP.
+	// Dial opens connections to STS, and to sources of the broker's own credentials, instead of the network. Default: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
@@ -93,22 +94,26 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &STS{clock: &clock{log: log}, observe: cfg.Observe}
+	client := awshttp.NewBuildableClient().WithTimeout(callTimeout).WithTransportOptions(func(t *http.Transport) {
+		t.MaxIdleConnsPerHost = maxIdleConns
+		t.MaxResponseHeaderBytes = maxAnswerHeader
+		t.OnProxyConnectResponse = proxyRefused
+		if cfg.Dial != nil {
+			t.DialContext = cfg.Dial
+		}
+	})
 	options := []func(*config.LoadOptions) error{
 		// One attempt: package cache decides when to try again, with the whole picture.
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }),
 		// The SDK's own kind of client: with another one it refuses AWS_CA_BUNDLE.
-		config.WithHTTPClient(awshttp.NewBuildableClient().WithTimeout(callTimeout).WithTransportOptions(func(t *http.Transport) {
-			t.MaxIdleConnsPerHost = maxIdleConns
-			t.MaxResponseHeaderBytes = maxAnswerHeader
-			if cfg.Dial != nil {
-				t.DialContext = cfg.Dial
-			}
-		})),
+		config.WithHTTPClient(client),
+		// EKS Pod Identity and the like would be asked by a client without these bounds.
+		config.WithEndpointCredentialOptions(func(o *endpointcreds.Options) { o.HTTPClient = client }),
 		// Its own lines are about connections, and would go to stderr as they are.
 		config.WithLogger(logging.LoggerFunc(func(_ logging.Classification, format string, v ...any) {
 			log.Debug("The AWS SDK reports", "text", fmt.Sprintf(format, v...))
 		})),
-		config.WithAPIOptions([]func(*middleware.Stack) error{wire{s.clock}.add}),
+		config.WithAPIOptions([]func(*middleware.Stack) error{wire{s.clock}.add, proxied{http.ProxyFromEnvironment}.add}),
 	}
 	if cfg.Region != "" {
 		options = append(options, config.WithRegion(cfg.Region))

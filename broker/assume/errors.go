@@ -256,6 +256,9 @@ func cause(err error) error {
 		return err // no answer: a connection, the context, or a source that makes none
 	}
 	u := &unread{status: status}
+	if p, ok := errors.AsType[*proxyError](err); ok {
+		u.proxy = p.host
+	}
 	if op, ok := errors.AsType[*smithy.OperationError](err); ok {
 		u.call = op.Service() + " " + op.Operation()
 	}
@@ -271,11 +274,15 @@ func cause(err error) error {
 type unread struct {
 	call   string
 	status int
-	err    error // why it was not read to its end; nil: it was
+	proxy  string // that it came through; empty: none
+	err    error  // why it was not read to its end; nil: it was
 }
 
 func (u *unread) Error() string {
 	text := fmt.Sprintf("%s: what came back, with status %d, is no answer of its", u.call, u.status)
+	if u.proxy != "" {
+		text += ", and came through the proxy " + u.proxy
+	}
 	if u.err != nil {
 		text += ": " + u.err.Error()
 	}

@@ -162,11 +162,15 @@ func (s *STS) problem(err error) string {
 		return "the STS-compatible service has no GetCallerIdentity: set --base-arn (aws.baseARN)"
 	case a.status != 0 && a.code != "" && a.code != "UnknownError":
 		return fmt.Sprintf("STS fails (%s, status %d); the broker keeps trying", a.code, a.status)
-	case a.status != 0:
-		return fmt.Sprintf("STS answers with status %d, which is no answer of its; the broker keeps trying. Check --sts-endpoint, and any proxy on the way", a.status)
-	default:
-		return "the broker cannot reach STS: check egress, DNS, --region and any proxy; the broker keeps trying (" + reachError(err) + ")"
 	}
+	way := "any proxy on the way"
+	if p, ok := errors.AsType[*proxyError](err); ok {
+		way = "the proxy " + p.host
+	}
+	if a.status != 0 {
+		return fmt.Sprintf("STS answers with status %d, which is no answer of its; the broker keeps trying. Check --sts-endpoint and %s", a.status, way)
+	}
+	return fmt.Sprintf("the broker cannot reach STS: check egress, DNS, --region and %s; the broker keeps trying (%s)", way, reachError(err))
 }
 
 // noCredentials says why the broker has no credentials to sign with.

@@ -199,7 +199,7 @@ func TestProblemsHaveNoPorts(t *testing.T) {
 		_, _ = s.Base(t.Context())
 		problems[s.Identity().Problem] = true
 	}
-	const want = "the broker cannot reach STS: check egress, DNS, --region and any proxy; the broker keeps trying (request send failed, " +
+	const want = "the broker cannot reach STS: check egress, DNS, --region and any proxy on the way; the broker keeps trying (request send failed, " +
 		`Post "https://sts.eu-central-1.amazonaws.com/": read udp 10.96.0.10:53: i/o timeout)`
 	if len(problems) != 1 || !problems[want] {
 		t.Errorf("the problems are %v, want %s", problems, want)

@@ -27,9 +27,16 @@ func main() {
 // run builds the parts and runs them until ctx ends: first the server drains, then what it needs
 // stops.
 func run(ctx context.Context, o options) error {
+	proxies, err := program.DirectCalls()
+	if err != nil {
+		return err
+	}
 	p, err := build(ctx, o)
 	if err != nil {
 		return err
+	}
+	if proxies != (program.Proxies{}) {
+		p.log.InfoContext(ctx, "Calling AWS through a proxy", "https_proxy", proxies.HTTPS, "http_proxy", proxies.HTTP)
 	}
 	listen := &net.ListenConfig{}
 	listener, err := listen.Listen(ctx, "tcp", o.listen)

@@ -60,6 +60,7 @@ func run(ctx context.Context, o options) error {
 		}
 		runs = append(runs, settings.Run)
 	}
+	program.WithoutProxies()
 	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
 	if err != nil {
 		return fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/assume"
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/cmd/internal/program/programtest"
+)
+
+// Variables of the process that calls behind a proxy. It is one of its own, since net/http reads a process's proxies once.
+const (
+	behindProxy   = "CREDENCE_TEST_BEHIND_PROXY" // set: this is that process
+	podIdentityAt = "CREDENCE_TEST_POD_IDENTITY" // where its 169.254.170.23:80 really is
+	apiServerAt   = "10.96.0.1:443"              // which is nowhere
+	stsHost       = "sts.example.com"            // which only the proxy reaches; httptest has a certificate for it
+	podIdentity   = "http://169.254.170.23/v1/credentials"
+	ownToken      = "the-broker's-own-token"
+)
+
+// found is what that process has found.
+type found struct {
+	Dialled   []string // addresses that it has opened connections to
+	Confirmed bool
+	Problem   string
+	Err       string
+}
+
+// behind calls the API server and STS as the broker does, with credentials of EKS Pod Identity.
+func behind(t *testing.T) (f found) {
+	if _, err := program.DirectCalls(); err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex // transports dial on goroutines of their own
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		mu.Lock()
+		f.Dialled = append(f.Dialled, address)
+		mu.Unlock()
+		switch address {
+		case "169.254.170.23:80":
+			address = os.Getenv(podIdentityAt)
+		case apiServerAt:
+			return nil, fmt.Errorf("there is no API server in this test")
+		}
+		return new(net.Dialer).DialContext(ctx, network, address)
+	}
+	client, err := corev1client.NewForConfig(&rest.Config{Host: "https://" + apiServerAt, Dial: dial})
+	must(t, err)
+	_, err = client.Namespaces().List(t.Context(), metav1.ListOptions{})
+	if err == nil {
+		t.Error("an API server that is not there answered")
+	}
+	sts, err := assume.New(t.Context(), assume.Config{Region: "eu-test-1", Endpoint: "https://" + stsHost, Dial: dial})
+	must(t, err)
+	if _, err := sts.Base(t.Context()); err != nil {
+		f.Err = err.Error()
+	}
+	is := sts.Identity()
+	mu.Lock()
+	defer mu.Unlock()
+	f.Confirmed, f.Problem = is.Confirmed, is.Problem
+	return f
+}
+
+// A proxy is for AWS. The API server, and what serves this machine alone, are called directly: the proxy could not reach
+// them, and would read the broker's own token.
+func TestWhatGoesThroughAProxy(t *testing.T) {
+	if out := os.Getenv(behindProxy); out != "" {
+		text, err := json.Marshal(behind(t))
+		must(t, err)
+		must(t, os.WriteFile(out, text, 0o600))
+		return
+	}
+	sts, err := ststest.New(ststest.Config{})
+	must(t, err)
+	front := httptest.NewUnstartedServer(sts)
+	front.StartTLS()
+	defer front.Close()
+	id, secret := sts.Keys()
+	var token atomic.Value
+	agent := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		token.Store(r.Header.Get("Authorization"))
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(map[string]string{"AccessKeyId": id, "SecretAccessKey": secret.Reveal()})
+	}))
+	defer agent.Close()
+	proxy := programtest.StartProxy(t, map[string]string{stsHost + ":443": front.Listener.Addr().String()})
+
+	dir := t.TempDir()
+	tokenFile, bundle := filepath.Join(dir, "token"), filepath.Join(dir, "ca.pem")
+	must(t, os.WriteFile(tokenFile, []byte(ownToken), 0o600))
+	must(t, os.WriteFile(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw}), 0o600))
+	run := func(more ...string) found {
+		t.Helper()
+		out := filepath.Join(dir, "found")
+		child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.count=1")
+		for _, v := range os.Environ() {
+			if name, _, _ := strings.Cut(v, "="); !strings.HasPrefix(name, "AWS_") && !strings.Contains(strings.ToUpper(name), "PROXY") {
+				child.Env = append(child.Env, v)
+			}
+		}
+		address := "http://user:pa55word@" + proxy.Addr
+		child.Env = append(child.Env, behindProxy+"="+out, podIdentityAt+"="+agent.Listener.Addr().String(),
+			"HTTPS_PROXY="+address, "HTTP_PROXY="+address, "KUBERNETES_SERVICE_HOST=10.96.0.1", "KUBERNETES_SERVICE_PORT=443",
+			"AWS_CONTAINER_CREDENTIALS_FULL_URI="+podIdentity, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE="+tokenFile,
+			"AWS_CA_BUNDLE="+bundle, "AWS_CONFIG_FILE="+os.DevNull, "AWS_SHARED_CREDENTIALS_FILE="+os.DevNull, "AWS_EC2_METADATA_DISABLED=true")
+		child.Env = append(child.Env, more...)
+		if output, err := child.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, output)
+		}
+		text, err := os.ReadFile(out) //nolint:gosec // a file of this test
+		must(t, err)
+		var f found
+		must(t, json.Unmarshal(text, &f))
+		if strings.Contains(string(text), "pa55word") || strings.Contains(string(text), ownToken) {
+			t.Errorf("the proxy's password or the broker's token is in a message: %s", text)
+		}
+		return f
+	}
+
+	f := run()
+	if !f.Confirmed || f.Err != "" {
+		t.Errorf("behind a proxy, STS says %+v", f)
+	}
+	if want := []string{apiServerAt, "169.254.170.23:80", proxy.Addr}; !slices.Equal(slices.Compact(f.Dialled), want) {
+		t.Errorf("connections were opened to %v, want %v", f.Dialled, want)
+	}
+	if token.Load() != ownToken {
+		t.Errorf("EKS Pod Identity got the token %q", token.Load())
+	}
+	hosts, authorizations := proxy.Asked()
+	if !slices.Equal(slices.Compact(hosts), []string{stsHost + ":443"}) || len(authorizations) > 0 {
+		t.Errorf("the proxy was asked for %v, and read %d Authorization headers", hosts, len(authorizations))
+	}
+
+	// What a proxy refuses is told apart from what AWS says.
+	proxy.Refuse(http.StatusForbidden)
+	f = run()
+	refused := fmt.Sprintf("the proxy %s refuses a connection to %s:443 with status 403", proxy.Addr, stsHost)
+	if f.Confirmed || !strings.Contains(f.Problem, refused) || !strings.Contains(f.Err, refused) {
+		t.Errorf("a proxy that refuses: %+v, want %q", f, refused)
+	}
+	// One that does not answer is named too.
+	gone := httptest.NewServer(nil)
+	gone.Close()
+	f = run("HTTPS_PROXY=http://user:pa55word@" + gone.Listener.Addr().String())
+	if named := "the proxy " + gone.Listener.Addr().String(); f.Confirmed || !strings.Contains(f.Problem, named) || !strings.Contains(f.Err, named) {
+		t.Errorf("a proxy that is gone: %+v, want %q", f, named)
+	}
+}
+
+// The program does so before it makes its first client, and refuses what is no proxy.
+func TestProgramKeepsLocalCallsOffProxies(t *testing.T) {
+	t.Setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
+	t.Setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+	t.Setenv("NO_PROXY", "")
+	t.Setenv("no_proxy", "")
+	if err := run(t.Context(), options{rulesFile: "/nonexistent"}); err == nil || !strings.Contains(err.Error(), "--rules-file") {
+		t.Fatalf("without files, the broker says %v", err)
+	}
+	for _, name := range []string{"NO_PROXY", "no_proxy"} {
+		if direct := os.Getenv(name); !strings.Contains(direct, "10.96.0.1") || !strings.Contains(direct, "169.254.0.0/16") {
+			t.Errorf("%s is %q", name, direct)
+		}
+	}
+	t.Setenv("HTTPS_PROXY", "ftp://user:pa55word@proxy")
+	if err := run(t.Context(), options{rulesFile: "/nonexistent"}); err == nil || !strings.Contains(err.Error(), "HTTPS_PROXY") || strings.Contains(err.Error(), "pa55word") {
+		t.Errorf("with a wrong HTTPS_PROXY, the broker says %v", err)
+	}
+}
