@@ -86,6 +86,39 @@ func TestBrokerHasTokensReviewed(t *testing.T) {
 	refused(t, lease, err, credential.ReasonTokenAudience)
 }
 
+// A broker that starts while STS is down is not ready, and becomes so by itself.
+func TestBrokerWaitsForSTS(t *testing.T) {
+	credence.StopBroker()
+	t.Cleanup(func() {
+		credence.STS.SetOutage(ststest.NoOutage)
+		credence.StopBroker()
+		if err := credence.StartBroker(context.WithoutCancel(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	})
+	credence.STS.SetOutage(ststest.Failing)
+	started := make(chan error, 1)
+	go func() {
+		started <- credence.StartBroker(t.Context(), "--base-arn=arn:aws:iam::"+stack.Account+":role/")
+	}()
+	soon(t, "the broker waits for STS, and for nothing else", func() error {
+		text, err := credence.Readiness(t.Context())
+		if err == nil && text != "AWS identity: STS fails (ServiceUnavailable, status 503); the broker keeps trying" {
+			err = fmt.Errorf("it answers %q", text)
+		}
+		return err
+	})
+	select {
+	case err := <-started:
+		t.Fatalf("it is ready: %v", err)
+	default:
+	}
+	credence.STS.SetOutage(ststest.NoOutage)
+	if err := <-started; err != nil {
+		t.Errorf("when STS is back: %v", err)
+	}
+}
+
 func TestRulesFileIsFollowed(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "rules.yaml")
 	write := func(role string) {

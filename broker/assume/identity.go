@@ -145,7 +145,7 @@ func (s *STS) problem(err error) string {
 		return s.noCredentials(own.err)
 	}
 	a := answerOf(err)
-	switch v := judge(err); v {
+	switch judge(err) {
 	case throttle:
 		return "STS throttles this account; the broker keeps trying"
 	case stale, ownFault:
@@ -156,12 +156,13 @@ func (s *STS) problem(err error) string {
 		return fmt.Sprintf("STS is not active in region %s: choose another one with --region (aws.region), or activate it in the account", s.region)
 	case denied:
 		return "STS denies the broker access: let the policy of its VPC endpoint, and the organization's, allow it to call sts:GetCallerIdentity and sts:AssumeRole"
+	case fine, rejected, away:
 	}
 	switch {
 	case unsupported(err):
 		return "the STS-compatible service has no GetCallerIdentity: set --base-arn (aws.baseARN)"
 	case a.status != 0 && a.code != "" && a.code != "UnknownError":
-		return fmt.Sprintf("STS fails (%s, status %d); the broker keeps trying", a.code, a.status)
+		return fmt.Sprintf("STS fails (%s, status %d); the broker keeps trying", cut(a.code), a.status)
 	}
 	way := "any proxy on the way"
 	if p, ok := errors.AsType[*proxyError](err); ok {

@@ -127,7 +127,7 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 		if output, err := child.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, output)
 		}
-		text, err := os.ReadFile(out) //nolint:gosec // a file of this test
+		text, err := os.ReadFile(out)
 		must(t, err)
 		var f found
 		must(t, json.Unmarshal(text, &f))

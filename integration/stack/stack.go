@@ -227,6 +227,24 @@ func metrics(ctx context.Context, port int) (string, error) {
 	return string(text), nil
 }
 
+// Readiness returns what the broker's /readyz answers: "ready", or what it waits for.
+func (s *Stack) Readiness(ctx context.Context) (string, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))+"/readyz", nil)
+	if err != nil {
+		return "", fmt.Errorf("asking for readiness: %w", err)
+	}
+	answer, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return "", fmt.Errorf("asking for readiness: %w", err)
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil {
+		return "", fmt.Errorf("asking for readiness: %w", err)
+	}
+	return strings.TrimSuffix(string(text), "\n"), nil
+}
+
 // InjectFlags are those flags of the webhook that decide what it injects, which "credence inject" has, too.
 func (s *Stack) InjectFlags() []string {
 	return []string{

@@ -1,6 +1,7 @@
 package program
 
 import (
+	"maps"
 	"net/url"
 	"os"
 	"strings"
@@ -21,10 +22,7 @@ func TestDirectCalls(t *testing.T) {
 	const proxy = "http://user:pa55word@proxy.example.com:3128"
 	both := map[string]string{"HTTP_PROXY": proxy, "HTTPS_PROXY": proxy}
 	with := func(more ...string) map[string]string {
-		env := map[string]string{}
-		for name, value := range both {
-			env[name] = value
-		}
+		env := maps.Clone(both)
 		for i := 0; i < len(more); i += 2 {
 			env[more[i]] = more[i+1]
 		}
