@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -247,6 +248,8 @@ var wiring = []struct {
 		b.mustServe(cart)
 		b.mustServe(till)
 	}},
+	{"max-token-life", "tokens that live longer are refused", func(w *world) { w.limitsLife() }},
+	{"max-token-life", "the same holds where the API server reviews tokens", func(w *world) { w.limitsLife("--token-verification=tokenreview") }},
 	{"max-grants-per-namespace", "further sessions of a namespace are refused", func(w *world) {
 		pods := []*corev1.Pod{w.pod("cart-1", "cart"), w.pod("till-1", "till")}
 		b := w.start("--max-grants-per-namespace=1")
@@ -675,6 +678,16 @@ func owned(w *world, pods []*corev1.Pod, ready []netip.Addr, self string, owners
 		w.Fatal("the broker owns no session: more pods are needed")
 	}
 	return roles
+}
+
+// limitsLife is the rows of --max-token-life.
+func (w *world) limitsLife(args ...string) {
+	pod := w.pod("cart-1", "cart")
+	b := w.start(append(args, "--max-token-life=3h")...)
+	b.mustServe(pod, apitest.Token{Life: 2 * time.Hour})
+	if _, err := b.credentials(pod, apitest.Token{Life: 4 * time.Hour}); !errors.Is(err, credential.ErrUnauthenticated) {
+		w.Errorf("a token that lives longer: %v", err)
+	}
 }
 
 // mustFetch waits until the broker keeps these roles' sessions, and has fetched no others.

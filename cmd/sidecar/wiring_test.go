@@ -40,6 +40,13 @@ var wiring = []struct {
 	flag, shows string
 	run         func(w *world)
 }{
+	{"broker-dns-name", "brokers are looked up by it, and prove the host of --broker", func(w *world) {
+		const host, full = "brokers.test", "brokers.test.svc.corp.example"
+		listener := listen(w.T, "127.0.0.1:0")
+		w.broker(host, listener)
+		target := net.JoinHostPort(host, portOf(listener.Addr().String()))
+		w.startWith("127.0.0.1 "+full+"\n", "--broker="+target, "--broker-dns-name="+full+".").mustServe("cart")
+	}},
 	{"broker", "brokers are called there, and must prove that name", func(w *world) {
 		w.start("--broker=" + w.target).mustServe("cart")
 		other := w.start("--broker=127.0.0.1" + strings.TrimPrefix(w.target, brokerHost))

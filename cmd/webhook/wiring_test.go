@@ -193,6 +193,12 @@ var wiring = []struct {
 	}},
 	{"sidecar-run-as-user", "it is the sidecar's user", injects("4711", func(pod *corev1.Pod) any { return *sidecar(pod).SecurityContext.RunAsUser })},
 	{"sidecar-log-level", "it is the sidecar's", injects("warn", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_LOG_LEVEL") })},
+	{"cluster-domain", "sidecars look the brokers up by their full name", func(w *world) {
+		pod := w.start("--cluster-domain=corp.example").mustInject(cart())
+		if got := env(pod, "CREDENCE_BROKER_DNS_NAME"); got != "credence-broker.credence.svc.corp.example." {
+			w.Errorf("the sidecar looks %q up", got)
+		}
+	}},
 	{"broker", "sidecars ask there", injects("brokers.example:9999", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_BROKER") })},
 	{"audience", "the sidecar's token is for it", injects("brokers.example", func(pod *corev1.Pod) any {
 		return projected(pod, func(s corev1.VolumeProjection) (string, bool) {
