@@ -13,7 +13,6 @@ import (
 	"os"
 
 	"golang.org/x/sync/errgroup"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/broker/admin"
@@ -60,10 +59,9 @@ func run(ctx context.Context, o options) error {
 		}
 		runs = append(runs, settings.Run)
 	}
-	program.WithoutProxies()
-	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
+	rest, err := apiServer(o.kubeconfig)
 	if err != nil {
-		return fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
+		return err
 	}
 	namespaces, err := kube.NewNamespaces(rest, o.Rules.Keys(), log)
 	if err != nil {
