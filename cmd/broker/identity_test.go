@@ -43,7 +43,7 @@ type starting struct {
 	checks []admin.Check
 	proof  *proof
 	noBase bool
-	logged *bytes.Buffer
+	logged *buffer
 	events *eventServer
 }
 
@@ -52,7 +52,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	t.Helper()
 	server, err := ststest.StartInMemory(t.Context(), ststest.Config{})
 	must(t, err)
-	s := &starting{t: t, sts: server, keys: filepath.Join(t.TempDir(), "credentials"), logged: new(bytes.Buffer), events: new(eventServer)}
+	s := &starting{t: t, sts: server, keys: filepath.Join(t.TempDir(), "credentials"), logged: new(buffer), events: new(eventServer)}
 	if compatible {
 		server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidParameterValue", Message: "Unsupported action GetCallerIdentity"}})
 	}
@@ -128,6 +128,24 @@ func (s *starting) want(what string, want bool, words ...string) {
 	if strings.Contains(text, "wrong-secret") || strings.Contains(s.logged.String(), "wrong-secret") {
 		s.t.Errorf("%s: a secret is in /readyz or the log", what)
 	}
+}
+
+// buffer is a log that is read while it is written.
+type buffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }
 
 // eventServer is an API server that takes Events.
