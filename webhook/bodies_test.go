@@ -70,22 +70,22 @@ func TestSilentBodiesTakeNothing(t *testing.T) {
 	}
 }
 
-// Reviews that come at once wait for each other's memory: none is lost that gets some in time, and the others are told.
+// Reviews that come at once wait for each other's memory: each that gets some in time is answered, and the others are
+// refused with the reason.
 func TestBodiesAreBounded(t *testing.T) {
 	for name, tt := range map[string]struct {
-		length int64 // of each that is under way
-		sent   bool  // one of them arrives
-		want   int
+		sent bool // two of those under way arrive
+		want int
 	}{
-		"memory in time":  {webhook.MaxReview, true, http.StatusOK},
-		"none in time":    {webhook.MaxReview, false, http.StatusServiceUnavailable},
-		"length not told": {-1, false, http.StatusServiceUnavailable},
+		"memory in time": {true, http.StatusOK},
+		"none in time":   {false, http.StatusServiceUnavailable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(t)
-				const part = 1 << 20
-				writers, _ := sends(t, s, webhook.MaxShared/part, tt.length, strings.Repeat(" ", part-1))
+				const part = 16 << 10
+				// The last one waits itself, and others wait behind it.
+				writers, _ := sends(t, s, int(webhook.MaxShared/webhook.ReadingCost(part))+1, 200<<10, strings.Repeat(" ", part-1))
 				body := review(pod(permitted, ""))
 				answered := asks(t, s, int64(len(body)), strings.NewReader(body))
 				select {
@@ -96,6 +96,7 @@ func TestBodiesAreBounded(t *testing.T) {
 				began := time.Now()
 				if tt.sent {
 					writers[0].Close()
+					writers[1].Close()
 				}
 				w := <-answered
 				if w.Code != tt.want {
@@ -104,13 +105,90 @@ func TestBodiesAreBounded(t *testing.T) {
 				if took := time.Since(began); took > 4*time.Second || !tt.sent && took < 4*time.Second {
 					t.Errorf("answered after %s", took)
 				}
-				if tt.want != http.StatusOK && !strings.HasPrefix(w.Body.String(), "too many reviews at once: of the 33554432 bytes") {
+				if tt.want != http.StatusOK && !strings.HasPrefix(w.Body.String(), "too many reviews at once: of the 134217728 bytes") {
 					t.Errorf("answered %s", w.Body)
 				}
 				for _, writer := range writers {
 					writer.Close()
 				}
 			})
+		})
+	}
+}
+
+// Large bodies that do not arrive, and others that wait behind them, do not hold up reviews of usual pods.
+func TestLargeReviewsDoNotHoldUpSmallOnes(t *testing.T) {
+	for name, length := range map[string]int64{"declared": webhook.MaxReview, "not declared": -1} {
+		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { largeReviews(t, length) }) })
+	}
+}
+
+func largeReviews(t *testing.T, length int64) {
+	s := newServer(t)
+	large, _ := sends(t, s, 100, length, strings.Repeat(" ", 1<<20))
+	body := review(pod(permitted, ""))
+	for range 100 {
+		select {
+		case w := <-asks(t, s, int64(len(body)), strings.NewReader(body)):
+			if w.Code != http.StatusOK {
+				t.Errorf("answered %d: %s", w.Code, w.Body)
+			}
+		default:
+			t.Error("a usual review waits for large ones")
+		}
+	}
+	for _, writer := range large {
+		writer.Close()
+	}
+}
+
+// endless is a body that never ends. It fails the test where more is read of it than a review may have.
+type endless struct {
+	t     *testing.T
+	begin string
+	read  int
+}
+
+func (e *endless) Read(p []byte) (int, error) {
+	n := copy(p, e.begin)
+	e.begin = e.begin[n:]
+	for at := n; at < len(p); at++ {
+		p[at] = ' '
+	}
+	if e.read += len(p); e.read > 8<<20 { // of 4 MiB, with what is read ahead
+		e.t.Errorf("%d bytes of a body without end were read", e.read)
+		return 0, io.ErrUnexpectedEOF
+	}
+	return len(p), nil
+}
+
+// A body in chunks without end is cut at the limit, and refused by an answer where the uid was among its first bytes.
+func TestBodyWithoutEnd(t *testing.T) {
+	s := newServer(t)
+	begin := strings.TrimSuffix(review(`{"x":"`), `","oldObject":null,"dryRun":true,"options":{"kind":"CreateOptions"}}}`)
+	for name, tt := range map[string]struct {
+		begin string
+		code  int
+	}{
+		"with a uid":        {begin, http.StatusOK},
+		"of another kind":   {strings.Replace(begin, "v1", "v2", 1), http.StatusRequestEntityTooLarge},
+		"of blanks":         {"", http.StatusRequestEntityTooLarge},
+		"of no JSON":        {"]", http.StatusRequestEntityTooLarge},
+		"of an open string": {`{"apiVersion":"`, http.StatusRequestEntityTooLarge},
+	} {
+		t.Run(name, func(t *testing.T) {
+			request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", &endless{t: t, begin: tt.begin})
+			request.Header.Set("Content-Type", "application/json")
+			w := httptest.NewRecorder()
+			s.ServeHTTP(w, request)
+			if w.Code != tt.code {
+				t.Errorf("answered %d: %s", w.Code, w.Body)
+			}
+			if tt.code == http.StatusOK {
+				if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || !strings.Contains(got.Result.Message, "the review is longer than 4194304 bytes") {
+					t.Errorf("answered %s", w.Body)
+				}
+			}
 		})
 	}
 }

@@ -37,9 +37,13 @@ type verdict struct {
 	grant policy.Grant // zero if the decision was left to the broker
 }
 
-// respond decides on one request, logs the decision and puts it in the API server's form.
-func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, began time.Time) *admissionv1.AdmissionResponse {
-	v, err := s.decideSafely(ctx, request)
+// respond decides on one request, logs the decision and puts it in the API server's form. With an error it refuses the
+// request for that, without looking at it.
+func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, err error, memory *share, began time.Time) *admissionv1.AdmissionResponse {
+	var v verdict
+	if err == nil {
+		v, err = s.decideSafely(ctx, request, memory)
+	}
 	response := &admissionv1.AdmissionResponse{UID: request.UID}
 	if err == nil && v.Patch != nil {
 		if response.Patch, err = stdjson.Marshal(v.Patch); err == nil {
@@ -51,7 +55,7 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 		response = refusal(request, err)
 	} else {
 		response.Allowed = true
-		response.Warnings = bounded(v.Warnings)
+		response.Warnings = bounded(v.Warnings, v.MoreWarnings)
 	}
 
 	if s.cfg.Observe != nil {
@@ -89,8 +93,8 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 }
 
 // decideSafely is decide, with a panic turned into an error.
-func (s *Server) decideSafely(ctx context.Context, request *admissionv1.AdmissionRequest) (v verdict, err error) {
-	if fault := s.safely(ctx, request.UID, func() { v, err = s.decide(ctx, request) }); fault != nil {
+func (s *Server) decideSafely(ctx context.Context, request *admissionv1.AdmissionRequest, memory *share) (v verdict, err error) {
+	if fault := s.safely(ctx, request.UID, func() { v, err = s.decide(ctx, request, memory) }); fault != nil {
 		return verdict{}, fault
 	}
 	return v, err
@@ -113,15 +117,23 @@ func (s *Server) safely(ctx context.Context, uid types.UID, f func()) (err error
 	return nil
 }
 
-func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionRequest) (verdict, error) {
+func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionRequest, memory *share) (verdict, error) {
 	// Only creation: the fields that injection adds cannot be changed later, and a pod that was let
 	// through before the webhook was there must stay editable.
 	pods := metav1.GroupVersionResource{Version: "v1", Resource: "pods"}
 	if request.Operation != admissionv1.Create || request.Resource != pods || request.SubResource != "" {
 		return verdict{decision: untouched}, nil
 	}
-	result, err := s.cfg.Injector.Inject(request.Object.Raw, request.Namespace)
+	result, err := s.cfg.Injector.InjectWithin(ctx, request.Object.Raw, request.Namespace, func(containers int) error {
+		return memory.growBy(ctx, costPerContainer*int64(containers))
+	})
 	v := verdict{decision: injected, Result: result}
+	if ended := ctx.Err(); ended != nil && errors.Is(err, ended) {
+		return v, &credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Cause: err, RetryAfter: time.Second,
+			Message: fmt.Sprintf("the webhook did not decide on the pod within %s, because it had too many others to decide on: try again", reviewTimeout),
+		}
+	}
 	if err != nil {
 		return v, err
 	}
@@ -208,12 +220,12 @@ const (
 	maxWarnings = 4096
 )
 
-// bounded returns what fits of the warnings, and how many more there were.
-func bounded(warnings []string) []string {
+// bounded returns what fits of the warnings, and how many more there were, beside those that were counted only.
+func bounded(warnings []string, more int) []string {
 	var kept []string
 	for at, warning := range warnings {
 		if (at+1)*maxWarning > maxWarnings-maxWarning { // the last place is for the count
-			return append(kept, fmt.Sprintf("credence: and %d more warnings", len(warnings)-at))
+			return append(kept, fmt.Sprintf("credence: and %d more warnings", len(warnings)-at+more))
 		}
 		kept = append(kept, clip("credence: "+warning, maxWarning))
 	}

@@ -3,8 +3,18 @@ package webhook
 // Bounds of reviews.
 const (
 	MaxReview = maxReview
-	MaxShared = maxBodies - maxReview
+	MaxShared = maxShared
+	MaxMemory = maxMemory
+	MaxSmall  = maxSmall
+	MaxCost   = maxCost
+	MaxLarge  = maxLarge
 )
 
 // Refusal is what a user is told of an error.
 var Refusal = refusal
+
+// Cost is the memory that is reserved for a review, and ReadingCost while it arrives.
+var (
+	Cost        = cost
+	ReadingCost = readingCost
+)

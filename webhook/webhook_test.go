@@ -411,7 +411,8 @@ func TestNotUnderstood(t *testing.T) {
 			`the body is "Pod" of "admission.k8s.io/v1", and only AdmissionReview of admission.k8s.io/v1 is understood: list v1 alone in the webhook's admissionReviewVersions`},
 		{"no request", "/mutate", "application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`, 400, "the review has no request"},
 		{"no uid", "/mutate", "application/json", review("{}", "0b2e5d3c", ""), 400, "the review's request has no uid"},
-		{"too long", "/mutate", "application/json", strings.Repeat(" ", 7<<20) + review("{}"), 413, "the review is longer than 7340032 bytes"},
+		{"too long", "/mutate", "application/json", strings.Repeat(" ", 4<<20) + review("{}"), 413, "the review is longer than 4194304 bytes, and an API server takes pods of at most 3145728: make the pod smaller"},
+		{"not UTF-8", "/mutate", "application/json", review(`{"metadata":{"name":"` + "\xff" + `"}}`), 400, "decoding the review: it is not UTF-8"},
 		{"path", "/validate", "application/json", review("{}"), 404, "404 page not found"},
 		{"path that is not clean", "//mutate", "application/json", review("{}"), 404, "404 page not found"},
 		{"method", "/readyz", "application/json", review("{}"), 405, ""},
@@ -425,9 +426,48 @@ func TestNotUnderstood(t *testing.T) {
 	}
 	// The longest body that is taken.
 	body := review("{}")
-	code, text := post(t, client, url+"/mutate", "application/json", strings.Repeat(" ", 7<<20-len(body))+body)
+	code, text := post(t, client, url+"/mutate", "application/json", strings.Repeat(" ", 4<<20-len(body))+body)
 	if code != http.StatusOK {
-		t.Errorf("a body of 7 MiB is answered %d %s", code, text)
+		t.Errorf("a body of 4 MiB is answered %d %s", code, text)
+	}
+}
+
+// TestTooLarge: a pod that is larger than what can be stored is refused by an answer that says so, whatever it asks for.
+func TestTooLarge(t *testing.T) {
+	containers := func(n int) string {
+		return `"initContainers":[` + strings.Repeat(`{"name":"i"},`, n-2) + `{"name":"i"}],` // and the pod's own
+	}
+	client, url := startTCP(t)
+	for name, tt := range map[string]struct {
+		review string
+		want   string // "" if it is injected
+	}{
+		"as many containers as there may be": {review(pod(permitted, containers(1000))), ""},
+		"one more container":                 {review(pod(permitted, containers(1001))), "the pod has 1001 containers, and at most 1000 are injected: split the pod"},
+		"60,000 containers in one list": {review(pod(permitted, strings.Replace(containers(60_002), `"i"}`, `"i","env":[{"name":"AWS_PROFILE","value":"x"},{"name":"AWS_ACCESS_KEY_ID","value":"x"}]}`, -1))),
+			"the review is longer than 4194304 bytes, and an API server takes pods of at most 3145728: make the pod smaller"},
+		"20,000 containers": {review(pod(permitted, containers(20_000))), "the pod's spec cannot be read: 19999 containers, and at most 1000 are injected: split the pod"},
+		"elements":          {review(pod(permitted, `"x":[0`+strings.Repeat(`,0`, 64_000)+`],`)), "the pod has 64033 fields and elements of lists, and at most 64000 are read: make it smaller, or remove its annotations of Credence"},
+		"levels":            {review(pod(permitted, `"x":`+strings.Repeat(`[`, 97)+strings.Repeat(`]`, 97)+`,`)), "the pod is nested 101 levels deep, and at most 100 are read: make it simpler, or remove its annotations of Credence"},
+		"bytes":             {review(pod(permitted, `"x":"`+strings.Repeat(`x`, 3<<20)+`",`)), "the pod has 3145944 bytes of JSON, and an API server takes at most 3145728: make it smaller"},
+		"annotations":       {review(pod(permitted+`","x":"`+strings.Repeat(`x`, 256<<10), "")), "the pod's annotations have 262211 bytes together, and Kubernetes takes 262144: make them shorter"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			code, text := post(t, client, url+"/mutate", "application/json", tt.review)
+			if code != http.StatusOK {
+				t.Fatalf("answered %d %s", code, text)
+			}
+			got := decodeReview(t, text, "0b2e5d3c")
+			if got.Allowed != (tt.want == "") {
+				t.Fatalf("answered %s", text)
+			}
+			if tt.want == "" {
+				return
+			}
+			if got.Result.Code != http.StatusBadRequest || got.Result.Message != "credence: "+tt.want || got.AuditAnnotations["reason"] != "POD_UNSUPPORTED" {
+				t.Errorf("answered %+v, %v, want %s", got.Result, got.AuditAnnotations, tt.want)
+			}
+		})
 	}
 }
 

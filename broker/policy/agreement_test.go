@@ -54,7 +54,7 @@ func TestKeysAgree(t *testing.T) {
 	}
 	sortedEqual(t, "podKeys and the switch that parses", policy.PodKeys, parsed)
 
-	all := slices.Concat(policy.PodKeys, policy.NamespaceKeys, []policy.Key{policy.Injected, policy.ServiceAccount})
+	all := slices.Concat(policy.PodKeys, policy.NamespaceKeys, []policy.Key{policy.Injected, policy.ServiceAccount, policy.Warnings})
 	var declared []policy.Key
 	for _, key := range constants {
 		declared = append(declared, key)

@@ -86,7 +86,13 @@ const (
 	// ServiceAccount is the pod annotation that repeats spec.serviceAccountName, for prefetch. It
 	// is a hint: the token decides.
 	ServiceAccount Key = "service-account"
+	// Warnings is the pod annotation with the webhook's warnings about credentials that outrank the annotated role, a
+	// line each. Controllers that create pods show warnings to nobody; the broker makes an Event of it.
+	Warnings Key = "warnings"
 )
+
+// written reports whether key is an annotation that the webhook writes, and that asks for nothing.
+func written(key Key) bool { return key == ServiceAccount || key == Warnings }
 
 var (
 	podKeys = [...]Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
@@ -121,7 +127,7 @@ func (k Keys) Name(key Key) string { return k.prefix + "/" + string(key) }
 // for something of ours and is never let through unseen.
 func (k Keys) Annotated(annotations map[string]string) bool {
 	for name := range annotations {
-		if key, ok := k.cut(name); ok && key != ServiceAccount {
+		if key, ok := k.cut(name); ok && !written(key) {
 			return true
 		}
 	}
@@ -159,7 +165,7 @@ func (k Keys) cut(name string) (Key, bool) {
 func (k Keys) refuseUnknown(annotations map[string]string) error {
 	var unknown []string
 	for name := range annotations {
-		if key, ok := k.cut(name); ok && key != ServiceAccount && !slices.Contains(podKeys[:], key) {
+		if key, ok := k.cut(name); ok && !written(key) && !slices.Contains(podKeys[:], key) {
 			unknown = append(unknown, name)
 		}
 	}

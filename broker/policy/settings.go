@@ -68,7 +68,9 @@ const (
 	tagCost = 32
 	// maxPolicy is the plain-text limit of the inline policy and the managed policies' ARNs
 	// together. The packed limit beside it is known to STS alone.
-	maxPolicy     = 2048
+	maxPolicy = 2048
+	// maxPolicyText bounds the inline policy as it is written, in bytes: with indentation, which STS is not sent.
+	maxPolicyText = 8 * maxPolicy
 	maxPolicyARNs = 10
 	minPolicyARN  = 20
 	// maxContainerNames bounds the comma lists: no pod near etcd's 1.5 MB has so many containers.
@@ -126,7 +128,7 @@ func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, err
 	var said [len(podKeys)]bool
 	for name, value := range annotations {
 		key, ok := k.cut(name)
-		if !ok || key == ServiceAccount {
+		if !ok || written(key) {
 			continue
 		}
 		at := slices.Index(podKeys[:], key)
@@ -338,9 +340,6 @@ func onlyOf(s, marks string) bool {
 	}
 	return true
 }
-
-// maxPolicyText bounds a policy with its blanks: what is left without them is bounded by maxPolicy.
-const maxPolicyText = 8 * maxPolicy
 
 // compactPolicy returns a policy without blanks, and about how many bytes it takes.
 func compactPolicy(value string) (string, int, error) {

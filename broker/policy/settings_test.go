@@ -83,6 +83,7 @@ var goodValues = map[policy.Key][]struct {
 		{" {\n \"Version\" : \"2012-10-17\", \"Statement\": [ {\"Sid\": \"a b\"} ] } ", func(s *policy.Settings) {
 			s.SessionPolicy = `{"Version":"2012-10-17","Statement":[{"Sid":"a b"}]}`
 		}},
+		{statement + strings.Repeat(" ", 16<<10-len(statement)), func(s *policy.Settings) { s.SessionPolicy = statement }},
 		{`{"Statement":"é\u2192"}`, func(s *policy.Settings) { s.SessionPolicy = `{"Statement":"é\u2192"}` }},
 		{`{"Statement":"` + strings.Repeat("é", 2048-len(statement)) + `"}`, func(s *policy.Settings) {
 			s.SessionPolicy = `{"Statement":"` + strings.Repeat("é", 2048-len(statement)) + `"}` // STS counts characters
@@ -227,6 +228,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"{\"Statement\":\"\xff\"}", "STS takes none above U+00FF"},
 		{strings.Repeat("[", 16<<10), "is not a JSON object"},
 		{statement + strings.Repeat(" ", 16<<10) + "x", "characters with its blanks, the limit is 16384"},
+		{`{"Statement":1` + strings.Repeat(`,"a":1`, 3000) + `}`, "has 18015 characters with its blanks, the limit is 16384"},
 		{`{"Statement":"` + strings.Repeat("x", 2049-len(statement)) + `"}`, "have 2049 characters together, STS takes 2048"},
 	},
 	policy.PolicyARNs: {

@@ -16,6 +16,7 @@
 package inject
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -130,8 +131,10 @@ func defaultTo[T comparable](value, fallback T) T {
 type Result struct {
 	// Patch injects the pod. Nil: there is nothing to add. Always nil beside an error.
 	Patch []Operation
-	// Warnings are sentences for whoever creates the pod. They quote no values of its environment.
+	// Warnings are sentences for the user who creates the pod, at most 64. They quote no values of its environment.
 	Warnings []string
+	// MoreWarnings is how many there are beside them.
+	MoreWarnings int
 	// Annotated reports whether the pod asks for anything of ours; if not, it is to be let through.
 	Annotated bool
 	// Pod is what package policy decides by. Set for annotated pods, beside an error too.
@@ -149,6 +152,20 @@ type Result struct {
 // change; its reason is one of those that package policy gives for annotations,
 // credential.ReasonPodUnsupported or credential.ReasonShadowed.
 func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
+	return i.inject(context.Background(), raw, namespace, func(int) error { return nil })
+}
+
+// InjectWithin is Inject within the time of ctx and the memory that the caller has. It refuses a pod that exceeds
+// [MaxObject], [MaxValues] or [MaxDepth] before decoding it. Before it makes the patch, it calls room with the number of
+// containers. Its error is also that of ctx, or of room.
+func (i *Injector) InjectWithin(ctx context.Context, raw []byte, namespace string, room func(containers int) error) (Result, error) {
+	if err := check(raw); err != nil {
+		return Result{}, err
+	}
+	return i.inject(ctx, raw, namespace, room)
+}
+
+func (i *Injector) inject(ctx context.Context, raw []byte, namespace string, room func(containers int) error) (Result, error) {
 	p, err := parsePod(raw)
 	if err != nil {
 		return Result{}, err
@@ -165,6 +182,9 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 		ServiceAccount: defaultServiceAccount,
 		Annotations:    p.Metadata.Annotations,
 	}
+	if n := length(p.Metadata.Annotations); n > maxAnnotations {
+		return result, unsupported("the pod's annotations have %d bytes together, and Kubernetes takes %d: make them shorter", n, maxAnnotations)
+	}
 	settings, err := i.cfg.Keys.Parse(p.Metadata.Annotations)
 	if err != nil {
 		return result, err
@@ -174,73 +194,99 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 		return result, err
 	}
 	result.Pod.ServiceAccount = spec.serviceAccount()
-
-	patch, warnings, err := i.newPlan(settings, spec).patch(p, spec, namespace)
+	if err := errors.Join(ctx.Err(), room(len(spec.Containers)+len(spec.InitContainers))); err != nil {
+		return result, err
+	}
+	var w warnings
+	patch, err := i.newPlan(settings, spec).patch(ctx, p, spec, namespace, &w)
 	if err != nil {
 		return result, err
 	}
-	result.Patch, result.Warnings = patch, warnings
+	result.Patch, result.Warnings, result.MoreWarnings = patch, w.all, w.more
 	return result, nil
+}
+
+// length returns the length of annotations as Kubernetes counts it.
+func length(annotations map[string]string) (n int) {
+	for key, value := range annotations {
+		n += len(key) + len(value)
+	}
+	return n
 }
 
 // patch makes the operations in an order in which the indices of the pod as it came stay right: what
 // edits existing containers first, and the container that shifts all others last.
-func (by *plan) patch(p *pod, spec *podSpec, namespace string) (ops []Operation, warnings []string, err error) {
+func (by *plan) patch(ctx context.Context, p *pod, spec *podSpec, namespace string, w *warnings) (ops []Operation, err error) {
 	if err := by.checkSupported(p, spec); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	present, err := by.checkPresent(spec)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if warnings, err = by.checkSettings(spec); err != nil {
-		return nil, nil, err
+	unwise, err := by.checkSettings(spec)
+	if err != nil {
+		return nil, err
+	}
+	for _, warning := range unwise {
+		w.addf("%s", warning)
 	}
 	unresolved, err := by.checkDNS(spec)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	warnings = append(warnings, unresolved...)
+	for _, warning := range unresolved {
+		w.addf("%s", warning)
+	}
 	if image := by.anotherVersion(spec); present && image != "" {
-		warnings = append(warnings, fmt.Sprintf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", sidecarName, image))
+		w.addf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", sidecarName, image)
 	}
 	if present && spec.InitContainers[0].Name != sidecarName {
 		// Patches of "add" cannot reorder, and the order is the other webhook's to choose.
-		warnings = append(warnings, fmt.Sprintf("init container %q stands before the sidecar: it has no credentials while it runs", spec.InitContainers[0].Name))
+		w.addf("init container %q stands before the sidecar: it has no credentials while it runs", spec.InitContainers[0].Name)
 	}
 	for _, list := range []struct {
 		path       string
 		containers []container
 	}{{"/spec/containers", spec.Containers}, {"/spec/initContainers", spec.InitContainers}} {
 		for at, c := range list.containers {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
 			if c.Name == sidecarName || !selected(c.Name, by.pod) {
 				continue
 			}
-			shadows, err := by.shadowed(c)
-			if err != nil {
-				return nil, nil, err
+			if err := by.shadowed(c, w); err != nil {
+				return nil, err
 			}
-			warnings = append(warnings, shadows...)
 			path := fmt.Sprintf("%s/%d/env", list.path, at)
 			ops = appendAll(ops, path, c.Env, by.env(c))
 		}
 	}
-	ops = by.mark(ops, p, spec)
+	ops = by.mark(ops, p, spec, w.kept())
 	ops, differing := by.addAnnotations(ops, p)
-	warnings = append(warnings, differing...)
+	for _, warning := range differing {
+		w.addf("%s", warning)
+	}
 	ops = by.addPullSecrets(ops, spec)
 	if !present {
 		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{by.volume(spec)})
 		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, by.sidecar(spec, namespace))
 	}
-	return ops, warnings, nil
+	return ops, nil
 }
 
-// mark adds the label and the annotation by which the broker finds the pod. Both keys are the
-// webhook's own: a wrong value, which only a copied manifest can have, is overwritten.
-func (by *plan) mark(ops []Operation, p *pod, spec *podSpec) []Operation {
+// mark adds the label and the annotation by which the broker finds the pod, and the annotation with warnings. The keys
+// are the webhook's own: mark overwrites another value, which can come from a copied manifest, and an annotation with
+// warnings that no longer apply becomes empty, because "add" cannot remove it.
+func (by *plan) mark(ops []Operation, p *pod, spec *podSpec, kept string) []Operation {
+	key := by.cfg.Keys.Name(policy.Warnings)
 	ops = setKey(ops, "/metadata/labels", p.Metadata.Labels, by.cfg.Keys.Name(policy.Injected), "true")
-	return setKey(ops, "/metadata/annotations", p.Metadata.Annotations, by.cfg.Keys.Name(policy.ServiceAccount), spec.serviceAccount())
+	ops = setKey(ops, "/metadata/annotations", p.Metadata.Annotations, by.cfg.Keys.Name(policy.ServiceAccount), spec.serviceAccount())
+	if _, there := p.Metadata.Annotations[key]; there || kept != "" {
+		ops = setKey(ops, "/metadata/annotations", p.Metadata.Annotations, key, kept)
+	}
+	return ops
 }
 
 // unsupported refuses a pod for its shape.

@@ -3,9 +3,11 @@ package inject
 import (
 	stdjson "encoding/json"
 	"fmt"
+	"regexp"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/json"
 
 	"github.com/credence-iam/credence/broker/policy"
@@ -29,38 +31,42 @@ type pod struct {
 }
 
 type podSpec struct {
-	Containers                    []container                   `json:"containers"`
-	InitContainers                []container                   `json:"initContainers"`
-	Volumes                       []volume                      `json:"volumes"`
-	ServiceAccountName            string                        `json:"serviceAccountName"`
-	DeprecatedServiceAccount      string                        `json:"serviceAccount"`
-	HostNetwork                   bool                          `json:"hostNetwork"`
-	OS                            *corev1.PodOS                 `json:"os"`
-	NodeSelector                  map[string]string             `json:"nodeSelector"`
-	Affinity                      *corev1.Affinity              `json:"affinity"`
-	TerminationGracePeriodSeconds *int64                        `json:"terminationGracePeriodSeconds"`
-	Resources                     *corev1.ResourceRequirements  `json:"resources"`
-	ImagePullSecrets              []corev1.LocalObjectReference `json:"imagePullSecrets"`
-	SecurityContext               securityContext               `json:"securityContext"`
-	DNSPolicy                     corev1.DNSPolicy              `json:"dnsPolicy"`
+	Containers                    containers                        `json:"containers"`
+	InitContainers                containers                        `json:"initContainers"`
+	Volumes                       list[volume]                      `json:"volumes"`
+	ServiceAccountName            string                            `json:"serviceAccountName"`
+	DeprecatedServiceAccount      string                            `json:"serviceAccount"`
+	HostNetwork                   bool                              `json:"hostNetwork"`
+	OS                            *corev1.PodOS                     `json:"os"`
+	NodeSelector                  map[string]string                 `json:"nodeSelector"`
+	Affinity                      affinity                          `json:"affinity"`
+	TerminationGracePeriodSeconds *int64                            `json:"terminationGracePeriodSeconds"`
+	Resources                     resources                         `json:"resources"`
+	ImagePullSecrets              list[corev1.LocalObjectReference] `json:"imagePullSecrets"`
+	SecurityContext               securityContext                   `json:"securityContext"`
+	DNSPolicy                     corev1.DNSPolicy                  `json:"dnsPolicy"`
 	DNSConfig                     struct {
-		Nameservers []string `json:"nameservers"`
-		Searches    []string `json:"searches"`
+		Nameservers list[string] `json:"nameservers"`
+		Searches    list[string] `json:"searches"`
 	} `json:"dnsConfig"`
 }
 
 type container struct {
 	Name          string                         `json:"name"`
 	Image         string                         `json:"image"`
-	Command       []string                       `json:"command"`
-	Args          []string                       `json:"args"`
-	Env           []corev1.EnvVar                `json:"env"`
-	EnvFrom       []corev1.EnvFromSource         `json:"envFrom"`
-	Ports         []corev1.ContainerPort         `json:"ports"`
-	Resources     corev1.ResourceRequirements    `json:"resources"`
-	VolumeMounts  []corev1.VolumeMount           `json:"volumeMounts"`
+	Command       list[string]                   `json:"command"`
+	Args          list[string]                   `json:"args"`
+	Env           list[corev1.EnvVar]            `json:"env"`
+	EnvFrom       list[struct{}]                 `json:"envFrom"`
+	Ports         list[port]                     `json:"ports"`
+	Resources     resources                      `json:"resources"`
+	VolumeMounts  list[volumeMount]              `json:"volumeMounts"`
 	RestartPolicy *corev1.ContainerRestartPolicy `json:"restartPolicy"`
-	StartupProbe  *corev1.Probe                  `json:"startupProbe"`
+	StartupProbe  *struct {
+		Exec *struct {
+			Command list[string] `json:"command"`
+		} `json:"exec"`
+	} `json:"startupProbe"`
 
 	SecurityContext securityContext `json:"securityContext"`
 }
@@ -70,9 +76,83 @@ type securityContext struct {
 	RunAsUser *int64 `json:"runAsUser"`
 }
 
+type port struct {
+	ContainerPort int32           `json:"containerPort"`
+	Protocol      corev1.Protocol `json:"protocol"`
+}
+
+type volumeMount struct {
+	Name        string `json:"name"`
+	MountPath   string `json:"mountPath"`
+	SubPath     string `json:"subPath"`
+	SubPathExpr string `json:"subPathExpr"`
+}
+
+type affinity struct {
+	NodeAffinity struct {
+		Required *struct {
+			Terms list[nodeSelectorTerm] `json:"nodeSelectorTerms"`
+		} `json:"requiredDuringSchedulingIgnoredDuringExecution"`
+	} `json:"nodeAffinity"`
+}
+
+type nodeSelectorTerm struct {
+	MatchExpressions list[nodeRequirement] `json:"matchExpressions"`
+}
+
+type nodeRequirement struct {
+	Key      string                      `json:"key"`
+	Operator corev1.NodeSelectorOperator `json:"operator"`
+	Values   list[string]                `json:"values"`
+}
+
+type resources struct {
+	Limits   amounts `json:"limits"`
+	Requests amounts `json:"requests"`
+}
+
+type amounts struct {
+	CPU    *quantity `json:"cpu"`
+	Memory *quantity `json:"memory"`
+}
+
+// quantity is an amount that is cheap to compare: of 1e99999999 and 1, [resource.Quantity] alone takes a minute.
+type quantity struct{ resource.Quantity }
+
+// Bounds of quantities. Kubernetes' own are 2^63-1 and nine decimal places.
+const (
+	maxQuantity       = 64 // characters
+	maxExponentDigits = 2
+)
+
+var exponentForm = regexp.MustCompile(`^"?[-+]?[0-9.]+[eE][-+]?([0-9]+)"?$`)
+
+// UnmarshalJSON implements the interface of encoding/json.
+func (q *quantity) UnmarshalJSON(raw []byte) error {
+	exponent := exponentForm.FindSubmatch(raw[:min(len(raw), maxQuantity)])
+	if len(raw) > maxQuantity || exponent != nil && len(exponent[1]) > maxExponentDigits {
+		return fmt.Errorf("quantity %.30s: write it with at most %d characters, and an exponent of at most %d digits", raw, maxQuantity, maxExponentDigits)
+	}
+	return q.Quantity.UnmarshalJSON(raw)
+}
+
 type volume struct {
-	Name      string                        `json:"name"`
-	Projected *corev1.ProjectedVolumeSource `json:"projected"`
+	Name      string `json:"name"`
+	Projected *struct {
+		Sources list[projection] `json:"sources"`
+	} `json:"projected"`
+}
+
+type projection struct {
+	ServiceAccountToken *struct {
+		Audience string `json:"audience"`
+		Path     string `json:"path"`
+	} `json:"serviceAccountToken"`
+	ConfigMap *struct {
+		Name     string                 `json:"name"`
+		Items    list[corev1.KeyToPath] `json:"items"`
+		Optional *bool                  `json:"optional"`
+	} `json:"configMap"`
 }
 
 // defaultServiceAccount is whom a pod runs as that names nobody.
@@ -83,7 +163,7 @@ const defaultServiceAccount = "default"
 func parsePod(raw []byte) (*pod, error) {
 	var p pod
 	if err := json.Unmarshal(raw, &p); err != nil {
-		return nil, unsupported("the pod cannot be read: %v", err)
+		return nil, unsupported("the pod cannot be read: %.300v", err)
 	}
 	return &p, nil
 }
@@ -94,14 +174,23 @@ func (p *pod) parseSpec() (*podSpec, error) {
 	}
 	var spec podSpec
 	if err := json.Unmarshal(p.Spec, &spec); err != nil {
-		return nil, unsupported("the pod's spec cannot be read: %v", err)
+		return nil, unsupported("the pod's spec cannot be read: %.300v", err)
 	}
 	if len(spec.Containers) == 0 {
 		return nil, unsupported("the pod has no containers")
 	}
+	if n := len(spec.Containers) + len(spec.InitContainers); n > MaxContainers {
+		return nil, unsupported("the pod has %v", tooManyContainers(n))
+	}
+	if name := spec.serviceAccount(); len(name) > maxName {
+		return nil, unsupported("service account %.63q… is longer than %d characters, which Kubernetes takes for no name", name, maxName)
+	}
 	for c := range spec.all() {
-		if c.Name == "" {
+		switch {
+		case c.Name == "":
 			return nil, unsupported("the pod has a container without a name")
+		case len(c.Name) > maxName:
+			return nil, unsupported("container name %.63q… is longer than %d characters, which Kubernetes takes for no name", c.Name, maxName)
 		}
 	}
 	return &spec, nil
@@ -135,12 +224,12 @@ func (s *podSpec) windows() bool {
 			return true
 		}
 	}
-	if s.Affinity == nil || s.Affinity.NodeAffinity == nil || s.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution == nil {
+	required := s.Affinity.NodeAffinity.Required
+	if required == nil {
 		return false
 	}
 	// A node has to meet one of the terms, and of that term all expressions.
-	terms := s.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
-	return len(terms) > 0 && !slices.ContainsFunc(terms, func(term corev1.NodeSelectorTerm) bool {
+	return len(required.Terms) > 0 && !slices.ContainsFunc(required.Terms, func(term nodeSelectorTerm) bool {
 		return !slices.ContainsFunc(term.MatchExpressions, onlyWindows)
 	})
 }
@@ -148,7 +237,7 @@ func (s *podSpec) windows() bool {
 // osLabels are those that kubelets give their nodes with the name of the operating system.
 var osLabels = []string{corev1.LabelOSStable, "beta.kubernetes.io/os"}
 
-func onlyWindows(r corev1.NodeSelectorRequirement) bool {
+func onlyWindows(r nodeRequirement) bool {
 	if !slices.Contains(osLabels, r.Key) {
 		return false
 	}
@@ -167,12 +256,12 @@ func onlyWindows(r corev1.NodeSelectorRequirement) bool {
 // to the limits. Pods with resources of their own get their class from those, whatever we add.
 func (s *podSpec) guaranteed() bool {
 	for c := range s.all() {
-		for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
-			limit, ok := c.Resources.Limits[name]
-			if !ok || limit.IsZero() {
+		of := c.Resources
+		for _, pair := range []struct{ limit, request *quantity }{{of.Limits.CPU, of.Requests.CPU}, {of.Limits.Memory, of.Requests.Memory}} {
+			if pair.limit == nil || pair.limit.IsZero() {
 				return false
 			}
-			if request, ok := c.Resources.Requests[name]; ok && !request.Equal(limit) {
+			if pair.request != nil && !pair.request.Equal(pair.limit.Quantity) {
 				return false
 			}
 		}
@@ -236,17 +325,22 @@ func (by *plan) checkSettings(spec *podSpec) (warnings []string, err error) {
 			names = append(names, c.Name)
 		}
 	}
+	const shown = 20
 	missing := func(list []string) []string {
 		return slices.DeleteFunc(slices.Clone(list), func(name string) bool { return slices.Contains(names, name) })
 	}
 	if unknown := missing(by.pod.Containers); len(unknown) > 0 {
-		return nil, unsupported("annotation %q names %q, and the pod has only %q",
-			by.cfg.Keys.Name(policy.Containers), unknown, names)
+		more := ""
+		if len(names) > shown {
+			more = fmt.Sprintf(" and %d more", len(names)-shown)
+		}
+		return nil, unsupported("annotation %q names %.100q, and the pod has only %q%s",
+			by.cfg.Keys.Name(policy.Containers), unknown[:min(len(unknown), shown)], names[:min(len(names), shown)], more)
 	}
 	// A container to skip may come from a webhook that is called after this one, so that refusing
 	// would be wrong; and missing one makes no container go without.
 	if unknown := missing(by.pod.SkipContainers); len(unknown) > 0 {
-		warnings = append(warnings, fmt.Sprintf("annotation %q names %q, which the pod does not have so far", by.cfg.Keys.Name(policy.SkipContainers), unknown))
+		warnings = append(warnings, fmt.Sprintf("annotation %q names %.100q, which the pod does not have so far", by.cfg.Keys.Name(policy.SkipContainers), unknown[:min(len(unknown), shown)]))
 	}
 	if by.pod.Duration < policy.DefaultDuration {
 		warnings = append(warnings, fmt.Sprintf("annotation %q: SDKs ask for new credentials on nearly every call when sessions are as short as %s; 1h or more is better", by.cfg.Keys.Name(policy.Duration), by.pod.Duration))

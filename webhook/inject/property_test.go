@@ -23,7 +23,7 @@ import (
 
 // allowed are the places where injection may add something.
 var allowed = regexp.MustCompile(`^(` +
-	`/metadata/labels|/metadata/labels/iam\.amazonaws\.com~injected|/metadata/annotations/iam\.amazonaws\.com~service-account|` +
+	`/metadata/labels|/metadata/labels/iam\.amazonaws\.com~injected|/metadata/annotations/iam\.amazonaws\.com~(service-account|warnings)|` +
 	`/metadata/annotations/sidecar\.example~ports|/spec/imagePullSecrets|/spec/imagePullSecrets/(ours|registry)|` +
 	`/spec/volumes|/spec/volumes/credence-identity|` +
 	`/spec/initContainers|/spec/initContainers/credence-sidecar|` +

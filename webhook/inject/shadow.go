@@ -1,7 +1,9 @@
 package inject
 
 import (
-	"fmt"
+	"net/netip"
+	"net/url"
+	"path"
 	"slices"
 	"strings"
 
@@ -27,39 +29,77 @@ var outranking = []struct {
 	{"AWS_CONFIG_FILE", false, "SDKs use credentials that the file leads to, not the annotated role"},
 }
 
-// shadowed looks for what would outrank the sidecar in the chains of AWS SDKs. It refuses web
-// identity, which comes before container credentials in nearly all of them and never falls through
-// when it fails; so the pod would run under another role than its annotation says, or under none.
-func (by *plan) shadowed(c container) (warnings []string, err error) {
+// What EKS Pod Identity sets, from its webhook's source and its user guide: the addresses of its agent on the node, and
+// where the token for that agent is mounted.
+const podIdentityTokens = "/var/run/secrets/pods.eks.amazonaws.com/"
+
+var podIdentityAgents = []netip.Addr{netip.MustParseAddr("169.254.170.23"), netip.MustParseAddr("fd00:ec2::23")}
+
+// ofPodIdentity reports whether v, a variable of the AWS_CONTAINER_ family, leads to EKS Pod Identity.
+func ofPodIdentity(v corev1.EnvVar) bool {
+	if strings.HasPrefix(path.Clean(v.Value), podIdentityTokens) {
+		return true
+	}
+	uri, err := url.Parse(strings.TrimSpace(v.Value))
+	if err != nil {
+		return false
+	}
+	address, err := netip.ParseAddr(uri.Hostname())
+	return err == nil && slices.Contains(podIdentityAgents, address.WithZone("").Unmap())
+}
+
+// otherIdentity is a variable that gives a container an identity of its own.
+type otherIdentity struct{ variable, from, remove string }
+
+// identityOf returns what SDKs in c would use in place of the annotated role, without any fall-through; nil for nothing.
+func identityOf(c container) *otherIdentity {
 	// Of variables of the same name, the last counts.
 	if at := last(c.Env, webIdentity); at >= 0 && !empty(c.Env[at]) {
-		if by.cfg.OnShadowed != WarnShadowed {
-			return nil, credential.Errorf(credential.ErrInvalid, credential.ReasonShadowed,
-				"container %q has %s, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in %q",
-				c.Name, webIdentity, by.cfg.Keys.Name(policy.SkipContainers))
+		return &otherIdentity{webIdentity, "", "what sets it, such as the service account's eks.amazonaws.com/role-arn"}
+	}
+	for at, v := range c.Env {
+		if strings.HasPrefix(v.Name, containerPrefix) && last(c.Env, v.Name) == at && ofPodIdentity(v) {
+			return &otherIdentity{v.Name, " of EKS Pod Identity", "what sets it, such as a Pod Identity association of the service account"}
 		}
-		warnings = append(warnings, fmt.Sprintf("container %q has %s: SDKs use that identity, not the annotated role", c.Name, webIdentity))
+	}
+	return nil
+}
+
+// shadowed looks for what would outrank the sidecar in the chains of AWS SDKs. It refuses web
+// identity, which comes before container credentials in nearly all of them and never falls through
+// when it fails; so the pod would run under another role than its annotation says, or under none. It refuses EKS Pod
+// Identity, which takes the same variables as the sidecar, for the same reason.
+func (by *plan) shadowed(c container, w *warnings) error {
+	identity := identityOf(c)
+	if identity != nil && by.cfg.OnShadowed != WarnShadowed {
+		return credential.Errorf(credential.ErrInvalid, credential.ReasonShadowed,
+			"container %q has %.100s%s, which SDKs prefer to the annotated role: remove it (and %s), or list the container in %q",
+			c.Name, identity.variable, identity.from, identity.remove, by.cfg.Keys.Name(policy.SkipContainers))
+	}
+	if identity != nil {
+		w.shadowf("container %q has %.100s%s: SDKs use that identity, not the annotated role", c.Name, identity.variable, identity.from)
 	}
 	for _, v := range outranking {
 		if at := last(c.Env, v.name); at >= 0 && (v.evenEmpty || !empty(c.Env[at])) {
-			warnings = append(warnings, fmt.Sprintf("container %q has %s: %s", c.Name, v.name, v.what))
+			w.shadowf("container %q has %s: %s", c.Name, v.name, v.what)
 		}
 	}
 	switch at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
 		return strings.HasPrefix(v.Name, containerPrefix) && !by.ours(v)
 	}); {
 	case at >= 0:
-		warnings = append(warnings, fmt.Sprintf("container %q has %s: it is left as it is, and the annotated role is not added to it", c.Name, c.Env[at].Name))
+		w.shadowf("container %q has %.100s: it is left as it is, and the annotated role is not added to it", c.Name, c.Env[at].Name)
 	case has(c, fullURI) != has(c, authorization):
-		warnings = append(warnings, fmt.Sprintf("container %q has only one of %s and %s: it is left as it is, and does not get the annotated role; remove it, and both are added", c.Name, fullURI, authorization))
+		w.shadowf("container %q has only one of %s and %s: it is left as it is, and does not get the annotated role; remove it, and both are added", c.Name, fullURI, authorization)
 	}
 	if at := last(c.Env, metadataEndpoint); at >= 0 && empty(c.Env[at]) {
-		warnings = append(warnings, fmt.Sprintf("container %q has an empty %s: SDKs that find nothing else go on to the node's metadata service, and so to the node's role; remove it", c.Name, metadataEndpoint))
+		w.shadowf("container %q has an empty %s: SDKs that find nothing else go on to the node's metadata service, and so to the node's role; remove it", c.Name, metadataEndpoint)
 	}
 	if len(c.EnvFrom) > 0 {
-		warnings = append(warnings, fmt.Sprintf("container %q has envFrom, which admission cannot see into: AWS_* variables in it may outrank the annotated role", c.Name))
+		// Not kept: it is so in many pods in which nothing is wrong.
+		w.addf("container %q has envFrom, which admission cannot see into: AWS_* variables in it may outrank the annotated role", c.Name)
 	}
-	return warnings, nil
+	return nil
 }
 
 func last(env []corev1.EnvVar, name string) int {

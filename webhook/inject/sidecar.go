@@ -168,9 +168,9 @@ func (by *plan) resources(spec *podSpec) corev1.ResourceRequirements {
 	if limit != 0 {
 		r.Limits[corev1.ResourceCPU] = processors(limit)
 	}
-	if whole := spec.Resources; whole != nil {
-		for _, declared := range []corev1.ResourceList{whole.Requests, whole.Limits} {
-			for name := range declared {
+	for _, whole := range []amounts{spec.Resources.Requests, spec.Resources.Limits} {
+		for name, declared := range map[corev1.ResourceName]*quantity{corev1.ResourceCPU: whole.CPU, corev1.ResourceMemory: whole.Memory} {
+			if declared != nil {
 				delete(r.Requests, name)
 				delete(r.Limits, name)
 			}
@@ -270,14 +270,14 @@ func (by *plan) sidecarDifference(c container) string {
 	there, asked := splitImage(c.Image), splitImage(by.cfg.Image)
 	switch {
 	case there.name != asked.name:
-		return fmt.Sprintf("its image is %q, not %q", c.Image, by.cfg.Image)
+		return fmt.Sprintf("its image is %.300q, not %q", c.Image, by.cfg.Image)
 	case !slices.Equal(c.Command, []string{sidecarBinary}) || len(c.Args) > 0:
 		return "its command differs"
 	case c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways:
 		return "its restartPolicy is not Always"
 	case c.StartupProbe == nil || c.StartupProbe.Exec == nil || !slices.Equal(c.StartupProbe.Exec.Command, []string{sidecarBinary, "probe"}):
 		return "its startupProbe differs"
-	case !slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool {
+	case !slices.ContainsFunc(c.VolumeMounts, func(m volumeMount) bool {
 		return m.Name == volumeName && m.MountPath == mountPath && m.SubPath == "" && m.SubPathExpr == ""
 	}):
 		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
@@ -313,7 +313,7 @@ func (by *plan) sidecarDifference(c container) string {
 			continue // what that version has and this one does not
 		}
 		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || fieldPath(v) != fieldPath(want[at]) {
-			return fmt.Sprintf("its variable %s differs", v.Name)
+			return fmt.Sprintf("its variable %.100s differs", v.Name)
 		}
 		// Taken off the list, so that a second one of the same name differs.
 		want = slices.Delete(want, at, at+1)

@@ -1,0 +1,162 @@
+package inject_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+// podOf has one container for each list of variables.
+func podOf(metadata string, envs ...string) []byte {
+	var containers []string
+	for n, env := range envs {
+		containers = append(containers, fmt.Sprintf(`{"name":"c%d","env":[%s]}`, n, env))
+	}
+	return []byte(`{"metadata":{` + metadata + `},"spec":{"containers":[` + strings.Join(containers, ",") + `]}}`)
+}
+
+const asksForRole = `"annotations":{"iam.amazonaws.com/role":"r"}`
+
+// TestPodIdentity: what EKS Pod Identity sets is refused as web identity is; other endpoints of the user's are not.
+func TestPodIdentity(t *testing.T) {
+	variable := func(name, value string) string { return fmt.Sprintf(`{"name":%q,"value":%q}`, name, value) }
+	const (
+		uri   = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+		token = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+	)
+	for env, found := range map[string]string{
+		variable(uri, "http://169.254.170.23/v1/credentials"):                                                       uri,
+		variable(uri, "http://169.254.170.23:80/v1/credentials"):                                                    uri,
+		variable(uri, " http://169.254.170.23/v1/credentials"):                                                      uri,
+		variable(uri, "http://[fd00:ec2::23]/v1/credentials"):                                                       uri,
+		variable(uri, "http://[fd00:ec2:0:0::23]:80/v1"):                                                            uri,
+		variable(uri, "http://[::ffff:169.254.170.23]/v1"):                                                          uri,
+		variable("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "//169.254.170.23/v1"):                                   "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+		variable(token, "/var/run/secrets/pods.eks.amazonaws.com/serviceaccount/eks-pod-identity-token"):            token,
+		variable(token, "/var/run/../run/secrets/pods.eks.amazonaws.com//serviceaccount/eks-pod-identity-token"):    token,
+		variable(uri, "") + `,` + variable(uri, "http://169.254.170.23/v1/credentials"):                             uri,
+		variable(uri, "http://localhost:1/") + `,` + variable(token, "/var/run/secrets/pods.eks.amazonaws.com/x/y"): token,
+
+		variable(uri, "http://169.254.170.23/v1/credentials") + `,` + variable(uri, ""): "", // the last counts
+		variable(uri, "http://169.254.170.2/v2/credentials"):                            "",
+		variable(uri, "http://169.254.170.230/"):                                        "",
+		variable(uri, "http://localhost:1234/169.254.170.23"):                           "",
+		variable(uri, "://"): "",
+		variable("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "/v2/credentials/1"):                                             "",
+		variable(token, "/var/run/secrets/other/token"):                                                                     "",
+		variable("OTHER", "http://169.254.170.23/v1/credentials"):                                                           "",
+		`{"name":"AWS_CONTAINER_CREDENTIALS_FULL_URI","valueFrom":{"configMapKeyRef":{"name":"169.254.170.23","key":"x"}}}`: "",
+	} {
+		raw := podOf(asksForRole, env)
+		_, err := newInjector(t).Inject(raw, namespace)
+		if found == "" {
+			if err != nil {
+				t.Errorf("%s: %v", env, err)
+			}
+			continue
+		}
+		want := fmt.Sprintf(`container "c0" has %s of EKS Pod Identity, which SDKs prefer to the annotated role: remove it (and what sets it, such as a Pod Identity association of the service account), or list the container in "iam.amazonaws.com/skip-containers"`, found)
+		if credential.ReasonOf(err) != credential.ReasonShadowed || err.Error() != want {
+			t.Errorf("%s: %v, want %s", env, err, want)
+		}
+		result, err := newInjector(t, func(c *inject.Config) { c.OnShadowed = inject.WarnShadowed }).Inject(raw, namespace)
+		if err != nil || len(result.Warnings) == 0 || result.Warnings[0] != fmt.Sprintf(`container "c0" has %s of EKS Pod Identity: SDKs use that identity, not the annotated role`, found) {
+			t.Errorf("%s, where that is a warning: %q, %v", env, result.Warnings, err)
+		}
+		if _, err := newInjector(t).Inject(podOf(strings.Replace(asksForRole, `"r"`, `"r","iam.amazonaws.com/skip-containers":"c0"`, 1), env), namespace); err != nil {
+			t.Errorf("%s, in a container that is skipped: %v", env, err)
+		}
+	}
+}
+
+// annotationsOf returns the annotations of the pod once it is injected, and injects it again, which must add nothing.
+func annotationsOf(t *testing.T, raw []byte) map[string]string {
+	t.Helper()
+	i := newInjector(t)
+	result, err := i.Inject(raw, namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	patched := apply(t, raw, result.Patch)
+	if again, err := i.Inject(patched, namespace); err != nil || again.Patch != nil {
+		t.Errorf("injecting again adds %v (%v)", again.Patch, err)
+	}
+	var pod struct {
+		Metadata struct{ Annotations, Labels map[string]string }
+	}
+	if err := json.Unmarshal(patched, &pod); err != nil {
+		t.Fatal(err)
+	}
+	if pod.Metadata.Labels["iam.amazonaws.com/injected"] != "true" {
+		t.Errorf("the labels are %v", pod.Metadata.Labels)
+	}
+	return pod.Metadata.Annotations
+}
+
+// TestWarningsAreKept: what outranks the annotated role stays readable on the pod, because nobody sees the warnings of a
+// pod that a controller creates.
+func TestWarningsAreKept(t *testing.T) {
+	const (
+		key     = "iam.amazonaws.com/warnings"
+		profile = `{"name":"AWS_PROFILE","value":"x"}`
+		ofC0    = `container "c0" has AWS_PROFILE: botocore and Go fail on a profile that does not exist, and others take their credentials from it`
+	)
+	for name, tt := range map[string]struct {
+		raw   []byte
+		want  string
+		there bool
+	}{
+		"nothing to warn of":          {podOf(asksForRole, ``), "", false},
+		"a profile":                   {podOf(asksForRole, profile), ofC0, true},
+		"two containers":              {podOf(asksForRole, profile, profile), ofC0 + "\n" + strings.Replace(ofC0, "c0", "c1", 1), true},
+		"a short session is no shade": {podOf(strings.Replace(asksForRole, `"r"`, `"r","iam.amazonaws.com/duration":"15m"`, 1), ``), "", false},
+		"no more":                     {podOf(strings.Replace(asksForRole, `"r"`, `"r","`+key+`":"of another pod"`, 1), ``), "", true},
+		"others":                      {podOf(strings.Replace(asksForRole, `"r"`, `"r","`+key+`":"of another pod"`, 1), profile), ofC0, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, there := annotationsOf(t, tt.raw)[key]
+			if got != tt.want || there != tt.there {
+				t.Errorf("the annotation is %q, %v, want %q", got, there, tt.want)
+			}
+		})
+	}
+	envs := make([]string, 900)
+	for n := range envs {
+		envs[n] = profile
+	}
+	got := annotationsOf(t, podOf(asksForRole, envs...))[key]
+	if lines := strings.Split(got, "\n"); len(got) > 700 || lines[0] != ofC0 || lines[len(lines)-1] != fmt.Sprintf("and %d more", 900-len(lines)+1) {
+		t.Errorf("of 900 warnings the annotation has %d bytes: %s", len(got), got)
+	}
+	// With nothing but the webhook's own keys, a pod asks for nothing.
+	result, err := newInjector(t).Inject(podOf(`"annotations":{"`+key+`":"x","iam.amazonaws.com/service-account":"x"}`, profile), namespace)
+	if err != nil || result.Annotated || result.Patch != nil {
+		t.Errorf("a pod with the webhook's own keys alone: %+v, %v", result, err)
+	}
+}
+
+// TestManyWarnings: of the warnings of a pod with many containers some are composed, and all are counted.
+func TestManyWarnings(t *testing.T) {
+	envs := make([]string, 900)
+	for n := range envs {
+		envs[n] = `{"name":"AWS_PROFILE","value":"x"},{"name":"AWS_ACCESS_KEY_ID","value":"x"}`
+	}
+	result, err := newInjector(t).Inject(podOf(asksForRole, envs...), namespace)
+	if err != nil || len(result.Warnings) != 64 || result.MoreWarnings != 1800-64 {
+		t.Errorf("%d warnings and %d more (%v)", len(result.Warnings), result.MoreWarnings, err)
+	}
+}
+
+// TestCopiedMarks: the marks by which the broker finds a pod are the webhook's, whatever a copied manifest says of them.
+func TestCopiedMarks(t *testing.T) {
+	for _, injected := range []string{"false", "", "True", "true"} {
+		raw := podOf(`"labels":{"iam.amazonaws.com/injected":"`+injected+`"},`+strings.Replace(asksForRole, `"r"`, `"r","iam.amazonaws.com/service-account":"another"`, 1), ``)
+		if got := annotationsOf(t, raw)["iam.amazonaws.com/service-account"]; got != "default" {
+			t.Errorf("the service account is %q", got)
+		}
+	}
+}

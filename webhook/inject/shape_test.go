@@ -1,0 +1,127 @@
+package inject_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/webhook/inject"
+)
+
+func TestMeasure(t *testing.T) {
+	for text, want := range map[string]inject.Shape{
+		``:                            {},
+		`null`:                        {},
+		`"[{,"`:                       {},
+		`"\"[{,"`:                     {},
+		`"\\",[]`:                     {Values: 2, Depth: 1},
+		`"\\\"[",{`:                   {Values: 2, Depth: 1},
+		`{}`:                          {Values: 1, Depth: 1},
+		`[{},{}]`:                     {Values: 4, Depth: 2},
+		`{"a":[1,2,3],"b":{"c":[]}}`:  {Values: 7, Depth: 3},
+		`[[[]],[]]`:                   {Values: 5, Depth: 3},
+		`"without end`:                {},
+		`[` + strings.Repeat(`,`, 99): {Values: 100, Depth: 1},
+		`]]]]{`:                       {Values: 1},
+	} {
+		if got := inject.Measure([]byte(text)); got != want {
+			t.Errorf("%.40s: %+v, want %+v", text, got, want)
+		}
+	}
+}
+
+// A quantity that takes minutes to compare is refused before that.
+func TestQuantities(t *testing.T) {
+	for text, refused := range map[string]bool{
+		`"1"`: false, `1`: false, `"1e3"`: false, `1e3`: false, `"1E"`: false, `"1Ei"`: false, `"1e99"`: false, `"1E-30"`: false,
+		`"1e99999999"`: true, `1e99999999`: true, `"+1.5e+100"`: true, `"-1E-99999999"`: true, `"1e0000001"`: true,
+		`"` + strings.Repeat("1", 60) + `"`: false, `"` + strings.Repeat("1", 1000) + `"`: true, `1` + strings.Repeat("0", 1000): true,
+	} {
+		for _, place := range []string{
+			`"containers":[{"name":"app","resources":{"limits":{"cpu":%s,"memory":"1"},"requests":{"cpu":"1","memory":"1"}}}]`,
+			`"containers":[{"name":"app","resources":{"limits":{"cpu":"1","memory":"1"},"requests":{"cpu":%s,"memory":"1"}}}]`,
+			`"resources":{"limits":{"memory":%s}},"containers":[{"name":"app"}]`,
+		} {
+			_, err := newInjector(t).Inject(fmt.Appendf(nil, `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{`+place+`}}`, text), namespace)
+			if (err != nil) != refused || refused && !strings.Contains(err.Error(), "an exponent of at most 2 digits") {
+				t.Errorf("%.40s in %s: %v, want it to be refused: %v", text, place, err, refused)
+			}
+		}
+	}
+}
+
+// counted is a context that ends when it has been looked at that often.
+type counted struct {
+	context.Context
+	left int
+}
+
+func (c *counted) Err() error {
+	if c.left--; c.left < 0 {
+		return context.DeadlineExceeded
+	}
+	return nil
+}
+
+// TestInjectWithin: work on a pod stops when nobody waits for it any more, and where there is no memory for it.
+func TestInjectWithin(t *testing.T) {
+	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"c"}` + strings.Repeat(`,{"name":"c"}`, 99) + `]}}`)
+	i := newInjector(t)
+	for _, left := range []int{0, 1, 50} {
+		ctx := &counted{t.Context(), left}
+		result, err := i.InjectWithin(ctx, raw, namespace, func(int) error { return nil })
+		if !errors.Is(err, context.DeadlineExceeded) || result.Patch != nil || !result.Annotated {
+			t.Errorf("with %d looks at the context: %+v, %v", left, result.Patch, err)
+		}
+		if ctx.left != -1 {
+			t.Errorf("it went on after the end of its context, for %d containers", -ctx.left-1)
+		}
+	}
+	full := errors.New("no memory")
+	asked := 0
+	if _, err := i.InjectWithin(t.Context(), raw, namespace, func(containers int) error { asked = containers; return full }); !errors.Is(err, full) || asked != 100 {
+		t.Errorf("without memory for %d containers: %v", asked, err)
+	}
+	result, err := i.InjectWithin(t.Context(), raw, namespace, func(int) error { return nil })
+	if err != nil || len(result.Patch) == 0 {
+		t.Errorf("with time and memory: %v", err)
+	}
+	// What is too large is not decoded.
+	for name, raw := range map[string]string{
+		"bytes":  `{` + strings.Repeat(" ", inject.MaxObject),
+		"values": `[` + strings.Repeat(`,`, inject.MaxValues+1),
+		"depth":  strings.Repeat(`[`, inject.MaxDepth+1),
+	} {
+		_, err := i.InjectWithin(t.Context(), []byte(raw), namespace, func(int) error { return nil })
+		if credential.ReasonOf(err) != credential.ReasonPodUnsupported || strings.Contains(err.Error(), "cannot be read") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestLongNames: what messages and the patch repeat is bounded where it comes in.
+func TestLongNames(t *testing.T) {
+	long := strings.Repeat("x", 254)
+	for _, spec := range []string{
+		`"containers":[{"name":"` + long + `"}]`,
+		`"containers":[{"name":"app"}],"serviceAccountName":"` + long + `"`,
+		`"containers":[{"name":"app"}],"serviceAccount":"` + long + `"`,
+	} {
+		_, err := newInjector(t).Inject([]byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{`+spec+`}}`), namespace)
+		if err == nil || !strings.Contains(err.Error(), "is longer than 253 characters") {
+			t.Errorf("%.60s: %v", spec, err)
+		}
+	}
+}
+
+// TestManyNames: a refusal lists some of many containers.
+func TestManyNames(t *testing.T) {
+	raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r","iam.amazonaws.com/containers":"x"}},"spec":{"containers":[{"name":"c"}` + strings.Repeat(`,{"name":"c"}`, 99) + `]}}`
+	_, err := newInjector(t).Inject([]byte(raw), namespace)
+	if err == nil || !strings.HasSuffix(err.Error(), `"c" "c"] and 80 more`) || strings.Count(err.Error(), `"c"`) != 20 {
+		t.Errorf("the refusal is %v", err)
+	}
+}
