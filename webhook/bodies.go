@@ -25,7 +25,7 @@ const (
 	costPerReview    = 64 << 10 // of any review: buffers of HTTP, log, metrics, the sidecar in the patch
 	costPerByte      = 12       // the body and its growth, the object in it, the spec in the object, strings, parts of messages
 	costPerValue     = 160      // the decoded field or element, such as an entry of the annotations
-	costPerContainer = 6 << 10  // operations, patch, its base64, the answer, warnings
+	costPerContainer = 8 << 10  // operations, patch, its base64, the answer, warnings
 )
 
 // cost is the memory that the webhook reserves for a review.

@@ -3,6 +3,7 @@
 package chart_test
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -62,5 +63,38 @@ func TestStackAsksForTheSame(t *testing.T) {
 	installed.ClientConfig = admissionregistrationv1.WebhookClientConfig{}
 	if diff := cmp.Diff(installed, stack.Webhook()); diff != "" {
 		t.Errorf("integration/stack registers another webhook (- chart, + stack):\n%s", diff)
+	}
+}
+
+// TestPoliciesFailClosed: a policy that refuses does so as well where its expressions cannot be evaluated, and the
+// webhook where it cannot be asked. A policy that warns never refuses.
+func TestPoliciesFailClosed(t *testing.T) {
+	t.Parallel()
+	actions, closed := map[string]string{}, map[string]bool{}
+	for _, o := range objects(t, "defaults") {
+		switch o := o.(type) {
+		case *admissionregistrationv1.ValidatingAdmissionPolicy:
+			closed[o.Name] = o.Spec.FailurePolicy == nil || *o.Spec.FailurePolicy == admissionregistrationv1.Fail
+		case *admissionregistrationv1.ValidatingAdmissionPolicyBinding:
+			actions[o.Spec.PolicyName] = fmt.Sprint(o.Spec.ValidationActions)
+		case *admissionregistrationv1.MutatingWebhookConfiguration:
+			for _, w := range o.Webhooks {
+				if w.FailurePolicy != nil && *w.FailurePolicy != admissionregistrationv1.Fail {
+					t.Errorf("webhook %s has failurePolicy %s", w.Name, *w.FailurePolicy)
+				}
+			}
+		}
+	}
+	want := map[string]string{
+		"credence-injected": "[Deny]", "credence-fixed-keys": "[Deny]",
+		"credence-not-opted-in": "[Warn Audit]", "credence-not-opted-in-templates": "[Warn Audit]", "credence-opt-in-label": "[Warn Audit]",
+	}
+	if diff := cmp.Diff(want, actions); diff != "" {
+		t.Errorf("what bindings do (-want +got):\n%s", diff)
+	}
+	for name, action := range want {
+		if isClosed, ok := closed[name]; !ok || isClosed != (action == "[Deny]") {
+			t.Errorf("policy %s, which does %s, fails closed: %v", name, action, isClosed)
+		}
 	}
 }

@@ -163,18 +163,31 @@ func (w *world) relabelled(t *testing.T) {
 			t.Fatalf("the namespace is labelled %s: %v", value, err)
 		}
 		for what, pod := range early {
+			isInjected := map[string]any{w.prefix + "/injected": "true"}
 			for name, try := range map[string]attempt{
-				"the label by which the broker finds it": patch(client, map[string]any{"labels": map[string]any{w.prefix + "/injected": "true"}}),
-				"the service account":                    patch(client, map[string]any{"annotations": map[string]any{w.prefix + "/service-account": "admin"}}),
-				"a role":                                 patch(client, map[string]any{"annotations": map[string]any{w.prefix + "/role": "admin"}}),
-				// A node may not touch labels at all.
-				"a role, by its node": patch(node, map[string]any{"annotations": map[string]any{w.prefix + "/role": "admin"}}, "status"),
+				"the label by which the broker finds it": patch(client, map[string]any{"labels": isInjected}),
+				"the label and a role":                   patch(client, map[string]any{"labels": isInjected, "annotations": map[string]any{w.prefix + "/role": "admin"}}),
 			} {
 				if err := refusedBy("credence-fixed-keys", try(t.Context(), pod)); err != nil {
 					t.Errorf("pod %s of before gets %s, with its namespace labelled %s: %v", what, name, value, err)
 				}
 			}
 			w.unchanged(t, pod)
+			// Whatever role it is annotated with, the broker does not find it.
+			for name, try := range map[string]attempt{
+				"a role":              patch(client, map[string]any{"annotations": map[string]any{w.prefix + "/role": "admin"}}),
+				"a role, by its node": patch(node, map[string]any{"annotations": map[string]any{w.prefix + "/role": "of-its-node"}}, "status"),
+				"the role of before":  patch(client, map[string]any{"annotations": map[string]any{w.prefix + "/role": pod.Annotations[w.prefix+"/role"]}}),
+			} {
+				if err := try(t.Context(), pod); err != nil {
+					t.Errorf("pod %s of before gets %s, with its namespace labelled %s: %v", what, name, value, err)
+				}
+			}
+			restored, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
+			if err != nil || restored.Labels[w.prefix+"/injected"] != "" {
+				t.Fatalf("pod %s of before has labels %v (%v)", what, restored.Labels, err)
+			}
+			early[what] = restored
 		}
 	}
 	// A label that only looks like ours opts nothing in: neither webhook nor broker knows it.

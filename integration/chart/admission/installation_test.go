@@ -56,6 +56,7 @@ func TestInstallation(t *testing.T) {
 			t.Run("Recreated", w.recreated)
 			t.Run("Relabelled", w.relabelled)
 			t.Run("Forged", w.forged)
+			t.Run("Warned", w.warned)
 			t.Run("OthersAreUnaffected", w.othersAreUnaffected)
 			t.Run("LaterWebhooks", w.laterWebhooks)
 			if release.name == "Installed" { // which takes seconds, and no prefix makes a difference
@@ -148,8 +149,8 @@ func policiesAreWellTyped(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(list.Items) != 2 {
-		t.Fatalf("there are %d policies, want 2", len(list.Items))
+	if len(list.Items) != 5 {
+		t.Fatalf("there are %d policies, want 5", len(list.Items))
 	}
 	for _, p := range list.Items {
 		var checked *admissionregistrationv1.ValidatingAdmissionPolicy

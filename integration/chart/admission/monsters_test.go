@@ -49,7 +49,7 @@ func (w *world) monsters(t *testing.T) {
 	}
 	for name, set := range map[string]func(key, value string) func(*corev1.Pod){"annotations": annotate, "labels": label} {
 		pod := create(t, namespace, w.pod(w.complete, galore(set), onNode))
-		keys := append(documented(t), "service-account")
+		keys := append(documented(t), "service-account", "warnings")
 		if name == "labels" {
 			keys = keys[:1]
 		}
@@ -83,5 +83,5 @@ func (w *world) monsters(t *testing.T) {
 			t.Errorf("5,001 annotations, and %s, without a sidecar: %v", key, err)
 		}
 	}
-	create(t, namespace, w.pod(galore(annotate), annotate(w.prefix+"/service-account", "default")))
+	create(t, namespace, w.pod(galore(annotate), annotate(w.prefix+"/service-account", "default"), annotate(w.prefix+"/warnings", "x")))
 }

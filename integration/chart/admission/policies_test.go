@@ -64,7 +64,7 @@ func (w *world) injected(t *testing.T) {
 		"from a mirror":                          {optedIn, w.pod(w.completeWith("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
 		"pinned":                                 {optedIn, w.pod(w.completeWith("credence-sidecar@sha256:" + strings.Repeat("0", 64))), false},
 		"of another version":                     {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/credence-sidecar:0.2.0")), false},
-		"only what the webhook writes":           {optedIn, w.pod(annotate(w.prefix+"/service-account", "default")), false},
+		"only what the webhook writes":           {optedIn, w.pod(annotate(w.prefix+"/service-account", "default"), annotate(w.prefix+"/warnings", "x")), false},
 		"a label without any annotation":         {optedIn, w.pod(label(w.prefix+"/injected", "true")), false},
 		"a prefix in another case":               {optedIn, w.pod(annotate(strings.ToUpper(w.prefix)+"/role", "cart")), false},
 		"a key that only looks like ours":        {optedIn, w.pod(annotate(w.prefix+".example.org/role", "cart"), annotate("x"+w.prefix+"/role", "cart")), false},
@@ -192,6 +192,8 @@ func (w *world) fixedKeys(t *testing.T) {
 		"update that removes all labels":          update(func(p *corev1.Pod) { p.Labels = nil }),
 		"update that adds a label":                update(label(w.prefix+"/inject", "enabled")),
 		"update of the webhook's own annotation":  update(annotate(w.prefix+"/service-account", "admin")),
+		"update of the webhook's warnings":        update(annotate(w.prefix+"/warnings", "none")),
+		"the warnings by its node":                patch(node, annotations(map[string]any{w.prefix + "/warnings": "none"}), "status"),
 		"patch of the role":                       patch(client, annotations(map[string]any{role: "admin"})),
 		"patch that removes a key":                patch(client, annotations(map[string]any{role: nil})),
 		"patch that removes all annotations":      patch(client, map[string]any{"annotations": nil}),
@@ -239,18 +241,94 @@ func (w *world) fixedKeys(t *testing.T) {
 				t.Errorf("%s, namespace %s: %v", name, where, err)
 			}
 		}
-		// A pod that had nothing gets nothing.
-		bare := create(t, namespace, w.pod(onNode))
-		for _, name := range []string{"update of the role", "update of the label", "patch of the status by its node", "server-side apply of the label"} {
-			if err := refusedBy("credence-fixed-keys", attempts[name](t.Context(), bare)); err != nil {
-				t.Errorf("%s of a pod without any, namespace %s: %v", name, where, err)
-			}
-		}
 		w.unchanged(t, pod)
-		w.unchanged(t, bare)
+		w.uninjected(t, namespace, where)
 	}
 	t.Run("OtherSubresources", w.otherSubresources)
 	t.Run("Bindings", w.bindings)
+}
+
+// uninjected: a pod that was not injected may be annotated, as users of kube2iam and kiam do, and never becomes one that
+// the broker finds, by whatever steps.
+func (w *world) uninjected(t *testing.T, namespace, where string) {
+	t.Helper()
+	role, injected := w.prefix+"/role", w.prefix+"/injected"
+	meta := func(labels, annotations map[string]any) map[string]any {
+		metadata := map[string]any{}
+		if labels != nil { // null would remove them
+			metadata["labels"] = labels
+		}
+		if annotations != nil {
+			metadata["annotations"] = annotations
+		}
+		return metadata
+	}
+	isInjected := map[string]any{injected: "true"}
+	steps := map[string]attempt{
+		"the label by an update":                       update(label(injected, "true")),
+		"the label by a patch":                         patch(client, meta(isInjected, nil)),
+		"the label by server-side apply":               apply(map[string]any{"labels": isInjected}),
+		"the label by an operation":                    jsonPatch(fmt.Sprintf(`[{"op":"add","path":"/metadata/labels","value":{%q:"true"}}]`, injected)),
+		"the label by a strategic merge":               strategic(client, fmt.Sprintf(`{"metadata":{"labels":{%q:"true"}}}`, injected)),
+		"the label through the status":                 patch(client, meta(isInjected, nil), "status"),
+		"the label and a role":                         patch(client, meta(isInjected, map[string]any{role: "admin"})),
+		"the label and a role, by server-side apply":   apply(meta(isInjected, map[string]any{role: "admin"})),
+		"the label and no role":                        patch(client, meta(isInjected, map[string]any{role: nil})),
+		"the label and an annotation that is not ours": patch(client, meta(isInjected, map[string]any{"other": "x"})),
+		"the label, and all that the webhook adds, by an update": update(func(p *corev1.Pod) {
+			w.annotated(p)
+			annotate(w.prefix+"/service-account", "default")(p)
+			label(injected, "true")(p)
+		}),
+	}
+	allowed := map[string]attempt{
+		"a role":                     patch(client, meta(nil, map[string]any{role: "admin"})),
+		"another role":               update(annotate(role, "other")),
+		"another role by its node":   patch(node, meta(nil, map[string]any{role: "of-its-node"}), "status"),
+		"the service account":        patch(client, meta(nil, map[string]any{w.prefix + "/service-account": "admin"})),
+		"the label's key, not true":  patch(client, meta(map[string]any{injected: "false"}, nil)),
+		"the label's key, otherwise": patch(client, meta(map[string]any{injected: "True"}, nil)),
+		"no role":                    patch(client, meta(nil, map[string]any{role: nil})),
+	}
+	for start, made := range map[string]*corev1.Pod{
+		"without keys":                   w.pod(onNode),
+		"annotated":                      w.pod(onNode, annotate(w.prefix+"/service-account", "default")),
+		"with the label's key":           w.pod(onNode, label(injected, "false")),
+		"with the webhook's own sidecar": w.pod(onNode, sidecar(sidecarImage)),
+	} {
+		pod := create(t, namespace, made)
+		refused := func(before string) {
+			t.Helper()
+			for name, try := range steps {
+				current, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := refusedBy("credence-fixed-keys", try(t.Context(), current)); err != nil {
+					t.Errorf("a pod %s, %s, gets %s, namespace %s: %v", start, before, name, where, err)
+				}
+			}
+		}
+		refused("as it was created")
+		for name, try := range allowed {
+			current, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := try(t.Context(), current); err != nil {
+				t.Errorf("a pod %s gets %s, namespace %s: %v", start, name, where, err)
+			}
+		}
+		refused("after it was annotated and labelled")
+		// By an ephemeral container, neither.
+		debug := fmt.Sprintf(`{"metadata":{"labels":{%q:"true"}},"spec":{"ephemeralContainers":[{"name":"debug","image":"debug:1"}]}}`, injected)
+		_ = strategic(client, debug, "ephemeralcontainers")(t.Context(), pod)
+		_ = strategic(client, debug, "resize")(t.Context(), pod)
+		stored, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
+		if err != nil || stored.Labels[injected] == "true" {
+			t.Errorf("a pod %s has become one of the broker's: %v (%v)", start, stored.Labels, err)
+		}
+	}
 }
 
 // pointer makes a key a token of a JSON pointer.

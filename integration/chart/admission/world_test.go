@@ -113,7 +113,7 @@ func (w *world) awaitPolicies(t *testing.T) {
 			return refusedBy("credence-injected", err)
 		}
 		changed := target.DeepCopy()
-		w.annotated(changed)
+		label(w.prefix+"/injected", "true")(changed)
 		_, err := client.CoreV1().Pods(namespace).Update(t.Context(), changed, metav1.UpdateOptions{DryRun: []string{metav1.DryRunAll}})
 		return refusedBy("credence-fixed-keys", err)
 	}); err != nil {
