@@ -68,6 +68,9 @@ type Config struct {
 	// Expects reports whether there is an injected pod as a verified token names it, without a wait. Default: none is,
 	// and Notify is not told of tokens for another audience.
 	Expects func(identity.Pod) bool
+	// Shadowed is told, at each call, of a live pod whose admission warned of something that outranks its role, and of
+	// the warnings. It must not block. Default: nobody is told.
+	Shadowed func(pod policy.Pod, warnings string)
 	// Logger is told of failures that are the broker's own. Required.
 	Logger *slog.Logger
 	// Observe is told of each call of GetCredentials, once: why it was refused, "" when it was not, and
@@ -175,6 +178,9 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 	pod, ns, err := b.cfg.Binder.Bind(ctx, id)
 	if err != nil {
 		return credential.Lease{}, err
+	}
+	if warnings := pod.Annotations[b.cfg.Rules.Keys().Name(policy.Warnings)]; warnings != "" && b.cfg.Shadowed != nil {
+		b.cfg.Shadowed(pod, warnings)
 	}
 	grant, err := b.cfg.Rules.Decide(ctx, pod, ns)
 	if err != nil {

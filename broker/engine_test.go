@@ -40,9 +40,10 @@ type engine struct {
 	sessions *cache.Cache[policy.Grant]
 	prefetch *broker.Prefetch
 
-	mu   sync.Mutex
-	pods map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
-	told []*credential.Error   // what was notified; guarded by mu
+	mu     sync.Mutex
+	pods   map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
+	warned []string              // of pods, POD: WARNINGS; guarded by mu
+	told   []*credential.Error   // what was notified; guarded by mu
 }
 
 // newEngine is an engine before an STS over HTTP, which it calls as the program does.
@@ -89,6 +90,11 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 			e.mu.Lock()
 			defer e.mu.Unlock()
 			e.told = append(e.told, err)
+		},
+		Shadowed: func(pod policy.Pod, warnings string) {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.warned = append(e.warned, pod.Name+": "+warnings)
 		},
 	})
 	fatal(t, err)

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
@@ -28,6 +29,8 @@ import (
 const (
 	// EventReason is the reason of every Event on a pod that is refused.
 	EventReason = "CredentialsRefused"
+	// ShadowedReason is the reason of the Event on a pod in which something outranks its role.
+	ShadowedReason = "CredentialsShadowed"
 	// BudgetReason is the reason of the Event on a broker's own pod which may not call STS as often as it must.
 	BudgetReason = "STSBudgetShort"
 	// IdentityReason is the reason of the Event on a broker's own pod which is not ready, because STS has not confirmed its
@@ -38,12 +41,14 @@ const (
 )
 
 // eventActions are what the broker did when it had something to say, by the reason of the Event.
-var eventActions = map[string]string{EventReason: "GetCredentials", BudgetReason: "RenewSessions", IdentityReason: "ConfirmIdentity"}
+var eventActions = map[string]string{EventReason: "GetCredentials", ShadowedReason: "GetCredentials", BudgetReason: "RenewSessions", IdentityReason: "ConfirmIdentity"}
 
 const (
 	// eventQuiet is how long the same refusal of the same pod is not written again: as long as an API server
 	// keeps an Event by default, so that there is one to be seen.
 	eventQuiet = time.Hour
+	// shadowedQuiet is how long the warnings of one pod are not written again. They do not change while the pod lives.
+	shadowedQuiet = 24 * time.Hour
 	// maxEventsSeen bounds what is remembered for that, at some 150 bytes each.
 	maxEventsSeen = 20_000
 	// eventQueue bounds what waits to be written. At eventsPerSecond it is a minute and a half.
@@ -132,6 +137,30 @@ func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
 	e.queueUp(pod, EventReason, err.Reason, string(err.Reason)+": "+err.Message)
 }
 
+// Shadowed has an Event written on the pod, unless it has one already, that repeats the warnings of its admission: what in
+// it outranks its role. It returns at once.
+func (e *Events) Shadowed(pod policy.Pod, warnings string) {
+	if warnings == "" || pod.UID == "" {
+		return
+	}
+	e.queueUp(pod, ShadowedReason, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip(warnings, maxEventNote)))
+}
+
+// printable returns s on one line, with a mark in place of what is no text: whoever may create pods can write it, and
+// terminals show it.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n':
+			return ';'
+		case unicode.IsPrint(r):
+			return r
+		default:
+			return '?'
+		}
+	}, s)
+}
+
 // BudgetShort has an Event with this note written on the broker's own pod.
 func (e *Events) BudgetShort(pod policy.Pod, note string) { e.queueUp(pod, BudgetReason, "", note) }
 
@@ -152,13 +181,21 @@ func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, n
 		e.stats.Suppressed++
 		return
 	}
-	if !e.room(now) || !e.share(pod.Namespace).AllowN(now, 1) {
+	share := pod.Namespace
+	if reason == ShadowedReason {
+		share = "/" + share // no namespace has that name: warnings leave refusals what is theirs
+	}
+	if !e.room(now) || !e.share(share).AllowN(now, 1) {
 		e.stats.Dropped++
 		return
 	}
 	select {
 	case e.queue <- r:
-		e.seen[r.sighting] = now.Add(eventQuiet)
+		quiet := eventQuiet
+		if reason == ShadowedReason {
+			quiet = shadowedQuiet
+		}
+		e.seen[r.sighting] = now.Add(quiet)
 	default:
 		e.stats.Dropped++
 	}

@@ -97,6 +97,47 @@ func TestBudgetIsAnEvent(t *testing.T) {
 	})
 }
 
+// TestWarningsAreAnEvent: what the webhook warned of becomes one Event of a pod, in one line, and takes nothing from the
+// Events on refusals.
+func TestWarningsAreAnEvent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		pod := refusedPod("shop", 1)
+		const text = "container \"a\" has AWS_PROFILE\ncontainer \"b\" has it\x1b[2J\u202e too"
+		e.Shadowed(pod, "")
+		e.Shadowed(policy.Pod{Namespace: "shop", Name: "p"}, text) // nobody's UID
+		for range 10 {
+			e.Shadowed(pod, text)
+			time.Sleep(time.Hour)
+		}
+		got := w.events()
+		if len(got) != 1 {
+			t.Fatalf("%d Events were written, want one", len(got))
+		}
+		const want = "at its admission, the webhook warned: container \"a\" has AWS_PROFILE;container \"b\" has it?[2J? too"
+		if g := got[0]; g.Reason != "CredentialsShadowed" || g.Type != "Warning" || g.Action != "GetCredentials" || g.Note != want || string(g.Regarding.UID) != pod.UID {
+			t.Errorf("the Event is %+v", g)
+		}
+		for i := range 1000 {
+			e.Shadowed(refusedPod("shop", i), strings.Repeat("x", 256<<10))
+		}
+		e.Refused(pod, notPermitted)
+		time.Sleep(time.Minute)
+		refusals := 0
+		for _, event := range w.events() {
+			if len(event.Note) > 1024 {
+				t.Errorf("a note has %d bytes", len(event.Note))
+			}
+			if event.Reason == kube.EventReason {
+				refusals++
+			}
+		}
+		if n := len(w.events()); refusals != 1 || n > 2+20 {
+			t.Errorf("after many warnings there are %d Events, %d of them on refusals", n, refusals)
+		}
+	})
+}
+
 func TestWhichRefusalsBecomeEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)
