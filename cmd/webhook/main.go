@@ -32,6 +32,7 @@ func main() {
 // run builds the parts and runs them until ctx ends: first the server drains, then the watch that it
 // judges by stops.
 func run(ctx context.Context, o options) error {
+	program.LimitMemory()
 	log := program.NewLogger(os.Stderr, o.level)
 	klog.SetSlogLogger(log) // client-go's own lines
 	if err := useDNS(ctx, o, log); err != nil {
