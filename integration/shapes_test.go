@@ -370,9 +370,16 @@ func TestLimitRangeAndQuota(t *testing.T) {
 	hard := func(kv ...string) *corev1.ResourceQuota {
 		return &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Name: "quota"}, Spec: corev1.ResourceQuotaSpec{Hard: list(kv...)}}
 	}
+	scoped := func(scope corev1.ResourceQuotaScope, kv ...string) *corev1.ResourceQuota {
+		quota := hard(kv...)
+		quota.Spec.Scopes = []corev1.ResourceQuotaScope{scope}
+		return quota
+	}
 	for name, tc := range map[string]struct {
 		limits *corev1.LimitRange
 		quota  *corev1.ResourceQuota
+		bare   bool              // the pod says nothing of resources, so that its class is BestEffort without the sidecar
+		plain  bool              // it is not annotated
 		says   map[string]string // what the pod says of its sidecar
 		has    string            // its sidecar's requests and limits then
 		want   string            // in the refusal; empty: the pod is made
@@ -390,11 +397,20 @@ func TestLimitRangeAndQuota(t *testing.T) {
 			says: map[string]string{"sidecar-memory": "64Mi"}, want: "minimum cpu usage per Container is 50m, but request is 5m"},
 		"ratio and said": {limits: limit(corev1.LimitRangeItem{MaxLimitRequestRatio: list("cpu", "2")}),
 			says: map[string]string{"sidecar-cpu-request": "60m", "sidecar-cpu-limit": "60m"}, has: "60m 60m 16Mi 16Mi"},
-		"ratio":              {limits: limit(corev1.LimitRangeItem{MaxLimitRequestRatio: list("cpu", "10")}), want: "cpu max limit to request ratio per Container is 10, but provided ratio is 20"},
-		"quota":              {quota: hard("requests.cpu", "55m", "limits.cpu", "200m", "requests.memory", "80Mi", "limits.memory", "80Mi", "pods", "1")},
-		"quota of less":      {quota: hard("limits.memory", "79Mi"), want: "exceeded quota: quota, requested: limits.memory=80Mi"},
-		"quota of storage":   {quota: hard("requests.ephemeral-storage", "1Gi")},
-		"default of storage": {limits: limit(corev1.LimitRangeItem{DefaultRequest: list("ephemeral-storage", "10Mi"), Default: list("ephemeral-storage", "1Gi")})},
+		"ratio":            {limits: limit(corev1.LimitRangeItem{MaxLimitRequestRatio: list("cpu", "10")}), want: "cpu max limit to request ratio per Container is 10, but provided ratio is 20"},
+		"quota":            {quota: hard("requests.cpu", "55m", "limits.cpu", "200m", "requests.memory", "80Mi", "limits.memory", "80Mi", "pods", "1")},
+		"quota of less":    {quota: hard("limits.memory", "79Mi"), want: "exceeded quota: quota, requested: limits.memory=80Mi"},
+		"quota of storage": {quota: hard("requests.ephemeral-storage", "1Gi")},
+		// A pod of class BestEffort is Burstable once it is injected.
+		"besteffort quota not injected":    {bare: true, plain: true, quota: scoped(corev1.ResourceQuotaScopeBestEffort, "pods", "0"), want: "exceeded quota: quota, requested: pods=1"},
+		"besteffort quota":                 {bare: true, quota: scoped(corev1.ResourceQuotaScopeBestEffort, "pods", "0")},
+		"notbesteffort quota not injected": {bare: true, plain: true, quota: scoped(corev1.ResourceQuotaScopeNotBestEffort, "pods", "0", "limits.memory", "1Gi")},
+		"notbesteffort pods":               {bare: true, quota: scoped(corev1.ResourceQuotaScopeNotBestEffort, "pods", "0"), want: "exceeded quota: quota, requested: pods=1"},
+		"notbesteffort memory":             {bare: true, quota: scoped(corev1.ResourceQuotaScopeNotBestEffort, "limits.memory", "1Gi"), want: "must specify limits.memory for: app"},
+		"notbesteffort memory said":        {quota: scoped(corev1.ResourceQuotaScopeNotBestEffort, "limits.memory", "80Mi")},
+		"notbesteffort memory default":     {bare: true, quota: scoped(corev1.ResourceQuotaScopeNotBestEffort, "limits.memory", "80Mi"), limits: limit(corev1.LimitRangeItem{Default: list("memory", "64Mi")})},
+		"notbesteffort memory too little":  {bare: true, quota: scoped(corev1.ResourceQuotaScopeNotBestEffort, "limits.memory", "79Mi"), limits: limit(corev1.LimitRangeItem{Default: list("memory", "64Mi")}), want: "exceeded quota: quota, requested: limits.memory=80Mi"},
+		"default of storage":               {limits: limit(corev1.LimitRangeItem{DefaultRequest: list("ephemeral-storage", "10Mi"), Default: list("ephemeral-storage", "1Gi")})},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -421,6 +437,12 @@ func TestLimitRangeAndQuota(t *testing.T) {
 				return err
 			})
 			asked := pod()
+			if tc.bare {
+				asked.Spec.Containers[0].Resources = corev1.ResourceRequirements{}
+			}
+			if tc.plain {
+				asked.Annotations = nil
+			}
 			for key, value := range tc.says {
 				asked.Annotations["iam.amazonaws.com/"+key] = value
 			}
@@ -430,6 +452,10 @@ func TestLimitRangeAndQuota(t *testing.T) {
 			await(t, func() error {
 				made, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), asked, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 				switch {
+				case tc.want == "" && err == nil && tc.plain:
+					if len(made.Spec.InitContainers) > 0 {
+						return fmt.Errorf("it was injected: %v", made.Spec.InitContainers)
+					}
 				case tc.want == "" && err == nil:
 					if got := resourcesOf(made.Spec.InitContainers[0]); got != tc.has {
 						return fmt.Errorf("the sidecar has resources %s, want %s", got, tc.has)
