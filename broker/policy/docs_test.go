@@ -18,7 +18,7 @@ func TestAnnotationsPage(t *testing.T) {
 	for heading, want := range map[string][]Key{
 		"## On a namespace":         namespaceKeys,
 		"## On a pod":               podKeys[:],
-		"## Written by the webhook": {Injected, ServiceAccount},
+		"## Written by the webhook": {Injected, ServiceAccount, Warnings},
 	} {
 		_, section, ok := strings.Cut(string(page), heading+"\n")
 		if !ok {

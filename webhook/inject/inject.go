@@ -66,7 +66,7 @@ type Config struct {
 	TrustConfigMap string
 	// Settings of the sidecar, until [Injector.Use] changes them. Required; begin with [DefaultSettings].
 	Settings Settings
-	// OnShadowed is what to do about web identity in a container. Default [RefuseShadowed].
+	// OnShadowed is what to do about web identity, or EKS Pod Identity, in a container. Default [RefuseShadowed].
 	OnShadowed OnShadowed
 }
 
