@@ -444,7 +444,7 @@ func TestTooLarge(t *testing.T) {
 	}{
 		"as many containers as there may be": {review(pod(permitted, containers(1000))), ""},
 		"one more container":                 {review(pod(permitted, containers(1001))), "the pod has 1001 containers, and at most 1000 are injected: split the pod"},
-		"60,000 containers in one list": {review(pod(permitted, strings.Replace(containers(60_002), `"i"}`, `"i","env":[{"name":"AWS_PROFILE","value":"x"},{"name":"AWS_ACCESS_KEY_ID","value":"x"}]}`, -1))),
+		"60,000 containers in one list": {review(pod(permitted, strings.ReplaceAll(containers(60_002), `"i"}`, `"i","env":[{"name":"AWS_PROFILE","value":"x"},{"name":"AWS_ACCESS_KEY_ID","value":"x"}]}`))),
 			"the review is longer than 4194304 bytes, and an API server takes pods of at most 3145728: make the pod smaller"},
 		"20,000 containers": {review(pod(permitted, containers(20_000))), "the pod's spec cannot be read: 19999 containers, and at most 1000 are injected: split the pod"},
 		"elements":          {review(pod(permitted, `"x":[0`+strings.Repeat(`,0`, 64_000)+`],`)), "the pod has 64033 fields and elements of lists, and at most 64000 are read: make it smaller, or remove its annotations of Credence"},

@@ -152,7 +152,7 @@ type Result struct {
 // change; its reason is one of those that package policy gives for annotations,
 // credential.ReasonPodUnsupported or credential.ReasonShadowed.
 func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
-	return i.inject(context.Background(), raw, namespace, func(int) error { return nil })
+	return i.inject(func() error { return nil }, raw, namespace, func(int) error { return nil })
 }
 
 // InjectWithin is Inject within the time of ctx and the memory that the caller has. It refuses a pod that exceeds
@@ -162,10 +162,11 @@ func (i *Injector) InjectWithin(ctx context.Context, raw []byte, namespace strin
 	if err := check(raw); err != nil {
 		return Result{}, err
 	}
-	return i.inject(ctx, raw, namespace, room)
+	return i.inject(ctx.Err, raw, namespace, room)
 }
 
-func (i *Injector) inject(ctx context.Context, raw []byte, namespace string, room func(containers int) error) (Result, error) {
+// inject stops with the error of ended as soon as there is one.
+func (i *Injector) inject(ended func() error, raw []byte, namespace string, room func(containers int) error) (Result, error) {
 	p, err := parsePod(raw)
 	if err != nil {
 		return Result{}, err
@@ -194,11 +195,11 @@ func (i *Injector) inject(ctx context.Context, raw []byte, namespace string, roo
 		return result, err
 	}
 	result.Pod.ServiceAccount = spec.serviceAccount()
-	if err := errors.Join(ctx.Err(), room(len(spec.Containers)+len(spec.InitContainers))); err != nil {
+	if err := errors.Join(ended(), room(len(spec.Containers)+len(spec.InitContainers))); err != nil {
 		return result, err
 	}
 	var w warnings
-	patch, err := i.newPlan(settings, spec).patch(ctx, p, spec, namespace, &w)
+	patch, err := i.newPlan(settings, spec).patch(ended, p, spec, namespace, &w)
 	if err != nil {
 		return result, err
 	}
@@ -216,7 +217,7 @@ func length(annotations map[string]string) (n int) {
 
 // patch makes the operations in an order in which the indices of the pod as it came stay right: what
 // edits existing containers first, and the container that shifts all others last.
-func (by *plan) patch(ctx context.Context, p *pod, spec *podSpec, namespace string, w *warnings) (ops []Operation, err error) {
+func (by *plan) patch(ended func() error, p *pod, spec *podSpec, namespace string, w *warnings) (ops []Operation, err error) {
 	if err := by.checkSupported(p, spec); err != nil {
 		return nil, err
 	}
@@ -250,7 +251,7 @@ func (by *plan) patch(ctx context.Context, p *pod, spec *podSpec, namespace stri
 		containers []container
 	}{{"/spec/containers", spec.Containers}, {"/spec/initContainers", spec.InitContainers}} {
 		for at, c := range list.containers {
-			if err := ctx.Err(); err != nil {
+			if err := ended(); err != nil {
 				return nil, err
 			}
 			if c.Name == sidecarName || !selected(c.Name, by.pod) {
