@@ -56,7 +56,7 @@ func (g generator) env() any {
 			object{"name": name, "value": "$(V0) and $$(V0)"},
 			object{"name": "AWS_REGION", "value": "eu-central-1"},
 			object{"name": "AWS_EC2_METADATA_DISABLED", "value": "true"},
-			object{"name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": "http://169.254.170.23/v1/credentials"},
+			object{"name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": "http://169.254.170.2/v2/credentials"},
 			object{"name": "AWS_PROFILE", "value": "mine"},
 			object{"name": name, "valueFrom": from("configMapKeyRef")},
 			object{"name": name, "valueFrom": from("secretKeyRef")},

@@ -310,8 +310,8 @@ func TestKubectl(t *testing.T) {
 	}
 }
 
-// The API server takes requests of 3 MB, and stores half of that. A pod near the first bound is injected, or refused by
-// the API server: the webhook copes.
+// The API server takes requests of 3 MB, and stores half of that. A pod as large as can be stored is injected. A larger one
+// is refused by the webhook, with the reason, or by the API server.
 func TestLargePods(t *testing.T) {
 	t.Parallel()
 	ns := scratch(t, ".*")
@@ -326,12 +326,21 @@ func TestLargePods(t *testing.T) {
 		return pod
 	}
 	dry := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
-	pod, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(2_500_000), dry)
+	plain := large(3_000_000)
+	plain.Annotations = nil
+	if _, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), plain, metav1.CreateOptions{}); err == nil {
+		t.Error("a pod of 3 MB, not injected, was stored: larger ones may be, too")
+	}
+	pod, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(1_250_000), dry)
 	if err != nil {
-		t.Fatalf("2.5 MB: %.500v", err)
+		t.Fatalf("1.25 MB: %.500v", err)
 	}
 	if err := injected(pod); err != nil {
-		t.Errorf("2.5 MB: %v", err)
+		t.Errorf("1.25 MB: %v", err)
+	}
+	_, err = credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(2_500_000), dry)
+	if err == nil || !strings.Contains(err.Error(), "an API server takes") || len(err.Error()) > 1000 {
+		t.Errorf("2.5 MB: answered %.500v", err)
 	}
 	_, err = credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(4_000_000), dry)
 	if !apierrors.IsRequestEntityTooLargeError(err) || len(err.Error()) > 1000 {

@@ -140,6 +140,8 @@ func worst() map[string]string {
 		"a session policy of other keys":     review(annotated(`,"iam.amazonaws.com/session-policy":"{\"Statement\":1,`+strings.ReplaceAll(list(values, 200<<10, func(n int) string { return fmt.Sprintf(`"%x":1`, n) }), `"`, `\"`)+`}"`, container(`"x":0`))),
 		"a list of containers":               review(annotated(`,"iam.amazonaws.com/skip-containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(inject.MaxContainers, most, named(everything))+`]`)),
 		"a list that is not there":           review(annotated(`,"iam.amazonaws.com/containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(inject.MaxContainers, most, named(everything))+`]`)),
+		"managed fields":                     review(annotated(``, container(`"x":0`)), `"name":"p"`, `"name":"p","managedFields":[`+list(1_000_000, 2<<20, always(`{}`))+`]`),
+		"containers in managed fields":       review(annotated(``, `"managedFields":[`+list(values, most, always(`{}`))+`],`+container(`"managedFields":[`+list(values, most, always(`{}`))+`]`))),
 		"deep arrays":                        review(annotated(``, container(`"x":`+strings.Repeat("[", 1_000_000)+strings.Repeat("]", 1_000_000)))),
 		"deep objects":                       review(annotated(``, container(`"x":`+strings.Repeat(`{"a":`, 90)+`1`+strings.Repeat("}", 90)))),
 		"fields nobody knows":                review(annotated(``, container(list(values, most, numbered0)))),
