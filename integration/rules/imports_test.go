@@ -15,6 +15,7 @@ import (
 // exists.
 var floors = map[string]int{
 	// 0: the nouns. Standard library only.
+	"broker/connlimit":  0,
 	"broker/credential": 0,
 	"broker/identity":   0,
 	"certs":             0,

@@ -1,0 +1,608 @@
+package connlimit_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/credence-iam/credence/broker/connlimit"
+)
+
+// world is a listener whose clients choose their addresses.
+type world struct {
+	t        *testing.T
+	limiter  *connlimit.Limiter
+	incoming chan net.Conn
+	listener net.Listener
+	ended    chan struct{}
+	end      sync.Once
+	slow     bool // the server lets go of closed connections only when the test looks at them
+	links    []*link
+}
+
+// side is the server's end of a connection from an address.
+type side struct {
+	net.Conn
+	addr net.Addr
+	link *link
+}
+
+func (s side) RemoteAddr() net.Addr { return s.addr }
+
+func (w *world) Accept() (net.Conn, error) {
+	select {
+	case c := <-w.incoming:
+		return c, nil
+	case <-w.ended:
+		return nil, net.ErrClosed
+	}
+}
+
+func (w *world) Close() error   { w.end.Do(func() { close(w.ended) }); return nil }
+func (w *world) Addr() net.Addr { return &net.TCPAddr{} }
+
+func newWorld(t *testing.T, cfg connlimit.Config) *world {
+	t.Helper()
+	if cfg.RequestTime == 0 {
+		cfg.RequestTime = time.Minute
+	}
+	limiter, err := connlimit.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{t: t, limiter: limiter, incoming: make(chan net.Conn, 1), ended: make(chan struct{})}
+	w.listener = limiter.Listen(w)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		for {
+			c, err := w.listener.Accept()
+			if err != nil {
+				return
+			}
+			c.(*connlimit.Conn).Conn.(side).link.accepted.Store(c.(*connlimit.Conn))
+		}
+	}()
+	t.Cleanup(func() { _ = w.listener.Close(); <-served })
+	return w
+}
+
+// link is one connection.
+type link struct {
+	name     string
+	accepted atomic.Pointer[connlimit.Conn]
+	client   net.Conn
+}
+
+// server returns the server's end; nil until it has been accepted.
+func (l *link) server() *connlimit.Conn { return l.accepted.Load() }
+
+// connect makes a connection from an address, and waits until all that follows at once is done.
+func (w *world) connect(address string) *link {
+	w.t.Helper()
+	if !w.slow {
+		w.links = slices.DeleteFunc(w.links, func(l *link) bool { return l.closed() })
+	}
+	client, server := net.Pipe()
+	l := &link{name: address, client: client}
+	w.incoming <- side{server, &net.TCPAddr{IP: net.ParseIP(address), Port: 1}, l}
+	synctest.Wait()
+	w.links = append(w.links, l)
+	w.t.Cleanup(func() {
+		if l.server() != nil {
+			_ = l.server().Close()
+		}
+		_ = l.client.Close()
+	})
+	return l
+}
+
+// closed reports whether the connection was closed, once all that was begun is done, and if so, lets go of it, as servers do.
+func (l *link) closed() bool {
+	synctest.Wait()
+	_ = l.client.SetReadDeadline(time.Now().Add(time.Nanosecond))
+	_, err := l.client.Read(make([]byte, 1))
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrClosedPipe) {
+		if l.server() != nil {
+			_ = l.server().Close()
+		}
+		return true
+	}
+	return false
+}
+
+func open(links []*link) (names []string) {
+	for _, l := range links {
+		if !l.closed() {
+			names = append(names, l.name)
+		}
+	}
+	return names
+}
+
+func count(names []string, name string) (n int) {
+	for _, s := range names {
+		if s == name {
+			n++
+		}
+	}
+	return n
+}
+
+func TestAddressesShareEqually(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 12})
+		var links []*link
+		for range 12 { // while nobody else wants any, one address has all
+			links = append(links, w.connect("10.0.0.1"))
+		}
+		if n := len(open(links)); n != 12 {
+			t.Fatalf("of 12 connections of one address alone, %d are open", n)
+		}
+		quiet := w.connect("10.0.0.5")
+		for range 100 {
+			for _, address := range []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"} {
+				links = append(links, w.connect(address))
+				links = slices.DeleteFunc(links, func(l *link) bool { return l.closed() })
+			}
+		}
+		if quiet.closed() {
+			t.Error("the only connection of an address gave way to those that have many")
+		}
+		names := open(links)
+		for _, address := range []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"} {
+			if n := count(names, address); n < 2 || n > 3 {
+				t.Errorf("%s has %d of the 11 connections that four addresses want", address, n)
+			}
+		}
+		if s := w.limiter.Stats(); s.Unauthenticated != 12 || s.Closed[connlimit.Crowded] == 0 {
+			t.Errorf("the state is %+v", s)
+		}
+	})
+}
+
+func TestOrderOfClosing(t *testing.T) {
+	for name, test := range map[string]struct {
+		newcomer string
+		want     []string // numbers of the connections of the address that holds the most, as they are closed
+	}{
+		"for another address":  {"10.0.0.2", []string{"idle 3", "idle 2", "arriving 4", "arriving 5", "answering 0"}},
+		"for the same address": {"10.0.0.1", []string{"idle 3", "idle 2", "arriving 4", "arriving 5", "newcomer 0"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, connlimit.Config{Max: 6})
+				var links []*link
+				add := func(l *link, name string) { l.name = name; links = append(links, l) }
+				for i, stage := range []string{"answering", "answering", "idle", "idle", "arriving", "arriving"} {
+					l := w.connect("10.0.0.1")
+					add(l, fmt.Sprint(stage, " ", i))
+					if stage != "arriving" {
+						l.server().Begin()
+					}
+				}
+				links[3].server().End()
+				links[2].server().End()
+				var got []string
+				for i := range test.want {
+					time.Sleep(2 * time.Second) // so that those before have had their time
+					l := w.connect(test.newcomer)
+					add(l, fmt.Sprint("newcomer ", i))
+					if l.server() != nil {
+						l.server().Begin() // so that it is not the one to go next
+					}
+					for i := 0; i < len(links); {
+						if !links[i].closed() {
+							i++
+							continue
+						}
+						got = append(got, links[i].name)
+						links = slices.Delete(links, i, i+1)
+					}
+				}
+				if test.newcomer == "10.0.0.2" {
+					// Three each is equal: the fourth has nobody to take from.
+					test.want = []string{"idle 3", "idle 2", "arriving 4", "newcomer 3", "newcomer 4"}
+				} else {
+					test.want[4] = "newcomer 4"
+				}
+				if diff := cmp.Diff(test.want, got); diff != "" {
+					t.Errorf("closed (-want +got):\n%s", diff)
+				}
+			})
+		})
+	}
+}
+
+// Those who come faster than they can be served do not keep all from being served.
+func TestNewcomersOfACrowd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 4})
+		var first []*link
+		for i := range 4 {
+			first = append(first, w.connect(fmt.Sprint("10.0.0.", i)))
+		}
+		time.Sleep(900 * time.Millisecond)
+		for i := range 50 {
+			if same, other := w.connect("10.0.0.1"), w.connect(fmt.Sprint("10.0.1.", i)); !same.closed() || !other.closed() {
+				t.Fatal("a newcomer has displaced one that has had less than a second, of an address with no more than its own")
+			}
+		}
+		if n := len(open(first)); n != 4 {
+			t.Errorf("%d of the first 4 are open", n)
+		}
+		time.Sleep(200 * time.Millisecond)
+		if other := w.connect("10.0.1.1"); other.closed() || !first[0].closed() {
+			t.Error("the oldest has had its second, and does not give way")
+		}
+	})
+}
+
+func TestRequestTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 9, RequestTime: 5 * time.Second, IdleTime: 10 * time.Second})
+		silent, served, known := w.connect("10.0.0.1"), w.connect("10.0.0.1"), w.connect("10.0.0.2")
+		time.Sleep(4 * time.Second)
+		served.server().Begin()
+		known.server().Begin()
+		time.Sleep(2 * time.Second)
+		if !silent.closed() || served.closed() {
+			t.Fatal("of a silent connection and one whose request has arrived in time, the first alone is to be closed")
+		}
+		time.Sleep(time.Hour)
+		if served.closed() {
+			t.Fatal("a connection was closed while the server was busy with its request")
+		}
+		served.server().End()
+		time.Sleep(9 * time.Second)
+		served.server().Begin()
+		time.Sleep(time.Minute)
+		if served.closed() {
+			t.Fatal("a connection was closed while the server was busy with its second request")
+		}
+		served.server().End()
+		time.Sleep(11 * time.Second)
+		if !served.closed() {
+			t.Error("an idle connection was not closed")
+		}
+		if s := w.limiter.Stats(); s.Closed[connlimit.Late] != 2 {
+			t.Errorf("of 2 connections that were late, %d were counted", s.Closed[connlimit.Late])
+		}
+	})
+}
+
+func TestBytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 9, HandshakeBytes: 10, RequestBytes: 20})
+		l := w.connect("10.0.0.1")
+		send := func(n int) error {
+			go func() { _, _ = l.client.Write([]byte(strings.Repeat("x", n))) }()
+			_, err := io.ReadFull(l.server(), make([]byte, n))
+			return err
+		}
+		if err := send(10); err != nil {
+			t.Fatal(err)
+		}
+		l.server().Handshaken()
+		for range 3 {
+			if err := send(20); err != nil {
+				t.Fatal(err)
+			}
+			l.server().Begin()
+			l.server().End()
+		}
+		if err := send(21); err == nil || !l.closed() {
+			t.Errorf("one byte too many: %v", err)
+		}
+		if s := w.limiter.Stats(); s.Closed[connlimit.Flood] != 1 || s.Unauthenticated != 0 {
+			t.Errorf("the state is %+v", s)
+		}
+		l = w.connect("10.0.0.1")
+		if err := send(11); err == nil {
+			t.Error("a handshake may have as many bytes as a request")
+		}
+	})
+}
+
+// Whoever has many connections waits for their handshakes; another does not wait for those.
+func TestHandshakesInTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 100, Handshakes: 1})
+		var began []string
+		links := make(map[string]*link)
+		hello := func(address, name string) {
+			l := w.connect(address)
+			links[name] = l
+			go func() {
+				_, _ = l.client.Write([]byte("x"))
+			}()
+			go func() {
+				if _, err := l.server().Read(make([]byte, 1)); err == nil {
+					began = append(began, name)
+				}
+			}()
+			synctest.Wait()
+		}
+		for i := range 5 {
+			hello("10.0.0.1", fmt.Sprint("many ", i))
+		}
+		hello("10.0.0.2", "few 0")
+		hello("10.0.0.2", "few 1")
+		if diff := cmp.Diff([]string{"many 0"}, began); diff != "" {
+			t.Fatalf("of handshakes one at a time, these are computed (-want +got):\n%s", diff)
+		}
+		_ = links["many 1"].server().Close() // it gives up its place
+		for range 5 {
+			links[began[len(began)-1]].server().Handshaken()
+			synctest.Wait()
+		}
+		if diff := cmp.Diff([]string{"many 0", "many 2", "few 0", "many 3", "few 1", "many 4"}, began); diff != "" {
+			t.Errorf("handshakes were computed in this order (-want +got):\n%s", diff)
+		}
+		// The last one has its turn still: closing gives it back, and so does waiting for the peer.
+		_ = links["many 4"].server().Close()
+		hello("10.0.0.3", "another")
+		go func() { _, _ = links["another"].server().Read(make([]byte, 1)) }()
+		synctest.Wait()
+		hello("10.0.0.3", "last")
+		if began[len(began)-1] != "last" {
+			t.Errorf("a turn was lost; computed were %v", began)
+		}
+	})
+}
+
+func TestAuthenticatedStay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 2, MaxAuthenticated: 4})
+		enter := func(name, tenant string) (l *link, ok bool) {
+			time.Sleep(2 * time.Second) // so that others have had their time
+			l = w.connect("10.0.0.1")
+			l.name = name
+			l.server().Begin()
+			return l, l.server().Authenticated(tenant, name)
+		}
+		var shop []*link
+		for i := range 4 {
+			l, ok := enter(fmt.Sprint("shop ", i), "shop")
+			if !ok {
+				t.Fatalf("there is no room for the call %d of 4", i)
+			}
+			shop = append(shop, l)
+		}
+		for range 20 {
+			w.connect("10.0.0.1").closed()
+			w.connect("10.0.0.2").closed()
+		}
+		if n := len(open(shop)); n != 4 {
+			t.Fatalf("unknown connections have displaced %d of 4 that are known", 4-n)
+		}
+		fifth, ok := enter("shop 4", "shop")
+		if ok || fifth.closed() {
+			t.Error("a fifth call of a tenant that has all four must be refused, by an answer")
+		}
+		fifth.server().End()
+		bank, ok := enter("bank", "bank")
+		if diff := cmp.Diff([]string{"shop 0", "shop 1", "shop 2"}, open(shop)); !ok || bank.closed() || diff != "" {
+			t.Errorf("another tenant's call: let in %t; those of the first that remain (-want +got):\n%s", ok, diff)
+		}
+		shop[1].server().End()
+		if _, ok = enter("shop 5", "shop"); !ok || !shop[1].closed() {
+			t.Error("an answered connection of the tenant itself did not give way")
+		}
+		if s := w.limiter.Stats(); s.Authenticated != 4 || s.Unauthenticated > 2 {
+			t.Errorf("the state is %+v", s)
+		}
+	})
+}
+
+func TestOneCaller(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 20, MaxAuthenticated: 10, MaxPerCaller: 2})
+		enter := func(caller string) (*link, bool) {
+			l := w.connect("10.0.0.1")
+			l.server().Begin()
+			return l, l.server().Authenticated("shop", caller)
+		}
+		first, _ := enter("cart")
+		enter("cart")
+		if _, ok := enter("cart"); ok {
+			t.Error("a caller has three connections, of two that it may have")
+		}
+		if _, ok := enter("till"); !ok {
+			t.Error("a caller has none, because another has two")
+		}
+		_ = first.server().Close()
+		if _, ok := enter("cart"); !ok {
+			t.Error("a connection that was closed still counts")
+		}
+	})
+}
+
+// A machine has all addresses of an IPv6 network, and one of IPv4 in each form.
+func TestAddresses(t *testing.T) {
+	for _, test := range []struct {
+		many, few string
+		same      bool
+	}{
+		{"2001:db8:0:1::1", "2001:db8:0:1:ffff::2", true},
+		{"2001:db8:0:1::1", "2001:db8:0:2::1", false},
+		{"::ffff:10.0.0.1", "10.0.0.1", true},
+		{"10.0.0.1", "10.0.0.2", false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, connlimit.Config{Max: 2})
+			few := w.connect(test.few)
+			time.Sleep(2 * time.Second)
+			w.connect(test.many)
+			w.connect(test.many)
+			if closed := few.closed(); closed != test.same {
+				t.Errorf("%s counts for %s: %t, not %t", test.many, test.few, closed, test.same)
+			}
+		})
+	}
+}
+
+// What was closed for others holds memory until the server has let go of it: so there is a bound on that, too.
+func TestServerThatFallsBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 16, MaxWaiting: 3})
+		w.slow = true
+		if got := connlimit.MaxOpen(16); got != 18 {
+			t.Errorf("at most %d connections of 16 hold memory", got)
+		}
+		var links []*link
+		for range 18 {
+			time.Sleep(time.Second)
+			links = append(links, w.connect("10.0.0.1"))
+		}
+		late := w.connect("10.0.0.2")
+		if late.server() != nil || late.closed() {
+			t.Fatal("a connection was accepted while the server had two to let go of")
+		}
+		if !links[0].closed() { // and lets go
+			t.Fatal("the oldest was not closed")
+		}
+		if synctest.Wait(); late.server() == nil {
+			t.Error("there is room, and the connection is not let in")
+		}
+	})
+}
+
+func TestListenerThatClosesWhileItWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 1, MaxWaiting: 1})
+		w.slow = true
+		first := w.connect("10.0.0.1")
+		second := w.connect("10.0.0.1")
+		time.Sleep(2 * time.Second)
+		third := w.connect("10.0.0.1")
+		fourth := w.connect("10.0.0.2")
+		if first.server() == nil || second.server() != nil || third.server() == nil || fourth.server() != nil {
+			t.Fatal("this was to make one wait for room, and one for the server")
+		}
+		_ = w.listener.Close()
+		if !second.closed() || !fourth.closed() || third.closed() {
+			t.Error("of the connections at a listener that closes, those that the server has not seen are to be closed")
+		}
+	})
+}
+
+// For whom there is no room, there is some as soon as others go, and for each address as much.
+func TestWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 4, MaxWaiting: 6})
+		var many, few []*link
+		for range 8 {
+			many = append(many, w.connect("10.0.0.1"))
+		}
+		for range 4 {
+			few = append(few, w.connect("10.0.0.2"))
+		}
+		accepted := func(links []*link) (n int) {
+			for _, l := range links {
+				if !l.closed() && l.server() != nil {
+					n++
+				}
+			}
+			return n
+		}
+		if m, f := accepted(many), accepted(few); m != 2 || f != 2 {
+			t.Fatalf("of 4 places, one address has %d and another %d", m, f)
+		}
+		if s := w.limiter.Stats(); s.Waiting != 6 || s.Closed[connlimit.Crowded] != 2 {
+			t.Fatalf("the state is %+v", s)
+		}
+		// An answer makes room.
+		few[0].server().Begin()
+		_ = few[0].server().Close()
+		if synctest.Wait(); few[2].server() == nil || accepted(many) != 2 {
+			t.Error("the place of an address that has fewer was given to another")
+		}
+		time.Sleep(2 * time.Minute)
+		if s := w.limiter.Stats(); s.Waiting != 0 || s.Unauthenticated != 0 {
+			t.Errorf("after the time of a request the state is %+v", s)
+		}
+	})
+}
+
+func TestConfig(t *testing.T) {
+	for _, cfg := range []connlimit.Config{{}, {Max: 1}, {RequestTime: 1}, {Max: -1, RequestTime: 1}} {
+		if _, err := connlimit.New(cfg); err == nil {
+			t.Errorf("%+v is taken", cfg)
+		}
+	}
+	if len(connlimit.Causes()) != len(connlimit.Stats{}.Closed) {
+		t.Error("Causes lacks some")
+	}
+}
+
+// Whatever connections do, the limits hold, and nothing is counted that is not there.
+func TestRandomLives(t *testing.T) {
+	for seed := range uint64(20) {
+		synctest.Test(t, func(t *testing.T) {
+			random := rand.New(rand.NewPCG(seed, 1))
+			w := newWorld(t, connlimit.Config{
+				Max: 8, MaxAuthenticated: 5, MaxWaiting: 3, RequestTime: 5 * time.Second, IdleTime: 3 * time.Second, Handshakes: 2,
+			})
+			var links []*link
+			for range 2000 {
+				if random.IntN(3) == 0 || len(links) == 0 {
+					address := netip.AddrFrom4([4]byte{10, 0, 0, byte(random.IntN(4))})
+					links = append(links, w.connect(address.String()))
+				}
+				l := links[random.IntN(len(links))]
+				if l.server() == nil {
+					continue
+				}
+				switch random.IntN(7) {
+				case 0:
+					go func() { _, _ = l.client.Write([]byte("x")) }()
+					go func() { _, _ = l.server().Read(make([]byte, 1)) }()
+				case 1:
+					l.server().Handshaken()
+				case 2:
+					l.server().Begin()
+				case 3:
+					l.server().Authenticated(string('a'+rune(random.IntN(3))), "")
+				case 4:
+					l.server().End()
+				case 5:
+					_ = l.server().Close()
+				case 6:
+					time.Sleep(time.Duration(random.IntN(1000)) * time.Millisecond)
+				}
+				for n := len(links) + 1; n > len(links); { // as the server lets go, others come in, for which others go
+					n = len(links)
+					links = slices.DeleteFunc(links, func(l *link) bool { return l.closed() })
+				}
+				s := w.limiter.Stats()
+				if s.Unauthenticated > 8 || s.Authenticated > 5 || s.Waiting > 3 || s.Unauthenticated+s.Authenticated+s.Waiting != len(links) {
+					t.Fatalf("seed %d: with %d connections open, the state is %+v", seed, len(links), s)
+				}
+			}
+			for range 4 { // those that wait come in as others go
+				for _, l := range links {
+					if l.server() != nil {
+						_ = l.server().Close()
+					}
+				}
+				synctest.Wait()
+			}
+			if s := w.limiter.Stats(); s.Unauthenticated+s.Authenticated != 0 {
+				t.Errorf("seed %d: with no connection open, the state is %+v", seed, s)
+			}
+		})
+	}
+}
