@@ -26,6 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/policy"
@@ -87,7 +88,8 @@ var regionForm = regexp.MustCompile(`^[a-z0-9-]{0,64}$`)
 // Broker answers the one RPC; [Serve] puts it on a listener.
 type Broker struct {
 	brokerpb.UnimplementedBrokerServer
-	cfg Config
+	cfg         Config
+	connections *connlimit.Limiter
 }
 
 // New checks cfg.
@@ -98,7 +100,11 @@ func New(cfg Config) (*Broker, error) {
 	if !regionForm.MatchString(cfg.Region) {
 		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens: sidecars take no other", cfg.Region)
 	}
-	return &Broker{cfg: cfg}, nil
+	connections, err := newConnections()
+	if err != nil {
+		return nil, err
+	}
+	return &Broker{cfg: cfg, connections: connections}, nil
 }
 
 // replyMargin is shaved off the caller's deadline, so that the caller hears from us what took so
@@ -175,6 +181,10 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 		return credential.Lease{}, err
 	}
 	entry.Namespace, entry.Pod, entry.PodUID, entry.ServiceAccount = id.Namespace, id.Name, id.UID, id.ServiceAccount
+	if conn := connectionOf(ctx); conn != nil && !conn.Authenticated(id.Namespace, id.UID) {
+		return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonBrokerBusy,
+			"this broker has too many calls at once, of this pod or of all in namespace %q; call another broker, or try again later", id.Namespace)
+	}
 	pod, ns, err := b.cfg.Binder.Bind(ctx, id)
 	if err != nil {
 		return credential.Lease{}, err

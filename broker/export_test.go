@@ -7,3 +7,17 @@ func (p *Prefetch) Waiting() (n int) {
 	}
 	return n
 }
+
+// Drain is how a server ends.
+var Drain = drain
+
+// Bounds of connections.
+const (
+	MaxUnauthenticated = maxUnauthenticated
+	MaxWaiting         = maxWaiting
+	MaxPerPod          = maxPerPod
+	MaxAge             = maxAge
+	DrainTime          = drainTime
+	RequestTime        = requestTime
+	IdleTime           = idleTime
+)

@@ -7,20 +7,22 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"time"
 
-	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/credence-iam/credence/broker/brokerpb"
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/identity"
 )
 
@@ -30,25 +32,70 @@ const (
 	maxRequest = 4 << 10
 	// maxHeaders: one token, and the few headers of gRPC itself.
 	maxHeaders = identity.MaxTokenBytes + 4<<10
-	// maxStreams: a sidecar makes one call at a time.
-	maxStreams = 16
-	// maxConnections bounds what strangers can make us hold. A sidecar closes its connection after each
-	// call, so this many are calls under way; at some 50 kB each they take 200 MB.
-	maxConnections = 4096
+	// maxStreams: a sidecar makes one call on a connection, and a health check is one.
+	maxStreams = 1
+	// maxHandshake bounds the bytes of a handshake. Go's is 1.7 kB, with a post-quantum key share; those of others
+	// may have more extensions. What the client sends at once behind it is read with it.
+	maxHandshake = 16 << 10
+	// maxCallBytes bounds what arrives between handshake and answer, and between answers: one header block, one message,
+	// what HTTP/2 itself says, and TLS's own bytes. So neither PINGs, SETTINGS nor resets can go on for long.
+	maxCallBytes = maxHeaders + maxRequest + 4<<10
+	// socketBuffer is enough for a call, either way. The kernel takes twice as much.
+	socketBuffer = 16 << 10
+	// bufferSize of what is written. An answer is about 2 kB. What is read is buffered by TLS alone.
+	bufferSize = 4 << 10
+	// window is the least that HTTP/2 has. Nothing larger comes in than maxRequest.
+	window = 64 << 10
 	// streamWorkers handle calls one after the other, and keep the stack that verifying a signature has grown
 	// for the next: see docs/performance.md. When all are waiting for STS, further calls have goroutines of
 	// their own.
 	streamWorkers = 32
-	// handshakeTimeout ends connections that never say anything.
-	handshakeTimeout = 10 * time.Second
-	// maxIdle closes connections that sidecars have finished with.
-	maxIdle = time.Minute
+	// requestTime is how long a connection may take from when it is accepted until its request has arrived, turns and
+	// handshake included. A sidecar with 50m of CPU (5 ms in each 100 ms) takes 2 ms at the median and 160 ms at most, of
+	// 40 that were measured on two busy processors.
+	requestTime = 5 * time.Second
+	// maxIdle closes connections that sidecars have finished with, and leave open. Health checks that keep theirs
+	// open longer than that connect again.
+	maxIdle = 5 * time.Second
+	// idleTime is when a connection is closed that does not heed being asked to close it, after maxIdle.
+	idleTime = 2 * maxIdle
 	// maxAge spreads load over new brokers, and moves clients to renewed certificates. gRPC adds
 	// 10 % of jitter by itself.
 	maxAge = 15 * time.Minute
 	// maxAgeGrace lets the calls of an aged connection end; none takes longer than a minute.
 	maxAgeGrace = time.Minute
 )
+
+// Bounds of all connections. Their products are what callers can make a broker hold.
+const (
+	// maxUnauthenticated is how many connections may be open whose token has not been verified.
+	maxUnauthenticated = 560
+	// maxAuthenticated is how many more may be open whose token has been: calls that wait for STS, mostly. One namespace
+	// has all of them only while no other wants any.
+	maxAuthenticated = 2560
+	// maxPerPod is how many of them one pod may have. A sidecar makes one call at a time, and a second one to another
+	// broker; what it has given up may be there for a moment.
+	maxPerPod = 8
+	// maxWaiting is how many connections may wait for room, such as those of pods that all start at once. Each is a socket.
+	maxWaiting = 2048
+	// HeldPerConnection is how many bytes of memory a connection holds at most before a handler runs: buffers of TLS and
+	// HTTP/2, one stream with its headers, a block of headers that has not ended, and the stacks of its goroutines. A
+	// silent one holds 23 kB, and one that was made to hold as much as it can, 187 kB; integration/siege measures them.
+	HeldPerConnection = 208 << 10
+	// MaxHeldUnauthenticated is how many bytes callers can make a broker hold before it knows them. It is less than a
+	// quarter of the memory that the chart gives a broker, which integration/siege compares.
+	MaxHeldUnauthenticated = (maxUnauthenticated + maxUnauthenticated/8) * HeldPerConnection
+)
+
+// newConnections makes the bounds of all connections of a broker.
+func newConnections() (*connlimit.Limiter, error) {
+	return connlimit.New(connlimit.Config{ //nolint:wrapcheck // It says what is wrong.
+		Max: maxUnauthenticated, MaxAuthenticated: maxAuthenticated, MaxPerCaller: maxPerPod, MaxWaiting: maxWaiting, RequestTime: requestTime, IdleTime: idleTime,
+		// More at once would not end earlier, and delay calls that are under way.
+		Handshakes:     runtime.GOMAXPROCS(0),
+		HandshakeBytes: maxHandshake, RequestBytes: maxCallBytes, SocketBuffer: socketBuffer,
+	})
+}
 
 // drainTime bounds the wait for calls that are under way when the broker is told to end. Kubernetes
 // gives a pod 30 s by default.
@@ -88,7 +135,7 @@ func (b *Broker) Serve(ctx context.Context, cfg ServerConfig) error {
 	set(healthpb.HealthCheckResponse_NOT_SERVING)
 
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(netutil.LimitListener(cfg.Listener, maxConnections)) }()
+	go func() { served <- server.Serve(b.connections.Listen(cfg.Listener)) }()
 	ticker := time.NewTicker(readyPoll)
 	defer ticker.Stop()
 	for healthy := false; ctx.Err() == nil; {
@@ -107,29 +154,92 @@ func (b *Broker) Serve(ctx context.Context, cfg ServerConfig) error {
 		case <-ctx.Done():
 		}
 	}
-	state.Shutdown()
+	drain(state.Shutdown, server.GracefulStop, server.Stop)
+	return nil
+}
+
+// drain first says that this broker is not to be asked, then lets the calls under way end, and cuts them off if they take
+// longer than drainTime.
+func drain(sayNo, finish, cutOff func()) {
+	sayNo()
 	drained := make(chan struct{})
-	go func() { server.GracefulStop(); close(drained) }()
+	go func() { finish(); close(drained) }()
 	timeout := time.NewTimer(drainTime)
 	defer timeout.Stop()
 	select {
 	case <-drained:
 	case <-timeout.C:
-		server.Stop()
+		cutOff()
 		<-drained
 	}
-	return nil
+}
+
+// Connections returns the state of the broker's connections.
+func (b *Broker) Connections() connlimit.Stats { return b.connections.Stats() }
+
+// transport is TLS that reports its handshakes, and lets handlers find the connection of their call.
+type transport struct {
+	credentials.TransportCredentials
+}
+
+// peerInfo is what TLS knows of the peer, and the connection.
+type peerInfo struct {
+	credentials.TLSInfo
+	conn *connlimit.Conn
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		return nil, nil, err //nolint:wrapcheck // gRPC looks at it.
+	}
+	counted, ours := raw.(*connlimit.Conn)
+	tls, ok := info.(credentials.TLSInfo)
+	if !ours || !ok {
+		return conn, info, nil
+	}
+	counted.Handshaken()
+	return conn, peerInfo{tls, counted}, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (t transport) Clone() credentials.TransportCredentials {
+	return transport{t.TransportCredentials.Clone()}
+}
+
+// connectionOf returns the connection of a call; nil if it came by another way than [Broker.Serve].
+func connectionOf(ctx context.Context) *connlimit.Conn {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	info, _ := p.AuthInfo.(peerInfo)
+	return info.conn
+}
+
+// counted tells the connection of a call that its request has arrived, and later, that it has been answered.
+func counted(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if conn := connectionOf(ctx); conn != nil {
+		conn.Begin()
+		defer conn.End()
+	}
+	return handler(ctx, req)
 }
 
 // options are the bounds of a gRPC server, its keepalive, and panics turned into errors.
 func options(cfg ServerConfig) []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.Creds(credentials.NewTLS(cfg.TLS)),
+		grpc.Creds(transport{credentials.NewTLS(cfg.TLS)}),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.NumStreamWorkers(streamWorkers),
-		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.ConnectionTimeout(requestTime),
+		grpc.ReadBufferSize(0),
+		grpc.WriteBufferSize(bufferSize),
+		grpc.StaticStreamWindowSize(window),
+		grpc.StaticConnWindowSize(window),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: maxIdle, MaxConnectionAge: maxAge, MaxConnectionAgeGrace: maxAgeGrace,
 		}),
@@ -138,7 +248,7 @@ func options(cfg ServerConfig) []grpc.ServerOption {
 		grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
 			return status.Error(codes.Unimplemented, "this server has no streams; use Check")
 		}),
-		grpc.ChainUnaryInterceptor(append(slices.Clone(cfg.Interceptors), func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+		grpc.ChainUnaryInterceptor(append(slices.Concat([]grpc.UnaryServerInterceptor{counted}, cfg.Interceptors), func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 			defer func() {
 				if p := recover(); p != nil {
 					// The request may hold a token; the stack's arguments are addresses only.

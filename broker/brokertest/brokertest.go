@@ -17,6 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/policy"
@@ -47,6 +48,7 @@ type Pod struct {
 // Broker is a broker that runs until the test ends.
 type Broker struct {
 	listener *bufconn.Listener
+	served   *broker.Broker
 	roots    *certs.Roots
 	stop     context.CancelFunc
 	ended    chan struct{}
@@ -87,6 +89,7 @@ func Start(t testing.TB, sts STS, audited io.Writer, adjust ...func(*broker.Conf
 	}
 	served, err := broker.New(cfg)
 	must(t, err)
+	b.served = served
 
 	// As in the program: first the server drains, then what it needs stops.
 	work, stopWork := context.WithCancel(context.WithoutCancel(t.Context()))
@@ -136,7 +139,10 @@ func (b *Broker) PanicOnBind() {
 	b.panics = true
 }
 
-// Dial connects to the broker.
+// Connections returns the state of the broker's connections.
+func (b *Broker) Connections() connlimit.Stats { return b.served.Connections() }
+
+// Dial connects to the broker, if the test has given it no other listener.
 func (b *Broker) Dial(ctx context.Context, _ string) (net.Conn, error) {
 	return b.listener.DialContext(ctx)
 }

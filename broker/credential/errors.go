@@ -68,7 +68,7 @@ const (
 	ReasonBaseCredential     Reason = "BROKER_CREDENTIALS"
 	ReasonAuditUnavailable   Reason = "AUDIT_UNAVAILABLE"
 	ReasonShuttingDown       Reason = "SHUTTING_DOWN"
-	ReasonBusy               Reason = "BROKER_BUSY"
+	ReasonBrokerBusy         Reason = "BROKER_BUSY"
 	ReasonBrokerUnreachable  Reason = "BROKER_UNREACHABLE"
 	ReasonInternal           Reason = "INTERNAL"
 )

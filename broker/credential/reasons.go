@@ -45,7 +45,7 @@ var reasons = []Reason{
 	ReasonBaseCredential,
 	ReasonAuditUnavailable,
 	ReasonShuttingDown,
-	ReasonBusy,
+	ReasonBrokerBusy,
 	ReasonBrokerUnreachable,
 	ReasonInternal,
 }

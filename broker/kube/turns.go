@@ -254,13 +254,13 @@ func noTurn(err error) error {
 		return err
 	}
 	return &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonBusy, RetryAfter: time.Second, Cause: err,
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerBusy, RetryAfter: time.Second, Cause: err,
 		Message: "too many tokens wait to be verified; try again",
 	}
 }
 
 // errBusy is the answer to those for whom there is no place to wait. Another broker may have one.
 var errBusy = &credential.Error{
-	Kind: credential.ErrUnavailable, Reason: credential.ReasonBusy, RetryAfter: time.Second,
+	Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerBusy, RetryAfter: time.Second,
 	Message: "too many tokens wait to be verified, and most of those of this namespace or address; try again",
 }

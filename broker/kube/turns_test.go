@@ -288,7 +288,7 @@ func TestFullQueueDropsTheLargestShare(t *testing.T) {
 		synctest.Wait()
 		f.garbage(3000, fourAddresses...)
 		f.mu.Lock()
-		if n := f.reasons[credential.ReasonBusy]; n != 3000+100-32-2048 { // the first 32 show the tokens of those 3,000
+		if n := f.reasons[credential.ReasonBrokerBusy]; n != 3000+100-32-2048 { // the first 32 show the tokens of those 3,000
 			t.Errorf("%d calls found no place, want all above 2,048 that wait", n)
 		}
 		f.mu.Unlock()
@@ -446,7 +446,7 @@ func TestSignaturesAreVerifiedByTurns(t *testing.T) {
 		}
 		leaving, leave := withCancel(t)
 		calls.Go(func() {
-			if _, err := v.Verify(leaving, genuine); credential.ReasonOf(err) != credential.ReasonBusy {
+			if _, err := v.Verify(leaving, genuine); credential.ReasonOf(err) != credential.ReasonBrokerBusy {
 				t.Errorf("who leaves is answered %v", err)
 			}
 		})
