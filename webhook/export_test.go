@@ -10,6 +10,9 @@ const (
 	MaxLarge  = maxLarge
 )
 
+// MaxConnections is how many connections may be open.
+const MaxConnections = maxConnections
+
 // Refusal is what a user is told of an error.
 var Refusal = refusal
 

@@ -23,6 +23,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -30,6 +31,7 @@ import (
 
 	"github.com/gorilla/mux"
 
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
@@ -94,13 +96,35 @@ const (
 	readTimeout   = 10 * time.Second
 	writeTimeout  = 15 * time.Second
 	// idleTimeout is above the 90 seconds after which the API server's client closes an idle
-	// connection, so that no request meets one that we are closing.
+	// connection, so that no request meets one that we are closing. Idle connections are closed earlier only if there are
+	// too many, and those of the address that has the most.
 	idleTimeout = 2 * time.Minute
 	// shutdownTimeout is how long reviews in flight may take: longer than any can.
 	shutdownTimeout = writeTimeout + time.Second
-	// maxHeader is far above what the API server sends: some hundred bytes, and a token where it
-	// authenticates itself to webhooks.
-	maxHeader = 32 << 10
+	// maxHeader and the 4 kB that net/http takes beyond it are far above what the API server sends: some hundred bytes,
+	// and a token where it authenticates itself to webhooks. Each small header costs 20 times its bytes in memory.
+	maxHeader = 1 << 10
+)
+
+// Bounds of all connections. Nobody authenticates to the webhook.
+const (
+	// maxConnections is how many connections may be open. An API server has one for each review under way, of which it
+	// has 200 at once by default (--max-mutating-requests-inflight), and keeps up to 25 that are idle.
+	maxConnections = 340
+	// maxWaiting is how many more may wait for room. A review takes a millisecond.
+	maxWaiting = 1024
+	// maxHandshake bounds the bytes of a handshake and the headers behind it. Go's handshake is 1.7 kB.
+	maxHandshake = 16<<10 + maxHeader + 4<<10
+	// socketBuffer is what the kernel may keep of a connection, either way; it takes twice as much. A review of usual
+	// size fits.
+	socketBuffer = 32 << 10
+	// HeldPerConnection is how many bytes of memory a connection holds at most, besides the body of a review and what is
+	// made of it. An idle one holds 27 kB, and one whose headers are as many as they can be, 155 kB; integration/siege
+	// measures them.
+	HeldPerConnection = 168 << 10
+	// MaxHeldUnauthenticated is how many bytes connections can make a webhook hold. It is less than a quarter of the
+	// memory that the chart gives a webhook, which integration/siege compares.
+	MaxHeldUnauthenticated = (maxConnections + maxConnections/8) * HeldPerConnection
 )
 
 // Server is the admission webhook, as an http.Handler of
@@ -116,6 +140,8 @@ type Server struct {
 	router   *mux.Router
 	bodies   *bodies
 	stopping atomic.Bool
+
+	connections *connlimit.Limiter
 }
 
 // New checks cfg. It starts nothing.
@@ -138,7 +164,16 @@ func New(cfg Config) (*Server, error) {
 	if cfg.DrainDelay == 0 {
 		cfg.DrainDelay = defaultDrainDelay
 	}
-	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter().SkipClean(true), bodies: newBodies()}
+	connections, err := connlimit.New(connlimit.Config{
+		Max: maxConnections, MaxWaiting: maxWaiting, RequestTime: readTimeout,
+		// More at once would not end earlier, and delay reviews that are under way.
+		Handshakes:     runtime.GOMAXPROCS(0),
+		HandshakeBytes: maxHandshake, SocketBuffer: socketBuffer,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("making a webhook: %w", err)
+	}
+	s := &Server{cfg: cfg, log: cfg.Logger, router: mux.NewRouter().SkipClean(true), bodies: newBodies(), connections: connections}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -173,8 +208,13 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		// Failed handshakes of port scanners, mostly.
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:  slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		Protocols: new(http.Protocols),
 	}
+	// API servers ask for nothing else, but of webhooks on their own host (k8s.io/apiserver/pkg/util/webhook/client.go).
+	server.Protocols.SetHTTP1(true)
+	connlimit.HTTP(server)
+	listener = s.connections.Listen(listener)
 	served := make(chan error, 1)
 	go func() { served <- server.ServeTLS(listener, "", "") }()
 	select {
@@ -199,6 +239,9 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	}
 	return nil
 }
+
+// Connections returns the state of the webhook's connections.
+func (s *Server) Connections() connlimit.Stats { return s.connections.Stats() }
 
 // readyz answers 200, or 503 and what is missing, a line for each.
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
