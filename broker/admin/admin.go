@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/gorilla/mux"
+
+	"github.com/credence-iam/credence/broker/connlimit"
 )
 
 // Check is one condition of readiness.
@@ -68,20 +70,39 @@ func writeText(w http.ResponseWriter, status int, text string) {
 // Bounds of a request: probes are small and their callers near.
 const (
 	readTimeout = 5 * time.Second
-	maxHeaders  = 8 << 10
-	drainTime   = 2 * time.Second
+	// writeTimeout is above what a scrape may take, and what a debug page needs over a slow port-forward.
+	writeTimeout = 30 * time.Second
+	// maxHeaders is what probes and scrapers send, with much to spare. net/http takes 4 kB more.
+	maxHeaders = 1 << 10
+	drainTime  = 2 * time.Second
+	// maxConnections is how many connections may be open, and maxWaiting how many more may wait for room. Kubelets,
+	// Prometheus and a person need a handful. Each holds 140 kB at most, so that all take 5 MB.
+	maxConnections = 32
+	maxWaiting     = 128
+	// socketBuffer is what the kernel may keep of a connection, either way. A scrape is sent in parts.
+	socketBuffer = 32 << 10
 )
 
-// Serve serves handler on listener until ctx ends.
+// Serve serves handler on listener until ctx ends. The listener is on the pod's IP, so that anybody may connect: if there
+// are too many connections, the address that holds the most loses one.
 func Serve(ctx context.Context, listener net.Listener, handler http.Handler) error {
-	server := &http.Server{Handler: handler, ReadTimeout: readTimeout, ReadHeaderTimeout: readTimeout, MaxHeaderBytes: maxHeaders}
+	connections, err := connlimit.New(connlimit.Config{
+		Max: maxConnections, MaxWaiting: maxWaiting, RequestTime: readTimeout, IdleTime: readTimeout, SocketBuffer: socketBuffer,
+	})
+	if err != nil {
+		return fmt.Errorf("serving the admin endpoint: %w", err)
+	}
+	server := &http.Server{
+		Handler: handler, ReadTimeout: readTimeout, ReadHeaderTimeout: readTimeout, WriteTimeout: writeTimeout, MaxHeaderBytes: maxHeaders,
+	}
+	connlimit.HTTP(server)
 	stop := context.AfterFunc(ctx, func() {
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
 		defer cancel()
 		_ = server.Shutdown(drain)
 	})
 	defer stop()
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(connections.Listen(listener)); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serving the admin endpoint: %w", err)
 	}
 	return nil

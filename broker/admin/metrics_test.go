@@ -19,6 +19,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/credential"
 )
 
@@ -55,6 +56,8 @@ var stats = cache.Stats{
 	Share: 410, Demand: 1.5, Late: 24, ForCallers: 25, Renewals: 26, Prefetches: 27,
 }
 
+var connectionStats = connlimit.Stats{Unauthenticated: 31, Authenticated: 32, Waiting: 33, Closed: [3]uint64{34, 35, 36}}
+
 // everything is all sources there are.
 func everything() admin.Sources {
 	at := time.Unix(1_800_000_000, 500_000_000)
@@ -74,6 +77,7 @@ func everything() admin.Sources {
 		VerificationAge: func() time.Duration { return 15 * time.Second },
 		RulesFile:       func() (admin.RulesFile, bool) { return admin.RulesFile{Loaded: at, OK: true}, true },
 		Spans:           func() admin.SpanStats { return admin.SpanStats{Ended: 16, Exported: 17} },
+		Connections:     func() connlimit.Stats { return connectionStats },
 	}
 }
 
@@ -112,6 +116,8 @@ func TestEverySourceIsShown(t *testing.T) {
 		`sts_calls_total{action="AssumeRole",outcome="ok"} 1`, `sts_calls_total{action="AssumeRole",outcome="STS_THROTTLED"} 1`,
 		`sts_calls_total{action="other",outcome="INTERNAL"} 1`, `sts_calls_total{action="GetCallerIdentity",outcome="ok"} 1`, `sts_calls_total{action="OwnCredentials",outcome="BROKER_CREDENTIALS"} 1`,
 		`sts_call_duration_seconds_bucket{action="AssumeRole",le="0.05"} 1`, `sts_call_duration_seconds_bucket{action="AssumeRole",le="0.1"} 2`,
+		`connections{state="unauthenticated"} 31`, `connections{state="authenticated"} 32`, `connections{state="waiting"} 33`,
+		`connections_closed_total{cause="crowded"} 34`, `connections_closed_total{cause="late"} 35`, `connections_closed_total{cause="flood"} 36`,
 		`build_info{goversion="go`,
 	} {
 		if !strings.Contains(text, "\ncredence_broker_"+want) {
@@ -184,7 +190,7 @@ func TestSeriesAreBounded(t *testing.T) {
 		}
 		series++
 		for _, match := range labels.FindAllStringSubmatch(line, -1) {
-			if !slices.Contains([]string{"action", "outcome", "kind", "cause", "reason", "le", "version", "goversion"}, match[1]) {
+			if !slices.Contains([]string{"action", "outcome", "kind", "cause", "reason", "state", "le", "version", "goversion"}, match[1]) {
 				t.Errorf("the label %s is not known to have few values: %s", match[1], line)
 			}
 		}

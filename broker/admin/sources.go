@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/connlimit"
 )
 
 // AuditStats is the state of the audit log at one moment.
@@ -50,6 +51,7 @@ type Sources struct {
 	TokenReviews    func() (now, most int)        // under way, and how many may be
 	TokensWaiting   func() int                    // for their turn to be verified
 	Spans           func() SpanStats
+	Connections     func() connlimit.Stats
 }
 
 // number is one metric that is asked for.
@@ -112,6 +114,30 @@ var (
 	rulesOK        = gauge("rules_file_ok", "1 when the rules in force are what their file holds, 0 when the file cannot be taken.")
 	spans          = counter("trace_spans_total", "Spans of traces, by outcome: ended, and exported to the collector. What lies between them for longer than some seconds is lost.", "outcome")
 )
+
+// The connections of a broker or a webhook.
+const (
+	connectionsHelp       = "Connections that are open, by state: unauthenticated, authenticated (a token was believed), waiting (there is no room for it yet)."
+	connectionsClosedHelp = "Connections that were closed before their time, by cause: crowded (there were too many, and its address or namespace held the most), late (its request did not arrive in time), flood (too many bytes before an answer)."
+)
+
+var (
+	connections       = gauge("connections", connectionsHelp, "state")
+	connectionsClosed = counter("connections_closed_total", connectionsClosedHelp, "cause")
+)
+
+// watchConnections shows the state of connections in the two metrics.
+func watchConnections(open, closed number, state func() connlimit.Stats) watched {
+	return watched{[]number{open, closed}, func(emit func(number, float64, ...string)) {
+		s := state()
+		emit(open, float64(s.Unauthenticated), "unauthenticated")
+		emit(open, float64(s.Authenticated), "authenticated")
+		emit(open, float64(s.Waiting), "waiting")
+		for _, cause := range connlimit.Causes() {
+			emit(closed, float64(s.Closed[cause]), cause.String())
+		}
+	}}
+}
 
 // watched is one source with the metrics that it gives.
 type watched struct {
@@ -274,6 +300,9 @@ func (s Sources) watched() (all sourced) {
 				emit(rulesOK, fine)
 			}
 		}})
+	}
+	if s.Connections != nil {
+		all = append(all, watchConnections(connections, connectionsClosed, s.Connections))
 	}
 	if s.Spans != nil {
 		all = append(all, watched{[]number{spans}, func(emit func(number, float64, ...string)) {

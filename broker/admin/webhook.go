@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/credential"
 )
 
@@ -45,11 +46,12 @@ type WebhookSources struct {
 	RulesFile   func() (f RulesFile, has bool) // false where there is none
 	// SettingsFile is the file with settings of the sidecar, as RulesFile.
 	SettingsFile func() (f RulesFile, has bool)
+	Connections  func() connlimit.Stats
 }
 
 // NewWebhookMetrics returns metrics of a webhook of that version, with what is known of the process itself.
 func NewWebhookMetrics(version string, sources WebhookSources, log *slog.Logger) (*WebhookMetrics, error) {
-	if log == nil || sources.Certificate == nil || sources.InformerAge == nil || sources.LiveReads == nil || sources.RulesFile == nil || sources.SettingsFile == nil {
+	if log == nil || sources.Certificate == nil || sources.InformerAge == nil || sources.LiveReads == nil || sources.RulesFile == nil || sources.SettingsFile == nil || sources.Connections == nil {
 		return nil, errors.New("metrics of the webhook need a Logger and all sources")
 	}
 	m := &WebhookMetrics{
@@ -136,7 +138,10 @@ func (s WebhookSources) watched() sourced {
 			return 0, has
 		}
 	}
+	open := named("connections", connectionsHelp, prometheus.GaugeValue, "state")
+	closed := named("connections_closed_total", connectionsClosedHelp, prometheus.CounterValue, "cause")
 	return sourced{
+		watchConnections(open, closed, s.Connections),
 		when(end, func() (float64, bool) { end := s.Certificate(); return unix(end), !end.IsZero() }),
 		always(age, func() float64 { return s.InformerAge().Seconds() }),
 		{[]number{reads}, func(emit func(number, float64, ...string)) {

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
 	"github.com/credence-iam/credence/broker/admin"
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/credential"
 )
 
@@ -25,6 +26,7 @@ func webhookSources() admin.WebhookSources {
 		RulesFile:   func() (admin.RulesFile, bool) { return admin.RulesFile{OK: true}, true },
 		// One that cannot be taken.
 		SettingsFile: func() (admin.RulesFile, bool) { return admin.RulesFile{}, true },
+		Connections:  func() connlimit.Stats { return connectionStats },
 	}
 }
 
@@ -63,6 +65,7 @@ func TestWebhookMetrics(t *testing.T) {
 		`patch_bytes_bucket{le="2000"} 0`, `patch_bytes_bucket{le="4000"} 1`, `patch_bytes_count 1`,
 		`certificate_expiry_timestamp_seconds 1.8e+09`, `informer_age_seconds 14`, `rules_file_ok 1`, `sidecar_settings_file_ok 0`,
 		`live_reads_total{outcome="made"} 20`, `live_reads_total{outcome="refused"} 21`, `build_info{goversion="go`,
+		`connections{state="unauthenticated"} 31`, `connections_closed_total{cause="crowded"} 34`,
 	} {
 		if !strings.Contains(text, "\ncredence_webhook_"+want) {
 			t.Errorf("there is no %s", want)
@@ -74,7 +77,7 @@ func TestWebhookMetrics(t *testing.T) {
 	var own strings.Builder
 	for line := range strings.Lines(text) {
 		for _, match := range regexp.MustCompile(`[{,]([a-z_]+)="`).FindAllStringSubmatch(line, -1) {
-			if strings.HasPrefix(line, "credence_") && !slices.Contains([]string{"decision", "outcome", "reason", "le", "version", "goversion"}, match[1]) {
+			if strings.HasPrefix(line, "credence_") && !slices.Contains([]string{"cause", "decision", "state", "outcome", "reason", "le", "version", "goversion"}, match[1]) {
 				t.Errorf("the label %s is not known to have few values: %s", match[1], line)
 			}
 		}

@@ -101,6 +101,9 @@ func run(ctx context.Context, o options) error {
 			group.Go(func() error { return d.rules.Run(work) })
 		}
 		prefetched.Store(d.prefetch)
+		if err := p.metrics.Watch(admin.Sources{Connections: d.broker.Connections}); err != nil {
+			return err
+		}
 		p.log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "admin", adminListener.Addr().String(),
 			"base_arn", base.String(), "region", p.sts.Region(), "version", program.Version())
 		return d.broker.Serve(serving, broker.ServerConfig{

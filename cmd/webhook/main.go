@@ -17,6 +17,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/configfile"
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/certs"
@@ -68,14 +69,16 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
+	var server *webhook.Server // before anything is scraped
 	metrics, err := admin.NewWebhookMetrics(program.Version(), admin.WebhookSources{
+		Connections: func() connlimit.Stats { return server.Connections() },
 		Certificate: pair.NotAfter, InformerAge: namespaces.Age, LiveReads: namespaces.Reads,
 		RulesFile: following(rules), SettingsFile: following(settings),
 	}, log)
 	if err != nil {
 		return err
 	}
-	server, err := webhook.New(webhook.Config{
+	server, err = webhook.New(webhook.Config{
 		Injector:   o.Injector,
 		Rules:      o.Rules,
 		Namespaces: namespaces,
@@ -86,10 +89,8 @@ func run(ctx context.Context, o options) error {
 			}
 			return nil
 		}},
-		Logger: log,
-		Observe: func(seen webhook.Observation) {
-			metrics.Review(seen.Decision, seen.Reason, seen.Took, seen.PatchBytes)
-		},
+		Logger:  log,
+		Observe: func(o webhook.Observation) { metrics.Review(o.Decision, o.Reason, o.Took, o.PatchBytes) },
 	})
 	if err != nil {
 		return err
