@@ -80,10 +80,10 @@ const (
 	maxWaiting = 2048
 	// HeldPerConnection is how many bytes of memory a connection holds at most before a handler runs: buffers of TLS and
 	// HTTP/2, one stream with its headers, a block of headers that has not ended, and the stacks of its goroutines. A
-	// silent one holds 23 kB, and one that was made to hold as much as it can, 187 kB; integration/siege measures them.
+	// silent one holds 23 kB, and one that was made to hold as much as it can, 187 kB; integration/siege/connections measures them.
 	HeldPerConnection = 208 << 10
 	// MaxHeldUnauthenticated is how many bytes callers can make a broker hold before it knows them. It is less than a
-	// quarter of the memory that the chart gives a broker, which integration/siege compares.
+	// quarter of the memory that the chart gives a broker, which integration/siege/connections compares.
 	MaxHeldUnauthenticated = (maxUnauthenticated + maxUnauthenticated/8) * HeldPerConnection
 )
 

@@ -119,11 +119,11 @@ const (
 	// size fits.
 	socketBuffer = 32 << 10
 	// HeldPerConnection is how many bytes of memory a connection holds at most, besides the body of a review and what is
-	// made of it. An idle one holds 27 kB, and one whose headers are as many as they can be, 155 kB; integration/siege
+	// made of it. An idle one holds 27 kB, and one whose headers are as many as they can be, 155 kB; integration/siege/connections
 	// measures them.
 	HeldPerConnection = 168 << 10
 	// MaxHeldUnauthenticated is how many bytes connections can make a webhook hold. It is less than a quarter of the
-	// memory that the chart gives a webhook, which integration/siege compares.
+	// memory that the chart gives a webhook, which integration/siege/connections compares.
 	MaxHeldUnauthenticated = (maxConnections + maxConnections/8) * HeldPerConnection
 )
 

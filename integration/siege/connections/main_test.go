@@ -1,6 +1,6 @@
-// Package siege attacks real servers as clients without a token can, and looks at what that costs the servers, and those
+// Package connections attacks real servers as clients without a token can, and looks at what that costs the servers, and those
 // who have a token. Attackers whose own memory would be counted with the server's run in a process of their own.
-package siege
+package connections
 
 import (
 	"bufio"
@@ -228,7 +228,7 @@ func perConnection(t *testing.T, l *counted, alpn, name string, n int, refused f
 // memoryLimit returns the limit that the chart gives a component, in bytes.
 func memoryLimit(t *testing.T, component string) int64 {
 	t.Helper()
-	text, err := os.ReadFile("../../charts/credence/values.yaml")
+	text, err := os.ReadFile("../../../charts/credence/values.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package siege
+package connections
 
 import (
 	"context"

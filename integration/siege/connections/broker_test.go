@@ -1,4 +1,4 @@
-package siege
+package connections
 
 import (
 	"context"
@@ -63,7 +63,7 @@ func newCaller(t *testing.T, b *brokertest.Broker, l *counted, source, namespace
 	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
 	c, err := client.New(client.Config{
 		Target: brokertest.Name + ":9443", TLS: b.ClientTLS(), TokenFile: file,
-		Lookup: func(context.Context, string) ([]netip.Addr, error) {
+		Lookup: func(context.Context, string, string) ([]netip.Addr, error) {
 			return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
 		},
 		Dial: func(ctx context.Context, _ string) (net.Conn, error) {
