@@ -93,6 +93,33 @@ func limitCPU(path string, milliCPUs int) (procs string, err error) {
 	return "", errors.New("limiting the CPU of a cgroup: no hierarchy has the controller cpu")
 }
 
+// limitMemory sets a limit in whichever hierarchy has the memory controller.
+func limitMemory(path string, bytes int64) (*MemoryLimit, error) {
+	roots, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	for _, root := range roots {
+		dir := filepath.Join(root, path)
+		for _, version := range []struct{ limit, swap, noSwap, peak string }{
+			{"memory.max", "memory.swap.max", "0", "memory.peak"},
+			// Version 1 limits memory and swap together. The limit of memory alone comes first.
+			{"memory.limit_in_bytes", "memory.memsw.limit_in_bytes", strconv.FormatInt(bytes, 10), "memory.max_usage_in_bytes"},
+		} {
+			if _, err := os.Stat(filepath.Join(dir, version.limit)); err != nil {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(dir, version.limit), []byte(strconv.FormatInt(bytes, 10)), 0); err != nil {
+				return nil, fmt.Errorf("limiting the memory of a cgroup: %w", err)
+			}
+			// Fails where the kernel does not count swap, which machines of clusters do not have.
+			_ = os.WriteFile(filepath.Join(dir, version.swap), []byte(version.noSwap), 0)
+			return &MemoryLimit{dir: dir, peak: version.peak}, nil
+		}
+	}
+	return nil, errors.New("limiting the memory of a cgroup: no hierarchy has the controller memory")
+}
+
 // needed are the controllers without which a kubelet does not start.
 var needed = []string{"cpu", "cpuset", "memory", "pids"}
 

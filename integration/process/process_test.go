@@ -474,3 +474,36 @@ func TestFreePortIsFree(t *testing.T) {
 		t.Errorf("port %d can be given to an outgoing connection", port)
 	}
 }
+
+// A program that needs more memory than its cgroup may have is killed, and the peak is at the limit.
+func TestMemoryLimit(t *testing.T) {
+	if err := process.CgroupsPossible(); err != nil {
+		t.Skip("not run: ", err)
+	}
+	r := open(t, process.Config{})
+	const limit = 16 << 20
+	under := func(name, command string) *process.Process {
+		t.Helper()
+		m, err := r.MemoryLimit(name, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := r.Start(process.Command{Name: name, Path: "/bin/sh", Args: []string{"-c", `echo $$ >"$0" && exec sh -c "$1"`, m.Procs(), command}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-p.Done()
+		peak, err := m.Peak()
+		if err != nil || peak <= 0 || peak > limit {
+			t.Errorf("%s: the peak is %d, %v", name, peak, err)
+		}
+		return p
+	}
+	if err := under("small", "true").Err(); err == nil || !strings.Contains(err.Error(), "exit status 0") {
+		t.Errorf("a small program ended: %v", err)
+	}
+	// tail keeps what it reads until it has read a newline.
+	if err := under("large", "exec tail -n 1 < /dev/zero").Err(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("a program that needs more than the limit ended: %v", err)
+	}
+}

@@ -23,6 +23,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -180,6 +181,37 @@ func (r *Run) CPULimit(name string, milliCPUs int) (procs string, err error) {
 		return "", err
 	}
 	return limitCPU(path, milliCPUs)
+}
+
+// MemoryLimit makes such a cgroup, whose processes together get that many bytes of memory, and no swap. The kernel kills
+// one of them if they need more. Page cache counts too, as in a container.
+func (r *Run) MemoryLimit(name string, bytes int64) (*MemoryLimit, error) {
+	path, err := r.Cgroup(name)
+	if err != nil {
+		return nil, err
+	}
+	return limitMemory(path, bytes)
+}
+
+// A MemoryLimit is a cgroup with a memory limit.
+type MemoryLimit struct {
+	dir, peak string
+}
+
+// Procs is the file that takes the number of a process which is to run under the limit.
+func (m *MemoryLimit) Procs() string { return filepath.Join(m.dir, "cgroup.procs") }
+
+// Peak is the most memory that the cgroup has had at a time, in bytes.
+func (m *MemoryLimit) Peak() (int64, error) {
+	text, err := os.ReadFile(filepath.Join(m.dir, m.peak))
+	if err != nil {
+		return 0, fmt.Errorf("reading the memory peak of a cgroup: %w", err)
+	}
+	peak, err := strconv.ParseInt(string(bytes.TrimSpace(text)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("reading the memory peak of a cgroup: %w", err)
+	}
+	return peak, nil
 }
 
 // cgroupOf is the cgroup of the run in dir.

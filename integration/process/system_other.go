@@ -35,3 +35,7 @@ func removeCgroup(string) error { return nil }
 func limitCPU(string, int) (string, error) {
 	return "", errors.New("cgroups are Linux's")
 }
+
+func limitMemory(string, int64) (*MemoryLimit, error) {
+	return nil, errors.New("cgroups are Linux's")
+}
