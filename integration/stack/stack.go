@@ -72,6 +72,9 @@ type Config struct {
 	Cluster *cluster.Cluster
 	// STS configures the STS. Default: every role can be assumed.
 	STS ststest.Config
+	// BrokerMemory and WebhookMemory limit the memory of the programs, in bytes, as the limits of their containers do.
+	// Linux only, and needs root. Default: no limit.
+	BrokerMemory, WebhookMemory int64
 	// Progress gets a line for each program that is built, and each that ends unexpectedly. Default:
 	// nobody is told.
 	Progress io.Writer
@@ -95,6 +98,10 @@ type Stack struct {
 	hookAdmin  int
 	broker     *process.Process
 	webhook    *process.Process
+
+	brokerMemory, webhookMemory int64
+	limits                      map[string]*process.MemoryLimit // by program
+	limitCount                  int
 }
 
 // Start installs and starts everything, and returns when the broker and the webhook are ready. The
@@ -109,7 +116,10 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a client: %w", err)
 	}
-	s := &Stack{cluster: cfg.Cluster, run: cfg.Cluster.Run(), Client: client}
+	s := &Stack{
+		cluster: cfg.Cluster, run: cfg.Cluster.Run(), Client: client,
+		brokerMemory: cfg.BrokerMemory, webhookMemory: cfg.WebhookMemory, limits: make(map[string]*process.MemoryLimit),
+	}
 	if s.programs, err = build(ctx, s.run.Dir(), cfg.Progress); err != nil {
 		return nil, err
 	}
@@ -180,7 +190,7 @@ func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 	}
 	keyID, secret := s.STS.Keys()
 	admin := net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))
-	s.broker, err = s.run.Start(process.Command{
+	s.broker, err = s.start(s.brokerMemory, process.Command{
 		Name: brokerName,
 		Path: filepath.Join(s.programs, brokerName),
 		Args: append([]string{
@@ -199,6 +209,43 @@ func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 		return err
 	}
 	return ready(ctx, s.broker, "http://"+admin+"/readyz", nil)
+}
+
+// start starts a program of ours with a memory limit, if there is one. Each start has a limit of its own, so that its
+// peak is that of this start.
+func (s *Stack) start(memory int64, command process.Command) (*process.Process, error) {
+	if memory > 0 {
+		s.limitCount++
+		limit, err := s.run.MemoryLimit(command.Name+"-"+strconv.Itoa(s.limitCount), memory)
+		if err != nil {
+			return nil, err
+		}
+		s.limits[command.Name] = limit
+		// The shell becomes the program after it has gone into the cgroup: so all memory of the program counts.
+		command.Args = append([]string{"-c", `echo $$ >"$0" && exec "$@"`, limit.Procs(), command.Path}, command.Args...)
+		command.Path = "/bin/sh"
+	}
+	return s.run.Start(command)
+}
+
+// Broker is the broker's process, as started last.
+func (s *Stack) Broker() *process.Process { return s.broker }
+
+// Webhook is the webhook's process, as started last.
+func (s *Stack) Webhook() *process.Process { return s.webhook }
+
+// BrokerMemoryPeak is the most memory that the broker has had since its start, in bytes, if its memory is limited.
+func (s *Stack) BrokerMemoryPeak() (int64, error) { return s.memoryPeak(brokerName) }
+
+// WebhookMemoryPeak is the most memory that the webhook has had since its start, in bytes, if its memory is limited.
+func (s *Stack) WebhookMemoryPeak() (int64, error) { return s.memoryPeak(webhookName) }
+
+func (s *Stack) memoryPeak(program string) (int64, error) {
+	limit, ok := s.limits[program]
+	if !ok {
+		return 0, fmt.Errorf("the memory of %s is not limited", program)
+	}
+	return limit.Peak()
 }
 
 // Metrics returns what the broker's metrics are.
@@ -268,7 +315,7 @@ func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
 		return err
 	}
 	address := net.JoinHostPort(loopback, strconv.Itoa(s.hookPort))
-	s.webhook, err = s.run.Start(process.Command{
+	s.webhook, err = s.start(s.webhookMemory, process.Command{
 		Name: webhookName,
 		Path: filepath.Join(s.programs, webhookName),
 		Args: slices.Concat(s.InjectFlags(), []string{
