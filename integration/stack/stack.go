@@ -189,7 +189,7 @@ func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 		return err
 	}
 	keyID, secret := s.STS.Keys()
-	admin := net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))
+	admin := s.BrokerAdminAddress()
 	s.broker, err = s.start(s.brokerMemory, process.Command{
 		Name: brokerName,
 		Path: filepath.Join(s.programs, brokerName),
@@ -319,7 +319,7 @@ func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
 		Name: webhookName,
 		Path: filepath.Join(s.programs, webhookName),
 		Args: slices.Concat(s.InjectFlags(), []string{
-			"--listen=" + address, "--admin-listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin)),
+			"--listen=" + address, "--admin-listen=" + s.WebhookAdminAddress(),
 			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
 			"--kubeconfig=" + kubeconfig,
 		}, flags),
@@ -569,6 +569,16 @@ func certificates(make func()) (err error) {
 
 // WebhookAddress is where the webhook listens.
 func (s *Stack) WebhookAddress() string { return net.JoinHostPort(loopback, strconv.Itoa(s.hookPort)) }
+
+// BrokerAdminAddress is where the broker serves health, readiness and metrics.
+func (s *Stack) BrokerAdminAddress() string {
+	return net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))
+}
+
+// WebhookAdminAddress is where the webhook serves them.
+func (s *Stack) WebhookAdminAddress() string {
+	return net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin))
+}
 
 // WebhookLog is the path of the webhook's log.
 func (s *Stack) WebhookLog() string { return s.webhook.Log() }
