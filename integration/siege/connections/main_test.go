@@ -225,6 +225,14 @@ func perConnection(t *testing.T, l *counted, alpn, name string, n int, refused f
 	}
 }
 
+// allowance is what a connection may hold here, of a server whose bounds are made for that many bytes.
+func allowance(held uint64) uint64 {
+	if raceDetector {
+		return held + held/4
+	}
+	return held
+}
+
 // memoryLimit returns the limit that the chart gives a component, in bytes.
 func memoryLimit(t *testing.T, component string) int64 {
 	t.Helper()
