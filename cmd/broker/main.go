@@ -27,6 +27,7 @@ func main() {
 // run builds the parts and runs them until ctx ends: first the server drains, then what it needs
 // stops.
 func run(ctx context.Context, o options) error {
+	program.LimitMemory()
 	proxies, err := program.DirectCalls()
 	if err != nil {
 		return err
