@@ -29,6 +29,7 @@ import (
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/siege/attack"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -36,7 +37,7 @@ import (
 const variable = "CREDENCE_SIEGE"
 
 // short is as long as an attack lasts in a usual test run.
-const short = 4 * time.Second
+const short = 3 * time.Second
 
 // files is how many files this process and the programs may have open: the largest attack has 8,000 connections.
 const files = 20_000
@@ -55,6 +56,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if attack.Main() {
+		return
+	}
 	flag.Parse()
 	if missing := cluster.Missing(0); testing.Short() && len(missing) > 0 {
 		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
@@ -314,15 +318,16 @@ func TestSourcesAreRead(t *testing.T) {
 	}
 }
 
-// siege runs one attack beside traffic, and fails the test if a call of the traffic fails or a program ends.
-func siege(t *testing.T, attack func(context.Context) string) {
+// siege runs one attack beside traffic, and fails the test if a call of the traffic fails or a program ends. It returns how
+// many calls of the traffic the broker answered.
+func siege(t *testing.T, run func(context.Context) string) (calls int) {
 	t.Helper()
 	pod, broker := running(t)
 	programs := map[string]*process.Process{"broker": credence.Broker(), "webhook": credence.Webhook()}
 	beside := start(t.Context(), pod, broker)
 	ctx, cancel := context.WithTimeout(t.Context(), length(t))
 	defer cancel()
-	t.Logf("attack:       %s", attack(ctx))
+	t.Logf("attack:       %s", run(ctx))
 	beside.end(t)
 	for name, program := range programs {
 		if program.Ended() {
@@ -335,17 +340,18 @@ func siege(t *testing.T, attack func(context.Context) string) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			t.Logf("memory:       %s %d MB at most", name, bytes/1e6)
+			t.Logf("memory:       %s %d MB at most since its start", name, bytes/1e6)
 		}
 	}
+	return len(beside.calls.took)
 }
 
-// restart gives both programs a memory of their own again, so that each attack is seen alone.
-func restart(t *testing.T, brokerFlags ...string) {
+// restartBroker starts the broker again with more flags.
+func restartBroker(t *testing.T, flags ...string) {
 	t.Helper()
-	credence.StopWebhook()
 	credence.StopBroker()
-	if err := errors.Join(credence.StartBroker(t.Context(), brokerFlags...), credence.StartWebhook(t.Context())); err != nil {
+	// Not the test's context, which has ended when this is deferred.
+	if err := credence.StartBroker(context.WithoutCancel(t.Context()), flags...); err != nil {
 		t.Fatal(err)
 	}
 }

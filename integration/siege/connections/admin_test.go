@@ -25,7 +25,7 @@ func TestProbesBesideAttackers(t *testing.T) {
 				}
 			})
 			a := startAttack(t, l.Addr().String(), "", name, fourAddresses, 50)
-			until(t, func() bool { return a.opened.Load() > 200 })
+			until(t, func() bool { return a.Opened() > 200 })
 			dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP("127.0.0.6")}}
 			client := &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}} // as kubelets do
 			for range 50 {

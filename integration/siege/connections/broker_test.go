@@ -103,17 +103,17 @@ func TestPodBesideAttackers(t *testing.T) {
 			pod := newCaller(t, b, l, "127.0.0.6", "shop", 1)
 			a := startAttack(t, l.Addr().String(), "h2", name, fourAddresses, connections)
 			until(t, func() bool {
-				return b.Connections().Closed[connlimit.Crowded] > 0 || connections == 8 && a.opened.Load() > 100
+				return b.Connections().Closed[connlimit.Crowded] > 0 || connections == 8 && a.Opened() > 100
 			})
 			var longest time.Duration
 			for i := range 20 {
 				began := time.Now()
 				if _, err := pod.Credentials(t.Context()); err != nil {
-					t.Fatalf("call %d, beside %d connections that attack: %v", i, a.opened.Load(), err)
+					t.Fatalf("call %d, beside %d connections that attack: %v", i, a.Opened(), err)
 				}
 				longest = max(longest, time.Since(began))
 			}
-			t.Logf("the longest of 20 calls took %s; attackers opened %d connections; the broker's state is %+v", longest, a.opened.Load(), b.Connections())
+			t.Logf("the longest of 20 calls took %s; attackers opened %d connections; the broker's state is %+v", longest, a.Opened(), b.Connections())
 		})
 	}
 }
@@ -196,7 +196,7 @@ func TestFloods(t *testing.T) {
 			var count attack.Count
 			var running sync.WaitGroup
 			running.Go(func() {
-				attack.Run(ctx, attack.Target{Address: l.Addr().String(), TLS: anyServer("h2")}, 1, step, &count)
+				attack.Run(ctx, attack.Target{Address: l.Addr().String(), TLS: attack.AnyServer("h2")}, 1, step, &count)
 			})
 			until(t, func() bool { return count.Opened() > 5 })
 			cancel()

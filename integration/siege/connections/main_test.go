@@ -3,17 +3,10 @@
 package connections
 
 import (
-	"bufio"
-	"context"
-	"crypto/tls"
-	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"runtime"
 	"runtime/metrics"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -25,123 +18,23 @@ import (
 	"github.com/credence-iam/credence/integration/siege/attack"
 )
 
-// steps are the attacks by name, so that another process can be asked for one.
-var steps = map[string]attack.Step{
-	"silence after the handshake":    attack.Nothing,
-	"silence after SETTINGS":         attack.Silent,
-	"an open call":                   attack.OpenCall,
-	"large headers":                  attack.LargeHeaders(1, 19<<10),
-	"large headers twice":            attack.LargeHeaders(1, 13<<10),
-	"large headers in 16 streams":    attack.LargeHeaders(16, 17<<10),
-	"everything at once":             attack.Everything(19<<10, 27<<10),
-	"one byte a time":                attack.Drip(100 * time.Millisecond),
-	"calls by nobody":                attack.Calls("nobody"),
-	"connecting again":               attack.Reconnect,
-	"resets":                         attack.Resets,
-	"many headers":                   attack.ManyHeaders(1, 19<<10),
-	"many headers in 16 streams":     attack.ManyHeaders(16, 19<<10),
-	"a message in crumbs":            attack.CrumbledMessage(2000),
-	"a ClientHello without end":      attack.UnfinishedHello(15 << 10),
-	"a long ClientHello without end": attack.UnfinishedHello(63 << 10),
-	"an idle connection":             attack.KeepAlive("/healthz"),
-	"a head without end":             attack.OpenHead(4800),
-	"a large head without end":       attack.OpenHead(40 << 10),
-	"many headers without end":       attack.ManyHeads(4800),
-	"a body that does not come":      attack.OpenBody(4800, 6<<20, 0),
-	"a body without end":             attack.OpenBody(4800, 6<<20, 100*time.Millisecond),
-}
-
-// Environment of a process that attacks.
-const (
-	attackName    = "SIEGE_ATTACK"
-	attackAddress = "SIEGE_ADDRESS"
-	attackCount   = "SIEGE_CONNECTIONS"
-	attackALPN    = "SIEGE_ALPN"    // "": without TLS
-	attackSources = "SIEGE_SOURCES" // addresses, each with that many connections
-)
-
 func TestMain(m *testing.M) {
-	if name := os.Getenv(attackName); name != "" {
-		attackAsProcess(steps[name])
-		return
+	if !attack.Main() {
+		os.Exit(m.Run())
 	}
-	os.Exit(m.Run())
 }
-
-// attackAsProcess attacks until standard input ends, and says how far it is: connections held, and bytes sent.
-func attackAsProcess(step attack.Step) {
-	ctx, cancel := context.WithCancel(context.Background())
-	go func() {
-		defer cancel()
-		_, _ = bufio.NewReader(os.Stdin).ReadByte()
-	}()
-	n, _ := strconv.Atoi(os.Getenv(attackCount))
-	var count attack.Count
-	var running sync.WaitGroup
-	for source := range strings.FieldsSeq(os.Getenv(attackSources)) {
-		target := attack.Target{Address: os.Getenv(attackAddress), Source: source}
-		if alpn := os.Getenv(attackALPN); alpn != "" {
-			target.TLS = anyServer(alpn)
-		}
-		running.Go(func() { attack.Run(ctx, target, n, step, &count) })
-	}
-	for ctx.Err() == nil {
-		fmt.Println(count.Opened(), count.Held(), count.Sent())
-		time.Sleep(5 * time.Millisecond)
-	}
-	running.Wait()
-}
-
-// anyServer is TLS of a client that does not care whom it attacks.
-func anyServer(alpn string) *tls.Config {
-	return &tls.Config{InsecureSkipVerify: true, NextProtos: []string{alpn}}
-}
-
-// attacking is a process that attacks.
-type attacking struct{ opened, held, sent atomic.Int64 }
 
 // fourAddresses are where attackers are that have more than one.
-const fourAddresses = "127.0.0.2 127.0.0.3 127.0.0.4 127.0.0.5"
+var fourAddresses = []string{"127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"}
 
-// startAttack starts a process that keeps n connections from each source in a step of that name, until the test ends. It has
-// one processor. A process of its own also keeps its goroutines out of the server's queues, as they are in life.
-func startAttack(t *testing.T, address, alpn, name, sources string, n int) *attacking {
+// startAttack starts a process that keeps n connections from each source in a step of that name, until the test ends.
+func startAttack(t *testing.T, address, alpn, name string, sources []string, n int) *attack.Process {
 	t.Helper()
-	if steps[name] == nil {
-		t.Fatalf("there is no attack %q", name)
-	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^$")
-	cmd.Env = append(os.Environ(), attackName+"="+name, attackAddress+"="+address, attackCount+"="+strconv.Itoa(n), attackALPN+"="+alpn, attackSources+"="+sources, "GOMAXPROCS=1")
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
+	a, err := attack.Start(t.Context(), attack.Plan{Step: name, Address: address, ALPN: alpn, Sources: sources, Connections: n})
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	a := new(attacking)
-	read := make(chan struct{})
-	go func() {
-		defer close(read)
-		for lines := bufio.NewScanner(out); lines.Scan(); {
-			var opened, held, sent int64
-			if _, err := fmt.Sscan(lines.Text(), &opened, &held, &sent); err == nil {
-				a.opened.Store(opened)
-				a.held.Store(held)
-				a.sent.Store(sent)
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		_ = in.Close()
-		<-read
-		_ = cmd.Wait()
-	})
+	t.Cleanup(a.Stop)
 	return a
 }
 
@@ -202,12 +95,12 @@ func memory() uint64 {
 func perConnection(t *testing.T, l *counted, alpn, name string, n int, refused func() bool) uint64 {
 	t.Helper()
 	before := memory()
-	a := startAttack(t, l.Addr().String(), alpn, name, "127.0.0.1", n)
+	a := startAttack(t, l.Addr().String(), alpn, name, []string{"127.0.0.1"}, n)
 	full := func() bool {
-		return l.open.Load() == int64(n) && a.held.Load() == int64(n) && l.read.Load() == a.sent.Load()
+		return l.open.Load() == int64(n) && a.Held() == int64(n) && l.read.Load() == a.Sent()
 	}
 	for {
-		if refused() || a.opened.Load() > int64(4*n) {
+		if refused() || a.Opened() > int64(4*n) {
 			return 0 // it does not let them have what they want
 		}
 		if !full() {

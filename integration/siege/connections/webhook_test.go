@@ -149,7 +149,7 @@ func TestReviewsBesideAttackers(t *testing.T) {
 			}
 			a := startAttack(t, l.Addr().String(), "http/1.1", name, fourAddresses, n)
 			until(t, func() bool {
-				return s.Connections().Closed[connlimit.Crowded]+uint64(s.Connections().Waiting) > 0 || n == 8 && a.opened.Load() > 100
+				return s.Connections().Closed[connlimit.Crowded]+uint64(s.Connections().Waiting) > 0 || n == 8 && a.Opened() > 100
 			})
 			for range 10 {
 				var running sync.WaitGroup
