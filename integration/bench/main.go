@@ -77,7 +77,7 @@ type notRun string
 func (n notRun) Error() string { return string(n) }
 
 func metrics() []metric {
-	return slices.Concat(sidecarMetrics, startMetrics, idleMetrics, webhookMetrics, brokerMetrics, fleetMetrics, residentMetrics, scaleMetrics)
+	return slices.Concat(sidecarMetrics, startMetrics, idleMetrics, webhookMetrics, brokerMetrics, fleetMetrics, residentMetrics, scaleMetrics, siegeMetrics)
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {

@@ -182,14 +182,16 @@ func (r *record) add(began time.Time, err error) {
 }
 
 func (r *record) String() string {
-	slices.Sort(r.took)
 	if len(r.took) == 0 {
 		return "none"
 	}
-	at := func(part float64) time.Duration {
-		return r.took[int(part*float64(len(r.took)-1))].Round(100 * time.Microsecond)
-	}
-	return fmt.Sprintf("%d, %d failed, median %s, p99 %s, longest %s", len(r.took), len(r.failed), at(0.5), at(0.99), at(1))
+	return fmt.Sprintf("%d, %d failed, median %s, p99 %s, longest %s", len(r.took), len(r.failed), r.quantile(0.5), r.quantile(0.99), r.quantile(1))
+}
+
+// quantile returns the time that this part of the calls did not exceed.
+func (r *record) quantile(part float64) time.Duration {
+	slices.Sort(r.took)
+	return r.took[int(part*float64(len(r.took)-1))].Round(100 * time.Microsecond)
 }
 
 // pause between two calls of the traffic, which leaves the processors to the attack and the programs.
@@ -318,9 +320,9 @@ func TestSourcesAreRead(t *testing.T) {
 	}
 }
 
-// siege runs one attack beside traffic, and fails the test if a call of the traffic fails or a program ends. It returns how
-// many calls of the traffic the broker answered.
-func siege(t *testing.T, run func(context.Context) string) (calls int) {
+// siege runs one attack beside traffic, and fails the test if a call of the traffic fails or a program ends. It returns the
+// traffic's calls of the broker.
+func siege(t *testing.T, run func(context.Context) string) (calls *record) {
 	t.Helper()
 	pod, broker := running(t)
 	programs := map[string]*process.Process{"broker": credence.Broker(), "webhook": credence.Webhook()}
@@ -343,7 +345,7 @@ func siege(t *testing.T, run func(context.Context) string) (calls int) {
 			t.Logf("memory:       %s %d MB at most since its start", name, bytes/1e6)
 		}
 	}
-	return len(beside.calls.took)
+	return &beside.calls
 }
 
 // restartBroker starts the broker again with more flags.
