@@ -91,8 +91,8 @@ func served(ctx context.Context, component string) (map[string]bool, error) {
 		if err != nil {
 			return nil, err
 		}
-		// Whom it trusts is not the question here.
-		client := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		// Whom it trusts is not the question here. Brokers speak HTTP/2 only, webhooks HTTP/1.1 only.
+		client := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2", "http/1.1"}})
 		err = client.HandshakeContext(ctx)
 		if err == nil {
 			serials[client.ConnectionState().PeerCertificates[0].SerialNumber.String()] = true
