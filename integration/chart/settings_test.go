@@ -143,7 +143,7 @@ func TestSettingsSchema(t *testing.T) {
 	}
 }
 
-// TestSettingsThatTheSchemaCannotTell: what a webhook would not start with is not installed.
+// TestSettingsThatTheSchemaCannotTell: what a program would not start with, or an API server not take, is not installed.
 func TestSettingsThatTheSchemaCannotTell(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
@@ -159,6 +159,12 @@ func TestSettingsThatTheSchemaCannotTell(t *testing.T) {
 		{[]string{`sidecar.podAnnotations.iam\.amazonaws\.com/role=admin`, "annotationPrefix=aws.example.com"}, ""},
 		{[]string{"sidecar.podAnnotations.a=" + strings.Repeat("ä", 512)}, ""},
 		{[]string{"sidecar.podAnnotations.a=" + strings.Repeat("ä", 513)}, "the value of a has 1026 bytes, the limit is 1024"},
+		{[]string{"broker.env[0].name=POD_IPS"}, "broker.env: POD_IPS is set already"},
+		{[]string{"broker.env[0].name=A", "broker.env[1].name=HTTPS_PROXY", "proxy.https=http://proxy:1"}, "broker.env: HTTPS_PROXY is set already"},
+		{[]string{"broker.env[0].name=HTTP_PROXY", "proxy.http=http://proxy:1"}, "broker.env: HTTP_PROXY is set already"},
+		{[]string{"broker.env[0].name=NO_PROXY", "proxy.except[0]=.svc"}, "broker.env: NO_PROXY is set already"},
+		{[]string{"broker.env[0].name=A", "broker.env[1].name=A"}, "broker.env: A is set already"},
+		{[]string{"broker.env[0].name=HTTPS_PROXY", "proxy.http=http://proxy:1", "proxy.except[0]=.svc"}, ""},
 	} {
 		_, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: tc.set})
 		if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
