@@ -228,11 +228,15 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	defer v.mu.Unlock()
 	// The last one to leave takes it out of the queue. What is under way goes on: to begin it again for the next
 	// caller would cost the API server more.
-	if f.callers--; f.callers == 0 && !f.begun {
+	f.callers--
+	if f.begun {
+		return identity.Pod{}, notReviewed(ctx.Err())
+	}
+	if f.callers == 0 {
 		f.abandon()
 		v.land(f, d)
 	}
-	return identity.Pod{}, notReviewed(ctx.Err())
+	return identity.Pod{}, noTurn(ctx.Err())
 }
 
 // fly reviews one token, for all its callers.

@@ -262,5 +262,5 @@ func noTurn(err error) error {
 // errBusy is the answer to those for whom there is no place to wait. Another broker may have one.
 var errBusy = &credential.Error{
 	Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerBusy, RetryAfter: time.Second,
-	Message: "too many tokens wait to be verified, and most of those of this namespace or address; try again",
+	Message: "too many tokens wait to be verified, most of them of this namespace or address; try again",
 }

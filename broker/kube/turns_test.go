@@ -338,6 +338,31 @@ func TestWhoLeavesLeavesTheQueue(t *testing.T) {
 	})
 }
 
+// A caller that no longer waits for its turn is not told that the API server is unavailable: it was not asked. Who waits
+// for a review that is under way is.
+func TestWhoLeavesHearsWhatItWaitedFor(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
+		server.set(func(s *reviewer) { s.takes = 9 * time.Second })
+		leaves, leave := context.WithTimeout(t.Context(), time.Second)
+		defer leave()
+		var calls sync.WaitGroup
+		call := func(i int, want credential.Reason) {
+			calls.Go(func() {
+				_, err := f.v.Verify(leaves, tokenOf(podIn("shop", i), i, "genuine"))
+				if credential.ReasonOf(err) != want || !errors.Is(err, credential.ErrUnavailable) {
+					t.Errorf("who leaves is answered %v, want %s", err, want)
+				}
+			})
+			synctest.Wait()
+		}
+		for i := range 32 {
+			call(i, credential.ReasonAPIServerAway)
+		}
+		call(32, credential.ReasonBrokerBusy)
+		calls.Wait()
+	})
+}
+
 // What is under way goes on for who stays, and for who comes, when the first to ask leaves.
 func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
