@@ -14,9 +14,11 @@ const (
 	// maxCachedEach bounds one namespace. A user who may change a namespace may write a new expression into it every
 	// second, so a bound on their number would be none. It has room for the largest expression.
 	maxCachedEach = 4 << 20
-	// textCost and answerCost are about how many bytes a text and an answer take besides what they hold.
-	textCost   = 200
-	answerCost = 100
+	// namespaceCost, textCost and answerCost are about how many bytes a namespace, a text and an answer take besides
+	// what they hold. Most of it is for maps with free places.
+	namespaceCost = 1000
+	textCost      = 350
+	answerCost    = 100
 )
 
 // kind says what a cached text is.
@@ -101,8 +103,8 @@ func (c *cache) answer(namespace string, key textKey, subject string) (answer, b
 func (c *cache) keep(namespace string, key textKey, cost int, change func(*text)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// As much as it costs if the text is not there, so that it does not depend on what is dropped below.
-	reserved := cost + textCost + len(key.text)
+	// As much as it costs if neither is there, so that it does not depend on what is dropped below.
+	reserved := cost + textCost + len(key.text) + namespaceCost
 	if n := c.namespaces[namespace]; n != nil && n.cost+reserved > maxCachedEach {
 		c.drop(namespace)
 	}
@@ -122,14 +124,15 @@ func (c *cache) keep(namespace string, key textKey, cost int, change func(*text)
 		if c.namespaces == nil {
 			c.namespaces = make(map[string]*cached)
 		}
-		n = &cached{texts: make(map[textKey]*text)}
+		n = &cached{texts: make(map[textKey]*text), cost: namespaceCost}
 		c.namespaces[namespace] = n
+		c.cost += namespaceCost
 	}
 	t := n.texts[key]
 	if t == nil {
 		t = &text{}
 		n.texts[key] = t
-		cost = reserved
+		cost += textCost + len(key.text)
 	}
 	change(t)
 	n.cost += cost

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 )
@@ -37,7 +38,7 @@ func TestCacheIsSharedEqually(t *testing.T) {
 		c.keep(name, textKey{permittedText, "text"}, 100, func(t *text) { t.answers = map[string]answer{"role": {yes: true}} })
 	}
 	check("at first")
-	if n := c.namespaces["small-0"].cost; n != 1000+100+textCost+len("text") {
+	if n := c.namespaces["small-0"].cost; n != 1000+100+namespaceCost+textCost+len("text") {
 		t.Errorf("a text with an answer is counted as %d bytes", n)
 	}
 	for i := range 100 {
@@ -85,5 +86,66 @@ func TestCacheKeepsThingsApart(t *testing.T) {
 	}
 	if a, ok := c.answer("shop", key, "role"); !ok || a.yes {
 		t.Errorf("the answer is %v, %v", a, ok)
+	}
+}
+
+// What is counted is what is taken: of few large things and of very many small ones.
+func TestCacheCountsWhatItTakes(t *testing.T) {
+	keys, err := NewKeys(DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	heap := func() int {
+		runtime.GC()
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		return int(stats.HeapAlloc)
+	}
+	ofFew := func(i int) string { return fmt.Sprint("ns-", i%8) }
+	ofMany := func(i int) string { return fmt.Sprint("ns-", i) }
+	for _, tt := range []struct {
+		name                           string
+		namespace                      func(i int) string
+		role, tags, permitted, allowed string // %d is i
+	}{
+		{"roles", ofFew, "r%d", "", ".*", ""},
+		{"expressions", ofFew, "r", "", ".*|%d", ""},
+		{"expressions that are none", ofFew, "r", "", "(%d", ""},
+		{"classes", ofFew, "r", "", ".*|" + strings.Repeat("[acegikmoqsuwyACEGIKMOQSUWY02468:/,-]", 100) + "%d", ""},
+		{"groups", ofFew, "r", "", ".*|" + strings.Repeat("()", 400) + "%d", ""},
+		{"lists", ofFew, "r", "", "", `["*","%d"]`},
+		{"lists of stars", ofFew, "r", "", "", "[" + strings.Repeat(`"`+strings.Repeat("*", maxStars)+`",`, maxGlobs-2) + `"*","%d"]`},
+		{"tags", ofFew, "r", "a=%d", ".*", ""},
+		{"namespaces", ofMany, "r", "", ".*", ""},
+		{"namespaces with lists", ofMany, "r", "", "", `["*"]`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			rules, err := New(Config{Keys: keys})
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := heap()
+			for i, cost := 0, 0; rules.CachedCost() >= cost && rules.CachedCost() < maxCached/4; i++ {
+				cost = rules.CachedCost()
+				number := func(text string) string { return strings.ReplaceAll(text, "%d", fmt.Sprint(i)) }
+				ns := Namespace{Name: tt.namespace(i), Labels: map[string]string{keys.Name(Inject): Enabled}, Annotations: map[string]string{}}
+				pod := Pod{Namespace: ns.Name, Annotations: map[string]string{keys.Name(Role): "arn:aws:iam::123456789012:role/" + number(tt.role)}}
+				if tt.tags != "" {
+					pod.Annotations[keys.Name(SessionTags)] = number(tt.tags)
+				}
+				if tt.permitted != "" {
+					ns.Annotations[keys.Name(Permitted)] = number(tt.permitted)
+				}
+				if tt.allowed != "" {
+					ns.Annotations[keys.Name(AllowedRoles)] = number(tt.allowed)
+				}
+				_, _ = rules.Grant(pod, ns)
+			}
+			taken, counted := heap()-before, rules.CachedCost()
+			if taken > counted*5/4 || counted < maxCached/5 {
+				t.Errorf("%d bytes are counted, and %d taken", counted, taken)
+			}
+			runtime.KeepAlive(rules)
+		})
 	}
 }
