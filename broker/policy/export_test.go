@@ -35,6 +35,13 @@ func (r *Rules) CachedCost() int {
 	return r.cache.cost
 }
 
+// Uncached returns rules that decide as r does, and have nothing cached.
+func (r *Rules) Uncached() *Rules {
+	u := &Rules{keys: r.keys, base: r.base, cluster: r.cluster, chained: r.chained, names: r.names}
+	u.limits.Store(r.limits.Load())
+	return u
+}
+
 // Bounds of the cache.
 const (
 	MaxCached     = maxCached
