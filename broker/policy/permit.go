@@ -186,7 +186,7 @@ func compile(text string) (expression, int, error) {
 	}
 	n := steps(alone)
 	if n > maxSteps {
-		return expression{}, 0, fmt.Errorf("repeats too much: it would be compiled into %d steps, the limit is %d", n, maxSteps)
+		return expression{}, 0, fmt.Errorf("repeats too much: it would compile to %d instructions, the limit is %d", n, maxSteps)
 	}
 	prog, err := syntax.Compile(alone.Simplify())
 	if err != nil {
