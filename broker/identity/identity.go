@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 )
 
 // MaxTokenBytes bounds a token before anything looks into it. A pod-bound token of Kubernetes is
@@ -73,12 +74,20 @@ func (p Pod) String() string { return p.Namespace + "/" + p.Name }
 type peerKey struct{}
 
 // WithPeer returns a context that says which address a call comes from, without its port. Whoever calls cannot
-// choose it freely, other than everything in a token that is not verified yet.
+// choose it freely, other than everything in a token that is not verified yet. Of an IPv6 address only the first 64 bits
+// count: one machine has all others (RFC 4291, section 2.5.4).
 func WithPeer(ctx context.Context, address string) context.Context {
+	if ip, err := netip.ParseAddr(address); err == nil {
+		ip = ip.Unmap().WithZone("")
+		address = ip.String()
+		if ip.Is6() {
+			address = netip.PrefixFrom(ip, 64).Masked().String()
+		}
+	}
 	return context.WithValue(ctx, peerKey{}, address)
 }
 
-// PeerOf returns the address that a call comes from; "" if that is not known.
+// PeerOf returns the address that a call comes from, or its network if that is IPv6; "" if that is not known.
 func PeerOf(ctx context.Context) string {
 	address, _ := ctx.Value(peerKey{}).(string)
 	return address

@@ -97,3 +97,19 @@ func TestPod(t *testing.T) {
 		t.Error("pods with different UIDs are equal")
 	}
 }
+
+// Addresses that one machine can have are one.
+func TestPeers(t *testing.T) {
+	if got := identity.PeerOf(t.Context()); got != "" {
+		t.Errorf("without an address it is %q", got)
+	}
+	for address, want := range map[string]string{
+		"10.0.0.1": "10.0.0.1", "::ffff:10.0.0.1": "10.0.0.1", "bufconn": "bufconn", "": "",
+		"2001:db8:0:1::1": "2001:db8:0:1::/64", "2001:db8:0:1:ffff::2": "2001:db8:0:1::/64", "2001:db8:0:2::1": "2001:db8:0:2::/64",
+		"fe80::1%eth0": "fe80::/64",
+	} {
+		if got := identity.PeerOf(identity.WithPeer(t.Context(), address)); got != want {
+			t.Errorf("%s is %q, want %q", address, got, want)
+		}
+	}
+}

@@ -167,6 +167,19 @@ func TestFloodOfGarbageLeavesTurnsToOthers(t *testing.T) {
 	}
 }
 
+// One machine has all IPv6 addresses that begin with the same 64 bits, and no more turns with many of them.
+func TestFloodFromOneIPv6NetworkLeavesTurnsToOthers(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
+		for i := range 1000 {
+			f.call(fmt.Sprintf("2001:db8::1:%x", i), tokenOf(podIn(fmt.Sprint("ns-", i), i), i, "forged"))
+		}
+		synctest.Wait()
+		if d := f.took("2001:db8:0:1::1", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
+			t.Errorf("a live pod in another network waited %s for its review", d)
+		}
+	})
+}
+
 func TestStormOfOneNamespaceLeavesTurnsToOthers(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
 		for i := range 1500 {
