@@ -451,7 +451,8 @@ func (s *Stack) RotateCertificates(ctx context.Context) error {
 // ServedBy reports whether what address serves now is by the newest authority, to see whether a
 // rotation has reached it.
 func (s *Stack) ServedBy(ctx context.Context, address string) (newest bool, err error) {
-	dialer := tls.Dialer{Config: &tls.Config{RootCAs: s.ca.Pool(), MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}}}
+	// Brokers speak HTTP/2 only, webhooks HTTP/1.1 only.
+	dialer := tls.Dialer{Config: &tls.Config{RootCAs: s.ca.Pool(), MinVersion: tls.VersionTLS13, NextProtos: []string{"h2", "http/1.1"}}}
 	conn, err := dialer.DialContext(ctx, "tcp", address)
 	if _, unknown := errors.AsType[*tls.CertificateVerificationError](err); unknown {
 		return false, nil
