@@ -22,6 +22,9 @@ const (
 	// maxLookup bounds a look-up, which may outlive the call that began it. Go's resolver sends a query that got no
 	// answer again after 5 s, and three search domains then take it 15 s.
 	maxLookup = 30 * time.Second
+	// maxFullName is the part of maxLookup after which the next name is looked up. A full name with a wrong domain
+	// leaves the cluster, and what is asked there may answer with an error or not at all.
+	maxFullName = maxLookup / 2
 	// knownAfter is how long a call waits for a look-up if it knows the addresses of an earlier one.
 	knownAfter = 3 * time.Second
 	// unusedFor is how long the result of a look-up that no call waited for counts as current. It covers the pause
@@ -119,11 +122,17 @@ func (a *addresses) fly(ctx context.Context, f *flight) {
 		err   error
 	)
 	for at, name := range names {
-		if found, err = a.race(ctx, name); err == nil {
-			names = names[:at+1]
+		limit := maxLookup
+		if at < len(names)-1 {
+			limit = maxFullName
 		}
-		if !isNotFound(err) {
+		var failed error
+		if found, failed = a.race(ctx, name, limit); failed == nil {
+			names, err = names[:at+1], nil
 			break
+		}
+		if err == nil || isNotFound(err) {
+			err = failed // The one that tells more: that a name does not exist is expected of all but one.
 		}
 	}
 	a.mu.Lock()
@@ -152,11 +161,11 @@ type family struct {
 // ended reports whether no look-up of the family can bring an address any more.
 func (f *family) ended() bool { return isNotFound(f.err) || f.asked && f.open == 0 && f.err != nil }
 
-// race looks one name up. It returns the addresses of the A record as soon as it is there, and otherwise those of AAAA.
+// race looks one name up, for as long as limit. It returns the addresses of the A record as soon as it is there, and otherwise those of AAAA.
 // It does not use LookupNetIP of both families at once, which waits for both answers, and fails if one is missing
 // (golang/go#43398).
-func (a *addresses) race(ctx context.Context, name string) ([]netip.Addr, error) {
-	ctx, cancel := context.WithCancel(ctx)
+func (a *addresses) race(ctx context.Context, name string, limit time.Duration) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	type answer struct {
 		of    *family

@@ -72,7 +72,7 @@ type Config struct {
 	// TokenFile holds the pod's token for the broker's audience. Required. It need not exist yet.
 	TokenFile string
 	// DNSName is the name that is looked up for the brokers' addresses, such as the host of Target with the cluster's
-	// domain and a final dot, which keeps resolvers from trying search domains. If it does not exist, the host of Target
+	// domain and a final dot, which keeps resolvers from trying search domains. If it is not found, the host of Target
 	// is looked up. It is not what TLS verifies. Zero: the host of Target.
 	DNSName string
 	// Lookup returns the addresses of a host, of network "ip4" or "ip6", and returns soon after ctx ends. If the host

@@ -142,6 +142,52 @@ func TestFullNameIsWrong(t *testing.T) {
 	})
 }
 
+// TestFullNameFails: a full name with a wrong domain leaves the cluster, where it may meet a server that fails or is silent.
+// The host itself is looked up then as well.
+func TestFullNameFails(t *testing.T) {
+	for name, tt := range map[string]struct {
+		treatment dnstest.Treatment
+		calls     int // until there is an address
+	}{
+		"SERVFAIL":  {dnstest.Treatment{Fails: true}, 1},
+		"no answer": {dnstest.Treatment{Drop: true}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, n *network) {
+				dns := dnstest.New(map[string][]netip.Addr{host + ".": {v4}}, func(_ int, q dnstest.Query) dnstest.Treatment {
+					if q.Name == fullName {
+						return tt.treatment
+					}
+					return dnstest.Treatment{}
+				})
+				n.serve(v4, answering(good()))
+				c := n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory })
+				for range tt.calls - 1 {
+					_, err := n.call(c)
+					unavailable(t, err, credential.ReasonBrokerUnreachable, "DNS", fullName)
+				}
+				_, err := n.call(c)
+				succeeded(t, err)
+				time.Sleep(lookupEnds)
+			})
+		})
+	}
+}
+
+// TestErrorOfNames: if neither name is found, the error is that of the one that may exist.
+func TestErrorOfNames(t *testing.T) {
+	for name, fails := range map[string]string{"the full name fails": fullName, "the host fails": host + "."} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, n *network) {
+				dns := dnstest.New(nil, func(_ int, q dnstest.Query) dnstest.Treatment { return dnstest.Treatment{Fails: q.Name == fails} })
+				_, err := n.call(n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory }))
+				unavailable(t, err, credential.ReasonBrokerUnreachable, "server misbehaving")
+				time.Sleep(lookupEnds)
+			})
+		})
+	}
+}
+
 // TestLookupOutlivesItsCall: a look-up that takes longer than a call serves the next call, which begins no other.
 func TestLookupOutlivesItsCall(t *testing.T) {
 	for name, tt := range map[string]struct{ takes, pause, want time.Duration }{
