@@ -31,6 +31,9 @@ func (d *document) fileLine(n *yaml.Node) int {
 // relativeLine is the line that package yaml names in an error. It counts from the beginning of the document.
 var relativeLine = regexp.MustCompile(`^line (\d+): `)
 
+// unknownAnchor is the error of package yaml for an alias whose anchor is not written before it in the document. It names no line.
+var unknownAnchor = regexp.MustCompile(`^unknown anchor '(.+)' referenced$`)
+
 // unreadable returns err, an error of a YAML or JSON parser, with the line of the file, and with the line of the first Helm
 // template if there is one: such a file becomes YAML by "helm template" only.
 func (d *document) unreadable(err error) error {
@@ -39,6 +42,11 @@ func (d *document) unreadable(err error) error {
 		// Package yaml names the line of the mistake or the one before it.
 		if line, err := strconv.Atoi(match[1]); err == nil {
 			message = fmt.Sprintf("near line %d: %s", d.line+line-1, message[len(match[0]):])
+		}
+	} else if match := unknownAnchor.FindStringSubmatch(message); match != nil {
+		message = fmt.Sprintf("there is no anchor &%s before the alias *%s in this document", match[1], match[1])
+		if at := regexp.MustCompile(`(?m)[\s\[{,:-]\*` + regexp.QuoteMeta(match[1]) + `(?:[\s,\]}]|$)`).FindIndex(d.text); at != nil {
+			message = fmt.Sprintf("line %d: %s", d.line+bytes.Count(d.text[:at[0]+1], []byte("\n")), message)
 		}
 	} else if strings.HasPrefix(err.Error(), "yaml: ") && d.root == nil {
 		message = fmt.Sprintf("near line %d: %s", d.line, message) // package yaml names no first line

@@ -49,6 +49,8 @@ var unreadable = []struct{ name, text, said string }{
 	{"no spec", podHead + roleR, inPod + "the pod has no spec"},
 	{"a tab", "a: b\n---\na:\n\tb: c\n", "standard input: document 2, which begins in line 2, cannot be read: near line 4: found "},
 	{"in the first line", "a: b: c\n", "standard input: document 1, which begins in line 1, cannot be read: near line 1: mapping values are not allowed in this context"},
+	{"an anchor of another document", "x: &n r\n---\n" + strings.TrimPrefix(podHead, "a: b\n---\n") + "  annotations:\n    iam.amazonaws.com/role: *n\n" + podTail,
+		"standard input: document 2, which begins in line 2, cannot be read: line 8: there is no anchor &n before the alias *n in this document"},
 	{"half of JSON", "a: b\n---\n{\"kind\":\"Pod\",", "standard input: document 2, which begins in line 2, cannot be read: near line 3: did not find expected node content"},
 	{"a Helm condition", "a: b\n---\n{{- if .Values.x }}\na: b\n{{- end }}\n",
 		`did not find expected node content; line 3 has a Helm template, "{{- if .Values.x }}"; run "helm template" and give its output to credence inject`},
