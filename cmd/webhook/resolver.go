@@ -79,6 +79,11 @@ func useDNS(ctx context.Context, o options, log *slog.Logger) error {
 	if err != nil {
 		log.WarnContext(ctx, "Could not read what this pod is told about DNS", "error", err)
 	}
+	if o.ClusterDomain != "" && dns.Domain != "" && o.ClusterDomain != dns.Domain {
+		// A wrong one costs each pod time at its start: sidecars look up a name that no server of the cluster has.
+		log.WarnContext(ctx, "Cluster domain is not the one that the kubelet told this pod: remove --cluster-domain unless it is right",
+			"cluster_domain", o.ClusterDomain, "told", dns.Domain, "file", o.resolvConf)
+	}
 	dns.Domain = cmp.Or(o.ClusterDomain, dns.Domain)
 	if err := o.Injector.UseDNS(dns); err != nil {
 		return fmt.Errorf("%s: %w", o.resolvConf, err)

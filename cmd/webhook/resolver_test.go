@@ -67,12 +67,14 @@ func TestUseDNS(t *testing.T) {
 	for name, tt := range map[string]struct {
 		flags      []string
 		file, want string
+		differ     bool // the log says that the two do
 	}{
-		"file":          {nil, file, "b.credence.svc.cluster.local."},
-		"flag":          {[]string{"--cluster-domain=corp.example"}, file, "b.credence.svc.corp.example."},
-		"flag with dot": {[]string{"--cluster-domain=corp.example."}, file, "b.credence.svc.corp.example."},
-		"flag alone":    {[]string{"--cluster-domain=corp.example"}, file + ".missing", "b.credence.svc.corp.example."},
-		"nothing":       {nil, file + ".missing", ""},
+		"file":          {nil, file, "b.credence.svc.cluster.local.", false},
+		"flag":          {[]string{"--cluster-domain=corp.example"}, file, "b.credence.svc.corp.example.", true},
+		"flag with dot": {[]string{"--cluster-domain=corp.example."}, file, "b.credence.svc.corp.example.", true},
+		"both agree":    {[]string{"--cluster-domain=cluster.local."}, file, "b.credence.svc.cluster.local.", false},
+		"flag alone":    {[]string{"--cluster-domain=corp.example"}, file + ".missing", "b.credence.svc.corp.example.", false},
+		"nothing":       {nil, file + ".missing", "", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			o, err := parse(append(tt.flags, "--broker=b.credence.svc:9443", "--sidecar-image=i"))
@@ -99,6 +101,9 @@ func TestUseDNS(t *testing.T) {
 				t.Errorf("want the name %q in %s", tt.want, patch)
 			}
 			if unknown := strings.Contains(log.String(), "set --cluster-domain"); unknown != (tt.want == "") {
+				t.Errorf("logged %s", log.String())
+			}
+			if differ := strings.Contains(log.String(), "remove --cluster-domain"); differ != tt.differ {
 				t.Errorf("logged %s", log.String())
 			}
 		})
