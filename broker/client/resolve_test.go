@@ -69,9 +69,12 @@ func TestResolvers(t *testing.T) {
 		"drops the first of two, one A":  {[]netip.Addr{v4}, odd, v4, ""},
 		"drops the second of two, one A": {[]netip.Addr{v4}, even, v4, "A"},
 		"takes 1.1 s":                    {both, slowly, v4, "A AAAA"},
-		"IPv6 only":                      {six, nil, v6, "A AAAA"},
-		"IPv6 only, takes 1.1 s":         {six, slowly, v6, "A AAAA"},
-		"IPv6 only, drops A":             {six, dropping("A"), v6, "A AAAA"},
+		"answers AAAA first": {both, func(_ int, q dnstest.Query) dnstest.Treatment {
+			return dnstest.Treatment{After: map[string]time.Duration{"A": 800 * time.Millisecond}[q.Type]}
+		}, v4, "A AAAA"},
+		"IPv6 only":              {six, nil, v6, "A AAAA"},
+		"IPv6 only, takes 1.1 s": {six, slowly, v6, "A AAAA"},
+		"IPv6 only, drops A":     {six, dropping("A"), v6, "A AAAA"},
 		"truncates": {both, func(int, dnstest.Query) dnstest.Treatment {
 			return dnstest.Treatment{Truncated: true}
 		}, v4, "A A"},
@@ -174,12 +177,17 @@ func TestFullNameFails(t *testing.T) {
 	}
 }
 
-// TestErrorOfNames: if neither name is found, the error is that of the one that may exist.
+// TestErrorOfNames: if neither name is found, the error is that of a record that may exist.
 func TestErrorOfNames(t *testing.T) {
-	for name, fails := range map[string]string{"the full name fails": fullName, "the host fails": host + "."} {
+	for name, fails := range map[string]func(q dnstest.Query) bool{
+		"the full name": func(q dnstest.Query) bool { return q.Name == fullName },
+		"the host":      func(q dnstest.Query) bool { return q.Name == host+"." },
+		"A":             func(q dnstest.Query) bool { return q.Type == "A" },
+		"AAAA":          func(q dnstest.Query) bool { return q.Type == "AAAA" },
+	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
-				dns := dnstest.New(nil, func(_ int, q dnstest.Query) dnstest.Treatment { return dnstest.Treatment{Fails: q.Name == fails} })
+				dns := dnstest.New(nil, func(_ int, q dnstest.Query) dnstest.Treatment { return dnstest.Treatment{Fails: fails(q)} })
 				_, err := n.call(n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory }))
 				unavailable(t, err, credential.ReasonBrokerUnreachable, "server misbehaving")
 				time.Sleep(lookupEnds)
@@ -226,6 +234,48 @@ func TestLookupOutlivesItsCall(t *testing.T) {
 					want(t, got, dialed{ranked[0], tt.want})
 					if tt.want == 0 && lookups.Load() != began {
 						t.Error("the result was not used")
+					}
+				}
+				time.Sleep(lookupEnds)
+			})
+		})
+	}
+}
+
+// TestResultOfALateLookup: what a look-up found after its call had ended counts as current for one call, and not for long.
+func TestResultOfALateLookup(t *testing.T) {
+	for name, tt := range map[string]struct {
+		pause time.Duration // since the call gave up
+		looks []bool        // whether each call after that looks up
+	}{
+		"soon": {5 * time.Second, []bool{false, true}},
+		"late": {time.Minute, []bool{true}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in(t, func(t *testing.T, n *network) {
+				n.serve(n.brokers(4)[0], answering(good()))
+				var lookups atomic.Int32
+				answers := time.Now().Add(client.CallTimeout + time.Second)
+				c := n.client(func(cfg *client.Config) {
+					cfg.Lookup = func(ctx context.Context, family, name string) ([]netip.Addr, error) {
+						lookups.Add(1)
+						select {
+						case <-time.After(time.Until(answers)):
+							return n.lookup(ctx, family, name)
+						case <-ctx.Done():
+							return nil, ctx.Err()
+						}
+					}
+				})
+				_, err := n.call(c)
+				unavailable(t, err, credential.ReasonBrokerUnreachable, "no answer in time")
+				time.Sleep(tt.pause)
+				for i, want := range tt.looks {
+					before := lookups.Load()
+					_, err := n.call(c)
+					succeeded(t, err)
+					if looked := lookups.Load() != before; looked != want {
+						t.Errorf("call %d looks the brokers up: %v, want %v", i, looked, want)
 					}
 				}
 				time.Sleep(lookupEnds)
