@@ -157,6 +157,51 @@ func TestManyStrangersShareALine(t *testing.T) {
 	})
 }
 
+// Addresses that have gone make room: later ones are named again.
+func TestAddressesThatHaveGoneMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := runLog(t, false)
+		defer l.end()
+		for hour := range 3 {
+			for n := range 256 {
+				_ = l.Record(stranger(fmt.Sprintf("10.%d.0.%d:1", hour, n)))
+			}
+			time.Sleep(time.Hour)
+		}
+		synctest.Wait()
+		lines := l.lines(t)
+		for _, e := range lines {
+			if e.Peer == audit.OtherPeers {
+				t.Errorf("a line is %+v", e)
+			}
+		}
+		if len(lines) != 3*256 {
+			t.Errorf("%d lines, want one for each of %d addresses", len(lines), 3*256)
+		}
+	})
+}
+
+// Pods beyond those that are counted have a line for each denial, so that they take no memory.
+func TestPodsAreCountedUpToABound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := runLog(t, false)
+		for pod := range 1200 {
+			for range 12 {
+				_ = l.Record(audit.Entry{Decision: audit.Deny, Reason: credential.ReasonRoleNotPermitted, PodUID: fmt.Sprint(pod)})
+			}
+			synctest.Wait()
+		}
+		l.end()
+		own := map[string]int{}
+		for _, e := range l.lines(t) {
+			own[e.PodUID]++
+		}
+		if own["0"] != 11 || own["1023"] != 11 || own["1024"] != 12 || own["1199"] != 12 || l.Lost() != 0 {
+			t.Errorf("lines of pods: %d, %d, %d and %d, want 11, 11, 12 and 12; %d are lost", own["0"], own["1023"], own["1024"], own["1199"], l.Lost())
+		}
+	})
+}
+
 // A pod that is known has a line for each denial, unless it calls by the second.
 func TestPodsHaveTheirLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -251,25 +296,30 @@ func TestAllowsNeverWaitBehindDenials(t *testing.T) {
 	}
 }
 
-// A writer that hangs loses no denial of a stranger: those that find no room are counted, and written when it goes on.
+// A writer that hangs loses no denial of a stranger: those that find no room are counted, and written when it goes on, or at
+// the end.
 func TestHangingWriterLosesNoStranger(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		out := &slow{took: time.Minute}
-		l := newLog(t, out, false)
-		ctx, cancel := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		wg.Go(func() { _ = l.Run(ctx) })
-		const addresses, seconds = 200, 90
-		for range seconds {
-			for n := range addresses {
-				_ = l.Record(stranger(fmt.Sprintf("10.0.0.%d:1", n)))
-			}
-			time.Sleep(time.Second)
-		}
-		cancel()
-		wg.Wait()
-		if n := denied(running{out: &out.sink}.lines(t)); n != addresses*seconds || l.Lost() != 0 {
-			t.Errorf("the lines stand for %d denials and %d are lost, of %d", n, l.Lost(), addresses*seconds)
-		}
-	})
+	for _, seconds := range []int{90, 900} {
+		t.Run(fmt.Sprint(seconds), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				out := &slow{took: time.Minute}
+				l := newLog(t, out, false)
+				ctx, cancel := context.WithCancel(t.Context())
+				var wg sync.WaitGroup
+				wg.Go(func() { _ = l.Run(ctx) })
+				const addresses = 200
+				for range seconds {
+					for n := range addresses {
+						_ = l.Record(stranger(fmt.Sprintf("10.0.0.%d:1", n)))
+					}
+					time.Sleep(time.Second)
+				}
+				cancel()
+				wg.Wait()
+				if n := denied(running{out: &out.sink}.lines(t)); n != addresses*seconds || l.Lost() != 0 {
+					t.Errorf("the lines stand for %d denials and %d are lost, of %d", n, l.Lost(), addresses*seconds)
+				}
+			})
+		})
+	}
 }
