@@ -58,6 +58,7 @@ func TestDNSPolicy(t *testing.T) {
 		"None, servers unknown":                 {broker: service, fields: searching, dns: inject.DNS{Domain: "cluster.local"}, warns: `"10.96.0.10" may not know`},
 		"None, node-local":                      {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "169.254.20.10", 1), dns: clusterDNS},
 		"None, IPv6 written otherwise":          {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "fd00:0::000a", 1), dns: inject.DNS{Domain: "cluster.local", Servers: []netip.Addr{netip.MustParseAddr("fd00::a")}}},
+		"None, IPv4 in the form of IPv6":        {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "::ffff:10.96.0.10", 1), dns: clusterDNS},
 		"None, no address":                      {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "dns", 1), dns: clusterDNS, warns: `"dns" may not know`},
 		"None, external broker":                 {broker: external, fields: foreign, dns: clusterDNS},
 		"None without servers, which is no pod": {broker: service, fields: `"dnsPolicy":"None",`, dns: clusterDNS},

@@ -34,6 +34,7 @@ func TestSidecarUser(t *testing.T) {
 		"root":                    {0, []any{nil, nil}, 0, "65532"},
 		"the pod's is root":       {0, []any{1000, 1000}, 0, "1000"},
 		"one is root":             {1000, []any{nil, 0}, 0, "65532"},
+		"the other one is root":   {1000, []any{0, nil}, 0, "65532"},
 		"no user id":              {1 << 31, []any{nil, nil}, 0, "65532"},
 		"the platform's":          {1000, []any{nil, nil}, inject.PlatformUser, nil},
 		"the one of the settings": {nil, []any{nil, nil}, 70000, "70000"},
