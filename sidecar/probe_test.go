@@ -106,6 +106,20 @@ func TestProbeFails(t *testing.T) {
 	})
 }
 
+// TestUninjectedPodStartsWhileItsProbeWaits: the request of the probe that waits is the one that is answered.
+func TestUninjectedPodStartsWhileItsProbeWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := start(t, sourceFunc(func(context.Context) (credential.Lease, error) {
+			time.Sleep(time.Second)
+			return credential.Lease{}, credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected, "no label")
+		}), func(c *sidecar.Config) { c.StartTimeout = time.Hour })
+		began := time.Now()
+		if status := w.do(http.MethodGet, "/v1/ready").status; status != http.StatusNoContent || time.Since(began) != time.Second {
+			t.Errorf("the answer is %d after %v, want 204 after a second", status, time.Since(began))
+		}
+	})
+}
+
 // TestUninjectedPodStarts: a copy of a pod made by kubectl debug has the sidecar, and no annotations. Its containers are not
 // held back, whatever its start timeout is. Other refusals, and brokers that cannot say, are waited for.
 func TestUninjectedPodStarts(t *testing.T) {
