@@ -87,6 +87,9 @@ func worst() map[string]string {
 	numbered := func(fields string) func(n int) string {
 		return func(n int) string { return fmt.Sprintf(`{%s"x":%d}`, fields, n) }
 	}
+	// another is the sidecar of another version, whose variables may be any.
+	another := `{"name":"credence-sidecar","image":"registry.example/credence-sidecar:v0","command":["/credence-sidecar"],"restartPolicy":"Always","startupProbe":{"exec":{"command":["/credence-sidecar","probe"]}},` +
+		`"volumeMounts":[{"name":"credence-identity","mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"}],`
 	return map[string]string{
 		"a usual pod":                        review(pod(permitted, "")),
 		"containers":                         review(annotated(`,"iam.amazonaws.com/region":"eu-central-1"`, `"containers":[`+list(inject.MaxContainers, most, named(`"env":[]`))+`]`)),
@@ -100,7 +103,7 @@ func worst() map[string]string {
 		"empty variables":                    review(annotated(``, container(`"env":[`+list(values/2, most, always(`{}`))+`]`))),
 		"null variables":                     review(annotated(``, container(`"env":[`+list(values, most, always(`null`))+`]`))),
 		"variables":                          review(annotated(``, container(`"env":[`+list(values/3, most, named(`"value":"x"`))+`]`))),
-		"variables from elsewhere":           review(annotated(``, container(`"env":[`+list(values/6, most, always(`{"valueFrom":{"fieldRef":{},"secretKeyRef":{},"fileKeyRef":{},"resourceFieldRef":{}}}`))+`]`))),
+		"variables from elsewhere":           review(annotated(``, container(`"env":[`+list(values/12, most, always(`{"valueFrom":{"fieldRef":{},"secretKeyRef":{},"fileKeyRef":{},"resourceFieldRef":{}}}`))+`]`))),
 		"one variable of many lines":         review(annotated(``, container(`"env":[{"name":"A","value":"`+strings.Repeat(`\n`, most/2)+`"}]`))),
 		"one variable of escapes":            review(annotated(``, container(`"env":[{"name":"A","value":"`+strings.Repeat(`\u0000`, most/6)+`"}]`))),
 		"one variable of the longest escape": review(annotated(``, container(`"env":[{"name":"AWS_CONTAINER_`+strings.Repeat(`\u2028`, most/6)+`"}]`))),
@@ -111,6 +114,12 @@ func worst() map[string]string {
 		"our container with an image":        review(annotated(``, container(`"x":0`)+`,"volumes":[{"name":"credence-identity"}],"initContainers":[{"name":"credence-sidecar","image":"`+strings.Repeat("x", most)+`"}]`)),
 		"a service account":                  review(annotated(``, container(`"x":0`)+`,"serviceAccountName":"`+strings.Repeat("x", most)+`"`)),
 		"a name of the pod":                  review(`{"metadata":{"name":"` + strings.Repeat("x", most) + `","annotations":{"iam.amazonaws.com/role":"r"}}}`),
+		"variables of a family":              review(annotated(``, container(`"env":[`+list(values/2, most, func(n int) string { return fmt.Sprintf(`{"name":"AWS_CONTAINER_%x"}`, n) })+`]`))),
+		"variables of our container":         review(annotated(``, container(`"x":0`)+`,"volumes":[{"name":"credence-identity"}],"initContainers":[`+another+`"env":[`+list(values/2, most, always(`{"name":"CREDENCE_X"}`))+`]}]`)),
+		"name servers":                       review(annotated(``, container(`"x":0`)+`,"dnsPolicy":"None","dnsConfig":{"nameservers":[`+list(values, most, always(`""`))+`]}`)),
+		"null search domains":                review(annotated(``, container(`"x":0`)+`,"dnsPolicy":"None","dnsConfig":{"nameservers":["10.96.0.10"],"searches":[`+list(values, most, always(`null`))+`]}`)),
+		"DNS options":                        review(annotated(``, container(`"x":0`)+`,"dnsConfig":{"options":[`+list(values/2, most, always(`{}`))+`]}`)),
+		"a name server":                      review(annotated(``, container(`"x":0`)+`,"dnsPolicy":"None","dnsConfig":{"searches":["x"],"nameservers":["fe80::1%`+strings.Repeat("x", most)+`"]}`)),
 		"envFrom":                            review(annotated(``, container(`"envFrom":[`+list(values/2, most, always(`{}`))+`]`))),
 		"ports":                              review(annotated(``, container(`"ports":[`+list(values/2, most, always(`{}`))+`]`))),
 		"mounts":                             review(annotated(``, container(`"volumeMounts":[`+list(values/2, most, always(`{}`))+`]`))),

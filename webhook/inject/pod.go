@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"bytes"
 	stdjson "encoding/json"
 	"fmt"
 	"regexp"
@@ -56,7 +57,7 @@ type container struct {
 	Image         string                         `json:"image"`
 	Command       list[string]                   `json:"command"`
 	Args          list[string]                   `json:"args"`
-	Env           list[corev1.EnvVar]            `json:"env"`
+	Env           environment                    `json:"env"`
 	EnvFrom       list[struct{}]                 `json:"envFrom"`
 	Ports         list[port]                     `json:"ports"`
 	Resources     resources                      `json:"resources"`
@@ -69,6 +70,42 @@ type container struct {
 	} `json:"startupProbe"`
 
 	SecurityContext securityContext `json:"securityContext"`
+}
+
+// environment has those fields of variables that decisions read: names, values, and the field of the pod that a value
+// comes from. A variable that takes its value from elsewhere has a ValueFrom without a FieldRef. The rest is not decoded,
+// because reading a [resource.Quantity], such as the divisor of a resourceFieldRef, can take minutes.
+type environment []corev1.EnvVar
+
+// UnmarshalJSON implements the interface of encoding/json.
+func (e *environment) UnmarshalJSON(raw []byte) error {
+	var view list[struct {
+		Name      string `json:"name"`
+		Value     string `json:"value"`
+		ValueFrom *struct {
+			FieldRef *struct {
+				FieldPath string `json:"fieldPath"`
+			} `json:"fieldRef"`
+		} `json:"valueFrom"`
+	}]
+	if err := view.UnmarshalJSON(raw); err != nil {
+		return err
+	}
+	*e = nil
+	if view == nil {
+		return nil
+	}
+	*e = make(environment, len(view))
+	for at, v := range view {
+		(*e)[at] = corev1.EnvVar{Name: v.Name, Value: v.Value}
+		if v.ValueFrom != nil {
+			(*e)[at].ValueFrom = &corev1.EnvVarSource{}
+			if ref := v.ValueFrom.FieldRef; ref != nil {
+				(*e)[at].ValueFrom.FieldRef = &corev1.ObjectFieldSelector{FieldPath: ref.FieldPath}
+			}
+		}
+	}
+	return nil
 }
 
 // securityContext is that of a pod or of a container.
@@ -125,11 +162,12 @@ const (
 	maxExponentDigits = 2
 )
 
-var exponentForm = regexp.MustCompile(`^"?[-+]?[0-9.]+[eE][-+]?([0-9]+)"?$`)
+var exponentForm = regexp.MustCompile(`^[-+]?[0-9.]+[eE][-+]?([0-9]+)$`)
 
 // UnmarshalJSON implements the interface of encoding/json.
 func (q *quantity) UnmarshalJSON(raw []byte) error {
-	exponent := exponentForm.FindSubmatch(raw[:min(len(raw), maxQuantity)])
+	// Quantity ignores blanks around the number.
+	exponent := exponentForm.FindSubmatch(bytes.TrimSpace(bytes.Trim(raw[:min(len(raw), maxQuantity)], `"`)))
 	if len(raw) > maxQuantity || exponent != nil && len(exponent[1]) > maxExponentDigits {
 		return fmt.Errorf("quantity %.30s: write it with at most %d characters, and an exponent of at most %d digits", raw, maxQuantity, maxExponentDigits)
 	}

@@ -57,12 +57,18 @@ func identityOf(c container) *otherIdentity {
 	if at := last(c.Env, webIdentity); at >= 0 && !empty(c.Env[at]) {
 		return &otherIdentity{webIdentity, "", "what sets it, such as the service account's eks.amazonaws.com/role-arn"}
 	}
-	for at, v := range c.Env {
-		if strings.HasPrefix(v.Name, containerPrefix) && last(c.Env, v.Name) == at && ofPodIdentity(v) {
-			return &otherIdentity{v.Name, " of EKS Pod Identity", "what sets it, such as a Pod Identity association of the service account"}
+	var found *otherIdentity
+	overridden := make(map[string]bool) // by a later variable of the same name
+	for _, v := range slices.Backward(c.Env) {
+		if !strings.HasPrefix(v.Name, containerPrefix) || overridden[v.Name] {
+			continue
+		}
+		overridden[v.Name] = true
+		if ofPodIdentity(v) {
+			found = &otherIdentity{v.Name, " of EKS Pod Identity", "what sets it, such as a Pod Identity association of the service account"}
 		}
 	}
-	return nil
+	return found
 }
 
 // shadowed looks for what would outrank the sidecar in the chains of AWS SDKs. It refuses web

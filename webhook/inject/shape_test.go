@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/webhook/inject"
@@ -42,7 +43,7 @@ func TestMeasure(t *testing.T) {
 func TestQuantities(t *testing.T) {
 	for text, refused := range map[string]bool{
 		`"1"`: false, `1`: false, `"1e3"`: false, `1e3`: false, `"1E"`: false, `"1Ei"`: false, `"1e99"`: false, `"1E-30"`: false,
-		`"1e99999999"`: true, `1e99999999`: true, `"+1.5e+100"`: true, `"-1E-99999999"`: true, `"1e0000001"`: true,
+		`"1e99999999"`: true, `1e99999999`: true, `"+1.5e+100"`: true, `"-1E-99999999"`: true, `" 1e99999999"`: true, `"1e99999999 "`: true, `" 1e9 "`: false, `"1e0000001"`: true,
 		`"` + strings.Repeat("1", 60) + `"`: false, `"` + strings.Repeat("1", 1000) + `"`: true, `1` + strings.Repeat("0", 1000): true,
 	} {
 		for _, place := range []string{
@@ -55,6 +56,50 @@ func TestQuantities(t *testing.T) {
 				t.Errorf("%.40s in %s: %v, want it to be refused: %v", text, place, err, refused)
 			}
 		}
+	}
+}
+
+// Of a variable, no more is decoded than what decisions read: a divisor can take minutes to decode.
+func TestVariablesFromElsewhere(t *testing.T) {
+	for _, from := range []string{
+		`{"resourceFieldRef":{"resource":"limits.cpu","divisor":"1e-99999999"}}`,
+		`{"resourceFieldRef":{"resource":"limits.cpu","divisor":"not decoded"}}`,
+		`{"secretKeyRef":{"optional":"not decoded"}}`,
+	} {
+		raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[{"name":"AWS_ACCESS_KEY_ID","valueFrom":` + from + `}]}]}}`
+		result, err := newInjector(t).Inject([]byte(raw), namespace)
+		if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "has AWS_ACCESS_KEY_ID") {
+			t.Errorf("%s: %v, warnings %q", from, err, result.Warnings)
+		}
+	}
+}
+
+// TestManyVariables: variables that could be another identity take not much more time than others do.
+func TestManyVariables(t *testing.T) {
+	const n = 30_000
+	took := func(name, value string) time.Duration {
+		var env strings.Builder
+		for at := range n {
+			fmt.Fprintf(&env, `{"name":"%s%05d","value":"%s"},`, name, at%(n/2), value)
+		}
+		// They are overridden: only the last variable of a name counts.
+		for at := range n / 2 {
+			fmt.Fprintf(&env, `{"name":"%s%05d"},`, name, at)
+		}
+		raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[` + strings.TrimSuffix(env.String(), ",") + `]}]}}`)
+		least := time.Hour
+		for range 3 {
+			began := time.Now()
+			if _, err := newInjector(t).Inject(raw, namespace); err != nil {
+				t.Fatal(err)
+			}
+			least = min(least, time.Since(began))
+		}
+		return least
+	}
+	const agent = "http://169.254.170.23/v1/credentials"
+	if other, ours := took("AWS_CONFIGURED_", agent), took("AWS_CONTAINER_", agent); ours > 8*other {
+		t.Errorf("variables of the AWS_CONTAINER_ family take %s, others %s", ours, other)
 	}
 }
 

@@ -282,7 +282,8 @@ func (by *plan) sidecarDifference(c container) string {
 	}):
 		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
 	}
-	want := by.sidecarEnv("")
+	known := by.sidecarEnv("")
+	want := slices.Clone(known)
 	// Whether the UID is a part of the routing key is compared no more than the key is.
 	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == podUID })
 	if has(c, podUID) {
@@ -309,7 +310,7 @@ func (by *plan) sidecarDifference(c container) string {
 			continue
 		}
 		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
-		if at < 0 && another && !slices.ContainsFunc(by.sidecarEnv(""), func(w corev1.EnvVar) bool { return w.Name == v.Name }) {
+		if at < 0 && another && !slices.ContainsFunc(known, func(w corev1.EnvVar) bool { return w.Name == v.Name }) {
 			continue // what that version has and this one does not
 		}
 		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || fieldPath(v) != fieldPath(want[at]) {
