@@ -5,7 +5,38 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/credence-iam/credence/broker/assume"
+	"github.com/credence-iam/credence/broker/cache"
 )
+
+// That no pod wants a session proves a broker only once it has looked at all pods: before that, it knows of none.
+func TestProofWaitsUntilPodsAreKnown(t *testing.T) {
+	var (
+		held          cache.Stats
+		based, warmed bool
+	)
+	p := &proof{
+		of:    func() assume.Identity { return assume.Identity{Unsupported: true, Problem: "set --base-arn"} },
+		held:  func() cache.Stats { return held },
+		based: func() bool { return based }, warmed: func() bool { return warmed },
+	}
+	check := func(when, want string) {
+		t.Helper()
+		if err := p.check(); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", when, err, want)
+		}
+	}
+	check("without a base ARN", "set --base-arn")
+	based = true
+	check("before pods are known", noSessionYet)
+	held.Kept, warmed = 2, true
+	check("without a session for them", "none of 2 sessions")
+	held.Refused = 1
+	check("when STS has refused a role", "")
+	held = cache.Stats{Kept: 2}
+	check("later", "")
+}
 
 func TestWarmth(t *testing.T) {
 	// What is found out at each look, and whether the broker is ready then.
