@@ -253,6 +253,24 @@ func TestRestartInAnOutage(t *testing.T) {
 	}
 }
 
+// A call that is lost at the start is no news.
+func TestShortTroubleIsNotReported(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, false, 0, func(s *starting) {
+			s.rightKeys()
+			s.sts.SetOutage(ststest.Failing)
+		})
+		time.Sleep(identityLook + 500*time.Millisecond) // The next call comes within 8 s.
+		s.want("in the outage", false, "STS")
+		s.sts.SetOutage(ststest.NoOutage)
+		time.Sleep(time.Minute)
+		s.want("after it", true)
+		if notes := s.events.notes(t); len(notes) != 0 {
+			t.Errorf("the Events say %q", notes)
+		}
+	})
+}
+
 // A broker that was ready stays so, whatever becomes of STS and of its keys.
 func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
