@@ -98,6 +98,7 @@ type Limiter struct {
 	// leaving counts connections that were closed here, and whose servers have not let go of them: they still hold
 	// memory. guarded by mu
 	leaving int
+	filling bool       // fillLater is about to be called; guarded by mu
 	left    *sync.Cond // leaving has become smaller, or a listener has been closed
 }
 
@@ -214,7 +215,7 @@ type Conn struct {
 	limiter *Limiter
 	from    *listener
 	address netip.Prefix
-	since   time.Time
+	since   time.Time // it was accepted, or its present request began to arrive; guarded by limiter.mu
 
 	handshaking atomic.Bool
 	bytes       atomic.Int64 // that may still be read
@@ -314,17 +315,19 @@ func (c *Conn) Authenticated(tenant, caller string) bool {
 	case l.cfg.MaxPerCaller > 0 && l.callers[caller] >= l.cfg.MaxPerCaller:
 		return false
 	}
+	var given *Conn
 	if l.known.total >= l.cfg.MaxAuthenticated {
-		given := l.known.giveWay(tenant)
-		if given == nil {
+		if given = l.known.giveWay(tenant); given == nil {
 			return false
 		}
-		l.end(given, Crowded)
 	}
 	l.unknown.remove(c.address, c)
 	c.known, c.tenant, c.caller = true, tenant, caller
 	l.callers[caller]++
 	l.known.add(tenant, c, answering)
+	if given != nil {
+		l.end(given, Crowded)
+	}
 	l.fill()
 	return true
 }
@@ -343,6 +346,34 @@ func (c *Conn) End() {
 	if l.cfg.IdleTime > 0 {
 		c.late.Reset(l.cfg.IdleTime)
 	}
+	if l.waiting.total > 0 && !l.filling {
+		l.filling = true
+		time.AfterFunc(linger, l.fillLater)
+	}
+}
+
+// linger is how long a connection stays idle although others wait for its place: its response leaves meanwhile.
+const linger = 100 * time.Millisecond
+
+// fillLater lets in connections that wait, for those that have become idle.
+func (l *Limiter) fillLater() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.filling = false
+	l.fill()
+}
+
+// arrive says that a part of the next request has arrived, so that an idle connection is not idle any more.
+func (c *Conn) arrive() {
+	l := c.limiter
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.stage != idle {
+		return
+	}
+	c.since = time.Now()
+	c.late.Reset(l.cfg.RequestTime)
+	l.move(c, arriving)
 }
 
 // tooLate closes a connection whose request has not arrived in time.

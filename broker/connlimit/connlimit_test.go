@@ -537,6 +537,28 @@ func TestWaiting(t *testing.T) {
 	})
 }
 
+// A connection that waits comes in once another is idle, which gives way.
+func TestWaitingForAnIdleOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 2, MaxWaiting: 2})
+		one, two := w.connect("10.0.0.1"), w.connect("10.0.0.1")
+		one.server().Begin()
+		two.server().Begin()
+		other := w.connect("10.0.0.1")
+		if other.server() != nil {
+			t.Fatal("there are three, of two that there may be")
+		}
+		one.server().End()
+		if one.closed() {
+			t.Fatal("a connection was closed before its response could leave")
+		}
+		time.Sleep(time.Second)
+		if synctest.Wait(); other.server() == nil || !one.closed() || two.closed() {
+			t.Error("the connection that waits was not let in for the one that is idle")
+		}
+	})
+}
+
 func TestConfig(t *testing.T) {
 	for _, cfg := range []connlimit.Config{{}, {Max: 1}, {RequestTime: 1}, {Max: -1, RequestTime: 1}} {
 		if _, err := connlimit.New(cfg); err == nil {

@@ -36,6 +36,7 @@ func HTTP(server *http.Server) {
 		case c == nil:
 		case state == http.StateActive: // its headers have been read
 			c.Handshaken()
+			c.arrive()
 		case state == http.StateIdle: // its answer has been sent
 			c.End()
 		}
