@@ -71,8 +71,9 @@ const (
 	// maxUnauthenticated is how many connections may be open whose token has not been verified.
 	maxUnauthenticated = 560
 	// maxAuthenticated is how many more may be open whose token has been: calls that wait for STS, mostly. One namespace
-	// has all of them only while no other wants any.
-	maxAuthenticated = 2560
+	// has all of them only while no other wants any. A caller that may have credentials can make its connection hold as much
+	// as any other can, and a call that finds no room is made to another broker, or again.
+	maxAuthenticated = 1024
 	// maxPerPod is how many of them one pod may have. A sidecar makes one call at a time, and a second one to another
 	// broker; what it has given up may be there for a moment.
 	maxPerPod = 8
@@ -85,6 +86,9 @@ const (
 	// MaxHeldUnauthenticated is how many bytes callers can make a broker hold before it knows them. It is less than a
 	// quarter of the memory that the chart gives a broker, which integration/siege/connections compares.
 	MaxHeldUnauthenticated = (maxUnauthenticated + maxUnauthenticated/8) * HeldPerConnection
+	// MaxHeld is how many bytes all callers can make a broker hold, those with a token included. It is less than three
+	// quarters of the memory that the chart gives a broker. The rest is for sessions, pods and garbage.
+	MaxHeld = MaxHeldUnauthenticated + maxAuthenticated*HeldPerConnection
 )
 
 // newConnections makes the bounds of all connections of a broker.

@@ -208,10 +208,15 @@ func TestFloods(t *testing.T) {
 	}
 }
 
-// TestBrokerLimits: what callers can make a broker hold, all bounds together, is a quarter of the memory that it has.
+// TestBrokerLimits: unknown callers can make a broker hold a quarter of the memory that it has, all bounds together, and
+// all callers three quarters.
 func TestBrokerLimits(t *testing.T) {
-	if limit := memoryLimit(t, "broker"); broker.MaxHeldUnauthenticated > limit/4 {
+	limit := memoryLimit(t, "broker")
+	if broker.MaxHeldUnauthenticated > limit/4 {
 		t.Errorf("unknown callers can make a broker hold %d bytes; a quarter of its memory limit is %d", broker.MaxHeldUnauthenticated, limit/4)
+	}
+	if broker.MaxHeld > limit/4*3 {
+		t.Errorf("all callers can make a broker hold %d bytes; three quarters of its memory limit are %d", broker.MaxHeld, limit/4*3)
 	}
 }
 
