@@ -25,10 +25,6 @@ var (
 	stsBuckets = []float64{0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30}
 )
 
-// maxScrapes bounds the scrapes under way: each counts all sessions under the lock that answers need,
-// and two servers that are there for each other scrape at once.
-const maxScrapes = 2
-
 // scrapeTimeout is what Prometheus itself waits for by default.
 const scrapeTimeout = 10 * time.Second
 
@@ -143,10 +139,18 @@ func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
 // Handler serves the metrics in the forms that Prometheus asks for.
 func (m *Metrics) Handler() http.Handler { return serve(m.registry, m.log) }
 
+// serve lets scrapes wait for each other: each counts all sessions under the lock that answers need. It refuses none, or one
+// client that scrapes all the time would keep Prometheus out. As many wait as there are connections, of which addresses
+// have equal shares. A client that reads slowly makes nobody wait: http.TimeoutHandler keeps its response for it.
 func serve(registry *prometheus.Registry, log *slog.Logger) http.Handler {
-	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{
-		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-		MaxRequestsInFlight: maxScrapes,
-		Timeout:             scrapeTimeout,
-	})
+	handler := promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)})
+	one := make(chan struct{}, 1)
+	return http.TimeoutHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case one <- struct{}{}:
+			defer func() { <-one }()
+			handler.ServeHTTP(w, r)
+		case <-r.Context().Done():
+		}
+	}), scrapeTimeout, fmt.Sprintf("no metrics within %s\n", scrapeTimeout))
 }

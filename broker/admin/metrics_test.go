@@ -12,7 +12,10 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
@@ -48,6 +51,49 @@ func scrape(t *testing.T, m *admin.Metrics) string {
 		t.Fatalf("/metrics answers %d %s", w.Code, w.Body)
 	}
 	return w.Body.String()
+}
+
+// Scrapes wait for each other. One client that scrapes all the time does not have those of Prometheus refused.
+func TestScrapesAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMetrics(t)
+		sources := everything()
+		var under, most atomic.Int32
+		sources.Audit = func() admin.AuditStats {
+			most.Store(max(most.Load(), under.Add(1)))
+			time.Sleep(time.Second)
+			under.Add(-1)
+			return admin.AuditStats{}
+		}
+		if err := m.Watch(sources); err != nil {
+			t.Fatal(err)
+		}
+		handler := m.Handler()
+		var codes []int
+		var mu sync.Mutex
+		var scrapes sync.WaitGroup
+		for range 12 {
+			scrapes.Go(func() {
+				w := httptest.NewRecorder()
+				handler.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
+				mu.Lock()
+				defer mu.Unlock()
+				codes = append(codes, w.Code)
+			})
+		}
+		time.Sleep(5500 * time.Millisecond)
+		if mu.Lock(); len(codes) != 5 || slices.ContainsFunc(codes, func(code int) bool { return code != http.StatusOK }) {
+			t.Errorf("after 5.5 s, of scrapes of a second each, these were answered: %v", codes)
+		}
+		mu.Unlock()
+		scrapes.Wait()
+		if n := most.Load(); n != 1 {
+			t.Errorf("%d scrapes counted at once", n)
+		}
+		if slices.Sort(codes); len(codes) != 12 || codes[8] != http.StatusOK || codes[11] != http.StatusServiceUnavailable {
+			t.Errorf("of scrapes that wait for at most 10 s, the codes are %v", codes)
+		}
+	})
 }
 
 var stats = cache.Stats{
