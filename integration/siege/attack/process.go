@@ -130,7 +130,7 @@ func Start(ctx context.Context, plan Plan) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attacking: %w", err)
 	}
-	p := &Process{cmd: exec.CommandContext(ctx, os.Args[0], "-test.run=^$"), read: make(chan struct{})}
+	p := &Process{cmd: exec.CommandContext(ctx, os.Args[0], "-test.run=^$"), read: make(chan struct{})} //nolint:gosec // This program.
 	p.cmd.Env = append(os.Environ(), variable+"="+string(text), "GOMAXPROCS=1")
 	p.cmd.Stderr = os.Stderr
 	in, err := p.cmd.StdinPipe()
@@ -164,7 +164,7 @@ func (p *Process) Stop() {
 	_ = p.cmd.Wait()
 }
 
-// Opened, Held and Sent are those of [Count], as the process said last.
+// Opened returns how many connections were opened.
 func (p *Process) Opened() int64 { return p.opened.Load() }
 
 // Held returns how many connections are at the end of their step.
