@@ -98,7 +98,7 @@ type Limiter struct {
 	// leaving counts connections that were closed here, and whose servers have not let go of them: they still hold
 	// memory. guarded by mu
 	leaving int
-	filling bool       // fillLater is about to be called; guarded by mu
+	filling bool       // fillSoon has begun; guarded by mu
 	left    *sync.Cond // leaving has become smaller, or a listener has been closed
 }
 
@@ -215,7 +215,7 @@ type Conn struct {
 	limiter *Limiter
 	from    *listener
 	address netip.Prefix
-	since   time.Time // it was accepted, or its present request began to arrive; guarded by limiter.mu
+	since   time.Time // it was accepted, or came to its stage; guarded by limiter.mu
 
 	handshaking atomic.Bool
 	bytes       atomic.Int64 // that may still be read
@@ -296,6 +296,7 @@ func (c *Conn) Begin() {
 	defer l.mu.Unlock()
 	if c.stage == idle || c.stage == arriving {
 		c.late.Stop()
+		c.since = time.Now()
 		l.move(c, answering)
 	}
 }
@@ -342,25 +343,30 @@ func (c *Conn) End() {
 		return
 	}
 	c.late.Stop()
+	c.since = time.Now()
 	l.move(c, idle)
 	if l.cfg.IdleTime > 0 {
 		c.late.Reset(l.cfg.IdleTime)
-	}
-	if l.waiting.total > 0 && !l.filling {
-		l.filling = true
-		time.AfterFunc(linger, l.fillLater)
 	}
 }
 
 // linger is how long a connection stays idle although others wait for its place: its response leaves meanwhile.
 const linger = 100 * time.Millisecond
 
-// fillLater lets in connections that wait, for those that have become idle.
-func (l *Limiter) fillLater() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.filling = false
-	l.fill()
+// fillSoon lets in connections that wait as soon as others give way to them, and not only when one ends. l.mu is held.
+func (l *Limiter) fillSoon() {
+	if l.filling {
+		return
+	}
+	l.filling = true
+	time.AfterFunc(linger, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.filling = false
+		if l.fill(); l.waiting.total > 0 {
+			l.fillSoon()
+		}
+	})
 }
 
 // arrive says that a part of the next request has arrived, so that an idle connection is not idle any more.

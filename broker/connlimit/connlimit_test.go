@@ -559,6 +559,28 @@ func TestWaitingForAnIdleOne(t *testing.T) {
 	})
 }
 
+// A server that answers within a second breaks off no answer, whatever others want.
+func TestAnswersAreNotBrokenOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 4, MaxWaiting: 2})
+		var busy []*link
+		for range 4 {
+			l := w.connect("10.0.0.1")
+			l.server().Begin()
+			busy = append(busy, l)
+		}
+		other := w.connect("10.0.0.2")
+		time.Sleep(900 * time.Millisecond)
+		if n := len(open(busy)); n != 4 || other.server() != nil {
+			t.Fatalf("%d of 4 answers go on, and another address has a connection: %v", n, other.server() != nil)
+		}
+		time.Sleep(200 * time.Millisecond)
+		if n := len(open(busy)); n != 3 || other.server() == nil {
+			t.Errorf("after a second %d of 4 answers go on, and another address has a connection: %v", n, other.server() != nil)
+		}
+	})
+}
+
 func TestConfig(t *testing.T) {
 	for _, cfg := range []connlimit.Config{{}, {Max: 1}, {RequestTime: 1}, {Max: -1, RequestTime: 1}} {
 		if _, err := connlimit.New(cfg); err == nil {

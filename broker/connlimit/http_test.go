@@ -15,7 +15,7 @@ import (
 
 // A kept connection whose next request has begun to arrive is not idle: another one gives way.
 func TestNextRequestOfAConnection(t *testing.T) {
-	limiter, err := connlimit.New(connlimit.Config{Max: 2, RequestTime: time.Minute})
+	limiter, err := connlimit.New(connlimit.Config{Max: 2, MaxWaiting: 1, RequestTime: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -110,7 +110,7 @@ func (l *listener) offer(raw net.Conn) {
 		m.enter(c)
 		return
 	}
-	if given := m.unknown.victim(c.address, c.since); given != nil {
+	if given := m.unknown.victim(c.address, c.since, true); given != nil {
 		m.enter(c)
 		m.end(given, Crowded)
 		return
@@ -118,6 +118,7 @@ func (l *listener) offer(raw net.Conn) {
 	c.waiting = true
 	c.buffers(waitingBuffer)
 	m.waiting.add(c.address, c, arriving)
+	m.fillSoon()
 	if m.waiting.total > m.cfg.MaxWaiting {
 		m.end(m.waiting.newest(), Crowded)
 	}
@@ -149,7 +150,7 @@ func (l *Limiter) fill() {
 		next := l.waiting.least(l.unknown.held)
 		var given *Conn
 		if l.unknown.total >= l.cfg.Max {
-			if given = l.unknown.victim(next.address, time.Time{}); given == nil {
+			if given = l.unknown.victim(next.address, time.Now(), false); given == nil {
 				return
 			}
 		}

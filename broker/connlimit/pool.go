@@ -99,12 +99,14 @@ func (p *pool[K]) held(key K) int {
 	return 0
 }
 
-// victim returns which connection gives way to one more of key, which comes at that time; nil if none does. Of those who
-// hold the most, it is an idle one, or else one whose request has not arrived, or else one that is being answered; of each
-// the oldest. If key would hold as much itself, nobody has too much: then only a connection gives way that is idle, or has
-// been open for the time of patience. Otherwise those who come faster than they can be served would keep all others from
-// being served.
-func (p *pool[K]) victim(key K, now time.Time) *Conn {
+// victim returns which connection gives way at that time to one more of key; nil if none does. Of those who hold the most,
+// it is an idle one, or else one whose request has not arrived, or else one that has
+// been answered for the time of patience; of each the oldest. So a server that answers in milliseconds breaks off no answer.
+//
+// If key would hold as much itself, nobody has too much: then no answer is broken off, responses have time to leave, and a
+// request that arrives has the time of patience, or all time if equal is false. Otherwise those who come faster than they can be served would keep all
+// others from being served.
+func (p *pool[K]) victim(key K, now time.Time, equal bool) *Conn {
 	h := p.most()
 	if own := p.holders[key]; own != nil && own.count == h.count {
 		h = own // with one more, it is the one that holds the most
@@ -116,10 +118,19 @@ func (p *pool[K]) victim(key K, now time.Time) *Conn {
 			continue
 		}
 		c := e.Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
-		if fair && (stage(at) == answering || stage(at) == arriving && now.Sub(c.since) < patience) {
-			return nil
+		age, gives := now.Sub(c.since), false
+		switch stage(at) {
+		case idle:
+			gives = !fair || age >= linger
+		case arriving:
+			gives = !fair || equal && age >= patience
+		case answering, ended:
+			gives = !fair && age >= patience
 		}
-		return c
+		if gives {
+			return c
+		}
+		return nil
 	}
 	return nil
 }
