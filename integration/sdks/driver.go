@@ -122,6 +122,9 @@ func (d *driver) ask(ctx context.Context, command string) (a answer, err error) 
 		return answer{}, fmt.Errorf("sending %q after what came before: %w", command, d.err)
 	}
 	defer func() { d.err = err }()
+	if err := ctx.Err(); err != nil { // an answer that came with the interrupt lets nothing more begin
+		return answer{}, fmt.Errorf("sending %q: %w", command, err)
+	}
 	began := time.Now()
 	if _, err := io.WriteString(d.stdin, command+"\n"); err != nil {
 		return answer{}, fmt.Errorf("sending %q: %w", command, err)
