@@ -60,7 +60,7 @@ func (s *Stack) RunSidecar(ctx context.Context, pod *corev1.Pod) (*Sidecar, erro
 	if err != nil {
 		return nil, err
 	}
-	env = append(env, "GORACE=halt_on_error=1")
+	env = append(env, "GORACE=halt_on_error=1 atexit_sleep_ms=0")
 	name := "sidecar-" + string(pod.UID)
 	c.Process, err = s.run.Start(process.Command{Name: name, Path: s.program(container.Command[0]), Args: container.Command[1:], Env: env})
 	if err != nil {

@@ -203,7 +203,7 @@ func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 		}, flags...),
 		Env: append(NoAWSFiles(),
 			"AWS_ACCESS_KEY_ID="+keyID, "AWS_SECRET_ACCESS_KEY="+secret.Reveal(),
-			"GORACE=halt_on_error=1"),
+			"GORACE=halt_on_error=1 atexit_sleep_ms=0"),
 	})
 	if err != nil {
 		return err
@@ -323,7 +323,7 @@ func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
 			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
 			"--kubeconfig=" + kubeconfig,
 		}, flags),
-		Env: []string{"GORACE=halt_on_error=1"},
+		Env: []string{"GORACE=halt_on_error=1 atexit_sleep_ms=0"},
 	})
 	if err != nil {
 		return err
