@@ -411,6 +411,7 @@ var exempt = map[string]string{}
 
 // TestFlagsAreWired runs the rows.
 func TestFlagsAreWired(t *testing.T) {
+	t.Parallel()
 	var rows []string
 	for _, row := range wiring {
 		rows = append(rows, row.flag)

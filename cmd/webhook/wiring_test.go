@@ -233,6 +233,7 @@ func injects(value string, found func(pod *corev1.Pod) any) func(w *world) {
 
 // TestFlagsAreWired runs the rows.
 func TestFlagsAreWired(t *testing.T) {
+	t.Parallel()
 	var rows []string
 	for _, row := range wiring {
 		rows = append(rows, row.flag)
