@@ -43,7 +43,7 @@ type engine struct {
 	mu     sync.Mutex
 	pods   map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
 	warned []string              // of pods, POD: WARNINGS; guarded by mu
-	told   []*credential.Error   // what was notified; guarded by mu
+	told   []*credential.Error   // refusals that the engine notified; guarded by mu
 }
 
 // newEngine is an engine before an STS over HTTP, which it calls as the program does.

@@ -49,7 +49,7 @@ func (s steps) Get(ctx context.Context, g policy.Grant, namespace string) (cache
 	return s.world.Get(ctx, g, namespace)
 }
 
-// newStepped is a broker of those steps, which is called without a connection.
+// newStepped returns a broker with the given steps. Tests call it without a connection.
 func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (b *broker.Broker, end func()) {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -71,7 +71,7 @@ func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (
 	return b, func() {
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
-		_ = decisions.Run(ended) // writes what is queued
+		_ = decisions.Run(ended) // writes the queued lines
 	}
 }
 
@@ -79,7 +79,7 @@ func bearing(t *testing.T) context.Context {
 	return metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer x"))
 }
 
-// Whatever becomes of a call, the audit log has one line that says so, in the words that the pod gets and no others.
+// Whatever the outcome of a call, the audit log has one line for it, with the same words that the pod gets and no others.
 func TestAuditLineOfEachOutcome(t *testing.T) {
 	refuse := func(kind error, reason credential.Reason) func(context.Context) error {
 		return func(context.Context) error {

@@ -42,7 +42,7 @@ const (
 	maxCallBytes = maxHeaders + maxRequest + 4<<10
 	// socketBuffer is enough for a call, either way. The kernel takes twice as much.
 	socketBuffer = 16 << 10
-	// bufferSize of what is written. An answer is about 2 kB. What is read is buffered by TLS alone.
+	// bufferSize is the size of the write buffer. A response is about 2 kB. TLS alone buffers reads.
 	bufferSize = 4 << 10
 	// window is the least that HTTP/2 has. Nothing larger comes in than maxRequest.
 	window = 64 << 10
@@ -75,7 +75,7 @@ const (
 	// as any other can, and a call that finds no room is made to another broker, or again.
 	maxAuthenticated = 1024
 	// maxPerPod is how many of them one pod may have. A sidecar makes one call at a time, and a second one to another
-	// broker; what it has given up may be there for a moment.
+	// broker; a call that it has given up may be there for a moment.
 	maxPerPod = 8
 	// maxWaiting is how many connections may wait for room, such as those of pods that all start at once. Each is a socket.
 	maxWaiting = 2048
@@ -93,7 +93,7 @@ const (
 
 // newConnections makes the bounds of all connections of a broker.
 func newConnections() (*connlimit.Limiter, error) {
-	return connlimit.New(connlimit.Config{ //nolint:wrapcheck // It says what is wrong.
+	return connlimit.New(connlimit.Config{ //nolint:wrapcheck // The error names the cause.
 		Max: maxUnauthenticated, MaxAuthenticated: maxAuthenticated, MaxPerCaller: maxPerPod, MaxWaiting: maxWaiting, RequestTime: requestTime, IdleTime: idleTime,
 		// More at once would not end earlier, and delay calls that are under way.
 		Handshakes:     runtime.GOMAXPROCS(0),

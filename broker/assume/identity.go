@@ -19,7 +19,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Identity is what is known of the broker's own identity at STS.
+// Identity describes the broker's own identity at STS.
 type Identity struct {
 	// Confirmed is set once STS has answered a call as one of a caller that it knows. It stays set.
 	Confirmed bool
@@ -130,8 +130,8 @@ func (e *hopError) Error() string {
 
 func (e *hopError) Unwrap() error { return e.err }
 
-// problem says what is wrong with the broker's identity by err, and what to do. It is the same text for the same mistake,
-// and names no role: request ids, and ARNs that not everybody who reaches /readyz may know, are left to the log.
+// problem describes the fault of the broker's identity that err shows, and its fix. The text is the same for the same
+// fault. It names no role and no request id, because not every client of /readyz may know the ARNs. The log has them.
 func (s *STS) problem(err error) string {
 	hop, behind := errors.AsType[*hopError](err)
 	if behind {

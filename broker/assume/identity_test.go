@@ -181,7 +181,7 @@ func TestIdentityWithoutCredentials(t *testing.T) {
 	s = newSTS(t, assume.Config{Endpoint: server.URL()})
 	_, _ = s.Base(t.Context())
 	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "cannot reach STS") {
-		t.Errorf("STS is away: %+v", is)
+		t.Errorf("STS is unavailable: %+v", is)
 	}
 }
 
@@ -206,7 +206,8 @@ func TestProblemsHaveNoPorts(t *testing.T) {
 	}
 }
 
-// However long STS is away, a broker that waits for it is confirmed within seconds of its return, and without a storm.
+// A broker that waits for STS is confirmed within seconds of the end of an outage, however long that was. It sends no burst
+// of calls.
 func TestAwaitIdentity(t *testing.T) {
 	for name, outage := range map[string]ststest.Outage{"failing": ststest.Failing, "refusing": ststest.Refusing} {
 		t.Run(name, func(t *testing.T) {

@@ -12,8 +12,8 @@ import (
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 )
 
-// proxied names the proxy in the error of a call that went through one: what it says is easily taken for STS's own words, and
-// a connection that it refuses for STS being away.
+// proxied names the proxy in the error of a call that went through one. Otherwise users easily take the proxy's message for
+// one of STS, and a connection that the proxy refuses for an outage of STS.
 type proxied struct {
 	of func(*http.Request) (*url.URL, error) // the proxy for a request; nil: none
 }

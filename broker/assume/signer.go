@@ -11,9 +11,9 @@ import (
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 )
 
-// signer signs as the SDK does, with one difference. The SDK keeps what it derives from a secret access key for the rest of the
-// day by the access key's id alone: once an operator has corrected the secret of the same key, it goes on signing with the
-// wrong one.
+// signer signs as the SDK does, with one difference. The SDK derives a signing key from a secret access key, and caches it for
+// the rest of the day by the access key's id alone. If an operator corrects the secret of the same key, the SDK keeps signing
+// with the wrong one.
 type signer struct {
 	mu     sync.Mutex
 	secret string     // guarded by mu

@@ -6,7 +6,7 @@
 // lost. An entry is one line of at most [MaxLine] bytes, whatever is
 // in its fields. An [Entry] has no field that could hold a secret.
 //
-// Whoever reaches the broker can have calls denied, as fast as it can make them. So denials that repeat share a line for
+// A client that reaches the broker can cause denials as fast as it can call. So denials that repeat share a line for
 // each [Window], and all other lines are written first.
 package audit
 
@@ -164,7 +164,7 @@ func (l *Log) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		select {
 		case <-window.C:
-			if len(repeats) == 0 { // else the writer is behind, and what is counted goes on being counted
+			if len(repeats) == 0 { // otherwise the writer is behind, and the broker keeps counting in this window
 				repeats = l.denials.end()
 			}
 		default:

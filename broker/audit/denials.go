@@ -17,8 +17,8 @@ const (
 	// OtherPeers is the peer of the line that counts unauthenticated callers beyond maxPeers.
 	OtherPeers = "other peers"
 	// maxPeers is how many pairs of address and reason are told apart among unauthenticated callers. Each costs two lines
-	// in a Window at most, of some 300 bytes: together 15 kB/s, so that 50 MB of history last an hour, whoever calls
-	// from however many addresses. The reasons of OtherPeers come on top; they are few and not the caller's choice.
+	// in a Window at most, of some 300 bytes: together 15 kB/s. So 50 MB of history last an hour, from however many
+	// addresses calls come. The reasons of OtherPeers come on top; they are few and not the caller's choice.
 	maxPeers = 256
 	// podLines is how many denials of one pod and reason have a line of their own in a Window. A sidecar retries after 30 s;
 	// only a program that calls the broker itself with the pod's token reaches this.
@@ -74,8 +74,8 @@ type denials struct {
 type repeated struct {
 	lines int       // that it has had
 	count int       // further denials, which have none
-	since time.Time // of the first of those
-	last  Entry     // of those
+	since time.Time // of the first further denial
+	last  Entry     // of the last further denial
 }
 
 func newDenials() *denials { return &denials{sources: make(map[source]*repeated)} }
@@ -133,7 +133,7 @@ func (d *denials) number(key source, n int) {
 }
 
 // end ends the window: it returns a line for each source with denials that have none, and forgets the others.
-// A source that goes on has no line of its own in the next window.
+// A source that continues has no line of its own in the next window.
 func (d *denials) end() (lines []Entry) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -126,7 +126,7 @@ func TestReasonsAndAddressesAreToldApart(t *testing.T) {
 	})
 }
 
-// From however many addresses somebody calls, what is kept and what is written is bounded, and the sum is right.
+// However many addresses call, the broker keeps and writes a bounded number of denials, and the sum is right.
 func TestManyStrangersShareALine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := runLog(t, false)
@@ -233,7 +233,7 @@ func TestPodsHaveTheirLines(t *testing.T) {
 	})
 }
 
-// What was counted is written when the broker ends.
+// The broker writes the counted denials when it shuts down.
 func TestCountedDenialsAreWrittenAtTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := runLog(t, true)
@@ -271,7 +271,7 @@ func TestAllowsNeverWaitBehindDenials(t *testing.T) {
 				wg.Go(func() { _ = l.Run(ctx) })
 				pod := 0
 				flood := func() {
-					for n := range 20_000 { // more than all queues take, of strangers and of pods beyond what is counted
+					for n := range 20_000 { // more than all queues take, of strangers and of pods beyond the counted ones
 						_ = l.Record(stranger(fmt.Sprintf("10.%d.%d.%d:1", n%3, n/250, n%250)))
 						pod++
 						_ = l.Record(audit.Entry{Decision: audit.Deny, Reason: credential.ReasonRoleNotPermitted, PodUID: fmt.Sprint(pod)})
@@ -296,8 +296,8 @@ func TestAllowsNeverWaitBehindDenials(t *testing.T) {
 	}
 }
 
-// A writer that hangs loses no denial of a stranger: those that find no room are counted, and written when it goes on, or at
-// the end.
+// A writer that hangs loses no denial of a stranger. Denials that find no room are counted, and written when the writer works
+// again, or at the end.
 func TestHangingWriterLosesNoStranger(t *testing.T) {
 	for _, seconds := range []int{90, 900} {
 		t.Run(fmt.Sprint(seconds), func(t *testing.T) {

@@ -413,7 +413,7 @@ func TestFetchesUnderWayAreNoRoom(t *testing.T) {
 						t.Errorf("a caller whose fetch was under way got %v", err)
 					}
 				}
-				// What was fetched is there, and gives room now.
+				// The fetched sessions are cached, and give room now.
 				mustGet(t, c, "a")
 				mustGet(t, c, "b")
 				if n := s.count(); n != 2 {

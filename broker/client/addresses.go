@@ -22,8 +22,8 @@ const (
 	// maxLookup bounds a look-up, which may outlive the call that began it. Go's resolver sends a query that got no
 	// answer again after 5 s, and three search domains then take it 15 s.
 	maxLookup = 30 * time.Second
-	// maxFullName is the part of maxLookup after which the next name is looked up. A full name with a wrong domain
-	// leaves the cluster, and what is asked there may answer with an error or not at all.
+	// maxFullName is the part of maxLookup after which the next name is looked up. A query for a full name with a wrong
+	// domain leaves the cluster, and a server there may respond with an error or not at all.
 	maxFullName = maxLookup / 2
 	// knownAfter is how long a call waits for a look-up if it knows the addresses of an earlier one.
 	knownAfter = 3 * time.Second
@@ -149,7 +149,7 @@ func (a *addresses) fly(ctx context.Context, f *flight) {
 	close(f.done)
 }
 
-// family is what is known of a name's records of one type.
+// family holds the known records of one type of a name.
 type family struct {
 	network string // as [net.Resolver.LookupNetIP] has it
 	open    int    // look-ups under way

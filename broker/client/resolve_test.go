@@ -32,7 +32,8 @@ var (
 // insideEnv is set in the process that has a resolv.conf of its own, to the path of that file.
 const insideEnv = "CREDENCE_TEST_RESOLV_CONF"
 
-// init has package net read resolv.conf before a bubble does: what it keeps for that would belong to the bubble.
+// init makes package net read resolv.conf outside a bubble. Otherwise the state that the package keeps of the file would
+// belong to the bubble.
 func init() {
 	if os.Getenv(insideEnv) != "" {
 		return // It has yet to be put in its place.

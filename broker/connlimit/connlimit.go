@@ -4,7 +4,7 @@
 // It promises that
 //   - at most [Config.Max] connections of unknown peers are open. If there is one more, the address that holds the most
 //     of them loses one: first one that is idle, then one whose request has not arrived, the oldest first. So an
-//     address gets what it needs while there is room, and otherwise at least as much as any other. Among equals, a
+//     address gets all that it needs while there is room, and otherwise at least as much as any other. Among equals, a
 //     connection has at least a second, and newcomers wait, up to a limit that addresses share in the same way;
 //   - a connection whose request does not arrive in time, or needs more bytes than a request can, is closed;
 //   - no more handshakes are computed at once than there are processors for them, and addresses take turns, so that
@@ -32,7 +32,7 @@ type Config struct {
 	Max int
 	// MaxAuthenticated is how many may be open beside them that are. Zero: none.
 	MaxAuthenticated int
-	// MaxPerCaller is how many of those one caller may have. Zero: all.
+	// MaxPerCaller is how many authenticated connections one caller may have. Zero: all.
 	MaxPerCaller int
 	// MaxWaiting is how many connections may wait for room, beside those of Max. Nothing is read from them, so that they
 	// hold little memory. Zero: none.
@@ -222,7 +222,7 @@ type Conn struct {
 
 	// All below are guarded by limiter.mu.
 	stage   stage
-	waiting bool   // it is in the pool of those that wait; its server has not seen it
+	waiting bool   // it is in the pool of waiting connections; its server has not seen it
 	known   bool   // it is in the pool of authenticated connections
 	tenant  string // while known
 	caller  string // while known

@@ -316,7 +316,7 @@ func TestBytes(t *testing.T) {
 	})
 }
 
-// Whoever has many connections waits for their handshakes; another does not wait for those.
+// An address with many connections waits for their handshakes; another address does not wait for them.
 func TestHandshakesInTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 100, Handshakes: 1})
@@ -454,7 +454,8 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
-// What was closed for others holds memory until the server has let go of it: so there is a bound on that, too.
+// A connection that was closed for others holds memory until the server has let go of it. So the number of such connections
+// is bounded, too.
 func TestServerThatFallsBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 16, MaxWaiting: 3})

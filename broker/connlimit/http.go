@@ -67,5 +67,5 @@ func (b *body) Read(p []byte) (int, error) {
 	if err == io.EOF {
 		b.once.Do(b.conn.Begin)
 	}
-	return n, err //nolint:wrapcheck // Readers pass on what they get.
+	return n, err //nolint:wrapcheck // Readers pass on errors unchanged.
 }

@@ -99,8 +99,8 @@ func (p *pool[K]) held(key K) int {
 	return 0
 }
 
-// victim returns which connection gives way at that time to one more of key; nil if none does. Of those who hold the most,
-// it is an idle one, or else one whose request has not arrived, or else one that has
+// victim returns the connection that gives way at that time to one more of key; nil if none does. It is a connection of the
+// key that holds the most: an idle one, or else one whose request has not arrived, or else one that has
 // been answered for the time of patience; of each the oldest. So a server that answers in milliseconds breaks off no answer.
 //
 // If key would hold as much itself, nobody has too much: then no answer is broken off, responses have time to leave, and a
@@ -135,7 +135,7 @@ func (p *pool[K]) victim(key K, now time.Time, equal bool) *Conn {
 	return nil
 }
 
-// newest returns the last to come of those who hold the most.
+// newest returns the last connection to come of the key that holds the most.
 func (p *pool[K]) newest() *Conn {
 	return p.most().stages[arriving].Back().Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
 }
@@ -166,8 +166,9 @@ func (p *pool[K]) all(want func(*Conn) bool) (found []*Conn) {
 	return found
 }
 
-// giveWay returns which connection gives way to one that key is to hold, nil if none does: of those who hold the most, and
-// more than key would, one that is idle, the oldest first, or else the one whose answer was asked for last.
+// giveWay returns the connection that gives way to one more of key; nil if none does. It is a connection of the key that holds
+// the most: the oldest idle one, or else the one whose request came last. A request gives way only if that key holds more
+// than key would.
 func (p *pool[K]) giveWay(key K) *Conn {
 	h := p.most()
 	if h == nil || h.count <= p.held(key)+1 && h.stages[idle].Len() == 0 {

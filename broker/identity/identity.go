@@ -73,8 +73,8 @@ func (p Pod) String() string { return p.Namespace + "/" + p.Name }
 // peerKey is the key of the address in a context.
 type peerKey struct{}
 
-// WithPeer returns a context that says which address a call comes from, without its port. Whoever calls cannot
-// choose it freely, other than everything in a token that is not verified yet. Of an IPv6 address only the first 64 bits
+// WithPeer returns a context with the address that a call comes from, without its port. The caller cannot choose the
+// address freely. It can choose everything in a token that is not verified yet. Of an IPv6 address only the first 64 bits
 // count: one machine has all others (RFC 4291, section 2.5.4).
 func WithPeer(ctx context.Context, address string) context.Context {
 	if ip, err := netip.ParseAddr(address); err == nil {

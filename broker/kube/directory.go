@@ -113,16 +113,16 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 	return pod, ns, nil
 }
 
-// notInjected refuses a pod for what it lacks of an injected one. The answer is final: the webhook adds all of it when it
-// admits the pod, what is missing was looked for in the pod as the API server has it, and an admission policy keeps
-// both from being added later. Sidecars rely on that, and stop holding back their pod's start.
+// notInjected refuses a pod that lacks a part of an injected one. The refusal is final. The webhook adds label and
+// annotations when it admits the pod, and an admission policy keeps both from being added later. The broker has looked
+// for the missing part in the pod as the API server has it. Sidecars rely on that, and stop holding back their pod's start.
 func (d *Directory) notInjected(id identity.Pod, lacks string) error {
 	return credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected,
 		"pod %s was not injected: it has %s. A copy made by kubectl debug --copy-to lacks label and annotations, and gets no credentials", id, lacks)
 }
 
-// Expects reports whether the watches know an injected pod and a service account as in id, by name and UID. They are
-// not asked for what they do not know yet.
+// Expects reports whether the watches know an injected pod and a service account as in id, by name and UID. It makes no
+// live read of an object that the watches do not know yet.
 func (d *Directory) Expects(id identity.Pod) bool { return d.livePod(id) != nil && d.accountIsLive(id) }
 
 // livePod returns what the watch knows of the pod; nil if it knows none of that UID.

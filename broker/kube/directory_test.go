@@ -166,7 +166,7 @@ func TestNamespacesThatAreNotOptedInAreRemembered(t *testing.T) {
 	})
 }
 
-// The first caller that waits for a read may leave: the others get what is read.
+// The first caller that waits for a read may leave: the others get the result.
 func TestFirstToLeaveDoesNotEndTheRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()

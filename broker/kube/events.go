@@ -128,8 +128,8 @@ func NewEvents(config *rest.Config, instance string, log *slog.Logger) (*Events,
 // Refused has an Event written on the pod, if the refusal is one that a person must mend and is new. It returns
 // at once.
 func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
-	// What is unavailable comes back by itself, and of a caller who has proved nothing there is no pod to tell. That a
-	// token is made for another audience is passed on only if its pod is known.
+	// An unavailable dependency comes back by itself, and a caller that has proved nothing has no pod to notify. The broker
+	// reports a token for another audience only if it knows the token's pod.
 	if err == nil || pod.UID == "" ||
 		!errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) && err.Reason != credential.ReasonTokenAudience {
 		return
@@ -146,8 +146,8 @@ func (e *Events) Shadowed(pod policy.Pod, warnings string) {
 	e.queueUp(pod, ShadowedReason, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip(warnings, maxEventNote)))
 }
 
-// printable returns s on one line, with a mark in place of what is no text: whoever may create pods can write it, and
-// terminals show it.
+// printable returns s on one line, with a mark in place of each character that is not printable: every user who may create
+// pods can write s, and terminals show it.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		switch {
@@ -183,7 +183,7 @@ func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, n
 	}
 	share := pod.Namespace
 	if reason == ShadowedReason {
-		share = "/" + share // no namespace has that name: warnings leave refusals what is theirs
+		share = "/" + share // no namespace has that name: warnings do not use the share of refusals
 	}
 	if !e.room(now) || !e.share(share).AllowN(now, 1) {
 		e.stats.Dropped++

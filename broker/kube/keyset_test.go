@@ -175,7 +175,7 @@ func TestKeySetIsBounded(t *testing.T) {
 		if n, above := log.count("Ignored a token-signing key that"), log.count("above the limit"); n != 255 || above != 1 {
 			t.Errorf("of 302 keys %d were logged, and %d times that there are more than the limit", n, above)
 		}
-		// A document without end is given up, and what is known goes on.
+		// The broker gives up a document without end, and keeps the keys that it knows.
 		server.publish(newSigner(t, "other"))
 		server.add(json.RawMessage(`{"padding":"` + strings.Repeat("x", 1<<20) + `"}`))
 		time.Sleep(20 * time.Minute)

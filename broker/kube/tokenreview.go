@@ -76,7 +76,7 @@ type TokenReview struct {
 
 	mu      sync.Mutex
 	flights map[digest]*reviewFlight // :: token → its review; guarded by mu
-	passed  map[digest]passed        // :: token → what it proved; guarded by mu
+	passed  map[digest]passed        // :: token → the pod that it proved; guarded by mu
 	// Tokens that passed lately, for their turn: the older ones are those that were not seen since recent had
 	// maxRecent; guarded by mu.
 	recent, older map[digest]struct{}
@@ -226,8 +226,8 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	// The last one to leave takes it out of the queue. What is under way goes on: to begin it again for the next
-	// caller would cost the API server more.
+	// The last one to leave takes it out of the queue. A review that has begun continues: to begin it again for the
+	// next caller would cost the API server more.
 	f.callers--
 	if f.begun {
 		return identity.Pod{}, notReviewed(ctx.Err())

@@ -100,7 +100,7 @@ func newTurns(all, verified int) *turns {
 }
 
 // take waits for a slot, which must be given back by give. It returns the error of ctx if that ends first, and
-// errBusy if too many wait and this one is of those that have most.
+// errBusy if too many wait and [turns.largest] gives this one up.
 func (t *turns) take(ctx context.Context, who claimant) (slot, error) {
 	t.mu.Lock()
 	for s, most := range t.slots {
@@ -222,7 +222,7 @@ func (t *turns) remove(w *waiter) {
 	}
 }
 
-// largest returns the one to give up when too many wait: the newest of those that have the largest share. A share is
+// largest returns the one to give up when too many wait: the newest one with the largest share. A share is
 // small if either the address or the namespace has few that wait, so that nobody can make that of another large by
 // claiming its namespace. A token that was verified before is given up last. The caller holds mu.
 //

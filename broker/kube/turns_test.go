@@ -118,7 +118,7 @@ func underFlood(t *testing.T, expected func(identity.Pod) bool, test func(t *tes
 		test(t, f, server)
 		stop()
 		f.calls.Wait()
-		time.Sleep(time.Minute) // until what was under way has ended
+		time.Sleep(time.Minute) // until the reviews under way have ended
 	})
 }
 
@@ -157,7 +157,7 @@ func TestFloodOfGarbageLeavesTurnsToOthers(t *testing.T) {
 				if d := f.took("10.0.0.5", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
 					t.Errorf("a live pod at a fifth address waited %s for its review", d)
 				}
-				// And again, while the flood goes on.
+				// And again, while the flood continues.
 				f.garbage(calls, fourAddresses...)
 				if d := f.took("10.0.0.5", tokenOf(podIn("shop", 1), 1, "genuine")); d > soon {
 					t.Errorf("later it waited %s", d)
@@ -301,7 +301,7 @@ func TestFullQueueDropsTheLargestShare(t *testing.T) {
 		synctest.Wait()
 		f.garbage(3000, fourAddresses...)
 		f.mu.Lock()
-		if n := f.reasons[credential.ReasonBrokerBusy]; n != 3000+100-32-2048 { // the first 32 show the tokens of those 3,000
+		if n := f.reasons[credential.ReasonBrokerBusy]; n != 3000+100-32-2048 { // the first 32 calls show tokens that the 3,000 calls show, too
 			t.Errorf("%d calls found no place, want all above 2,048 that wait", n)
 		}
 		f.mu.Unlock()
@@ -376,7 +376,7 @@ func TestWhoLeavesHearsWhatItWaitedFor(t *testing.T) {
 	})
 }
 
-// What is under way goes on for who stays, and for who comes, when the first to ask leaves.
+// A review that has begun continues when its first caller leaves, for callers that stay and for callers that come.
 func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		token := tokenOf(podIn("shop", 1), 0, "genuine")

@@ -31,8 +31,8 @@ const (
 	// clockLeeway is how far the API server's clock may be ahead of this broker's. It is what API servers grant each
 	// other (go-jose's DefaultLeeway). Expiry has no leeway: a token is not accepted after its end.
 	clockLeeway = time.Minute
-	// maxNamespace and maxName are Kubernetes' own bounds. They bound what is held of a token that waits for its
-	// review.
+	// maxNamespace and maxName are Kubernetes' own bounds. They bound the names that the broker holds of a
+	// token that waits for its review.
 	maxNamespace, maxName = 63, 253
 	// earlyRetry is the longest time after which a caller with a token that is not valid yet tries again: either
 	// clock may be set right at any moment.

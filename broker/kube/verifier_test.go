@@ -355,7 +355,7 @@ func TestLifeOfTokensIsBounded(t *testing.T) {
 			wantReason(t, short, lives(2*time.Hour, without...), "")
 			wantReason(t, short, lives(3*time.Hour, without...), credential.ReasonTokenLongLived)
 		}
-		// Its life counts, not what is left of it.
+		// The token's full life counts, not the time left.
 		long := lives(10 * 24 * time.Hour)
 		time.Sleep(10*24*time.Hour - time.Minute)
 		wantReason(t, short, long, credential.ReasonTokenLongLived)

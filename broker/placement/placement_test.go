@@ -296,8 +296,8 @@ func TestLossAndGrowth(t *testing.T) {
 	})
 }
 
-// A broker that ends keeps what it has and takes up nothing, neither what it waited for nor what the loss of others makes
-// its own: each would be a call of STS for its last seconds.
+// A broker that shuts down keeps its sessions and takes up none: neither those that it waited for, nor those that it would
+// own after the loss of other brokers. Each would be a call of STS for the broker's last seconds.
 func TestEndingTakesUpNothing(t *testing.T) {
 	for name, change := range map[string]func(f *fleet){
 		"nothing else changes": func(*fleet) {},

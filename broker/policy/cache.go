@@ -15,7 +15,7 @@ const (
 	// second, so a bound on their number would be none. It has room for the largest expression.
 	maxCachedEach = 4 << 20
 	// namespaceCost, textCost and answerCost are about how many bytes a namespace, a text and an answer take besides
-	// what they hold. Most of it is for maps with free places.
+	// their content. Most of it is for maps with free places.
 	namespaceCost = 1000
 	textCost      = 350
 	answerCost    = 100
@@ -24,8 +24,8 @@ const (
 // kind says what a cached text is.
 type kind string
 
-// The kinds. The text of the last three is the generation of the rules file: what they ask about is the list of the
-// entry that matches the namespace.
+// The kinds. The text of the last three is the generation of the rules file, because their answers depend on the list of
+// the entry that matches the namespace.
 const (
 	permittedText    kind = "permitted"
 	allowedText      kind = "allowed-roles"
@@ -36,7 +36,7 @@ const (
 	rulesNames       kind = "sessionNames"
 )
 
-// cache remembers what the texts of a namespace mean, and what they answered. A changed text is another one, so a
+// cache remembers the meaning of the texts of a namespace, and their answers. A changed text is another one, so a
 // change takes effect at once. No namespace evicts what another one has, as long as that is within its equal share.
 // The zero value is ready.
 type cache struct {
@@ -45,7 +45,7 @@ type cache struct {
 	cost       int                // estimated bytes of all; guarded by mu
 }
 
-// cached is what is cached for one namespace.
+// cached holds the texts of one namespace.
 type cached struct {
 	texts map[textKey]*text
 	cost  int // estimated bytes
@@ -60,7 +60,7 @@ type textKey struct {
 type text struct {
 	parsed  bool // meant has been found out
 	meant   meant
-	answers map[string]answer // :: what it was asked about, such as a role's ARN → the answer
+	answers map[string]answer // :: subject of the decision, such as a role's ARN → the answer
 }
 
 // meant is what a text means.
@@ -103,7 +103,7 @@ func (c *cache) answer(namespace string, key textKey, subject string) (answer, b
 func (c *cache) keep(namespace string, key textKey, cost int, change func(*text)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// As much as it costs if neither is there, so that it does not depend on what is dropped below.
+	// Assume that neither is there, so that the cost does not depend on the evictions below.
 	reserved := cost + textCost + len(key.text) + namespaceCost
 	if n := c.namespaces[namespace]; n != nil && n.cost+reserved > maxCachedEach {
 		c.drop(namespace)

@@ -52,7 +52,7 @@ func TestCacheIsSharedEqually(t *testing.T) {
 		c.keep(fmt.Sprint("hog-", i%20), textKey{permittedText, fmt.Sprint(i)}, 3<<20, func(t *text) { t.parsed = true })
 		check("with many large namespaces")
 	}
-	// What is larger than all that a namespace may have is not kept, and takes the place of nothing else's.
+	// The cache does not keep a text that is larger than the limit of a namespace, and evicts nothing for it.
 	c.keep("large", textKey{permittedText, strings.Repeat("x", maxCachedEach)}, 0, func(t *text) { t.parsed = true })
 	check("with a text that is too large")
 	if c.namespaces["large"] != nil {
@@ -66,7 +66,7 @@ func TestCacheIsSharedEqually(t *testing.T) {
 	}
 }
 
-// What a text means and what it answers are two things: one may be known without the other. Kinds are kept apart.
+// The meaning of a text and its answers are two things: the cache may know one without the other. Kinds are kept apart.
 func TestCacheKeepsThingsApart(t *testing.T) {
 	var c cache
 	key := textKey{permittedText, "text"}
@@ -89,7 +89,7 @@ func TestCacheKeepsThingsApart(t *testing.T) {
 	}
 }
 
-// What is counted is what is taken: of few large things and of very many small ones.
+// The cache counts the memory that it takes, for few large things and for very many small ones.
 func TestCacheCountsWhatItTakes(t *testing.T) {
 	keys, err := NewKeys(DefaultPrefix)
 	if err != nil {

@@ -6,7 +6,7 @@ import (
 	"regexp/syntax"
 )
 
-// maxVisits bounds what it may cost to match a permitted expression with one role: how often a match visits an
+// maxVisits bounds the cost of matching a permitted expression with one role: how often a match visits an
 // instruction of the compiled expression. Package regexp takes time in proportion to that: 2 to 9 ns for each visit
 // with each of its three engines, measured on an idle machine (BenchmarkVisits). So one match takes 2 ms at most.
 //
@@ -35,8 +35,8 @@ func (e expression) match(arn string) (bool, error) {
 // maxVisits if they are more than that. It takes time in proportion to its result.
 //
 // It collects, position by position, all instructions that some way through the program reaches, whether it comes
-// first or last by the rules of priority. No engine visits more: the NFA and the backtracker remember what they have
-// visited at a position, and the one-pass engine has one instruction at a time.
+// first or last by the rules of priority. No engine visits more: the NFA and the backtracker remember the
+// instructions that they visited at a position, and the one-pass engine has one instruction at a time.
 func visits(prog *syntax.Prog, text string) int {
 	var (
 		seen  = make([]int, len(prog.Inst))  // :: instruction → 1 + last position at which it was visited

@@ -141,8 +141,8 @@ func TestExpressionsBeyondASCII(t *testing.T) {
 	}
 }
 
-// What an expression was found to be, and what it answered, is not worked out again: neither a permission nor a
-// refusal, of whatever kind.
+// The rules compile an expression once, and match it once with each role. They cache permissions and refusals of every
+// kind.
 func TestDecisionsAreCached(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	use(t, rules, policy.File{Namespaces: []policy.NamespaceRules{edit("*", func(n *policy.NamespaceRules) {
@@ -229,7 +229,7 @@ func TestRulesRoutingKey(t *testing.T) {
 }
 
 // BenchmarkVisits is the time per visit of the expressions that are the most expensive for each engine of package
-// regexp, of those that are not refused.
+// regexp, among the accepted expressions.
 func BenchmarkVisits(b *testing.B) {
 	role := longest("a")
 	for _, bench := range []struct{ name, expression string }{
@@ -256,7 +256,7 @@ func BenchmarkVisits(b *testing.B) {
 	}
 }
 
-// BenchmarkCompile is what the texts take to compile that take longest, of those that are not refused.
+// BenchmarkCompile is the time to compile the accepted texts that take longest.
 func BenchmarkCompile(b *testing.B) {
 	fill := func(part string) string { return strings.Repeat(part, 4000/len(part)) }
 	for _, bench := range []struct{ name, expression string }{

@@ -15,9 +15,9 @@ import (
 const (
 	// maxExpression bounds the text of a permitted expression: some sixty ARNs.
 	maxExpression = 4 << 10
-	// maxSteps bounds what it compiles to, and so memory and the time to compile it. RE2 compiles
+	// maxSteps bounds the compiled expression, and so memory and the time to compile it. RE2 compiles
 	// repetitions into copies: 4 kB of .{0,1000} make 78 MB. This is twice what the longest expression
-	// without repetitions needs. What it costs to match is bounded by maxVisits.
+	// without repetitions needs. maxVisits bounds the cost of a match.
 	maxSteps = 2 * maxExpression
 	// maxAllowed bounds the text of allowed-roles in bytes: a thousand ARNs of ordinary length, and a
 	// millisecond to decode them.

@@ -53,7 +53,7 @@ func (k Keys) RoutingKey(pod Pod) (RoutingKey, error) {
 	return routingKey(pod, s, err)
 }
 
-// RoutingKey is [Keys.RoutingKey] with what is cached, for a caller of [Rules.Grant].
+// RoutingKey is [Keys.RoutingKey] with the cached texts, for a caller of [Rules.Grant].
 func (r *Rules) RoutingKey(pod Pod) (RoutingKey, error) {
 	e := evaluation{rules: r, namespace: pod.Namespace}
 	s, err := r.keys.parse(&e, pod.Annotations)

@@ -106,8 +106,8 @@ func (s *Server) Listen(t testing.TB, address string) {
 	})
 }
 
-// Lookup asks this server, which listens, in place of those of resolv.conf. It is what [net.Resolver.LookupNetIP] is,
-// but look-ups of the same name are not joined.
+// Lookup queries this server, which listens, instead of the servers of resolv.conf. It behaves like
+// [net.Resolver.LookupNetIP], but does not join look-ups of the same name.
 func (s *Server) Lookup(ctx context.Context, network, host string) ([]netip.Addr, error) {
 	resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, s.address)

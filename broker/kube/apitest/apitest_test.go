@@ -67,7 +67,7 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// TestWrites: what exists is not created, what has changed is not updated, and what is applied is merged.
+// TestWrites: the server creates no object that exists, updates none that has changed, and merges an applied one.
 func TestWrites(t *testing.T) {
 	s, client := start(t)
 	maps := client.CoreV1().ConfigMaps("shop")
@@ -92,7 +92,7 @@ func TestWrites(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := maps.Get(t.Context(), "m", metav1.GetOptions{}); !apierrors.IsNotFound(err) {
-		t.Errorf("getting what was deleted: %v", err)
+		t.Errorf("getting a deleted ConfigMap: %v", err)
 	}
 }
 
