@@ -271,7 +271,7 @@ func TestShortTroubleIsNotReported(t *testing.T) {
 	})
 }
 
-// A broker that was ready stays so, whatever becomes of STS and of its keys.
+// A ready broker stays ready, whatever happens to STS and to the broker's keys.
 func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 2, (*starting).rightKeys)
@@ -342,7 +342,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 	})
 }
 
-// Where STS does not answer GetCallerIdentity, and answers for a role that pods want, the broker can do what it is for.
+// If STS does not respond to GetCallerIdentity, but does for a role that pods want, the broker can do its job.
 func TestSessionProvesIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 1, func(s *starting) {

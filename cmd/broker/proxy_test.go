@@ -168,7 +168,8 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 	}
 }
 
-// The program does so before it makes its first client, and refuses what is no proxy.
+// The program keeps local calls off proxies before it makes its first client. It refuses a value that is
+// not a proxy's address.
 func TestProgramKeepsLocalCallsOffProxies(t *testing.T) {
 	t.Setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
 	t.Setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")

@@ -46,7 +46,7 @@ func (p parts) readiness(serving context.Context, prefetched *atomic.Pointer[bro
 	}, proof
 }
 
-// proof is whether this broker can do what it is for: STS has confirmed who it is, or it holds a session that pods want.
+// proof is whether this broker can do its job: STS has confirmed its identity, or it holds a session that pods want.
 // Otherwise a broker with wrong keys would replace one that works.
 type proof struct {
 	of     func() assume.Identity
@@ -59,7 +59,7 @@ type proof struct {
 }
 
 // check passes once this broker has proved that it can, and from then on always: in an outage of STS a broker that serves
-// what it holds is worth more than none.
+// its cached sessions is worth more than none.
 func (i *proof) check() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()

@@ -297,7 +297,7 @@ var wiring = []struct {
 			return credential.ReasonOf(err) == credential.ReasonAuditUnavailable
 		})
 	}},
-	{"audit", "best-effort counts lines that are lost, and goes on", func(w *world) {
+	{"audit", "best-effort counts lines that are lost, and the broker continues", func(w *world) {
 		w.stdout = w.unwritable()
 		b := w.start("--audit=best-effort")
 		pod := w.pod("cart-1", "cart")
@@ -305,7 +305,7 @@ var wiring = []struct {
 		b.Await(w.T, "a lost line is counted", func() bool { return b.metric("audit_lines_lost_total") >= 1 })
 		b.mustServe(pod)
 	}},
-	{"rules-file", "it limits what pods get, a changed one too, and what is still permitted is renewed", func(w *world) {
+	{"rules-file", "it limits what pods get, a changed one too, and permitted sessions are still renewed", func(w *world) {
 		w.sts = w.startSTS(ststest.Config{SessionLife: func(time.Duration) time.Duration { return 4 * time.Second }})
 		file := filepath.Join(w.TempDir(), "rules.yaml")
 		rules := func(roles ...string) {
@@ -322,7 +322,7 @@ var wiring = []struct {
 			w.Errorf("%v sessions are kept, rules_file_ok is %v", kept, b.metric("rules_file_ok"))
 		}
 		rules(roleARN("cart"))
-		b.Await(w.T, "what is not permitted any more is refused", func() bool {
+		b.Await(w.T, "a role that is not permitted any more is refused", func() bool {
 			_, err := b.credentials(till)
 			return credential.ReasonOf(err) == credential.ReasonRulesRole
 		})
@@ -387,7 +387,7 @@ var wiring = []struct {
 			b.Await(w.T, "the new certificate is served", func() bool { return b.serial() == serialOf(next) })
 		})
 	}},
-	{"log-level", "error leaves out what is no error", func(w *world) {
+	{"log-level", "error leaves out all but errors", func(w *world) {
 		b := &running{w: w, admin: freeAddress(w)}
 		b.Process = w.process("--log-level=error", "--admin-listen="+b.admin)
 		b.Await(w.T, "the broker is ready", b.ready)

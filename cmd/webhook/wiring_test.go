@@ -139,7 +139,7 @@ var wiring = []struct {
 		h := w.start("--rules-file="+file, "--base-arn=arn:aws:iam::123456789012:role/")
 		h.mustInject(cart())
 		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['/other/*']}]"), 0o600))
-		h.Await(w.T, "what is not permitted any more is refused", func() bool { return h.review(cart()).reason() == credential.ReasonRulesRole })
+		h.Await(w.T, "a role that is not permitted any more is refused", func() bool { return h.review(cart()).reason() == credential.ReasonRulesRole })
 	}},
 	{"sidecar-settings-file", "it counts more than the flags, and so does a changed one", func(w *world) {
 		file := filepath.Join(w.TempDir(), "settings.yaml")

@@ -10,8 +10,8 @@ import (
 )
 
 // LimitMemory has the garbage collector keep the process below nine tenths of its cgroup's memory limit, unless the
-// environment has GOMEMLIMIT. By default the heap grows to twice what is in use: of a process that uses half of its
-// limit, the kernel would see all. Without a cgroup, or without a limit, nothing changes.
+// environment has GOMEMLIMIT. By default the heap grows to twice the memory in use. A process that uses half of its
+// limit would then reach the limit. Without a cgroup, or without a limit, nothing changes.
 func LimitMemory() {
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return

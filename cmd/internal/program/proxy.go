@@ -10,8 +10,8 @@ import (
 )
 
 // direct are the hosts that are never called through a proxy, in the form of NO_PROXY: this machine, and the addresses at
-// which a node or AWS serves this machine alone. A proxy could not reach them, and what is sent there, such as a
-// token for the broker's own credentials, is for nobody else: 169.254.0.0/16 has instance metadata and EKS Pod Identity,
+// which a node or AWS serves this machine alone. A proxy could not reach them, and must not see the data
+// sent there, such as a token for the broker's own credentials. 169.254.0.0/16 has instance metadata and EKS Pod Identity,
 // and fd00:ec2::/32 both over IPv6.
 var direct = []string{"localhost", "127.0.0.0/8", "::1", "169.254.0.0/16", "fe80::/10", "fd00:ec2::/32"}
 

@@ -97,7 +97,7 @@ func TestWithoutAProxyNothingChanges(t *testing.T) {
 	}
 }
 
-// net/http ignores what is no proxy's address, and the calls that were to go through it go directly.
+// net/http ignores a value that is not a proxy's address, and sends the calls that should use the proxy directly.
 func TestWrongProxiesAreRefused(t *testing.T) {
 	for _, value := range []string{"http://user:pa55word@", "http://user:pa55word@proxy example.com", "ftp://user:pa55word@proxy.example.com", "://pa55word", "http://user:pa55word@proxy:port"} {
 		for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {

@@ -51,9 +51,9 @@ func Main(main func()) {
 
 // Process is a program that runs until the test ends.
 type Process struct {
-	// Stdout is what it has written to standard output, unless a file was given for that.
+	// Stdout holds the standard output of the process, unless a file was given for that.
 	Stdout *Output
-	// Stderr is what it has written to standard error: its log.
+	// Stderr holds the standard error of the process: its log.
 	Stderr *Output
 
 	cmd   *exec.Cmd
@@ -75,7 +75,7 @@ func (o *Output) Write(p []byte) (int, error) {
 	return o.text.Write(p)
 }
 
-// String returns what was written so far.
+// String returns the text that was written so far.
 func (o *Output) String() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
