@@ -284,7 +284,7 @@ func (in *injection) passedBy(d *document, o object) string {
 }
 
 // annotationsOf returns the first annotations below n, and their path, that have a key with the prefix. It leaves out the
-// object's own, which are not those of pods. Aliases are not followed: what they stand for is written elsewhere in the
+// object's own, which are not annotations of pods. It does not follow aliases: their content is written elsewhere in the
 // document.
 func annotationsOf(n *yaml.Node, prefix string) (path []string, found *yaml.Node) {
 	var look func(n *yaml.Node, at []string) bool
@@ -321,7 +321,7 @@ func hasPrefix(n *yaml.Node, prefix string, depth int) bool {
 	for i := 0; i < len(n.Content); i++ {
 		c := n.Content[i]
 		switch {
-		case n.Kind == yaml.SequenceNode: // of what is merged
+		case n.Kind == yaml.SequenceNode: // a list of merged mappings
 			if hasPrefix(value(c), prefix, depth+1) {
 				return true
 			}

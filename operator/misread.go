@@ -89,7 +89,7 @@ func mappingAsKey(n *yaml.Node) *yaml.Node {
 	return nil
 }
 
-// misread returns the error for raw, the JSON of what is at path in the document, that could not be decoded because of err.
+// misread returns the error for raw, the JSON of the value at path in the document, which could not be decoded because of err.
 // If a value has the wrong type, it names the line, the key, the value and what to write.
 func (d *document) misread(path []string, raw []byte, err error) error {
 	if raw == nil && err == nil {

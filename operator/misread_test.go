@@ -12,7 +12,7 @@ const (
 	inPod   = "standard input: document 2 (line 3), Pod p: refused: "
 )
 
-// unreadable are inputs that cannot be read, and what is said of them.
+// unreadable are inputs that cannot be read, with their messages.
 var unreadable = []struct{ name, text, said string }{
 	{"a numeric role", podHead + "  annotations:\n    iam.amazonaws.com/role: 123\n" + podTail,
 		inPod + `line 8: metadata.annotations["iam.amazonaws.com/role"] must be a string, but 123 is a number; write "123"`},

@@ -637,7 +637,7 @@ func (s *splicer) blockEnd(n *yaml.Node, at int) (int, error) {
 			}
 			line = next
 		}
-		// What is kept are the empty lines behind it, but for what follows the last newline of the text.
+		// keep adds the empty lines behind the scalar, but not the rest after the last newline of the text.
 		for keep && line+2 < len(s.lines) && len(bytes.TrimSpace(s.text[s.lines[line+1]:s.lines[line+2]])) == 0 {
 			line++
 		}
