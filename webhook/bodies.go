@@ -122,7 +122,7 @@ func readBody(ctx context.Context, w http.ResponseWriter, r *http.Request, memor
 	tooLong := length > maxReview
 	switch {
 	case tooLong:
-		length, limit = firstBytes, firstBytes // which tell what it is about
+		length, limit = firstBytes, firstBytes // the beginning names the object
 	case length < 0:
 		length = maxReview // at most; the API server declares lengths
 	}

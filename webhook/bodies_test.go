@@ -74,7 +74,7 @@ func TestSilentBodiesTakeNothing(t *testing.T) {
 // refused with the reason.
 func TestBodiesAreBounded(t *testing.T) {
 	for name, tt := range map[string]struct {
-		sent bool // two of those under way arrive
+		sent bool // two of the bodies under way arrive
 		want int
 	}{
 		"memory in time": {true, http.StatusOK},
@@ -86,8 +86,8 @@ func TestBodiesAreBounded(t *testing.T) {
 				const part = 16 << 10
 				// The last one waits itself, and others wait behind it.
 				writers, _ := sends(t, s, int(webhook.MaxShared/webhook.ReadingCost(part))+1, 200<<10, strings.Repeat(" ", part-1))
-				// It needs as much to begin with as the one that it waits behind, which gives up at the same instant: what is
-				// too little for one is too little for both.
+				// It needs as much to begin with as the one that it waits behind, which gives up at the same instant: memory
+				// that is too little for one is too little for both.
 				body := strings.Repeat(" ", part) + review(pod(permitted, ""))
 				answered := asks(t, s, int64(len(body)), strings.NewReader(body))
 				select {
@@ -157,7 +157,7 @@ func (e *endless) Read(p []byte) (int, error) {
 	for at := n; at < len(p); at++ {
 		p[at] = ' '
 	}
-	if e.read += len(p); e.read > 8<<20 { // of 4 MiB, with what is read ahead
+	if e.read += len(p); e.read > 8<<20 { // the limit of 4 MiB, and bytes that are read ahead
 		e.t.Errorf("%d bytes of a body without end were read", e.read)
 		return 0, io.ErrUnexpectedEOF
 	}

@@ -178,7 +178,7 @@ func worst() map[string]string {
 
 func numbered0(n int) string { return fmt.Sprintf(`"%x":0`, n) }
 
-// TestCost: no review that is known allocates more than what was reserved for it.
+// TestCost: no known review allocates more memory than its reservation.
 func TestCost(t *testing.T) {
 	s := newServer(t)
 	for name, body := range worst() {

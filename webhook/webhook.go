@@ -118,8 +118,8 @@ const (
 	// socketBuffer is what the kernel may keep of a connection, either way; it takes twice as much. A review of usual
 	// size fits.
 	socketBuffer = 32 << 10
-	// HeldPerConnection is how many bytes of memory a connection holds at most, besides the body of a review and what is
-	// made of it. An idle one holds 27 kB, and one whose headers are as many as they can be, 155 kB; integration/siege/connections
+	// HeldPerConnection is how many bytes of memory a connection holds at most, besides the body of a review and all that
+	// is made of it. An idle one holds 27 kB, and one whose headers are as many as they can be, 155 kB; integration/siege/connections
 	// measures them.
 	HeldPerConnection = 168 << 10
 	// MaxHeldUnauthenticated is how many bytes connections can make a webhook hold. It is less than a quarter of the

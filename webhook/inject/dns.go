@@ -11,7 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-// DNS is what is known of the cluster's DNS. The zero value knows nothing.
+// DNS describes the cluster's DNS. The zero value knows nothing.
 type DNS struct {
 	// Domain is that of the cluster's Services, such as cluster.local, without a final dot. With it, sidecars look the
 	// brokers up by their full name, which takes one or two queries; without it, they depend on the search domains of
@@ -86,8 +86,8 @@ func (by *plan) canBeDNSName(name string) bool {
 	return ok && strings.HasPrefix(name, host+".") && strings.HasSuffix(name, ".") && len(name) > len(host)+2
 }
 
-// checkDNS refuses pods whose DNS cannot resolve the broker's Service, and warns of those for which that is not known:
-// they would start without credentials once their start timeout has passed.
+// checkDNS refuses pods whose DNS cannot resolve the broker's Service, and warns of pods for which that is not known.
+// Such pods would start without credentials once their start timeout has passed.
 func (by *plan) checkDNS(spec *podSpec) (warnings []string, err error) {
 	host, ok := serviceHost(by.cfg.Broker)
 	if !ok {

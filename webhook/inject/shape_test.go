@@ -139,7 +139,7 @@ func TestInjectWithin(t *testing.T) {
 	if err != nil || len(result.Patch) == 0 {
 		t.Errorf("with time and memory: %v", err)
 	}
-	// What is too large is not decoded.
+	// Objects that are too large are not decoded.
 	for name, raw := range map[string]string{
 		"bytes":  `{` + strings.Repeat(" ", inject.MaxObject),
 		"values": `[` + strings.Repeat(`,`, inject.MaxValues+1),

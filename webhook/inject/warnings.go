@@ -13,7 +13,7 @@ type warnings struct {
 	// warnings to nobody.
 	shadowing []string
 	more      int // beyond maxWarnings
-	hidden    int // of those, how many belong to shadowing
+	hidden    int // how many of them belong to shadowing
 }
 
 func (w *warnings) addf(format string, args ...any) {
