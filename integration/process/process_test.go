@@ -502,7 +502,7 @@ func TestMemoryLimit(t *testing.T) {
 	if err := under("small", "true").Err(); err == nil || !strings.Contains(err.Error(), "exit status 0") {
 		t.Errorf("a small program ended: %v", err)
 	}
-	// tail keeps what it reads until it has read a newline.
+	// tail keeps its input until it has read a newline.
 	if err := under("large", "exec tail -n 1 < /dev/zero").Err(); err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("a program that needs more than the limit ended: %v", err)
 	}

@@ -134,7 +134,7 @@ func (c *constants) Import(name string) (*types.Package, error) {
 		files = append(files, file)
 	}
 	config := types.Config{Importer: c, Error: func(error) {}, IgnoreFuncBodies: true, FakeImportC: true}
-	pkg, _ := config.Check(name, c.set, files, nil) // whose errors are of what is left out
+	pkg, _ := config.Check(name, c.set, files, nil) // the errors are about the parts that are left out
 	c.packages[name] = pkg
 	return pkg, nil
 }

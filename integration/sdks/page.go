@@ -55,7 +55,7 @@ var explained = []struct {
 // elsewhere are SDKs that have no driver here.
 var elsewhere = []string{"Java", ".NET", "PHP", "C++", "Rust", "Kotlin", "Swift"}
 
-// asksTheNode is what was found in trials by hand: of these clients there is no driver here, or of another version.
+// asksTheNode lists the results of trials by hand: these clients have no driver here, or one of another version.
 //
 //go:embed asks-the-node.txt
 var asksTheNode string

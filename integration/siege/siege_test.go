@@ -160,7 +160,7 @@ func length(t *testing.T) time.Duration {
 	return d
 }
 
-// traffic is what goes on beside an attack: a running pod calls the broker as its sidecar would, and pods are created.
+// traffic is the ordinary load during an attack: a running pod calls the broker as its sidecar would, and pods are created.
 type traffic struct {
 	stop context.CancelFunc
 	done sync.WaitGroup

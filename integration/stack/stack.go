@@ -274,7 +274,7 @@ func metrics(ctx context.Context, port int) (string, error) {
 	return string(text), nil
 }
 
-// Readiness returns what the broker's /readyz answers: "ready", or what it waits for.
+// Readiness returns the response of the broker's /readyz: "ready", or the conditions that it waits for.
 func (s *Stack) Readiness(ctx context.Context) (string, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))+"/readyz", nil)
 	if err != nil {

@@ -3,7 +3,7 @@
 //	plain crowd N TIMES    asks for credentials N times at once, each on a connection of its own, and so often one after
 //	                       the other; prints how many were answered with status 200
 //	plain zone             prints the availability zone that instance metadata tells
-//	plain read FILE...     prints mode, owner and length of each file, which it must be able to read; never what is in it
+//	plain read FILE...     prints mode, owner and length of each file, which it must be able to read; never its content
 package main
 
 import (

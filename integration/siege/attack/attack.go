@@ -73,7 +73,7 @@ func Run(ctx context.Context, t Target, n int, step Step, count *Count) {
 	}
 }
 
-// counting counts what is written.
+// counting counts the bytes that are written.
 type counting struct {
 	net.Conn
 	sent *atomic.Int64
@@ -116,7 +116,8 @@ func (t Target) once(ctx context.Context, step Step, count *Count) error {
 	return nil
 }
 
-// Reconnect closes each connection as soon as its handshake is done. With TLS, the handshake is what it costs the server.
+// Reconnect closes each connection as soon as its handshake is done. With TLS, the handshake is the
+// server's cost.
 func Reconnect(context.Context, net.Conn) error { return errDone }
 
 // errDone ends a connection whose step is complete.

@@ -38,7 +38,7 @@ func startAttack(t *testing.T, address, alpn, name string, sources []string, n i
 	return a
 }
 
-// counted is a listener that counts what is read from its connections, and knows how many are open.
+// counted is a listener that counts the bytes read from its connections, and knows how many are open.
 type counted struct {
 	net.Listener
 	read, open atomic.Int64
@@ -101,7 +101,7 @@ func perConnection(t *testing.T, l *counted, alpn, name string, n int, refused f
 	}
 	for {
 		if refused() || a.Opened() > int64(4*n) {
-			return 0 // it does not let them have what they want
+			return 0 // the server does not let the attack hold n connections
 		}
 		if !full() {
 			time.Sleep(time.Millisecond)
