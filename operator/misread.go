@@ -14,6 +14,8 @@ import (
 	"go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	utiljson "k8s.io/apimachinery/pkg/util/json"
+
+	"github.com/credence-iam/credence/broker/clip"
 )
 
 // This file makes messages for input that cannot be read: they name the line of the file and the key, and say what to
@@ -54,11 +56,8 @@ func (d *document) unreadable(err error) error {
 	if n := mappingAsKey(d.root); n != nil {
 		message = fmt.Sprintf("line %d: a mapping cannot be a key", d.fileLine(n))
 	}
-	return errors.New(limited(message) + d.helmHint())
+	return errors.New(clip.Bytes(message, 500) + d.helmHint())
 }
-
-// limited keeps a parser that quotes its input from writing all of it.
-func limited(message string) string { return fmt.Sprintf("%.500s", message) }
 
 // helmHint says where the first Helm template of the document is, in the form of a continued sentence, or "".
 func (d *document) helmHint() string {

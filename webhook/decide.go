@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/webhook/inject"
@@ -79,7 +80,7 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 		name = v.Name
 	}
 	s.log.InfoContext(ctx, "Admission decided",
-		"uid", clip(string(request.UID), maxName), "namespace", clip(request.Namespace, maxName), "pod", clip(name, maxName),
+		"uid", clip.Runes(string(request.UID), maxName), "namespace", clip.Runes(request.Namespace, maxName), "pod", clip.Runes(name, maxName),
 		"decision", v.decision, "reason", reason, "role", role, "dry_run", request.DryRun != nil && *request.DryRun)
 	// What users are not told. Refusals that they are told of in full are no faults of ours.
 	if e, ok := errors.AsType[*credential.Error](err); err != nil && (!ok || e.Cause != nil) {
@@ -87,7 +88,7 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 		if ok {
 			cause = e.Cause
 		}
-		s.log.ErrorContext(ctx, "Admission refused for a fault", "uid", clip(string(request.UID), maxName), "error", cause)
+		s.log.ErrorContext(ctx, "Admission refused for a fault", "uid", clip.Runes(string(request.UID), maxName), "error", cause)
 	}
 	return response
 }
@@ -109,7 +110,7 @@ func (s *Server) safely(ctx context.Context, uid types.UID, f func()) (err error
 			if fault, ok := p.(runtime.Error); ok {
 				what = fault.Error()
 			}
-			s.log.ErrorContext(ctx, "Panic while deciding on an admission", "uid", clip(string(uid), maxName), "panic", what, "stack", string(debug.Stack()))
+			s.log.ErrorContext(ctx, "Panic while deciding on an admission", "uid", clip.Runes(string(uid), maxName), "panic", what, "stack", string(debug.Stack()))
 			err = errors.New("panic: " + what)
 		}
 	}()
@@ -168,7 +169,7 @@ func (s *Server) judge(ctx context.Context, pod policy.Pod) (policy.Grant, error
 	// The watch may be behind: namespaces are annotated a moment before their first pod.
 	latest, readErr := s.cfg.Namespaces.Latest(ctx, pod.Namespace)
 	if readErr != nil {
-		s.log.WarnContext(ctx, "Refusing by what was last heard of a namespace", "namespace", clip(pod.Namespace, maxName), "error", readErr)
+		s.log.WarnContext(ctx, "Refusing by what was last heard of a namespace", "namespace", clip.Runes(pod.Namespace, maxName), "error", readErr)
 		return policy.Grant{}, err
 	}
 	return s.grant(ctx, pod, latest)
@@ -207,7 +208,7 @@ func refusal(request *admissionv1.AdmissionRequest, err error) *admissionv1.Admi
 	default:
 		status.Code, status.Reason = http.StatusInternalServerError, metav1.StatusReasonInternalError
 	}
-	message = clip(message, maxMessage)
+	message = clip.Runes(message, maxMessage)
 	status.Message = "credence: " + message
 	status.Details.Causes = []metav1.StatusCause{{Type: metav1.CauseType(credential.ReasonOf(err)), Message: message}}
 	return &admissionv1.AdmissionResponse{UID: request.UID, Result: status}
@@ -227,7 +228,7 @@ func bounded(warnings []string, more int) []string {
 		if (at+1)*maxWarning > maxWarnings-maxWarning { // the last place is for the count
 			return append(kept, fmt.Sprintf("credence: and %d more warnings", len(warnings)-at+more))
 		}
-		kept = append(kept, clip("credence: "+warning, maxWarning))
+		kept = append(kept, clip.Runes("credence: "+warning, maxWarning))
 	}
 	return kept
 }

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/json"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/webhook/inject"
 )
@@ -104,7 +105,7 @@ func readReview(ctx context.Context, w http.ResponseWriter, r *http.Request, mem
 	switch {
 	case review.APIVersion != reviewVersion || review.Kind != reviewKind:
 		return nil, http.StatusBadRequest, fmt.Errorf("the body is %q of %q, and only %s of %s is understood: list v1 alone in the webhook's admissionReviewVersions",
-			clip(review.Kind, maxName), clip(review.APIVersion, maxName), reviewKind, reviewVersion)
+			clip.Runes(review.Kind, maxName), clip.Runes(review.APIVersion, maxName), reviewKind, reviewVersion)
 	case asked == nil:
 		return nil, http.StatusBadRequest, errors.New("the review has no request")
 	case asked.UID == "":
@@ -166,20 +167,3 @@ func beginning(body []byte) *admissionv1.AdmissionRequest {
 // maxName is the longest text of the request's that errors and logs repeat: Kubernetes names have at
 // most 253 characters.
 const maxName = 253
-
-// clip shortens s to at most the given number of characters.
-func clip(s string, most int) string {
-	if len(s) <= most { // bytes, of which there are at least as many
-		return s
-	}
-	n, last := 0, 0
-	for at := range s {
-		if n == most-1 {
-			last = at
-		}
-		if n++; n > most {
-			return s[:last] + "…"
-		}
-	}
-	return s
-}

@@ -28,6 +28,7 @@ import (
 	"github.com/aws/smithy-go/logging"
 	"github.com/aws/smithy-go/middleware"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 )
@@ -167,11 +168,11 @@ func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
 	}
 	caller, err := arn.Parse(aws.ToString(out.Arn))
 	if err != nil {
-		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", cut(aws.ToString(out.Arn)), err)
+		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", clip.Bytes(aws.ToString(out.Arn), maxWords), err)
 	}
 	base, err := credential.BaseOf(caller.Partition, aws.ToString(out.Account))
 	if err != nil {
-		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", cut(aws.ToString(out.Arn)), bounded{err})
+		return credential.RoleBase{}, fmt.Errorf("reading the broker's own ARN %q: %w", clip.Bytes(aws.ToString(out.Arn), maxWords), bounded{err})
 	}
 	return base, nil
 }

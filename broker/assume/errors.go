@@ -13,6 +13,7 @@ import (
 	"github.com/aws/smithy-go"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 )
@@ -171,7 +172,7 @@ func (s *STS) classify(g policy.Grant, err error) error {
 		e.Message = fmt.Sprintf("STS refuses role %s: %s", g.Role(), denial(g, a.message))
 	case rejected:
 		e.Kind = credential.ErrInvalid
-		e.Message = fmt.Sprintf("STS rejects the session for role %s (%s): %s", g.Role(), a.code, cut(a.message)) + rejection(a)
+		e.Message = fmt.Sprintf("STS rejects the session for role %s (%s): %s", g.Role(), a.code, clip.Bytes(a.message, maxWords)) + rejection(a)
 	default:
 		e.Message = "STS cannot be reached or fails; the broker asks again by itself"
 	}
@@ -230,11 +231,6 @@ func rejection(a answer) string {
 		return "; shorten the session policy, or name fewer policy ARNs or session tags: they share one space"
 	}
 	return ""
-}
-
-// cut bounds words of STS, at a whole letter.
-func cut(words string) string {
-	return strings.ToValidUTF8(words[:min(len(words), maxWords)], "")
 }
 
 // cause returns err as it may stand in our own log. What could not be read as an answer may hold

@@ -16,6 +16,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/smithy-go"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 )
 
@@ -162,7 +163,7 @@ func (s *STS) problem(err error) string {
 	case unsupported(err):
 		return "the STS-compatible service has no GetCallerIdentity: set --base-arn (aws.baseARN)"
 	case a.status != 0 && a.code != "" && a.code != "UnknownError":
-		return fmt.Sprintf("STS fails (%s, status %d); the broker keeps trying", cut(a.code), a.status)
+		return fmt.Sprintf("STS fails (%s, status %d); the broker keeps trying", clip.Bytes(a.code, maxWords), a.status)
 	}
 	way := "any proxy on the way"
 	if p, ok := errors.AsType[*proxyError](err); ok {
@@ -217,5 +218,5 @@ func reachError(err error) string {
 	if i := strings.LastIndex(text, noise); i >= 0 {
 		text = text[i+len(noise):]
 	}
-	return cut(localEnd.ReplaceAllString(text, "$1 "))
+	return clip.Bytes(localEnd.ReplaceAllString(text, "$1 "), maxWords)
 }

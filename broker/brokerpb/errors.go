@@ -3,7 +3,6 @@ package brokerpb
 import (
 	"errors"
 	"regexp"
-	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -12,6 +11,7 @@ import (
 	"google.golang.org/protobuf/protoadapt"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 )
 
@@ -59,7 +59,7 @@ func ToStatus(err error) *status.Status {
 			code = k.code
 		}
 	}
-	st := status.New(code, clip(e.Message))
+	st := status.New(code, clip.Bytes(e.Message, maxMessage))
 	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Reason: string(e.Reason), Domain: ErrorDomain}}
 	if e.RetryAfter > 0 {
 		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(e.RetryAfter)})
@@ -79,7 +79,7 @@ func FromError(err error) error {
 		return nil
 	}
 	st := status.Convert(err)
-	e := &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: clip(st.Message())}
+	e := &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: clip.Bytes(st.Message(), maxMessage)}
 	for _, k := range kinds {
 		if st.Code() == k.code {
 			e.Kind = k.kind
@@ -99,9 +99,4 @@ func FromError(err error) error {
 		}
 	}
 	return e
-}
-
-// clip bounds s to valid UTF-8 of at most maxMessage bytes.
-func clip(s string) string {
-	return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "")
 }

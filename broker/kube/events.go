@@ -21,6 +21,7 @@ import (
 	eventsv1client "k8s.io/client-go/kubernetes/typed/events/v1"
 	"k8s.io/client-go/rest"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 )
@@ -119,7 +120,7 @@ func NewEvents(config *rest.Config, instance string, log *slog.Logger) (*Events,
 		return nil, fmt.Errorf("making a client for Events: %w", err)
 	}
 	return &Events{
-		client: client, instance: clip(instance, 128), log: log, // 128 is the API's bound
+		client: client, instance: clip.Bytes(instance, 128), log: log, // 128 is the API's bound
 		all: rate.NewLimiter(eventsPerSecond, eventBurst), queue: make(chan notice, eventQueue),
 		seen: make(map[sighting]time.Time), shares: make(map[string]*rate.Limiter),
 	}, nil
@@ -143,7 +144,7 @@ func (e *Events) Shadowed(pod policy.Pod, warnings string) {
 	if warnings == "" || pod.UID == "" {
 		return
 	}
-	e.queueUp(pod, ShadowedReason, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip(warnings, maxEventNote)))
+	e.queueUp(pod, ShadowedReason, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxEventNote)))
 }
 
 // printable returns s on one line, with a mark in place of each character that is not printable: every user who may create
@@ -173,7 +174,7 @@ func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, n
 	now := time.Now()
 	text := fnv.New64a()
 	_, _ = text.Write([]byte(reason + note)) // which never fails
-	r := notice{sighting: sighting{pod.UID, why, text.Sum64()}, at: now, reason: reason, note: clip(note, maxEventNote)}
+	r := notice{sighting: sighting{pod.UID, why, text.Sum64()}, at: now, reason: reason, note: clip.Bytes(note, maxEventNote)}
 	r.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // the rest need not be kept
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -281,14 +282,4 @@ func (e *Events) write(ctx context.Context, r notice) error {
 		return fmt.Errorf("creating an Event: %w", err)
 	}
 	return nil
-}
-
-// clip returns at most so many bytes of s, in whole characters; the last says that there was more. most is 3
-// at least.
-func clip(s string, most int) string {
-	if len(s) <= most {
-		return s
-	}
-	const more = "…"
-	return strings.ToValidUTF8(s[:most-len(more)], "") + more
 }

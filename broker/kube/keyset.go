@@ -14,6 +14,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 )
 
@@ -83,11 +84,11 @@ func decodeKeys(entries []json.RawMessage) keySet {
 		_ = json.Unmarshal(entry, &members)
 		text := func(member string) string {
 			value, _ := members[member].(string)
-			return clip(value, maxClaimedKey)
+			return clip.Bytes(value, maxClaimedKey)
 		}
 		set.ignored = append(set.ignored, ignoredKey{
 			digest: sha256.Sum256(entry), id: text("kid"), kty: text("kty"), alg: text("alg"), crv: text("crv"), use: text("use"),
-			why: clip(why, 2*maxClaimedKey),
+			why: clip.Bytes(why, 2*maxClaimedKey),
 		})
 	}
 	return set
@@ -123,7 +124,7 @@ func (s keySet) unusable(id string) error {
 	all := s.ignored
 	what := "the API server publishes no token-signing key that this broker can use, only"
 	if len(s.usable) > 0 {
-		all = slices.DeleteFunc(slices.Clone(all), func(k ignoredKey) bool { return k.id != clip(id, maxClaimedKey) })
+		all = slices.DeleteFunc(slices.Clone(all), func(k ignoredKey) bool { return k.id != clip.Bytes(id, maxClaimedKey) })
 		what = "the API server publishes the token's signing key in a form that this broker cannot use:"
 	}
 	if len(all) == 0 {

@@ -18,6 +18,7 @@ import (
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 )
@@ -251,7 +252,7 @@ func parse(token identity.UnverifiedToken) (*jose.JSONWebSignature, error) {
 	signed, err := jose.ParseSignedCompact(raw, algorithms)
 	if other, ok := errors.AsType[*jose.ErrUnexpectedSignatureAlgorithm](err); ok {
 		return nil, unauthenticated(credential.ReasonTokenInvalid, nil,
-			"the token is signed with %q; only RS256, RS384, RS512, ES256, ES384 and ES512 are accepted", clip(string(other.Got), maxClaimedKey))
+			"the token is signed with %q; only RS256, RS384, RS512, ES256, ES384 and ES512 are accepted", clip.Bytes(string(other.Got), maxClaimedKey))
 	}
 	if err != nil {
 		return nil, unauthenticated(credential.ReasonTokenInvalid, err, "the token is not a signed service-account token")
@@ -333,7 +334,7 @@ func (c claims) bound(maxLife time.Duration, now time.Time) (identity.Pod, error
 }
 
 // clipped is as much of a claim as a message may have: it is the caller's own text, and goes into logs.
-func clipped(claim string) string { return clip(claim, 200) }
+func clipped(claim string) string { return clip.Bytes(claim, 200) }
 
 // unauthenticated makes a refusal. Messages may quote claims, which are no secret, and never the
 // token.
