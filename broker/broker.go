@@ -44,7 +44,7 @@ type Binder interface {
 // Sessions answers grants.
 //
 // Get returns a valid session for the grant of a pod in the namespace, waiting no longer than ctx, or
-// cache.ErrClassFull where the namespace has as many distinct grants as it may.
+// cache.ErrTenantFull where the namespace has as many distinct grants as it may.
 type Sessions interface {
 	Get(ctx context.Context, grant policy.Grant, namespace string) (cache.Value, error)
 }
@@ -199,7 +199,7 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 	}
 	entry.Role, entry.SessionName = grant.Role().String(), grant.SessionName()
 	session, err := b.cfg.Sessions.Get(ctx, grant, pod.Namespace)
-	if errors.Is(err, cache.ErrClassFull) {
+	if errors.Is(err, cache.ErrTenantFull) {
 		err = credential.Errorf(credential.ErrDenied, credential.ReasonTooManyGrants,
 			"namespace %q has as many distinct sessions as one namespace may: let its pods share them, by equal annotations and a wider %q",
 			pod.Namespace, b.cfg.Rules.Keys().Name(policy.SessionScope))

@@ -66,9 +66,9 @@ func (b *Budget) Run(ctx context.Context) error {
 		case is && (!was || time.Since(told) >= budgetAgain):
 			told = time.Now()
 			b.cfg.Logger.WarnContext(ctx, "The rate of STS calls is hardly enough to renew the sessions that this broker keeps",
-				"sessions", s.Kept, "needed", s.Demand, "allowed", s.Share)
+				"sessions", s.Active, "needed", s.Demand, "allowed", s.Share)
 			b.cfg.Tell(fmt.Sprintf("Renewing the %d sessions that this broker keeps takes %.1f calls of STS per second, and it may make %.1f: "+
-				"raise --sts-rate if AWS allows more, or let pods share sessions by a wider session-scope", s.Kept, s.Demand, s.Share))
+				"raise --sts-rate if AWS allows more, or let pods share sessions by a wider session-scope", s.Active, s.Demand, s.Share))
 		case was && !is:
 			b.cfg.Logger.InfoContext(ctx, "The rate of STS calls suffices again", "needed", s.Demand, "allowed", s.Share)
 		}

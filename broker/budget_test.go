@@ -51,7 +51,7 @@ func TestBudget(t *testing.T) {
 			{50, 40, 3 * time.Minute, 3},
 		} {
 			mu.Lock()
-			now = cache.Stats{Kept: 7, Demand: step.demand, Share: step.share}
+			now = cache.Stats{Active: 7, Demand: step.demand, Share: step.share}
 			mu.Unlock()
 			time.Sleep(step.lasts)
 			synctest.Wait()

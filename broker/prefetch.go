@@ -10,10 +10,10 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Keeper keeps sessions fresh while somebody wants them, on behalf of a namespace. Keep fails when the
-// namespace has as many distinct grants as it may; Release takes back a Keep that did not.
-type Keeper interface {
-	Keep(grant policy.Grant, namespace string) error
+// Retainer keeps sessions fresh while somebody wants them, on behalf of a namespace. Retain fails when the
+// namespace has as many distinct grants as it may; Release takes back a Retain that did not.
+type Retainer interface {
+	Retain(grant policy.Grant, namespace string) error
 	Release(grant policy.Grant, namespace string)
 }
 
@@ -49,7 +49,7 @@ type PrefetchConfig struct {
 	// Rules decide on grants. Required.
 	Rules *policy.Rules
 	// Sessions keeps them. Required.
-	Sessions Keeper
+	Sessions Retainer
 	// Logger is told at debug level why a pod's grant is not kept. Required.
 	Logger *slog.Logger
 }
@@ -184,7 +184,7 @@ func (p *Prefetch) change(ctx context.Context, key, namespace string, now policy
 	if now.IsZero() {
 		return
 	}
-	if err := p.cfg.Sessions.Keep(now, namespace); err != nil {
+	if err := p.cfg.Sessions.Retain(now, namespace); err != nil {
 		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
 		p.full.enter(namespace, key)
 		return

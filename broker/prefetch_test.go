@@ -33,12 +33,12 @@ func (k *keeper) add(g policy.Grant, n int) {
 	}
 }
 
-func (k *keeper) Keep(g policy.Grant, _ string) error {
+func (k *keeper) Retain(g policy.Grant, _ string) error {
 	k.mu.Lock()
 	full := k.most > 0 && len(k.kept) == k.most && k.kept[g.Role().Name()] == 0
 	k.mu.Unlock()
 	if full {
-		return cache.ErrClassFull
+		return cache.ErrTenantFull
 	}
 	k.add(g, 1)
 	return nil
@@ -66,7 +66,7 @@ type pods struct {
 	foreign   map[string]bool   // :: routing key → whether other brokers own it; guarded by mu
 }
 
-func newPods(t *testing.T, sessions broker.Keeper) *pods {
+func newPods(t *testing.T, sessions broker.Retainer) *pods {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	if err != nil {

@@ -235,7 +235,7 @@ func TestColdStart(t *testing.T) {
 	}
 	t.Run("limited", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			sts, _ := start(t, cacheConfig{MaxPerClass: 500})
+			sts, _ := start(t, cacheConfig{MaxPerTenant: 500})
 			if n := sts.perSecond(); n > allowed(cacheConfig{}) {
 				t.Errorf("%d calls of STS within a second", n)
 			}
@@ -268,7 +268,7 @@ func TestPodsThatShareRoles(t *testing.T) {
 func TestGreedyNamespace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const most = 500
-		e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{MaxPerClass: most, Concurrency: 4})
+		e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{MaxPerTenant: most, Concurrency: 4})
 		var greedy []string
 		for i := range 10_000 {
 			greedy = append(greedy, e.pod("greedy", fmt.Sprint(i), "role", "cart", "external-id", fmt.Sprint("id-", i)))
@@ -313,8 +313,8 @@ func TestGreedyNamespace(t *testing.T) {
 			e.end(pod)
 		}
 		time.Sleep(time.Minute)
-		if s := e.sessions.Stats(); s.Kept != most+1 { // and that of the other namespace
-			t.Errorf("after pods have gone %d sessions are kept", s.Kept)
+		if s := e.sessions.Stats(); s.Active != most+1 { // and that of the other namespace
+			t.Errorf("after pods have gone %d sessions are kept", s.Active)
 		}
 	})
 }

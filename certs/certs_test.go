@@ -513,7 +513,7 @@ func TestZeroValuesRefuse(t *testing.T) {
 	server := certs.ServerConfig(keyPair(t, certFile, keyFile, nil))
 	client := certs.ClientConfig(newRoots(t, ca.WriteTo(t.TempDir()), nil), name)
 	for _, pair := range []*certs.KeyPair{nil, {}} {
-		pair.HoldBack(func(*tls.Certificate, *tls.Certificate) error { return nil })
+		pair.SetGate(func(*tls.Certificate, *tls.Certificate) error { return nil })
 		if _, err := dial(t, serve(t, certs.ServerConfig(pair)), client); err == nil {
 			t.Error("a server without a pair completed a handshake")
 		}
@@ -604,7 +604,7 @@ func TestHeldBackPair(t *testing.T) {
 	pair := keyPair(t, certFile, keyFile, slog.New(slog.NewTextHandler(&log, nil)))
 	notYet := errors.New("its root is not known everywhere")
 	why := notYet
-	pair.HoldBack(func(serving, next *tls.Certificate) error {
+	pair.SetGate(func(serving, next *tls.Certificate) error {
 		if !serving.Leaf.Equal(first.TLS().Leaf) || next.Leaf.Equal(first.TLS().Leaf) {
 			t.Error("judged is not what is served beside what appeared")
 		}
@@ -634,7 +634,7 @@ func TestHeldBackPair(t *testing.T) {
 			}
 		}
 		err := pair.Err()
-		if errors.Is(err, certs.ErrHeld) != step.held || errors.Is(err, notYet) != step.held {
+		if errors.Is(err, certs.ErrPending) != step.held || errors.Is(err, notYet) != step.held {
 			t.Errorf("%s: Err is %v, want it to say held back: %v", step.what, err, step.held)
 		}
 	}

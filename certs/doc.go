@@ -11,7 +11,7 @@
 //     refuse session resumption, and [ClientConfig] would judge a resumed
 //     session by the current roots all the same;
 //   - a new pair can be held back until its clients are ready for it, while the
-//     present one goes on being served: see [KeyPair.HoldBack];
+//     present one goes on being served: see [KeyPair.SetGate];
 //   - only TLS 1.3 is spoken, and a value that was not made by its constructor
 //     refuses every handshake.
 //

@@ -64,11 +64,11 @@ func (p *KeyPair) NotAfter() time.Time {
 	return cert.Leaf.NotAfter
 }
 
-// ErrHeld is in what [KeyPair.Err] returns while the files hold a good pair that
+// ErrPending is in what [KeyPair.Err] returns while the files hold a good pair that
 // is not served yet.
-var ErrHeld = errors.New("the new pair is held back")
+var ErrPending = errors.New("the new pair is held back")
 
-// HoldBack lets judge decide when a pair that has appeared on disk replaces the
+// SetGate lets judge decide when a pair that has appeared on disk replaces the
 // one that is served. judge returns nil to have next served from now on, or why
 // not yet, and is asked again at each handshake; so it must be quick, and must
 // not call methods of p. The pair that NewKeyPair loaded is not judged: beside
@@ -76,7 +76,7 @@ var ErrHeld = errors.New("the new pair is held back")
 //
 // A pair that is held back is kept in memory beside the other. If the files
 // change again, the newest is judged.
-func (p *KeyPair) HoldBack(judge func(serving, next *tls.Certificate) error) {
+func (p *KeyPair) SetGate(judge func(serving, next *tls.Certificate) error) {
 	if p == nil || p.files == nil {
 		return // The zero value serves nothing.
 	}

@@ -89,8 +89,8 @@ func (r *reloader[T]) current() (v *T, stale error) {
 	if sum != r.goodSum && r.judge != nil {
 		if why := r.judge(r.good, v); why != nil {
 			r.held, r.heldSum = v, sum
-			r.err = fmt.Errorf("reloading %s: %w: %w", r.what, ErrHeld, why)
-			if f := (failure{sum, ErrHeld.Error()}); f != r.warned { // once, though why may count the minutes
+			r.err = fmt.Errorf("reloading %s: %w: %w", r.what, ErrPending, why)
+			if f := (failure{sum, ErrPending.Error()}); f != r.warned { // once, though why may count the minutes
 				r.warned = f
 				r.log.Info("keeping the present certificates for a while: the new ones are held back",
 					"what", r.what, "files", r.files, "why", why)

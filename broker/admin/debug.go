@@ -252,7 +252,7 @@ func show(s State, now time.Time) grant {
 	g := grant{
 		Grant: s.Key.String(), Role: s.Key.Role().String(), SessionName: s.Key.SessionName(), Duration: s.Key.Duration().Seconds(),
 		ExternalID: s.Key.ExternalID() != "", SessionPolicy: s.Key.SessionPolicy() != "", PolicyARNs: len(s.Key.PolicyARNs()), Tags: len(s.Key.Tags()),
-		Pods: s.Kept, Namespaces: slices.Sorted(slices.Values(s.Classes)), AccessKeyID: s.AccessKeyID, Issued: known(s.Issued), Expiration: known(s.Expiration),
+		Pods: s.Active, Namespaces: slices.Sorted(slices.Values(s.Tenants)), AccessKeyID: s.AccessKeyID, Issued: known(s.Issued), Expiration: known(s.Expiration),
 		NextLook: known(s.NextLook), Fetching: s.Fetching, Waiters: s.Waiters, Failures: s.Failures, NotBefore: known(s.NotBefore),
 	}
 	if !s.Expiration.IsZero() {

@@ -130,17 +130,17 @@ func states(t *testing.T) []admin.State {
 	now := time.Now()
 	return []admin.State{
 		{
-			Key: grantOf(t, "role", ordersARN), Kept: 0, Fetching: true, Waiters: 3, Failures: 2, NotBefore: now.Add(20 * time.Second),
+			Key: grantOf(t, "role", ordersARN), Active: 0, Fetching: true, Waiters: 3, Failures: 2, NotBefore: now.Add(20 * time.Second),
 			Failure: &credential.Error{
 				Kind: credential.ErrDenied, Reason: credential.ReasonSTSDenied, Message: "AWS refuses the role\x1b[2J", Cause: errors.New("because of " + planted),
 			},
 		},
 		{
-			Key: grantOf(t, "role", cartRole, "session-name", "shop-cart", "external-id", planted), Kept: 4, Classes: []string{"shop", "pay", "b", "a"},
+			Key: grantOf(t, "role", cartRole, "session-name", "shop-cart", "external-id", planted), Active: 4, Tenants: []string{"shop", "pay", "b", "a"},
 			AccessKeyID: "ASIACART2", Issued: now.Add(-10 * time.Minute), Expiration: now.Add(50 * time.Minute), NextLook: now.Add(17 * time.Minute),
 		},
 		{
-			Key: grantOf(t, "role", cartRole), Kept: 1, AccessKeyID: "ASIACART1", Issued: now.Add(-61 * time.Minute), Expiration: now.Add(-time.Minute),
+			Key: grantOf(t, "role", cartRole), Active: 1, AccessKeyID: "ASIACART1", Issued: now.Add(-61 * time.Minute), Expiration: now.Add(-time.Minute),
 			Failures: 1, Failure: errors.New("panic with " + planted),
 		},
 	}

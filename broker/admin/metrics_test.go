@@ -97,7 +97,7 @@ func TestScrapesAtOnce(t *testing.T) {
 }
 
 var stats = cache.Stats{
-	Kept: 11, Warm: 10, Refused: 1, Entries: 12, Waiting: 1, Renewing: 2, Ahead: 3, InFlight: 4, Rate: 400, Stalest: 90 * time.Second,
+	Active: 11, Warm: 10, Refused: 1, Entries: 12, Waiting: 1, Renewing: 2, Ahead: 3, InFlight: 4, Rate: 400, Stalest: 90 * time.Second,
 	Hits: 100, Misses: 20, Stale: 5, Fetched: 30, Failed: 6,
 	Share: 410, Demand: 1.5, Late: 24, ForCallers: 25, Renewals: 26, Prefetches: 27,
 }

@@ -213,7 +213,7 @@ func (s Sources) watched() (all sourced) {
 				emit(fetchesBegun, float64(c.Prefetches), "prefetch")
 				emit(fetchesEnded, float64(c.Fetched), outcomeOK)
 				emit(fetchesEnded, float64(c.Failed), "failed")
-				emit(sessionsKept, float64(c.Kept))
+				emit(sessionsKept, float64(c.Active))
 				emit(sessionsWarm, float64(c.Warm))
 				emit(sessionsDenied, float64(c.Refused))
 				emit(sessionsLate, float64(c.Late))

@@ -79,9 +79,9 @@ type Config[K comparable] struct {
 	// this is the only one. Default [DefaultRate]. While the source says that it is throttled, or is away, fewer
 	// begin. rate.Inf lifts all of that.
 	Rate rate.Limit
-	// MaxPerClass bounds the distinct keys that one class has at a time, so that none can use up the
+	// MaxPerTenant bounds the distinct keys that one class has at a time, so that none can use up the
 	// memory and the rate of all. Default: no bound.
-	MaxPerClass int
+	MaxPerTenant int
 	// FetchTimeout bounds one fetch, whoever waits for it. Default 30 s.
 	FetchTimeout time.Duration
 	// Logger receives a line for each failed fetch. Required.
@@ -92,8 +92,8 @@ type Config[K comparable] struct {
 // and region, and is used by others too.
 const DefaultRate = 400
 
-// ErrClassFull refuses a key to a class that has as many as it may.
-var ErrClassFull = errors.New("the class has as many keys as it may")
+// ErrTenantFull refuses a key to a class that has as many as it may.
+var ErrTenantFull = errors.New("the class has as many keys as it may")
 
 // Cache is a cache of credentials by key. It fetches nothing until Run is called. Its methods are
 // safe for concurrent use.
@@ -179,9 +179,9 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 	if cfg.FetchTimeout == 0 {
 		cfg.FetchTimeout = 30 * time.Second
 	}
-	if cfg.Concurrency < 0 || cfg.Rate < 0 || cfg.FetchTimeout < 0 || cfg.MaxPerClass < 0 {
+	if cfg.Concurrency < 0 || cfg.Rate < 0 || cfg.FetchTimeout < 0 || cfg.MaxPerTenant < 0 {
 		return nil, fmt.Errorf("cache bounds must not be negative: concurrency %d, rate %v, fetch timeout %s, keys of a class %d",
-			cfg.Concurrency, cfg.Rate, cfg.FetchTimeout, cfg.MaxPerClass)
+			cfg.Concurrency, cfg.Rate, cfg.FetchTimeout, cfg.MaxPerTenant)
 	}
 	return &Cache[K]{
 		cfg:      cfg,
@@ -197,7 +197,7 @@ func New[K comparable](cfg Config[K]) (*Cache[K], error) {
 // Get returns the credential of key, fetching it when none is held, and when that is past half of its
 // life: who is told to come back then is to meet the next one. The old one is the answer where its renewal
 // fails or takes long. Get waits for a fetch no longer than ctx, and a fetch that has begun goes on without it; one that
-// has not is given up with its last caller, unless the key is kept. The error is [ErrClassFull], the
+// has not is given up with its last caller, unless the key is kept. The error is [ErrTenantFull], the
 // source's own, or credential.ErrUnavailable when ctx ended first or the cache has stopped.
 //
 // A fetch runs with the values of the context of who asked first, and without its end.
@@ -311,9 +311,9 @@ func (c *Cache[K]) abandon(e *entry[K]) (abandoned bool) {
 	return true
 }
 
-// Keep says that key is wanted: it is fetched ahead of the first Get and renewed until as many
-// Release calls have been made. It fails with [ErrClassFull] alone; there is nothing to release then.
-func (c *Cache[K]) Keep(key K, class string) error {
+// Retain says that key is wanted: it is fetched ahead of the first Get and renewed until as many
+// Release calls have been made. It fails with [ErrTenantFull] alone; there is nothing to release then.
+func (c *Cache[K]) Retain(key K, class string) error {
 	c.mu.Lock()
 	e, err := c.entry(key, class)
 	if err != nil {
@@ -518,8 +518,8 @@ func (c *Cache[K]) entry(key K, class string) (*entry[K], error) {
 	if ok && e.classIndex(class) >= 0 {
 		return e, nil
 	}
-	if c.cfg.MaxPerClass > 0 && c.perClass[class] >= c.cfg.MaxPerClass && !c.makeRoom(class) {
-		return nil, ErrClassFull
+	if c.cfg.MaxPerTenant > 0 && c.perClass[class] >= c.cfg.MaxPerTenant && !c.makeRoom(class) {
+		return nil, ErrTenantFull
 	}
 	if !ok {
 		e = &entry[K]{key: key, dueIndex: -1, queued: -1}

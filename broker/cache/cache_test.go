@@ -198,7 +198,7 @@ func mustGet(t *testing.T, c *cache.Cache[string], key string) cache.Value {
 
 func keep(t testing.TB, c *cache.Cache[string], key string) {
 	t.Helper()
-	if err := c.Keep(key, ""); err != nil {
+	if err := c.Retain(key, ""); err != nil {
 		t.Errorf("Keep(%s): %v", key, err)
 	}
 }

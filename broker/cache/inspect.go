@@ -24,11 +24,11 @@ func (c *counts) begun(waitedFor, held bool) {
 
 // Stats is what a cache is doing, in numbers.
 type Stats struct {
-	// Entries is how many keys are known. Kept is how many of them are wanted; of those, Warm hold a
+	// Entries is how many keys are known. Active is how many of them are wanted; of those, Warm hold a
 	// valid session, and Refused hold none because the source refuses: a person has to change
 	// something. Late is how many of the warm have less than 0.45 of their lives left, and not because the source
 	// refuses: later than promised.
-	Entries, Kept, Warm, Refused, Late int
+	Entries, Active, Warm, Refused, Late int
 	// Waiting, Renewing and Ahead are the fetches that have not begun: of keys that callers wait for, of
 	// keys that hold a session, and of others.
 	Waiting, Renewing, Ahead int
@@ -65,7 +65,7 @@ func (c *Cache[K]) Stats() Stats {
 		if e.kept == 0 {
 			continue
 		}
-		s.Kept++
+		s.Active++
 		switch {
 		case e.held.Valid(now):
 			s.Warm++
@@ -96,16 +96,16 @@ func (c *Cache[K]) Stats() Stats {
 // source refuses them, and how many are kept.
 func (c *Cache[K]) Settled() (settled, kept int) {
 	s := c.Stats()
-	return s.Warm + s.Refused, s.Kept
+	return s.Warm + s.Refused, s.Active
 }
 
 // State is what is known of one key, without secrets.
 type State[K comparable] struct {
 	Key K
-	// Kept is how many want it kept.
-	Kept int
-	// Classes are those who have asked for it, in no order.
-	Classes []string
+	// Active is how many want it kept.
+	Active int
+	// Tenants are those who have asked for it, in no order.
+	Tenants []string
 	// AccessKeyID, Issued and Expiration are of the session that is held; zero when none is.
 	AccessKeyID        string
 	Issued, Expiration time.Time
@@ -133,12 +133,12 @@ func (c *Cache[K]) States(match func(K) bool) []State[K] {
 			continue
 		}
 		s := State[K]{
-			Key: e.key, Kept: e.kept,
+			Key: e.key, Active: e.kept,
 			AccessKeyID: e.held.AccessKeyID, Issued: e.held.Issued, Expiration: e.held.Expiration,
 			Failure: e.failure, Failures: e.failures, NotBefore: e.notBefore,
 		}
 		for _, u := range e.classes {
-			s.Classes = append(s.Classes, u.class)
+			s.Tenants = append(s.Tenants, u.class)
 		}
 		if e.flight != nil {
 			s.Fetching, s.Waiters = true, e.flight.waiters

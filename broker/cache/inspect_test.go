@@ -178,12 +178,12 @@ func TestStatsAndStates(t *testing.T) {
 		want(cache.Stats{})
 		keep(t, c, "held")
 		mustGet(t, c, "held")
-		want(cache.Stats{Entries: 1, Kept: 1, Warm: 1, Stalest: life, Misses: 1, Fetched: 1, ForCallers: 1})
+		want(cache.Stats{Entries: 1, Active: 1, Warm: 1, Stalest: life, Misses: 1, Fetched: 1, ForCallers: 1})
 
 		time.Sleep(time.Minute)
 		s.fail(refusal())
 		keep(t, c, "refused")
-		want(cache.Stats{Entries: 2, Kept: 2, Warm: 1, Refused: 1, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
+		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
 		if settled, kept := c.Settled(); settled != 2 || kept != 2 {
 			t.Errorf("%d of %d are settled", settled, kept)
 		}
@@ -200,16 +200,16 @@ func TestStatsAndStates(t *testing.T) {
 		c.Renew(only("held"))
 		mustGet(t, c, "held")
 		want(cache.Stats{
-			Entries: 5, Kept: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1,
+			Entries: 5, Active: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1,
 			Stalest: life - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
 		})
 		if settled, kept := c.Settled(); settled != 2 || kept != 3 {
 			t.Errorf("%d of %d are settled", settled, kept)
 		}
-		if state := stateOf(t, c, "waits"); !state.Fetching || state.Waiters != 1 || len(state.Classes) != 1 || state.Classes[0] != "shop" || !state.NextLook.IsZero() {
+		if state := stateOf(t, c, "waits"); !state.Fetching || state.Waiters != 1 || len(state.Tenants) != 1 || state.Tenants[0] != "shop" || !state.NextLook.IsZero() {
 			t.Errorf("state %+v", state)
 		}
-		if state := stateOf(t, c, "held"); state.AccessKeyID != "ASIA1" || state.Kept != 1 || !state.Fetching {
+		if state := stateOf(t, c, "held"); state.AccessKeyID != "ASIA1" || state.Active != 1 || !state.Fetching {
 			t.Errorf("state %+v", state)
 		}
 		if state := fmt.Sprintf("%+v", c.States(every)); strings.Contains(state, planted) {
@@ -288,28 +288,28 @@ func TestFetchHasTheFirstCallersValues(t *testing.T) {
 func TestClassesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
-		c := start(t, s, cache.Config[string]{MaxPerClass: 500})
+		c := start(t, s, cache.Config[string]{MaxPerTenant: 500})
 		served := 0
 		for i := range 10_000 {
-			err := c.Keep(fmt.Sprint(i), "greedy")
+			err := c.Retain(fmt.Sprint(i), "greedy")
 			switch {
 			case err == nil:
 				served++
-			case !errors.Is(err, cache.ErrClassFull):
+			case !errors.Is(err, cache.ErrTenantFull):
 				t.Fatal(err)
 			}
 		}
 		if served != 500 || c.Len() != 500 {
 			t.Errorf("of 10,000 keys of one class %d are kept, %d are known", served, c.Len())
 		}
-		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrClassFull) {
+		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
 			t.Errorf("a full class's caller is told %v", err)
 		}
 		if _, err := c.Get(t.Context(), "9999", "modest"); err != nil {
 			t.Errorf("another class is told %v", err)
 		}
 		// A key that another class has brought in counts all the same.
-		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrClassFull) {
+		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
 			t.Errorf("a full class's caller for a key that is held is told %v", err)
 		}
 		// What it has it may ask for, and what it gives back it may have again.
@@ -317,10 +317,10 @@ func TestClassesAreBounded(t *testing.T) {
 			t.Error(err)
 		}
 		c.Release("0", "greedy")
-		if err := c.Keep("9999", "greedy"); err != nil {
+		if err := c.Retain("9999", "greedy"); err != nil {
 			t.Error(err)
 		}
-		if err := c.Keep("9998", "greedy"); !errors.Is(err, cache.ErrClassFull) {
+		if err := c.Retain("9998", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
 			t.Errorf("one more than may be: %v", err)
 		}
 		// A release that was not preceded by a keep changes nothing.
@@ -336,10 +336,10 @@ func TestClassesAreBounded(t *testing.T) {
 func TestReleasedKeysAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
-		c := start(t, s, cache.Config[string]{MaxPerClass: 10, Rate: rate.Inf})
+		c := start(t, s, cache.Config[string]{MaxPerTenant: 10, Rate: rate.Inf})
 		for i := range 1000 {
 			key := fmt.Sprint(i)
-			if err := c.Keep(key, "fickle"); err != nil {
+			if err := c.Retain(key, "fickle"); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Millisecond)
@@ -351,7 +351,7 @@ func TestReleasedKeysAreBounded(t *testing.T) {
 		// Nor does what was only asked for shut out what is to be kept, though another class keeps it.
 		for i := range 10 {
 			key := fmt.Sprint("shared-", i)
-			if err := c.Keep(key, "other"); err != nil {
+			if err := c.Retain(key, "other"); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := c.Get(t.Context(), key, "fickle"); err != nil {
@@ -359,11 +359,11 @@ func TestReleasedKeysAreBounded(t *testing.T) {
 			}
 		}
 		for i := range 10 {
-			if err := c.Keep(fmt.Sprint("own-", i), "fickle"); err != nil {
+			if err := c.Retain(fmt.Sprint("own-", i), "fickle"); err != nil {
 				t.Errorf("key %d: %v", i, err)
 			}
 		}
-		if err := c.Keep("one more", "fickle"); !errors.Is(err, cache.ErrClassFull) {
+		if err := c.Retain("one more", "fickle"); !errors.Is(err, cache.ErrTenantFull) {
 			t.Errorf("one more: %v", err)
 		}
 		if err := c.Check(); err != nil {
@@ -383,7 +383,7 @@ func TestFetchesUnderWayAreNoRoom(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := (&source{}).slow(10 * time.Second)
-				c := start(t, s, cache.Config[string]{MaxPerClass: 2, Concurrency: tt.concurrency})
+				c := start(t, s, cache.Config[string]{MaxPerTenant: 2, Concurrency: tt.concurrency})
 				ctx, leave := context.WithCancel(t.Context())
 				defer leave()
 				got := make(chan error, 2)
@@ -396,10 +396,10 @@ func TestFetchesUnderWayAreNoRoom(t *testing.T) {
 				}
 				synctest.Wait()
 				for range 3 {
-					if _, err := c.Get(t.Context(), "c", "shop"); !errors.Is(err, cache.ErrClassFull) {
-						t.Errorf("a third key was answered %v, want %v", err, cache.ErrClassFull)
+					if _, err := c.Get(t.Context(), "c", "shop"); !errors.Is(err, cache.ErrTenantFull) {
+						t.Errorf("a third key was answered %v, want %v", err, cache.ErrTenantFull)
 					}
-					if err := c.Keep("d", "shop"); !errors.Is(err, cache.ErrClassFull) {
+					if err := c.Retain("d", "shop"); !errors.Is(err, cache.ErrTenantFull) {
 						t.Errorf("a fourth key is kept: %v", err)
 					}
 				}

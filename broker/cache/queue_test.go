@@ -61,7 +61,7 @@ func TestClassesTakeTurns(t *testing.T) {
 			c := start(t, s, cache.Config[string]{Concurrency: 1, Rate: rate.Inf})
 			for class, n := range map[string]int{"greedy": many, "a": 3, "b": 3} {
 				for i := range n {
-					if err := c.Keep(fmt.Sprintf("%s/%d", class, i), class); err != nil {
+					if err := c.Retain(fmt.Sprintf("%s/%d", class, i), class); err != nil {
 						t.Error(err)
 					}
 				}
@@ -86,7 +86,7 @@ func TestClassesTakeTurns(t *testing.T) {
 			c := start(t, s, cache.Config[string]{Concurrency: 1, Rate: rate.Inf})
 			add := func(class string) {
 				for i := range many {
-					if err := c.Keep(fmt.Sprintf("%s/%d", class, i), class); err != nil {
+					if err := c.Retain(fmt.Sprintf("%s/%d", class, i), class); err != nil {
 						t.Error(err)
 					}
 				}

@@ -142,7 +142,7 @@ func TestRenewalsLeaveNothingBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		random := rand.New(rand.NewPCG(1, 2))
 		s := new(source).byKey()
-		c := start(t, s, cache.Config[string]{Rate: rate.Inf, MaxPerClass: 150})
+		c := start(t, s, cache.Config[string]{Rate: rate.Inf, MaxPerTenant: 150})
 		lives := []string{"30s", "15m", "1h", "12h"}
 		kept := map[string]int{}
 		for i := range 5_000 {
@@ -150,7 +150,7 @@ func TestRenewalsLeaveNothingBehind(t *testing.T) {
 			one := only(key)
 			switch what := random.IntN(20); {
 			case what < 7:
-				if c.Keep(key, "") == nil {
+				if c.Retain(key, "") == nil {
 					kept[key]++
 				}
 			case what < 14 && kept[key] > 0:

@@ -35,16 +35,16 @@ type Config struct {
 	Use func(text []byte) error
 	// OnChange is called after another file has come into force, by Run. It must not block. Default: nobody is told.
 	OnChange func()
-	// Log is told what becomes of the file. Required.
-	Log Log
+	// Hooks is told what becomes of the file. Required.
+	Hooks Hooks
 }
 
-// Log has a function for what is to be said of a file, each time once. They are called by New and by Run, with the
+// Hooks has a function for what is to be said of a file, each time once. They are called by New and by Run, with the
 // digest of the file that is in force.
-type Log struct {
-	Loaded func(digest string)            // it has come into force
-	Kept   func(digest string, err error) // what is there now cannot be used, so the one before stays in force
-	Again  func(digest string)            // what is there now is the one in force again, after it could not be used
+type Hooks struct {
+	OnLoad    func(digest string)            // it has come into force
+	OnInvalid func(digest string, err error) // what is there now cannot be used, so the one before stays in force
+	OnRecover func(digest string)            // what is there now is the one in force again, after it could not be used
 }
 
 // Status is what is in force.
@@ -71,7 +71,7 @@ type Follower struct {
 // New reads the file for the first time and has it come into force. Its errors say what is wrong, and
 // where in the file.
 func New(cfg Config) (*Follower, error) {
-	if cfg.Path == "" || cfg.Use == nil || cfg.Log.Loaded == nil || cfg.Log.Kept == nil || cfg.Log.Again == nil {
+	if cfg.Path == "" || cfg.Use == nil || cfg.Hooks.OnLoad == nil || cfg.Hooks.OnInvalid == nil || cfg.Hooks.OnRecover == nil {
 		return nil, fmt.Errorf("following a %s: needs a Path, what uses it and a Log", cfg.Name)
 	}
 	f := &Follower{cfg: cfg}
@@ -80,7 +80,7 @@ func New(cfg Config) (*Follower, error) {
 		return nil, fmt.Errorf("reading the %s %s: %w", cfg.Name, cfg.Path, err)
 	}
 	f.status = Status{Digest: digest, Loaded: time.Now()}
-	cfg.Log.Loaded(digest)
+	cfg.Hooks.OnLoad(digest)
 	return f, nil
 }
 
@@ -126,13 +126,13 @@ func (f *Follower) look() {
 	switch {
 	case err != nil:
 		if before.Err == nil || before.Err.Error() != err.Error() {
-			f.cfg.Log.Kept(before.Digest, err)
+			f.cfg.Hooks.OnInvalid(before.Digest, err)
 		}
 	case digest != before.Digest:
 		now.Digest, now.Loaded = digest, time.Now()
-		f.cfg.Log.Loaded(digest)
+		f.cfg.Hooks.OnLoad(digest)
 	case before.Err != nil:
-		f.cfg.Log.Again(digest)
+		f.cfg.Hooks.OnRecover(digest)
 	}
 	f.mu.Lock()
 	f.status = now

@@ -52,12 +52,12 @@ func New(cfg Config) (*Follower, error) {
 			entries = len(file.Namespaces)
 			return cfg.Rules.Use(file)
 		},
-		Log: configfile.Log{
-			Loaded: func(digest string) { log.Info("Rules file loaded", "digest", digest, "entries", entries) },
-			Kept: func(digest string, err error) {
+		Hooks: configfile.Hooks{
+			OnLoad: func(digest string) { log.Info("Rules file loaded", "digest", digest, "entries", entries) },
+			OnInvalid: func(digest string, err error) {
 				log.Warn("Keeping the rules as they were: the rules file cannot be used", "digest", digest, "error", err)
 			},
-			Again: func(digest string) { log.Info("The rules file is again as it was loaded", "digest", digest) },
+			OnRecover: func(digest string) { log.Info("The rules file is again as it was loaded", "digest", digest) },
 		},
 	})
 }

@@ -48,7 +48,7 @@ func (g *gate) begin(serving *tls.Certificate, roots []*x509.Certificate) {
 	}
 }
 
-// judge has the form that certs.KeyPair.HoldBack asks for. Every client that trusts what has been
+// judge has the form that certs.KeyPair.SetGate asks for. Every client that trusts what has been
 // published for the propagation time must be able to verify next; otherwise it waits, unless serving is
 // about to be of no use to anybody.
 func (g *gate) judge(serving, next *tls.Certificate) error {

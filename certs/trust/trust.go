@@ -141,7 +141,7 @@ func New(cfg Config) (*Trust, error) {
 		t.gate.begin(serving, roots)
 	}
 	if cfg.Propagation > 0 {
-		cfg.Pair.HoldBack(t.gate.judge)
+		cfg.Pair.SetGate(t.gate.judge)
 	}
 	return t, nil
 }

@@ -289,7 +289,7 @@ func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
 
 		second := b.mount(cas[1])
 		for i, r := range replicas {
-			if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrHeld) {
+			if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrPending) {
 				t.Errorf("replica %d serves a leaf before anybody knows its root (%v)", i, r.pair.Err())
 			}
 		}
@@ -551,7 +551,7 @@ func TestExpiredLeafIsNotTakenUp(t *testing.T) {
 		time.Sleep(settle)
 		b.mountWith(ca, time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour))
 		time.Sleep(settle)
-		if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrHeld) {
+		if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrPending) {
 			t.Errorf("the good leaf is not served any more: %v", r.pair.Err())
 		}
 	})

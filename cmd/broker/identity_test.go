@@ -81,7 +81,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 		return settled == kept || time.Since(began) >= warmTime
 	}
 	for i := range pods {
-		must(t, sessions.Keep(grantOf(t, fmt.Sprint("role-", i)), "shop"))
+		must(t, sessions.Retain(grantOf(t, fmt.Sprint("role-", i)), "shop"))
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
@@ -298,7 +298,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 			s.want("without pods", true)
 			s.setKeys("AKIAWRONG", "wrong-secret")
 			s.sts.SetOutage(ststest.Failing)
-			must(t, s.parts.sessions.Keep(grantOf(t, "role"), "shop"))
+			must(t, s.parts.sessions.Retain(grantOf(t, "role"), "shop"))
 			time.Sleep(time.Hour)
 			s.want("when it was ready once", true)
 		})

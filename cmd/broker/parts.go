@@ -123,7 +123,7 @@ func build(ctx context.Context, o options) (p parts, err error) {
 		return parts{}, err
 	}
 	if p.sessions, err = cache.New(cache.Config[policy.Grant]{
-		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerClass: o.maxGrants, Logger: p.log,
+		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerTenant: o.maxGrants, Logger: p.log,
 	}); err != nil {
 		return parts{}, err
 	}

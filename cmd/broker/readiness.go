@@ -75,8 +75,8 @@ func (i *proof) check() error {
 	case is.Unsupported && i.based():
 		// Nothing but a session can prove it there. A refused role does too, and if no pod wants one there is nothing to
 		// wait for: a first installation has no pods.
-		i.done = held.Kept == 0 || held.Refused > 0
-		is.Problem = fmt.Sprintf("the STS-compatible service has no GetCallerIdentity, and none of %d sessions could be fetched: check the keys of the broker and --sts-endpoint (aws.stsEndpoint); the log has each failure", held.Kept)
+		i.done = held.Active == 0 || held.Refused > 0
+		is.Problem = fmt.Sprintf("the STS-compatible service has no GetCallerIdentity, and none of %d sessions could be fetched: check the keys of the broker and --sts-endpoint (aws.stsEndpoint); the log has each failure", held.Active)
 	case is.Problem == "":
 		is.Problem = "STS has not answered yet"
 	}

@@ -30,11 +30,11 @@ func TestProofWaitsUntilPodsAreKnown(t *testing.T) {
 	check("without a base ARN", "set --base-arn")
 	based = true
 	check("before pods are known", noSessionYet)
-	held.Kept, warmed = 2, true
+	held.Active, warmed = 2, true
 	check("without a session for them", "none of 2 sessions")
 	held.Refused = 1
 	check("when STS has refused a role", "")
-	held = cache.Stats{Kept: 2}
+	held = cache.Stats{Active: 2}
 	check("later", "")
 }
 

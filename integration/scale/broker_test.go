@@ -114,7 +114,7 @@ func (b *instance) build(t *testing.T) {
 		l.wire = source
 	}
 	var err error
-	b.sessions, err = cache.New(cache.Config[policy.Grant]{Source: l, MaxPerClass: maxGrants, Logger: log})
+	b.sessions, err = cache.New(cache.Config[policy.Grant]{Source: l, MaxPerTenant: maxGrants, Logger: log})
 	fatal(t, err)
 	b.placement = placement.New(placement.DefaultSettleTime)
 	b.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{

@@ -43,12 +43,12 @@ func New(cfg Config) (*configfile.Follower, error) {
 			}
 			return cfg.Injector.Use(settings)
 		},
-		Log: configfile.Log{
-			Loaded: func(digest string) { log.Info("Sidecar settings file loaded", "digest", digest) },
-			Kept: func(digest string, err error) {
+		Hooks: configfile.Hooks{
+			OnLoad: func(digest string) { log.Info("Sidecar settings file loaded", "digest", digest) },
+			OnInvalid: func(digest string, err error) {
 				log.Warn("Keeping the sidecar settings as they were: the sidecar settings file cannot be used", "digest", digest, "error", err)
 			},
-			Again: func(digest string) { log.Info("The sidecar settings file is again as it was loaded", "digest", digest) },
+			OnRecover: func(digest string) { log.Info("The sidecar settings file is again as it was loaded", "digest", digest) },
 		},
 	})
 }
