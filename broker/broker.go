@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"regexp"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -82,9 +81,6 @@ type Config struct {
 	Decided func(ctx context.Context, entry audit.Entry)
 }
 
-// regionForm is what sidecars take for a region: it ends in answers to other programs.
-var regionForm = regexp.MustCompile(`^[a-z0-9-]{0,64}$`)
-
 // Broker answers the one RPC; [Serve] puts it on a listener.
 type Broker struct {
 	brokerpb.UnimplementedBrokerServer
@@ -97,7 +93,7 @@ func New(cfg Config) (*Broker, error) {
 	if cfg.Verifier == nil || cfg.Binder == nil || cfg.Rules == nil || cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
 		return nil, errors.New("a broker needs a Verifier, a Binder, Rules, Sessions, an Audit log and a Logger")
 	}
-	if !regionForm.MatchString(cfg.Region) {
+	if !brokerpb.ValidRegion(cfg.Region) {
 		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens: sidecars take no other", cfg.Region)
 	}
 	connections, err := newConnections()

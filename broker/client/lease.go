@@ -17,12 +17,8 @@ const (
 	maxRefreshAfter = time.Hour
 )
 
-// Lengths from the STS API reference (accessKeyIdType), and what regions are made of: both end in
-// logs and in answers to other programs.
-var (
-	accessKeyForm = regexp.MustCompile(`^\w{1,128}$`)
-	regionForm    = regexp.MustCompile(`^[a-z0-9-]{0,64}$`)
-)
+// accessKeyForm is accessKeyIdType of the STS API reference, because the ID enters logs.
+var accessKeyForm = regexp.MustCompile(`^\w{1,128}$`)
 
 // leaseOf checks an answer whose size gRPC has bounded already. Its errors quote nothing but times
 // and the role.
@@ -33,7 +29,7 @@ func leaseOf(answer *brokerpb.GetCredentialsResponse, began time.Time) (credenti
 	if answer.GetSecretAccessKey() == "" || answer.GetSessionToken() == "" {
 		return credential.Lease{}, errors.New("it lacks the secret access key or the session token")
 	}
-	if !regionForm.MatchString(answer.GetRegion()) {
+	if !brokerpb.ValidRegion(answer.GetRegion()) {
 		return credential.Lease{}, errors.New("its region is not of the form eu-central-1")
 	}
 	role, err := credential.ParseRoleARN(answer.GetRoleArn())
