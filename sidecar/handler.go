@@ -15,15 +15,11 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
-// Paths that the webhook and [Probe] know.
-const (
-	// CredentialsPath is the path of AWS_CONTAINER_CREDENTIALS_FULL_URI.
-	CredentialsPath = "/v1/credentials"
-	// readyPath answers the probe. It tells whether there is a credential, never which.
-	readyPath = "/v1/ready"
-)
+// readyPath answers [Probe]. It reports whether there are credentials, never which.
+const readyPath = "/v1/ready"
 
 // Handler returns what Run serves. It answers only what is asked of a loopback address by that
 // address or as localhost.
@@ -35,7 +31,7 @@ func (s *Sidecar) Handler() http.Handler {
 	router.NotFoundHandler = http.HandlerFunc(notFound)
 	router.MethodNotAllowedHandler = http.HandlerFunc(methodNotAllowed)
 
-	s.route(router, http.MethodGet, CredentialsPath, s.serveCredentials)
+	s.route(router, http.MethodGet, contract.CredentialsPath, s.serveCredentials)
 	s.route(router, http.MethodGet, readyPath, s.serveReady)
 	if s.metadata != policy.MetadataOff {
 		s.routeMetadata(router)
@@ -47,7 +43,7 @@ func (s *Sidecar) Handler() http.Handler {
 // answering.
 func (s *Sidecar) quick(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == CredentialsPath && r.Method == http.MethodGet {
+		if r.URL.Path == contract.CredentialsPath && r.Method == http.MethodGet {
 			s.serveCredentials(w, r)
 			return
 		}

@@ -21,6 +21,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/sidecar"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 // Bytes and header fields are what the SDKs of sdk-compatibility read: a change here is a change to them.
@@ -85,7 +86,7 @@ func TestAuthorization(t *testing.T) {
 			if strings.TrimSpace(value) == authorization {
 				continue // HTTP takes blanks around a value away
 			}
-			w.do(http.MethodGet, sidecar.CredentialsPath, header...).want(t, http.StatusForbidden, "AUTHORIZATION_INVALID")
+			w.do(http.MethodGet, contract.CredentialsPath, header...).want(t, http.StatusForbidden, "AUTHORIZATION_INVALID")
 		}
 		w.credentials().want(t, http.StatusOK, "")
 	})

@@ -20,6 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/sidecar"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 const (
@@ -183,7 +184,7 @@ func (w *world) do(method, path string, header ...string) answer {
 // credentials asks the container-credentials endpoint as SDKs do.
 func (w *world) credentials() answer {
 	w.t.Helper()
-	return w.do(http.MethodGet, sidecar.CredentialsPath, "Authorization", authorization)
+	return w.do(http.MethodGet, contract.CredentialsPath, "Authorization", authorization)
 }
 
 // want checks a status and, for errors, that every SDK finds the reason.

@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 const usage = `credence-sidecar serves a pod's AWS credentials to the SDKs in that pod; with the argument probe,
@@ -31,34 +31,34 @@ type options struct {
 // flags defines the flags, with what the environment says as their defaults.
 func flags(f *flag.FlagSet) func([]string) (options, error) {
 	var o options
-	f.StringVar(&o.broker, "broker", "", "where the brokers are, `HOST:PORT`")
-	f.StringVar(&o.dnsName, "broker-dns-name", "", "full `name` that is looked up for the brokers' addresses, with a final dot; if empty or if it does not exist, the host of --broker is looked up, which is also what certificates must be for")
-	f.StringVar(&o.routingKey, "routing-key", "", "`text` that says which brokers have the pod's session warm; empty asks any of them")
-	f.StringVar(&o.podUID, "pod-uid", "", "the pod's `UID`, where its session is its own: a part of the routing key")
-	f.StringVar(&o.listen, "listen", "127.0.0.1:9779", "loopback `address` to serve on")
-	f.StringVar(&o.tokenFile, "token-file", "", "`file` with the pod's token for the broker; read at each call")
-	f.StringVar(&o.rootsFile, "roots-file", "", "PEM `file` with the certificates that the broker is verified against; read at each handshake")
-	f.StringVar(&o.authorization, "authorization", "", "`text` that requests for container credentials must carry")
-	f.StringVar(&o.metadata, "metadata", string(policy.MetadataV2), "`form` of the emulated instance metadata: v2, v1 as well, or off")
-	f.StringVar(&o.zone, "zone", "", "availability `zone` that the pod runs in, for the emulated instance metadata; empty when unknown")
-	f.DurationVar(&o.startTimeout, "start-timeout", policy.DefaultStartTimeout,
+	f.StringVar(&o.broker, contract.Broker, "", "where the brokers are, `HOST:PORT`")
+	f.StringVar(&o.dnsName, contract.BrokerDNSName, "", "full `name` that is looked up for the brokers' addresses, with a final dot; if empty or if it does not exist, the host of --broker is looked up, which is also what certificates must be for")
+	f.StringVar(&o.routingKey, contract.RoutingKey, "", "`text` that says which brokers have the pod's session warm; empty asks any of them")
+	f.StringVar(&o.podUID, contract.PodUID, "", "the pod's `UID`, where its session is its own: a part of the routing key")
+	f.StringVar(&o.listen, contract.Listen, "127.0.0.1:9779", "loopback `address` to serve on")
+	f.StringVar(&o.tokenFile, contract.TokenFile, "", "`file` with the pod's token for the broker; read at each call")
+	f.StringVar(&o.rootsFile, contract.RootsFile, "", "PEM `file` with the certificates that the broker is verified against; read at each handshake")
+	f.StringVar(&o.authorization, contract.Authorization, "", "`text` that requests for container credentials must carry")
+	f.StringVar(&o.metadata, contract.Metadata, string(policy.MetadataV2), "`form` of the emulated instance metadata: v2, v1 as well, or off")
+	f.StringVar(&o.zone, contract.Zone, "", "availability `zone` that the pod runs in, for the emulated instance metadata; empty when unknown")
+	f.DurationVar(&o.startTimeout, contract.StartTimeout, policy.DefaultStartTimeout,
 		"how long probe waits for the first credentials; 0 for ever (`duration`)")
-	f.TextVar(&o.level, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
+	f.TextVar(&o.level, contract.LogLevel, slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
 	problem := setFromEnv(f)
 
 	return func(args []string) (options, error) {
 		switch {
 		case problem != nil:
 			return options{}, problem
-		case len(args) == 1 && args[0] == "probe":
+		case len(args) == 1 && args[0] == contract.ProbeArgument:
 			o.probe = true
 			return o, nil
 		case len(args) > 0:
 			return options{}, fmt.Errorf("unexpected argument %q: there is probe, and none to serve", args[0])
 		}
-		for _, name := range []string{"broker", "token-file", "roots-file", "authorization"} {
+		for _, name := range []string{contract.Broker, contract.TokenFile, contract.RootsFile, contract.Authorization} {
 			if f.Lookup(name).Value.String() == "" {
-				return options{}, fmt.Errorf("--%s or %s is required", name, variable(name))
+				return options{}, fmt.Errorf("--%s or %s is required", name, contract.Env(name))
 			}
 		}
 		return o, nil
@@ -75,20 +75,15 @@ func (o options) key() policy.RoutingKey {
 	return key
 }
 
-// variable returns the name of the environment variable for a flag.
-func variable(name string) string {
-	return "CREDENCE_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-}
-
 func setFromEnv(f *flag.FlagSet) error {
 	var problems []error
 	f.VisitAll(func(f *flag.Flag) {
-		value, ok := os.LookupEnv(variable(f.Name))
+		value, ok := os.LookupEnv(contract.Env(f.Name))
 		if !ok || f.Name == "version" {
 			return
 		}
 		if err := f.Value.Set(value); err != nil {
-			problems = append(problems, fmt.Errorf("%s is %q: %w", variable(f.Name), value, err))
+			problems = append(problems, fmt.Errorf("%s is %q: %w", contract.Env(f.Name), value, err))
 		}
 	})
 	return errors.Join(problems...)

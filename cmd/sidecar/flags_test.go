@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 // The key must be the one that brokers make of the pod, from variables as from flags.
@@ -58,7 +59,7 @@ func TestSettingsAreDocumented(t *testing.T) {
 	}
 	f := flag.NewFlagSet("credence-sidecar", flag.ContinueOnError)
 	flags(f)
-	f.VisitAll(func(f *flag.Flag) { want = append(want, f.Name+" "+variable(f.Name)) })
+	f.VisitAll(func(f *flag.Flag) { want = append(want, f.Name+" "+contract.Env(f.Name)) })
 	if !slices.Equal(documented, want) {
 		t.Errorf("documented are\n%q, there are\n%q", documented, want)
 	}

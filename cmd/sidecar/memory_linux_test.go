@@ -30,7 +30,7 @@ import (
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
-	"github.com/credence-iam/credence/sidecar"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 const (
@@ -225,7 +225,7 @@ func askOnce(ctx context.Context, address string, fields ...string) (_ net.Conn,
 			conn.Close()
 		}
 	}()
-	if _, err := io.WriteString(conn, "GET "+sidecar.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET "+contract.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
 		return nil, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)

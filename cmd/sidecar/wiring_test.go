@@ -31,6 +31,7 @@ import (
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/cmd/internal/program/processtest"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 // wiring has a row for each flag: what changes when it is given. A flag can have several. Each row runs the program
@@ -160,7 +161,7 @@ func TestVariablesAreWired(t *testing.T) {
 	var env []string
 	for _, arg := range w.args {
 		name, value, _ := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
-		env = append(env, variable(name)+"="+value)
+		env = append(env, contract.Env(name)+"="+value)
 	}
 	s := w.await(processtest.Start(t, processtest.Command{Env: append(env, "CREDENCE_METADATA=v1", "CREDENCE_ZONE=eu-central-1c")}))
 	s.mustServe("cart")

@@ -22,7 +22,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/integration/process"
-	"github.com/credence-iam/credence/sidecar"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 // pod is what a sidecar finds around it, and the bare server beside it.
@@ -141,7 +141,7 @@ func (p *pod) start(ctx context.Context, command func(address string) process.Co
 	c := command(address)
 	p.started++
 	c.Name = filepath.Base(c.Path) + "-" + strconv.Itoa(p.started)
-	s := &server{request: []byte("GET " + sidecar.CredentialsPath + " HTTP/1.1\r\nHost: " + address + "\r\nAuthorization: " + authorization + "\r\n\r\n")}
+	s := &server{request: []byte("GET " + contract.CredentialsPath + " HTTP/1.1\r\nHost: " + address + "\r\nAuthorization: " + authorization + "\r\n\r\n")}
 	if len(p.wrap) > 0 {
 		c.Path, c.Args = p.wrap[0], slices.Concat(p.wrap[1:], []string{c.Path}, c.Args)
 	}

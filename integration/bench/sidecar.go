@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/credence-iam/credence/integration/bench/report"
-	"github.com/credence-iam/credence/sidecar"
+	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 // sidecarMetrics are what a pod pays. None has a container's limits on it.
@@ -49,7 +49,7 @@ var sidecarMetrics = []metric{
 			// What time limits, routing and the check of headers may cost.
 			Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.15},
 		},
-		about: "Median latency of GET " + sidecar.CredentialsPath + " on one connection that is kept; beside it, a bare net/http server with a body\n" +
+		about: "Median latency of GET " + contract.CredentialsPath + " on one connection that is kept; beside it, a bare net/http server with a body\n" +
 			"\tof the same size. The client writes prepared bytes, so that its own work hides no difference.\n" +
 			"\tEach run has processes of its own.",
 		measure: func(ctx context.Context, b *bench) ([]report.Run, error) { return b.eachBeside(ctx, latency) },
