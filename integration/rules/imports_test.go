@@ -44,6 +44,7 @@ var floors = map[string]int{
 	"broker":               3,
 	"broker/admin":         3,
 	"broker/rulesfile":     3,
+	"operator/yamledit":    3, // YAML and JSON only
 	"sidecar":              3,
 	"webhook":              3,
 	"webhook/settingsfile": 3,

@@ -1,4 +1,4 @@
-package operator
+package yamledit
 
 import (
 	"bytes"
@@ -6,25 +6,25 @@ import (
 	"strings"
 )
 
-// contextLines is how many lines are shown around each change, as diff -u does.
+// contextLines is the number of lines around each change, as in diff -u.
 const contextLines = 3
 
-// change is a run of lines that give way to others.
+// change replaces a run of lines by others.
 type change struct {
-	start, end int // lines of before, from 0 on
+	start, end int // lines of before, counted from 0
 	lines      []string
 }
 
-// writeDiff writes, as a unified diff, what the edits change in a file: nothing if there are none. The edits are
-// the difference, so that nothing is searched for: it is exact, and takes no longer for a large file.
-func writeDiff(out *bytes.Buffer, name string, before []byte, edits []edit) {
+// WriteDiff writes the edits of a file as a unified diff, and nothing if they change nothing. The edits are the difference,
+// so it searches for nothing: the diff is exact, and its time is linear.
+func WriteDiff(out *bytes.Buffer, name string, before []byte, edits []Edit) {
 	changes := changesOf(before, edits)
 	if len(changes) == 0 {
 		return
 	}
 	lines := splitLines(string(before))
 	fmt.Fprintf(out, "--- %s\n+++ %s\n", name, name)
-	shift := 0 // how many lines were added before
+	shift := 0 // number of lines added so far
 	for i := 0; i < len(changes); {
 		last := i
 		for last+1 < len(changes) && changes[last+1].start-changes[last].end <= 2*contextLines {
@@ -63,7 +63,7 @@ func writeDiff(out *bytes.Buffer, name string, before []byte, edits []edit) {
 	}
 }
 
-// span is a range of lines as diff writes it.
+// span returns a range of lines as diff writes it.
 func span(from, count int) string {
 	switch count {
 	case 0:
@@ -83,8 +83,8 @@ func splitLines(s string) []string {
 	return lines
 }
 
-// changesOf turns edits of bytes into changes of lines, without those that come to nothing.
-func changesOf(before []byte, edits []edit) []change {
+// changesOf returns the edits of bytes as changes of lines. It leaves out edits that change nothing.
+func changesOf(before []byte, edits []Edit) []change {
 	starts := []int{0}
 	for i, c := range before {
 		if c == '\n' && i+1 < len(before) {
@@ -92,7 +92,7 @@ func changesOf(before []byte, edits []edit) []change {
 		}
 	}
 	line := 0
-	lineOf := func(at int) int { // called with growing offsets
+	lineOf := func(at int) int { // It needs growing offsets.
 		for line+1 < len(starts) && starts[line+1] <= at {
 			line++
 		}
@@ -106,27 +106,27 @@ func changesOf(before []byte, edits []edit) []change {
 	}
 	var changes []change
 	for i := 0; i < len(edits); {
-		first := lineOf(edits[i].start)
-		// Edits that touch the same lines are one change.
-		begin, end := starts[first], edits[i].end
+		first := lineOf(edits[i].Start)
+		// Edits of the same lines are one change.
+		begin, end := starts[first], edits[i].End
 		last := i
 		for {
 			whole := end == len(before) || end > 0 && before[end-1] == '\n'
 			if !whole {
 				end = endOf(lineOf(end))
 			}
-			if last+1 == len(edits) || edits[last+1].start > end || edits[last+1].start == end && end > 0 && before[end-1] == '\n' {
+			if last+1 == len(edits) || edits[last+1].Start > end || edits[last+1].Start == end && end > 0 && before[end-1] == '\n' {
 				break
 			}
 			last++
-			end = max(end, edits[last].end)
+			end = max(end, edits[last].End)
 		}
 		old := before[begin:end]
-		moved := make([]edit, 0, last+1-i)
+		moved := make([]Edit, 0, last+1-i)
 		for _, e := range edits[i : last+1] {
-			moved = append(moved, edit{e.start - begin, e.end - begin, e.text})
+			moved = append(moved, Edit{e.Start - begin, e.End - begin, e.Text})
 		}
-		if c, differs := trim(first, splitLines(string(old)), splitLines(string(apply(old, moved)))); differs {
+		if c, differs := trim(first, splitLines(string(old)), splitLines(string(Apply(old, moved)))); differs {
 			changes = append(changes, c)
 		}
 		i = last + 1
@@ -134,7 +134,7 @@ func changesOf(before []byte, edits []edit) []change {
 	return changes
 }
 
-// trim leaves out the lines that both begin and end with.
+// trim leaves out the lines that old and now have in common at the start and at the end.
 func trim(first int, old, now []string) (c change, differs bool) {
 	for len(old) > 0 && len(now) > 0 && old[0] == now[0] {
 		old, now = old[1:], now[1:]

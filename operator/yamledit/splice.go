@@ -1,9 +1,7 @@
-package operator
+package yamledit
 
 import (
 	"bytes"
-	"encoding/json"
-	"errors"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -11,64 +9,28 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// errShape says that a document is written in a way in which the place of something cannot be told.
-var errShape = errors.New("the place for what is to be added cannot be told")
-
-// edit replaces text[start:end] by other text.
-type edit struct {
-	start, end int
-	text       string
-}
-
-// apply returns text with the edits, which are in order and do not overlap.
-func apply(text []byte, edits []edit) []byte {
-	var out []byte
-	at := 0
-	for _, e := range edits {
-		out = append(append(out, text[at:e.start]...), e.text...)
-		at = e.end
-	}
-	return append(out, text[at:]...)
-}
-
-// beforeEnd returns edits of a text that was terminated, as edits of the text itself: the first one behind its last line ends
-// that line.
-func beforeEnd(edits []edit, text []byte) []edit {
-	newline := "\n"
-	if at := bytes.IndexByte(text, '\n'); at > 0 && text[at-1] == '\r' {
-		newline = "\r\n"
-	}
-	for i := range edits {
-		if edits[i].start > len(text) {
-			edits[i].start, edits[i].end = len(text), len(text)
-			edits[i].text = newline + edits[i].text
-			newline = ""
-		}
-	}
-	return edits
-}
-
-// splicer finds out where in the text of a document the new nodes of its tree belong. It adds lines, and
-// leaves all other bytes as they are: indentation, order, quotes and comments are those who wrote them.
+// splicer finds the places of a tree's new nodes in the text of the document. It adds lines and keeps all other bytes.
 type splicer struct {
 	text     []byte
-	lines    []int // where each line begins
-	tree     *patched
-	edits    []edit
+	lines    []int // the offset of each line
+	tree     *Tree
+	edits    []Edit
 	newline  string
 	indent   string // of one level
-	listStep int    // how much deeper a list is than its key
+	listStep int    // indentation of a list below its key, in spaces
 	json     bool
 	comma    string // between elements on one line
 	colon    string
 }
 
-// splice returns the edits that make the tree's new nodes part of the text.
-func splice(text []byte, tree *patched, isJSON bool) (edits []edit, err error) {
-	s := &splicer{text: text, lines: lineStarts(text), tree: tree, newline: "\n", indent: "  ", json: isJSON, comma: ", ", colon: ": "}
-	if at := bytes.IndexByte(text, '\n'); at > 0 && text[at-1] == '\r' {
-		s.newline = "\r\n"
+// Splice returns the edits that add the new nodes of tree to text, the text that it was parsed from. It returns [ErrShape]
+// or [ErrAliased] if it finds no place for one of them.
+func Splice(text []byte, tree *Tree, isJSON bool) ([]Edit, error) {
+	original := text
+	if !isJSON {
+		text = Terminated(text)
 	}
+	s := &splicer{text: text, lines: lineStarts(text), tree: tree, newline: newlineOf(text), indent: "  ", json: isJSON, comma: ", ", colon: ": "}
 	if isJSON {
 		if !bytes.Contains(text, []byte(`": `)) {
 			s.comma, s.colon = ",", ":"
@@ -80,21 +42,21 @@ func splice(text []byte, tree *patched, isJSON bool) (edits []edit, err error) {
 			}
 		}
 	} else {
-		s.measure(tree.root)
+		s.measure(tree.Root)
 	}
-	if err := s.visit(tree.root, nil, nil, false); err != nil {
+	if err := s.visit(tree.Root, nil, nil, false); err != nil {
 		return nil, err
 	}
-	slices.SortStableFunc(s.edits, func(a, b edit) int { return a.start - b.start })
+	slices.SortStableFunc(s.edits, func(a, b Edit) int { return a.Start - b.Start })
 	for i := 1; i < len(s.edits); i++ {
-		if s.edits[i].start < s.edits[i-1].end {
-			return nil, errShape
+		if s.edits[i].Start < s.edits[i-1].End {
+			return nil, ErrShape
 		}
 	}
-	return s.edits, nil
+	return beforeEnd(s.edits, original), nil
 }
 
-// measure learns how the document is indented, from the first map and the first list below a key.
+// measure sets the indentation of the document, from its first mapping and its first list below a key.
 func (s *splicer) measure(root *yaml.Node) {
 	maps, lists := false, false
 	var look func(n *yaml.Node)
@@ -124,11 +86,10 @@ func (s *splicer) measure(root *yaml.Node) {
 	look(root)
 }
 
-// visit makes the edits below n, inner ones first: where two are at one place, they stand in this order. key
-// is that of n in parent.
+// visit makes the edits below n, inner ones first, because edits at one place keep this order. key is the key of n in parent.
 func (s *splicer) visit(n, parent, key *yaml.Node, flow bool) error {
 	if n.Kind != yaml.MappingNode && n.Kind != yaml.SequenceNode {
-		return nil // aliases, too: what they stand for is visited where it is
+		return nil // This includes aliases. Their node is visited at its own place.
 	}
 	step := 1
 	if n.Kind == yaml.MappingNode {
@@ -144,7 +105,7 @@ func (s *splicer) visit(n, parent, key *yaml.Node, flow bool) error {
 	}
 	isFlow := flow || n.Style&yaml.FlowStyle != 0
 	if news > 0 && olds == 0 && isFlow && !flow && !s.json {
-		return s.replace(n, n, parent, key, false) // {} or []: a block reads better
+		return s.replace(n, n, parent, key, false) // {} or []: replace it by a block, which is easier to read.
 	}
 	for i := 0; i+step <= len(n.Content); i += step {
 		element := n.Content[i+step-1]
@@ -154,7 +115,7 @@ func (s *splicer) visit(n, parent, key *yaml.Node, flow bool) error {
 			k := n.Content[i]
 			old, ok := s.tree.replaced[element]
 			if !ok || step != 2 {
-				return errShape
+				return ErrShape
 			}
 			if err := s.replace(element, old, n, k, isFlow); err != nil {
 				return err
@@ -191,7 +152,7 @@ func (s *splicer) addInBlock(n, key *yaml.Node, step int) error {
 		}
 		lines := s.render(&yaml.Node{Kind: n.Kind, Content: n.Content[i : i+step]}, column)
 		if i > 0 {
-			// Behind the one before; behind what was added there if that is new itself.
+			// It follows the last old element before it, and the new elements after that one.
 			last := i
 			for last > 0 && n.Content[last].Line == 0 {
 				last -= step
@@ -205,13 +166,13 @@ func (s *splicer) addInBlock(n, key *yaml.Node, step int) error {
 				continue
 			}
 		}
-		// The first one of a list: below the key, so that comments above the one that was first stay there.
+		// The first element of a list goes below the key, so that comments stay above the old first element.
 		if key == nil || step != 1 {
-			return errShape
+			return ErrShape
 		}
 		end, err := s.end(key)
 		if err != nil || s.lineOf(start) == s.lineOf(end) {
-			return errShape
+			return ErrShape
 		}
 		s.insertLines(end, lines)
 	}
@@ -225,11 +186,11 @@ func (s *splicer) addInFlow(n *yaml.Node, step, olds int) error {
 		return err
 	}
 	if c := s.text[start]; c != '[' && c != '{' {
-		return errShape
+		return ErrShape
 	}
-	after := start + 1 // where the element goes that is looked at
+	after := start + 1 // the place of the next element
 	begin := s.leading(s.lineStart(start))
-	// multiline: elements have lines of their own, indented by deep.
+	// multiline: each element has its own line, indented by deep.
 	multiline, deep := false, begin+s.indent
 	if olds > 0 {
 		for i := 0; i < len(n.Content); i += step {
@@ -250,7 +211,7 @@ func (s *splicer) addInFlow(n *yaml.Node, step, olds int) error {
 	if multiline {
 		comma, colon, before = ",", ": ", s.newline+deep
 	}
-	seen := 0 // old ones
+	seen := 0 // old elements
 	for i := 0; i+step <= len(n.Content); i += step {
 		if n.Content[i].Line > 0 {
 			if after, err = s.entryEnd(n, i, step); err != nil {
@@ -261,7 +222,7 @@ func (s *splicer) addInFlow(n *yaml.Node, step, olds int) error {
 		}
 		element := before
 		if step == 2 {
-			element += quote(n.Content[i].Value) + colon
+			element += Quote(n.Content[i].Value) + colon
 		}
 		element += s.flowText(n.Content[i+step-1], multiline, deep)
 		switch {
@@ -273,15 +234,15 @@ func (s *splicer) addInFlow(n *yaml.Node, step, olds int) error {
 		if olds == 0 && multiline && i+step == len(n.Content) {
 			element += s.newline + begin
 		}
-		s.edits = append(s.edits, edit{after, after, element})
+		s.edits = append(s.edits, Edit{after, after, element})
 	}
 	return nil
 }
 
-// replace puts a new value in the place of an old one, which stands behind key in parent.
+// replace replaces the value old of key in parent by n.
 func (s *splicer) replace(n, old, parent, key *yaml.Node, flow bool) error {
 	if key == nil || old.Anchor != "" || old.Kind == yaml.AliasNode {
-		return errAliased
+		return ErrAliased
 	}
 	keyEnd, err := s.end(key)
 	if err != nil {
@@ -296,13 +257,13 @@ func (s *splicer) replace(n, old, parent, key *yaml.Node, flow bool) error {
 			return err
 		}
 		if s.lineOf(start) != s.lineOf(keyEnd) || s.lineOf(end) != s.lineOf(start) {
-			return errShape
+			return ErrShape
 		}
 	} else if start = s.skip(keyEnd, " \t"); start < len(s.text) && s.text[start] == ':' {
 		start++
 		end = start
 	} else {
-		return errShape
+		return ErrShape
 	}
 	switch {
 	case flow || s.json:
@@ -313,13 +274,13 @@ func (s *splicer) replace(n, old, parent, key *yaml.Node, flow bool) error {
 		if absent(old) {
 			t = " " + t
 		}
-		s.edits = append(s.edits, edit{start, end, t})
+		s.edits = append(s.edits, Edit{start, end, t})
 	case n.Kind == yaml.ScalarNode:
 		t := scalar(n)
 		if absent(old) {
 			t = " " + t
 		}
-		s.edits = append(s.edits, edit{start, end, t})
+		s.edits = append(s.edits, Edit{start, end, t})
 	default:
 		first, err := s.start(parent)
 		if err != nil {
@@ -328,7 +289,7 @@ func (s *splicer) replace(n, old, parent, key *yaml.Node, flow bool) error {
 		for start > 0 && s.text[start-1] == ' ' {
 			start--
 		}
-		s.edits = append(s.edits, edit{start, end, ""})
+		s.edits = append(s.edits, Edit{start, end, ""})
 		column := s.column(first) + len(s.indent)
 		if n.Kind == yaml.SequenceNode {
 			column = s.column(first) + s.listStep
@@ -338,12 +299,12 @@ func (s *splicer) replace(n, old, parent, key *yaml.Node, flow bool) error {
 	return nil
 }
 
-// absent reports whether nothing is written where n stands: a null that is left out.
+// absent reports whether n is a null without text.
 func absent(n *yaml.Node) bool {
 	return n.Kind == yaml.ScalarNode && n.Value == "" && n.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle|yaml.LiteralStyle|yaml.FoldedStyle) == 0
 }
 
-// insertLines adds lines behind the line of offset at.
+// insertLines adds lines after the line of offset at.
 func (s *splicer) insertLines(at int, lines []string) {
 	next := s.nextLine(at)
 	t := strings.Join(lines, s.newline)
@@ -352,7 +313,7 @@ func (s *splicer) insertLines(at int, lines []string) {
 	} else {
 		t = s.newline + t
 	}
-	s.edits = append(s.edits, edit{next, next, t})
+	s.edits = append(s.edits, Edit{next, next, t})
 }
 
 // render writes a node in block style, indented by column spaces.
@@ -387,7 +348,7 @@ func (s *splicer) render(n *yaml.Node, column int) []string {
 	return lines
 }
 
-// scalar writes a scalar, or a collection without elements, so that YAML 1.1 and 1.2 read the same.
+// scalar returns the text of a scalar, or of a collection without elements. YAML 1.1 and 1.2 read it the same way.
 func scalar(n *yaml.Node) string {
 	switch {
 	case n.Kind == yaml.MappingNode:
@@ -397,28 +358,19 @@ func scalar(n *yaml.Node) string {
 	case n.Tag != "!!str":
 		return n.Value
 	}
-	// Package yaml knows what must be quoted, words of YAML 1.1 among them.
+	// Package yaml knows which texts need quotes, including the words of YAML 1.1.
 	b, err := yaml.Marshal(n.Value)
 	if plain := strings.TrimSuffix(string(b), "\n"); err == nil && !strings.ContainsAny(plain, "\n\\") {
 		return plain
 	}
-	return quote(n.Value)
+	return Quote(n.Value)
 }
 
-// quote writes a string as JSON does.
-func quote(v string) string {
-	var b bytes.Buffer
-	encoder := json.NewEncoder(&b)
-	encoder.SetEscapeHTML(false)
-	_ = encoder.Encode(v) // a buffer takes all, and any string can be encoded
-	return strings.TrimSuffix(b.String(), "\n")
-}
-
-// flowText writes a node as JSON; on lines of its own where multiline, deep being the indentation of its first.
+// flowText returns n as JSON. If multiline is true, each element has its own line, and deep is the indentation of n's line.
 func (s *splicer) flowText(n *yaml.Node, multiline bool, deep string) string {
 	if n.Kind == yaml.ScalarNode {
 		if n.Tag == "!!str" {
-			return quote(n.Value)
+			return Quote(n.Value)
 		}
 		return n.Value
 	}
@@ -434,7 +386,7 @@ func (s *splicer) flowText(n *yaml.Node, multiline bool, deep string) string {
 			if multiline {
 				colon = ": "
 			}
-			element = quote(n.Content[i].Value) + colon
+			element = Quote(n.Content[i].Value) + colon
 			i++
 		}
 		elements = append(elements, element+s.flowText(n.Content[i], multiline, deep+s.indent))
@@ -446,10 +398,10 @@ func (s *splicer) flowText(n *yaml.Node, multiline bool, deep string) string {
 	return open + between[1:] + strings.Join(elements, between) + s.newline + deep + closing
 }
 
-// start returns where a node's own text begins, behind its anchor and its tag.
+// start returns the offset of n's own text, after its anchor and its tag.
 func (s *splicer) start(n *yaml.Node) (int, error) {
 	if n.Line < 1 || n.Line > len(s.lines) {
-		return 0, errShape
+		return 0, ErrShape
 	}
 	at := s.lines[n.Line-1]
 	if at == 0 && bytes.HasPrefix(s.text, []byte("\ufeff")) {
@@ -466,7 +418,7 @@ func (s *splicer) start(n *yaml.Node) (int, error) {
 		at = s.skipWhite(at)
 	}
 	if at >= len(s.text) && !absent(n) {
-		return 0, errShape
+		return 0, ErrShape
 	}
 	want := ""
 	switch flow := n.Style&yaml.FlowStyle != 0; {
@@ -478,10 +430,10 @@ func (s *splicer) start(n *yaml.Node) (int, error) {
 		want = "{"
 	case n.Kind == yaml.MappingNode:
 		if len(n.Content) == 0 || n.Content[0].Line < 1 {
-			return 0, errShape
+			return 0, ErrShape
 		}
 		if first, err := s.start(n.Content[0]); err != nil || n.Content[0].Anchor == "" && first != at {
-			return 0, errShape // the form with a question mark
+			return 0, ErrShape // "? key : value"
 		}
 	case n.Kind == yaml.AliasNode:
 		want = "*"
@@ -495,12 +447,12 @@ func (s *splicer) start(n *yaml.Node) (int, error) {
 		want = ">"
 	}
 	if want != "" && s.text[at] != want[0] {
-		return 0, errShape
+		return 0, ErrShape
 	}
 	return at, nil
 }
 
-// end returns where a node's text ends.
+// end returns the offset after n's text.
 func (s *splicer) end(n *yaml.Node) (int, error) {
 	at, err := s.start(n)
 	if err != nil {
@@ -522,7 +474,7 @@ func (s *splicer) end(n *yaml.Node) (int, error) {
 				return s.entryEnd(n, i, step)
 			}
 		}
-		return 0, errShape
+		return 0, ErrShape
 	}
 	closing := at
 	at++
@@ -537,13 +489,13 @@ func (s *splicer) end(n *yaml.Node) (int, error) {
 	for at = s.skipWhite(at); at < len(s.text) && s.text[at] == ','; at = s.skipWhite(at) {
 		at++
 	}
-	if at >= len(s.text) || s.text[at] != s.text[closing]+2 { // ] is two behind [, and } behind {
-		return 0, errShape
+	if at >= len(s.text) || s.text[at] != s.text[closing]+2 { // In ASCII, ] is [ plus 2, and } is { plus 2.
+		return 0, ErrShape
 	}
 	return at + 1, nil
 }
 
-// entryEnd returns where the element of n ends that begins at index i of its Content.
+// entryEnd returns the offset after the element at index i of n.Content, which has step nodes.
 func (s *splicer) entryEnd(n *yaml.Node, i, step int) (int, error) {
 	v := n.Content[i+step-1]
 	if old, ok := s.tree.replaced[v]; ok {
@@ -553,7 +505,7 @@ func (s *splicer) entryEnd(n *yaml.Node, i, step int) (int, error) {
 		return s.end(v)
 	}
 	if step != 2 {
-		return 0, errShape
+		return 0, ErrShape
 	}
 	at, err := s.end(n.Content[i])
 	if err != nil {
@@ -576,7 +528,7 @@ func (s *splicer) scalarEnd(n *yaml.Node, at int) (int, error) {
 				return at + 1, nil
 			}
 		}
-		return 0, errShape
+		return 0, ErrShape
 	case n.Style&yaml.SingleQuotedStyle != 0:
 		for at++; at < len(s.text); at++ {
 			if s.text[at] != '\'' {
@@ -587,31 +539,31 @@ func (s *splicer) scalarEnd(n *yaml.Node, at int) (int, error) {
 			}
 			at++
 		}
-		return 0, errShape
+		return 0, ErrShape
 	case n.Style&(yaml.LiteralStyle|yaml.FoldedStyle) != 0:
 		return s.blockEnd(n, at)
 	}
-	// A plain one may go on over lines; but for white space it is what it stands for.
+	// A plain scalar can have several lines. Its text equals its value, except for white space.
 	for i := 0; i < len(n.Value); i++ {
 		if strings.IndexByte(" \t\n", n.Value[i]) >= 0 {
 			continue
 		}
 		if at = s.skip(at, " \t\r\n"); at >= len(s.text) || s.text[at] != n.Value[i] {
-			return 0, errShape
+			return 0, ErrShape
 		}
 		at++
 	}
 	return at, nil
 }
 
-// blockEnd returns the end of the last line of a literal or folded scalar whose header is at.
+// blockEnd returns the end of the last line of a literal or folded scalar. Its header is at offset at.
 func (s *splicer) blockEnd(n *yaml.Node, at int) (int, error) {
 	header := string(s.text[at:s.nextLine(at)])
 	header, _, _ = strings.Cut(header, "#")
 	keep := strings.Contains(header, "+")
 	line := s.lineOf(at)
 	if content := strings.TrimRight(n.Value, "\n"); n.Style&yaml.LiteralStyle != 0 || content == "" {
-		count := strings.Count(n.Value, "\n") // lines are as they are written
+		count := strings.Count(n.Value, "\n") // The value has the lines of the text.
 		if !keep {
 			count = strings.Count(content, "\n") + 1
 			if content == "" {
@@ -621,7 +573,7 @@ func (s *splicer) blockEnd(n *yaml.Node, at int) (int, error) {
 		line += count
 	} else {
 		if strings.ContainsAny(header, "123456789") {
-			return 0, errShape
+			return 0, ErrShape
 		}
 		indent := ""
 		for next := line + 1; next < len(s.lines); next++ {
@@ -637,13 +589,13 @@ func (s *splicer) blockEnd(n *yaml.Node, at int) (int, error) {
 			}
 			line = next
 		}
-		// keep adds the empty lines behind the scalar, but not the rest after the last newline of the text.
+		// keep also takes the empty lines after the scalar, but not the rest after the last newline of the text.
 		for keep && line+2 < len(s.lines) && len(bytes.TrimSpace(s.text[s.lines[line+1]:s.lines[line+2]])) == 0 {
 			line++
 		}
 	}
 	if line >= len(s.lines) {
-		return 0, errShape
+		return 0, ErrShape
 	}
 	return max(s.nextLine(s.lines[line])-1, at), nil
 }
@@ -666,7 +618,7 @@ func (s *splicer) skipWhite(at int) int {
 	}
 }
 
-// leading returns the white space that a line begins with.
+// leading returns the white space at the start of a line.
 func (s *splicer) leading(lineStart int) string {
 	return string(s.text[lineStart:s.skip(lineStart, " \t")])
 }
@@ -676,7 +628,7 @@ func (s *splicer) column(at int) int {
 	return utf8.RuneCount(bytes.TrimPrefix(s.text[s.lineStart(at):at], []byte("\ufeff")))
 }
 
-// lineOf returns the index of the line that holds at.
+// lineOf returns the index of the line with offset at.
 func (s *splicer) lineOf(at int) int {
 	i, found := slices.BinarySearch(s.lines, at)
 	if !found {
@@ -687,26 +639,10 @@ func (s *splicer) lineOf(at int) int {
 
 func (s *splicer) lineStart(at int) int { return s.lines[s.lineOf(at)] }
 
-// nextLine returns where the line begins that follows the one of at.
+// nextLine returns the offset of the line after the line of at.
 func (s *splicer) nextLine(at int) int {
 	if next := s.lineOf(at) + 1; next < len(s.lines) {
 		return s.lines[next]
 	}
 	return len(s.text)
-}
-
-// lineStarts returns where each line begins, by the line breaks of YAML 1.1, as package yaml counts them.
-func lineStarts(b []byte) []int {
-	lines := []int{0}
-	for i := range b {
-		switch {
-		case b[i] == '\n', b[i] == '\r' && (i+1 == len(b) || b[i+1] != '\n'):
-			lines = append(lines, i+1)
-		case b[i] == 0xC2 && i+1 < len(b) && b[i+1] == 0x85:
-			lines = append(lines, i+2)
-		case b[i] == 0xE2 && i+2 < len(b) && b[i+1] == 0x80 && (b[i+2] == 0xA8 || b[i+2] == 0xA9):
-			lines = append(lines, i+3)
-		}
-	}
-	return lines
 }
