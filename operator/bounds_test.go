@@ -97,11 +97,11 @@ func TestCancelAtWork(t *testing.T) {
 		text func(n int) string
 		each int // minimum number of times that the command checks its context, for each of n
 	}{
-		"documents":    {func(n int) string { return strings.Repeat("a: b\n---\n", n) }, 2},   // while it parses and injects
-		"JSON":         {func(n int) string { return strings.Repeat(aNamespace+"\n", n) }, 4}, // and while it reads namespaces
-		"namespaces":   {func(n int) string { return list(aNamespace, n) }, 2},                // while it reads namespaces and skips objects
-		"pods":         {func(n int) string { return list(pod, n) }, 5},                       // and while it patches, checks and compares
-		"rewritten": {func(n int) string { return list(aliased, n) }, 5},
+		"documents":  {func(n int) string { return strings.Repeat("a: b\n---\n", n) }, 2},   // while it parses and injects
+		"JSON":       {func(n int) string { return strings.Repeat(aNamespace+"\n", n) }, 4}, // and while it reads namespaces
+		"namespaces": {func(n int) string { return list(aNamespace, n) }, 2},                // while it reads namespaces and skips objects
+		"pods":       {func(n int) string { return list(pod, n) }, 5},                       // and while it patches, checks and compares
+		"rewritten":  {func(n int) string { return list(aliased, n) }, 5},
 	} {
 		t.Run(name, func(t *testing.T) {
 			asked := func(n int) int {
