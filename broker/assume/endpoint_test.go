@@ -9,7 +9,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume"
 )
 
-// Where calls go: to the region's own endpoint in every partition, whatever was asked of older SDKs.
+// TestEndpoint: calls go to the regional endpoint in every partition, also with settings of older SDKs.
 func TestEndpoint(t *testing.T) {
 	for _, tt := range []struct {
 		region string
@@ -47,7 +47,7 @@ func TestEndpoint(t *testing.T) {
 			if err == nil || len(dialled) != 1 || dialled[0] != tt.want {
 				t.Errorf("with %s, %v, calls go to %v, want %s (%v)", tt.region, tt.env, dialled, tt.want, err)
 			}
-			// --sts-endpoint replaces all of it.
+			// --sts-endpoint overrides the regional endpoint.
 			dialled = nil
 			if len(tt.env) == 0 {
 				cfg.Endpoint = "http://sts.example.com:8080"
