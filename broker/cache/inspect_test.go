@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-func every(string) bool { return true }
+func all(string) bool { return true }
 
 func only(key string) func(string) bool { return func(k string) bool { return k == key } }
 
@@ -34,7 +34,7 @@ func TestDropForgetsAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "kept")
+		retain(t, c, "kept")
 		first := mustGet(t, c, "kept")
 		mustGet(t, c, "asked")
 		mustGet(t, c, "other")
@@ -66,10 +66,10 @@ func TestRenewServesTheOldMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
+		retain(t, c, "a")
 		first := mustGet(t, c, "a")
 		mustGet(t, c, "nobody's")
-		if n := c.Renew(every); n != 1 {
+		if n := c.Renew(all); n != 1 {
 			t.Errorf("%d keys are renewed, one is wanted", n)
 		}
 		synctest.Wait()
@@ -86,8 +86,8 @@ func TestRenewServesTheOldMeanwhile(t *testing.T) {
 // A session that STS made before an operator revoked the role's sessions must not be served after.
 func TestDropOutdatesFetchesUnderWay(t *testing.T) {
 	for name, again := range map[string]func(*cache.Cache[string]) int{
-		"drop":  func(c *cache.Cache[string]) int { return c.Drop(every) },
-		"renew": func(c *cache.Cache[string]) int { return c.Renew(every) },
+		"drop":  func(c *cache.Cache[string]) int { return c.Drop(all) },
+		"renew": func(c *cache.Cache[string]) int { return c.Renew(all) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -133,7 +133,7 @@ func TestDropReachesWhoWaitsForARenewal(t *testing.T) {
 			}
 		})
 		time.Sleep(100 * time.Millisecond)
-		c.Drop(every)
+		c.Drop(all)
 		caller.Wait()
 	})
 }
@@ -143,13 +143,13 @@ func TestRenewForgetsRefusals(t *testing.T) {
 		s := new(source)
 		s.fail(refusal())
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
+		retain(t, c, "a")
 		synctest.Wait()
 		if state := stateOf(t, c, "a"); !errors.Is(state.Failure, credential.ErrDenied) || state.Failures != 1 || !state.NotBefore.After(time.Now()) {
 			t.Errorf("state %+v", state)
 		}
 		s.slow(time.Second) // a person has mended it, and does not want to wait
-		c.Renew(every)
+		c.Renew(all)
 		mustGet(t, c, "a")
 		if state := stateOf(t, c, "a"); state.Failure != nil || state.Failures != 0 {
 			t.Errorf("state %+v", state)
@@ -176,13 +176,13 @@ func TestStatsAndStates(t *testing.T) {
 			}
 		}
 		want(cache.Stats{})
-		keep(t, c, "held")
+		retain(t, c, "held")
 		mustGet(t, c, "held")
 		want(cache.Stats{Entries: 1, Active: 1, Warm: 1, Stalest: life, Misses: 1, Fetched: 1, ForCallers: 1})
 
 		time.Sleep(time.Minute)
 		s.fail(refusal())
-		keep(t, c, "refused")
+		retain(t, c, "refused")
 		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
 		if settled, kept := c.Settled(); settled != 2 || kept != 2 {
 			t.Errorf("%d of %d are settled", settled, kept)
@@ -196,7 +196,7 @@ func TestStatsAndStates(t *testing.T) {
 			callers.Go(func() { _, _ = c.Get(ctx, key, "shop") })
 			synctest.Wait()
 		}
-		keep(t, c, "ahead")
+		retain(t, c, "ahead")
 		c.Renew(only("held"))
 		mustGet(t, c, "held")
 		want(cache.Stats{
@@ -212,7 +212,7 @@ func TestStatsAndStates(t *testing.T) {
 		if state := stateOf(t, c, "held"); state.AccessKeyID != "ASIA1" || state.Active != 1 || !state.Fetching {
 			t.Errorf("state %+v", state)
 		}
-		if state := fmt.Sprintf("%+v", c.States(every)); strings.Contains(state, planted) {
+		if state := fmt.Sprintf("%+v", c.States(all)); strings.Contains(state, secretMarker) {
 			t.Errorf("the states hold a secret: %s", state)
 		}
 		cancel()
@@ -225,7 +225,7 @@ func TestStatsOfLateRenewals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{FetchTimeout: life})
-		keep(t, c, "kept")
+		retain(t, c, "kept")
 		mustGet(t, c, "kept")
 		mustGet(t, c, "not kept")
 		s.slow(part(0.3))
@@ -275,7 +275,7 @@ func TestFetchHasTheFirstCallersValues(t *testing.T) {
 		synctest.Wait()
 		cancel() // takes its values along, not the fetch
 		callers.Wait()
-		keep(t, c, "b")
+		retain(t, c, "b")
 		time.Sleep(2 * time.Second)
 		mu.Lock()
 		defer mu.Unlock()
@@ -285,167 +285,22 @@ func TestFetchHasTheFirstCallersValues(t *testing.T) {
 	})
 }
 
-func TestClassesAreBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{MaxPerTenant: 500})
-		served := 0
-		for i := range 10_000 {
-			err := c.Retain(fmt.Sprint(i), "greedy")
-			switch {
-			case err == nil:
-				served++
-			case !errors.Is(err, cache.ErrTenantFull):
-				t.Fatal(err)
-			}
-		}
-		if served != 500 || c.Len() != 500 {
-			t.Errorf("of 10,000 keys of one class %d are kept, %d are known", served, c.Len())
-		}
-		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("a full class's caller is told %v", err)
-		}
-		if _, err := c.Get(t.Context(), "9999", "modest"); err != nil {
-			t.Errorf("another class is told %v", err)
-		}
-		// A key that another class has brought in counts all the same.
-		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("a full class's caller for a key that is held is told %v", err)
-		}
-		// What it has it may ask for, and what it gives back it may have again.
-		if _, err := c.Get(t.Context(), "0", "greedy"); err != nil {
-			t.Error(err)
-		}
-		c.Release("0", "greedy")
-		if err := c.Retain("9999", "greedy"); err != nil {
-			t.Error(err)
-		}
-		if err := c.Retain("9998", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("one more than may be: %v", err)
-		}
-		// A release that was not preceded by a keep changes nothing.
-		c.Release("1", "modest")
-		c.Release("9999", "modest")
-		if err := c.Check(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// What a class has given back counts until its place is wanted: however fast it changes its mind, it has no more.
-func TestReleasedKeysAreBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{MaxPerTenant: 10, Rate: rate.Inf})
-		for i := range 1000 {
-			key := fmt.Sprint(i)
-			if err := c.Retain(key, "fickle"); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(time.Millisecond)
-			c.Release(key, "fickle")
-		}
-		if n := c.Len(); n > 10 {
-			t.Errorf("%d keys are known", n)
-		}
-		// Nor does what was only asked for shut out what is to be kept, though another class keeps it.
-		for i := range 10 {
-			key := fmt.Sprint("shared-", i)
-			if err := c.Retain(key, "other"); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := c.Get(t.Context(), key, "fickle"); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for i := range 10 {
-			if err := c.Retain(fmt.Sprint("own-", i), "fickle"); err != nil {
-				t.Errorf("key %d: %v", i, err)
-			}
-		}
-		if err := c.Retain("one more", "fickle"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("one more: %v", err)
-		}
-		if err := c.Check(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// A key whose fetch is queued or under way is no room for another one, whether a caller still waits for it or not: its
-// session would be lost, and the fetch's end would meet an entry that is not known.
-func TestFetchesUnderWayAreNoRoom(t *testing.T) {
-	for name, tt := range map[string]struct{ concurrency, callers int }{
-		"under way, with callers":  {64, 1},
-		"under way, all have left": {64, 0},
-		"one is queued":            {1, 1},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := (&source{}).slow(10 * time.Second)
-				c := start(t, s, cache.Config[string]{MaxPerTenant: 2, Concurrency: tt.concurrency})
-				ctx, leave := context.WithCancel(t.Context())
-				defer leave()
-				got := make(chan error, 2)
-				for _, key := range []string{"a", "b"} {
-					go func() { _, err := c.Get(ctx, key, "shop"); got <- err }()
-					synctest.Wait()
-				}
-				if tt.callers == 0 {
-					leave()
-				}
-				synctest.Wait()
-				for range 3 {
-					if _, err := c.Get(t.Context(), "c", "shop"); !errors.Is(err, cache.ErrTenantFull) {
-						t.Errorf("a third key was answered %v, want %v", err, cache.ErrTenantFull)
-					}
-					if err := c.Retain("d", "shop"); !errors.Is(err, cache.ErrTenantFull) {
-						t.Errorf("a fourth key is kept: %v", err)
-					}
-				}
-				if err := c.Check(); err != nil {
-					t.Error(err)
-				}
-				time.Sleep(time.Minute)
-				synctest.Wait()
-				for range 2 {
-					if err := <-got; err != nil && tt.callers > 0 {
-						t.Errorf("a caller whose fetch was under way got %v", err)
-					}
-				}
-				// The fetched sessions are cached, and give room now.
-				mustGet(t, c, "a")
-				mustGet(t, c, "b")
-				if n := s.count(); n != 2 {
-					t.Errorf("%d fetches, want 2: a session was lost", n)
-				}
-				if _, err := c.Get(t.Context(), "c", "shop"); err != nil {
-					t.Errorf("when nothing is under way, a third key was answered %v", err)
-				}
-				if err := c.Check(); err != nil {
-					t.Error(err)
-				}
-			})
-		})
-	}
-}
-
 // Timers stand still while a machine is suspended, and sessions go on expiring. What fell due meanwhile is renewed soon after.
 func TestRenewalAfterASuspend(t *testing.T) {
-	for _, length := range []time.Duration{15 * time.Minute, time.Hour, 12 * time.Hour} {
+	for _, duration := range []time.Duration{15 * time.Minute, time.Hour, 12 * time.Hour} {
 		for _, part := range []float64{0.6, 1.5} { // past its renewal, past its end
-			t.Run(fmt.Sprintf("%s, for %v of it", length, part), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s, for %v of it", duration, part), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					s := &source{}
-					s.become(func(context.Context, string) (credential.Credential, error) { return s.session(length), nil })
+					s.respond(func(context.Context, string) (credential.Credential, error) { return s.session(duration), nil })
 					c := start(t, s, cache.Config[string]{})
-					keep(t, c, "a")
+					retain(t, c, "a")
 					time.Sleep(10 * time.Second)
 					synctest.Wait()
 					if n := s.count(); n != 1 {
 						t.Fatalf("%d fetches at the start", n)
 					}
-					c.Suspend(time.Duration(part * float64(length)))
+					c.Suspend(time.Duration(part * float64(duration)))
 					time.Sleep(time.Minute)
 					synctest.Wait()
 					if n := s.count(); n != 2 {
