@@ -27,7 +27,9 @@ func durationOf(key string) time.Duration {
 
 // byKey makes the source return sessions of the duration with which the key begins.
 func (s *source) byKey() *source {
-	s.respond(func(_ context.Context, key string) (credential.Credential, error) { return s.session(durationOf(key)), nil })
+	s.respond(func(_ context.Context, key string) (credential.Credential, error) {
+		return s.session(durationOf(key)), nil
+	})
 	return s
 }
 

@@ -62,7 +62,7 @@ func TestTenantsTakeTurns(t *testing.T) {
 	}
 }
 
-func TestClassesAreBounded(t *testing.T) {
+func TestMaxPerTenant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{MaxPerTenant: 500})
@@ -77,19 +77,19 @@ func TestClassesAreBounded(t *testing.T) {
 			}
 		}
 		if served != 500 || c.Len() != 500 {
-			t.Errorf("of 10,000 keys of one class %d are kept, %d are known", served, c.Len())
+			t.Errorf("of 10,000 keys of one tenant %d are active, and the cache has %d", served, c.Len())
 		}
 		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("a full class's caller is told %v", err)
+			t.Errorf("a caller of a full tenant gets %v", err)
 		}
 		if _, err := c.Get(t.Context(), "9999", "modest"); err != nil {
-			t.Errorf("another class is told %v", err)
+			t.Errorf("a caller of another tenant gets %v", err)
 		}
-		// A key that another class has brought in counts all the same.
+		// A key that another tenant already uses counts too.
 		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("a full class's caller for a key that is held is told %v", err)
+			t.Errorf("a caller of a full tenant gets %v for a cached key", err)
 		}
-		// What it has it may ask for, and what it gives back it may have again.
+		// A full tenant can request its own keys, and replace a released one.
 		if _, err := c.Get(t.Context(), "0", "greedy"); err != nil {
 			t.Error(err)
 		}
@@ -98,9 +98,9 @@ func TestClassesAreBounded(t *testing.T) {
 			t.Error(err)
 		}
 		if err := c.Retain("9998", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("one more than may be: %v", err)
+			t.Errorf("one key too many: %v", err)
 		}
-		// A release that was not preceded by a keep changes nothing.
+		// Release without Retain has no effect.
 		c.Release("1", "modest")
 		c.Release("9999", "modest")
 		if err := c.Check(); err != nil {
@@ -109,38 +109,38 @@ func TestClassesAreBounded(t *testing.T) {
 	})
 }
 
-// What a class has given back counts until its place is wanted: however fast it changes its mind, it has no more.
+// A released key counts until another key needs its place: a tenant that changes its keys often has no more of them.
 func TestReleasedKeysAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{MaxPerTenant: 10, Rate: rate.Inf})
 		for i := range 1000 {
 			key := fmt.Sprint(i)
-			if err := c.Retain(key, "fickle"); err != nil {
+			if err := c.Retain(key, "changing"); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(time.Millisecond)
-			c.Release(key, "fickle")
+			c.Release(key, "changing")
 		}
 		if n := c.Len(); n > 10 {
-			t.Errorf("%d keys are known", n)
+			t.Errorf("the cache has %d keys", n)
 		}
-		// Nor does what was only asked for shut out what is to be kept, though another class keeps it.
+		// Keys that were only requested, or that another tenant retains, do not prevent Retain.
 		for i := range 10 {
 			key := fmt.Sprint("shared-", i)
 			if err := c.Retain(key, "other"); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := c.Get(t.Context(), key, "fickle"); err != nil {
+			if _, err := c.Get(t.Context(), key, "changing"); err != nil {
 				t.Fatal(err)
 			}
 		}
 		for i := range 10 {
-			if err := c.Retain(fmt.Sprint("own-", i), "fickle"); err != nil {
+			if err := c.Retain(fmt.Sprint("own-", i), "changing"); err != nil {
 				t.Errorf("key %d: %v", i, err)
 			}
 		}
-		if err := c.Retain("one more", "fickle"); !errors.Is(err, cache.ErrTenantFull) {
+		if err := c.Retain("one more", "changing"); !errors.Is(err, cache.ErrTenantFull) {
 			t.Errorf("one more: %v", err)
 		}
 		if err := c.Check(); err != nil {
@@ -149,13 +149,13 @@ func TestReleasedKeysAreBounded(t *testing.T) {
 	})
 }
 
-// A key whose fetch is queued or under way is no room for another one, whether a caller still waits for it or not: its
-// session would be lost, and the fetch's end would meet an entry that is not known.
-func TestFetchesUnderWayAreNoRoom(t *testing.T) {
+// A key is not evicted during its fetch, with or without callers: its session would be lost, and the end of the fetch would
+// find no entry.
+func TestFetchesAreNotEvicted(t *testing.T) {
 	for name, tt := range map[string]struct{ concurrency, callers int }{
-		"under way, with callers":  {64, 1},
-		"under way, all have left": {64, 0},
-		"one is queued":            {1, 1},
+		"in flight, with callers":    {64, 1},
+		"in flight, without callers": {64, 0},
+		"queued":                     {1, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -174,10 +174,10 @@ func TestFetchesUnderWayAreNoRoom(t *testing.T) {
 				synctest.Wait()
 				for range 3 {
 					if _, err := c.Get(t.Context(), "c", "shop"); !errors.Is(err, cache.ErrTenantFull) {
-						t.Errorf("a third key was answered %v, want %v", err, cache.ErrTenantFull)
+						t.Errorf("a third key got %v, want %v", err, cache.ErrTenantFull)
 					}
 					if err := c.Retain("d", "shop"); !errors.Is(err, cache.ErrTenantFull) {
-						t.Errorf("a fourth key is kept: %v", err)
+						t.Errorf("Retain of a fourth key: %v", err)
 					}
 				}
 				if err := c.Check(); err != nil {
@@ -187,17 +187,17 @@ func TestFetchesUnderWayAreNoRoom(t *testing.T) {
 				synctest.Wait()
 				for range 2 {
 					if err := <-got; err != nil && tt.callers > 0 {
-						t.Errorf("a caller whose fetch was under way got %v", err)
+						t.Errorf("a caller whose fetch was in flight got %v", err)
 					}
 				}
-				// The fetched sessions are cached, and give room now.
+				// The sessions are cached now, and can be evicted.
 				mustGet(t, c, "a")
 				mustGet(t, c, "b")
 				if n := s.count(); n != 2 {
 					t.Errorf("%d fetches, want 2: a session was lost", n)
 				}
 				if _, err := c.Get(t.Context(), "c", "shop"); err != nil {
-					t.Errorf("when nothing is under way, a third key was answered %v", err)
+					t.Errorf("after the fetches, a third key got %v", err)
 				}
 				if err := c.Check(); err != nil {
 					t.Error(err)
@@ -206,4 +206,3 @@ func TestFetchesUnderWayAreNoRoom(t *testing.T) {
 		})
 	}
 }
-
