@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -740,30 +741,27 @@ func TestManyKeysFallDueTogether(t *testing.T) {
 func TestOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
-		lengths := map[string]time.Duration{"expires later": 10 * time.Minute, "expires sooner": 9 * time.Minute, "plug": 20 * time.Hour}
+		durations := map[string]time.Duration{"expires later": 20 * time.Minute, "dropped": 18 * time.Minute, "expires sooner": 9 * time.Minute}
 		s.answer = func(ctx context.Context, key string) (credential.Credential, error) {
-			d := time.Millisecond
-			if key == "plug" {
-				d = 2 * time.Minute
+			if key == "plug" { // occupies the only fetch from minute 7 to minute 11
+				if err := sleep(ctx, 4*time.Minute); err != nil {
+					return credential.Credential{}, err
+				}
 			}
-			if err := sleep(ctx, d); err != nil {
-				return credential.Credential{}, err
-			}
-			duration, ok := lengths[key]
-			if !ok {
-				duration = fullDuration
-			}
-			return s.session(duration), nil
+			return s.session(cmp.Or(durations[key], fullDuration)), nil
 		}
 		c := start(t, s, cache.Config[string]{Concurrency: 1, FetchTimeout: time.Hour})
-		retain(t, c, "expires later")
-		retain(t, c, "expires sooner")
-		time.Sleep(210 * time.Second) // before either is due
+		retain(t, c, "expires later") // renewed between minutes 8 and 10
+		retain(t, c, "dropped")       // renewed between minutes 7.2 and 9
+		time.Sleep(6 * time.Minute)
+		retain(t, c, "expires sooner") // renewed after minute 9.6
+		time.Sleep(time.Minute)
 		retain(t, c, "plug")
-		time.Sleep(100 * time.Second) // after both are
+		synctest.Wait()
 		retain(t, c, "ahead 1")
 		retain(t, c, "ahead, then awaited")
 		retain(t, c, "ahead, then left")
+		time.Sleep(220 * time.Second)
 		var wg sync.WaitGroup
 		get := func(key string, patience time.Duration) {
 			wg.Go(func() {
@@ -776,22 +774,23 @@ func TestOrder(t *testing.T) {
 		get("ahead, then left", time.Second)
 		get("ahead, then awaited", time.Minute)
 		get("caller", time.Minute)
+		c.Drop(only("dropped"))
 		if err := c.Check(); err != nil {
 			t.Error(err)
 		}
 		wg.Wait()
 		time.Sleep(time.Second)
 		var order []string
-		for _, call := range s.recorded()[3:] {
+		for _, call := range s.recorded()[4:] {
 			order = append(order, call.key)
 		}
-		if len(order) != 6 {
+		if len(order) != 7 {
 			t.Fatalf("the order is %q", order)
 		}
 		// Within the first and the last group the order does not matter.
 		slices.Sort(order[:2])
 		slices.Sort(order[4:])
-		want := []string{"ahead, then awaited", "caller", "expires sooner", "expires later", "ahead 1", "ahead, then left"}
+		want := []string{"ahead, then awaited", "caller", "expires sooner", "expires later", "ahead 1", "ahead, then left", "dropped"}
 		if !slices.Equal(order, want) {
 			t.Errorf("the order is %q, want %q", order, want)
 		}
