@@ -1,6 +1,5 @@
 // Package admin serves what operators, Prometheus and kubelet ask of a broker: whether it lives,
-// whether it is ready, its metrics, and, on a listener of its own, the state of each grant. It has the webhook's
-// metrics, too.
+// whether it is ready, its metrics, and, on a listener of its own, the state of each grant.
 //
 // It shows no credential, and decides nothing. Its metrics have few series, whatever pods do. The
 // debug pages take orders, to renew or drop the sessions of a role, from whoever can reach their

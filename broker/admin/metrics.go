@@ -137,12 +137,12 @@ func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
 }
 
 // Handler serves the metrics in the forms that Prometheus asks for.
-func (m *Metrics) Handler() http.Handler { return serve(m.registry, m.log) }
+func (m *Metrics) Handler() http.Handler { return MetricsHandler(m.registry, m.log) }
 
-// serve lets scrapes wait for each other: each counts all sessions under the lock that answers need. It refuses none, or one
+// MetricsHandler serves the metrics of registry. It lets scrapes wait for each other: each counts all sessions under the lock that answers need. It refuses none, or one
 // client that scrapes all the time would keep Prometheus out. As many wait as there are connections, of which addresses
 // have equal shares. A client that reads slowly makes nobody wait: http.TimeoutHandler keeps its response for it.
-func serve(registry *prometheus.Registry, log *slog.Logger) http.Handler {
+func MetricsHandler(registry *prometheus.Registry, log *slog.Logger) http.Handler {
 	handler := promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)})
 	one := make(chan struct{}, 1)
 	return http.TimeoutHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -60,11 +60,8 @@ type number struct {
 	kind prometheus.ValueType
 }
 
-// Prefixes of the names of metrics.
-const (
-	ofBroker  = "credence_broker_"
-	ofWebhook = "credence_webhook_"
-)
+// ofBroker starts the name of each metric.
+const ofBroker = "credence_broker_"
 
 func gauge(name, help string, labels ...string) number {
 	return number{desc: prometheus.NewDesc(ofBroker+name, help, labels, nil), kind: prometheus.GaugeValue}

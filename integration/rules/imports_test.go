@@ -57,6 +57,7 @@ var floors = map[string]int{
 	"broker/client/dnstest":   4,
 	"broker/tracing/otlptest": 4,
 	"operator":                4,
+	"webhook/metrics":         4,
 
 	"cmd/internal/twoprocessors":       4,
 	"cmd/internal/injectflags":         4, // what the webhook and the operator's command share
@@ -104,7 +105,7 @@ var doors = []struct {
 	{"github.com/cert-manager", []string{"certs/pki", "operator", integration}},
 	{"github.com/google/go-containerregistry", []string{integration}},
 	{"github.com/gorilla/mux", []string{"broker/admin", "sidecar", "webhook"}},
-	{"github.com/prometheus", []string{"broker/admin"}},
+	{"github.com/prometheus", []string{"broker/admin", "webhook/metrics"}},
 	{"go.opentelemetry.io", []string{"broker/tracing"}},
 	{"golang.org/x/crypto/x509roots", []string{"cmd/broker", integration}},
 	{"k8s.io/client-go", []string{"broker/kube", "certs/trust", "cmd", "operator", integration}},
