@@ -111,6 +111,10 @@ func TestRealFieldsAreNotCut(t *testing.T) {
 	e.Message = strings.Repeat("x", 100_000)
 	line = written(t, l, &out, e)
 	checkLine(t, line, e)
+	var cut audit.Entry
+	if err := json.Unmarshal([]byte(line), &cut); err != nil || len(cut.Message) != 1500 {
+		t.Errorf("a message of 100 kB is cut to %d bytes, want its limit of 1500: %v", len(cut.Message), err)
+	}
 	if !strings.Contains(line, `x…[cut]"`) || bytes.Count([]byte(line), []byte("[cut]")) != 1 {
 		t.Errorf("of a message of 100 kB, the message alone must be cut, with the mark: %.200s", line)
 	}
