@@ -353,25 +353,6 @@ func TestQueuedFetchWithoutCallers(t *testing.T) {
 	})
 }
 
-// The renewal of a single key always begins within the window.
-func TestRenewalWindow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{})
-		retain(t, c, "a")
-		time.Sleep(1000 * time.Hour)
-		times := s.of("a")
-		for i := range len(times) - 1 {
-			if remaining := fullDuration - times[i+1].Sub(times[i]); !within(remaining, part(0.50), part(0.60)) {
-				t.Errorf("a renewal began with %s left", remaining)
-			}
-		}
-		if len(times) < 1000 {
-			t.Errorf("%d fetches in 1000 hours", len(times))
-		}
-	})
-}
-
 func TestRefreshAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var duration time.Duration
@@ -1258,47 +1239,6 @@ func BenchmarkGetWarm(b *testing.B) {
 				return
 			}
 		}
-	})
-}
-
-// After an outage longer than a session, the caller of an old key waits no longer than the callers that came with new keys
-// before it, however many new keys follow.
-func TestOldTenantsAreNotStarved(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := &source{}
-		c := start(t, s, cache.Config[string]{Rate: 10, Concurrency: 1})
-		retain(t, c, "old")
-		mustGet(t, c, "old")
-		s.fail(unavailable())
-		time.Sleep(fullDuration + time.Minute)
-		s.respond(nil)
-
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		var flood sync.WaitGroup
-		flood.Go(func() { // twice as many new keys as the rate allows
-			for i := 0; ctx.Err() == nil; i++ {
-				flood.Go(func() { _, _ = c.Get(ctx, fmt.Sprint("new", i), "") })
-				_ = sleep(ctx, 50*time.Millisecond)
-			}
-		})
-		// The wait after the last failure is up to 30 s, and the queue of that time is as long.
-		recovered := time.Now()
-		for {
-			attempt, stop := context.WithTimeout(ctx, 3*time.Minute)
-			_, err := c.Get(attempt, "old", "")
-			stop()
-			if err == nil {
-				break
-			}
-			if time.Since(recovered) > 2*time.Minute {
-				t.Error("the caller of the old key still waits behind new keys")
-				break
-			}
-			time.Sleep(time.Second)
-		}
-		cancel()
-		flood.Wait()
 	})
 }
 

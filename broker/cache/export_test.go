@@ -65,7 +65,7 @@ func (c *Cache[K]) Check() error {
 	if s.Due != due || s.Queued != queued || s.Running != running {
 		return fmt.Errorf("the schedule has %d entries due, %d queued and %d running, want %d, %d and %d", s.Due, s.Queued, s.Running, due, queued, running)
 	}
-	// An expired session may be counted until its entry is rescheduled. A session that lives less than 3 s counts as less.
+	// An expired session may be counted until its entry is rescheduled. A session shorter than 3 s counts as less.
 	if s.Demand > 1.001*demand+1e-6 {
 		return fmt.Errorf("the demand is %v, want at most %v", s.Demand, demand)
 	}

@@ -182,11 +182,12 @@ func TestOrder(t *testing.T) {
 	for name, expiration := range map[string]time.Time{"later": hour.Add(time.Second), "sooner": hour, "expired": start.Add(-time.Hour)} {
 		s.Enqueue(schedule.NewItem(&key{name: name}), "", expiration)
 	}
+	// A waiting caller's place does not depend on the session: callers of old keys are served between those of new keys.
 	s.Await(s.enqueue("awaited 1", ""), "")
-	s.Await(s.enqueue("awaited 2", ""), "")
 	renewal := schedule.NewItem(&key{name: "awaited renewal"})
 	s.Enqueue(renewal, "", hour)
 	s.Await(renewal, "")
+	s.Await(s.enqueue("awaited 2", ""), "")
 	left := s.enqueue("left", "")
 	s.Await(left, "")
 	s.Unawait(left)
@@ -195,7 +196,7 @@ func TestOrder(t *testing.T) {
 	s.Drop(dropped)
 	s.Dequeue(s.enqueue("dequeued", ""))
 
-	want := "awaited 1, awaited 2, awaited renewal, expired, sooner, later, prefetch 1, prefetch 2, left, dropped"
+	want := "awaited 1, awaited renewal, awaited 2, expired, sooner, later, prefetch 1, prefetch 2, left, dropped"
 	if got := strings.Join(s.drain(), ", "); got != want {
 		t.Errorf("the order is\n%s, want\n%s", got, want)
 	}
