@@ -64,7 +64,7 @@ func (c *Cache[K]) join(e *entry[K], f *pendingFetch, tenant string, needy bool)
 		return
 	}
 	if !f.hasWaiters() {
-		c.schedule.Await(e.item, tenant)
+		c.schedule.SetWaiting(e.item, tenant)
 	}
 	f.waiters++
 }
@@ -79,7 +79,7 @@ func (c *Cache[K]) leave(e *entry[K], f *pendingFetch, needy bool) {
 		return
 	}
 	if needy && !f.hasWaiters() {
-		c.schedule.Unawait(e.item)
+		c.schedule.ClearWaiting(e.item)
 	}
 	if c.dropUnneeded(e) {
 		c.reschedule(e, time.Now())

@@ -162,7 +162,7 @@ func (c *Cache[K]) Renew(match func(K) bool) int {
 func (c *Cache[K]) Drop(match func(K) bool) int {
 	return c.refetch(func(e *entry[K]) bool { return match(e.key) }, func(e *entry[K]) {
 		e.session = credential.Credential{}
-		c.schedule.Drop(e.item)
+		c.schedule.ForgetSession(e.item)
 	})
 }
 

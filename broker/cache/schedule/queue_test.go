@@ -11,7 +11,7 @@ import (
 func TestTenantsTakeTurns(t *testing.T) {
 	const many = 2000
 	for kind, queue := range map[string]func(s *simulation, name, tenant string){
-		"callers":    func(s *simulation, name, tenant string) { s.Await(s.enqueue(name, ""), tenant) },
+		"callers":    func(s *simulation, name, tenant string) { s.SetWaiting(s.enqueue(name, ""), tenant) },
 		"prefetches": func(s *simulation, name, tenant string) { s.enqueue(name, tenant) },
 	} {
 		t.Run(kind, func(t *testing.T) {
@@ -63,7 +63,7 @@ func TestTenantsTakeTurns(t *testing.T) {
 func TestFirstComeFirstServed(t *testing.T) {
 	s := unlimited()
 	for n := range 50 {
-		s.Await(s.enqueue(fmt.Sprintf("%03d", n), "a"), "a")
+		s.SetWaiting(s.enqueue(fmt.Sprintf("%03d", n), "a"), "a")
 	}
 	if got := s.drain(); len(got) != 50 || !slices.IsSorted(got) {
 		t.Errorf("the order is %q", got)
@@ -73,12 +73,12 @@ func TestFirstComeFirstServed(t *testing.T) {
 // A caller that returns keeps its place.
 func TestReturningCallersKeepTheirPlace(t *testing.T) {
 	s := unlimited()
-	s.Await(s.enqueue("first", ""), "")
+	s.SetWaiting(s.enqueue("first", ""), "")
 	impatient := s.enqueue("impatient", "")
-	s.Await(impatient, "")
-	s.Unawait(impatient)
-	s.Await(s.enqueue("last", ""), "")
-	s.Await(impatient, "")
+	s.SetWaiting(impatient, "")
+	s.ClearWaiting(impatient)
+	s.SetWaiting(s.enqueue("last", ""), "")
+	s.SetWaiting(impatient, "")
 	if got := s.drain(); !slices.Equal(got, []string{"first", "impatient", "last"}) {
 		t.Errorf("the order is %q", got)
 	}

@@ -118,9 +118,9 @@ func (s *Schedule[T]) Enqueue(i *Item[T], tenant string, expiration time.Time) {
 // Requeue queues i again after its fetch has finished. The fetch keeps its turns.
 func (s *Schedule[T]) Requeue(i *Item[T]) { s.queue.push(i) }
 
-// Await notes that callers wait for i's fetch. If it is queued, the fetch takes a turn of tenant among those that
+// SetWaiting notes that callers wait for i's fetch. If it is queued, the fetch takes a turn of tenant among those that
 // callers wait for, unless it had one before: a caller that returns keeps its place.
-func (s *Schedule[T]) Await(i *Item[T], tenant string) {
+func (s *Schedule[T]) SetWaiting(i *Item[T], tenant string) {
 	if i.queueIndex != none && !i.waiting {
 		s.queue.takeTurn(i, waiting, tenant)
 	}
@@ -128,19 +128,19 @@ func (s *Schedule[T]) Await(i *Item[T], tenant string) {
 	s.queue.fix(i)
 }
 
-// Unawait notes that no caller waits for i's fetch any more.
-func (s *Schedule[T]) Unawait(i *Item[T]) {
+// ClearWaiting notes that no caller waits for i's fetch any more.
+func (s *Schedule[T]) ClearWaiting(i *Item[T]) {
 	i.waiting = false
 	s.queue.fix(i)
 }
 
-// Drop notes that i has no session any more: its fetch is no renewal now.
-func (s *Schedule[T]) Drop(i *Item[T]) {
+// ForgetSession notes that i has no session any more: its fetch is no renewal now.
+func (s *Schedule[T]) ForgetSession(i *Item[T]) {
 	i.expiration = time.Time{}
 	s.queue.fix(i)
 }
 
-// Queued reports whether i's fetch has not begun.
+// Queued reports whether i's fetch is queued: it has not begun.
 func (s *Schedule[T]) Queued(i *Item[T]) bool { return i.queueIndex != none }
 
 // Dequeue removes i from the queue, if it is there.

@@ -183,17 +183,17 @@ func TestOrder(t *testing.T) {
 		s.Enqueue(schedule.NewItem(&key{name: name}), "", expiration)
 	}
 	// A waiting caller's place does not depend on the session: callers of old keys are served between those of new keys.
-	s.Await(s.enqueue("awaited 1", ""), "")
+	s.SetWaiting(s.enqueue("awaited 1", ""), "")
 	renewal := schedule.NewItem(&key{name: "awaited renewal"})
 	s.Enqueue(renewal, "", hour)
-	s.Await(renewal, "")
-	s.Await(s.enqueue("awaited 2", ""), "")
+	s.SetWaiting(renewal, "")
+	s.SetWaiting(s.enqueue("awaited 2", ""), "")
 	left := s.enqueue("left", "")
-	s.Await(left, "")
-	s.Unawait(left)
+	s.SetWaiting(left, "")
+	s.ClearWaiting(left)
 	dropped := schedule.NewItem(&key{name: "dropped"})
 	s.Enqueue(dropped, "", hour)
-	s.Drop(dropped)
+	s.ForgetSession(dropped)
 	s.Dequeue(s.enqueue("dequeued", ""))
 
 	want := "awaited 1, awaited renewal, awaited 2, expired, sooner, later, prefetch 1, prefetch 2, left, dropped"
@@ -206,11 +206,11 @@ func TestOrder(t *testing.T) {
 func TestRequeueKeepsItsTurn(t *testing.T) {
 	s := unlimited()
 	outdated := s.enqueue("outdated", "")
-	s.Await(outdated, "")
+	s.SetWaiting(outdated, "")
 	if s.Begin(s.now) != outdated {
 		t.Fatal("it does not begin")
 	}
-	s.Await(s.enqueue("other", ""), "")
+	s.SetWaiting(s.enqueue("other", ""), "")
 	s.Finish(s.now, schedule.Responded, false)
 	s.Requeue(outdated)
 	if got := s.drain(); !slices.Equal(got, []string{"outdated", "other"}) {
@@ -241,11 +241,11 @@ func TestRandomCalls(t *testing.T) {
 			case what == 2 && !inQueue && !isRunning:
 				s.Enqueue(i, tenant, s.now.Add(duration))
 			case what == 3 && inQueue:
-				s.Await(i, tenant)
+				s.SetWaiting(i, tenant)
 			case what == 4 && inQueue:
-				s.Unawait(i)
+				s.ClearWaiting(i)
 			case what == 5:
-				s.Drop(i)
+				s.ForgetSession(i)
 			case what == 6 && random.IntN(4) == 0:
 				s.Dequeue(i)
 			case what == 7:
