@@ -3,6 +3,8 @@ package schedule
 import (
 	"math"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // Outcome is what the end of a fetch says about the rate.
@@ -18,7 +20,7 @@ const (
 )
 
 // Unlimited is a rate without a limit.
-const Unlimited = math.MaxFloat64
+const Unlimited = float64(rate.Inf)
 
 // The rate of fetches follows the source, as congestion control does in TCP. It is halved when the source throttles.
 // Then it doubles up to half of the rate that was throttled, and rises in small steps from there. If the source is
@@ -39,14 +41,14 @@ const (
 
 // rateControl decides when the next fetch may begin.
 type rateControl struct {
-	whole      rateShare // configured, for all that share it
-	n          int       // how many share it
-	full       rateShare // this one's share
-	bucket     bucket
-	doubleTo   float64   // the rate doubles up to here, and rises in steps beyond
-	lowered    time.Time // when the rate last fell
-	changed    time.Time // when the rate was last found too high, or rose; it rises adaptPeriod later
-	failedKeys int       // fetches in a row, of as many keys, that found the source unavailable
+	whole      rateShare     // configured, for all that share it
+	n          int           // how many share it
+	full       rateShare     // this one's share
+	limiter    *rate.Limiter // has the present rate and burst
+	doubleTo   float64       // the rate doubles up to here, and rises in steps beyond
+	lowered    time.Time     // when the rate last fell
+	changed    time.Time     // when the rate was last found too high, or rose; it rises adaptPeriod later
+	failedKeys int           // fetches in a row, of as many keys, that found the source unavailable
 }
 
 // rateShare is a rate with its burst.
@@ -66,8 +68,7 @@ func (s rateShare) of(n int) rateShare {
 func newRateControl(full float64, burst int) rateControl {
 	whole := rateShare{full, burst}
 	return rateControl{
-		whole: whole, n: 1, full: whole, doubleTo: full,
-		bucket: bucket{rate: full, burst: float64(burst), tokens: float64(burst)},
+		whole: whole, n: 1, full: whole, doubleTo: full, limiter: rate.NewLimiter(rate.Limit(full), burst),
 	}
 }
 
@@ -80,28 +81,44 @@ func (c *rateControl) share(now time.Time, n int) (changed bool) {
 	}
 	before := c.full.rate
 	c.n, c.full = n, c.whole.of(n)
-	resize := func(rate float64) float64 {
-		if rate >= before {
+	resize := func(perSecond float64) float64 {
+		if perSecond >= before {
 			return c.full.rate
 		}
-		return min(rate, c.full.rate)
+		return min(perSecond, c.full.rate)
 	}
 	c.doubleTo = resize(c.doubleTo)
-	c.set(now, resize(c.bucket.rate))
+	c.set(now, resize(c.perSecond()))
 	return true
 }
 
+// perSecond returns the present rate.
+func (c *rateControl) perSecond() float64 { return float64(c.limiter.Limit()) }
+
 // take returns 0 and counts a fetch if one may begin now, otherwise how long to wait.
 func (c *rateControl) take(now time.Time) time.Duration {
-	wait := c.bucket.wait(now)
-	if wait == 0 && c.bucket.rate != Unlimited {
-		c.bucket.tokens--
+	// AllowN would not refill after a refusal while the wall clock is set back.
+	reservation := c.limiter.ReserveN(now, 1)
+	wait := min(reservation.DelayFrom(now), maxWait)
+	if wait > 0 {
+		reservation.CancelAt(now)
 	}
 	return wait
 }
 
 // wait returns how long until a fetch may begin.
-func (c *rateControl) wait(now time.Time) time.Duration { return c.bucket.wait(now) }
+func (c *rateControl) wait(now time.Time) time.Duration {
+	missing := 1 - c.limiter.TokensAt(now)
+	if missing <= 0 || c.perSecond() == Unlimited {
+		return 0
+	}
+	// It is rounded up, or the fetch would be tried a moment too early. A rate close to 0 would overflow.
+	nanoseconds := math.Ceil(missing / c.perSecond() * float64(time.Second))
+	return time.Duration(min(nanoseconds, float64(maxWait)))
+}
+
+// maxWait bounds wait, in which no more than its caller's patience matters.
+const maxWait = time.Hour
 
 // adapt changes the rate after a fetch. failedBefore says that the same key's previous fetch failed too.
 func (c *rateControl) adapt(now time.Time, outcome Outcome, failedBefore bool) {
@@ -114,26 +131,26 @@ func (c *rateControl) adapt(now time.Time, outcome Outcome, failedBefore bool) {
 	case !failedBefore:
 		c.failedKeys++
 	}
-	rate := c.bucket.rate
+	perSecond := c.perSecond()
 	tooHigh := outcome == Throttled || c.failedKeys >= unavailableAfter
 	switch {
 	case tooHigh && now.Sub(c.lowered) < adaptPeriod:
 		c.changed = now
 	case outcome == Throttled:
-		c.doubleTo = max(rate/2, c.minimum())
+		c.doubleTo = max(perSecond/2, c.minimum())
 		c.lowered, c.changed = now, now
 		c.set(now, c.doubleTo)
 	case tooHigh:
 		c.lowered, c.changed = now, now
 		c.set(now, c.minimum())
-	case c.failedKeys > 0 || rate >= c.full.rate || now.Sub(c.changed) < adaptPeriod:
+	case c.failedKeys > 0 || perSecond >= c.full.rate || now.Sub(c.changed) < adaptPeriod:
 	default:
 		// One step only, however much time has passed: without fetches it says nothing about the source.
 		c.changed = now
-		if rate < c.doubleTo {
-			c.set(now, min(2*rate, c.doubleTo))
+		if perSecond < c.doubleTo {
+			c.set(now, min(2*perSecond, c.doubleTo))
 		} else {
-			c.set(now, min(rate+c.full.rate/stepsToFull, c.full.rate))
+			c.set(now, min(perSecond+c.full.rate/stepsToFull, c.full.rate))
 		}
 	}
 }
@@ -142,38 +159,7 @@ func (c *rateControl) adapt(now time.Time, outcome Outcome, failedBefore bool) {
 func (c *rateControl) minimum() float64 { return min(minRate/float64(c.n), c.full.rate) }
 
 // set changes the rate, and the burst in proportion.
-func (c *rateControl) set(now time.Time, rate float64) {
-	c.bucket.fill(now)
-	c.bucket.rate = rate
-	c.bucket.burst = max(1, math.Floor(float64(c.full.burst)*(rate/c.full.rate)))
+func (c *rateControl) set(now time.Time, perSecond float64) {
+	c.limiter.SetLimitAt(now, rate.Limit(perSecond))
+	c.limiter.SetBurstAt(now, max(1, int(float64(c.full.burst)*(perSecond/c.full.rate))))
 }
-
-// bucket is a token bucket. It fills with rate tokens per second up to burst; each fetch takes one.
-type bucket struct {
-	rate, burst float64
-	tokens      float64
-	filled      time.Time // when tokens was last brought up to date
-}
-
-func (b *bucket) fill(now time.Time) {
-	elapsed := max(now.Sub(b.filled), 0) // The wall clock may have been set back.
-	b.tokens = min(b.tokens+elapsed.Seconds()*b.rate, b.burst)
-	b.filled = now
-}
-
-// wait returns how long until there is a token, 0 if there is one.
-func (b *bucket) wait(now time.Time) time.Duration {
-	b.fill(now)
-	if b.tokens >= 1 || b.rate == Unlimited {
-		return 0
-	}
-	// Rounded up, or a fetch would be tried again at once.
-	nanoseconds := math.Ceil((1 - b.tokens) / b.rate * float64(time.Second))
-	if nanoseconds >= float64(maxWait) { // also for a rate close to 0
-		return maxWait
-	}
-	return time.Duration(nanoseconds)
-}
-
-// maxWait bounds wait, in which no more than its caller's patience matters.
-const maxWait = time.Hour

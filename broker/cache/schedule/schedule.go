@@ -194,6 +194,6 @@ type Stats struct {
 func (s *Schedule[T]) Stats() Stats {
 	return Stats{
 		Due: len(s.due), Queued: len(s.queue.heap), Running: s.running,
-		Rate: s.rate.bucket.rate, Share: s.rate.full.rate, Demand: s.renewals.perSecond(),
+		Rate: s.rate.perSecond(), Share: s.rate.full.rate, Demand: s.renewals.perSecond(),
 	}
 }
