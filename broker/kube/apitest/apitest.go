@@ -2,7 +2,9 @@
 //
 // It gets, lists, watches, creates, updates and deletes the objects that a broker or a webhook needs, honors
 // label and field selectors, refuses an update of an old version, publishes the keys that sign its tokens, and reviews
-// tokens. It counts requests. [Server.Put] and [Server.Delete] change objects as another client would.
+// tokens. It counts requests, and [Server.Intercept] lets a test refuse them. [Server.Put] and [Server.Delete] change
+// objects as another client would. Clients reach it over TCP by a kubeconfig file, or in memory by [Network.Config],
+// which works in a synctest bubble.
 //
 // It does not authorize, default or validate, it does not stream lists, and its server-side apply merges maps without
 // owning fields. The tests in integration show what a real API server does.
@@ -56,15 +58,15 @@ const Issuer = "https://kubernetes.default.svc.cluster.local"
 
 // Server is the server. Make it with [Start]. It is safe for concurrent use.
 type Server struct {
-	url string
+	*Network
 	key *ecdsa.PrivateKey
-	end chan struct{} // closed when the server stops
 
-	mu       sync.Mutex
-	changes  []change            // of which the nth made version n; guarded by mu
-	objects  map[location]object // guarded by mu
-	watchers map[*watcher]bool   // guarded by mu
-	requests map[request]int     // guarded by mu
+	mu        sync.Mutex
+	changes   []change                     // of which the nth made version n; guarded by mu
+	objects   map[location]object          // guarded by mu
+	watchers  map[*watcher]bool            // guarded by mu
+	requests  map[Request]int              // :: request without name and query → number; guarded by mu
+	intercept func(Request) *metav1.Status // guarded by mu
 }
 
 // change is one change of an object; nil is none.
@@ -76,8 +78,11 @@ type change struct {
 // location is where an object is.
 type location struct{ resource, namespace, name string }
 
-// request is what [Server.Requests] counts.
-type request struct{ method, resource, namespace string }
+// Request is a request for objects, as [Server.Requests] counts it and [Server.Intercept] sees it.
+type Request struct {
+	Method, Resource, Namespace, Name string
+	Query                             string // URL-encoded
+}
 
 // Start runs a server until the test ends.
 func Start(t testing.TB) *Server {
@@ -87,21 +92,22 @@ func Start(t testing.TB) *Server {
 		t.Fatal(err)
 	}
 	s := &Server{
-		key: key, end: make(chan struct{}),
-		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[request]int),
+		key:     key,
+		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[Request]int),
 	}
-	server := httptest.NewServer(http.HandlerFunc(s.serve))
-	s.url = server.URL
-	t.Cleanup(func() {
-		close(s.end)
-		server.Close()
-	})
+	s.Network = Serve(t, http.HandlerFunc(s.serve))
 	return s
 }
 
-// Kubeconfig writes a kubeconfig file for the server, and returns its path.
+// Kubeconfig serves on a TCP port until the test ends, writes a kubeconfig file for that port, and returns the file's
+// path.
 func (s *Server) Kubeconfig(t testing.TB) string {
 	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(s.serve))
+	t.Cleanup(func() {
+		server.CloseClientConnections() // watches
+		server.Close()
+	})
 	file := filepath.Join(t.TempDir(), "kubeconfig")
 	text := fmt.Sprintf(`apiVersion: v1
 kind: Config
@@ -109,7 +115,7 @@ clusters: [{name: test, cluster: {server: %q}}]
 contexts: [{name: test, context: {cluster: test, user: test}}]
 current-context: test
 users: [{name: test, user: {}}]
-`, s.url)
+`, server.URL)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -164,11 +170,27 @@ func (s *Server) Requests(method, resource, namespace string) (count int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for r, n := range s.requests {
-		if (method == "" || r.method == method) && (resource == "" || r.resource == resource) && (namespace == "" || r.namespace == namespace) {
+		if (method == "" || r.Method == method) && (resource == "" || r.Resource == resource) && (namespace == "" || r.Namespace == namespace) {
 			count += n
 		}
 	}
 	return count
+}
+
+// Intercept makes the server call f before each request. If f returns a status, such as one made by [Failure], that is the
+// response, and nothing changes. Concurrent requests make concurrent calls of f. A nil f intercepts nothing.
+func (s *Server) Intercept(f func(Request) *metav1.Status) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.intercept = f
+}
+
+// Failure returns a status that refuses a request.
+func Failure(code int32, reason metav1.StatusReason, message string) *metav1.Status {
+	return &metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure,
+		Code: code, Reason: reason, Message: message,
+	}
 }
 
 // kindOf returns the kind that match finds; ok is false if there is none.

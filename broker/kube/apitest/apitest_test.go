@@ -1,7 +1,11 @@
 package apitest_test
 
 import (
+	"errors"
+	"net/http"
+	"syscall"
 	"testing"
+	"testing/synctest"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -94,6 +98,43 @@ func TestWrites(t *testing.T) {
 	if _, err := maps.Get(t.Context(), "m", metav1.GetOptions{}); !apierrors.IsNotFound(err) {
 		t.Errorf("getting a deleted ConfigMap: %v", err)
 	}
+}
+
+// TestInMemory: a client in a synctest bubble reaches the server, unless the server is down or a test refuses the request.
+func TestInMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := apitest.Start(t)
+		s.Put(pod("a", "red"))
+		client, err := kubernetes.NewForConfig(s.Config())
+		if err != nil {
+			t.Fatal(err)
+		}
+		get := func() error {
+			_, err := client.CoreV1().Pods("shop").Get(t.Context(), "a", metav1.GetOptions{})
+			return err
+		}
+		if err := get(); err != nil {
+			t.Error(err)
+		}
+		s.Intercept(func(r apitest.Request) *metav1.Status {
+			if r != (apitest.Request{Method: "GET", Resource: "pods", Namespace: "shop", Name: "a"}) {
+				t.Errorf("the test sees %+v", r)
+			}
+			return apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "no")
+		})
+		if err := get(); !apierrors.IsForbidden(err) {
+			t.Errorf("a request that the test refuses: %v", err)
+		}
+		s.Intercept(nil)
+		s.SetDown(true)
+		if err := get(); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("while the server is down: %v", err)
+		}
+		s.SetDown(false)
+		if err := get(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestReview: a token is authenticated for its audience and while its pod lives.

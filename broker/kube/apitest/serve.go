@@ -68,7 +68,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusOK, s.keySet())
 		return
 	case "/.well-known/openid-configuration":
-		answer(w, http.StatusOK, map[string]string{"issuer": Issuer, "jwks_uri": s.url + "/openid/v1/jwks"})
+		answer(w, http.StatusOK, map[string]string{"issuer": Issuer, "jwks_uri": "http://" + r.Host + "/openid/v1/jwks"})
 		return
 	}
 	q, err := parse(r)
@@ -76,9 +76,18 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, metav1.StatusReasonNotFound, err.Error())
 		return
 	}
+	request := Request{Method: r.Method, Resource: q.location.resource, Namespace: q.namespace}
 	s.mu.Lock()
-	s.requests[request{r.Method, q.location.resource, q.namespace}]++
+	s.requests[request]++
+	intercept := s.intercept
 	s.mu.Unlock()
+	if intercept != nil {
+		request.Name, request.Query = q.location.name, r.URL.RawQuery
+		if status := intercept(request); status != nil {
+			answer(w, int(status.Code), status)
+			return
+		}
+	}
 	var sent object
 	if r.Method != http.MethodGet && r.Method != http.MethodDelete {
 		if sent, err = read(r); err != nil {
@@ -274,7 +283,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q query) {
 			}
 		case <-r.Context().Done():
 			return
-		case <-s.end:
+		case <-s.done:
 			return
 		}
 	}
@@ -287,8 +296,5 @@ func answer(w http.ResponseWriter, code int, body any) {
 }
 
 func refuse(w http.ResponseWriter, code int32, reason metav1.StatusReason, message string) {
-	answer(w, int(code), &metav1.Status{
-		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure,
-		Code: code, Reason: reason, Message: message,
-	})
+	answer(w, int(code), Failure(code, reason, message))
 }
