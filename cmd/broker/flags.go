@@ -12,7 +12,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
@@ -80,7 +80,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must be made for")
 	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty asks the API server for its own")
 	f.StringVar(&verification, "token-verification", "jwks", "`mode` of verifying tokens: jwks by the API server's published keys, tokenreview by asking it about each")
-	f.DurationVar(&o.maxTokenLife, "max-token-life", kube.DefaultMaxTokenLife, "longest `life` of a token that is accepted: the webhook has kubelets request tokens of 24h at most, and a user who may create tokens could otherwise create one that is valid for years")
+	f.DurationVar(&o.maxTokenLife, "max-token-life", verify.DefaultMaxTokenLife, "longest `life` of a token that is accepted: the webhook has kubelets request tokens of 24h at most, and a user who may create tokens could otherwise create one that is valid for years")
 	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty asks STS for the broker's own account")
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")

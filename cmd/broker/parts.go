@@ -26,6 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
@@ -66,11 +67,11 @@ type verifier interface {
 // newVerifier makes the one that was asked for.
 func newVerifier(o options, rest *rest.Config, directory *kube.Directory, log *slog.Logger) (verifier, error) {
 	if o.tokenReview {
-		return kube.NewTokenReview(kube.TokenReviewConfig{
+		return verify.NewTokenReview(verify.TokenReviewConfig{
 			REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
 		})
 	}
-	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
+	return verify.NewJWKS(verify.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
 }
 
 // build makes the parts that need nothing from AWS.

@@ -34,7 +34,7 @@ import (
 	"github.com/credence-iam/credence/broker/client"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/integration/bench/report"
@@ -123,7 +123,7 @@ func warmBroker(choose func(scene) (ours, bare side)) func(context.Context, *ben
 		if err != nil {
 			return nil, err
 		}
-		verifier, err := kube.NewJWKS(kube.JWKSConfig{REST: api, Audience: audience, Logger: discard})
+		verifier, err := verify.NewJWKS(verify.JWKSConfig{REST: api, Audience: audience, Logger: discard})
 		if err != nil {
 			return nil, err
 		}
@@ -272,7 +272,7 @@ func (sts) Credential(context.Context, policy.Grant) (credential.Credential, err
 }
 
 // serveBroker runs a broker until ctx ends, and returns its address and its audit log.
-func serveBroker(ctx context.Context, t trust, verifier *kube.JWKS, pods podMap) (string, *audit.Log, error) {
+func serveBroker(ctx context.Context, t trust, verifier *verify.JWKS, pods podMap) (string, *audit.Log, error) {
 	rules, err := newRules()
 	if err != nil {
 		return "", nil, err

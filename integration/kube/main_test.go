@@ -23,6 +23,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/cluster"
 )
@@ -201,18 +202,18 @@ func idOf(t *testing.T, p *corev1.Pod) identity.Pod {
 	}
 }
 
-func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *kube.JWKS {
+func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *verify.JWKS {
 	t.Helper()
-	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
+	v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return v
 }
 
-func newTokenReview(t *testing.T, config *rest.Config) *kube.TokenReview {
+func newTokenReview(t *testing.T, config *rest.Config) *verify.TokenReview {
 	t.Helper()
-	v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, Logger: logger(t)})
+	v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, Logger: logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

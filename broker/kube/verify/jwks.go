@@ -1,4 +1,4 @@
-package kube
+package verify
 
 import (
 	"context"
@@ -40,6 +40,8 @@ const (
 	earlyRetry = time.Minute
 	// maxDocument bounds the key set and the discovery document: one RSA-4096 key is under 1 kB.
 	maxDocument = 1 << 20
+	// fetchTimeout bounds a fetch of keys and issuer. An API server responds within milliseconds.
+	fetchTimeout = 5 * time.Second
 )
 
 // DefaultMaxTokenLife is the longest life of a token that is accepted unless configured otherwise. The webhook has the
@@ -397,7 +399,7 @@ func (v *JWKS) refresh(ctx context.Context) {
 }
 
 func (v *JWKS) fetch(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, liveReadTimeout)
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	began := time.Now()
 	keys, err := v.fetchKeys(ctx)

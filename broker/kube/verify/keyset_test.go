@@ -1,4 +1,4 @@
-package kube_test
+package verify_test
 
 import (
 	"context"
@@ -15,7 +15,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 )
 
 // lines is a log that a test reads.
@@ -42,10 +42,10 @@ func (l *lines) count(text string) (n int) {
 	return n
 }
 
-func newLoggedVerifier(t *testing.T, config *rest.Config) (*kube.JWKS, *lines) {
+func newLoggedVerifier(t *testing.T, config *rest.Config) (*verify.JWKS, *lines) {
 	t.Helper()
 	log := new(lines)
-	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Logger: slog.New(slog.NewTextHandler(log, nil))})
+	v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, Logger: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

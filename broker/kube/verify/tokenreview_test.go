@@ -1,4 +1,4 @@
-package kube_test
+package verify_test
 
 import (
 	"encoding/json"
@@ -18,7 +18,8 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/apitest"
+	"github.com/credence-iam/credence/broker/kube/verify"
 )
 
 // reviewer answers token reviews as an API server does, and as one does that is made otherwise.
@@ -79,14 +80,12 @@ func startReviewer(t *testing.T) (*reviewer, *rest.Config) {
 	s := new(reviewer)
 	mux := http.NewServeMux()
 	mux.Handle("POST /apis/authentication.k8s.io/v1/tokenreviews", s)
-	config := serve(t, mux, nil)
-	config.ContentType = "application/json"
-	return s, config
+	return s, apitest.Serve(t, mux).Config()
 }
 
-func newReview(t *testing.T, config *rest.Config, issuers ...string) *kube.TokenReview {
+func newReview(t *testing.T, config *rest.Config, issuers ...string) *verify.TokenReview {
 	t.Helper()
-	v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
+	v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -249,7 +248,7 @@ func TestReviewWithoutRightsOrServer(t *testing.T) {
 }
 
 func TestNewTokenReviewWantsAnAudience(t *testing.T) {
-	_, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
+	_, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
 	if err == nil || !strings.Contains(err.Error(), "--audience") {
 		t.Errorf("answered %v", err)
 	}

@@ -1,4 +1,4 @@
-package kube_test
+package verify_test
 
 import (
 	"context"
@@ -19,7 +19,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 )
 
 // The API server of these tests takes so long for a review. 32 are under way at once.
@@ -122,9 +122,9 @@ func underFlood(t *testing.T, expected func(identity.Pod) bool, test func(t *tes
 	})
 }
 
-func newReviewExpecting(t *testing.T, config *rest.Config, expected func(identity.Pod) bool) *kube.TokenReview {
+func newReviewExpecting(t *testing.T, config *rest.Config, expected func(identity.Pod) bool) *verify.TokenReview {
 	t.Helper()
-	v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, Logger: slog.New(slog.DiscardHandler), Expected: expected})
+	v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, Logger: slog.New(slog.DiscardHandler), Expected: expected})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -330,13 +330,13 @@ func TestWhoLeavesLeavesTheQueue(t *testing.T) {
 		stays := make(chan time.Duration)
 		go func() { stays <- f.took("10.0.0.3", shared) }()
 		synctest.Wait()
-		if n := f.v.(*kube.TokenReview).Waiting(); n != 1000-32+1 {
+		if n := f.v.(*verify.TokenReview).Waiting(); n != 1000-32+1 {
 			t.Errorf("%d tokens wait", n)
 		}
 		leave()
 		leaving.calls.Wait()
-		if synctest.Wait(); f.v.(*kube.TokenReview).Waiting() != 1 {
-			t.Errorf("%d tokens wait after those who showed them have left", f.v.(*kube.TokenReview).Waiting())
+		if synctest.Wait(); f.v.(*verify.TokenReview).Waiting() != 1 {
+			t.Errorf("%d tokens wait after those who showed them have left", f.v.(*verify.TokenReview).Waiting())
 		}
 		if d := <-stays; d != 2*time.Second {
 			t.Errorf("who stays was answered after %s", d)

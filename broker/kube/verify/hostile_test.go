@@ -1,4 +1,4 @@
-package kube_test
+package verify_test
 
 import (
 	"crypto/hmac"

@@ -1,4 +1,4 @@
-package kube_test
+package verify_test
 
 import (
 	"context"
@@ -9,13 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,7 +23,8 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/apitest"
+	"github.com/credence-iam/credence/broker/kube/verify"
 )
 
 const (
@@ -34,10 +32,9 @@ const (
 	audience = "credence-broker"
 )
 
-// apiServer publishes keys as an API server does, over connections that stay inside a synctest
-// bubble.
+// apiServer publishes keys as an API server does.
 type apiServer struct {
-	away    atomic.Bool
+	network *apitest.Network
 	fetches atomic.Int64 // of the key set
 
 	mu        sync.Mutex
@@ -45,23 +42,6 @@ type apiServer struct {
 	secretive atomic.Bool       // refuses its discovery document
 	takes     atomic.Int64      // nanoseconds that the key set takes
 }
-
-// pipes is a listener of in-memory connections.
-type pipes struct {
-	conns chan net.Conn
-	done  chan struct{}
-}
-
-func (p pipes) Accept() (net.Conn, error) {
-	select {
-	case c := <-p.conns:
-		return c, nil
-	case <-p.done:
-		return nil, net.ErrClosed
-	}
-}
-func (p pipes) Close() error   { return nil }
-func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "api-server"} }
 
 func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 	t.Helper()
@@ -82,30 +62,8 @@ func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 		defer s.mu.Unlock()
 		_ = json.NewEncoder(w).Encode(map[string]any{"keys": s.keys})
 	})
-	return s, serve(t, mux, &s.away)
-}
-
-// serve serves handler over connections in memory until the test ends, and none while away holds.
-func serve(t *testing.T, handler http.Handler, away *atomic.Bool) *rest.Config {
-	t.Helper()
-	listener := pipes{make(chan net.Conn), make(chan struct{})}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: time.Minute}
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(func() { close(listener.done); _ = server.Close() })
-	return &rest.Config{Host: "http://api-server", Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		if away != nil && away.Load() {
-			return nil, &net.OpError{Op: "dial", Net: "pipe", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
-		}
-		ours, theirs := net.Pipe()
-		select {
-		case listener.conns <- theirs:
-			return ours, nil
-		case <-listener.done:
-			return nil, net.ErrClosed
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}, QPS: -1}
+	s.network = apitest.Serve(t, mux)
+	return s, s.network.Config()
 }
 
 func withCancel(t *testing.T) (context.Context, context.CancelFunc) {
@@ -173,9 +131,9 @@ func (s signer) token(t testing.TB, change func(claims map[string]any)) identity
 	return identity.NewUnverifiedToken(text)
 }
 
-func newVerifier(t testing.TB, config *rest.Config, issuers ...string) *kube.JWKS {
+func newVerifier(t testing.TB, config *rest.Config, issuers ...string) *verify.JWKS {
 	t.Helper()
-	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
+	v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,7 +219,7 @@ func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(ma
 		synctest.Test(t, func(t *testing.T) {
 			_, config := startAPIServer(t, key)
 			test(t, func(maxLife time.Duration) identity.Verifier {
-				v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
+				v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -273,7 +231,7 @@ func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(ma
 		synctest.Test(t, func(t *testing.T) {
 			_, config := startReviewer(t)
 			test(t, func(maxLife time.Duration) identity.Verifier {
-				v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
+				v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -397,7 +355,7 @@ func TestKeysAreFollowed(t *testing.T) {
 		wantReason(t, v, old.token(t, nil), credential.ReasonTokenInvalid)
 
 		// While the API server is away, what is known goes on, however long.
-		server.away.Store(true)
+		server.network.SetDown(true)
 		time.Sleep(3 * time.Hour)
 		wantReason(t, v, replacement.token(t, nil), "")
 		if age := v.Age(); age < 3*time.Hour-10*time.Minute {
@@ -457,10 +415,10 @@ func TestWithoutKeysTheAnswerIsToAskAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := newSigner(t, "a")
 		server, config := startAPIServer(t, key)
-		server.away.Store(true)
+		server.network.SetDown(true)
 		v := newVerifier(t, config)
 		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerAway)
-		server.away.Store(false)
+		server.network.SetDown(false)
 		time.Sleep(11 * time.Second)
 		wantReason(t, v, key.token(t, nil), "")
 	})
@@ -477,7 +435,7 @@ func TestGivenIssuersReplaceTheClustersOwn(t *testing.T) {
 }
 
 func TestNewJWKSWantsAnAudience(t *testing.T) {
-	_, err := kube.NewJWKS(kube.JWKSConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
+	_, err := verify.NewJWKS(verify.JWKSConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
 	if err == nil || !strings.Contains(err.Error(), "--audience") {
 		t.Errorf("answered %v", err)
 	}

@@ -1,4 +1,4 @@
-package kube
+package verify
 
 import (
 	"container/list"
