@@ -28,7 +28,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/process"
@@ -330,16 +330,16 @@ func TestRefusalIsAnEventOnThePod(t *testing.T) {
 	lease, err := ask(t, token(t, pod))
 	refused(t, lease, err, credential.ReasonSTSDenied)
 	soon(t, "there is an Event", func() error {
-		events, err := credence.Client.EventsV1().Events(ns).List(t.Context(), metav1.ListOptions{})
+		list, err := credence.Client.EventsV1().Events(ns).List(t.Context(), metav1.ListOptions{})
 		if err != nil {
 			return err
 		}
-		for _, e := range events.Items {
-			if e.Reason == kube.EventReason && e.Regarding.UID == pod.UID && strings.Contains(e.Note, string(credential.ReasonSTSDenied)) {
+		for _, e := range list.Items {
+			if e.Reason == events.ReasonRefused && e.Regarding.UID == pod.UID && strings.Contains(e.Note, string(credential.ReasonSTSDenied)) {
 				return nil
 			}
 		}
-		text, _ := json.Marshal(events.Items)
+		text, _ := json.Marshal(list.Items)
 		return fmt.Errorf("the Events are %s", text)
 	})
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
@@ -46,7 +47,7 @@ type parts struct {
 	placement *placement.Placement
 	endpoints *kube.Endpoints // nil: this broker is the only one
 	verifier  verifier
-	events    *kube.Events
+	events    *events.Recorder
 	budget    *broker.Budget
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
@@ -110,7 +111,7 @@ func build(ctx context.Context, o options) (p parts, err error) {
 	if err != nil {
 		return parts{}, fmt.Errorf("finding out the name of this broker: %w", err)
 	}
-	if p.events, err = kube.NewEvents(rest, name, p.log); err != nil {
+	if p.events, err = events.New(rest, name, p.log); err != nil {
 		return parts{}, err
 	}
 	if p.sts, err = assume.New(ctx, assume.Config{

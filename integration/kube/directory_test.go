@@ -23,6 +23,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
@@ -322,18 +323,18 @@ func TestSigningKeyIsReplaced(t *testing.T) {
 func TestEventsAreSeen(t *testing.T) {
 	ns := namespace(t)
 	p := pod(t, ns, "app", nil)
-	events, err := kube.NewEvents(control.Config(), "credence-broker-1", logger(t))
+	recorder, err := events.New(control.Config(), "credence-broker-1", logger(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	background(t, events.Run)
+	background(t, recorder.Run)
 	refused := policy.Pod{Namespace: ns, Name: p.Name, UID: string(p.UID)}
 	denial := credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "role x is not permitted; ask for it")
 	for range 3 {
-		events.Refused(refused, denial)
+		recorder.Refused(refused, denial)
 	}
-	eventually(t, "it is written", func() bool { return events.Stats().Written == 1 })
-	if got := events.Stats(); got.Suppressed != 2 || got.Dropped != 0 {
+	eventually(t, "it is written", func() bool { return recorder.Stats().Written == 1 })
+	if got := recorder.Stats(); got.Suppressed != 2 || got.Dropped != 0 {
 		t.Errorf("three equal refusals: %+v", got)
 	}
 	// As kubectl describe asks.
@@ -356,13 +357,13 @@ func TestEventsAreSeen(t *testing.T) {
 	}
 	// An API server that is away costs the Event, and nothing else.
 	control.StopAPIServer()
-	events.Refused(refused, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid, "x"))
-	eventually(t, "it is counted as dropped", func() bool { return events.Stats().Dropped == 1 })
+	recorder.Refused(refused, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid, "x"))
+	eventually(t, "it is counted as dropped", func() bool { return recorder.Stats().Dropped == 1 })
 	if err := control.StartAPIServer(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	events.Refused(refused, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid, "x"))
-	eventually(t, "the next one is written", func() bool { return events.Stats().Written == 2 })
+	recorder.Refused(refused, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid, "x"))
+	eventually(t, "the next one is written", func() bool { return recorder.Stats().Written == 2 })
 }
 
 // TestCopiesAreNotInjected: a copy of an injected pod, without its label or its annotations, is refused as not injected,

@@ -41,7 +41,8 @@ var floors = map[string]int{
 	"certs/trust":       2,
 	"webhook/inject":    2,
 
-	"broker/kube/verify": 2, // beside the watches, the other use of the API server
+	"broker/kube/events": 2, // beside the watches, the two other uses of the API server
+	"broker/kube/verify": 2,
 
 	// 3: the components, and the files by which some decide.
 	"broker":               3,

@@ -38,7 +38,7 @@ var limits = []struct {
 	{"| the same | audit lines", number, "broker/audit", []string{"buffered", "MaxLine"}},
 	{"| the same, if the watches", number, "broker/kube", []string{"liveReadsPerSecond", "liveReadBurst", "shareReadsPerSecond", "shareReadBurst"}},
 	{"| the same, if the watches", seconds, "broker/kube", []string{"liveReadTimeout"}},
-	{"| the same | refusals and warnings", number, "broker/kube", []string{"namespaceEventBurst", "eventBurst", "eventsPerSecond"}},
+	{"| the same | refusals and warnings", number, "broker/kube/events", []string{"namespaceBurst", "burst", "perSecond"}},
 	{"| anyone at port 9443 | connections, by", number, "webhook", []string{"maxConnections", "maxWaiting"}},
 	{"| anyone at port 9443 | connections, by", size, "webhook", []string{"HeldPerConnection"}},
 	{"| anyone at port 9443 | connections, by", seconds, "webhook", []string{"headerTimeout", "readTimeout"}},

@@ -1,4 +1,11 @@
-package kube
+// Package events writes Kubernetes Events, so that users and cluster admins see with kubectl describe why a pod has no
+// credentials, or what is wrong with a broker.
+//
+// It promises that no caller waits for the API server; that what is written, remembered and queued is bounded; that one
+// namespace cannot use up what all share; and that each Event that it cannot write is counted.
+//
+// It does not decide what is refused, and it is best effort: an Event can be missing.
+package events
 
 import (
 	"context"
@@ -28,46 +35,49 @@ import (
 
 // What Events say of themselves.
 const (
-	// EventReason is the reason of every Event on a pod that is refused.
-	EventReason = "CredentialsRefused"
-	// ShadowedReason is the reason of the Event on a pod in which something outranks its role.
-	ShadowedReason = "CredentialsShadowed"
-	// BudgetReason is the reason of the Event on a broker's own pod which may not call STS as often as it must.
-	BudgetReason = "STSBudgetShort"
-	// IdentityReason is the reason of the Event on a broker's own pod which is not ready, because STS has not confirmed its
+	// ReasonRefused is the reason of every Event on a pod that is refused.
+	ReasonRefused = "CredentialsRefused"
+	// ReasonShadowed is the reason of the Event on a pod in which something outranks its role.
+	ReasonShadowed = "CredentialsShadowed"
+	// ReasonBudget is the reason of the Event on a broker's own pod which may not call STS as often as it must.
+	ReasonBudget = "STSBudgetShort"
+	// ReasonIdentity is the reason of the Event on a broker's own pod which is not ready, because STS has not confirmed its
 	// identity.
-	IdentityReason = "AWSIdentityUnconfirmed"
-	// EventController is what wrote it.
-	EventController = "credence-iam.github.io/broker"
+	ReasonIdentity = "AWSIdentityUnconfirmed"
+	// Controller is what wrote it.
+	Controller = "credence-iam.github.io/broker"
 )
 
-// eventActions are what the broker did when it had something to say, by the reason of the Event.
-var eventActions = map[string]string{EventReason: "GetCredentials", ShadowedReason: "GetCredentials", BudgetReason: "RenewSessions", IdentityReason: "ConfirmIdentity"}
+// actions are what the broker did when it had something to say, by the reason of the Event.
+var actions = map[string]string{ReasonRefused: "GetCredentials", ReasonShadowed: "GetCredentials", ReasonBudget: "RenewSessions", ReasonIdentity: "ConfirmIdentity"}
 
 const (
-	// eventQuiet is how long the same refusal of the same pod is not written again: as long as an API server
+	// refusedQuiet is how long the same refusal of the same pod is not written again: as long as an API server
 	// keeps an Event by default, so that there is one to be seen.
-	eventQuiet = time.Hour
+	refusedQuiet = time.Hour
 	// shadowedQuiet is how long the warnings of one pod are not written again. They do not change while the pod lives.
 	shadowedQuiet = 24 * time.Hour
-	// maxEventsSeen bounds what is remembered for that, at some 150 bytes each.
-	maxEventsSeen = 20_000
-	// eventQueue bounds what waits to be written. At eventsPerSecond it is a minute and a half.
-	eventQueue = 500
-	// eventsPerSecond, over eventBurst, bounds what all pods together may cost the API server and its etcd.
-	eventsPerSecond, eventBurst = 5, 50
-	// namespaceEventsPerSecond, over namespaceEventBurst, leaves something for other namespaces when one has a
+	// maxSeen bounds what is remembered for that, at some 150 bytes each.
+	maxSeen = 20_000
+	// maxQueue bounds what waits to be written. At perSecond it is a minute and a half.
+	maxQueue = 500
+	// perSecond, over burst, bounds what all pods together may cost the API server and its etcd.
+	perSecond, burst = 5, 50
+	// namespacePerSecond, over namespaceBurst, leaves something for other namespaces when one has a
 	// thousand pods with the same mistake, which twenty of them show as well.
-	namespaceEventsPerSecond, namespaceEventBurst = 0.2, 20
-	// maxEventNote and maxEventName are the API's own bounds.
-	maxEventNote, maxEventName = 1024, 253
-	// eventTimeout bounds one write.
-	eventTimeout = 5 * time.Second
+	namespacePerSecond, namespaceBurst = 0.2, 20
+	// maxLimiters bounds how many namespaces' limits are remembered. Should it be reached, those that have not
+	// been touched lately are forgotten: theirs are whole again anyway.
+	maxLimiters = 1000
+	// maxNote and maxName are the API's own bounds.
+	maxNote, maxName = 1024, 253
+	// writeTimeout bounds one write.
+	writeTimeout = 5 * time.Second
 )
 
 // Events tells whoever describes a pod why it is refused. It is best effort: it never makes a call wait, and
 // what it cannot write it counts.
-type Events struct {
+type Recorder struct {
 	client   eventsv1client.EventsGetter
 	instance string
 	log      *slog.Logger
@@ -77,7 +87,7 @@ type Events struct {
 	mu     sync.Mutex
 	seen   map[sighting]time.Time   // :: refusal → when it may be written again; guarded by mu
 	shares map[string]*rate.Limiter // :: namespace → what it may write; guarded by mu
-	stats  EventStats               // guarded by mu
+	stats  Stats                    // guarded by mu
 }
 
 // sighting is what makes one refusal the same as another.
@@ -96,8 +106,8 @@ type notice struct {
 	at     time.Time
 }
 
-// EventStats counts what there was to say since the start.
-type EventStats struct {
+// Stats counts what there was to say since the start.
+type Stats struct {
 	// Queued is how many wait to be written now.
 	Queued int
 	// Written became an Event.
@@ -108,8 +118,8 @@ type EventStats struct {
 	Dropped uint64
 }
 
-// NewEvents prepares it. instance is the name of this broker, such as its pod's. Nothing is written until Run.
-func NewEvents(config *rest.Config, instance string, log *slog.Logger) (*Events, error) {
+// New prepares it. instance is the name of this broker, such as its pod's. Nothing is written until Run.
+func New(config *rest.Config, instance string, log *slog.Logger) (*Recorder, error) {
 	if config == nil || instance == "" || log == nil {
 		return nil, errors.New("a REST configuration, the name of this broker and a Logger are required")
 	}
@@ -119,32 +129,32 @@ func NewEvents(config *rest.Config, instance string, log *slog.Logger) (*Events,
 	if err != nil {
 		return nil, fmt.Errorf("making a client for Events: %w", err)
 	}
-	return &Events{
+	return &Recorder{
 		client: client, instance: clip.Bytes(instance, 128), log: log, // 128 is the API's bound
-		all: rate.NewLimiter(eventsPerSecond, eventBurst), queue: make(chan notice, eventQueue),
+		all: rate.NewLimiter(perSecond, burst), queue: make(chan notice, maxQueue),
 		seen: make(map[sighting]time.Time), shares: make(map[string]*rate.Limiter),
 	}, nil
 }
 
 // Refused has an Event written on the pod, if the refusal is one that a person must mend and is new. It returns
 // at once.
-func (e *Events) Refused(pod policy.Pod, err *credential.Error) {
+func (e *Recorder) Refused(pod policy.Pod, err *credential.Error) {
 	// An unavailable dependency comes back by itself, and a caller that has proved nothing has no pod to notify. The broker
 	// reports a token for another audience only if it knows the token's pod.
 	if err == nil || pod.UID == "" ||
 		!errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) && err.Reason != credential.ReasonTokenAudience {
 		return
 	}
-	e.queueUp(pod, EventReason, err.Reason, string(err.Reason)+": "+err.Message)
+	e.queueUp(pod, ReasonRefused, err.Reason, string(err.Reason)+": "+err.Message)
 }
 
 // Shadowed has an Event written on the pod, unless it has one already, that repeats the warnings of its admission: what in
 // it outranks its role. It returns at once.
-func (e *Events) Shadowed(pod policy.Pod, warnings string) {
+func (e *Recorder) Shadowed(pod policy.Pod, warnings string) {
 	if warnings == "" || pod.UID == "" {
 		return
 	}
-	e.queueUp(pod, ShadowedReason, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxEventNote)))
+	e.queueUp(pod, ReasonShadowed, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxNote)))
 }
 
 // printable returns s on one line, with a mark in place of each character that is not printable: every user who may create
@@ -163,18 +173,18 @@ func printable(s string) string {
 }
 
 // BudgetShort has an Event with this note written on the broker's own pod.
-func (e *Events) BudgetShort(pod policy.Pod, note string) { e.queueUp(pod, BudgetReason, "", note) }
+func (e *Recorder) BudgetShort(pod policy.Pod, note string) { e.queueUp(pod, ReasonBudget, "", note) }
 
 // IdentityUnconfirmed has an Event with this note written on the broker's own pod.
-func (e *Events) IdentityUnconfirmed(pod policy.Pod, note string) {
-	e.queueUp(pod, IdentityReason, "", note)
+func (e *Recorder) IdentityUnconfirmed(pod policy.Pod, note string) {
+	e.queueUp(pod, ReasonIdentity, "", note)
 }
 
-func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, note string) {
+func (e *Recorder) queueUp(pod policy.Pod, reason string, why credential.Reason, note string) {
 	now := time.Now()
 	text := fnv.New64a()
 	_, _ = text.Write([]byte(reason + note)) // which never fails
-	r := notice{sighting: sighting{pod.UID, why, text.Sum64()}, at: now, reason: reason, note: clip.Bytes(note, maxEventNote)}
+	r := notice{sighting: sighting{pod.UID, why, text.Sum64()}, at: now, reason: reason, note: clip.Bytes(note, maxNote)}
 	r.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // the rest need not be kept
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -183,7 +193,7 @@ func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, n
 		return
 	}
 	share := pod.Namespace
-	if reason == ShadowedReason {
+	if reason == ReasonShadowed {
 		share = "/" + share // no namespace has that name: warnings do not use the share of refusals
 	}
 	if !e.room(now) || !e.share(share).AllowN(now, 1) {
@@ -192,8 +202,8 @@ func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, n
 	}
 	select {
 	case e.queue <- r:
-		quiet := eventQuiet
-		if reason == ShadowedReason {
+		quiet := refusedQuiet
+		if reason == ReasonShadowed {
 			quiet = shadowedQuiet
 		}
 		e.seen[r.sighting] = now.Add(quiet)
@@ -203,31 +213,31 @@ func (e *Events) queueUp(pod policy.Pod, reason string, why credential.Reason, n
 }
 
 // room reports whether one more refusal can be remembered. The caller holds mu.
-func (e *Events) room(now time.Time) bool {
-	if len(e.seen) >= maxEventsSeen {
+func (e *Recorder) room(now time.Time) bool {
+	if len(e.seen) >= maxSeen {
 		maps.DeleteFunc(e.seen, func(_ sighting, until time.Time) bool { return !now.Before(until) })
 	}
-	return len(e.seen) < maxEventsSeen
+	return len(e.seen) < maxSeen
 }
 
 // share is the namespace's limit. The caller holds mu.
-func (e *Events) share(namespace string) *rate.Limiter {
+func (e *Recorder) share(namespace string) *rate.Limiter {
 	share := e.shares[namespace]
 	if share == nil {
-		if len(e.shares) >= maxShares {
-			maps.DeleteFunc(e.shares, func(_ string, s *rate.Limiter) bool { return s.Tokens() >= namespaceEventBurst })
+		if len(e.shares) >= maxLimiters {
+			maps.DeleteFunc(e.shares, func(_ string, s *rate.Limiter) bool { return s.Tokens() >= namespaceBurst })
 		}
-		if len(e.shares) >= maxShares {
+		if len(e.shares) >= maxLimiters {
 			return rate.NewLimiter(0, 0) // A thousand namespaces full of refusals have something to be read already.
 		}
-		share = rate.NewLimiter(namespaceEventsPerSecond, namespaceEventBurst)
+		share = rate.NewLimiter(namespacePerSecond, namespaceBurst)
 		e.shares[namespace] = share
 	}
 	return share
 }
 
 // Stats returns what became of the refusals so far.
-func (e *Events) Stats() EventStats {
+func (e *Recorder) Stats() Stats {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	stats := e.stats
@@ -236,7 +246,7 @@ func (e *Events) Stats() EventStats {
 }
 
 // Run writes Events until ctx ends. What is queued then is dropped.
-func (e *Events) Run(ctx context.Context) error {
+func (e *Recorder) Run(ctx context.Context) error {
 	failing := false
 	for {
 		select {
@@ -263,17 +273,17 @@ func (e *Events) Run(ctx context.Context) error {
 	}
 }
 
-func (e *Events) write(ctx context.Context, r notice) error {
-	ctx, cancel := context.WithTimeout(ctx, eventTimeout)
+func (e *Recorder) write(ctx context.Context, r notice) error {
+	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
 	// As client-go's recorders name theirs: one pod can have many, and a pod of the same name may follow.
 	suffix := "." + strconv.FormatInt(r.at.UnixNano(), 16)
 	event := &eventsv1.Event{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: r.pod.Namespace, Name: strings.TrimRight(r.pod.Name[:min(len(r.pod.Name), maxEventName-len(suffix))], ".-") + suffix,
+			Namespace: r.pod.Namespace, Name: strings.TrimRight(r.pod.Name[:min(len(r.pod.Name), maxName-len(suffix))], ".-") + suffix,
 		},
-		EventTime: metav1.NewMicroTime(r.at), ReportingController: EventController, ReportingInstance: e.instance,
-		Action: eventActions[r.reason], Reason: r.reason, Type: corev1.EventTypeWarning, Note: r.note,
+		EventTime: metav1.NewMicroTime(r.at), ReportingController: Controller, ReportingInstance: e.instance,
+		Action: actions[r.reason], Reason: r.reason, Type: corev1.EventTypeWarning, Note: r.note,
 		Regarding: corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: r.pod.Namespace, Name: r.pod.Name, UID: types.UID(r.pod.UID),
 		},

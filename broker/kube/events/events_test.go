@@ -1,6 +1,7 @@
-package kube_test
+package events_test
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -17,22 +18,20 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/apitest"
+	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
 // eventWorld is an API server that takes Events.
 type eventWorld struct {
-	world
+	*apitest.Network
 
 	mu    sync.Mutex
 	taken []eventsv1.Event // guarded by mu
 }
 
 func (w *eventWorld) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	if w.away.Load() {
-		panic(http.ErrAbortHandler)
-	}
 	var e eventsv1.Event
 	if err := json.NewDecoder(r.Body).Decode(&e); err != nil || r.Method != http.MethodPost ||
 		r.URL.Path != "/apis/events.k8s.io/v1/namespaces/"+e.Namespace+"/events" {
@@ -52,16 +51,15 @@ func (w *eventWorld) events() []eventsv1.Event {
 	return w.taken
 }
 
-func startEvents(t *testing.T) (*kube.Events, *eventWorld) {
+func startEvents(t *testing.T) (*events.Recorder, *eventWorld) {
 	t.Helper()
 	w := new(eventWorld)
-	config := serve(t, w, &w.away)
-	config.ContentType = "application/json"
-	e, err := kube.NewEvents(config, "broker-1", slog.New(slog.DiscardHandler))
+	w.Network = apitest.Serve(t, w)
+	e, err := events.New(w.Config(), "broker-1", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, stop := withCancel(t)
+	ctx, stop := context.WithCancel(t.Context())
 	t.Cleanup(stop)
 	go func() { _ = e.Run(ctx) }()
 	return e, w
@@ -128,7 +126,7 @@ func TestWarningsAreAnEvent(t *testing.T) {
 			if len(event.Note) > 1024 {
 				t.Errorf("a note has %d bytes", len(event.Note))
 			}
-			if event.Reason == kube.EventReason {
+			if event.Reason == events.ReasonRefused {
 				refusals++
 			}
 		}
@@ -163,7 +161,7 @@ func TestWhichRefusalsBecomeEvents(t *testing.T) {
 		if n := len(got[1].Note); n > 1024 || n < 1000 || !utf8.ValidString(got[1].Note) {
 			t.Errorf("a long message became one of %d bytes, valid: %t", n, utf8.ValidString(got[1].Note))
 		}
-		if diff := cmp.Diff(kube.EventStats{Written: 3, Suppressed: 1}, e.Stats()); diff != "" {
+		if diff := cmp.Diff(events.Stats{Written: 3, Suppressed: 1}, e.Stats()); diff != "" {
 			t.Errorf("the counts (- want, + got):\n%s", diff)
 		}
 		// After an hour the Event may have gone from the API server.
@@ -221,13 +219,13 @@ func TestEventsAreRateLimitedOverall(t *testing.T) {
 func TestEventsAreNotMissedAfterAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)
-		w.away.Store(true)
+		w.SetDown(true)
 		e.Refused(refusedPod("shop", 1), notPermitted)
 		time.Sleep(time.Minute)
 		if got := e.Stats(); got.Dropped != 1 {
 			t.Fatalf("without the API server the counts are %+v", got)
 		}
-		w.away.Store(false)
+		w.SetDown(false)
 		e.Refused(refusedPod("shop", 1), notPermitted)
 		synctest.Wait()
 		if got := e.Stats(); got.Written != 1 || got.Suppressed != 0 {
@@ -237,7 +235,7 @@ func TestEventsAreNotMissedAfterAnOutage(t *testing.T) {
 }
 
 func TestNewEventsWantsItsName(t *testing.T) {
-	if _, err := kube.NewEvents(&rest.Config{}, "", slog.New(slog.DiscardHandler)); err == nil {
+	if _, err := events.New(&rest.Config{}, "", slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("it began without the name of the broker")
 	}
 }
