@@ -31,10 +31,10 @@ type gate struct {
 	propagation time.Duration
 	log         *slog.Logger
 
-	mu     sync.Mutex
-	base   []*x509.Certificate // under which this process began to serve: it could do nothing else; guarded by mu
-	record record              // as last read; nil before; guarded by mu
-	err    error               // why record is older than what is there; guarded by mu
+	mu      sync.Mutex
+	initial []*x509.Certificate // under which this process began to serve: it could do nothing else; guarded by mu
+	record  record              // as last read; nil before; guarded by mu
+	err     error               // why record is older than what is there; guarded by mu
 }
 
 // begin notes which of the roots the first leaf verifies under.
@@ -43,18 +43,18 @@ func (g *gate) begin(serving *tls.Certificate, roots []*x509.Certificate) {
 	defer g.mu.Unlock()
 	for _, root := range roots {
 		if verifies(serving, time.Now(), root) {
-			g.base = append(g.base, root)
+			g.initial = append(g.initial, root)
 		}
 	}
 }
 
-// judge has the form that certs.KeyPair.SetGate asks for. Every client that trusts what has been
+// allow has the form that certs.KeyPair.SetGate asks for. Every client that trusts what has been
 // published for the propagation time must be able to verify next; otherwise it waits, unless serving is
 // about to be of no use to anybody.
-func (g *gate) judge(serving, next *tls.Certificate) error {
+func (g *gate) allow(serving, next *tls.Certificate) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.base) == 0 && len(g.record) == 0 {
+	if len(g.initial) == 0 && len(g.record) == 0 {
 		return nil // Nothing was ever published: no pod trusts anything that next could break.
 	}
 	now := time.Now()
@@ -62,7 +62,7 @@ func (g *gate) judge(serving, next *tls.Certificate) error {
 		return errors.New("it is not valid at this time")
 	}
 	var known, published []*x509.Certificate
-	for _, root := range g.base {
+	for _, root := range g.initial {
 		// One that the record has lost was dropped since.
 		if _, kept := g.record[digest(root)]; kept || g.record == nil {
 			known = append(known, root)

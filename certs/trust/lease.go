@@ -21,13 +21,13 @@ const (
 // campaign leads whenever this replica is elected, until ctx ends.
 func (t *Trust) campaign(ctx context.Context) {
 	for ctx.Err() == nil {
-		t.stand(ctx)
+		t.runForLeader(ctx)
 	}
 }
 
-// stand waits to be elected, leads, and returns when the lead is lost or ctx ends. Then publishing ends
+// runForLeader waits to be elected, leads, and returns when the lead is lost or ctx ends. Then publishing ends
 // first and the Lease is given up second, so that no two replicas publish.
-func (t *Trust) stand(ctx context.Context) {
+func (t *Trust) runForLeader(ctx context.Context) {
 	election, resign := context.WithCancel(context.WithoutCancel(ctx))
 	defer resign()
 	publishing := make(chan struct{}, 1) // full while this replica publishes, and while it must not begin to

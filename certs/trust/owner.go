@@ -28,14 +28,14 @@ type owner struct {
 	known types.UID // empty before the first read; guarded by mu
 	read  time.Time // guarded by mu
 	err   error     // of the last read; guarded by mu
-	asked bool      // whether known may be wrong; guarded by mu
+	stale bool      // whether known may be wrong; guarded by mu
 }
 
-// doubt has the owner read again before it is used next.
-func (o *owner) doubt() {
+// invalidate has the owner read again before it is used next.
+func (o *owner) invalidate() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.asked = true
+	o.stale = true
 }
 
 // uid is the owner's; empty when there is none to be. Without an owner that should be, nothing is
@@ -46,7 +46,7 @@ func (o *owner) uid(ctx context.Context) (types.UID, error) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if (o.known != "" && !o.asked) || (!o.read.IsZero() && time.Since(o.read) < ownerMinAge) {
+	if (o.known != "" && !o.stale) || (!o.read.IsZero() && time.Since(o.read) < ownerMinAge) {
 		return o.known, o.err
 	}
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
@@ -57,6 +57,6 @@ func (o *owner) uid(ctx context.Context) (types.UID, error) {
 		o.known, o.err = "", fmt.Errorf("reading %s %s, which is to own the ConfigMaps: %w", ownerKind, o.name, err)
 		return "", o.err
 	}
-	o.known, o.err, o.asked = m.UID, nil, false
+	o.known, o.err, o.stale = m.UID, nil, false
 	return o.known, nil
 }

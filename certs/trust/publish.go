@@ -33,15 +33,15 @@ const (
 	lastRetry  = 5 * time.Minute
 )
 
-// hurry has a namespace looked at before those that only take part in a change for all.
-func (p *term) hurry(namespace string) {
-	p.order.hurry(namespace)
+// enqueueUrgent has a namespace looked at before those that only take part in a change for all.
+func (p *publisher) enqueueUrgent(namespace string) {
+	p.priorities.setUrgent(namespace)
 	p.queue.Add(namespace)
 }
 
-// everywhere has every namespace looked at.
-func (p *term) everywhere() {
-	p.hurry(p.cfg.Namespace)
+// enqueueAll has every namespace looked at.
+func (p *publisher) enqueueAll() {
+	p.enqueueUrgent(p.cfg.Namespace)
 	for _, name := range p.namespaces.GetStore().ListKeys() {
 		p.queue.Add(name)
 	}
@@ -49,20 +49,20 @@ func (p *term) everywhere() {
 
 // changed has a namespace looked at whose ConfigMap has changed, perhaps by us. In our own it may bear new
 // orders, and everywhere it may be the last that a new root was awaited in.
-func (p *term) changed(namespace string) {
-	p.hurry(namespace)
+func (p *publisher) changed(namespace string) {
+	p.enqueueUrgent(namespace)
 	p.mu.Lock()
-	look := p.synced && (namespace == p.cfg.Namespace || !p.record.complete() && p.queue.Len() == 0)
+	reconcile := p.synced && (namespace == p.cfg.Namespace || !p.record.complete() && p.queue.Len() == 0)
 	p.mu.Unlock()
-	if look {
+	if reconcile {
 		select {
-		case p.poke <- struct{}{}:
+		case p.wake <- struct{}{}:
 		default:
 		}
 	}
 }
 
-func (p *term) forget(namespace string) {
+func (p *publisher) forget(namespace string) {
 	p.queue.Forget(namespace)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -71,7 +71,7 @@ func (p *term) forget(namespace string) {
 }
 
 // work looks at one namespace. It returns false when there will be no more.
-func (p *term) work(ctx context.Context) bool {
+func (p *publisher) work(ctx context.Context) bool {
 	namespace, ended := p.queue.Get()
 	if ended {
 		return false
@@ -82,7 +82,7 @@ func (p *term) work(ctx context.Context) bool {
 		return true
 	}
 	if err != nil {
-		p.owner.doubt()
+		p.owner.invalidate()
 		p.fail(ctx, namespace, err)
 		p.queue.AddRateLimited(namespace)
 		return true
@@ -99,7 +99,7 @@ func (p *term) work(ctx context.Context) bool {
 }
 
 // fail notes why a namespace has not what it should, and says so once for each reason.
-func (p *term) fail(ctx context.Context, namespace string, err error) {
+func (p *publisher) fail(ctx context.Context, namespace string, err error) {
 	p.mu.Lock()
 	before := p.failing[namespace]
 	p.failing[namespace] = err
@@ -113,13 +113,13 @@ func (p *term) fail(ctx context.Context, namespace string, err error) {
 
 // publish writes the ConfigMap of one namespace, unless it is as it should be, or was written a moment ago:
 // then the namespace comes back later.
-func (p *term) publish(ctx context.Context, namespace string) (later bool, err error) {
+func (p *publisher) publish(ctx context.Context, namespace string) (later bool, err error) {
 	own := namespace == p.cfg.Namespace
-	if !own && !p.wanted(namespace) {
+	if !own && !p.optedIn(namespace) {
 		return false, nil
 	}
 	p.mu.Lock()
-	data := p.want
+	data := p.desired
 	wait := minRepair - time.Since(p.written[namespace])
 	p.mu.Unlock()
 	if data == nil {
@@ -129,11 +129,11 @@ func (p *term) publish(ctx context.Context, namespace string) (later bool, err e
 	if err != nil {
 		return false, err
 	}
-	if p.asWanted(p.held(namespace), data, own, uid) {
+	if p.upToDate(p.state(namespace), data, own, uid) {
 		return false, nil
 	}
 	if wait > 0 && !own { // Our own is written in the course of a rotation; nobody quarrels with us there.
-		p.order.hurry(namespace)
+		p.priorities.setUrgent(namespace)
 		p.queue.AddAfter(namespace, wait)
 		return true, nil
 	}
@@ -165,13 +165,13 @@ func (p *term) publish(ctx context.Context, namespace string) (later bool, err e
 	return false, nil
 }
 
-// wanted reports whether a namespace is opted in and not on its way out.
-func (p *term) wanted(namespace string) bool {
+// optedIn reports whether a namespace is opted in and not on its way out.
+func (p *publisher) optedIn(namespace string) bool {
 	obj, ok, err := p.namespaces.GetStore().GetByKey(namespace)
 	return err == nil && ok && obj.(*metav1.PartialObjectMetadata).DeletionTimestamp == nil
 }
 
-func (p *term) asWanted(m *held, data map[string]string, own bool, owner types.UID) bool {
+func (p *publisher) upToDate(m *configMapState, data map[string]string, own bool, owner types.UID) bool {
 	if m == nil || m.roots != sha256.Sum256([]byte(data[RootsKey])) {
 		return false
 	}

@@ -105,9 +105,9 @@ type Trust struct {
 	meta   metadata.Interface
 	gate   *gate
 
-	leading atomic.Bool
-	mu      sync.Mutex
-	term    *term // nil while another replica leads; guarded by mu
+	leading   atomic.Bool
+	mu        sync.Mutex
+	publisher *publisher // nil while another replica leads; guarded by mu
 }
 
 // New checks the configuration, and from then on holds back the pair's leaves. It asks the API server for
@@ -141,7 +141,7 @@ func New(cfg Config) (*Trust, error) {
 		t.gate.begin(serving, roots)
 	}
 	if cfg.Propagation > 0 {
-		cfg.Pair.SetGate(t.gate.judge)
+		cfg.Pair.SetGate(t.gate.allow)
 	}
 	return t, nil
 }
@@ -181,10 +181,10 @@ func (t *Trust) Leading() bool { return t.leading.Load() }
 func (t *Trust) Err() error {
 	errs := []error{t.gate.problem()}
 	t.mu.Lock()
-	term := t.term
+	p := t.publisher
 	t.mu.Unlock()
-	if term != nil {
-		errs = append(errs, term.problem())
+	if p != nil {
+		errs = append(errs, p.problem())
 	}
 	return errors.Join(errs...)
 }

@@ -5,26 +5,26 @@ import (
 	"sync"
 )
 
-// order is the storage of a workqueue with two lines: who is in the second waits until the first is empty.
-// The workqueue sees to it that nobody waits twice. What is added goes into the second line, unless hurry
+// priorityQueue is the storage of a workqueue with two lines: who is in the second waits until the first is empty.
+// The workqueue sees to it that nobody waits twice. What is added goes into the second line, unless setUrgent
 // was called for it since it last left.
-type order struct {
+type priorityQueue struct {
 	mu          sync.Mutex
 	urgent      map[string]bool // guarded by mu
 	first, last []string        // guarded by mu
 }
 
-func newOrder() *order { return &order{urgent: make(map[string]bool)} }
+func newPriorityQueue() *priorityQueue { return &priorityQueue{urgent: make(map[string]bool)} }
 
-// hurry is called before an item is added.
-func (o *order) hurry(item string) {
+// setUrgent is called before an item is added.
+func (o *priorityQueue) setUrgent(item string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.urgent[item] = true
 }
 
 // Push puts an item into its line.
-func (o *order) Push(item string) {
+func (o *priorityQueue) Push(item string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.urgent[item] {
@@ -35,7 +35,7 @@ func (o *order) Push(item string) {
 }
 
 // Touch moves an item forward that was added again with more hurry.
-func (o *order) Touch(item string) {
+func (o *priorityQueue) Touch(item string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if !o.urgent[item] {
@@ -48,14 +48,14 @@ func (o *order) Touch(item string) {
 }
 
 // Len counts who waits.
-func (o *order) Len() int {
+func (o *priorityQueue) Len() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return len(o.first) + len(o.last)
 }
 
 // Pop takes the next. It is called only while somebody waits.
-func (o *order) Pop() string {
+func (o *priorityQueue) Pop() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	line := &o.first

@@ -21,15 +21,15 @@ import (
 )
 
 const (
-	// lookAgain is how often the leader reads the roots' file and the clock. Both are cheap.
-	lookAgain = 2 * time.Second
-	// checkAll is how often every namespace is compared, should a watch have missed something. It costs no
+	// reconcileInterval is how often the leader reads the roots' file and the clock. Both are cheap.
+	reconcileInterval = 2 * time.Second
+	// resyncInterval is how often every namespace is compared, should a watch have missed something. It costs no
 	// call where nothing is wrong.
-	checkAll = 10 * time.Minute
+	resyncInterval = 10 * time.Minute
 )
 
-// held is what is kept of each ConfigMap in memory, instead of its data.
-type held struct {
+// configMapState is what is kept of each ConfigMap in memory, instead of its data.
+type configMapState struct {
 	metav1.ObjectMeta // cut down to what is compared
 
 	roots, record [sha256.Size]byte // digests of the data
@@ -37,13 +37,13 @@ type held struct {
 	drop          string // DropAnnotation
 }
 
-// strip makes a held of a ConfigMap. It may meet one that it made before.
+// strip makes a configMapState of a ConfigMap. It may meet one that it made before.
 func strip(obj any) (any, error) {
 	m, ok := obj.(*corev1.ConfigMap)
 	if !ok {
 		return obj, nil
 	}
-	h := &held{
+	h := &configMapState{
 		ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion},
 		roots:      sha256.Sum256([]byte(m.Data[RootsKey])),
 		record:     sha256.Sum256([]byte(m.Data[RecordKey])),
@@ -57,20 +57,20 @@ func strip(obj any) (any, error) {
 	return h, nil
 }
 
-// term is the time for which one replica leads.
-type term struct {
+// publisher is the time for which one replica leads.
+type publisher struct {
 	*Trust
 	namespaces cache.SharedIndexInformer // the opted-in ones
-	configMaps cache.SharedIndexInformer // of held
+	configMaps cache.SharedIndexInformer // of configMapState
 	queue      workqueue.TypedRateLimitingInterface[string]
-	order      *order
+	priorities *priorityQueue
 	limiter    *rate.Limiter
 	owner      owner
-	poke       chan struct{} // asks for a look ahead of time
+	wake       chan struct{} // asks for a look ahead of time
 
 	mu      sync.Mutex
 	record  record               // guarded by mu
-	want    map[string]string    // the data in our own namespace; nil while there is nothing to publish; guarded by mu
+	desired map[string]string    // the data in our own namespace; nil while there is nothing to publish; guarded by mu
 	written map[string]time.Time // :: namespace → last write, for minRepair; guarded by mu
 	failing map[string]error     // :: namespace → why it has not what it should; guarded by mu
 	fileErr error                // guarded by mu
@@ -83,26 +83,26 @@ type term struct {
 func (t *Trust) lead(ctx context.Context) {
 	t.leading.Store(true)
 	defer t.leading.Store(false)
-	order := newOrder()
-	p := &term{
-		Trust: t, order: order, limiter: rate.NewLimiter(publishRate, publishBurst),
+	priorities := newPriorityQueue()
+	p := &publisher{
+		Trust: t, priorities: priorities, limiter: rate.NewLimiter(publishRate, publishBurst),
 		queue: workqueue.NewTypedRateLimitingQueueWithConfig(
 			workqueue.NewTypedItemExponentialFailureRateLimiter[string](firstRetry, lastRetry),
 			workqueue.TypedRateLimitingQueueConfig[string]{
 				DelayingQueue: workqueue.NewTypedDelayingQueueWithConfig(workqueue.TypedDelayingQueueConfig[string]{
-					Queue: workqueue.NewTypedWithConfig(workqueue.TypedQueueConfig[string]{Queue: order}),
+					Queue: workqueue.NewTypedWithConfig(workqueue.TypedQueueConfig[string]{Queue: priorities}),
 				}),
 			}),
 		owner:   owner{meta: t.meta, name: t.cfg.Owner},
-		poke:    make(chan struct{}, 1),
+		wake:    make(chan struct{}, 1),
 		written: make(map[string]time.Time), failing: make(map[string]error),
 	}
 	t.mu.Lock()
-	t.term = p
+	t.publisher = p
 	t.mu.Unlock()
 	defer func() {
 		t.mu.Lock()
-		t.term = nil
+		t.publisher = nil
 		t.mu.Unlock()
 	}()
 	t.cfg.Logger.InfoContext(ctx, "Publishing roots: this replica leads")
@@ -113,7 +113,7 @@ func (t *Trust) lead(ctx context.Context) {
 	}
 }
 
-func (p *term) run(ctx context.Context) error {
+func (p *publisher) run(ctx context.Context) error {
 	if err := p.watch(); err != nil {
 		return err
 	}
@@ -132,14 +132,14 @@ func (p *term) run(ctx context.Context) error {
 	p.mu.Lock()
 	p.synced = true
 	p.mu.Unlock()
-	p.look(ctx)
+	p.reconcile(ctx)
 	for range workers {
 		running.Go(func() {
 			for p.work(ctx) {
 			}
 		})
 	}
-	clock, all := time.NewTicker(lookAgain), time.NewTicker(checkAll)
+	clock, all := time.NewTicker(reconcileInterval), time.NewTicker(resyncInterval)
 	defer clock.Stop()
 	defer all.Stop()
 	for {
@@ -147,18 +147,18 @@ func (p *term) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-clock.C:
-			p.look(ctx)
-		case <-p.poke:
-			p.look(ctx)
+			p.reconcile(ctx)
+		case <-p.wake:
+			p.reconcile(ctx)
 		case <-all.C:
-			p.owner.doubt()
-			p.everywhere()
+			p.owner.invalidate()
+			p.enqueueAll()
 		}
 	}
 }
 
 // watch prepares the informers.
-func (p *term) watch() error {
+func (p *publisher) watch() error {
 	p.namespaces = metadatainformer.NewFilteredMetadataInformer(p.meta, corev1.SchemeGroupVersion.WithResource("namespaces"),
 		metav1.NamespaceAll, 0, cache.Indexers{}, func(o *metav1.ListOptions) { o.LabelSelector = p.cfg.Namespaces }).Informer()
 	p.configMaps = cache.NewSharedIndexInformer(p.maps(metav1.NamespaceAll), &corev1.ConfigMap{}, 0, cache.Indexers{})
@@ -174,8 +174,8 @@ func (p *term) watch() error {
 		return fmt.Errorf("preparing the watches: %w", err)
 	}
 	_, err = p.namespaces.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(obj any) { p.hurry(nameOf(obj)) },
-		UpdateFunc: func(_, obj any) { p.hurry(nameOf(obj)) },
+		AddFunc:    func(obj any) { p.enqueueUrgent(nameOf(obj)) },
+		UpdateFunc: func(_, obj any) { p.enqueueUrgent(nameOf(obj)) },
 		DeleteFunc: func(obj any) { p.forget(nameOf(obj)) },
 	})
 	if err != nil {
@@ -186,7 +186,7 @@ func (p *term) watch() error {
 		UpdateFunc: func(_, obj any) { p.changed(namespaceOf(obj)) },
 		DeleteFunc: func(obj any) {
 			// Perhaps the garbage collector, because our owner is another one now.
-			p.owner.doubt()
+			p.owner.invalidate()
 			p.changed(namespaceOf(obj))
 		},
 	})
@@ -198,8 +198,8 @@ func (p *term) watch() error {
 
 // restore reads the record that an earlier leader left. It returns false only when ctx ends first: roots
 // that are still in use must not be withdrawn because the API server was away for a moment.
-func (p *term) restore(ctx context.Context) bool {
-	retry := time.NewTicker(lookAgain)
+func (p *publisher) restore(ctx context.Context) bool {
+	retry := time.NewTicker(reconcileInterval)
 	defer retry.Stop()
 	for {
 		read, cancel := context.WithTimeout(ctx, writeTimeout)
@@ -227,8 +227,8 @@ func (p *term) restore(ctx context.Context) bool {
 	}
 }
 
-// look brings the record up to date with file, leaf, annotation, clock and namespaces.
-func (p *term) look(ctx context.Context) {
+// reconcile brings the record up to date with file, leaf, annotation, clock and namespaces.
+func (p *publisher) reconcile(ctx context.Context) {
 	file, fileErr := readRoots(p.cfg.RootsFile)
 	serving, err := p.serving()
 	if err != nil {
@@ -236,7 +236,7 @@ func (p *term) look(ctx context.Context) {
 	}
 	var drop map[string]bool
 	var dropErr, noRoot error
-	if own := p.held(p.cfg.Namespace); own != nil {
+	if own := p.state(p.cfg.Namespace); own != nil {
 		drop, dropErr = parseDigests(own.drop)
 	}
 	now := time.Now()
@@ -248,10 +248,10 @@ func (p *term) look(ctx context.Context) {
 		noRoot = fmt.Errorf("the broker's leaf, which expires at %s, verifies under none of the roots in %s, nor under earlier ones",
 			serving.Leaf.NotAfter.Format(time.RFC3339), p.cfg.RootsFile)
 	}
-	news := p.news(fileErr, dropErr, noRoot)
+	newErrors := p.newErrors(fileErr, dropErr, noRoot)
 	p.fileErr, p.dropErr, p.noRoot = fileErr, dropErr, noRoot
 	p.set(record)
-	if !record.complete() && p.landed() {
+	if !record.complete() && p.allPublished() {
 		record = record.stamped(now)
 		p.set(record)
 		changes = append(changes, change{what: "published in every namespace"})
@@ -265,23 +265,23 @@ func (p *term) look(ctx context.Context) {
 		}
 		p.cfg.Logger.InfoContext(ctx, "Roots changed", attrs...)
 	}
-	for _, err := range news {
+	for _, err := range newErrors {
 		p.cfg.Logger.ErrorContext(ctx, "Publishing roots is not in order", "error", err)
 	}
 }
 
-// news are those of the errors whose text is new. The caller holds mu.
-func (p *term) news(fileErr, dropErr, noRoot error) (news []error) {
+// newErrors are those of the errors whose text is new. The caller holds mu.
+func (p *publisher) newErrors(fileErr, dropErr, noRoot error) (all []error) {
 	for _, pair := range [][2]error{{p.fileErr, fileErr}, {p.dropErr, dropErr}, {p.noRoot, noRoot}} {
 		if pair[1] != nil && (pair[0] == nil || pair[0].Error() != pair[1].Error()) {
-			news = append(news, pair[1])
+			all = append(all, pair[1])
 		}
 	}
-	return news
+	return all
 }
 
 // set makes r what is to be published, and has it written where it is not. The caller holds mu.
-func (p *term) set(r record) {
+func (p *publisher) set(r record) {
 	p.record = r
 	if len(r) == 0 {
 		return // What is there stays: see the package comment.
@@ -291,54 +291,54 @@ func (p *term) set(r record) {
 		p.cfg.Logger.Error("Encoding the record failed", "error", err) // Times outside of years 0 to 9999.
 		return
 	}
-	old := p.want
-	p.want = data
+	old := p.desired
+	p.desired = data
 	if old[RecordKey] != data[RecordKey] {
-		p.hurry(p.cfg.Namespace)
+		p.enqueueUrgent(p.cfg.Namespace)
 	}
 	if old[RootsKey] != data[RootsKey] {
-		p.everywhere()
+		p.enqueueAll()
 	}
 }
 
-// landed reports whether every namespace has the present roots, by what the API server has told. Left out
+// allPublished reports whether every namespace has the present roots, by what the API server has told. Left out
 // are those where there is no ConfigMap yet, and so no pod runs that could miss a root; and those where one
 // is in the way to which our key cannot be added: it is immutable, full, or has the key as binary data. A
 // tenant could otherwise hold up everybody's rotation with such. The caller holds mu.
-func (p *term) landed() bool {
-	if p.want == nil {
+func (p *publisher) allPublished() bool {
+	if p.desired == nil {
 		return false
 	}
-	want := sha256.Sum256([]byte(p.want[RootsKey]))
-	if own := p.held(p.cfg.Namespace); own == nil || own.roots != want {
+	want := sha256.Sum256([]byte(p.desired[RootsKey]))
+	if own := p.state(p.cfg.Namespace); own == nil || own.roots != want {
 		return false
 	}
 	for _, obj := range p.namespaces.GetStore().List() {
 		ns := obj.(*metav1.PartialObjectMetadata)
 		inTheWay := apierrors.IsInvalid(p.failing[ns.Name]) || apierrors.IsRequestEntityTooLargeError(p.failing[ns.Name])
-		if m := p.held(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != want && !inTheWay {
+		if m := p.state(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != want && !inTheWay {
 			return false
 		}
 	}
 	return true
 }
 
-// held is what the API server has told of a namespace's ConfigMap; nil when there is none.
-func (p *term) held(namespace string) *held {
+// state is what the API server has told of a namespace's ConfigMap; nil when there is none.
+func (p *publisher) state(namespace string) *configMapState {
 	obj, ok, err := p.configMaps.GetStore().GetByKey(namespace + "/" + p.cfg.ConfigMap)
 	if err != nil || !ok {
 		return nil
 	}
-	return obj.(*held)
+	return obj.(*configMapState)
 }
 
 // problem is why not all is well; nil when it is.
-func (p *term) problem() error {
+func (p *publisher) problem() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	errs := []error{p.dropErr, p.noRoot}
 	switch {
-	case errors.Is(p.fileErr, os.ErrNotExist) && p.want == nil:
+	case errors.Is(p.fileErr, os.ErrNotExist) && p.desired == nil:
 		errs = append(errs, fmt.Errorf("no roots are published: %w", p.fileErr))
 	case p.fileErr != nil:
 		errs = append(errs, p.fileErr)
