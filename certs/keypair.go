@@ -68,21 +68,21 @@ func (p *KeyPair) NotAfter() time.Time {
 // is not served yet.
 var ErrPending = errors.New("the new pair is held back")
 
-// SetGate lets judge decide when a pair that has appeared on disk replaces the
-// one that is served. judge returns nil to have next served from now on, or why
+// SetGate lets allow decide when a pair that has appeared on disk replaces the
+// one that is served. allow returns nil to have next served from now on, or why
 // not yet, and is asked again at each handshake; so it must be quick, and must
 // not call methods of p. The pair that NewKeyPair loaded is not judged: beside
 // it there is nothing to serve.
 //
 // A pair that is held back is kept in memory beside the other. If the files
 // change again, the newest is judged.
-func (p *KeyPair) SetGate(judge func(serving, next *tls.Certificate) error) {
+func (p *KeyPair) SetGate(allow func(serving, next *tls.Certificate) error) {
 	if p == nil || p.files == nil {
 		return // The zero value serves nothing.
 	}
 	p.files.mu.Lock()
 	defer p.files.mu.Unlock()
-	p.files.judge = judge
+	p.files.allow = allow
 }
 
 // Err returns nil if what is served is what the files hold at this moment, and

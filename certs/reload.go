@@ -29,14 +29,14 @@ type reloader[T any] struct {
 	parse func(contents [][]byte) (*T, error)
 	log   *slog.Logger
 
-	mu      sync.Mutex                // guards all below; concurrent handshakes read one after the other
-	judge   func(good, next *T) error // why next must not replace good yet; nil if nothing is held back
-	good    *T
-	goodSum digest // of the content that good was made of
-	held    *T     // what judge refused last, so that it is parsed once; nil if nothing is held back
-	heldSum digest
-	err     error // why good is not what the files held when last read; nil if it is
-	warned  failure
+	mu         sync.Mutex                // guards all below; concurrent handshakes read one after the other
+	allow      func(good, next *T) error // why next must not replace good yet; nil if nothing is held back
+	good       *T
+	goodSum    digest // of the content that good was made of
+	pending    *T     // what allow refused last, so that it is parsed once; nil if nothing is held back
+	pendingSum digest
+	err        error // why good is not what the files held when last read; nil if it is
+	warned     failure
 }
 
 // failure tells one logged failure from the next. sum is zero if the files
@@ -86,9 +86,9 @@ func (r *reloader[T]) current() (v *T, stale error) {
 		}
 		return r.good, r.err
 	}
-	if sum != r.goodSum && r.judge != nil {
-		if why := r.judge(r.good, v); why != nil {
-			r.held, r.heldSum = v, sum
+	if sum != r.goodSum && r.allow != nil {
+		if why := r.allow(r.good, v); why != nil {
+			r.pending, r.pendingSum = v, sum
 			r.err = fmt.Errorf("reloading %s: %w: %w", r.what, ErrPending, why)
 			if f := (failure{sum, ErrPending.Error()}); f != r.warned { // once, though why may count the minutes
 				r.warned = f
@@ -101,7 +101,7 @@ func (r *reloader[T]) current() (v *T, stale error) {
 	if sum != r.goodSum || r.err != nil {
 		r.log.Info("certificates reloaded", "what", r.what, "files", r.files)
 	}
-	r.good, r.goodSum, r.held, r.err, r.warned = v, sum, nil, nil, failure{}
+	r.good, r.goodSum, r.pending, r.err, r.warned = v, sum, nil, nil, failure{}
 	return r.good, nil
 }
 
@@ -124,8 +124,8 @@ func (r *reloader[T]) load() (*T, digest, error) {
 	if r.good != nil && sum == r.goodSum {
 		return r.good, sum, nil
 	}
-	if r.held != nil && sum == r.heldSum {
-		return r.held, sum, nil
+	if r.pending != nil && sum == r.pendingSum {
+		return r.pending, sum, nil
 	}
 	for i, data := range contents {
 		if err := whole(data); err != nil {
