@@ -12,21 +12,26 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
+	"github.com/credence-iam/credence/broker/kube/apitest"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/certs/trust"
@@ -51,18 +56,103 @@ const settle = 5 * time.Second
 // bench is an API server with one opted-in namespace, shop, and a volume that all replicas mount.
 type bench struct {
 	t      *testing.T
-	api    *apiServer
+	api    *apitest.Server
 	volume string
+
+	mu      sync.Mutex
+	refuse  func(apitest.Request) *metav1.Status // nil: refuses nothing; guarded by mu
+	applied []string                             // namespaces, in the order of the writes; guarded by mu
 }
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
-	api, _ := startAPIServer(t)
-	b := &bench{t: t, api: api, volume: filepath.Join(t.TempDir(), "tls")}
-	api.put("clusterroles", "", "credence-broker", object{})
-	api.namespace(home, "")
-	api.namespace("shop", "enabled")
+	b := &bench{t: t, api: apitest.Start(t), volume: filepath.Join(t.TempDir(), "tls")}
+	b.api.Intercept(b.intercept)
+	b.api.Put(clusterRole())
+	b.namespace(home, "")
+	b.namespace("shop", "enabled")
 	return b
+}
+
+// intercept records each write, after refuse had its say.
+func (b *bench) intercept(r apitest.Request) *metav1.Status {
+	b.mu.Lock()
+	refuse := b.refuse
+	b.mu.Unlock()
+	if refuse != nil {
+		if status := refuse(r); status != nil {
+			return status
+		}
+	}
+	if r.Method != http.MethodPatch {
+		return nil
+	}
+	if query, err := url.ParseQuery(r.Query); err != nil || query.Get("force") != "true" || query.Get("fieldManager") != trust.FieldManager {
+		return apitest.Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "not our apply")
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.applied = append(b.applied, r.Namespace)
+	return nil
+}
+
+// refuseBy makes the API server refuse the requests for which f returns a status.
+func (b *bench) refuseBy(f func(apitest.Request) *metav1.Status) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refuse = f
+}
+
+// writes are the namespaces written to since the last call.
+func (b *bench) writes() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	all := b.applied
+	b.applied = nil
+	return all
+}
+
+func clusterRole() *rbacv1.ClusterRole {
+	return &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "credence-broker"}}
+}
+
+// ownerUID is that of the ClusterRole that there is.
+func (b *bench) ownerUID() types.UID {
+	role := clusterRole()
+	b.api.Load(role)
+	return role.UID
+}
+
+// namespace makes one with that value of the label; empty for none.
+func (b *bench) namespace(name, inject string) {
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	if inject != "" {
+		ns.Labels = map[string]string{"iam.amazonaws.com/inject": inject}
+	}
+	b.api.Put(ns)
+}
+
+func newConfigMap(namespace string, data map[string]string) *corev1.ConfigMap {
+	return &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "credence-trust"}, Data: data}
+}
+
+// configMap is the one of our name in that namespace; nil when there is none.
+func (b *bench) configMap(namespace string) *corev1.ConfigMap {
+	if m := newConfigMap(namespace, nil); b.api.Load(m) {
+		return m
+	}
+	return nil
+}
+
+// edit changes that ConfigMap, as another client would.
+func (b *bench) edit(namespace string, change func(*corev1.ConfigMap)) {
+	b.t.Helper()
+	m := b.configMap(namespace)
+	if m == nil {
+		b.t.Fatalf("namespace %s has no ConfigMap to change", namespace)
+	}
+	change(m)
+	b.api.Put(m)
 }
 
 // newCA makes an authority that lives for a year.
@@ -107,7 +197,7 @@ func (b *bench) tryStart(change func(*trust.Config)) (*replica, error) {
 		b.t.Fatal(err)
 	}
 	cfg := trust.Config{
-		REST: b.api.config(), Pair: pair, RootsFile: filepath.Join(b.volume, "ca.crt"), Namespace: home, ConfigMap: "credence-trust",
+		REST: b.api.Config(), Pair: pair, RootsFile: filepath.Join(b.volume, "ca.crt"), Namespace: home, ConfigMap: "credence-trust",
 		Namespaces: "iam.amazonaws.com/inject=enabled", Owner: "credence-broker", Propagation: trust.DefaultPropagation,
 		Logger: slog.New(slog.DiscardHandler),
 	}
@@ -143,7 +233,7 @@ func serves(t *testing.T, r *replica, leaf *certstest.Leaf) bool {
 // published are the authorities that a namespace's pods trust, in the order of the arguments.
 func (b *bench) published(namespace string, among ...*certstest.CA) (found []int) {
 	b.t.Helper()
-	m := b.api.configMap(b.t, namespace)
+	m := b.configMap(namespace)
 	if m == nil {
 		return nil
 	}
@@ -174,9 +264,9 @@ func TestOptedInNamespacesGetTheRoots(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t)}
 		b.mount(cas[0])
-		b.api.namespace("refusing", "disabled")
-		b.api.namespace("plain", "")
-		b.api.namespace("later", "")
+		b.namespace("refusing", "disabled")
+		b.namespace("plain", "")
+		b.namespace("later", "")
 		r := b.start(nil)
 		time.Sleep(settle)
 		b.want("from the start", "shop", cas, 0)
@@ -187,13 +277,13 @@ func TestOptedInNamespacesGetTheRoots(t *testing.T) {
 		if err := r.Err(); err != nil || !r.Leading() {
 			t.Errorf("leads: %v, error: %v", r.Leading(), err)
 		}
-		m := b.api.configMap(t, "shop")
+		m := b.configMap("shop")
 		if m == nil {
 			t.Fatal("there is no ConfigMap to look at")
 		}
-		uid := b.api.get("clusterroles", "", "credence-broker").meta()["uid"]
+		uid := b.ownerUID()
 		if o := m.OwnerReferences; len(o) != 1 || o[0].Kind != "ClusterRole" || o[0].Name != "credence-broker" ||
-			string(o[0].UID) != uid || o[0].APIVersion != "rbac.authorization.k8s.io/v1" || o[0].BlockOwnerDeletion != nil {
+			o[0].UID != uid || o[0].APIVersion != "rbac.authorization.k8s.io/v1" || o[0].BlockOwnerDeletion != nil {
 			t.Errorf("owned by %+v", o)
 		}
 		if len(m.Data) != 1 {
@@ -201,12 +291,12 @@ func TestOptedInNamespacesGetTheRoots(t *testing.T) {
 		}
 
 		// Its first pod may come a second later: not even a moment may pass.
-		b.api.namespace("later", "enabled")
+		b.namespace("later", "enabled")
 		synctest.Wait()
 		b.want("just labelled", "later", cas, 0)
 
 		// Running pods mount it.
-		b.api.namespace("later", "")
+		b.namespace("later", "")
 		time.Sleep(15 * time.Minute)
 		b.want("unlabelled", "later", cas, 0)
 	})
@@ -218,37 +308,28 @@ func TestWhatIsOursIsRepaired(t *testing.T) {
 		cas := []*certstest.CA{newCA(t), newCA(t)}
 		b.mount(cas[0])
 		// Somebody had that name before.
-		b.api.put("configmaps", "shop", "credence-trust", object{"data": map[string]any{"theirs": "1", trust.RootsKey: string(cas[1].PEM)}})
+		b.api.Put(newConfigMap("shop", map[string]string{"theirs": "1", trust.RootsKey: string(cas[1].PEM)}))
 		b.start(nil)
 		time.Sleep(settle)
 		for _, damage := range []struct {
 			what string
-			do   func(namespace string, o object)
+			do   func(*corev1.ConfigMap)
 		}{
-			{"nothing", func(string, object) {}},
-			{"another root", func(ns string, o object) {
-				o["data"].(map[string]any)[trust.RootsKey] = string(cas[1].PEM)
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"no roots", func(ns string, o object) {
-				delete(o["data"].(map[string]any), trust.RootsKey)
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"no owner", func(ns string, o object) {
-				delete(o.meta(), "ownerReferences")
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"no record", func(ns string, o object) {
-				delete(o["data"].(map[string]any), trust.RecordKey)
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"deleted", func(ns string, o object) { b.api.put("configmaps", ns, "credence-trust", nil) }},
+			{"nothing", func(*corev1.ConfigMap) {}},
+			{"another root", func(m *corev1.ConfigMap) { m.Data[trust.RootsKey] = string(cas[1].PEM) }},
+			{"no roots", func(m *corev1.ConfigMap) { delete(m.Data, trust.RootsKey) }},
+			{"no owner", func(m *corev1.ConfigMap) { m.OwnerReferences = nil }},
+			{"no record", func(m *corev1.ConfigMap) { delete(m.Data, trust.RecordKey) }},
+			{"deleted", nil},
 		} {
 			for _, namespace := range []string{"shop", home} {
-				before := b.api.get("configmaps", namespace, "credence-trust")
-				damage.do(namespace, before.clone())
+				if damage.do == nil {
+					b.api.Delete(newConfigMap(namespace, nil))
+				} else {
+					b.edit(namespace, damage.do)
+				}
 				time.Sleep(1100 * time.Millisecond) // the least time between two writes
-				after := b.api.configMap(t, namespace)
+				after := b.configMap(namespace)
 				b.want(damage.what, namespace, cas, 0)
 				if after == nil || len(after.OwnerReferences) != 1 || (after.Data[trust.RecordKey] != "") != (namespace == home) {
 					t.Errorf("%s in %s: repaired to %+v", damage.what, namespace, after)
@@ -257,15 +338,15 @@ func TestWhatIsOursIsRepaired(t *testing.T) {
 				}
 			}
 		}
-		if n := len(b.api.writes()); n > 15 {
+		if n := len(b.writes()); n > 15 {
 			t.Errorf("%d writes for 11 repairs and the first", n)
 		}
 		// A quarrel: another controller undoes each write at once.
 		for range 100 {
-			b.api.put("configmaps", "shop", "credence-trust", object{"data": map[string]any{trust.RootsKey: "theirs"}})
+			b.api.Put(newConfigMap("shop", map[string]string{trust.RootsKey: "theirs"}))
 			time.Sleep(100 * time.Millisecond)
 		}
-		if n := len(b.api.writes()); n < 8 || n > 11 {
+		if n := len(b.writes()); n < 8 || n > 11 {
 			t.Errorf("%d writes in a quarrel of 10 s, want about one a second", n)
 		}
 	})
@@ -311,7 +392,7 @@ func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
 		}
 		b.want("when the new leaf is served", "shop", cas, 0, 1)
 		time.Sleep(settle)
-		if record := b.api.configMap(t, home).Data[trust.RecordKey]; strings.Count(record, "retired") != 1 {
+		if record := b.configMap(home).Data[trust.RecordKey]; strings.Count(record, "retired") != 1 {
 			t.Errorf("the record does not say that one root is out of use:\n%s", record)
 		}
 	})
@@ -333,22 +414,22 @@ func TestRecordOutlivesLeaders(t *testing.T) {
 		b.mount(cas[1])
 		time.Sleep(settle)
 		b.want("staged", "shop", cas, 0, 1)
-		record := b.api.configMap(t, home).Data[trust.RecordKey]
+		record := b.configMap(home).Data[trust.RecordKey]
 
 		// The leader is told to end: the other follows as soon as it looks.
 		one.stop()
 		if one.Leading() {
 			t.Error("a leader that has ended says that it leads")
 		}
-		b.api.writes()
+		b.writes()
 		time.Sleep(settle)
 		if !two.Leading() {
 			t.Fatal("the lead was not handed over")
 		}
-		if got := b.api.writes(); len(got) > 0 {
+		if got := b.writes(); len(got) > 0 {
 			t.Errorf("a new leader that finds all in order wrote to %v", got)
 		}
-		if diff := cmp.Diff(record, b.api.configMap(t, home).Data[trust.RecordKey]); diff != "" {
+		if diff := cmp.Diff(record, b.configMap(home).Data[trust.RecordKey]); diff != "" {
 			t.Errorf("the record was changed (-before +after):\n%s", diff)
 		}
 		// A third replica has only the new pair, and still knows the root of the old.
@@ -380,9 +461,7 @@ func TestRootsThatTheRecordDoesNotNameAreNotOurs(t *testing.T) {
 		time.Sleep(settle)
 		one.stop()
 		// Somebody adds a root while nobody looks.
-		o := b.api.get("configmaps", home, "credence-trust")
-		o["data"].(map[string]any)[trust.RootsKey] = string(cas[0].PEM) + string(cas[1].PEM)
-		b.api.put("configmaps", home, "credence-trust", o)
+		b.edit(home, func(m *corev1.ConfigMap) { m.Data[trust.RootsKey] = string(cas[0].PEM) + string(cas[1].PEM) })
 		b.start(nil)
 		time.Sleep(settle)
 		b.want("under the next leader", home, cas, 0)
@@ -412,8 +491,8 @@ func TestDeadLeaderIsFollowed(t *testing.T) {
 			t.Fatal("the first does not lead alone")
 		}
 		dead = true
-		b.api.cut()
-		b.api.namespace("later", "enabled")
+		b.api.Cut()
+		b.namespace("later", "enabled")
 		time.Sleep(time.Minute)
 		if one.Leading() || !two.Leading() {
 			t.Errorf("after a minute: the dead one leads: %v, the other: %v", one.Leading(), two.Leading())
@@ -433,8 +512,7 @@ func TestLeafIsServedWhenTheOldOneIsAboutToExpire(t *testing.T) {
 			first := b.mountWith(cas[0], time.Now().Add(left-tt.life), time.Now().Add(left))
 			r := b.start(nil)
 			time.Sleep(settle)
-			b.api.away.Store(true)
-			b.api.cut()
+			b.api.SetDown(true)
 			second := b.mount(cas[1])
 			time.Sleep(left - tt.last - 2*settle)
 			if !serves(t, r, first) {
@@ -454,19 +532,17 @@ func TestOneNamespaceThatCannotBeWrittenHoldsBackTheLeaf(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), newCA(t)}
 		b.mount(cas[0])
-		b.api.namespace("stuck", "enabled")
+		b.namespace("stuck", "enabled")
 		r := b.start(nil)
 		time.Sleep(settle)
 		b.want("at first", "stuck", cas, 0)
-		b.api.mu.Lock()
-		b.api.refuse = func(method, _, namespace string) *metav1.Status {
-			if method == http.MethodPatch && (namespace == "stuck" || namespace == "never") {
-				return failure(http.StatusForbidden, metav1.StatusReasonForbidden, "a policy says no")
+		b.refuseBy(func(r apitest.Request) *metav1.Status {
+			if r.Method == http.MethodPatch && (r.Namespace == "stuck" || r.Namespace == "never") {
+				return apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "a policy says no")
 			}
 			return nil
-		}
-		b.api.mu.Unlock()
-		b.api.namespace("never", "enabled") // no pod runs where there never was a ConfigMap
+		})
+		b.namespace("never", "enabled") // no pod runs where there never was a ConfigMap
 		second := b.mount(cas[1])
 		time.Sleep(20 * time.Minute)
 		b.want("meanwhile", "shop", cas, 0, 1)
@@ -476,9 +552,7 @@ func TestOneNamespaceThatCannotBeWrittenHoldsBackTheLeaf(t *testing.T) {
 		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "a policy says no") {
 			t.Errorf("Err does not say why: %v", err)
 		}
-		b.api.mu.Lock()
-		b.api.refuse = nil
-		b.api.mu.Unlock()
+		b.refuseBy(nil)
 		time.Sleep(10 * time.Minute) // tried again at least each five
 		b.want("once it can be written", "stuck", cas, 0, 1)
 		if !serves(t, r, second) || r.Err() != nil {
@@ -490,26 +564,28 @@ func TestOneNamespaceThatCannotBeWrittenHoldsBackTheLeaf(t *testing.T) {
 // A tenant has several ways to make a ConfigMap to which our key cannot be added.
 func TestTenantsCannotHoldBackTheLeaf(t *testing.T) {
 	for name, inTheWay := range map[string]struct {
-		object object
+		change func(*corev1.ConfigMap)
 		status int32
 		reason metav1.StatusReason
 	}{
-		"immutable":   {object{"immutable": true}, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
-		"binary data": {object{"binaryData": map[string]any{trust.RootsKey: ""}}, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
-		"full":        {object{}, http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge},
+		"immutable":   {func(m *corev1.ConfigMap) { m.Immutable = new(true) }, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
+		"binary data": {func(m *corev1.ConfigMap) { m.BinaryData = map[string][]byte{trust.RootsKey: {}} }, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
+		"full":        {func(*corev1.ConfigMap) {}, http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBench(t)
 				cas := []*certstest.CA{newCA(t), newCA(t)}
 				b.mount(cas[0])
-				b.api.put("configmaps", "shop", "credence-trust", inTheWay.object)
-				b.api.refuse = func(method, _, namespace string) *metav1.Status {
-					if method == http.MethodPatch && namespace == "shop" {
-						return failure(inTheWay.status, inTheWay.reason, "it cannot be changed")
+				m := newConfigMap("shop", nil)
+				inTheWay.change(m)
+				b.api.Put(m)
+				b.refuseBy(func(r apitest.Request) *metav1.Status {
+					if r.Method == http.MethodPatch && r.Namespace == "shop" {
+						return apitest.Failure(inTheWay.status, inTheWay.reason, "it cannot be changed")
 					}
 					return nil
-				}
+				})
 				r := b.start(nil)
 				time.Sleep(settle)
 				second := b.mount(cas[1])
@@ -559,9 +635,7 @@ func TestExpiredLeafIsNotTakenUp(t *testing.T) {
 
 // drop sets the annotation, as kubectl annotate does.
 func (b *bench) drop(value string) {
-	o := b.api.get("configmaps", home, "credence-trust")
-	o.meta()["annotations"] = map[string]any{trust.DropAnnotation: value}
-	b.api.put("configmaps", home, "credence-trust", o)
+	b.edit(home, func(m *corev1.ConfigMap) { m.Annotations = map[string]string{trust.DropAnnotation: value} })
 }
 
 func digest(ca *certstest.CA) string {
@@ -612,25 +686,25 @@ func TestManyNamespaces(t *testing.T) {
 		b.mount(cas[0])
 		const many = 1500
 		for i := range many {
-			b.api.namespace(fmt.Sprintf("n%04d", i), "enabled")
+			b.namespace(fmt.Sprintf("n%04d", i), "enabled")
 		}
 		r := b.start(nil)
 		time.Sleep(time.Minute)
-		if got := len(b.api.writes()); got < many+2 || got > many+4 { // shop, and ours before and after the stamp
+		if got := len(b.writes()); got < many+2 || got > many+4 { // shop, and ours before and after the stamp
 			t.Errorf("%d writes for %d namespaces", got, many)
 		}
 		b.mount(cas[1])
 		time.Sleep(settle)
-		begun := b.api.writes()
+		begun := b.writes()
 		if n := len(begun); n < 100 || n > int(settle/time.Second)*100+20 {
 			t.Fatalf("%d writes in %v", n, settle)
 		}
 		repaired := begun[20] // Long enough ago to be written again.
 		// In the midst of it, somebody begins, and somebody else makes a mistake.
-		b.api.namespace("urgent", "enabled")
-		b.api.put("configmaps", repaired, "credence-trust", nil)
+		b.namespace("urgent", "enabled")
+		b.api.Delete(newConfigMap(repaired, nil))
 		time.Sleep(time.Second)
-		got := b.api.writes()
+		got := b.writes()
 		for _, namespace := range []string{"urgent", repaired} {
 			if i := slices.Index(got, namespace); i < 0 || i > 15 {
 				t.Errorf("%s was written at place %d of %d, behind those that only take part in a change for all", namespace, i, len(got))
@@ -640,12 +714,12 @@ func TestManyNamespaces(t *testing.T) {
 		for i := range many {
 			b.want("in the end", fmt.Sprintf("n%04d", i), cas, 0, 1)
 		}
-		b.api.writes()
+		b.writes()
 		r.stop()
 		b.start(nil)
 		time.Sleep(11 * time.Minute) // all are compared every ten
 		// It serves the new leaf at once, having no other, and records that the old root is out of use.
-		if got := b.api.writes(); !slices.Equal(got, []string{home}) {
+		if got := b.writes(); !slices.Equal(got, []string{home}) {
 			t.Errorf("a leader that finds all in order wrote to %v", got)
 		}
 	})
@@ -656,22 +730,22 @@ func TestNamespacesOnTheirWayOut(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t)}
 		b.mount(cas[0])
-		b.api.put("namespaces", "", "leaving", object{"metadata": map[string]any{
-			"labels": map[string]any{"iam.amazonaws.com/inject": "enabled"}, "deletionTimestamp": "2000-01-01T00:00:00Z",
+		b.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+			Name: "leaving", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, DeletionTimestamp: new(metav1.Now()),
 		}})
-		b.api.namespace("racing", "enabled") // is being deleted, as we are about to learn
+		b.namespace("racing", "enabled") // is being deleted, as we are about to learn
 		var logged bytes.Buffer
-		b.api.refuse = func(method, _, namespace string) *metav1.Status {
-			if method != http.MethodPatch || namespace != "racing" {
+		b.refuseBy(func(r apitest.Request) *metav1.Status {
+			if r.Method != http.MethodPatch || r.Namespace != "racing" {
 				return nil
 			}
-			status := failure(http.StatusForbidden, metav1.StatusReasonForbidden, "being terminated")
+			status := apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "being terminated")
 			status.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: corev1.NamespaceTerminatingCause}}}
 			return status
-		}
+		})
 		r := b.start(func(c *trust.Config) { c.Logger = slog.New(slog.NewTextHandler(&logged, nil)) })
 		time.Sleep(settle)
-		if slices.Contains(b.api.writes(), "leaving") {
+		if slices.Contains(b.writes(), "leaving") {
 			t.Error("a namespace that is being deleted was written to")
 		}
 		r.stop()
@@ -689,9 +763,9 @@ func TestOwnerThatIsMadeAnew(t *testing.T) {
 		r := b.start(nil)
 		time.Sleep(settle)
 		// Uninstalled: the garbage collector deletes what is owned.
-		b.api.put("clusterroles", "", "credence-broker", nil)
+		b.api.Delete(clusterRole())
 		for _, namespace := range []string{"shop", home} {
-			b.api.put("configmaps", namespace, "credence-trust", nil)
+			b.api.Delete(newConfigMap(namespace, nil))
 		}
 		time.Sleep(settle)
 		b.want("without an owner", "shop", cas)
@@ -699,12 +773,12 @@ func TestOwnerThatIsMadeAnew(t *testing.T) {
 			t.Errorf("Err is %v", err)
 		}
 		// And installed again, while this replica still runs.
-		b.api.put("clusterroles", "", "credence-broker", object{})
+		b.api.Put(clusterRole())
 		time.Sleep(10 * time.Minute)
-		uid := b.api.get("clusterroles", "", "credence-broker").meta()["uid"]
+		uid := b.ownerUID()
 		for _, namespace := range []string{"shop", home} {
-			m := b.api.configMap(t, namespace)
-			if m == nil || len(m.OwnerReferences) != 1 || string(m.OwnerReferences[0].UID) != uid {
+			m := b.configMap(namespace)
+			if m == nil || len(m.OwnerReferences) != 1 || m.OwnerReferences[0].UID != uid {
 				t.Errorf("in %s: %+v, want an owner %v", namespace, m, uid)
 			}
 		}
@@ -753,7 +827,7 @@ func TestBadFilesWithdrawNothing(t *testing.T) {
 				t.Errorf("%s: Err is %v", step.what, err)
 			}
 		}
-		if record := b.api.configMap(t, home).Data[trust.RecordKey]; strings.Contains(record, "retired") {
+		if record := b.configMap(home).Data[trust.RecordKey]; strings.Contains(record, "retired") {
 			t.Errorf("a bad file retires roots:\n%s", record)
 		}
 		if err := os.WriteFile(file, cas[1].PEM, 0o600); err != nil {
@@ -820,9 +894,9 @@ func TestNewRefuses(t *testing.T) {
 // which other replicas still serve.
 func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
 	for what, status := range map[string]*metav1.Status{
-		"an error of the server": failure(http.StatusInternalServerError, metav1.StatusReasonInternalError, "etcd is electing"),
-		"overloaded":             failure(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, "try later"),
-		"forbidden":              failure(http.StatusForbidden, metav1.StatusReasonForbidden, "RBAC is not synced yet"),
+		"an error of the server": apitest.Failure(http.StatusInternalServerError, metav1.StatusReasonInternalError, "etcd is electing"),
+		"overloaded":             apitest.Failure(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, "try later"),
+		"forbidden":              apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "RBAC is not synced yet"),
 	} {
 		for _, long := range []time.Duration{0, 30 * time.Second} { // one failed read, and many
 			t.Run(fmt.Sprintf("%s, for %s", what, long), func(t *testing.T) {
@@ -835,23 +909,21 @@ func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
 					b.mount(cas[1])
 					time.Sleep(settle)
 					b.want("under the first leader", "shop", cas, 0, 1)
-					record := b.api.configMap(t, home).Data[trust.RecordKey]
+					record := b.configMap(home).Data[trust.RecordKey]
 					one.stop()
 
 					failed := 0
 					until := time.Now().Add(long)
-					b.api.mu.Lock()
-					b.api.refuse = func(method, resource, namespace string) *metav1.Status {
-						b.api.mu.Lock()
-						defer b.api.mu.Unlock()
+					b.refuseBy(func(r apitest.Request) *metav1.Status {
+						b.mu.Lock()
+						defer b.mu.Unlock()
 						// Every replica lists its own namespace's when it starts; the read is the next one.
-						if method != http.MethodGet || resource != "configmaps" || namespace != home || failed > 1 && !time.Now().Before(until) {
+						if r.Method != http.MethodGet || r.Resource != "configmaps" || r.Namespace != home || failed > 1 && !time.Now().Before(until) {
 							return nil
 						}
 						failed++
 						return status
-					}
-					b.api.mu.Unlock()
+					})
 					two := b.start(nil)
 					for range 600 {
 						time.Sleep(100 * time.Millisecond)
@@ -865,7 +937,7 @@ func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
 						t.Errorf("%d reads failed; the second replica leads: %v, %v", failed, two.Leading(), two.Err())
 					}
 					// It has retired the old root, and knows since when both are published.
-					now := b.api.configMap(t, home).Data[trust.RecordKey]
+					now := b.configMap(home).Data[trust.RecordKey]
 					if strings.Count(now, "published") != 2 || strings.Count(record, "published") != 2 {
 						t.Errorf("the record is\n%s\nand was\n%s", now, record)
 					}
@@ -911,7 +983,7 @@ func TestRootsCountAsPublishedWhenTheyAre(t *testing.T) {
 				var record struct {
 					Roots []struct{ Published time.Time }
 				}
-				if err := json.Unmarshal([]byte(b.api.configMap(t, home).Data[trust.RecordKey]), &record); err != nil || len(record.Roots) != 2 {
+				if err := json.Unmarshal([]byte(b.configMap(home).Data[trust.RecordKey]), &record); err != nil || len(record.Roots) != 2 {
 					t.Fatalf("the record has %d roots: %v", len(record.Roots), err)
 				}
 				latest := slices.MaxFunc(record.Roots, func(a, b struct{ Published time.Time }) int { return a.Published.Compare(b.Published) }).Published
