@@ -19,7 +19,7 @@ func serve(t *testing.T, handler http.Handler, away *atomic.Bool) *rest.Config {
 	config := apitest.Serve(t, handler).Config()
 	dial := config.Dial
 	config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-		if away != nil && away.Load() {
+		if away.Load() {
 			return nil, syscall.ECONNREFUSED
 		}
 		return dial(ctx, network, address)
