@@ -67,12 +67,13 @@ type verifier interface {
 
 // newVerifier makes the one that was asked for.
 func newVerifier(o options, rest *rest.Config, directory *kube.Directory, log *slog.Logger) (verifier, error) {
-	if o.tokenReview {
-		return verify.NewTokenReview(verify.TokenReviewConfig{
-			REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
-		})
+	cfg := verify.Config{
+		REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
 	}
-	return verify.NewJWKS(verify.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
+	if o.tokenReview {
+		return verify.NewTokenReview(cfg)
+	}
+	return verify.NewJWKS(cfg)
 }
 
 // build makes the parts that need nothing from AWS.

@@ -123,7 +123,7 @@ func warmBroker(choose func(scene) (ours, bare side)) func(context.Context, *ben
 		if err != nil {
 			return nil, err
 		}
-		verifier, err := verify.NewJWKS(verify.JWKSConfig{REST: api, Audience: audience, Logger: discard})
+		verifier, err := verify.NewJWKS(verify.Config{REST: api, Audience: audience, Logger: discard})
 		if err != nil {
 			return nil, err
 		}

@@ -204,7 +204,7 @@ func idOf(t *testing.T, p *corev1.Pod) identity.Pod {
 
 func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *verify.JWKS {
 	t.Helper()
-	v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
+	v, err := verify.NewJWKS(verify.Config{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,7 +213,7 @@ func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *verify.JWKS 
 
 func newTokenReview(t *testing.T, config *rest.Config) *verify.TokenReview {
 	t.Helper()
-	v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, Logger: logger(t)})
+	v, err := verify.NewTokenReview(verify.Config{REST: config, Audience: audience, Logger: logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -133,7 +133,7 @@ func (s signer) token(t testing.TB, change func(claims map[string]any)) identity
 
 func newVerifier(t testing.TB, config *rest.Config, issuers ...string) *verify.JWKS {
 	t.Helper()
-	v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
+	v, err := verify.NewJWKS(verify.Config{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(ma
 		synctest.Test(t, func(t *testing.T) {
 			_, config := startAPIServer(t, key)
 			test(t, func(maxLife time.Duration) identity.Verifier {
-				v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
+				v, err := verify.NewJWKS(verify.Config{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -231,7 +231,7 @@ func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(ma
 		synctest.Test(t, func(t *testing.T) {
 			_, config := startReviewer(t)
 			test(t, func(maxLife time.Duration) identity.Verifier {
-				v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
+				v, err := verify.NewTokenReview(verify.Config{REST: config, Audience: audience, MaxLife: maxLife, Logger: slog.New(slog.DiscardHandler)})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -435,7 +435,7 @@ func TestGivenIssuersReplaceTheClustersOwn(t *testing.T) {
 }
 
 func TestNewJWKSWantsAnAudience(t *testing.T) {
-	_, err := verify.NewJWKS(verify.JWKSConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
+	_, err := verify.NewJWKS(verify.Config{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
 	if err == nil || !strings.Contains(err.Error(), "--audience") {
 		t.Errorf("answered %v", err)
 	}

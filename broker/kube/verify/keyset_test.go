@@ -45,7 +45,7 @@ func (l *lines) count(text string) (n int) {
 func newLoggedVerifier(t *testing.T, config *rest.Config) (*verify.JWKS, *lines) {
 	t.Helper()
 	log := new(lines)
-	v, err := verify.NewJWKS(verify.JWKSConfig{REST: config, Audience: audience, Logger: slog.New(slog.NewTextHandler(log, nil))})
+	v, err := verify.NewJWKS(verify.Config{REST: config, Audience: audience, Logger: slog.New(slog.NewTextHandler(log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -47,32 +46,14 @@ const (
 	extraPodUID  = "authentication.kubernetes.io/pod-uid"
 )
 
-// TokenReviewConfig configures [NewTokenReview].
-type TokenReviewConfig struct {
-	// REST reaches the API server, which must let us create TokenReviews. Required.
-	REST *rest.Config
-	// Audience is the audience that tokens must be made for. Required.
-	Audience string
-	// Issuers are the accepted issuers, of those that the API server accepts. Default: all of them.
-	Issuers []string
-	// MaxLife is as in [JWKSConfig].
-	MaxLife time.Duration
-	// Expected reports whether there is a pod as a token claims to be of. It must not block. Its answer decides
-	// nothing but the order in which tokens are reviewed. Default: none is expected.
-	Expected func(claimed identity.Pod) bool
-	// Logger. Required.
-	Logger *slog.Logger
-}
-
 // TokenReview verifies tokens by asking the API server about each. It implements identity.Verifier.
 //
 // What a token itself says against itself is refused without asking: a form that is none, another audience, a
 // time that has passed, a life that is too long, no pod. Only a token for another audience is asked about, if it is of
 // an expected pod: so that the pod can be told. Everything else is the API server's word, the audience once more included.
 type TokenReview struct {
-	cfg    TokenReviewConfig
+	verifier
 	client authenticationv1client.TokenReviewInterface
-	turns  *turns
 
 	mu      sync.Mutex
 	flights map[digest]*reviewFlight // :: token → its review; guarded by mu
@@ -106,11 +87,9 @@ type reviewFlight struct {
 var _ identity.Verifier = (*TokenReview)(nil)
 
 // NewTokenReview checks cfg. It asks for nothing until Run, or until the first token comes.
-func NewTokenReview(cfg TokenReviewConfig) (*TokenReview, error) {
-	if cfg.REST == nil || cfg.Logger == nil {
-		return nil, errors.New("a REST configuration and a Logger are required")
-	}
-	if err := checkConfig(cfg.Audience, &cfg.MaxLife); err != nil {
+func NewTokenReview(cfg Config) (*TokenReview, error) {
+	v, err := newVerifier(cfg, newTurns(reviewsAtOnce, reviewsOfVerified))
+	if err != nil {
 		return nil, err
 	}
 	config := rest.CopyConfig(cfg.REST)
@@ -120,7 +99,7 @@ func NewTokenReview(cfg TokenReviewConfig) (*TokenReview, error) {
 		return nil, fmt.Errorf("making a client for token reviews: %w", err)
 	}
 	return &TokenReview{
-		cfg: cfg, client: client.TokenReviews(), turns: newTurns(reviewsAtOnce, reviewsOfVerified), heard: time.Now(),
+		verifier: v, client: client.TokenReviews(), heard: time.Now(),
 		flights: make(map[digest]*reviewFlight), passed: make(map[digest]passed), recent: make(map[digest]struct{}),
 	}, nil
 }
@@ -136,12 +115,6 @@ func (v *TokenReview) Ready() bool {
 func (v *TokenReview) UnderWay() (now, most int) {
 	now, _ = v.turns.state()
 	return now, reviewsAtOnce + reviewsOfVerified
-}
-
-// Waiting is how many tokens wait for their review to begin.
-func (v *TokenReview) Waiting() int {
-	_, waiting := v.turns.state()
-	return waiting
 }
 
 // Age is how long ago the API server last reviewed a token for us, if it did not the last time, and else 0.
@@ -195,11 +168,13 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	if err != nil {
 		return identity.Pod{}, v.audienceRefusal(ctx, token, c, claimed, err)
 	}
-	if len(v.cfg.Issuers) > 0 && !slices.Contains(v.cfg.Issuers, c.Issuer) {
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenIssuer, nil, "the token's issuer %q is not accepted", clipped(c.Issuer))
+	if len(v.cfg.Issuers) > 0 {
+		if err := c.checkIssuer(v.cfg.Issuers); err != nil {
+			return identity.Pod{}, err
+		}
 	}
 	d := digest(sha256.Sum256([]byte(token.Reveal())))
-	expected := v.cfg.Expected != nil && v.cfg.Expected(claimed)
+	expected := v.cfg.Expected(claimed)
 	// No later than its own expiry, which was judged above.
 	v.mu.Lock()
 	if held, ok := v.passed[d]; ok && now.Before(held.until) {
@@ -289,7 +264,7 @@ func (v *TokenReview) ask(ctx context.Context, token string, claimed identity.Po
 // audienceRefusal adds the pod to the refusal of a token that has another audience, if that is all that is wrong with
 // it, the pod is there, and the API server says so for the audience that the token has. It returns refusal otherwise.
 func (v *TokenReview) audienceRefusal(ctx context.Context, token identity.UnverifiedToken, c claims, claimed identity.Pod, refusal error) error {
-	if claimed == (identity.Pod{}) || len(c.Audience) == 0 || v.cfg.Expected == nil || !v.cfg.Expected(claimed) {
+	if claimed == (identity.Pod{}) || len(c.Audience) == 0 || !v.cfg.Expected(claimed) {
 		return refusal
 	}
 	who := claimant{address: identity.PeerOf(ctx), namespace: claimed.Namespace, expected: true}
@@ -358,7 +333,7 @@ func judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod, audi
 		pod.Namespace, pod.ServiceAccount, ok = strings.Cut(account, ":")
 	}
 	if !ok || slices.Contains([]string{pod.Namespace, pod.ServiceAccount, pod.ServiceAccountUID, pod.Name, pod.UID}, "") {
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenNotPodBound, nil, "the token is not bound to a pod; use the one that kubelet projects")
+		return identity.Pod{}, notPodBound()
 	}
 	if pod != claimed {
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token says that it is of pod %s, and the API server says otherwise", claimed)

@@ -85,7 +85,7 @@ func startReviewer(t *testing.T) (*reviewer, *rest.Config) {
 
 func newReview(t *testing.T, config *rest.Config, issuers ...string) *verify.TokenReview {
 	t.Helper()
-	v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
+	v, err := verify.NewTokenReview(verify.Config{REST: config, Audience: audience, Issuers: issuers, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -248,7 +248,7 @@ func TestReviewWithoutRightsOrServer(t *testing.T) {
 }
 
 func TestNewTokenReviewWantsAnAudience(t *testing.T) {
-	_, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
+	_, err := verify.NewTokenReview(verify.Config{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
 	if err == nil || !strings.Contains(err.Error(), "--audience") {
 		t.Errorf("answered %v", err)
 	}

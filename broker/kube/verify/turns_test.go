@@ -124,7 +124,7 @@ func underFlood(t *testing.T, expected func(identity.Pod) bool, test func(t *tes
 
 func newReviewExpecting(t *testing.T, config *rest.Config, expected func(identity.Pod) bool) *verify.TokenReview {
 	t.Helper()
-	v, err := verify.NewTokenReview(verify.TokenReviewConfig{REST: config, Audience: audience, Logger: slog.New(slog.DiscardHandler), Expected: expected})
+	v, err := verify.NewTokenReview(verify.Config{REST: config, Audience: audience, Logger: slog.New(slog.DiscardHandler), Expected: expected})
 	if err != nil {
 		t.Fatal(err)
 	}
