@@ -15,8 +15,7 @@ import (
 	"github.com/credence-iam/credence/broker/identity"
 )
 
-// FuzzToken: nothing but the very token that was signed is accepted, whatever is presented, and no presented
-// text comes back in an error.
+// FuzzToken presents arbitrary text. Only the token that the key signed is accepted, and errors stay short.
 func FuzzToken(f *testing.F) {
 	key := newSigner(f, "a")
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -29,7 +28,7 @@ func FuzzToken(f *testing.F) {
 	f.Cleanup(server.Close)
 	v := newVerifier(f, &rest.Config{Host: server.URL})
 	valid := key.token(f, nil).Reveal()
-	want, err := v.Verify(f.Context(), identity.NewUnverifiedToken(valid)) // and so the keys are there
+	want, err := v.Verify(f.Context(), identity.NewUnverifiedToken(valid)) // fetches the keys
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -52,17 +51,17 @@ func FuzzToken(f *testing.F) {
 		case err == nil && (id != want || !sameToken(text, valid)):
 			t.Errorf("%q was accepted as %+v", text, id)
 		case err != nil && id != (identity.Pod{}):
-			t.Errorf("%q was refused with %+v beside it", text, id)
+			t.Errorf("%q was refused, and %+v was returned with the error", text, id)
 		case err != nil && credential.ReasonOf(err) == credential.ReasonInternal:
 			t.Errorf("%q was refused without a reason: %v", text, err)
 		case err != nil && len(err.Error()) > 2000:
-			t.Errorf("%q was refused with %d bytes", text, len(err.Error()))
+			t.Errorf("the refusal of %q has %d bytes", text, len(err.Error()))
 		}
 	})
 }
 
-// sameToken reports whether two texts have the same signed bytes and the same signature. Base64 lets the last
-// letter of a signature be written in more than one way; that is the same signature of the same claims.
+// sameToken reports whether two texts have the same signed bytes and the same signature. Base64 allows several spellings of
+// the last letter of a signature.
 func sameToken(a, b string) bool {
 	split := func(s string) (string, string) {
 		at := strings.LastIndex(s, ".")

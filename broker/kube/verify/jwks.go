@@ -19,37 +19,37 @@ import (
 )
 
 const (
-	// keysMaxAge is how old the signing keys may grow before they are fetched again, so that a
-	// removed key stops being trusted.
+	// keysMaxAge is the maximum age of the signing keys. The broker fetches them again before that, so that it stops
+	// trusting a removed key.
 	keysMaxAge = 10 * time.Minute
-	// keysMinAge bounds how often tokens with unknown key ids make us fetch the keys.
+	// keysMinAge is the minimum time between two fetches, however many tokens have unknown key IDs.
 	keysMinAge = 10 * time.Second
-	// maxDocument bounds the key set and the discovery document: one RSA-4096 key is under 1 kB.
+	// maxDocument bounds the key set and the discovery document. One RSA-4096 key is under 1 kB.
 	maxDocument = 1 << 20
-	// fetchTimeout bounds a fetch of keys and issuer. An API server responds within milliseconds.
+	// fetchTimeout bounds the fetch of keys and issuer. A healthy API server responds within milliseconds.
 	fetchTimeout = 5 * time.Second
 )
 
-// JWKS verifies tokens against the API server's published signing keys, without asking it about
-// each token: it goes on while the API server is away. It implements identity.Verifier.
+// JWKS verifies tokens with the API server's published signing keys. It sends no token to the API server, and keeps
+// working while the API server is unavailable. It implements [identity.Verifier].
 type JWKS struct {
 	verifier
-	client rest.Interface
-	made   time.Time
+	client  rest.Interface
+	created time.Time
 
-	mu      sync.Mutex // guards what follows
-	keys    keySet
-	issuers []string
-	fetched time.Time     // when keys were last fetched
-	tried   time.Time     // when that was last begun
-	flight  chan struct{} // closed when the fetch under way ends; nil when there is none
+	mu        sync.Mutex // guards all below
+	keys      keySet
+	issuers   []string
+	fetched   time.Time     // when the request for keys was sent
+	attempted time.Time     // when the last fetch began
+	fetching  chan struct{} // closed when the current fetch ends; nil if there is none
 }
 
 var _ identity.Verifier = (*JWKS)(nil)
 
-// NewJWKS checks cfg. It fetches nothing until Run, or until the first token comes.
+// NewJWKS checks cfg. The first fetch is made by Run, or for the first token.
 func NewJWKS(cfg Config) (*JWKS, error) {
-	v, err := newVerifier(cfg, newTurns(runtime.GOMAXPROCS(0), 0)) // to verify a signature
+	v, err := newVerifier(cfg, newTurns(runtime.GOMAXPROCS(0), 0))
 	if err != nil {
 		return nil, err
 	}
@@ -57,38 +57,41 @@ func NewJWKS(cfg Config) (*JWKS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a client for the key set: %w", err)
 	}
-	return &JWKS{verifier: v, client: core.RESTClient(), issuers: cfg.Issuers, made: time.Now()}, nil
+	return &JWKS{verifier: v, client: core.RESTClient(), issuers: cfg.Issuers, created: time.Now()}, nil
 }
 
-// Age is how long ago the keys were fetched: at most ten minutes while all is well. Where none were yet, it is
-// how long the verifier has been there.
+// Age returns the age of the keys: at most ten minutes while the API server is available. Before the first fetch it
+// returns the age of v.
 func (v *JWKS) Age() time.Duration {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.fetched.IsZero() {
-		return time.Since(v.made)
+		return time.Since(v.created)
 	}
 	return time.Since(v.fetched)
 }
 
-// Ready reports whether keys are held.
+// Ready reports whether v has a usable key and an issuer.
 func (v *JWKS) Ready() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return len(v.keys.usable) > 0 && len(v.issuers) > 0
+	return v.ready()
 }
 
-// Run keeps the keys no older than ten minutes, until ctx ends. Old ones are used for as long as the
-// API server is away.
+// ready is Ready for callers that hold mu.
+func (v *JWKS) ready() bool { return len(v.keys.usable) > 0 && len(v.issuers) > 0 }
+
+// Run fetches the keys at least every ten minutes until ctx ends. While the API server is unavailable, v keeps the old
+// keys.
 func (v *JWKS) Run(ctx context.Context) error {
 	ticker := time.NewTicker(keysMinAge)
 	defer ticker.Stop()
 	for {
 		v.mu.Lock()
-		age, incomplete := time.Since(v.fetched), len(v.keys.usable) == 0 || len(v.issuers) == 0
+		age, ready := time.Since(v.fetched), v.ready()
 		v.mu.Unlock()
-		// Three ticks early, so that a failed attempt is repeated before the age is reached.
-		if incomplete || age >= keysMaxAge-3*keysMinAge {
+		// Three ticks early, so that a failed fetch is repeated before the keys reach their maximum age.
+		if !ready || age >= keysMaxAge-3*keysMinAge {
 			v.refresh(ctx)
 		}
 		select {
@@ -99,7 +102,7 @@ func (v *JWKS) Run(ctx context.Context) error {
 	}
 }
 
-// Verify implements identity.Verifier.
+// Verify implements [identity.Verifier].
 func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
 	signed, err := parse(token)
 	if err != nil {
@@ -124,25 +127,28 @@ func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (iden
 	if len(issuers) == 0 {
 		return identity.Pod{}, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: keysMinAge,
-			Message: "the broker could not ask the API server yet which issuer its tokens have; try again, or set --issuer",
+			Message: "cannot check the token's issuer: the broker could not fetch the issuer from the API server yet; try again, or set --issuer",
 		}
 	}
 	if err := c.checkIssuer(issuers); err != nil {
 		return identity.Pod{}, err
 	}
 	pod, err := c.pod(v.cfg.Audience, v.cfg.MaxLife, time.Now())
-	return otherAudience(pod, err)
+	if err != nil {
+		return identity.Pod{}, withPod(pod, err)
+	}
+	return pod, nil
 }
 
-// verifySignature returns what one of the keys has signed. It takes some 50 µs of a processor per key, which callers who
-// have proved nothing could use up: so no more of it is done at once than there are processors, and addresses take
-// turns.
+// verifySignature returns the payload if one of the keys signed it. This takes about 50 µs of a processor per key, and an
+// unauthenticated caller can request it. So at most as many signatures are verified at once as there are processors, and
+// addresses take turns.
 func (v *JWKS) verifySignature(ctx context.Context, signed *jose.JSONWebSignature, keys []jose.JSONWebKey) ([]byte, error) {
-	slot, err := v.turns.take(ctx, claimant{address: identity.PeerOf(ctx)})
+	slot, err := v.turns.take(ctx, caller{address: identity.PeerOf(ctx)})
 	if err != nil {
 		return nil, noTurn(err)
 	}
-	defer v.turns.give(slot)
+	defer v.turns.release(slot)
 	for _, key := range keys {
 		if payload, err := signed.Verify(key); err == nil {
 			return payload, nil
@@ -151,16 +157,16 @@ func (v *JWKS) verifySignature(ctx context.Context, signed *jose.JSONWebSignatur
 	return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is not signed by this cluster's API server")
 }
 
-// keysOf returns the keys of that id. For an id that is unknown it fetches the key set, unless that
-// was tried a moment ago. A token is refused for its key only by a key set that was fetched after the
-// token came: before that, the key may be a new one.
+// keysOf returns the keys with that ID. For an unknown ID it fetches the key set, unless the last fetch began less than
+// keysMinAge ago. It refuses a token because of its key only if the key set was fetched after the token arrived: an older
+// key set may lack a new key.
 func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error) {
-	came := time.Now()
+	arrived := time.Now()
 	v.mu.Lock()
 	keys, ok := v.keys.usable[id]
-	wait := keysMinAge - time.Since(v.tried)
-	if v.flight != nil {
-		wait = 0 // Joined: nothing more is asked of the API server.
+	wait := keysMinAge - time.Since(v.attempted)
+	if v.fetching != nil {
+		wait = 0 // Joining the current fetch makes no further request.
 	}
 	v.mu.Unlock()
 	if ok {
@@ -177,28 +183,28 @@ func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 	if err := v.keys.unusable(id); err != nil {
 		return nil, err
 	}
-	if !v.fetched.Before(came) && len(v.issuers) > 0 {
+	if !v.fetched.Before(arrived) && len(v.issuers) > 0 {
 		return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
 	}
 	return nil, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: max(wait, time.Second),
-		Message: "the broker does not know the key that the token is signed with, and could not ask the API server since; ask again",
+		Message: "the broker does not know the token's signing key: it could not fetch the API server's keys since the request arrived; try again",
 	}
 }
 
-// refresh fetches keys and issuer once, however many ask, and not on a caller's context: one who
-// leaves must not make it fail for the others. It returns when that is done or ctx ends.
+// refresh fetches keys and issuer, once for all concurrent callers. It returns when the fetch or ctx ends. The fetch does
+// not use a caller's context, so a caller that gives up does not affect the others.
 func (v *JWKS) refresh(ctx context.Context) {
 	v.mu.Lock()
-	if v.flight == nil {
-		v.flight = make(chan struct{})
-		v.tried = time.Now()
+	if v.fetching == nil {
+		v.fetching = make(chan struct{})
+		v.attempted = time.Now()
 		go v.fetch(context.WithoutCancel(ctx))
 	}
-	flight := v.flight
+	fetching := v.fetching
 	v.mu.Unlock()
 	select {
-	case <-flight:
+	case <-fetching:
 	case <-ctx.Done():
 	}
 }
@@ -215,14 +221,13 @@ func (v *JWKS) fetch(ctx context.Context) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	close(v.flight)
-	v.flight = nil
+	close(v.fetching)
+	v.fetching = nil
 	if err != nil {
 		v.cfg.Logger.WarnContext(ctx, "Could not fetch the cluster's token-signing keys", "error", err, "keys", len(v.keys.usable))
 	}
 	if fetched {
-		// Also without the issuer, and also if no key of the new set is usable: a removed key is not trusted any
-		// longer. The keys are as old as the request for them.
+		// A removed key loses its trust even if the fetch of the issuer failed, or if no key of the new set is usable.
 		keys.report(ctx, v.cfg.Logger, v.keys)
 		v.keys, v.fetched = keys, began
 	}
@@ -231,8 +236,8 @@ func (v *JWKS) fetch(ctx context.Context) {
 	}
 }
 
-// fetchKeys asks the API server itself. The jwks_uri of its discovery document may point outside
-// the cluster, where pods of the same issuer are verified by others.
+// fetchKeys reads the keys from the API server itself. The jwks_uri of its discovery document may point outside the
+// cluster, and is for verifiers there.
 func (v *JWKS) fetchKeys(ctx context.Context) (keySet, error) {
 	var document struct {
 		Keys []json.RawMessage `json:"keys"`

@@ -37,10 +37,10 @@ type apiServer struct {
 	network *apitest.Network
 	fetches atomic.Int64 // of the key set
 
-	mu        sync.Mutex
-	keys      []json.RawMessage // guarded by mu
-	secretive atomic.Bool       // refuses its discovery document
-	takes     atomic.Int64      // nanoseconds that the key set takes
+	mu       sync.Mutex
+	keys     []json.RawMessage // guarded by mu
+	noIssuer atomic.Bool       // refuses its discovery document
+	takes    atomic.Int64      // nanoseconds until it sends the key set
 }
 
 func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
@@ -49,7 +49,7 @@ func startAPIServer(t *testing.T, keys ...signer) (*apiServer, *rest.Config) {
 	s.publish(keys...)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
-		if s.secretive.Load() {
+		if s.noIssuer.Load() {
 			w.WriteHeader(http.StatusForbidden)
 			return
 		}
@@ -84,14 +84,14 @@ func (s *apiServer) publish(keys ...signer) {
 	}
 }
 
-// add publishes one more entry, whatever it is.
+// add publishes one more entry of any form.
 func (s *apiServer) add(entry json.RawMessage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.keys = append(s.keys, entry)
 }
 
-// signer is one signing key of the API server.
+// signer is a signing key of the API server.
 type signer struct {
 	id  string
 	key *ecdsa.PrivateKey
@@ -106,7 +106,7 @@ func newSigner(t testing.TB, id string) signer {
 	return signer{id, key}
 }
 
-// token signs a pod's token, after change has had its way with the claims.
+// token returns a signed token of a pod, after change has changed its claims.
 func (s signer) token(t testing.TB, change func(claims map[string]any)) identity.UnverifiedToken {
 	t.Helper()
 	claims := map[string]any{
@@ -144,19 +144,19 @@ func wantReason(t *testing.T, v identity.Verifier, token identity.UnverifiedToke
 	t.Helper()
 	id, err := v.Verify(t.Context(), token)
 	if got := credential.ReasonOf(err); got != want {
-		t.Errorf("answered %q (%v), want %q", got, err, want)
+		t.Errorf("reason %q, want %q: %v", got, want, err)
 	}
 	if (err == nil) != (id != identity.Pod{}) {
-		t.Errorf("answered %v beside error %v", id, err)
+		t.Errorf("returned both pod %v and error %v", id, err)
 	}
 	if err != nil && token.Reveal() != "" && strings.Contains(err.Error(), token.Reveal()) {
-		t.Errorf("the error holds the token: %v", err)
+		t.Errorf("the error contains the token: %v", err)
 	}
 }
 
 func TestVerifyClaims(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		key, stranger := newSigner(t, "a"), newSigner(t, "a")
+		key, other := newSigner(t, "a"), newSigner(t, "a")
 		_, config := startAPIServer(t, key)
 		v := newVerifier(t, config)
 		now := time.Now()
@@ -174,24 +174,24 @@ func TestVerifyClaims(t *testing.T) {
 			{"good", key.token(t, nil), ""},
 			{"one audience as a string", key.token(t, set("aud", audience)), ""},
 			{"audience among others", key.token(t, set("aud", []string{"x", audience})), ""},
-			{"as long-lived as any", key.token(t, set("exp", now.Add(25*time.Hour).Unix())), ""},
+			{"the maximum lifetime", key.token(t, set("exp", now.Add(25*time.Hour).Unix())), ""},
 			{"none", identity.UnverifiedToken{}, credential.ReasonTokenMissing},
 			{"too long", identity.NewUnverifiedToken(strings.Repeat("a", identity.MaxTokenBytes+1)), credential.ReasonTokenInvalid},
-			{"signed by a stranger under our key's id", stranger.token(t, nil), credential.ReasonTokenInvalid},
+			{"signed by another key with our key ID", other.token(t, nil), credential.ReasonTokenInvalid},
 			{"expired this second", key.token(t, set("exp", now.Unix())), credential.ReasonTokenExpired},
 			{"no expiry", key.token(t, func(c map[string]any) { delete(c, "exp") }), credential.ReasonTokenInvalid},
 			{"long-lived", key.token(t, set("exp", now.Add(25*time.Hour+time.Second).Unix())), credential.ReasonTokenLongLived},
-			{"of ten years", key.token(t, set("exp", now.AddDate(10, 0, 0).Unix())), credential.ReasonTokenLongLived},
+			{"ten years", key.token(t, set("exp", now.AddDate(10, 0, 0).Unix())), credential.ReasonTokenLongLived},
 			{"no audience", key.token(t, func(c map[string]any) { delete(c, "aud") }), credential.ReasonTokenAudience},
-			{"claims of other types", key.token(t, set("aud", 7)), credential.ReasonTokenInvalid},
+			{"audience of another type", key.token(t, set("aud", 7)), credential.ReasonTokenInvalid},
 			{"other audience", key.token(t, set("aud", "x")), credential.ReasonTokenAudience},
 			{"other issuer", key.token(t, set("iss", "https://elsewhere.example")), credential.ReasonTokenIssuer},
 			{"no pod", key.token(t, in("pod", nil)), credential.ReasonTokenNotPodBound},
 			{"pod without UID", key.token(t, in("pod", map[string]string{"name": "cart-1"})), credential.ReasonTokenNotPodBound},
 			{"no service account", key.token(t, in("serviceaccount", nil)), credential.ReasonTokenNotPodBound},
 			{"other subject", key.token(t, set("sub", "system:serviceaccount:shop:other")), credential.ReasonTokenInvalid},
-			{"names that no pod has", key.token(t, in("pod", map[string]string{"name": strings.Repeat("a", 254), "uid": "u-1"})), credential.ReasonTokenInvalid},
-			{"a namespace that none is", key.token(t, func(c map[string]any) {
+			{"a pod name that is too long", key.token(t, in("pod", map[string]string{"name": strings.Repeat("a", 254), "uid": "u-1"})), credential.ReasonTokenInvalid},
+			{"a namespace that is too long", key.token(t, func(c map[string]any) {
 				long := strings.Repeat("a", 64)
 				c["kubernetes.io"].(map[string]any)["namespace"], c["sub"] = long, "system:serviceaccount:"+long+":cart"
 			}), credential.ReasonTokenInvalid},
@@ -203,17 +203,17 @@ func TestVerifyClaims(t *testing.T) {
 				t.Fatalf("the token was %q", tt.name) // no subtests inside a bubble
 			}
 		}
-		time.Sleep(11 * time.Second) // until the keys may be asked for again
+		time.Sleep(11 * time.Second) // until the keys may be fetched again
 		wantReason(t, v, newSigner(t, "z").token(t, nil), credential.ReasonTokenInvalid)
 		id, err := v.Verify(t.Context(), tests[0].token)
 		want := identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"}
 		if err != nil || id != want {
-			t.Errorf("the good one is %+v (%v), want %+v", id, err, want)
+			t.Errorf("the good token is of pod %+v (error %v), want %+v", id, err, want)
 		}
 	})
 }
 
-// modes are both ways to verify. newVerifier makes one whose API server accepts what key signs.
+// modes runs test for both verifiers. newVerifier makes one whose API server accepts the tokens that key signs.
 func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(maxLife time.Duration) identity.Verifier)) {
 	t.Run("jwks", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -241,8 +241,8 @@ func modes(t *testing.T, key signer, test func(t *testing.T, newVerifier func(ma
 	})
 }
 
-// A clock that is behind by a minute is forgiven. Beyond it the token is not valid yet by this broker's clock, which
-// may be the wrong one: the caller is to try again, here or elsewhere.
+// TestClockThatIsBehind: the broker tolerates a clock that is behind by a minute. Beyond that, the token is not valid yet by
+// the broker's clock. That clock may be wrong, so the caller is asked to retry, here or at another broker.
 func TestClockThatIsBehind(t *testing.T) {
 	key := newSigner(t, "a")
 	modes(t, key, func(t *testing.T, newVerifier func(time.Duration) identity.Verifier) {
@@ -266,13 +266,13 @@ func TestClockThatIsBehind(t *testing.T) {
 			_, err := v.Verify(t.Context(), token)
 			if tt.retry == 0 {
 				if err != nil {
-					t.Errorf("a token from %s and %s ahead is answered %v", tt.nbf, tt.iat, err)
+					t.Errorf("a token with nbf %s and iat %s ahead: error %v", tt.nbf, tt.iat, err)
 				}
 				continue
 			}
 			e, ok := errors.AsType[*credential.Error](err)
 			if !ok || e.Reason != credential.ReasonTokenEarly || !errors.Is(err, credential.ErrUnavailable) || e.RetryAfter != tt.retry {
-				t.Errorf("a token from %s and %s ahead is answered %v (%+v), want a retry after %s", tt.nbf, tt.iat, err, e, tt.retry)
+				t.Errorf("a token with nbf %s and iat %s ahead: error %v (%+v), want a retry after %s", tt.nbf, tt.iat, err, e, tt.retry)
 			}
 			time.Sleep(max(tt.nbf, tt.iat) - time.Minute)
 			wantReason(t, v, token, "")
@@ -292,7 +292,7 @@ func TestExpiryIsStrict(t *testing.T) {
 	})
 }
 
-// A token that somebody made for years is refused, however it says when its life began.
+// TestLifeOfTokensIsBounded: a token with a lifetime of years is refused, whichever claims say when it began.
 func TestLifeOfTokensIsBounded(t *testing.T) {
 	key := newSigner(t, "a")
 	modes(t, key, func(t *testing.T, newVerifier func(time.Duration) identity.Verifier) {
@@ -313,11 +313,11 @@ func TestLifeOfTokensIsBounded(t *testing.T) {
 			wantReason(t, short, lives(2*time.Hour, without...), "")
 			wantReason(t, short, lives(3*time.Hour, without...), credential.ReasonTokenLongLived)
 		}
-		// The token's full life counts, not the time left.
+		// The full lifetime counts, not the time left.
 		long := lives(10 * 24 * time.Hour)
 		time.Sleep(10*24*time.Hour - time.Minute)
 		wantReason(t, short, long, credential.ReasonTokenLongLived)
-		// A clock that is behind does not make a life longer.
+		// A clock that is behind does not make the lifetime longer.
 		wantReason(t, short, key.token(t, func(c map[string]any) {
 			c["nbf"], c["iat"] = time.Now().Add(time.Minute).Unix(), time.Now().Add(time.Minute).Unix()
 			c["exp"] = time.Now().Add(2*time.Hour + time.Minute).Unix()
@@ -335,38 +335,38 @@ func TestKeysAreFollowed(t *testing.T) {
 		go func() { _ = v.Run(ctx) }()
 		synctest.Wait()
 		if !v.Ready() || v.Age() != 0 {
-			t.Fatalf("the keys were not fetched at the start: ready is %t, the age %s", v.Ready(), v.Age())
+			t.Fatalf("the keys were not fetched at the start: Ready is %t, Age is %s", v.Ready(), v.Age())
 		}
 		for range 60 {
 			if time.Sleep(10 * time.Second); v.Age() > 10*time.Minute {
-				t.Fatalf("the keys are %s old", v.Age())
+				t.Fatalf("the keys are %s old, want at most 10 minutes", v.Age())
 			}
 		}
 		wantReason(t, v, old.token(t, nil), "")
 
-		// A new key is known with the first token that it signs.
+		// The first token of a new key makes the broker fetch that key.
 		time.Sleep(time.Minute)
 		server.publish(old, replacement)
 		wantReason(t, v, replacement.token(t, nil), "")
 
-		// A removed one stops being trusted within ten minutes, without any token that asks for it.
+		// A removed key loses its trust within ten minutes, even if no token uses it.
 		server.publish(replacement)
 		time.Sleep(10 * time.Minute)
 		wantReason(t, v, old.token(t, nil), credential.ReasonTokenInvalid)
 
-		// While the API server is away, what is known goes on, however long.
+		// While the API server is unavailable, known keys stay trusted without a time limit.
 		server.network.SetDown(true)
 		time.Sleep(3 * time.Hour)
 		wantReason(t, v, replacement.token(t, nil), "")
 		if age := v.Age(); age < 3*time.Hour-10*time.Minute {
-			t.Errorf("after three hours without the API server the keys are said to be %s old", age)
+			t.Errorf("after three hours without the API server Age is %s", age)
 		}
-		// What is not known could be a new key: not the token's fault.
+		// An unknown key may be new, so the token is not at fault.
 		wantReason(t, v, newSigner(t, "newest").token(t, nil), credential.ReasonAPIServerAway)
 	})
 }
 
-// A removed key is trusted no longer, whatever becomes of the document that names the issuer.
+// TestKeysAreFollowedWithoutDiscovery: a removed key loses its trust even if the fetch of the issuer fails.
 func TestKeysAreFollowedWithoutDiscovery(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		old, replacement := newSigner(t, "old"), newSigner(t, "new")
@@ -376,7 +376,7 @@ func TestKeysAreFollowedWithoutDiscovery(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		go func() { _ = v.Run(ctx) }()
-		server.secretive.Store(true)
+		server.noIssuer.Store(true)
 		server.publish(replacement)
 		time.Sleep(10 * time.Minute)
 		wantReason(t, v, old.token(t, nil), credential.ReasonTokenInvalid)
@@ -397,21 +397,21 @@ func TestUnknownKeysDoNotFloodTheAPIServer(t *testing.T) {
 				forged := newSigner(t, fmt.Sprint("forged-", i)).token(t, nil)
 				flood.Go(func() {
 					if id, err := v.Verify(t.Context(), forged); err == nil {
-						t.Errorf("a forged token passed as %v", id)
+						t.Errorf("a forged token was accepted for %v", id)
 					}
 				})
 			}
 			time.Sleep(2 * time.Second)
 		}
 		flood.Wait()
-		// 20 s of it: one fetch in each ten.
+		// 20 s allow one fetch in 10 s each.
 		if n := server.fetches.Load() - before; n > 2 {
-			t.Errorf("500 unknown key ids in 20 s made %d fetches of the key set", n)
+			t.Errorf("500 unknown key IDs in 20 s caused %d fetches of the key set, want at most 2", n)
 		}
 	})
 }
 
-func TestWithoutKeysTheAnswerIsToAskAgain(t *testing.T) {
+func TestWithoutKeysCallersRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := newSigner(t, "a")
 		server, config := startAPIServer(t, key)
@@ -424,7 +424,7 @@ func TestWithoutKeysTheAnswerIsToAskAgain(t *testing.T) {
 	})
 }
 
-func TestGivenIssuersReplaceTheClustersOwn(t *testing.T) {
+func TestConfiguredIssuersReplaceTheClusters(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := newSigner(t, "a")
 		_, config := startAPIServer(t, key)
@@ -434,9 +434,9 @@ func TestGivenIssuersReplaceTheClustersOwn(t *testing.T) {
 	})
 }
 
-func TestNewJWKSWantsAnAudience(t *testing.T) {
+func TestNewJWKSNeedsAnAudience(t *testing.T) {
 	_, err := verify.NewJWKS(verify.Config{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
 	if err == nil || !strings.Contains(err.Error(), "--audience") {
-		t.Errorf("answered %v", err)
+		t.Errorf("got error %v, want one that names --audience", err)
 	}
 }

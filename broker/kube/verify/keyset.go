@@ -19,31 +19,31 @@ import (
 )
 
 const (
-	// maxKeys bounds how many entries of a key set are read. An API server has one key per rotation that it still
+	// maxKeys bounds the entries of a key set that are read. An API server has one key per rotation that it still
 	// remembers; an external signer (KEP-740) has some dozens at most.
 	maxKeys = 256
-	// maxClaimedKey bounds each member of an entry that is not usable, before it is logged or part of an error.
-	maxClaimedKey = 64
-	// unusableRetry is when a caller may try again whose key is not usable: keys change rarely.
+	// maxMember bounds each member of an unusable entry in logs and errors, in bytes.
+	maxMember = 64
+	// unusableRetry is when a caller with an unusable key may try again. Keys change rarely.
 	unusableRetry = time.Minute
 )
 
-// keySet is a JSON Web Key Set, as far as it can be used. Entries that the broker does not understand are ignored,
-// one by one (RFC 7517, section 5), so that a key of a new kind does not take the others with it.
+// keySet is a JSON Web Key Set. It ignores each entry that the broker does not understand (RFC 7517, section 5), so that a
+// key of a new type does not make the other keys unusable.
 type keySet struct {
-	usable  map[string][]jose.JSONWebKey // :: key id → keys of that id
+	usable  map[string][]jose.JSONWebKey // :: key ID → keys with that ID
 	ignored []ignoredKey
 	dropped int // entries after the first maxKeys
 }
 
-// ignoredKey is an entry that is not usable. Its members are those of RFC 7517, section 4.
+// ignoredKey is an unusable entry. It has members of RFC 7517, section 4.
 type ignoredKey struct {
-	digest            [sha256.Size]byte // of the entry as it was sent
+	digest            [sha256.Size]byte // of the entry as the API server sent it
 	id, kty, alg, crv string
-	use, why          string
+	use, cause        string
 }
 
-// String names what the entry says that it is.
+// String lists the members that the entry has.
 func (k ignoredKey) String() string {
 	var all []string
 	for _, member := range [][2]string{{"kid", k.id}, {"kty", k.kty}, {"alg", k.alg}, {"crv", k.crv}, {"use", k.use}} {
@@ -57,45 +57,44 @@ func (k ignoredKey) String() string {
 	return strings.Join(all, " ")
 }
 
-// decodeKeys reads the entries of a key set.
 func decodeKeys(entries []json.RawMessage) keySet {
 	set := keySet{usable: make(map[string][]jose.JSONWebKey), dropped: max(0, len(entries)-maxKeys)}
 	for _, entry := range entries[:len(entries)-set.dropped] {
 		var key jose.JSONWebKey
-		why := ""
+		cause := ""
 		switch err := json.Unmarshal(entry, &key); {
 		case err != nil:
-			why = err.Error()
+			cause = err.Error()
 		case key.Use != "" && key.Use != "sig":
-			why = "it is not for signatures"
+			cause = "the key is not for signatures"
 		case key.Algorithm != "" && !slices.Contains(algorithms, jose.SignatureAlgorithm(key.Algorithm)):
-			why = "its algorithm is not accepted"
+			cause = "the algorithm is not accepted"
 		case !key.IsPublic() || !key.Valid():
-			why = "it is no valid public key"
-		case !verifies(key):
-			why = "its type is not accepted"
+			cause = "not a valid public key"
+		case !isRSAOrECDSA(key):
+			cause = "the key type is not accepted"
 		}
-		if why == "" {
+		if cause == "" {
 			set.usable[key.KeyID] = append(set.usable[key.KeyID], key)
 			continue
 		}
-		// The members that name it, as far as they are strings: the entry may be anything.
+		// The entry may be any JSON value. Only members that are strings are kept.
 		var members map[string]any
 		_ = json.Unmarshal(entry, &members)
 		text := func(member string) string {
 			value, _ := members[member].(string)
-			return clip.Bytes(value, maxClaimedKey)
+			return clip.Bytes(value, maxMember)
 		}
 		set.ignored = append(set.ignored, ignoredKey{
 			digest: sha256.Sum256(entry), id: text("kid"), kty: text("kty"), alg: text("alg"), crv: text("crv"), use: text("use"),
-			why: clip.Bytes(why, 2*maxClaimedKey),
+			cause: clip.Bytes(cause, 2*maxMember),
 		})
 	}
 	return set
 }
 
-// verifies reports whether the type of a key is one that [algorithms] use.
-func verifies(key jose.JSONWebKey) bool {
+// isRSAOrECDSA reports whether [algorithms] use keys of this type.
+func isRSAOrECDSA(key jose.JSONWebKey) bool {
 	switch key.Key.(type) {
 	case *rsa.PublicKey, *ecdsa.PublicKey:
 		return true
@@ -103,13 +102,13 @@ func verifies(key jose.JSONWebKey) bool {
 	return false
 }
 
-// report logs each entry that is not usable and was not in the set before. So an entry is logged once for as long
-// as it is published.
+// report logs each unusable entry that was not in the set before. So it logs an entry once while the API server publishes
+// it.
 func (s keySet) report(ctx context.Context, log *slog.Logger, before keySet) {
 	for _, k := range s.ignored {
 		if !slices.ContainsFunc(before.ignored, func(b ignoredKey) bool { return b.digest == k.digest }) {
 			log.WarnContext(ctx, "Ignored a token-signing key that this broker cannot use",
-				"kid", k.id, "kty", k.kty, "alg", k.alg, "crv", k.crv, "use", k.use, "cause", k.why)
+				"kid", k.id, "kty", k.kty, "alg", k.alg, "crv", k.crv, "use", k.use, "cause", k.cause)
 		}
 	}
 	if s.dropped > 0 && s.dropped != before.dropped {
@@ -117,15 +116,15 @@ func (s keySet) report(ctx context.Context, log *slog.Logger, before keySet) {
 	}
 }
 
-// unusable returns why tokens signed with the key of that id cannot be verified, although the API server publishes
-// it; nil if that is not so. It is the broker that lacks something, not the token: the kind is
-// credential.ErrUnavailable, and a broker of another version may know the key.
+// unusable returns an error if the API server publishes the key with that ID in a form that the broker cannot use. The
+// broker lacks something, not the token. So the kind is credential.ErrUnavailable: a broker of another version may support
+// the key.
 func (s keySet) unusable(id string) error {
 	all := s.ignored
-	what := "the API server publishes no token-signing key that this broker can use, only"
+	problem := "the API server publishes no token-signing key that this broker can use, only"
 	if len(s.usable) > 0 {
-		all = slices.DeleteFunc(slices.Clone(all), func(k ignoredKey) bool { return k.id != clip.Bytes(id, maxClaimedKey) })
-		what = "the API server publishes the token's signing key in a form that this broker cannot use:"
+		all = slices.DeleteFunc(slices.Clone(all), func(k ignoredKey) bool { return k.id != clip.Bytes(id, maxMember) })
+		problem = "the API server publishes the token's signing key in a form that this broker cannot use:"
 	}
 	if len(all) == 0 {
 		return nil
@@ -139,6 +138,6 @@ func (s keySet) unusable(id string) error {
 	}
 	return &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonTokenKey, RetryAfter: unusableRetry,
-		Message: what + " " + strings.Join(names, ", ") + "; have the API server sign with RSA, or ECDSA on P-256, P-384 or P-521",
+		Message: problem + " " + strings.Join(names, ", ") + "; make the API server sign with RSA, or ECDSA on P-256, P-384 or P-521",
 	}
 }

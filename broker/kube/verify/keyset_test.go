@@ -30,7 +30,7 @@ func (l *lines) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
-// count is how many lines have that text.
+// count returns the number of lines that contain text.
 func (l *lines) count(text string) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -52,8 +52,7 @@ func newLoggedVerifier(t *testing.T, config *rest.Config) (*verify.JWKS, *lines)
 	return v, log
 }
 
-// strangeKeys are entries of a key set that no token can be verified with: kinds that this broker does not know, and
-// broken ones.
+// strangeKeys are entries of a key set with unknown key types, and malformed ones.
 var strangeKeys = []string{
 	`{"kty":"AKP","alg":"ML-DSA-65","kid":"post-quantum","use":"sig","pub":"AAAA"}`,
 	`{"kty":"EC","crv":"secp256k1","kid":"bitcoin","x":"YMd4ckBj2qSdAhhD7jTiOLgdrHNIwE2yzNLXgTfu5ZU","y":"YMd4ckBj2qSdAhhD7jTiOLgdrHNIwE2yzNLXgTfu5ZU"}`,
@@ -76,7 +75,7 @@ func entry(t *testing.T, key jose.JSONWebKey) json.RawMessage {
 	return text
 }
 
-// A key that the broker does not know is ignored and logged once, and takes no other with it (RFC 7517, section 5).
+// TestUnknownKindsOfKeys: the broker ignores and logs an unknown key once, and keeps the other keys (RFC 7517, section 5).
 func TestUnknownKindsOfKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		old, first, second, bare := newSigner(t, "old"), newSigner(t, "twice"), newSigner(t, "twice"), newSigner(t, "")
@@ -96,27 +95,27 @@ func TestUnknownKindsOfKeys(t *testing.T) {
 		synctest.Wait()
 		for _, s := range []signer{old, first, second, bare} {
 			if wantReason(t, v, s.token(t, nil), ""); t.Failed() {
-				t.Fatalf("a token of key %q is not verified beside unknown keys", s.id)
+				t.Fatalf("a token of key %q is refused when unknown keys are published too", s.id)
 			}
 		}
-		// What the API server publishes and the broker cannot use is not the fault of the token.
+		// The token is not at fault if the broker cannot use a published key.
 		for _, id := range []string{"post-quantum", "bitcoin", "no-modulus", "encrypts", "other-algorithm"} {
 			time.Sleep(11 * time.Second)
 			_, err := v.Verify(t.Context(), newSigner(t, id).token(t, nil))
 			if credential.ReasonOf(err) != credential.ReasonTokenKey || !strings.Contains(fmt.Sprint(err), id) {
-				t.Errorf("a token of key %q is answered %v", id, err)
+				t.Errorf("a token of key %q: error %v", id, err)
 			}
 		}
 		time.Sleep(time.Hour)
 		const ignored = "Ignored a token-signing key"
 		if n := log.count(ignored); n != len(strangeKeys)+2 {
-			t.Errorf("%d keys were logged as ignored in an hour, want each of %d once", n, len(strangeKeys)+2)
+			t.Errorf("%d keys were logged as ignored in an hour, want %d", n, len(strangeKeys)+2)
 		}
 		if n := log.count("alg=ML-DSA-65"); n != 1 {
-			t.Errorf("the algorithm of an unknown key is in %d lines", n)
+			t.Errorf("the algorithm of an unknown key is in %d log lines, want 1", n)
 		}
 
-		// A removed key is not trusted any longer, whatever else is in the document.
+		// A removed key is no longer trusted, even if the new document has an unknown key.
 		server.publish(first)
 		server.add(json.RawMessage(strangeKeys[0]))
 		time.Sleep(10 * time.Minute)
@@ -141,15 +140,15 @@ func TestNoUsableKey(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		_, err := v.Verify(t.Context(), key.token(t, nil))
 		if credential.ReasonOf(err) != credential.ReasonTokenKey {
-			t.Errorf("with keys of unknown kinds only, a token is answered %v", err)
+			t.Errorf("with unknown keys only, a token causes error %v", err)
 		}
 		for _, text := range []string{`kty "AKP" alg "ML-DSA-65"`, `crv "secp256k1"`, "P-256"} {
 			if !strings.Contains(fmt.Sprint(err), text) {
-				t.Errorf("the error %q does not say %q", err, text)
+				t.Errorf("the error %q does not contain %q", err, text)
 			}
 		}
 		if v.Ready() {
-			t.Error("it is ready without a key that it can use")
+			t.Error("Ready is true without a usable key")
 		}
 		server.publish(key)
 		time.Sleep(21 * time.Second)
@@ -173,25 +172,25 @@ func TestKeySetIsBounded(t *testing.T) {
 		wantReason(t, v, key.token(t, nil), "")
 		wantReason(t, v, last.token(t, nil), credential.ReasonTokenInvalid)
 		if n, above := log.count("Ignored a token-signing key that"), log.count("above the limit"); n != 255 || above != 1 {
-			t.Errorf("of 302 keys %d were logged, and %d times that there are more than the limit", n, above)
+			t.Errorf("of 302 keys %d were logged as ignored, want 255; %d lines say that the limit was exceeded, want 1", n, above)
 		}
-		// The broker gives up a document without end, and keeps the keys that it knows.
+		// The broker refuses a document above the limit, and keeps its keys.
 		server.publish(newSigner(t, "other"))
 		server.add(json.RawMessage(`{"padding":"` + strings.Repeat("x", 1<<20) + `"}`))
 		time.Sleep(20 * time.Minute)
 		wantReason(t, v, key.token(t, nil), "")
 		if log.count("more than 1048576 bytes") == 0 {
-			t.Error("a document of more than a MiB is not reported")
+			t.Error("a document of more than 1 MiB was not logged")
 		}
 	})
 }
 
-// While the broker does not know the issuer, it accepts none, and blames no token for it.
+// TestNoIssuerIsAcceptedWhileItIsUnknown: until the broker knows the issuer, it accepts no token and asks callers to retry.
 func TestNoIssuerIsAcceptedWhileItIsUnknown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := newSigner(t, "a")
 		server, config := startAPIServer(t, key)
-		server.secretive.Store(true)
+		server.noIssuer.Store(true)
 		v := newVerifier(t, config)
 		ctx, stop := withCancel(t)
 		defer stop()
@@ -201,15 +200,15 @@ func TestNoIssuerIsAcceptedWhileItIsUnknown(t *testing.T) {
 			wantReason(t, v, key.token(t, func(c map[string]any) { c["iss"] = name }), credential.ReasonAPIServerAway)
 		}
 		if v.Ready() {
-			t.Error("it is ready without an issuer")
+			t.Error("Ready is true without an issuer")
 		}
-		server.secretive.Store(false)
+		server.noIssuer.Store(false)
 		time.Sleep(11 * time.Second)
 		wantReason(t, v, key.token(t, nil), "")
 	})
 }
 
-// The first caller that waits for the keys may leave: the others get them.
+// TestFirstToLeaveDoesNotEndTheFetchOfKeys: if the first caller gives up, the other callers still get the keys.
 func TestFirstToLeaveDoesNotEndTheFetchOfKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := newSigner(t, "a")
@@ -221,7 +220,7 @@ func TestFirstToLeaveDoesNotEndTheFetchOfKeys(t *testing.T) {
 		var all sync.WaitGroup
 		all.Go(func() {
 			if _, err := v.Verify(first, key.token(t, nil)); credential.ReasonOf(err) != credential.ReasonAPIServerAway {
-				t.Errorf("the caller that leaves is answered %v", err)
+				t.Errorf("the caller that gives up gets error %v", err)
 			}
 		})
 		synctest.Wait()
@@ -230,7 +229,7 @@ func TestFirstToLeaveDoesNotEndTheFetchOfKeys(t *testing.T) {
 		}
 		all.Wait()
 		if n := server.fetches.Load(); n != 1 {
-			t.Errorf("the key set was fetched %d times", n)
+			t.Errorf("the key set was fetched %d times, want 1", n)
 		}
 	})
 }

@@ -21,128 +21,129 @@ import (
 )
 
 const (
-	// reviewsAtOnce bounds the reviews under way. An API server answers one in milliseconds, so these are
-	// thousands a second, and a storm of sidecars waits here, in turns, and not there.
+	// reviewsAtOnce bounds the concurrent reviews. An API server responds within milliseconds, so this allows thousands a
+	// second. If many sidecars request at once, they wait here by turns, not at the API server.
 	reviewsAtOnce = 32
-	// reviewsOfVerified are further ones, for tokens that passed before: an API server may take seconds for a token
-	// that it does not know, if it asks an authenticating webhook about it.
+	// reviewsOfVerified bounds further reviews, only for tokens that were verified before. An API server that asks an
+	// authenticating webhook about unknown tokens may take seconds for each of those.
 	reviewsOfVerified = 4
-	// reviewTimeout bounds one. An authenticating webhook, which the API server may have to ask, is given 30 s
-	// by default; sidecars do not wait that long.
+	// reviewTimeout bounds one review. An API server waits for its authenticating webhook for 30 s by default; sidecars do
+	// not wait that long.
 	reviewTimeout = 10 * time.Second
-	// reviewKept is how long a token that passed is not asked for again, which is what API servers do themselves.
-	// That its pod or service account is gone is seen sooner, by the watches.
+	// reviewKept is how long an accepted token needs no further review. API servers cache reviews as long. The watches
+	// notice earlier that the pod or service account was deleted.
 	reviewKept = 10 * time.Second
-	// maxReviewsKept bounds how many are kept, at some 400 bytes each. It is more calls than a broker answers in
-	// that time; should it be reached, what comes on top is asked each time.
+	// maxReviewsKept bounds the accepted tokens in memory, at about 400 bytes each. A broker responds to fewer calls in
+	// reviewKept. Above the limit, each call needs a review.
 	maxReviewsKept = 20_000
-	// maxRecent bounds how many tokens are remembered to have passed: twice as many, at some 50 bytes each.
+	// maxRecent bounds the recently verified tokens in each of two sets, at about 50 bytes each.
 	maxRecent = 50_000
 )
 
-// Extra fields of a user that is a pod's service account, as an API server names them.
+// An API server has these extra fields for a user that is a pod's service account.
 const (
 	extraPodName = "authentication.kubernetes.io/pod-name"
 	extraPodUID  = "authentication.kubernetes.io/pod-uid"
 )
 
-// TokenReview verifies tokens by asking the API server about each. It implements identity.Verifier.
+// TokenReview verifies tokens by a review of the API server for each. It implements [identity.Verifier].
 //
-// What a token itself says against itself is refused without asking: a form that is none, another audience, a
-// time that has passed, a life that is too long, no pod. Only a token for another audience is asked about, if it is of
-// an expected pod: so that the pod can be told. Everything else is the API server's word, the audience once more included.
+// It refuses a token without a review if the token's own text is reason enough: malformed, another audience, expired, a
+// lifetime that is too long, or no pod. For another audience it makes a review only if the token claims an expected pod, so
+// that an Event can be written on that pod. For everything else the API server decides, the audience included.
 type TokenReview struct {
 	verifier
 	client authenticationv1client.TokenReviewInterface
 
-	mu      sync.Mutex
-	flights map[digest]*reviewFlight // :: token → its review; guarded by mu
-	passed  map[digest]passed        // :: token → the pod that it proved; guarded by mu
-	// Tokens that passed lately, for their turn: the older ones are those that were not seen since recent had
+	mu       sync.Mutex
+	pending  map[digest]*pendingReview // :: token → its review; guarded by mu
+	accepted map[digest]acceptedToken  // guarded by mu
+	// Recently verified tokens get their turns earlier. The older set has those that were not seen since recent reached
 	// maxRecent; guarded by mu.
 	recent, older map[digest]struct{}
-	ready         bool      // the API server has reviewed for us; guarded by mu
-	heard         time.Time // when it last did; guarded by mu
-	failing       bool      // it did not the last time; guarded by mu
+	ready         bool      // the API server has made a review for the broker; guarded by mu
+	lastReview    time.Time // guarded by mu
+	failing       bool      // the last review failed; guarded by mu
 }
 
-// digest stands for a token, so that no token is a key of anything that is printed one day.
+// digest stands for a token. So a printed map does not reveal a token.
 type digest [sha256.Size]byte
 
-type passed struct {
+// acceptedToken is the result of a review.
+type acceptedToken struct {
 	pod   identity.Pod
 	until time.Time
 }
 
-// reviewFlight is the review of one token, which waits for its turn or is under way, for all who show that token.
-type reviewFlight struct {
-	callers int           // those that wait for it; guarded by the verifier's mu
-	begun   bool          // it has its turn; guarded by the verifier's mu
-	abandon func()        // ends the wait for a turn
-	done    chan struct{} // closed when there are pod and err
+// pendingReview is the review of one token that waits for its turn or is under way. All callers with that token share it.
+type pendingReview struct {
+	callers int           // those that wait; guarded by the TokenReview's mu
+	begun   bool          // the review has its turn; guarded by the TokenReview's mu
+	cancel  func()        // stops the wait for a turn
+	done    chan struct{} // closed when pod and err are set
 	pod     identity.Pod
 	err     error
 }
 
 var _ identity.Verifier = (*TokenReview)(nil)
 
-// NewTokenReview checks cfg. It asks for nothing until Run, or until the first token comes.
+// NewTokenReview checks cfg. The first review is made by Run, or for the first token.
 func NewTokenReview(cfg Config) (*TokenReview, error) {
 	v, err := newVerifier(cfg, newTurns(reviewsAtOnce, reviewsOfVerified))
 	if err != nil {
 		return nil, err
 	}
 	config := rest.CopyConfig(cfg.REST)
-	config.QPS = -1 // reviewsAtOnce bounds them; client-go's own limit of 5 a second would make pods wait.
+	config.QPS = -1 // reviewsAtOnce is the limit; client-go's own limit of 5 a second would make pods wait.
 	client, err := authenticationv1client.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("making a client for token reviews: %w", err)
 	}
 	return &TokenReview{
-		verifier: v, client: client.TokenReviews(), heard: time.Now(),
-		flights: make(map[digest]*reviewFlight), passed: make(map[digest]passed), recent: make(map[digest]struct{}),
+		verifier: v, client: client.TokenReviews(), lastReview: time.Now(),
+		pending: make(map[digest]*pendingReview), accepted: make(map[digest]acceptedToken), recent: make(map[digest]struct{}),
 	}, nil
 }
 
-// Ready reports whether the API server has let us review a token.
+// Ready reports whether the API server has made a review for the broker.
 func (v *TokenReview) Ready() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.ready
 }
 
-// UnderWay is how many reviews are under way, and how many may be: further ones wait.
-func (v *TokenReview) UnderWay() (now, most int) {
+// UnderWay returns the number of reviews under way and its limit. Further reviews wait.
+func (v *TokenReview) UnderWay() (now, limit int) {
 	now, _ = v.turns.state()
 	return now, reviewsAtOnce + reviewsOfVerified
 }
 
-// Age is how long ago the API server last reviewed a token for us, if it did not the last time, and else 0.
+// Age returns the time since the last successful review if the last review failed, and otherwise 0.
 func (v *TokenReview) Age() time.Duration {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if !v.failing {
 		return 0
 	}
-	return time.Since(v.heard)
+	return time.Since(v.lastReview)
 }
 
-// probe is reviewed to see whether reviews can be made. It is no token.
+// probe is not a token. Run has it reviewed to find out whether the API server makes reviews for the broker.
 const probe = "credence-asks-whether-it-may-review-tokens"
 
-// Run makes sure that reviews can be made, and forgets tokens whose time is over, until ctx ends.
+// Run checks that the API server makes reviews, and forgets accepted tokens after reviewKept, until ctx ends.
 func (v *TokenReview) Run(ctx context.Context) error {
 	ticker := time.NewTicker(reviewKept)
 	defer ticker.Stop()
 	for {
 		v.mu.Lock()
-		ask := !v.ready || v.failing
+		check := !v.ready || v.failing
 		now := time.Now()
-		maps.DeleteFunc(v.passed, func(_ digest, p passed) bool { return !now.Before(p.until) })
+		maps.DeleteFunc(v.accepted, func(_ digest, a acceptedToken) bool { return !now.Before(a.until) })
 		v.mu.Unlock()
-		if ask {
-			if _, err := v.reviewInTurn(ctx, claimant{}, probe, v.cfg.Audience); err != nil && ctx.Err() == nil {
-				v.cfg.Logger.WarnContext(ctx, "Reviewing tokens does not work; may this service account create tokenreviews?", "error", err)
+		if check {
+			if _, err := v.reviewInTurn(ctx, caller{}, probe, v.cfg.Audience); err != nil && ctx.Err() == nil {
+				v.cfg.Logger.WarnContext(ctx, "Could not review tokens, the service account may lack the right to create tokenreviews", "error", err)
 			}
 		}
 		select {
@@ -153,7 +154,7 @@ func (v *TokenReview) Run(ctx context.Context) error {
 	}
 }
 
-// Verify implements identity.Verifier.
+// Verify implements [identity.Verifier].
 func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken) (identity.Pod, error) {
 	signed, err := parse(token)
 	if err != nil {
@@ -175,122 +176,115 @@ func (v *TokenReview) Verify(ctx context.Context, token identity.UnverifiedToken
 	}
 	d := digest(sha256.Sum256([]byte(token.Reveal())))
 	expected := v.cfg.Expected(claimed)
-	// No later than its own expiry, which was judged above.
 	v.mu.Lock()
-	if held, ok := v.passed[d]; ok && now.Before(held.until) {
+	// An accepted token can have expired since. c.pod above has refused it then.
+	if a, ok := v.accepted[d]; ok && now.Before(a.until) {
 		v.mu.Unlock()
-		return held.pod, nil
+		return a.pod, nil
 	}
-	f := v.flights[d]
-	if f == nil {
-		who := claimant{address: identity.PeerOf(ctx), namespace: claimed.Namespace, verified: v.isRecent(d), expected: expected}
-		f = &reviewFlight{done: make(chan struct{})}
-		v.flights[d] = f
-		// Not on a caller's context: one who leaves must not make it fail for the others. It ends only by abandon,
-		// and not once the review has begun.
+	r := v.pending[d]
+	if r == nil {
+		by := caller{address: identity.PeerOf(ctx), namespace: claimed.Namespace, verified: v.isRecent(d), expected: expected}
+		r = &pendingReview{done: make(chan struct{})}
+		v.pending[d] = r
+		// The review does not use a caller's context, so a caller that gives up does not affect the others. Only r.cancel
+		// stops it, and only before it has begun.
 		var turn context.Context
-		turn, f.abandon = context.WithCancel(context.WithoutCancel(ctx))
-		go v.fly(turn, f, d, who, token, claimed)
+		turn, r.cancel = context.WithCancel(context.WithoutCancel(ctx))
+		go v.run(turn, r, d, by, token, claimed)
 	}
-	f.callers++
+	r.callers++
 	v.mu.Unlock()
 	select {
-	case <-f.done:
-		return f.pod, f.err
+	case <-r.done:
+		return r.pod, r.err
 	case <-ctx.Done():
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	// The last one to leave takes it out of the queue. A review that has begun continues: to begin it again for the
-	// next caller would cost the API server more.
-	f.callers--
-	if f.begun {
+	// When the last caller gives up, the review leaves the queue. A review that has begun continues, because a second one for
+	// the next caller would cost the API server more.
+	r.callers--
+	if r.begun {
 		return identity.Pod{}, notReviewed(ctx.Err())
 	}
-	if f.callers == 0 {
-		f.abandon()
-		v.land(f, d)
+	if r.callers == 0 {
+		r.cancel()
+		v.remove(r, d)
 	}
 	return identity.Pod{}, noTurn(ctx.Err())
 }
 
-// fly reviews one token, for all its callers.
-func (v *TokenReview) fly(turn context.Context, f *reviewFlight, d digest, who claimant, token identity.UnverifiedToken, claimed identity.Pod) {
-	defer f.abandon()
-	slot, err := v.turns.take(turn, who)
+// run reviews one token, for all its callers.
+func (v *TokenReview) run(turn context.Context, r *pendingReview, d digest, by caller, token identity.UnverifiedToken, claimed identity.Pod) {
+	defer r.cancel()
+	slot, err := v.turns.take(turn, by)
 	if err == nil {
-		defer v.turns.give(slot)
+		defer v.turns.release(slot)
 	}
 	v.mu.Lock()
-	if err == nil && f.callers == 0 {
-		err = context.Canceled // The last one left at the very moment.
+	if err == nil && r.callers == 0 {
+		err = context.Canceled // The last caller gave up at this moment.
 	}
-	f.begun = err == nil
+	r.begun = err == nil
 	v.mu.Unlock()
 	var pod identity.Pod
 	if err == nil {
-		pod, err = v.ask(turn, token.Reveal(), claimed)
+		var status authenticationv1.TokenReviewStatus
+		if status, err = v.review(turn, token.Reveal(), v.cfg.Audience); err == nil {
+			pod, err = podOf(status, claimed, v.cfg.Audience)
+		}
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	switch {
 	case err == nil:
-		v.keep(d, passed{pod, time.Now().Add(reviewKept)})
+		v.remember(d, acceptedToken{pod, time.Now().Add(reviewKept)})
 	case errors.Is(err, credential.ErrUnauthenticated):
 		delete(v.recent, d)
 		delete(v.older, d)
 	}
-	f.pod, f.err = pod, err
-	v.land(f, d)
-	close(f.done)
+	r.pod, r.err = pod, err
+	v.remove(r, d)
+	close(r.done)
 }
 
-// land forgets a flight. The caller holds mu.
-func (v *TokenReview) land(f *reviewFlight, d digest) {
-	if v.flights[d] == f {
-		delete(v.flights, d)
+// remove removes r from the pending reviews. The caller holds mu.
+func (v *TokenReview) remove(r *pendingReview, d digest) {
+	if v.pending[d] == r {
+		delete(v.pending, d)
 	}
 }
 
-// ask asks the API server about a token that claims to be of that pod.
-func (v *TokenReview) ask(ctx context.Context, token string, claimed identity.Pod) (identity.Pod, error) {
-	status, err := v.review(ctx, token, v.cfg.Audience)
-	if err != nil {
-		return identity.Pod{}, err
-	}
-	return judge(status, claimed, v.cfg.Audience)
-}
-
-// audienceRefusal adds the pod to the refusal of a token that has another audience, if that is all that is wrong with
-// it, the pod is there, and the API server says so for the audience that the token has. It returns refusal otherwise.
+// audienceRefusal adds the pod to the refusal of a token for another audience. It does so only if nothing else is wrong with
+// the token, the pod is expected, and the API server accepts the token for its own audience. Otherwise it returns refusal.
 func (v *TokenReview) audienceRefusal(ctx context.Context, token identity.UnverifiedToken, c claims, claimed identity.Pod, refusal error) error {
 	if claimed == (identity.Pod{}) || len(c.Audience) == 0 || !v.cfg.Expected(claimed) {
 		return refusal
 	}
-	who := claimant{address: identity.PeerOf(ctx), namespace: claimed.Namespace, expected: true}
-	status, err := v.reviewInTurn(ctx, who, token.Reveal(), c.Audience[0])
+	by := caller{address: identity.PeerOf(ctx), namespace: claimed.Namespace, expected: true}
+	status, err := v.reviewInTurn(ctx, by, token.Reveal(), c.Audience[0])
 	if err != nil {
 		return refusal
 	}
-	pod, err := judge(status, claimed, c.Audience[0])
+	pod, err := podOf(status, claimed, c.Audience[0])
 	if err != nil {
 		return refusal
 	}
-	_, refusal = otherAudience(pod, refusal)
-	return refusal
+	return withPod(pod, refusal)
 }
 
-// reviewInTurn is review, once there is a turn for it.
-func (v *TokenReview) reviewInTurn(ctx context.Context, who claimant, token, audience string) (authenticationv1.TokenReviewStatus, error) {
-	slot, err := v.turns.take(ctx, who)
+// reviewInTurn waits for a turn and calls review.
+func (v *TokenReview) reviewInTurn(ctx context.Context, by caller, token, audience string) (authenticationv1.TokenReviewStatus, error) {
+	slot, err := v.turns.take(ctx, by)
 	if err != nil {
 		return authenticationv1.TokenReviewStatus{}, err
 	}
-	defer v.turns.give(slot)
+	defer v.turns.release(slot)
 	return v.review(ctx, token, audience)
 }
 
-// review asks the API server about a token. Its error is of kind credential.ErrUnavailable. The caller has a turn.
+// review has the API server review a token. Its error is of kind credential.ErrUnavailable. The caller has a turn.
 func (v *TokenReview) review(ctx context.Context, token, audience string) (authenticationv1.TokenReviewStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, reviewTimeout)
 	defer cancel()
@@ -302,30 +296,30 @@ func (v *TokenReview) review(ctx context.Context, token, audience string) (authe
 	if v.failing = err != nil; err != nil {
 		return authenticationv1.TokenReviewStatus{}, notReviewed(err)
 	}
-	v.ready, v.heard = true, time.Now()
+	v.ready, v.lastReview = true, time.Now()
 	return review.Status, nil
 }
 
-// judge reads the API server's answer about a token that claims to be of that pod and for that audience.
-func judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod, audience string) (identity.Pod, error) {
+// podOf returns the pod of a reviewed token, or the refusal. The token claimed that pod and that audience.
+func podOf(status authenticationv1.TokenReviewStatus, claimed identity.Pod, audience string) (identity.Pod, error) {
 	switch {
 	case !status.Authenticated && strings.Contains(status.Error, "token has expired"):
-		// Its clock is ahead of ours. Another broker may ask another API server.
+		// The API server's clock is ahead of the broker's. Another broker may use another API server.
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenExpired, errors.New(clipped(status.Error)), "the token expired by the API server's clock")
 	case !status.Authenticated && (strings.Contains(status.Error, "token is not valid yet") || strings.Contains(status.Error, "token is issued in the future")):
 		return identity.Pod{}, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonTokenEarly, RetryAfter: earlyRetry, Cause: errors.New(clipped(status.Error)),
 			Message: "the token is not valid yet by the API server's clock; set the clocks of the API servers",
 		}
-	case !status.Authenticated && undecided(status.Error):
+	case !status.Authenticated && !isRefusal(status.Error):
 		return identity.Pod{}, notReviewed(fmt.Errorf("the API server could not decide: %s", clipped(status.Error)))
 	case !status.Authenticated:
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, errors.New(clipped(status.Error)),
-			"the API server does not accept the token: it was altered, is signed with a key that is not trusted any more, or its pod or service account is gone")
+			"the API server does not accept the token: it was altered, its signing key is no longer trusted, or its pod or service account was deleted")
 	case !slices.Contains(status.Audiences, audience):
-		// An authenticator that knows nothing of audiences leaves them out, and so has checked none.
+		// An authenticator that does not support audiences leaves them out, so it has checked none.
 		return identity.Pod{}, unauthenticated(credential.ReasonTokenAudience, nil,
-			"the API server does not say that the token is made for %q", audience)
+			"the API server does not confirm that the token is made for audience %q", audience)
 	}
 	pod := identity.Pod{ServiceAccountUID: status.User.UID, Name: sole(status.User.Extra[extraPodName]), UID: sole(status.User.Extra[extraPodUID])}
 	account, ok := strings.CutPrefix(status.User.Username, "system:serviceaccount:")
@@ -336,25 +330,25 @@ func judge(status authenticationv1.TokenReviewStatus, claimed identity.Pod, audi
 		return identity.Pod{}, notPodBound()
 	}
 	if pod != claimed {
-		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token says that it is of pod %s, and the API server says otherwise", claimed)
+		return identity.Pod{}, unauthenticated(credential.ReasonTokenInvalid, nil, "the token claims pod %s, and the API server does not confirm it", claimed)
 	}
 	return pod, nil
 }
 
-// refusals are how API servers word what is wrong with a service-account token, as far as the token's own text
-// does not say it (pkg/serviceaccount and the token authenticators, read at Kubernetes 1.37).
+// refusals are API servers' texts for tokens that they refuse, except texts that podOf handles (pkg/serviceaccount
+// and the token authenticators, read at Kubernetes 1.37).
 var refusals = []string{
 	"invalid bearer token", "has been invalidated", "invalid for the target audiences",
 	"error in cryptographic primitive", "signature is invalid", "does not match", "not found", "has been deleted", "is being deleted",
 }
 
-// undecided reports whether an API server that did not authenticate a token failed to find out, rather than found
-// against it. It has one field for both. A text that we do not know is taken for a failure: the caller is
-// refused either way, and asks again instead of giving up.
-func undecided(text string) bool {
-	return text != "" && !slices.ContainsFunc(refusals, func(r string) bool { return strings.Contains(text, r) })
+// isRefusal reports whether the API server has refused a token, rather than failed to decide. Both use one field. An unknown
+// text counts as a failure: it refuses the caller too, but makes it retry instead of giving up.
+func isRefusal(text string) bool {
+	return text == "" || slices.ContainsFunc(refusals, func(r string) bool { return strings.Contains(text, r) })
 }
 
+// sole returns the only value, or "" if there is not exactly one.
 func sole(values authenticationv1.ExtraValue) string {
 	if len(values) != 1 {
 		return ""
@@ -362,10 +356,10 @@ func sole(values authenticationv1.ExtraValue) string {
 	return values[0]
 }
 
-// keep remembers what a token has proved. The caller holds mu.
-func (v *TokenReview) keep(d digest, p passed) {
-	if len(v.passed) < maxReviewsKept {
-		v.passed[d] = p
+// remember stores an accepted token. The caller holds mu.
+func (v *TokenReview) remember(d digest, a acceptedToken) {
+	if len(v.accepted) < maxReviewsKept {
+		v.accepted[d] = a
 	}
 	delete(v.older, d)
 	if v.recent[d] = struct{}{}; len(v.recent) >= maxRecent {
@@ -373,7 +367,7 @@ func (v *TokenReview) keep(d digest, p passed) {
 	}
 }
 
-// isRecent reports whether a token has passed lately. That proves nothing any more, and is for its turn only. The
+// isRecent reports whether a token was accepted recently. This proves nothing now, and serves only to order turns. The
 // caller holds mu.
 func (v *TokenReview) isRecent(d digest) bool {
 	_, recent := v.recent[d]
@@ -381,10 +375,10 @@ func (v *TokenReview) isRecent(d digest) bool {
 	return recent || older
 }
 
-// notReviewed says that the API server could not be asked about a token.
+// notReviewed returns the error for a token without a review.
 func notReviewed(cause error) error {
 	return &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
-		Message: "the Kubernetes API server cannot be asked about the token; ask again", Cause: cause,
+		Message: "cannot verify the token: the Kubernetes API server did not review it; try again", Cause: cause,
 	}
 }

@@ -22,15 +22,15 @@ import (
 	"github.com/credence-iam/credence/broker/kube/verify"
 )
 
-// reviewer answers token reviews as an API server does, and as one does that is made otherwise.
+// reviewer makes token reviews as an API server does, or differently if change says so.
 type reviewer struct {
 	reviews atomic.Int64
-	atOnce  atomic.Int64 // reviews under way
-	most    atomic.Int64 // the most at once
+	current atomic.Int64 // reviews under way
+	highest atomic.Int64 // the highest number of reviews under way
 
 	mu     sync.Mutex
 	takes  time.Duration                       // guarded by mu
-	code   int                                 // other than 200: refuse with it; guarded by mu
+	code   int                                 // unless 0: refuse requests with it; guarded by mu
 	change func(*authenticationv1.TokenReview) // guarded by mu
 }
 
@@ -42,9 +42,9 @@ func (s *reviewer) set(change func(*reviewer)) {
 
 func (s *reviewer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.reviews.Add(1)
-	defer s.atOnce.Add(-1)
-	if n := s.atOnce.Add(1); n > s.most.Load() {
-		s.most.Store(n)
+	defer s.current.Add(-1)
+	if n := s.current.Add(1); n > s.highest.Load() {
+		s.highest.Store(n)
 	}
 	s.mu.Lock()
 	takes, code, change := s.takes, s.code, s.change
@@ -92,7 +92,7 @@ func newReview(t *testing.T, config *rest.Config, issuers ...string) *verify.Tok
 	return v
 }
 
-func TestReviewAnswers(t *testing.T) {
+func TestResultsOfReviews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, config := startReviewer(t)
 		key := newSigner(t, "a")
@@ -112,39 +112,39 @@ func TestReviewAnswers(t *testing.T) {
 			change func(*authenticationv1.TokenReview)
 			want   credential.Reason
 		}{
-			{"as it should", nil, ""},
-			{"with another audience beside ours", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = append(s.Audiences, "x") }), ""},
-			{"no", says(""), credential.ReasonTokenInvalid},
-			{"no, and why", says("[invalid bearer token, service account token has been invalidated]"), credential.ReasonTokenInvalid},
-			{"that it has expired", says("[invalid bearer token, service account token has expired]"), credential.ReasonTokenExpired},
-			{"that it is not valid yet", says("[invalid bearer token, service account token is not valid yet]"), credential.ReasonTokenEarly},
-			{"that it is made in the future", says("[invalid bearer token, service account token is issued in the future]"), credential.ReasonTokenEarly},
-			{"that a webhook's certificate has expired", says("Post \"https://authenticator.example\": x509: certificate has expired"), credential.ReasonAPIServerAway},
-			{"that it does not know", says("unknown"), credential.ReasonAPIServerAway},
-			{"that a webhook did not answer", says("Post \"https://authenticator.example\": context deadline exceeded"), credential.ReasonAPIServerAway},
-			// An authenticator that does not know of audiences.
-			{"without audiences", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = nil }), credential.ReasonTokenAudience},
-			{"with another audience", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = []string{"x"} }), credential.ReasonTokenAudience},
-			{"without pod", extra("pod-name"), credential.ReasonTokenNotPodBound},
-			{"without UID of the pod", extra("pod-uid"), credential.ReasonTokenNotPodBound},
-			{"with two pods", extra("pod-name", "cart-1", "cart-2"), credential.ReasonTokenNotPodBound},
-			{"with another pod than the token names", extra("pod-name", "cart-2"), credential.ReasonTokenInvalid},
-			{"with another UID of the pod", extra("pod-uid", "u-2"), credential.ReasonTokenInvalid},
-			{"without UID of the service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.UID = "" }), credential.ReasonTokenNotPodBound},
-			{"with another UID of the service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.UID = "s-2" }), credential.ReasonTokenInvalid},
-			{"with a user that is no service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "admin" }), credential.ReasonTokenNotPodBound},
-			{"with another service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "system:serviceaccount:bank:cart" }), credential.ReasonTokenInvalid},
+			{"the token's pod", nil, ""},
+			{"our audience and another", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = append(s.Audiences, "x") }), ""},
+			{"a refusal", says(""), credential.ReasonTokenInvalid},
+			{"a refusal with its reason", says("[invalid bearer token, service account token has been invalidated]"), credential.ReasonTokenInvalid},
+			{"expired", says("[invalid bearer token, service account token has expired]"), credential.ReasonTokenExpired},
+			{"not valid yet", says("[invalid bearer token, service account token is not valid yet]"), credential.ReasonTokenEarly},
+			{"issued in the future", says("[invalid bearer token, service account token is issued in the future]"), credential.ReasonTokenEarly},
+			{"a webhook's certificate has expired", says("Post \"https://authenticator.example\": x509: certificate has expired"), credential.ReasonAPIServerAway},
+			{"an unknown text", says("unknown"), credential.ReasonAPIServerAway},
+			{"a webhook did not respond", says("Post \"https://authenticator.example\": context deadline exceeded"), credential.ReasonAPIServerAway},
+			// An authenticator that does not support audiences.
+			{"no audience", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = nil }), credential.ReasonTokenAudience},
+			{"another audience", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = []string{"x"} }), credential.ReasonTokenAudience},
+			{"no pod", extra("pod-name"), credential.ReasonTokenNotPodBound},
+			{"no UID of the pod", extra("pod-uid"), credential.ReasonTokenNotPodBound},
+			{"two pods", extra("pod-name", "cart-1", "cart-2"), credential.ReasonTokenNotPodBound},
+			{"a pod that the token does not claim", extra("pod-name", "cart-2"), credential.ReasonTokenInvalid},
+			{"another UID of the pod", extra("pod-uid", "u-2"), credential.ReasonTokenInvalid},
+			{"no UID of the service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.UID = "" }), credential.ReasonTokenNotPodBound},
+			{"another UID of the service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.UID = "s-2" }), credential.ReasonTokenInvalid},
+			{"a user that is not a service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "admin" }), credential.ReasonTokenNotPodBound},
+			{"another service account", status(func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "system:serviceaccount:bank:cart" }), credential.ReasonTokenInvalid},
 		} {
 			server.set(func(s *reviewer) { s.change = tt.change })
-			// Each with a verifier of its own, which remembers nothing.
+			// A new verifier for each, so that no earlier review counts.
 			if wantReason(t, newReview(t, config), key.token(t, nil), tt.want); t.Failed() {
-				t.Fatalf("the API server answered %q", tt.name)
+				t.Fatalf("the review was %q", tt.name)
 			}
 		}
 	})
 }
 
-func TestReviewAsksNothingInVain(t *testing.T) {
+func TestNoReviewForTokensThatRefuteThemselves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, config := startReviewer(t)
 		v, key, now := newReview(t, config, issuer), newSigner(t, "a"), time.Now()
@@ -163,7 +163,7 @@ func TestReviewAsksNothingInVain(t *testing.T) {
 			wantReason(t, v, tt.token, tt.want)
 		}
 		if n := server.reviews.Load(); n != 0 {
-			t.Errorf("%d reviews were asked of tokens that say themselves what is wrong", n)
+			t.Errorf("%d reviews were made, want none: the text of each token is reason enough", n)
 		}
 	})
 }
@@ -174,29 +174,29 @@ func TestReviewsAreJoinedKeptAndForgotten(t *testing.T) {
 		server.set(func(s *reviewer) { s.takes = time.Second })
 		v, key := newReview(t, config), newSigner(t, "a")
 		token := key.token(t, nil)
-		var storm sync.WaitGroup
+		var calls sync.WaitGroup
 		for range 100 {
-			storm.Go(func() { wantReason(t, v, token, "") })
+			calls.Go(func() { wantReason(t, v, token, "") })
 		}
-		storm.Wait()
+		calls.Wait()
 		if n := server.reviews.Load(); n != 1 {
-			t.Errorf("100 calls with one token made %d reviews", n)
+			t.Errorf("100 calls with one token caused %d reviews, want 1", n)
 		}
 		time.Sleep(9 * time.Second)
 		wantReason(t, v, token, "")
 		if n := server.reviews.Load(); n != 1 {
-			t.Errorf("9 s later there were %d reviews", n)
+			t.Errorf("9 s later there were %d reviews, want 1", n)
 		}
 		server.set(func(s *reviewer) {
 			s.change = func(r *authenticationv1.TokenReview) { r.Status = authenticationv1.TokenReviewStatus{} }
 		})
 		time.Sleep(2 * time.Second)
 		wantReason(t, v, token, credential.ReasonTokenInvalid)
-		// A refusal is not kept.
+		// A refusal is not cached.
 		server.set(func(s *reviewer) { s.change = nil })
 		wantReason(t, v, token, "")
 
-		// No token is kept for longer than it lives.
+		// No token is cached beyond its expiration.
 		short := key.token(t, func(c map[string]any) { c["exp"] = time.Now().Add(4 * time.Second).Unix() })
 		wantReason(t, v, short, "")
 		time.Sleep(4 * time.Second)
@@ -209,13 +209,13 @@ func TestReviewsAreBounded(t *testing.T) {
 		server, config := startReviewer(t)
 		server.set(func(s *reviewer) { s.takes = time.Second })
 		v, key := newReview(t, config), newSigner(t, "a")
-		var storm sync.WaitGroup
+		var calls sync.WaitGroup
 		for i := range 200 {
 			token := key.token(t, func(c map[string]any) { c["jti"] = fmt.Sprint(i) })
-			storm.Go(func() { wantReason(t, v, token, "") })
+			calls.Go(func() { wantReason(t, v, token, "") })
 		}
-		storm.Wait()
-		if n := server.most.Load(); n != 32 {
+		calls.Wait()
+		if n := server.highest.Load(); n != 32 {
 			t.Errorf("%d reviews were under way at once, want 32", n)
 		}
 	})
@@ -231,25 +231,25 @@ func TestReviewWithoutRightsOrServer(t *testing.T) {
 		go func() { _ = v.Run(ctx) }()
 		synctest.Wait()
 		if v.Ready() {
-			t.Error("it is ready without the right to review")
+			t.Error("Ready is true without the right to create reviews")
 		}
 		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerAway)
 		time.Sleep(time.Minute)
 		if age := v.Age(); age < time.Minute {
-			t.Errorf("after a minute without a review the age is %s", age)
+			t.Errorf("after a minute without a review Age is %s", age)
 		}
 		server.set(func(s *reviewer) { s.code = 0 })
 		time.Sleep(11 * time.Second)
 		if !v.Ready() || v.Age() != 0 {
-			t.Errorf("with the right it is ready: %t, and its age %s", v.Ready(), v.Age())
+			t.Errorf("with the right to create reviews, Ready is %t and Age is %s", v.Ready(), v.Age())
 		}
 		wantReason(t, v, key.token(t, nil), "")
 	})
 }
 
-func TestNewTokenReviewWantsAnAudience(t *testing.T) {
+func TestNewTokenReviewNeedsAnAudience(t *testing.T) {
 	_, err := verify.NewTokenReview(verify.Config{REST: &rest.Config{}, Logger: slog.New(slog.DiscardHandler)})
 	if err == nil || !strings.Contains(err.Error(), "--audience") {
-		t.Errorf("answered %v", err)
+		t.Errorf("got error %v, want one that names --audience", err)
 	}
 }

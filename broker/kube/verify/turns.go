@@ -11,26 +11,26 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// maxWaiting bounds how many tokens wait to be verified, at some 5 kB each beside the token, which the call holds
-// anyway. An API server that takes 100 ms for a review gets through as many in 6 s; sidecars give up after 10.
+// maxWaiting bounds the tokens that wait to be verified, at about 5 kB each besides the token, which its call holds anyway.
+// An API server that takes 100 ms for a review reviews as many in 6 s; sidecars give up after 10.
 const maxWaiting = 2048
 
-// turns bounds how much is done at once for callers of whom nothing is proved yet. Those who wait take turns, so that
-// no caller waits for the many calls of another.
+// turns bounds concurrent work for unauthenticated callers. Callers that wait take turns, so that no caller waits for many
+// calls of another caller.
 //
-// A caller shows three things: the address that it calls from, the namespace that its token claims, and the token.
-// It cannot choose the first, is free to choose the second, and the third may have been verified before. So there are
-// lanes for each address and for each claimed namespace, which are served alternately, one call of each lane in turn:
-//   - a flood from few addresses leaves a caller at another address its turn after one call of each of them, whatever
-//     the flood claims;
-//   - pods of one namespace that start at once, each at its own address, leave a pod of another namespace its turn
-//     after one call of each namespace.
+// A caller has three properties: its address, the namespace that its token claims, and the token. It cannot choose its
+// address, can claim any namespace, and its token may have been verified before. So each address has a lane and each claimed
+// namespace has a lane. Both kinds of lanes are served alternately, one call of each lane per turn:
+//   - If few addresses send a flood, a caller at another address waits for one call of each of them, whatever namespaces the
+//     flood claims.
+//   - If many pods of one namespace start at once, each at its own address, a pod of another namespace waits for one call of
+//     each namespace.
 //
-// Tokens that were verified before have every second turn, shared by namespace, and some slots of their own: what takes
-// long for worthless tokens, such as a webhook that the API server asks about them, does not hold them up. And tokens of pods that are known to be
-// there have some. Neither ever has all: genuine tokens can be made in numbers too.
+// Tokens that were verified before get every second turn, by namespace, and some slots of their own. So work that takes long
+// for worthless tokens, such as an API server's call of its webhook, does not delay them. Tokens of pods that exist get some
+// turns too. Neither gets all turns, because genuine tokens can be created in large numbers too.
 type turns struct {
-	slots [numberOfSlots]int // how many there are
+	slots [numberOfSlots]int // the limits
 
 	mu      sync.Mutex
 	taken   [numberOfSlots]int       // guarded by mu
@@ -39,7 +39,7 @@ type turns struct {
 	kinds   [numberOfKinds]laneGroup // guarded by mu
 }
 
-// slot is one of two kinds of them.
+// slot is a kind of slot.
 type slot int
 
 const (
@@ -48,49 +48,49 @@ const (
 	numberOfSlots
 )
 
-// claimant is who waits for a turn.
-type claimant struct {
-	address   string // where the call comes from; "" if that is not known
-	namespace string // as the token claims it
-	verified  bool   // this very token was verified before
-	expected  bool   // there is a pod as the token claims it
+// caller is a caller that requests a turn.
+type caller struct {
+	address   string // the source of the call; "" if unknown
+	namespace string // as the token claims
+	verified  bool   // this token was verified before
+	expected  bool   // the pod that the token claims exists
 }
 
-// The kinds of lanes. A waiter is in one lane of each kind that it qualifies for.
+// The kinds of lanes. A caller waits in one lane of each kind that fits.
 const (
 	byVerified  = iota // verified tokens, by namespace
-	byExpected         // tokens of pods that are there, by namespace
+	byExpected         // tokens of pods that exist, by namespace
 	byAddress          // all, by address
 	byNamespace        // all, by claimed namespace
 	numberOfKinds
 )
 
-// schedule is the order in which the kinds have turns. A kind in which nobody waits is passed over.
+// schedule is the order of the kinds' turns. A kind without waiting callers is skipped.
 var schedule = [...]int{byVerified, byAddress, byVerified, byNamespace, byVerified, byExpected}
 
-// waiter is a claimant without a slot.
+// waiter is a caller without a slot.
 type waiter struct {
-	claimant
-	slot   slot                         // the one that it gets; set before ready
+	caller
+	slot   slot                         // the granted slot; set before ready
 	ready  chan error                   // one value: nil with a slot, or why there is none
-	lanes  [numberOfKinds]*lane         // nil: in none of that kind
+	lanes  [numberOfKinds]*lane         // nil: in no lane of that kind
 	places [numberOfKinds]*list.Element // in that lane
 }
 
-// laneGroup is the lanes of one kind, in the order of their turns.
+// laneGroup contains the lanes of one kind, in the order of their turns.
 type laneGroup struct {
 	lanes map[string]*lane
 	order list.List // of *lane
 }
 
-// lane is those who wait of one address or namespace, first come first served.
+// lane contains the waiters of one address or namespace, in order of arrival.
 type lane struct {
 	key     string
 	place   *list.Element // in the order of its group
 	waiters list.List     // of *waiter
 }
 
-// newTurns makes so many slots for all, and so many more for tokens that were verified before.
+// newTurns returns turns with all slots for all callers, and verified more for tokens that were verified before.
 func newTurns(all, verified int) *turns {
 	t := &turns{slots: [...]int{forAll: all, forVerified: verified}}
 	for kind := range t.kinds {
@@ -99,18 +99,18 @@ func newTurns(all, verified int) *turns {
 	return t
 }
 
-// take waits for a slot, which must be given back by give. It returns the error of ctx if that ends first, and
-// errBusy if too many wait and [turns.largest] gives this one up.
-func (t *turns) take(ctx context.Context, who claimant) (slot, error) {
+// take waits for a slot, which the caller must release. It returns ctx's error if ctx ends first. If too many callers wait, it
+// returns errBusy to the one that [turns.largest] chooses.
+func (t *turns) take(ctx context.Context, c caller) (slot, error) {
 	t.mu.Lock()
-	for s, most := range t.slots {
-		if s := slot(s); t.taken[s] < most && (s == forAll || who.verified) {
+	for s, limit := range t.slots {
+		if s := slot(s); t.taken[s] < limit && (s == forAll || c.verified) {
 			t.taken[s]++
 			t.mu.Unlock()
 			return s, nil
 		}
 	}
-	w := &waiter{claimant: who, ready: make(chan error, 1)}
+	w := &waiter{caller: c, ready: make(chan error, 1)}
 	t.add(w)
 	if t.waiting > maxWaiting {
 		drop := t.largest()
@@ -125,10 +125,10 @@ func (t *turns) take(ctx context.Context, who claimant) (slot, error) {
 	}
 	t.mu.Lock()
 	select {
-	case err := <-w.ready: // It came meanwhile.
+	case err := <-w.ready: // The result arrived at the same time.
 		t.mu.Unlock()
 		if err == nil {
-			t.give(w.slot)
+			t.release(w.slot)
 		}
 	default:
 		t.remove(w)
@@ -137,8 +137,8 @@ func (t *turns) take(ctx context.Context, who claimant) (slot, error) {
 	return 0, ctx.Err()
 }
 
-// give gives a slot back: to the one who waits and whose turn it is.
-func (t *turns) give(s slot) {
+// release passes a slot on to the waiter whose turn it is, or makes it free.
+func (t *turns) release(s slot) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var w *waiter
@@ -156,14 +156,14 @@ func (t *turns) give(s slot) {
 	w.ready <- nil
 }
 
-// state is how many slots are taken, and how many callers wait.
+// state returns the number of taken slots and of waiting callers.
 func (t *turns) state() (taken, waiting int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.taken[forAll] + t.taken[forVerified], t.waiting
 }
 
-// next returns whose turn it is; nil if nobody waits. The caller holds mu.
+// next returns the waiter whose turn it is; nil if there is none. The caller holds mu.
 func (t *turns) next() *waiter {
 	for range schedule {
 		kind := schedule[t.turn]
@@ -175,7 +175,7 @@ func (t *turns) next() *waiter {
 	return nil
 }
 
-// next returns the first of the lane whose turn it is; nil if nobody waits.
+// next returns the first waiter of the lane whose turn it is; nil if there is none.
 func (g *laneGroup) next() *waiter {
 	first := g.order.Front()
 	if first == nil {
@@ -185,20 +185,22 @@ func (g *laneGroup) next() *waiter {
 	return first.Value.(*lane).waiters.Front().Value.(*waiter)
 }
 
-// add lets w wait. The caller holds mu.
+// add adds w to all lanes that fit. The caller holds mu.
 func (t *turns) add(w *waiter) {
 	t.waiting++
 	if w.verified {
-		t.kinds[byVerified].add(w, byVerified, w.namespace)
+		t.enter(w, byVerified, w.namespace)
 	}
 	if w.expected {
-		t.kinds[byExpected].add(w, byExpected, w.namespace)
+		t.enter(w, byExpected, w.namespace)
 	}
-	t.kinds[byAddress].add(w, byAddress, w.address)
-	t.kinds[byNamespace].add(w, byNamespace, w.namespace)
+	t.enter(w, byAddress, w.address)
+	t.enter(w, byNamespace, w.namespace)
 }
 
-func (g *laneGroup) add(w *waiter, kind int, key string) {
+// enter appends w to one lane, and creates the lane if there is none. The caller holds mu.
+func (t *turns) enter(w *waiter, kind int, key string) {
+	g := &t.kinds[kind]
 	l := g.lanes[key]
 	if l == nil {
 		l = &lane{key: key}
@@ -208,7 +210,7 @@ func (g *laneGroup) add(w *waiter, kind int, key string) {
 	w.lanes[kind], w.places[kind] = l, l.waiters.PushBack(w)
 }
 
-// remove takes w out of all its lanes. The caller holds mu.
+// remove removes w from all its lanes. The caller holds mu.
 func (t *turns) remove(w *waiter) {
 	t.waiting--
 	for kind, l := range w.lanes {
@@ -222,14 +224,14 @@ func (t *turns) remove(w *waiter) {
 	}
 }
 
-// largest returns the one to give up when too many wait: the newest one with the largest share. A share is
-// small if either the address or the namespace has few that wait, so that nobody can make that of another large by
-// claiming its namespace. A token that was verified before is given up last. The caller holds mu.
+// largest returns the waiter to drop when too many wait: the newest one with the largest share. A share is small if
+// either the address or the namespace has few waiters. So no caller can make another caller's share large by claiming its
+// namespace. A token that was verified before is dropped last. The caller holds mu.
 //
-// It looks at all who wait, some 20 µs, which is less than a call costs otherwise.
+// It visits all waiters, which takes about 20 µs, less than a call costs otherwise.
 func (t *turns) largest() *waiter {
 	var worst *waiter
-	var most [3]int
+	var worstShare [3]int
 	for place := t.kinds[byAddress].order.Front(); place != nil; place = place.Next() {
 		l := place.Value.(*lane)
 		for e := l.waiters.Front(); e != nil; e = e.Next() {
@@ -240,27 +242,27 @@ func (t *turns) largest() *waiter {
 			}
 			atAddress, ofNamespace := l.waiters.Len(), w.lanes[byNamespace].waiters.Len()
 			share := [3]int{unverified, min(atAddress, ofNamespace), max(atAddress, ofNamespace)}
-			if worst == nil || slices.Compare(share[:], most[:]) >= 0 {
-				worst, most = w, share
+			if worst == nil || slices.Compare(share[:], worstShare[:]) >= 0 {
+				worst, worstShare = w, share
 			}
 		}
 	}
 	return worst
 }
 
-// noTurn is the error of a caller that got none: errBusy, or that of its own context.
+// errBusy is for callers that find the queue full. Another broker may have room.
+var errBusy = busy("too many tokens wait to be verified, most of them of this namespace or address; try again", nil)
+
+// noTurn returns the error for a caller without a turn: errBusy, or an error with the caller's context error as cause.
 func noTurn(err error) error {
 	if errors.Is(err, errBusy) {
 		return err
 	}
-	return &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerBusy, RetryAfter: time.Second, Cause: err,
-		Message: "too many tokens wait to be verified; try again",
-	}
+	return busy("too many tokens wait to be verified; try again", err)
 }
 
-// errBusy is the answer to those for whom there is no place to wait. Another broker may have one.
-var errBusy = &credential.Error{
-	Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerBusy, RetryAfter: time.Second,
-	Message: "too many tokens wait to be verified, most of them of this namespace or address; try again",
+func busy(message string, cause error) error {
+	return &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerBusy, RetryAfter: time.Second, Message: message, Cause: cause,
+	}
 }

@@ -22,13 +22,13 @@ import (
 	"github.com/credence-iam/credence/broker/kube/verify"
 )
 
-// The API server of these tests takes so long for a review. 32 are under way at once.
+// reviewTakes is the time that the API server of these tests needs for a review. It makes 32 at once.
 const reviewTakes = 100 * time.Millisecond
 
-// soon is when a caller has its answer whose turn comes with the next reviews that begin.
+// soon bounds the wait of a caller whose turn is among the next reviews that begin.
 const soon = 2 * reviewTakes
 
-// tokenOf is a token of a pod, with a signature that the double of an API server takes for genuine or not.
+// tokenOf returns a token of a pod. genuineOnly accepts it if the signature is "genuine".
 func tokenOf(id identity.Pod, serial int, signature string) identity.UnverifiedToken {
 	part := func(v any) string {
 		text, err := json.Marshal(v)
@@ -52,7 +52,7 @@ func tokenOf(id identity.Pod, serial int, signature string) identity.UnverifiedT
 	}, "."))
 }
 
-// review answers as an API server does that signs with the word "genuine".
+// genuineOnly makes reviews as an API server does that signs with the word "genuine".
 func genuineOnly(review *authenticationv1.TokenReview) {
 	parts := strings.Split(review.Spec.Token, ".")
 	review.Status = authenticationv1.TokenReviewStatus{Error: "invalid bearer token"}
@@ -78,7 +78,7 @@ func genuineOnly(review *authenticationv1.TokenReview) {
 	}
 }
 
-// flood is calls that are under way.
+// flood is a number of calls under way.
 type flood struct {
 	t       *testing.T
 	v       identity.Verifier
@@ -97,17 +97,17 @@ func (f *flood) call(address string, token identity.UnverifiedToken) {
 	})
 }
 
-// took calls with a genuine token, and returns how long that took.
+// took makes a call with a genuine token and returns its duration.
 func (f *flood) took(address string, token identity.UnverifiedToken) time.Duration {
 	f.t.Helper()
 	began := time.Now()
 	if _, err := f.v.Verify(identity.WithPeer(f.t.Context(), address), token); err != nil {
-		f.t.Errorf("the live pod at %s is answered %v", address, err)
+		f.t.Errorf("the pod at %s gets error %v", address, err)
 	}
 	return time.Since(began)
 }
 
-// underFlood runs test in virtual time, on a verifier whose API server takes its time.
+// underFlood runs test in virtual time, with a verifier whose API server needs reviewTakes for a review.
 func underFlood(t *testing.T, expected func(identity.Pod) bool, test func(t *testing.T, f *flood, server *reviewer)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -135,7 +135,7 @@ func podIn(namespace string, i int) identity.Pod {
 	return identity.Pod{Namespace: namespace, Name: fmt.Sprint("p-", i), UID: fmt.Sprint(namespace, "-u-", i), ServiceAccount: "cart", ServiceAccountUID: "s-1"}
 }
 
-// garbage sends tokens that nobody signed: of all namespaces, and of the very pod.
+// garbage sends forged tokens, which claim many namespaces, and the pod shop/p-1 itself.
 func (f *flood) garbage(calls int, addresses ...string) {
 	for i := range calls {
 		id := podIn("shop", 1)
@@ -155,19 +155,20 @@ func TestFloodOfGarbageLeavesTurnsToOthers(t *testing.T) {
 			underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
 				f.garbage(calls, fourAddresses...)
 				if d := f.took("10.0.0.5", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
-					t.Errorf("a live pod at a fifth address waited %s for its review", d)
+					t.Errorf("a pod at a fifth address waited %s for its review", d)
 				}
-				// And again, while the flood continues.
+				// Once more, while the flood continues.
 				f.garbage(calls, fourAddresses...)
 				if d := f.took("10.0.0.5", tokenOf(podIn("shop", 1), 1, "genuine")); d > soon {
-					t.Errorf("later it waited %s", d)
+					t.Errorf("the second time it waited %s", d)
 				}
 			})
 		})
 	}
 }
 
-// One machine has all IPv6 addresses that begin with the same 64 bits, and no more turns with many of them.
+// TestFloodFromOneIPv6NetworkLeavesTurnsToOthers: one machine has all IPv6 addresses with the same first 64 bits, so it gets
+// no more turns with many of them.
 func TestFloodFromOneIPv6NetworkLeavesTurnsToOthers(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
 		for i := range 1000 {
@@ -175,12 +176,12 @@ func TestFloodFromOneIPv6NetworkLeavesTurnsToOthers(t *testing.T) {
 		}
 		synctest.Wait()
 		if d := f.took("2001:db8:0:1::1", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
-			t.Errorf("a live pod in another network waited %s for its review", d)
+			t.Errorf("a pod in another network waited %s for its review", d)
 		}
 	})
 }
 
-func TestStormOfOneNamespaceLeavesTurnsToOthers(t *testing.T) {
+func TestManyPodsOfOneNamespaceLeaveTurnsToOthers(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
 		for i := range 1500 {
 			f.call(fmt.Sprintf("10.1.%d.%d", i/250, i%250), tokenOf(podIn("batch", i), i, "genuine"))
@@ -192,22 +193,22 @@ func TestStormOfOneNamespaceLeavesTurnsToOthers(t *testing.T) {
 	})
 }
 
-// A running pod's token was verified before. It has its turn even behind the very address that floods, as on networks
-// that hide a node's pods behind one.
+// TestVerifiedTokensHaveTurnsFirst: a running pod's token was verified before, so it gets a turn even if its address sends
+// the flood. Some networks give all pods of a node one address.
 func TestVerifiedTokensHaveTurnsFirst(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		running := tokenOf(podIn("shop", 1), 0, "genuine")
 		f.took("10.0.0.1", running)
-		time.Sleep(30 * time.Minute) // The review is not believed any longer, only its turn remains.
+		time.Sleep(30 * time.Minute) // The cached review has expired; the token still counts as recent.
 		for i := range 1000 {
 			f.call("10.0.0.1", tokenOf(podIn("shop", 1), i, "forged"))
 		}
 		synctest.Wait()
 		before := server.reviews.Load()
 		if d := f.took("10.0.0.1", running); d > soon || d < reviewTakes || server.reviews.Load() == before {
-			t.Errorf("a token that was verified before was answered after %s", d)
+			t.Errorf("a token that was verified before took %s", d)
 		}
-		// One that is refused loses its turn: the second time it waits as long as all others there.
+		// A refused token loses its earlier turn, so the second time it waits as long as the others.
 		time.Sleep(11 * time.Second)
 		server.set(func(s *reviewer) {
 			s.change = func(r *authenticationv1.TokenReview) {
@@ -219,13 +220,13 @@ func TestVerifiedTokensHaveTurnsFirst(t *testing.T) {
 		began := time.Now()
 		_, err := f.v.Verify(identity.WithPeer(t.Context(), "10.0.0.1"), running)
 		if d := time.Since(began); d <= 5*soon || credential.ReasonOf(err) != credential.ReasonTokenInvalid {
-			t.Errorf("a token that was refused before is answered %v after %s", err, d)
+			t.Errorf("a token that was refused before gets error %v after %s", err, d)
 		}
 	})
 }
 
-// Worthless tokens can take long, where the API server asks a webhook about those that it does not know. A running pod
-// does not wait for them.
+// TestVerifiedTokensHaveSlotsOfTheirOwn: worthless tokens can take long if the API server asks a webhook about unknown tokens.
+// A running pod does not wait for them.
 func TestVerifiedTokensHaveSlotsOfTheirOwn(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		var running []identity.UnverifiedToken
@@ -237,24 +238,24 @@ func TestVerifiedTokensHaveSlotsOfTheirOwn(t *testing.T) {
 		server.set(func(s *reviewer) { s.takes = 8 * time.Second })
 		f.garbage(200, fourAddresses...)
 		time.Sleep(time.Second)
-		server.set(func(s *reviewer) { s.takes = reviewTakes }) // for what comes now
+		server.set(func(s *reviewer) { s.takes = reviewTakes }) // for later reviews
 		live := &flood{t: t, v: f.v, ctx: t.Context(), reasons: make(map[credential.Reason]int)}
 		began := time.Now()
 		for i, token := range running {
 			live.call(fmt.Sprint("10.3.0.", i), token)
 		}
 		live.calls.Wait()
-		// Eight, four at a time.
+		// Eight reviews, four at once.
 		if d := time.Since(began); d != 2*reviewTakes || live.reasons[""] != 8 {
-			t.Errorf("running pods waited %s for their reviews: %v", d, live.reasons)
+			t.Errorf("running pods waited %s for their reviews, with results %v", d, live.reasons)
 		}
-		if n := server.most.Load(); n != 36 {
-			t.Errorf("%d reviews were under way at once", n)
+		if n := server.highest.Load(); n != 36 {
+			t.Errorf("%d reviews were under way at once, want 36", n)
 		}
 	})
 }
 
-// Genuine tokens can be made in numbers by who may create tokens. They leave turns to tokens that are new.
+// TestVerifiedTokensLeaveTurnsToNewOnes: a user who may create tokens can have many verified. New tokens still get turns.
 func TestVerifiedTokensLeaveTurnsToNewOnes(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
 		made := make([]identity.UnverifiedToken, 800)
@@ -274,7 +275,7 @@ func TestVerifiedTokensLeaveTurnsToNewOnes(t *testing.T) {
 	})
 }
 
-// A token that claims to be of a pod that is there has its turn before claims of pods that are not.
+// TestTokensOfExpectedPodsHaveTurns: a token that claims an existing pod gets a turn before claims of other pods.
 func TestTokensOfExpectedPodsHaveTurns(t *testing.T) {
 	expected := func(id identity.Pod) bool { return id == podIn("shop", 1) || id.Namespace == "own" }
 	underFlood(t, expected, func(t *testing.T, f *flood, _ *reviewer) {
@@ -284,14 +285,14 @@ func TestTokensOfExpectedPodsHaveTurns(t *testing.T) {
 		}
 		synctest.Wait()
 		if d := f.took("10.0.0.1", tokenOf(podIn("shop", 1), 0, "genuine")); d > soon {
-			t.Errorf("a pod that is there waited %s for its review", d)
+			t.Errorf("an expected pod waited %s for its review", d)
 		}
 	})
 }
 
 func TestFullQueueDropsTheLargestShare(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
-		// A few others, who wait already.
+		// A few callers wait before the flood.
 		server.set(func(s *reviewer) { s.takes = 5 * time.Second })
 		f.garbage(32, fourAddresses...)
 		few := &flood{t: t, v: f.v, ctx: t.Context(), reasons: make(map[credential.Reason]int)}
@@ -301,20 +302,20 @@ func TestFullQueueDropsTheLargestShare(t *testing.T) {
 		synctest.Wait()
 		f.garbage(3000, fourAddresses...)
 		f.mu.Lock()
-		if n := f.reasons[credential.ReasonBrokerBusy]; n != 3000+100-32-2048 { // the first 32 calls show tokens that the 3,000 calls show, too
-			t.Errorf("%d calls found no place, want all above 2,048 that wait", n)
+		if n := f.reasons[credential.ReasonBrokerBusy]; n != 3000+100-32-2048 { // the first 32 calls have tokens that are among those of the 3,000 calls
+			t.Errorf("%d calls were dropped, want all above 2,048 waiting ones", n)
 		}
 		f.mu.Unlock()
-		// Who comes last has a place too.
+		// A caller that arrives last is not dropped either.
 		few.call("10.3.1.1", tokenOf(podIn("bank", 1), 1, "genuine"))
 		few.calls.Wait()
 		if n := few.reasons[""]; n != 101 {
-			t.Errorf("of 101 calls of small shares %d were answered: %v", n, few.reasons)
+			t.Errorf("of 101 calls with small shares %d succeeded: %v", n, few.reasons)
 		}
 	})
 }
 
-func TestWhoLeavesLeavesTheQueue(t *testing.T) {
+func TestCallersThatGiveUpLeaveTheQueue(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		server.set(func(s *reviewer) { s.takes = time.Second })
 		gone, leave := withCancel(t)
@@ -324,36 +325,36 @@ func TestWhoLeavesLeavesTheQueue(t *testing.T) {
 			leaving.call("10.0.0.1", tokenOf(podIn("shop", i), i, "forged"))
 		}
 		synctest.Wait()
-		// The first who waits for a token leaves, and one stays.
+		// Of two callers with one token the first gives up and the second stays.
 		leaving.call("10.0.0.2", shared)
 		synctest.Wait()
 		stays := make(chan time.Duration)
 		go func() { stays <- f.took("10.0.0.3", shared) }()
 		synctest.Wait()
 		if n := f.v.(*verify.TokenReview).Waiting(); n != 1000-32+1 {
-			t.Errorf("%d tokens wait", n)
+			t.Errorf("%d tokens wait, want 969", n)
 		}
 		leave()
 		leaving.calls.Wait()
 		if synctest.Wait(); f.v.(*verify.TokenReview).Waiting() != 1 {
-			t.Errorf("%d tokens wait after those who showed them have left", f.v.(*verify.TokenReview).Waiting())
+			t.Errorf("%d tokens wait after their callers gave up, want 1", f.v.(*verify.TokenReview).Waiting())
 		}
 		if d := <-stays; d != 2*time.Second {
-			t.Errorf("who stays was answered after %s", d)
+			t.Errorf("the caller that stays waited %s, want 2s", d)
 		}
 		if n := server.reviews.Load(); n != 33 {
-			t.Errorf("%d reviews were made, want the 32 that were under way and the one that is waited for", n)
+			t.Errorf("%d reviews were made, want the 32 under way and the one with a waiting caller", n)
 		}
-		// Nobody of them is there any longer: the next one does not wait.
+		// No caller is left, so the next one does not wait.
 		if d := f.took("10.0.0.3", tokenOf(podIn("shop", 1), 6, "genuine")); d != time.Second {
-			t.Errorf("after that a call took %s", d)
+			t.Errorf("after that a call took %s, want 1s", d)
 		}
 	})
 }
 
-// A caller that no longer waits for its turn is not told that the API server is unavailable: it was not asked. Who waits
-// for a review that is under way is.
-func TestWhoLeavesHearsWhatItWaitedFor(t *testing.T) {
+// TestErrorsOfCallersThatGiveUp: a caller that gives up before its turn gets "broker busy", because the API server received no
+// request. A caller that gives up during its review gets "API server unavailable".
+func TestErrorsOfCallersThatGiveUp(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		server.set(func(s *reviewer) { s.takes = 9 * time.Second })
 		leaves, leave := context.WithTimeout(t.Context(), time.Second)
@@ -363,7 +364,7 @@ func TestWhoLeavesHearsWhatItWaitedFor(t *testing.T) {
 			calls.Go(func() {
 				_, err := f.v.Verify(leaves, tokenOf(podIn("shop", i), i, "genuine"))
 				if credential.ReasonOf(err) != want || !errors.Is(err, credential.ErrUnavailable) {
-					t.Errorf("who leaves is answered %v, want %s", err, want)
+					t.Errorf("the caller that gives up gets error %v, want %s", err, want)
 				}
 			})
 			synctest.Wait()
@@ -376,7 +377,8 @@ func TestWhoLeavesHearsWhatItWaitedFor(t *testing.T) {
 	})
 }
 
-// A review that has begun continues when its first caller leaves, for callers that stay and for callers that come.
+// TestFirstToLeaveDoesNotEndTheReview: a review that has begun continues when its first caller gives up. Callers that wait,
+// and callers that arrive later, get its result.
 func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		token := tokenOf(podIn("shop", 1), 0, "genuine")
@@ -384,7 +386,7 @@ func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
 		defer leave()
 		go func() {
 			if _, err := f.v.Verify(first, token); !errors.Is(err, credential.ErrUnavailable) {
-				t.Errorf("who leaves is answered %v", err)
+				t.Errorf("the caller that gives up gets error %v", err)
 			}
 		}()
 		synctest.Wait()
@@ -394,30 +396,30 @@ func TestFirstToLeaveDoesNotEndTheReview(t *testing.T) {
 		others.Go(func() { f.took("10.0.0.1", token) })
 		others.Wait()
 		if n := server.reviews.Load(); n != 1 {
-			t.Errorf("%d reviews were made of one token", n)
+			t.Errorf("%d reviews were made of one token, want 1", n)
 		}
 	})
 }
 
-// A genuine token for another audience is refused, and its pod is told: webhook and broker disagree. A token that
-// proves nothing, or has another fault as well, tells of no pod.
+// TestTokenForAnotherAudience: a genuine token for another audience is refused, and the error has its pod: webhook and broker
+// disagree. For a worthless token, or one with a second fault, the error has no pod.
 func TestTokenForAnotherAudience(t *testing.T) {
 	elsewhere := func(c map[string]any) { c["aud"] = []string{"other", "more"} }
 	pod := identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"}
-	check := func(t *testing.T, v identity.Verifier, token identity.UnverifiedToken, told bool) {
+	check := func(t *testing.T, v identity.Verifier, token identity.UnverifiedToken, withPod bool) {
 		t.Helper()
 		id, err := v.Verify(t.Context(), token)
 		if id != (identity.Pod{}) || credential.ReasonOf(err) != credential.ReasonTokenAudience {
-			t.Errorf("answered %+v, %v", id, err)
+			t.Errorf("got pod %+v and error %v", id, err)
 		}
 		for _, text := range []string{`"other, more"`, `"` + audience + `"`, "--audience of the webhook and of the broker", "chart value audience"} {
 			if !strings.Contains(fmt.Sprint(err), text) {
-				t.Errorf("the error %q does not say %s", err, text)
+				t.Errorf("the error %q does not contain %s", err, text)
 			}
 		}
 		other, ok := errors.AsType[*identity.OtherAudienceError](err)
-		if ok != told || told && other.Pod != pod {
-			t.Errorf("told of %+v: %t, want %t", other, ok, told)
+		if ok != withPod || withPod && other.Pod != pod {
+			t.Errorf("the error has pod %+v: %t, want %t", other, ok, withPod)
 		}
 	}
 	key := newSigner(t, "a")
@@ -436,13 +438,13 @@ func TestTokenForAnotherAudience(t *testing.T) {
 			server, config := startReviewer(t)
 			v := newReviewExpecting(t, config, func(id identity.Pod) bool { return id == pod })
 			check(t, v, key.token(t, elsewhere), true)
-			check(t, v, key.token(t, elsewhere), true) // and is not believed the second time
+			check(t, v, key.token(t, elsewhere), true) // no review of another audience is cached
 			made := server.reviews.Load()
 			check(t, v, key.token(t, func(c map[string]any) { elsewhere(c); c["exp"] = time.Now().Unix() }), false)
 			check(t, newReviewExpecting(t, config, nil), key.token(t, elsewhere), false)
 			check(t, newReviewExpecting(t, config, func(identity.Pod) bool { return false }), key.token(t, elsewhere), false)
 			if n := server.reviews.Load(); made != 2 || n != made {
-				t.Errorf("%d reviews were made, and %d of tokens of no known pod", made, n-made)
+				t.Errorf("%d reviews were made, want 2, and %d of tokens without an expected pod, want 0", made, n-made)
 			}
 			server.set(func(s *reviewer) {
 				s.change = func(r *authenticationv1.TokenReview) {
@@ -458,7 +460,7 @@ func TestTokenForAnotherAudience(t *testing.T) {
 	})
 }
 
-// Signatures are verified by turns, too: what a flood of worthless ones costs is processor time.
+// TestSignaturesAreVerifiedByTurns: a flood of worthless signatures costs processor time, so signatures wait for turns too.
 func TestSignaturesAreVerifiedByTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		key := newSigner(t, "a")
@@ -473,36 +475,36 @@ func TestSignaturesAreVerifiedByTurns(t *testing.T) {
 			calls.Go(func() {
 				_, err := v.Verify(identity.WithPeer(t.Context(), fourAddresses[i%4]), forged)
 				if credential.ReasonOf(err) != credential.ReasonTokenInvalid {
-					t.Errorf("a forged token is answered %v", err)
+					t.Errorf("a forged token gets error %v", err)
 				}
 				done.Add(1)
 			})
 		}
 		synctest.Wait()
 		if n := v.Waiting(); n != 1000 {
-			t.Errorf("%d tokens wait, want all", n)
+			t.Errorf("%d tokens wait, want 1000", n)
 		}
 		leaving, leave := withCancel(t)
 		calls.Go(func() {
 			if _, err := v.Verify(leaving, genuine); credential.ReasonOf(err) != credential.ReasonBrokerBusy {
-				t.Errorf("who leaves is answered %v", err)
+				t.Errorf("the caller that gives up gets error %v", err)
 			}
 		})
 		synctest.Wait()
 		leave()
 		calls.Go(func() {
 			if _, err := v.Verify(identity.WithPeer(t.Context(), "10.0.0.5"), genuine); err != nil {
-				t.Errorf("a live pod at a fifth address is answered %v", err)
+				t.Errorf("a pod at a fifth address gets error %v", err)
 			}
 			if n := done.Load(); n > 100 {
-				t.Errorf("it was answered after %d of 1,000 forged ones", n)
+				t.Errorf("it had to wait for %d of 1,000 forged tokens", n)
 			}
 		})
 		synctest.Wait()
 		release()
 		calls.Wait()
 		if n := v.Waiting(); n != 0 {
-			t.Errorf("%d tokens wait at the end", n)
+			t.Errorf("at the end %d tokens wait", n)
 		}
 	})
 }

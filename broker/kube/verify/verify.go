@@ -1,12 +1,12 @@
 // Package verify verifies the service-account tokens of pods: offline with the API server's published signing keys
-// ([JWKS]), or by asking the API server about each token ([TokenReview]).
+// ([JWKS]), or with a review by the API server for each token ([TokenReview]).
 //
-// It promises that a token that both accept belongs to a pod, was made for our audience by an accepted issuer, and is
-// within its life, which is bounded. A flood of worthless tokens neither keeps others from being verified, nor reaches
-// the API server. An error says whether the token is bad or the API server could not be asked. No error, log or panic
-// holds a token.
+// It guarantees: an accepted token is bound to a pod, was made for our audience by an accepted issuer, and has not expired;
+// its lifetime is bounded; a flood of worthless tokens does not delay other callers, and does not become a flood on
+// the API server; an error says whether the token is bad or the API server is unavailable; no error and no log contains a
+// token.
 //
-// It does not say whether the pod still exists: broker/kube's Directory does. It decides nothing about roles.
+// It does not check whether the pod still exists; package kube's Directory does. It does not decide about roles.
 package verify
 
 import (
@@ -21,37 +21,36 @@ import (
 	"github.com/credence-iam/credence/broker/identity"
 )
 
-// DefaultMaxTokenLife is the longest life of a token that is accepted unless configured otherwise. The webhook has the
-// kubelet request tokens for 24 hours at most. An API server extends the life of tokens
-// (--service-account-extend-token-expiration) only if they are for its own audience. A longer life means that
-// somebody made the token with the TokenRequest API, such as by kubectl create token --duration: such a token can be
-// replayed for as long as its pod lives.
+// DefaultMaxTokenLife is the default of [Config.MaxLife]. The webhook makes the kubelet request tokens of 24 hours at most.
+// An API server extends the lifetime of tokens (--service-account-extend-token-expiration) only for its own audience. So a
+// token with a longer lifetime comes from the TokenRequest API, for example from kubectl create token --duration, and can
+// be replayed for as long as its pod exists.
 const DefaultMaxTokenLife = 25 * time.Hour
 
 // Config configures [NewJWKS] and [NewTokenReview].
 type Config struct {
 	// REST reaches the API server. [TokenReview] needs the right to create TokenReviews. Required.
 	REST *rest.Config
-	// Audience is the audience that tokens must be made for. Required.
+	// Audience is the audience that a token must have. Required.
 	Audience string
-	// Issuers are the accepted issuers. Default: for [JWKS] the issuer that the API server's discovery document names,
-	// for [TokenReview] all that the API server accepts.
+	// Issuers are the accepted issuers. Default: for [JWKS] the issuer in the API server's discovery document, for
+	// [TokenReview] every issuer that the API server accepts.
 	Issuers []string
-	// MaxLife is the longest life of an accepted token, from its first to its last second. Default:
+	// MaxLife is the longest accepted lifetime of a token, from its first to its last second. Default:
 	// DefaultMaxTokenLife.
 	MaxLife time.Duration
-	// Expected reports whether the pod exists that a token claims to be of. It must not block. [TokenReview] uses it
-	// only to order reviews, and to choose the tokens for another audience that it reviews; [JWKS] does not use it.
-	// Default: no pod is expected.
+	// Expected reports whether the pod that a token claims exists. It must not block. [TokenReview] uses it to order
+	// reviews, and reviews tokens for another audience only for expected pods. [JWKS] does not use it. Default: no pod is
+	// expected.
 	Expected func(claimed identity.Pod) bool
 	// Logger. Required.
 	Logger *slog.Logger
 }
 
-// verifier is what both ways to verify have.
+// verifier is the part that JWKS and TokenReview share.
 type verifier struct {
 	cfg   Config
-	turns *turns
+	turns *turns // for one verification each
 }
 
 // newVerifier checks cfg and sets its defaults.
@@ -60,7 +59,7 @@ func newVerifier(cfg Config, turns *turns) (verifier, error) {
 		return verifier{}, errors.New("a REST configuration and a Logger are required")
 	}
 	if cfg.Audience == "" {
-		return verifier{}, errors.New("no audience: tokens made for any other service would be accepted; set --audience")
+		return verifier{}, errors.New("no audience: the broker would accept tokens for any other service; set --audience")
 	}
 	if cfg.MaxLife == 0 {
 		cfg.MaxLife = DefaultMaxTokenLife
@@ -80,13 +79,10 @@ func (v verifier) Waiting() int {
 	return waiting
 }
 
-// otherAudience adds the pod of a verified token to its refusal, if it is refused for its audience alone.
-func otherAudience(pod identity.Pod, err error) (identity.Pod, error) {
-	if err == nil || pod == (identity.Pod{}) {
-		return pod, err
-	}
-	if e, ok := errors.AsType[*credential.Error](err); ok {
+// withPod adds the pod of a verified token to err, if its audience is the only reason for the refusal.
+func withPod(pod identity.Pod, err error) error {
+	if e, ok := errors.AsType[*credential.Error](err); ok && pod != (identity.Pod{}) {
 		e.Cause = &identity.OtherAudienceError{Pod: pod}
 	}
-	return identity.Pod{}, err
+	return err
 }
