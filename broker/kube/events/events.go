@@ -1,10 +1,9 @@
-// Package events writes Kubernetes Events, so that users and cluster admins see with kubectl describe why a pod has no
-// credentials, or what is wrong with a broker.
+// Package events writes Kubernetes Events on pods, which kubectl describe shows: to a user why a pod has no credentials, to
+// a cluster admin why a broker cannot do its work.
 //
-// It promises that no caller waits for the API server; that what is written, remembered and queued is bounded; that one
-// namespace cannot use up what all share; and that each Event that it cannot write is counted.
-//
-// It does not decide what is refused, and it is best effort: an Event can be missing.
+// It guarantees: no caller waits for the API server; memory and the queue are bounded; one namespace cannot use up the limit
+// of all; an Event that was not written is counted. It is best effort, so an Event can be missing. It does not decide which
+// pods are refused.
 package events
 
 import (
@@ -33,132 +32,131 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// What Events say of themselves.
+// Reasons and the controller of the Events.
 const (
-	// ReasonRefused is the reason of every Event on a pod that is refused.
+	// ReasonRefused is the reason of an Event on a pod that the broker refuses.
 	ReasonRefused = "CredentialsRefused"
-	// ReasonShadowed is the reason of the Event on a pod in which something outranks its role.
+	// ReasonShadowed is the reason of an Event on a pod in which something takes precedence over its role.
 	ReasonShadowed = "CredentialsShadowed"
-	// ReasonBudget is the reason of the Event on a broker's own pod which may not call STS as often as it must.
+	// ReasonBudget is the reason of an Event on a broker's own pod: --sts-rate is too low for its sessions.
 	ReasonBudget = "STSBudgetShort"
-	// ReasonIdentity is the reason of the Event on a broker's own pod which is not ready, because STS has not confirmed its
+	// ReasonIdentity is the reason of an Event on a broker's own pod: it is not ready, because STS has not confirmed its
 	// identity.
 	ReasonIdentity = "AWSIdentityUnconfirmed"
-	// Controller is what wrote it.
+	// Controller is the reporting controller of all Events.
 	Controller = "credence-iam.github.io/broker"
 )
 
-// actions are what the broker did when it had something to say, by the reason of the Event.
-var actions = map[string]string{ReasonRefused: "GetCredentials", ReasonShadowed: "GetCredentials", ReasonBudget: "RenewSessions", ReasonIdentity: "ConfirmIdentity"}
+// actions are the broker's actions, by the reason of the Event.
+var actions = map[string]string{
+	ReasonRefused: "GetCredentials", ReasonShadowed: "GetCredentials", ReasonBudget: "RenewSessions", ReasonIdentity: "ConfirmIdentity",
+}
 
 const (
-	// refusedQuiet is how long the same refusal of the same pod is not written again: as long as an API server
-	// keeps an Event by default, so that there is one to be seen.
+	// refusedQuiet is the minimum time between two Events for the same refusal of the same pod. An API server keeps an Event
+	// as long by default, so that there is always one.
 	refusedQuiet = time.Hour
-	// shadowedQuiet is how long the warnings of one pod are not written again. They do not change while the pod lives.
+	// shadowedQuiet is the minimum time between two Events for the warnings of one pod. They do not change while the pod
+	// lives.
 	shadowedQuiet = 24 * time.Hour
-	// maxSeen bounds what is remembered for that, at some 150 bytes each.
+	// maxSeen bounds the remembered Events, at about 150 bytes each.
 	maxSeen = 20_000
-	// maxQueue bounds what waits to be written. At perSecond it is a minute and a half.
+	// maxQueue bounds the Events that wait to be written. At perSecond they take a minute and a half.
 	maxQueue = 500
-	// perSecond, over burst, bounds what all pods together may cost the API server and its etcd.
+	// perSecond, above burst, limits the load that all pods together put on the API server and etcd.
 	perSecond, burst = 5, 50
-	// namespacePerSecond, over namespaceBurst, leaves something for other namespaces when one has a
-	// thousand pods with the same mistake, which twenty of them show as well.
+	// namespacePerSecond, above namespaceBurst, leaves room for other namespaces when one has a thousand pods with the same
+	// mistake. Twenty of them show it as well.
 	namespacePerSecond, namespaceBurst = 0.2, 20
-	// maxLimiters bounds how many namespaces' limits are remembered. Should it be reached, those that have not
-	// been touched lately are forgotten: theirs are whole again anyway.
+	// maxLimiters bounds the remembered limiters. When it is reached, unused ones are forgotten: they would be full anyway.
 	maxLimiters = 1000
-	// maxNote and maxName are the API's own bounds.
-	maxNote, maxName = 1024, 253
+	// maxNote, maxName and maxInstance are the API's own limits.
+	maxNote, maxName, maxInstance = 1024, 253, 128
 	// writeTimeout bounds one write.
 	writeTimeout = 5 * time.Second
 )
 
-// Events tells whoever describes a pod why it is refused. It is best effort: it never makes a call wait, and
-// what it cannot write it counts.
+// Recorder writes Events. Its methods return at once; Run writes. They may be called concurrently.
 type Recorder struct {
 	client   eventsv1client.EventsGetter
 	instance string
 	log      *slog.Logger
 	all      *rate.Limiter
-	queue    chan notice
+	queue    chan event
 
-	mu     sync.Mutex
-	seen   map[sighting]time.Time   // :: refusal → when it may be written again; guarded by mu
-	shares map[string]*rate.Limiter // :: namespace → what it may write; guarded by mu
-	stats  Stats                    // guarded by mu
+	mu       sync.Mutex
+	seen     map[eventKey]time.Time   // :: event → when it may be written again; guarded by mu
+	limiters map[string]*rate.Limiter // :: namespace → its limit; guarded by mu
+	stats    Stats                    // guarded by mu
 }
 
-// sighting is what makes one refusal the same as another.
-type sighting struct {
+// eventKey is equal for Events of which one is enough.
+type eventKey struct {
 	uid    string
 	reason credential.Reason
-	text   uint64 // a hash of the message: another one is news
+	text   uint64 // hash of the note
 }
 
-// notice is an Event to be written.
-type notice struct {
-	sighting
+// event is an Event that waits to be written.
+type event struct {
+	eventKey
 	pod    policy.Pod
 	reason string
 	note   string
 	at     time.Time
 }
 
-// Stats counts what there was to say since the start.
+// Stats counts Events since the start.
 type Stats struct {
-	// Queued is how many wait to be written now.
+	// Queued is the number of Events that wait now.
 	Queued int
-	// Written became an Event.
+	// Written counts those that the API server stored.
 	Written uint64
-	// Suppressed are those that there was an Event for already.
+	// Suppressed counts those that repeat an earlier Event.
 	Suppressed uint64
-	// Dropped found the queue full, were above a limit, or could not be written.
+	// Dropped counts those that found the queue full, were above a limit, or could not be written.
 	Dropped uint64
 }
 
-// New prepares it. instance is the name of this broker, such as its pod's. Nothing is written until Run.
+// New returns a Recorder. instance is the name of this broker, for example of its pod. All arguments are required.
 func New(config *rest.Config, instance string, log *slog.Logger) (*Recorder, error) {
 	if config == nil || instance == "" || log == nil {
 		return nil, errors.New("a REST configuration, the name of this broker and a Logger are required")
 	}
 	config = rest.CopyConfig(config)
-	config.QPS = -1 // Ours, below, is the limit.
+	config.QPS = -1 // perSecond is the limit.
 	client, err := eventsv1client.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("making a client for Events: %w", err)
 	}
 	return &Recorder{
-		client: client, instance: clip.Bytes(instance, 128), log: log, // 128 is the API's bound
-		all: rate.NewLimiter(perSecond, burst), queue: make(chan notice, maxQueue),
-		seen: make(map[sighting]time.Time), shares: make(map[string]*rate.Limiter),
+		client: client, instance: clip.Bytes(instance, maxInstance), log: log,
+		all: rate.NewLimiter(perSecond, burst), queue: make(chan event, maxQueue),
+		seen: make(map[eventKey]time.Time), limiters: make(map[string]*rate.Limiter),
 	}, nil
 }
 
-// Refused has an Event written on the pod, if the refusal is one that a person must mend and is new. It returns
-// at once.
+// Refused queues an Event on the pod, if the refusal is new and a user must fix it.
 func (e *Recorder) Refused(pod policy.Pod, err *credential.Error) {
-	// An unavailable dependency comes back by itself, and a caller that has proved nothing has no pod to notify. The broker
-	// reports a token for another audience only if it knows the token's pod.
+	// An unavailable dependency recovers without a user. An unauthenticated caller has no pod to notify, except for a token
+	// with another audience: the broker calls Refused only if it knows that token's pod.
 	if err == nil || pod.UID == "" ||
 		!errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) && err.Reason != credential.ReasonTokenAudience {
 		return
 	}
-	e.queueUp(pod, ReasonRefused, err.Reason, string(err.Reason)+": "+err.Message)
+	e.enqueue(pod, ReasonRefused, err.Reason, string(err.Reason)+": "+err.Message)
 }
 
-// Shadowed has an Event written on the pod, unless it has one already, that repeats the warnings of its admission: what in
-// it outranks its role. It returns at once.
+// Shadowed queues an Event on the pod with the warnings of its admission, which say what takes precedence over its role.
 func (e *Recorder) Shadowed(pod policy.Pod, warnings string) {
 	if warnings == "" || pod.UID == "" {
 		return
 	}
-	e.queueUp(pod, ReasonShadowed, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxNote)))
+	e.enqueue(pod, ReasonShadowed, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxNote)))
 }
 
-// printable returns s on one line, with a mark in place of each character that is not printable: every user who may create
-// pods can write s, and terminals show it.
+// printable returns s on one line, with a replacement for each unprintable character. Every user who may create pods can
+// write s, and terminals show it.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		switch {
@@ -172,71 +170,71 @@ func printable(s string) string {
 	}, s)
 }
 
-// BudgetShort has an Event with this note written on the broker's own pod.
-func (e *Recorder) BudgetShort(pod policy.Pod, note string) { e.queueUp(pod, ReasonBudget, "", note) }
+// BudgetShort queues an Event with this note on the broker's own pod.
+func (e *Recorder) BudgetShort(pod policy.Pod, note string) { e.enqueue(pod, ReasonBudget, "", note) }
 
-// IdentityUnconfirmed has an Event with this note written on the broker's own pod.
+// IdentityUnconfirmed queues an Event with this note on the broker's own pod.
 func (e *Recorder) IdentityUnconfirmed(pod policy.Pod, note string) {
-	e.queueUp(pod, ReasonIdentity, "", note)
+	e.enqueue(pod, ReasonIdentity, "", note)
 }
 
-func (e *Recorder) queueUp(pod policy.Pod, reason string, why credential.Reason, note string) {
+func (e *Recorder) enqueue(pod policy.Pod, reason string, refusal credential.Reason, note string) {
 	now := time.Now()
 	text := fnv.New64a()
-	_, _ = text.Write([]byte(reason + note)) // which never fails
-	r := notice{sighting: sighting{pod.UID, why, text.Sum64()}, at: now, reason: reason, note: clip.Bytes(note, maxNote)}
-	r.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // the rest need not be kept
+	_, _ = text.Write([]byte(reason + note)) // never fails
+	queued := event{eventKey: eventKey{pod.UID, refusal, text.Sum64()}, at: now, reason: reason, note: clip.Bytes(note, maxNote)}
+	queued.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // without its annotations
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if until, ok := e.seen[r.sighting]; ok && now.Before(until) {
+	if until, ok := e.seen[queued.eventKey]; ok && now.Before(until) {
 		e.stats.Suppressed++
 		return
 	}
-	share := pod.Namespace
+	key := pod.Namespace
 	if reason == ReasonShadowed {
-		share = "/" + share // no namespace has that name: warnings do not use the share of refusals
+		key = "/" + key // Not a valid namespace: warnings do not use the limit of refusals.
 	}
-	if !e.room(now) || !e.share(share).AllowN(now, 1) {
+	if !e.canRemember(now) || !e.limiter(key).AllowN(now, 1) {
 		e.stats.Dropped++
 		return
 	}
 	select {
-	case e.queue <- r:
+	case e.queue <- queued:
 		quiet := refusedQuiet
 		if reason == ReasonShadowed {
 			quiet = shadowedQuiet
 		}
-		e.seen[r.sighting] = now.Add(quiet)
+		e.seen[queued.eventKey] = now.Add(quiet)
 	default:
 		e.stats.Dropped++
 	}
 }
 
-// room reports whether one more refusal can be remembered. The caller holds mu.
-func (e *Recorder) room(now time.Time) bool {
+// canRemember reports whether seen has room, after it removed expired entries. The caller holds mu.
+func (e *Recorder) canRemember(now time.Time) bool {
 	if len(e.seen) >= maxSeen {
-		maps.DeleteFunc(e.seen, func(_ sighting, until time.Time) bool { return !now.Before(until) })
+		maps.DeleteFunc(e.seen, func(_ eventKey, until time.Time) bool { return !now.Before(until) })
 	}
 	return len(e.seen) < maxSeen
 }
 
-// share is the namespace's limit. The caller holds mu.
-func (e *Recorder) share(namespace string) *rate.Limiter {
-	share := e.shares[namespace]
-	if share == nil {
-		if len(e.shares) >= maxLimiters {
-			maps.DeleteFunc(e.shares, func(_ string, s *rate.Limiter) bool { return s.Tokens() >= namespaceBurst })
+// limiter returns the namespace's limiter. The caller holds mu.
+func (e *Recorder) limiter(namespace string) *rate.Limiter {
+	l := e.limiters[namespace]
+	if l == nil {
+		if len(e.limiters) >= maxLimiters {
+			maps.DeleteFunc(e.limiters, func(_ string, l *rate.Limiter) bool { return l.Tokens() >= namespaceBurst })
 		}
-		if len(e.shares) >= maxLimiters {
-			return rate.NewLimiter(0, 0) // A thousand namespaces full of refusals have something to be read already.
+		if len(e.limiters) >= maxLimiters {
+			return rate.NewLimiter(0, 0) // The Events of a thousand namespaces are enough to read.
 		}
-		share = rate.NewLimiter(namespacePerSecond, namespaceBurst)
-		e.shares[namespace] = share
+		l = rate.NewLimiter(namespacePerSecond, namespaceBurst)
+		e.limiters[namespace] = l
 	}
-	return share
+	return l
 }
 
-// Stats returns what became of the refusals so far.
+// Stats returns the counts so far.
 func (e *Recorder) Stats() Stats {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -245,50 +243,49 @@ func (e *Recorder) Stats() Stats {
 	return stats
 }
 
-// Run writes Events until ctx ends. What is queued then is dropped.
+// Run writes queued Events until ctx ends. It drops Events that are queued then.
 func (e *Recorder) Run(ctx context.Context) error {
 	failing := false
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case r := <-e.queue:
+		case queued := <-e.queue:
 			err := e.all.Wait(ctx)
 			if err == nil {
-				err = e.write(ctx, r)
+				err = e.write(ctx, queued)
 			}
 			e.mu.Lock()
 			if err == nil {
 				e.stats.Written++
 			} else {
 				e.stats.Dropped++
-				delete(e.seen, r.sighting) // the next refusal may be luckier
+				delete(e.seen, queued.eventKey) // so that the next refusal is written
 			}
 			e.mu.Unlock()
 			if err != nil && !failing && ctx.Err() == nil { // once per outage
-				e.log.WarnContext(ctx, "Writing an Event on a pod failed", "namespace", r.pod.Namespace, "pod", r.pod.Name, "error", err)
+				e.log.WarnContext(ctx, "Could not write an Event on a pod", "namespace", queued.pod.Namespace, "pod", queued.pod.Name, "error", err)
 			}
 			failing = err != nil
 		}
 	}
 }
 
-func (e *Recorder) write(ctx context.Context, r notice) error {
+func (e *Recorder) write(ctx context.Context, queued event) error {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
-	// As client-go's recorders name theirs: one pod can have many, and a pod of the same name may follow.
-	suffix := "." + strconv.FormatInt(r.at.UnixNano(), 16)
-	event := &eventsv1.Event{
-		ObjectMeta: metav1.ObjectMeta{
-			Namespace: r.pod.Namespace, Name: strings.TrimRight(r.pod.Name[:min(len(r.pod.Name), maxName-len(suffix))], ".-") + suffix,
-		},
-		EventTime: metav1.NewMicroTime(r.at), ReportingController: Controller, ReportingInstance: e.instance,
-		Action: actions[r.reason], Reason: r.reason, Type: corev1.EventTypeWarning, Note: r.note,
+	// client-go's recorders name their Events alike: one pod can have many, and another pod can get its name.
+	suffix := "." + strconv.FormatInt(queued.at.UnixNano(), 16)
+	name := queued.pod.Name[:min(len(queued.pod.Name), maxName-len(suffix))]
+	object := &eventsv1.Event{
+		ObjectMeta: metav1.ObjectMeta{Namespace: queued.pod.Namespace, Name: strings.TrimRight(name, ".-") + suffix},
+		EventTime:  metav1.NewMicroTime(queued.at), ReportingController: Controller, ReportingInstance: e.instance,
+		Action: actions[queued.reason], Reason: queued.reason, Type: corev1.EventTypeWarning, Note: queued.note,
 		Regarding: corev1.ObjectReference{
-			APIVersion: "v1", Kind: "Pod", Namespace: r.pod.Namespace, Name: r.pod.Name, UID: types.UID(r.pod.UID),
+			APIVersion: "v1", Kind: "Pod", Namespace: queued.pod.Namespace, Name: queued.pod.Name, UID: types.UID(queued.pod.UID),
 		},
 	}
-	if _, err := e.client.Events(r.pod.Namespace).Create(ctx, event, metav1.CreateOptions{}); err != nil {
+	if _, err := e.client.Events(queued.pod.Namespace).Create(ctx, object, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("creating an Event: %w", err)
 	}
 	return nil

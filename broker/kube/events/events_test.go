@@ -23,15 +23,15 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// eventWorld is an API server that takes Events.
-type eventWorld struct {
+// eventServer is an API server that stores Events.
+type eventServer struct {
 	*apitest.Network
 
-	mu    sync.Mutex
-	taken []eventsv1.Event // guarded by mu
+	mu     sync.Mutex
+	stored []eventsv1.Event // guarded by mu
 }
 
-func (w *eventWorld) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+func (w *eventServer) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	var e eventsv1.Event
 	if err := json.NewDecoder(r.Body).Decode(&e); err != nil || r.Method != http.MethodPost ||
 		r.URL.Path != "/apis/events.k8s.io/v1/namespaces/"+e.Namespace+"/events" {
@@ -40,20 +40,20 @@ func (w *eventWorld) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.taken = append(w.taken, e)
+	w.stored = append(w.stored, e)
 	rw.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(rw).Encode(e)
 }
 
-func (w *eventWorld) events() []eventsv1.Event {
+func (w *eventServer) events() []eventsv1.Event {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.taken
+	return w.stored
 }
 
-func startEvents(t *testing.T) (*events.Recorder, *eventWorld) {
+func startEvents(t *testing.T) (*events.Recorder, *eventServer) {
 	t.Helper()
-	w := new(eventWorld)
+	w := new(eventServer)
 	w.Network = apitest.Serve(t, w)
 	e, err := events.New(w.Config(), "broker-1", slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -71,7 +71,7 @@ func refusedPod(namespace string, i int) policy.Pod {
 
 var notPermitted = credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "role x is not permitted")
 
-func TestBudgetIsAnEvent(t *testing.T) {
+func TestEventsOnBrokers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)
 		for range 2 {
@@ -95,22 +95,21 @@ func TestBudgetIsAnEvent(t *testing.T) {
 	})
 }
 
-// TestWarningsAreAnEvent: what the webhook warned of becomes one Event of a pod, in one line, and takes nothing from the
-// Events on refusals.
+// TestWarningsAreAnEvent: the webhook's warnings become one Event per pod, on one line. They do not use the limit of refusals.
 func TestWarningsAreAnEvent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)
 		pod := refusedPod("shop", 1)
 		const text = "container \"a\" has AWS_PROFILE\ncontainer \"b\" has it\x1b[2J\u202e too"
 		e.Shadowed(pod, "")
-		e.Shadowed(policy.Pod{Namespace: "shop", Name: "p"}, text) // nobody's UID
+		e.Shadowed(policy.Pod{Namespace: "shop", Name: "p"}, text) // without a UID
 		for range 10 {
 			e.Shadowed(pod, text)
 			time.Sleep(time.Hour)
 		}
 		got := w.events()
 		if len(got) != 1 {
-			t.Fatalf("%d Events were written, want one", len(got))
+			t.Fatalf("%d Events were written, want 1", len(got))
 		}
 		const want = "at its admission, the webhook warned: container \"a\" has AWS_PROFILE;container \"b\" has it?[2J? too"
 		if g := got[0]; g.Reason != "CredentialsShadowed" || g.Type != "Warning" || g.Action != "GetCredentials" || g.Note != want || string(g.Regarding.UID) != pod.UID {
@@ -124,14 +123,14 @@ func TestWarningsAreAnEvent(t *testing.T) {
 		refusals := 0
 		for _, event := range w.events() {
 			if len(event.Note) > 1024 {
-				t.Errorf("a note has %d bytes", len(event.Note))
+				t.Errorf("a note has %d bytes, want at most 1024", len(event.Note))
 			}
 			if event.Reason == events.ReasonRefused {
 				refusals++
 			}
 		}
 		if n := len(w.events()); refusals != 1 || n > 2+20 {
-			t.Errorf("after many warnings there are %d Events, %d of them on refusals", n, refusals)
+			t.Errorf("after many warnings there are %d Events, want at most 22, and %d refusals, want 1", n, refusals)
 		}
 	})
 }
@@ -146,33 +145,33 @@ func TestWhichRefusalsBecomeEvents(t *testing.T) {
 			notPermitted,
 			nil,
 			credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSThrottled, "later"),
-			credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "who?"),
+			credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "bad token"),
 			credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenAudience, "set --audience"),
 			credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "gone"),
 		} {
 			e.Refused(pod, err)
 		}
-		e.Refused(policy.Pod{Namespace: "shop", Name: "p"}, notPermitted) // nobody's UID
+		e.Refused(policy.Pod{Namespace: "shop", Name: "p"}, notPermitted) // without a UID
 		synctest.Wait()
 		got := w.events()
 		if len(got) != 3 || got[2].Note != "TOKEN_AUDIENCE: set --audience" || !strings.HasPrefix(got[0].Note, "ROLE_NOT_PERMITTED: role x") || !strings.HasPrefix(got[1].Note, "ROLE_INVALID: é") {
-			t.Fatalf("%d Events were written, want the two refusals and the audience: %v", len(got), got)
+			t.Fatalf("%d Events were written, want two refusals and the audience: %v", len(got), got)
 		}
 		if n := len(got[1].Note); n > 1024 || n < 1000 || !utf8.ValidString(got[1].Note) {
-			t.Errorf("a long message became one of %d bytes, valid: %t", n, utf8.ValidString(got[1].Note))
+			t.Errorf("a long message became a note of %d bytes, valid UTF-8: %t", n, utf8.ValidString(got[1].Note))
 		}
 		if diff := cmp.Diff(events.Stats{Written: 3, Suppressed: 1}, e.Stats()); diff != "" {
 			t.Errorf("the counts (- want, + got):\n%s", diff)
 		}
-		// After an hour the Event may have gone from the API server.
+		// After an hour the API server may have deleted the Event.
 		time.Sleep(time.Hour)
 		e.Refused(pod, notPermitted)
 		synctest.Wait()
 		if n := len(w.events()); n != 4 {
-			t.Errorf("an hour later there are %d Events", n)
+			t.Errorf("an hour later there are %d Events, want 4", n)
 		}
 		if regarding := w.events()[3].Regarding; string(regarding.UID) != pod.UID || regarding.Kind != "Pod" || regarding.Name != pod.Name {
-			t.Errorf("it regards %+v", regarding)
+			t.Errorf("the Event regards %+v", regarding)
 		}
 	})
 }
@@ -190,7 +189,7 @@ func TestOneNamespaceDoesNotTakeAllEvents(t *testing.T) {
 			of[event.Namespace]++
 		}
 		if of["shop"] != 20 || of["bank"] != 1 {
-			t.Errorf("the Events of each namespace: %v", of)
+			t.Errorf("the Events of each namespace are %v, want 20 in shop and 1 in bank", of)
 		}
 		if got := e.Stats(); got.Dropped != 980 || got.Written != 21 {
 			t.Errorf("the counts are %+v", got)
@@ -206,36 +205,36 @@ func TestEventsAreRateLimitedOverall(t *testing.T) {
 		}
 		time.Sleep(10*time.Second + 10*time.Millisecond)
 		if n := len(w.events()); n < 90 || n > 101 {
-			t.Errorf("in ten seconds %d Events were written, want 50 and five a second", n)
+			t.Errorf("in ten seconds %d Events were written, want 50 and 5 a second", n)
 		}
 		time.Sleep(5 * time.Minute)
 		got := e.Stats()
 		if got.Written+got.Dropped != 900 || got.Dropped < 300 {
-			t.Errorf("the counts are %+v: the queue has 500", got)
+			t.Errorf("the counts are %+v, want 900 in total and some 350 dropped, as the queue has 500", got)
 		}
 	})
 }
 
-func TestEventsAreNotMissedAfterAnOutage(t *testing.T) {
+func TestEventsAreWrittenAfterAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)
 		w.SetDown(true)
 		e.Refused(refusedPod("shop", 1), notPermitted)
 		time.Sleep(time.Minute)
 		if got := e.Stats(); got.Dropped != 1 {
-			t.Fatalf("without the API server the counts are %+v", got)
+			t.Fatalf("without the API server the counts are %+v, want 1 dropped", got)
 		}
 		w.SetDown(false)
 		e.Refused(refusedPod("shop", 1), notPermitted)
 		synctest.Wait()
 		if got := e.Stats(); got.Written != 1 || got.Suppressed != 0 {
-			t.Errorf("after it the counts are %+v", got)
+			t.Errorf("after the outage the counts are %+v, want 1 written", got)
 		}
 	})
 }
 
-func TestNewEventsWantsItsName(t *testing.T) {
+func TestNewNeedsAName(t *testing.T) {
 	if _, err := events.New(&rest.Config{}, "", slog.New(slog.DiscardHandler)); err == nil {
-		t.Error("it began without the name of the broker")
+		t.Error("New accepted an empty name of the broker")
 	}
 }
