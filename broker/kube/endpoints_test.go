@@ -30,26 +30,25 @@ func newSlice(addresses ...string) *discoveryv1.EndpointSlice {
 	return slice
 }
 
-// TestPatienceWithEndpoints: the first Update waits for this broker to be listed for 5 s from the moment on at which there are
-// endpoints, and for as long as it takes until there are.
+// TestPatienceWithEndpoints: the first Update waits without limit for endpoints, and then 5 s for this broker to be among them.
 func TestPatienceWithEndpoints(t *testing.T) {
 	for name, tt := range map[string]struct {
-		listed time.Duration // after the others
-		told   time.Duration
+		listed time.Duration // after the other broker
+		update time.Duration
 		ready  []string
 	}{
-		"it is listed":           {2 * time.Second, 2 * time.Second, []string{"10.0.0.1", "10.0.0.2"}},
-		"it is listed with them": {0, 0, []string{"10.0.0.1", "10.0.0.2"}},
-		"it is never listed":     {time.Hour, 5 * time.Second, []string{"10.0.0.1"}},
+		"it is listed":                  {2 * time.Second, 2 * time.Second, []string{"10.0.0.1", "10.0.0.2"}},
+		"it is listed at the same time": {0, 0, []string{"10.0.0.1", "10.0.0.2"}},
+		"it is never listed":            {time.Hour, 5 * time.Second, []string{"10.0.0.1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				server := apitest.Start(t)
 				server.Put(newSlice())
-				told := make(chan placement.Members, 100)
+				updates := make(chan placement.Members, 100)
 				e, err := kube.NewEndpoints(kube.EndpointsConfig{
 					REST: server.Config(), Namespace: "credence", Service: "b", Own: []netip.Addr{netip.MustParseAddr("10.0.0.2")},
-					Update: func(m placement.Members) { told <- m }, Logger: slog.New(slog.DiscardHandler),
+					Update: func(m placement.Members) { updates <- m }, Logger: slog.New(slog.DiscardHandler),
 				})
 				if err != nil {
 					t.Fatal(err)
@@ -61,8 +60,8 @@ func TestPatienceWithEndpoints(t *testing.T) {
 
 				time.Sleep(time.Hour)
 				synctest.Wait()
-				if len(told) > 0 {
-					t.Errorf("while there are no endpoints it is told %v", <-told)
+				if len(updates) > 0 {
+					t.Errorf("without endpoints Update receives %v", <-updates)
 				}
 				began := time.Now()
 				if tt.listed > 0 {
@@ -72,28 +71,28 @@ func TestPatienceWithEndpoints(t *testing.T) {
 					time.Sleep(tt.listed)
 					server.Put(newSlice("10.0.0.1", "10.0.0.2"))
 				}()
-				m := <-told
-				if took := time.Since(began); took != tt.told {
-					t.Errorf("it is told after %s, want %s", took, tt.told)
+				m := <-updates
+				if took := time.Since(began); took != tt.update {
+					t.Errorf("Update is called after %s, want %s", took, tt.update)
 				}
 				var ready []string
 				for _, address := range m.Ready {
 					ready = append(ready, address.String())
 				}
 				if slices.Sort(ready); !slices.Equal(ready, tt.ready) {
-					t.Errorf("it is told of %q, want %q", ready, tt.ready)
+					t.Errorf("Update receives %q, want %q", ready, tt.ready)
 				}
-				// A Service without endpoints makes nobody the only broker.
+				// If the Service loses its endpoints, the broker does not think it is alone.
 				time.Sleep(2 * time.Hour)
 				synctest.Wait()
-				for len(told) > 0 {
-					<-told
+				for len(updates) > 0 {
+					<-updates
 				}
 				server.Put(newSlice())
 				time.Sleep(time.Hour)
 				synctest.Wait()
-				if len(told) > 0 {
-					t.Errorf("when there are no endpoints any more it is told %v", <-told)
+				if len(updates) > 0 {
+					t.Errorf("after the endpoints are gone Update receives %v", <-updates)
 				}
 			})
 		})

@@ -13,7 +13,7 @@ import (
 	"github.com/credence-iam/credence/broker/kube/apitest"
 )
 
-// serve serves handler in memory until the test ends. While away is true, it refuses new connections.
+// serve serves handler in memory until the test ends. While away is true, clients cannot connect.
 func serve(t *testing.T, handler http.Handler, away *atomic.Bool) *rest.Config {
 	t.Helper()
 	config := apitest.Serve(t, handler).Config()
