@@ -1,13 +1,13 @@
 // Package apitest is a Kubernetes API server for tests: a real HTTP server that keeps objects in memory.
 //
-// It gets, lists, watches, creates, updates and deletes the objects that a broker or a webhook needs, honors
-// label and field selectors, refuses an update of an old version, publishes the keys that sign its tokens, and reviews
-// tokens. It counts requests, and [Server.Intercept] lets a test refuse them. [Server.Put] and [Server.Delete] change
-// objects as another client would. Clients reach it over TCP by a kubeconfig file, or in memory by [Network.Config],
-// which works in a synctest bubble.
+// It supports the objects and requests that a broker or a webhook needs: get, list, watch, create, update, delete, apply,
+// label and field selectors, and token reviews. It refuses an update of an old version, publishes the keys that sign its
+// tokens, and counts requests. [Server.Intercept] lets a test refuse requests. [Server.Put] and [Server.Delete] change
+// objects as another client would. Clients connect over TCP with a kubeconfig file, or in memory with [Network.Config], which
+// works in a synctest bubble.
 //
-// It does not authorize, default or validate, it does not stream lists, and its server-side apply merges maps without
-// owning fields. The tests in integration show what a real API server does.
+// It does not authorize, set defaults, validate or stream lists. Its server-side apply merges maps without field ownership.
+// The tests in integration run against a real API server.
 package apitest
 
 import (
@@ -35,7 +35,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// kind is one kind of object that the server keeps.
+// kind is a kind of object that the server stores.
 type kind struct {
 	version, name, resource string
 	object                  metav1.Object
@@ -53,29 +53,29 @@ var kinds = []kind{
 	{"authentication.k8s.io/v1", "TokenReview", "tokenreviews", &authenticationv1.TokenReview{}},
 }
 
-// Issuer is the issuer that the server names as its own.
+// Issuer is the issuer in the server's discovery document.
 const Issuer = "https://kubernetes.default.svc.cluster.local"
 
-// Server is the server. Make it with [Start]. It is safe for concurrent use.
+// Server is an API server. Make it with [Start]. It is safe for concurrent use.
 type Server struct {
 	*Network
 	key *ecdsa.PrivateKey
 
 	mu        sync.Mutex
-	changes   []change                     // of which the nth made version n; guarded by mu
+	changes   []change                     // the nth one made version n; guarded by mu
 	objects   map[location]object          // guarded by mu
 	watchers  map[*watcher]bool            // guarded by mu
 	requests  map[Request]int              // :: request without name and query → number; guarded by mu
 	intercept func(Request) *metav1.Status // guarded by mu
 }
 
-// change is one change of an object; nil is none.
+// change is a change of an object, which is nil before its creation and after its deletion.
 type change struct {
 	at       location
 	old, now object
 }
 
-// location is where an object is.
+// location identifies an object.
 type location struct{ resource, namespace, name string }
 
 // Request is a request for objects, as [Server.Requests] counts it and [Server.Intercept] sees it.
@@ -122,7 +122,7 @@ users: [{name: test, user: {}}]
 	return file
 }
 
-// Put creates or replaces objects. One without a UID gets one, as the server and in the caller's own object.
+// Put creates or replaces objects. If an object has no UID, Put sets one, in the caller's object too.
 func (s *Server) Put(objects ...metav1.Object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -133,14 +133,14 @@ func (s *Server) Put(objects ...metav1.Object) {
 	}
 }
 
-// Delete deletes an object by its type, namespace and name.
+// Delete deletes the object with o's type, namespace and name.
 func (s *Server) Delete(o metav1.Object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.store(locate(o), nil)
 }
 
-// Load reads the object of o's type, namespace and name into o, and reports whether there is one.
+// Load reads the object with o's type, namespace and name into o, and reports whether it exists.
 func (s *Server) Load(o metav1.Object) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -152,7 +152,7 @@ func (s *Server) Load(o metav1.Object) bool {
 	return true
 }
 
-// Names returns the names of the objects of o's type in o's namespace.
+// Names returns the names of all objects with o's type in o's namespace.
 func (s *Server) Names(o metav1.Object) (names []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -165,7 +165,8 @@ func (s *Server) Names(o metav1.Object) (names []string) {
 	return names
 }
 
-// Requests counts the requests so far, by HTTP method and by resource, such as pods. Empty arguments match all.
+// Requests returns the number of requests so far with that HTTP method, resource (such as pods) and namespace. Empty
+// arguments match all.
 func (s *Server) Requests(method, resource, namespace string) (count int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -193,7 +194,7 @@ func Failure(code int32, reason metav1.StatusReason, message string) *metav1.Sta
 	}
 }
 
-// kindOf returns the kind that match finds; ok is false if there is none.
+// kindOf returns the first kind that matches; ok is false if none does.
 func kindOf(match func(kind) bool) (k kind, ok bool) {
 	for _, k = range kinds {
 		if match(k) {
@@ -203,16 +204,16 @@ func kindOf(match func(kind) bool) (k kind, ok bool) {
 	return kind{}, false
 }
 
-// locate panics for a type that the server does not know: a mistake in the test.
+// locate panics if the server does not store o's type, because that is a mistake in the test.
 func locate(o metav1.Object) location {
 	k, ok := kindOf(func(k kind) bool { return reflect.TypeOf(k.object) == reflect.TypeOf(o) })
 	if !ok {
-		panic(fmt.Sprintf("apitest: %T is not among the kinds that it keeps", o))
+		panic(fmt.Sprintf("apitest: %T is not among the stored kinds", o))
 	}
 	return location{k.resource, o.GetNamespace(), o.GetName()}
 }
 
-// object is an object as JSON has it.
+// object is an object decoded from JSON.
 type object map[string]any
 
 func encode(o any) (e object) {
@@ -243,7 +244,7 @@ func (o object) text(path string) string {
 	return text
 }
 
-// store stores an object, or deletes it if o is nil, and informs watchers. The caller holds mu.
+// store stores o, or deletes the object if o is nil, and sends the change to the watches. The caller holds mu.
 func (s *Server) store(at location, o object) object {
 	old := s.objects[at]
 	if o == nil && old == nil {
@@ -275,7 +276,7 @@ func (s *Server) store(at location, o object) object {
 	return o
 }
 
-// must panics with an error that only a mistake in a test, or in this package, can cause.
+// must panics with an error that only a mistake in a test or in this package can cause.
 func must(err error) {
 	if err != nil {
 		panic("apitest: " + err.Error())
