@@ -21,58 +21,58 @@ import (
 )
 
 const (
-	// reconcileInterval is how often the leader reads the roots' file and the clock. Both are cheap.
+	// reconcileInterval is how often the leader reads the roots file and the clock. Both are cheap.
 	reconcileInterval = 2 * time.Second
-	// resyncInterval is how often every namespace is compared, should a watch have missed something. It costs no
-	// call where nothing is wrong.
+	// resyncInterval is how often the leader compares all namespaces, in case a watch missed a change. That needs no request if
+	// nothing is wrong.
 	resyncInterval = 10 * time.Minute
 )
 
-// configMapState is what is kept of each ConfigMap in memory, instead of its data.
+// configMapState is the part of a ConfigMap that stays in memory, without its data.
 type configMapState struct {
-	metav1.ObjectMeta // cut down to what is compared
+	metav1.ObjectMeta // only fields that the package uses
 
 	roots, record [sha256.Size]byte // digests of the data
 	owners        []types.UID
 	drop          string // DropAnnotation
 }
 
-// strip makes a configMapState of a ConfigMap. It may meet one that it made before.
+// strip replaces a ConfigMap by its configMapState. The informer may pass a result to strip again.
 func strip(obj any) (any, error) {
 	m, ok := obj.(*corev1.ConfigMap)
 	if !ok {
 		return obj, nil
 	}
-	h := &configMapState{
+	state := &configMapState{
 		ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion},
 		roots:      sha256.Sum256([]byte(m.Data[RootsKey])),
 		record:     sha256.Sum256([]byte(m.Data[RecordKey])),
-		drop:       strings.Clone(m.Annotations[DropAnnotation]), // not the whole object with it
+		drop:       strings.Clone(m.Annotations[DropAnnotation]), // a copy, so that the object can be freed
 	}
 	for _, owner := range m.OwnerReferences {
 		if owner.Kind == ownerKind {
-			h.owners = append(h.owners, owner.UID)
+			state.owners = append(state.owners, owner.UID)
 		}
 	}
-	return h, nil
+	return state, nil
 }
 
-// publisher is the time for which one replica leads.
+// publisher publishes while one replica leads.
 type publisher struct {
 	*Trust
-	namespaces cache.SharedIndexInformer // the opted-in ones
+	namespaces cache.SharedIndexInformer // opted-in ones
 	configMaps cache.SharedIndexInformer // of configMapState
 	queue      workqueue.TypedRateLimitingInterface[string]
 	priorities *priorityQueue
 	limiter    *rate.Limiter
 	owner      owner
-	wake       chan struct{} // asks for a look ahead of time
+	wake       chan struct{} // makes reconcile run now
 
 	mu      sync.Mutex
 	record  record               // guarded by mu
-	desired map[string]string    // the data in our own namespace; nil while there is nothing to publish; guarded by mu
+	desired map[string]string    // the data in our own namespace; nil while there is no root to publish; guarded by mu
 	written map[string]time.Time // :: namespace → last write, for minRepair; guarded by mu
-	failing map[string]error     // :: namespace → why it has not what it should; guarded by mu
+	failing map[string]error     // :: namespace → why it does not have the desired data; guarded by mu
 	fileErr error                // guarded by mu
 	dropErr error                // guarded by mu
 	noRoot  error                // guarded by mu
@@ -105,10 +105,10 @@ func (t *Trust) lead(ctx context.Context) {
 		t.publisher = nil
 		t.mu.Unlock()
 	}()
-	t.cfg.Logger.InfoContext(ctx, "Publishing roots: this replica leads")
-	defer t.cfg.Logger.InfoContext(ctx, "Publishing roots: this replica does not lead any more")
+	t.cfg.Logger.InfoContext(ctx, "Started to publish roots as the leading replica")
+	defer t.cfg.Logger.InfoContext(ctx, "Stopped publishing roots, another replica may lead")
 	if err := p.run(ctx); err != nil {
-		t.cfg.Logger.ErrorContext(ctx, "Publishing roots is impossible", "error", err)
+		t.cfg.Logger.ErrorContext(ctx, "Could not start to publish roots", "error", err)
 		<-ctx.Done()
 	}
 }
@@ -125,7 +125,7 @@ func (p *publisher) run(ctx context.Context) error {
 	defer p.queue.ShutDown()
 	running.Go(func() { p.namespaces.RunWithContext(ctx) })
 	running.Go(func() { p.configMaps.RunWithContext(ctx) })
-	// Else what is there already would be written again.
+	// Without complete lists, the workers would write ConfigMaps that are up to date.
 	if !cache.WaitForCacheSync(ctx.Done(), p.namespaces.HasSynced, p.configMaps.HasSynced) {
 		return nil
 	}
@@ -157,7 +157,7 @@ func (p *publisher) run(ctx context.Context) error {
 	}
 }
 
-// watch prepares the informers.
+// watch creates the informers.
 func (p *publisher) watch() error {
 	p.namespaces = metadatainformer.NewFilteredMetadataInformer(p.meta, corev1.SchemeGroupVersion.WithResource("namespaces"),
 		metav1.NamespaceAll, 0, cache.Indexers{}, func(o *metav1.ListOptions) { o.LabelSelector = p.cfg.Namespaces }).Informer()
@@ -185,7 +185,7 @@ func (p *publisher) watch() error {
 		AddFunc:    func(obj any) { p.changed(namespaceOf(obj)) },
 		UpdateFunc: func(_, obj any) { p.changed(namespaceOf(obj)) },
 		DeleteFunc: func(obj any) {
-			// Perhaps the garbage collector, because our owner is another one now.
+			// Perhaps the garbage collector deleted it because the owner was recreated.
 			p.owner.invalidate()
 			p.changed(namespaceOf(obj))
 		},
@@ -196,8 +196,8 @@ func (p *publisher) watch() error {
 	return nil
 }
 
-// restore reads the record that an earlier leader left. It returns false only when ctx ends first: roots
-// that are still in use must not be withdrawn because the API server was away for a moment.
+// restore reads the trust record of the earlier leader. It retries until ctx ends, and returns false only then: without the
+// record, a moment of an unavailable API server would withdraw roots that are still in use.
 func (p *publisher) restore(ctx context.Context) bool {
 	retry := time.NewTicker(reconcileInterval)
 	defer retry.Stop()
@@ -211,14 +211,14 @@ func (p *publisher) restore(ctx context.Context) bool {
 		if err == nil {
 			r, err := parseRecord(m.Data)
 			if err != nil {
-				p.cfg.Logger.WarnContext(ctx, "The record of roots is of no use; earlier roots are forgotten", "error", err)
+				p.cfg.Logger.WarnContext(ctx, "Could not read the trust record, forgetting earlier roots", "error", err)
 			}
 			p.mu.Lock()
 			p.record = r
 			p.mu.Unlock()
 			return true
 		}
-		p.fail(ctx, p.cfg.Namespace, fmt.Errorf("reading the record of roots: %w", err))
+		p.fail(ctx, p.cfg.Namespace, fmt.Errorf("reading the trust record: %w", err))
 		select {
 		case <-ctx.Done():
 			return false
@@ -227,12 +227,12 @@ func (p *publisher) restore(ctx context.Context) bool {
 	}
 }
 
-// reconcile brings the record up to date with file, leaf, annotation, clock and namespaces.
+// reconcile updates the trust record from the file, the leaf, the annotation, the clock and the namespaces.
 func (p *publisher) reconcile(ctx context.Context) {
 	file, fileErr := readRoots(p.cfg.RootsFile)
 	serving, err := p.serving()
 	if err != nil {
-		return // The zero pair, which New has refused.
+		return // New refuses the zero pair, the only one with an error.
 	}
 	var drop map[string]bool
 	var dropErr, noRoot error
@@ -245,7 +245,7 @@ func (p *publisher) reconcile(ctx context.Context) {
 	before := p.record
 	record, changes := before.next(facts{now: now, file: file, serving: serving, drop: drop})
 	if len(record) > 0 && !verifies(serving, now, record.certs()...) {
-		noRoot = fmt.Errorf("the broker's leaf, which expires at %s, verifies under none of the roots in %s, nor under earlier ones",
+		noRoot = fmt.Errorf("no root in %[2]s and no earlier root verifies the broker's leaf, which expires at %[1]s",
 			serving.Leaf.NotAfter.Format(time.RFC3339), p.cfg.RootsFile)
 	}
 	newErrors := p.newErrors(fileErr, dropErr, noRoot)
@@ -266,11 +266,11 @@ func (p *publisher) reconcile(ctx context.Context) {
 		p.cfg.Logger.InfoContext(ctx, "Roots changed", attrs...)
 	}
 	for _, err := range newErrors {
-		p.cfg.Logger.ErrorContext(ctx, "Publishing roots is not in order", "error", err)
+		p.cfg.Logger.ErrorContext(ctx, "Could not publish roots as configured", "error", err)
 	}
 }
 
-// newErrors are those of the errors whose text is new. The caller holds mu.
+// newErrors returns the errors whose text has changed since the last reconcile. The caller holds mu.
 func (p *publisher) newErrors(fileErr, dropErr, noRoot error) (all []error) {
 	for _, pair := range [][2]error{{p.fileErr, fileErr}, {p.dropErr, dropErr}, {p.noRoot, noRoot}} {
 		if pair[1] != nil && (pair[0] == nil || pair[0].Error() != pair[1].Error()) {
@@ -280,15 +280,15 @@ func (p *publisher) newErrors(fileErr, dropErr, noRoot error) (all []error) {
 	return all
 }
 
-// set makes r what is to be published, and has it written where it is not. The caller holds mu.
+// set makes r the record to publish, and enqueues the namespaces that it changes. The caller holds mu.
 func (p *publisher) set(r record) {
 	p.record = r
 	if len(r) == 0 {
-		return // What is there stays: see the package comment.
+		return // The ConfigMaps do not change: see the package comment.
 	}
 	data, err := r.data()
 	if err != nil {
-		p.cfg.Logger.Error("Encoding the record failed", "error", err) // Times outside of years 0 to 9999.
+		p.cfg.Logger.Error("Could not encode the trust record", "error", err) // a time outside the years 0 to 9999
 		return
 	}
 	old := p.desired
@@ -301,29 +301,28 @@ func (p *publisher) set(r record) {
 	}
 }
 
-// allPublished reports whether every namespace has the present roots, by what the API server has told. Left out
-// are those where there is no ConfigMap yet, and so no pod runs that could miss a root; and those where one
-// is in the way to which our key cannot be added: it is immutable, full, or has the key as binary data. A
-// tenant could otherwise hold up everybody's rotation with such. The caller holds mu.
+// allPublished reports whether the API server shows the current roots in every namespace. It skips namespaces without the
+// ConfigMap, where no pod runs that could miss a root. It also skips ConfigMaps that cannot take our key (immutable, full,
+// binary data), or one tenant could block everyone's rotation. The caller holds mu.
 func (p *publisher) allPublished() bool {
 	if p.desired == nil {
 		return false
 	}
-	want := sha256.Sum256([]byte(p.desired[RootsKey]))
-	if own := p.state(p.cfg.Namespace); own == nil || own.roots != want {
+	roots := sha256.Sum256([]byte(p.desired[RootsKey]))
+	if own := p.state(p.cfg.Namespace); own == nil || own.roots != roots {
 		return false
 	}
 	for _, obj := range p.namespaces.GetStore().List() {
 		ns := obj.(*metav1.PartialObjectMetadata)
-		inTheWay := apierrors.IsInvalid(p.failing[ns.Name]) || apierrors.IsRequestEntityTooLargeError(p.failing[ns.Name])
-		if m := p.state(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != want && !inTheWay {
+		cannotChange := apierrors.IsInvalid(p.failing[ns.Name]) || apierrors.IsRequestEntityTooLargeError(p.failing[ns.Name])
+		if m := p.state(ns.Name); ns.DeletionTimestamp == nil && m != nil && m.roots != roots && !cannotChange {
 			return false
 		}
 	}
 	return true
 }
 
-// state is what the API server has told of a namespace's ConfigMap; nil when there is none.
+// state returns a namespace's ConfigMap as the watch has it; nil if there is none.
 func (p *publisher) state(namespace string) *configMapState {
 	obj, ok, err := p.configMaps.GetStore().GetByKey(namespace + "/" + p.cfg.ConfigMap)
 	if err != nil || !ok {
@@ -332,7 +331,7 @@ func (p *publisher) state(namespace string) *configMapState {
 	return obj.(*configMapState)
 }
 
-// problem is why not all is well; nil when it is.
+// problem returns the present failures, or nil.
 func (p *publisher) problem() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -344,10 +343,10 @@ func (p *publisher) problem() error {
 		errs = append(errs, p.fileErr)
 	}
 	if !p.synced {
-		errs = append(errs, errors.New("not all namespaces and ConfigMaps are listed yet"))
+		errs = append(errs, errors.New("namespaces and ConfigMaps are not listed yet"))
 	}
 	for namespace, err := range p.failing {
-		errs = append(errs, fmt.Errorf("%d namespaces fail, such as %s: %w", len(p.failing), namespace, err))
+		errs = append(errs, fmt.Errorf("%d namespaces fail, for example %s: %w", len(p.failing), namespace, err))
 		break
 	}
 	return errors.Join(errs...)
@@ -356,7 +355,7 @@ func (p *publisher) problem() error {
 func nameOf(obj any) string {
 	name, err := cache.DeletionHandlingObjectToName(obj)
 	if err != nil {
-		return "" // No object: no namespace has that name.
+		return "" // not an object; no namespace has that name
 	}
 	return name.Name
 }

@@ -5,66 +5,65 @@ import (
 	"sync"
 )
 
-// priorityQueue is the storage of a workqueue with two lines: who is in the second waits until the first is empty.
-// The workqueue sees to it that nobody waits twice. What is added goes into the second line, unless setUrgent
-// was called for it since it last left.
+// priorityQueue is the storage of a workqueue. Urgent items leave it before normal ones. The workqueue guarantees that no item is
+// in it twice. Items are normal unless setUrgent was called for them since they last left.
 type priorityQueue struct {
 	mu          sync.Mutex
 	urgent      map[string]bool // guarded by mu
-	first, last []string        // guarded by mu
+	first, last []string        // the urgent and the normal items; guarded by mu
 }
 
 func newPriorityQueue() *priorityQueue { return &priorityQueue{urgent: make(map[string]bool)} }
 
-// setUrgent is called before an item is added.
-func (o *priorityQueue) setUrgent(item string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.urgent[item] = true
+// setUrgent makes the next Push or Touch of an item urgent.
+func (q *priorityQueue) setUrgent(item string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.urgent[item] = true
 }
 
-// Push puts an item into its line.
-func (o *priorityQueue) Push(item string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.urgent[item] {
-		o.first = append(o.first, item)
+// Push adds an item that is not in the queue.
+func (q *priorityQueue) Push(item string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.urgent[item] {
+		q.first = append(q.first, item)
 	} else {
-		o.last = append(o.last, item)
+		q.last = append(q.last, item)
 	}
 }
 
-// Touch moves an item forward that was added again with more hurry.
-func (o *priorityQueue) Touch(item string) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.urgent[item] {
+// Touch makes a normal item urgent that was added again after setUrgent.
+func (q *priorityQueue) Touch(item string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.urgent[item] {
 		return
 	}
-	if i := slices.Index(o.last, item); i >= 0 {
-		o.last = slices.Delete(o.last, i, i+1)
-		o.first = append(o.first, item)
+	if i := slices.Index(q.last, item); i >= 0 {
+		q.last = slices.Delete(q.last, i, i+1)
+		q.first = append(q.first, item)
 	}
 }
 
-// Len counts who waits.
-func (o *priorityQueue) Len() int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return len(o.first) + len(o.last)
+// Len returns the number of items.
+func (q *priorityQueue) Len() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.first) + len(q.last)
 }
 
-// Pop takes the next. It is called only while somebody waits.
-func (o *priorityQueue) Pop() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	line := &o.first
-	if len(o.first) == 0 {
-		line = &o.last
+// Pop removes and returns the next item. The queue must not be empty.
+func (q *priorityQueue) Pop() string {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	items := &q.first
+	if len(q.first) == 0 {
+		items = &q.last
 	}
-	item := (*line)[0]
-	(*line)[0] = ""
-	*line = (*line)[1:]
-	delete(o.urgent, item)
+	item := (*items)[0]
+	(*items)[0] = ""
+	*items = (*items)[1:]
+	delete(q.urgent, item)
 	return item
 }
