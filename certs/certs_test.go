@@ -623,7 +623,7 @@ func TestPendingPair(t *testing.T) {
 		{"the first again", func() { first.WriteTo(dir) }, first, false},
 		{"the last one again", func() { third.WriteTo(dir) }, first, true},
 		{"bad files", func() { put(t, dir, file{"tls.crt", nil}) }, first, false},
-		{"a pair that the gate allows", func() { reason = nil; certstest.WriteVolume(t, dir, nil); third.WriteTo(dir) }, third, false},
+		{"a pair that the gate allows", func() { reason = nil; certstest.WriteVolume(t, dir, nil); second.WriteTo(dir) }, second, false},
 	}
 	for _, step := range steps {
 		step.do()
