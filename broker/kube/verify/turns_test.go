@@ -315,6 +315,25 @@ func TestFullQueueDropsTheLargestShare(t *testing.T) {
 	})
 }
 
+// TestFullQueueDropsFewAddressesFirst: many pods of one namespace wait, each at its own address, and few addresses send a flood.
+// No pod is dropped, although its namespace has the most waiting tokens.
+func TestFullQueueDropsFewAddressesFirst(t *testing.T) {
+	underFlood(t, nil, func(t *testing.T, f *flood, _ *reviewer) {
+		pods := &flood{t: t, v: f.v, ctx: t.Context(), reasons: make(map[credential.Reason]int)}
+		for i := range 1000 {
+			pods.call(fmt.Sprintf("10.1.%d.%d", i/250, i%250), tokenOf(podIn("batch", i), i, "genuine"))
+		}
+		synctest.Wait()
+		for i := range 3000 {
+			f.call(fourAddresses[i%4], tokenOf(podIn(fmt.Sprint("ns-", i%10), i), i, "forged"))
+		}
+		pods.calls.Wait()
+		if n := pods.reasons[""]; n != 1000 {
+			t.Errorf("of 1,000 pods %d were verified: %v", n, pods.reasons)
+		}
+	})
+}
+
 func TestCallersThatGiveUpLeaveTheQueue(t *testing.T) {
 	underFlood(t, nil, func(t *testing.T, f *flood, server *reviewer) {
 		server.set(func(s *reviewer) { s.takes = time.Second })
