@@ -24,7 +24,7 @@ func TestRoleIsFixedAtAdmission(t *testing.T) {
 	pods := d.Client.CoreV1().Pods(ns)
 	refused := func(what string, err error) {
 		t.Helper()
-		if err == nil || !strings.Contains(err.Error(), "cannot be changed on a pod that exists") {
+		if err == nil || !strings.Contains(err.Error(), "cannot be changed on an existing pod") {
 			t.Errorf("%s: answered %v", what, err)
 		}
 	}

@@ -46,7 +46,7 @@ func (w *world) commands(t *testing.T) {
 	manifest := func(annotations string) string {
 		return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s, annotations: {%s}}\nspec: {containers: [{name: app, image: 'app:1'}]}\n", pod.Name, annotations)
 	}
-	const fixed, sidecarless = "cannot be changed on a pod that exists", "has no sidecar that would bring its credentials"
+	const fixed, sidecarless = "cannot be changed on an existing pod", "but has no sidecar"
 	for _, tc := range []struct {
 		args  []string
 		stdin string

@@ -147,7 +147,7 @@ func (w *world) warned(t *testing.T) {
 	for value, want := range map[string]string{
 		"enabled": "", "disabled": "",
 		"enable": `did you mean "enabled"?`, "Enabled": `did you mean "enabled"?`, "true": `did you mean "enabled"?`, "yes": `did you mean "enabled"?`, "": `did you mean "enabled"?`,
-		"no": `the value that does is "enabled"`,
+		"no": `use "enabled" to opt it in`,
 	} {
 		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name("ns"), Labels: map[string]string{optIn: value}}}
 		if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, dry); err != nil {
