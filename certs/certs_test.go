@@ -390,24 +390,24 @@ func TestServerName(t *testing.T) {
 	certFile, keyFile := ca.Leaf(name, "127.0.0.1").WriteTo(t.TempDir())
 	addr := serve(t, certs.ServerConfig(keyPair(t, certFile, keyFile, nil)))
 
-	// dialled is the name that a caller such as gRPC sets in its clone of the Config.
+	// dialed is the name that a caller such as gRPC sets in its clone of the Config.
 	tests := []struct {
-		given, dialled string
+		given, dialed string
 		ok             bool
 	}{
-		{given: name, dialled: name, ok: true},
-		{given: "127.0.0.1", dialled: "127.0.0.1", ok: true},
-		{given: "", dialled: name, ok: true},
-		{given: name, dialled: "10.0.0.7", ok: true}, // the given name decides
-		{given: "other.svc", dialled: name, ok: false},
-		{given: "", dialled: "other.svc", ok: false},
-		{given: "", dialled: "127.0.0.1", ok: false}, // crypto/tls provides no name for it
-		{given: "", dialled: "", ok: false},
+		{given: name, dialed: name, ok: true},
+		{given: "127.0.0.1", dialed: "127.0.0.1", ok: true},
+		{given: "", dialed: name, ok: true},
+		{given: name, dialed: "10.0.0.7", ok: true}, // the given name decides
+		{given: "other.svc", dialed: name, ok: false},
+		{given: "", dialed: "other.svc", ok: false},
+		{given: "", dialed: "127.0.0.1", ok: false}, // crypto/tls provides no name for it
+		{given: "", dialed: "", ok: false},
 	}
 	for _, test := range tests {
-		t.Run(fmt.Sprintf("%q dialled as %q", test.given, test.dialled), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%q dialed as %q", test.given, test.dialed), func(t *testing.T) {
 			cfg := certs.ClientConfig(roots, test.given)
-			cfg.ServerName = test.dialled
+			cfg.ServerName = test.dialed
 			if _, err := dial(t, addr, cfg); (err == nil) != test.ok {
 				t.Errorf("got error %v, want success to be %v", err, test.ok)
 			}

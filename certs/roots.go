@@ -123,7 +123,7 @@ func (r *Roots) verify(cs tls.ConnectionState, name string) error {
 // ClientConfig returns the TLS configuration of a client that verifies servers with the roots at the time of each handshake.
 //
 // serverName is the DNS name or IP address that the server's certificate must have, whatever address the client dials. If
-// serverName is empty, the certificate must have the dialled name. That must be a DNS name: for an IP address crypto/tls
+// serverName is empty, the certificate must have the dialed name. That must be a DNS name: for an IP address crypto/tls
 // provides no name to verify, and the handshake fails.
 //
 // The result may be passed to gRPC's credentials.NewTLS, which adds ALPN. If serverName is empty, gRPC takes the name from the

@@ -314,11 +314,11 @@ func inMemory(t *testing.T, served ststest.Config, cfg assume.Config) (*ststest.
 	}
 	id, secret := server.Keys()
 	isolate(t, id, secret.Reveal(), "")
-	return server, dialled(t, server, cfg)
+	return server, dialed(t, server, cfg)
 }
 
-// dialled returns an STS that reaches server, with the SDK's own type of client.
-func dialled(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS {
+// dialed returns an STS that reaches server, with the SDK's own type of client.
+func dialed(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS {
 	t.Helper()
 	cfg.Endpoint, cfg.Dial = server.URL(), server.Dial
 	return newSTS(t, cfg)
@@ -493,7 +493,7 @@ func TestConnectionFaults(t *testing.T) {
 	_, err = sts.Credential(ctx, g)
 	check(t, "hang", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, away, secret.Reveal())
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("a cancelled call gives %v", err)
+		t.Errorf("a canceled call gives %v", err)
 	}
 
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

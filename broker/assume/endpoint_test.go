@@ -38,22 +38,22 @@ func TestEndpoint(t *testing.T) {
 			for name, value := range tt.env {
 				t.Setenv(name, value)
 			}
-			var dialled []string
+			var dialed []string
 			cfg := assume.Config{Region: tt.region, Dial: func(_ context.Context, _, address string) (net.Conn, error) {
-				dialled = append(dialled, address)
+				dialed = append(dialed, address)
 				return nil, errors.New("this test calls nobody")
 			}}
 			_, err := newSTS(t, cfg).Credential(t.Context(), grant(t, nil))
-			if err == nil || len(dialled) != 1 || dialled[0] != tt.want {
-				t.Errorf("with %s, %v, calls go to %v, want %s (%v)", tt.region, tt.env, dialled, tt.want, err)
+			if err == nil || len(dialed) != 1 || dialed[0] != tt.want {
+				t.Errorf("with %s, %v, calls go to %v, want %s (%v)", tt.region, tt.env, dialed, tt.want, err)
 			}
 			// --sts-endpoint overrides the regional endpoint.
-			dialled = nil
+			dialed = nil
 			if len(tt.env) == 0 {
 				cfg.Endpoint = "http://sts.example.com:8080"
 				_, _ = newSTS(t, cfg).Credential(t.Context(), grant(t, nil))
-				if len(dialled) != 1 || dialled[0] != "sts.example.com:8080" {
-					t.Errorf("with --sts-endpoint, calls go to %v", dialled)
+				if len(dialed) != 1 || dialed[0] != "sts.example.com:8080" {
+					t.Errorf("with --sts-endpoint, calls go to %v", dialed)
 				}
 			}
 		})

@@ -66,7 +66,7 @@ func ToStatus(err error) *status.Status {
 	}
 	detailed, err := st.WithDetails(details...)
 	if err != nil {
-		return st // Marshalling of known messages fails for invalid UTF-8 only, which clip removes.
+		return st // Marshaling of known messages fails for invalid UTF-8 only, which clip removes.
 	}
 	return detailed
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // Times of the election, the same as Kubernetes' own. If a leader crashes, another replica leads within leaseTime and a retry.
-// Pods of a namespace that is labelled meanwhile wait that long, because kubelets retry to mount a missing ConfigMap.
+// Pods of a namespace that is labeled meanwhile wait that long, because kubelets retry to mount a missing ConfigMap.
 const (
 	leaseTime     = 15 * time.Second
 	renewDeadline = 10 * time.Second

@@ -293,12 +293,12 @@ func TestOptedInNamespacesGetTheRoots(t *testing.T) {
 		// The first pod may be created right after the label, so the ConfigMap must appear at once.
 		b.namespace("later", "enabled")
 		synctest.Wait()
-		b.want("just labelled", "later", cas, 0)
+		b.want("just labeled", "later", cas, 0)
 
 		// Running pods mount the ConfigMap, so it stays.
 		b.namespace("later", "")
 		time.Sleep(15 * time.Minute)
-		b.want("unlabelled", "later", cas, 0)
+		b.want("unlabeled", "later", cas, 0)
 	})
 }
 
