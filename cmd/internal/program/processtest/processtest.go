@@ -6,18 +6,12 @@
 package processtest
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"flag"
 	"io"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -60,45 +54,6 @@ type Process struct {
 	fails bool // the test wants it to fail
 	ended chan struct{}
 	err   error // why it failed; to be read once ended is closed
-}
-
-// Output is what a program writes. It is safe for concurrent use.
-type Output struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-// Write implements io.Writer.
-func (o *Output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.Write(p)
-}
-
-// String returns the text that was written so far.
-func (o *Output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.String()
-}
-
-// end returns the last of it, for the log of a test.
-func (o *Output) end() string {
-	text := o.String()
-	return text[max(0, len(text)-8<<10):]
-}
-
-// Lines returns the JSON lines that were written so far, of which the field key has that value.
-func (o *Output) Lines(key, value string) (lines []map[string]any) {
-	all := bufio.NewScanner(strings.NewReader(o.String()))
-	all.Buffer(nil, 1<<20)
-	for all.Scan() {
-		var line map[string]any
-		if json.Unmarshal(all.Bytes(), &line) == nil && line[key] == value {
-			lines = append(lines, line)
-		}
-	}
-	return lines
 }
 
 // Command says how to start a program.
@@ -231,30 +186,4 @@ func (p *Process) Logged(t *testing.T, message string) (record map[string]any) {
 		return record != nil
 	})
 	return record
-}
-
-// CheckFlags fails for each flag that define defines and that no row of a table is about, and for each row of a flag that
-// there is not. A flag whose effect no row can show is in exempt, with the reason.
-func CheckFlags[O any](t *testing.T, define func(*flag.FlagSet) func([]string) (O, error), rows []string, exempt map[string]string) {
-	t.Helper()
-	f := flag.NewFlagSet("program", flag.ContinueOnError)
-	define(f)
-	f.VisitAll(func(f *flag.Flag) {
-		switch reason, excused := exempt[f.Name]; {
-		case excused && reason == "":
-			t.Errorf("--%s is exempt without a reason", f.Name)
-		case excused == slices.Contains(rows, f.Name):
-			t.Errorf("--%s must have a row that shows what it changes, or a reason in the list of exemptions why it can have none (and not both)", f.Name)
-		}
-	})
-	for _, name := range rows {
-		if f.Lookup(name) == nil {
-			t.Errorf("there is a row for --%s, and no such flag", name)
-		}
-	}
-	for name := range exempt {
-		if f.Lookup(name) == nil {
-			t.Errorf("--%s is exempt, and there is no such flag", name)
-		}
-	}
 }
