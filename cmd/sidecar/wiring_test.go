@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -222,8 +221,8 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// broker serves one of that name on the listeners.
-func (w *world) broker(name string, listeners ...net.Listener) {
+// broker serves one of that name on the listener.
+func (w *world) broker(name string, listener net.Listener) {
 	w.Helper()
 	certFile, keyFile := w.ca.Leaf(name).WriteTo(w.TempDir())
 	pair, err := certs.NewKeyPair(certFile, keyFile, nil)
@@ -234,7 +233,7 @@ func (w *world) broker(name string, listeners ...net.Listener) {
 			Issued: time.Now(), Expiration: time.Now().Add(time.Hour),
 		}, nil
 	}, io.Discard, func(_ *broker.Config, server *broker.ServerConfig) {
-		server.Listener, server.TLS = join(listeners), certs.ServerConfig(pair)
+		server.Listener, server.TLS = listener, certs.ServerConfig(pair)
 		server.Interceptors = []grpc.UnaryServerInterceptor{w.note}
 	})
 	for _, role := range []string{"cart", "till"} {
@@ -263,7 +262,6 @@ func (w *world) note(ctx context.Context, request any, _ *grpc.UnaryServerInfo, 
 func (w *world) callsTheOwner(arguments func(policy.RoutingKey) (args []string, owned policy.RoutingKey)) {
 	const name, brokers = "brokers.test", 16
 	var (
-		listeners []net.Listener
 		addresses []netip.Addr
 		hosts     strings.Builder
 		port      = "0"
@@ -275,10 +273,10 @@ func (w *world) callsTheOwner(arguments func(policy.RoutingKey) (args []string, 
 			w.Skip("not run: this machine lets nobody listen on all of 127.0.0.0/8: ", err)
 		}
 		port = portOf(listener.Addr().String())
-		listeners, addresses = append(listeners, listener), append(addresses, address)
+		w.broker(name, listener)
+		addresses = append(addresses, address)
 		_, _ = fmt.Fprintln(&hosts, address, name)
 	}
-	w.broker(name, listeners...)
 	// A sidecar without the key calls one of the two owners by chance, once in eight times. So there are four of them.
 	for i := range 4 {
 		args, owned := arguments(policy.RoutingKey(fmt.Sprintf("0011223344556677889900aabbccdd%02d", i)))
@@ -364,59 +362,6 @@ func (s *running) mustServe(role string) {
 	if want := "arn:aws:iam::123456789012:role/" + role; answer.RoleArn != want {
 		s.w.Errorf("credentials are of %s, want %s", answer.RoleArn, want)
 	}
-}
-
-// join makes one listener of several.
-func join(all []net.Listener) net.Listener {
-	j := &joined{Listener: all[0], all: all, conns: make(chan net.Conn), closed: make(chan struct{})}
-	for _, l := range all {
-		go j.accept(l)
-	}
-	return j
-}
-
-type joined struct {
-	net.Listener
-	all    []net.Listener
-	conns  chan net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (j *joined) accept(l net.Listener) {
-	for {
-		conn, err := l.Accept()
-		if err != nil {
-			return // closed
-		}
-		select {
-		case j.conns <- conn:
-		case <-j.closed:
-			_ = conn.Close()
-		}
-	}
-}
-
-// Accept implements net.Listener.
-func (j *joined) Accept() (net.Conn, error) {
-	select {
-	case conn := <-j.conns:
-		return conn, nil
-	case <-j.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (j *joined) Close() error {
-	j.once.Do(func() { close(j.closed) })
-	var errs []error
-	for _, l := range j.all {
-		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
 }
 
 func listen(t *testing.T, address string) net.Listener {
