@@ -218,7 +218,9 @@ func writeFailure(w http.ResponseWriter, err error) {
 	}
 	message := e.Message
 	if e.Cause != nil {
-		message += "; the sidecar's log says more" // The cause is for the log alone, which must not point to itself.
+		// Only package client sets a Cause, with a message that ends in "the sidecar keeps retrying". The log has the cause
+		// itself, so it does not get this hint.
+		message += ", see its log for the cause"
 	}
 	writeError(w, code, string(e.Reason), message)
 }

@@ -276,9 +276,9 @@ func TestRefusals(t *testing.T) {
 		"unauthenticated": {credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenExpired, "old"), 403, "TOKEN_EXPIRED", "old"},
 		"not found":       {credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound, "no pod"), 403, "POD_NOT_FOUND", "no pod"},
 		"unavailable":     {errAway, 503, "INTERNAL", "broker away"},
-		"cause is ours": {&credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: "away", Cause: fmt.Errorf("dialling 10.1.2.3"),
-		}, 503, "INTERNAL", "away; the sidecar's log says more"},
+		"private cause": {&credential.Error{
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Message: "the sidecar keeps retrying", Cause: fmt.Errorf("dialling 10.1.2.3"),
+		}, 503, "INTERNAL", "the sidecar keeps retrying, see its log for the cause"},
 		"internal": {fmt.Errorf("some detail"), 503, "INTERNAL", "credentials cannot be had at the moment; the sidecar's log says why"},
 	}
 	for name, test := range tests {
@@ -299,7 +299,7 @@ func TestRefusals(t *testing.T) {
 					t.Errorf("a refusal took %v", a.took)
 				}
 				synctest.Wait()
-				if log := w.log.String(); !strings.Contains(log, test.err.Error()) || strings.Contains(log, "log says") {
+				if log := w.log.String(); !strings.Contains(log, test.err.Error()) || strings.Contains(log, "see its log") {
 					t.Errorf("the log lacks the cause %q, or points to a log:\n%s", test.err, log)
 				}
 			})
