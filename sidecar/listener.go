@@ -11,8 +11,9 @@ import (
 	"syscall"
 )
 
-// limitedListener accepts no more than so many connections at a time. Further ones wait in the kernel's
-// queue, as they do for a busy server, and are not refused.
+// limitedListener limits how many connections are open. More connections wait in the kernel's queue and are not refused.
+// Package connlimit would accept them all, which takes 20 MB for 10,000 clients, and its fairness between addresses does
+// not help: all clients on loopback have the same address.
 type limitedListener struct {
 	net.Listener
 	slots     chan struct{} // one element per open connection
@@ -20,8 +21,8 @@ type limitedListener struct {
 	closeOnce sync.Once
 }
 
-func limit(listener net.Listener, most int) *limitedListener {
-	return &limitedListener{Listener: listener, slots: make(chan struct{}, most), closed: make(chan struct{})}
+func limit(listener net.Listener, maximum int) *limitedListener {
+	return &limitedListener{Listener: listener, slots: make(chan struct{}, maximum), closed: make(chan struct{})}
 }
 
 // Accept implements [net.Listener].
@@ -35,37 +36,37 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 	if err != nil {
 		<-l.slots
 		if _, ofSystem := errors.AsType[syscall.Errno](err); ofSystem && !errors.Is(err, net.ErrClosed) {
-			return nil, passing{err}
+			return nil, temporaryError{err}
 		}
 		return nil, err
 	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
-		// Where they fail the connection has gone, or has what the system gives.
+		// If this fails, the connection is closed, or it keeps the kernel's default.
 		_, _ = tcp.SetReadBuffer(socketBuffer), tcp.SetWriteBuffer(socketBuffer)
 	}
 	return &limitedConn{Conn: conn, release: sync.OnceFunc(func() { <-l.slots })}, nil
 }
 
-// passing is an error of accept(2) that net/http tries again after. By itself it does so for a few only, and gives up
-// where memory is short for a moment.
-type passing struct{ error }
+// temporaryError makes net/http retry after an error of accept(2). By itself it retries for a few errors only, and stops
+// when memory is short for a moment.
+type temporaryError struct{ error }
 
 // Timeout implements [net.Error].
-func (passing) Timeout() bool { return false }
+func (temporaryError) Timeout() bool { return false }
 
 // Temporary implements [net.Error].
-func (passing) Temporary() bool { return true }
+func (temporaryError) Temporary() bool { return true }
 
-// Close implements [net.Listener]. It also ends an Accept that waits for a connection to close.
+// Close implements [net.Listener]. An Accept that waits for a connection to close returns too.
 func (l *limitedListener) Close() error {
 	l.closeOnce.Do(func() { close(l.closed) })
 	return l.Listener.Close()
 }
 
-// leaveRoom makes answers the last ones on their connections while these are many.
-func (l *limitedListener) leaveRoom(next http.Handler) http.Handler {
+// limitKeepAlive makes each response close its connection while more than keepAliveLimit are open.
+func (l *limitedListener) limitKeepAlive(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if len(l.slots) > crowd {
+		if len(l.slots) > keepAliveLimit {
 			w.Header().Set("Connection", "close")
 		}
 		next.ServeHTTP(w, r)
@@ -75,14 +76,14 @@ func (l *limitedListener) leaveRoom(next http.Handler) http.Handler {
 type limitedConn struct {
 	net.Conn
 	release func()
-	lines   atomic.Int32 // that the client has sent since it was last answered
-	over    bool         // they are too many; only Read looks, and there is one at a time
+	lines   atomic.Int32 // received since the last response
+	over    bool         // there are too many lines; only Read uses it, and only one Read runs at a time
 }
 
 var errTooManyLines = fmt.Errorf("a request has more than %d lines", maxLines)
 
-// Read implements [net.Conn]. It ends in the middle of a header that has too many lines, and net/http answers that the
-// request is a bad one.
+// Read implements [net.Conn]. It ends in the middle of a header with too many lines. Then net/http responds with status
+// 400.
 func (c *limitedConn) Read(p []byte) (int, error) {
 	if c.over {
 		return 0, errTooManyLines

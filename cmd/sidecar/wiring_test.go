@@ -50,7 +50,7 @@ var wiring = []struct {
 	{"broker", "brokers are called there, and must prove that name", func(w *world) {
 		w.start("--broker=" + w.target).mustServe("cart")
 		other := w.start("--broker=127.0.0.1" + strings.TrimPrefix(w.target, brokerHost))
-		other.Logged(w.T, "cannot get credentials")
+		other.Logged(w.T, "Could not get credentials")
 		if status, _ := other.credentials(authorization); status == http.StatusOK {
 			w.Error("a broker that has not proved its name was believed")
 		}
@@ -71,7 +71,7 @@ var wiring = []struct {
 	{"roots-file", "brokers are verified by the roots in it", func(w *world) {
 		w.start("--roots-file=" + w.rootsFile).mustServe("cart")
 		s := w.start("--roots-file=" + certstest.NewCA(w).WriteTo(w.TempDir()))
-		s.Logged(w.T, "cannot get credentials")
+		s.Logged(w.T, "Could not get credentials")
 		if status, _ := s.credentials(authorization); status == http.StatusOK {
 			w.Error("a broker was believed whose root is not in the file")
 		}
@@ -316,7 +316,7 @@ func (w *world) startWith(hosts string, args ...string) *running {
 
 func (w *world) await(p *processtest.Process) *running {
 	w.Helper()
-	return &running{Process: p, w: w, address: fmt.Sprint(p.Logged(w.T, "listening")["address"])}
+	return &running{Process: p, w: w, address: fmt.Sprint(p.Logged(w.T, "Listening")["address"])}
 }
 
 // running is a sidecar that runs.

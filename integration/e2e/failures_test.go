@@ -141,7 +141,7 @@ func startWithoutBroker(t *testing.T, ns string) (waiting []string) {
 	brief.Spec.Containers[0].Image = pauseImage
 	create(t, ns, brief)
 	awaitReady(t, ns, brief.Name)
-	if said := logs(t, ns, brief.Name, sidecarName); !strings.Contains(said, "cannot get credentials") {
+	if said := logs(t, ns, brief.Name, sidecarName); !strings.Contains(said, "Could not get credentials") {
 		t.Errorf("a sidecar without credentials said:\n%s", said)
 	}
 	for _, name := range waiting {

@@ -160,7 +160,7 @@ func TestKilledSidecarComesBack(t *testing.T) {
 		if s := status(t, pod, sidecarName); s.RestartCount != 1 {
 			return errors.New("it has not been restarted: " + states(pod))
 		}
-		if said := logs(t, ns, "app", sidecarName); !strings.Contains(said, "got credentials") {
+		if said := logs(t, ns, "app", sidecarName); !strings.Contains(said, "Received credentials") {
 			return fmt.Errorf("it said:\n%s", said)
 		}
 		return ready(pod)

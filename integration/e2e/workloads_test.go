@@ -260,7 +260,7 @@ func TestOwnDNS(t *testing.T) {
 	create(t, ns, host)
 	for _, name := range []string{"none", "searches", "with-host-net"} {
 		eventually(t, "the sidecar of pod "+name+" has credentials", func(context.Context) error {
-			if said := logs(t, ns, name, sidecarName); !strings.Contains(said, "got credentials") {
+			if said := logs(t, ns, name, sidecarName); !strings.Contains(said, "Received credentials") {
 				return errors.New(said)
 			}
 			return nil

@@ -56,7 +56,7 @@ var limits = []struct {
 	{"| the same, and pods | decisions", size, "broker/policy", []string{"maxCachedEach", "maxCached"}},
 	{"| users who create pods | `session-policy`", size, "broker/policy", []string{"maxPolicyText"}},
 	{"| writers of the rules file", size, "broker/configfile", []string{"maxFile"}},
-	{"| containers of the pod", number, "sidecar", []string{"maxConnections", "maxLines", "crowd"}},
+	{"| containers of the pod", number, "sidecar", []string{"maxConnections", "maxLines", "keepAliveLimit"}},
 	{"| containers of the pod", seconds, "sidecar", []string{"readTimeout"}},
 	{"| the cluster's DNS |", seconds, "broker/client", []string{"maxLookup", "knownAfter"}},
 	{"| the cluster's DNS |", number, "broker/client", []string{"maxAddresses"}},
