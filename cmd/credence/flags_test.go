@@ -37,7 +37,7 @@ func TestFlags(t *testing.T) {
 		want string
 	}{
 		{good[:1], "--broker and --sidecar-image are required"},
-		{append(slices.Clone(good), "a.yaml"), `unexpected argument "a.yaml": everything is set by flags`},
+		{append(slices.Clone(good), "a.yaml"), `unexpected argument "a.yaml"; use flags only`},
 		{append(slices.Clone(good), "--namespace=A"), `--namespace: "A" is not a valid namespace name`},
 		{append(slices.Clone(good), "-f="), `invalid value "" for flag -f: the file name is empty`},
 		{append(slices.Clone(good), "-f=-", "-f=-"), "standard input can be read only once"},

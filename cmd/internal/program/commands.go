@@ -7,34 +7,34 @@ import (
 	"strings"
 )
 
-// Command is one of the commands of a program that does several things. [Program.Command] makes it.
+// Command is one command of a program with several commands. [Program.Command] makes it.
 type Command struct {
 	name, summary string
 	main          func(args []string, stdout, stderr io.Writer) int
 }
 
-// Command returns p as the command that is called by the last word of its name, with a summary of one line.
+// Command returns p as a command. Its name is the last word of p.Name. The summary is one line.
 func (p Program[O]) Command(summary string) Command {
 	return Command{name: p.Name[strings.LastIndexByte(p.Name, ' ')+1:], summary: summary, main: p.main}
 }
 
-// Commands is a program that is called with the name of a command first.
+// Commands is a program whose first argument is the name of a command.
 type Commands struct {
-	// Name is the program's name, as its messages begin.
+	// Name begins the program's messages.
 	Name string
-	// Usage says in a few lines what it is for and how it is called. The commands are listed below it.
+	// Usage says in a few lines what the program does and how to call it. The list of commands follows it.
 	Usage string
-	// Commands are what it can do.
+	// Commands are the commands.
 	Commands []Command
 }
 
-// Main runs the command that the process's arguments name, and exits as [Program.Main] does.
+// Main runs the command that the process's first argument names, and exits like [Program.Main].
 func (c Commands) Main() {
 	os.Exit(c.main(os.Args[1:], os.Stdout, os.Stderr))
 }
 
 func (c Commands) main(args []string, stdout, stderr io.Writer) int {
-	what := "which command?"
+	problem := "a command is missing"
 	if len(args) > 0 {
 		switch first := args[0]; first {
 		case "-h", "-help", "--help", "help":
@@ -52,9 +52,9 @@ func (c Commands) main(args []string, stdout, stderr io.Writer) int {
 					return command.main(args[1:], stdout, stderr)
 				}
 			}
-			what = fmt.Sprintf("there is no command %q", first)
+			problem = fmt.Sprintf("unknown command %q", first)
 		}
 	}
-	_, _ = fmt.Fprintf(stderr, "%s: %s\n%s: --help lists the commands\n", c.Name, what, c.Name)
+	_, _ = fmt.Fprintf(stderr, "%s: %s\n%s: --help lists the commands\n", c.Name, problem, c.Name)
 	return exitUsage
 }

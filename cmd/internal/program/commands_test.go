@@ -23,8 +23,8 @@ func TestCommands(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		{nil, 2, "", "thing: which command?\nthing: --help lists the commands\n"},
-		{[]string{"two"}, 2, "", "thing: there is no command \"two\"\nthing: --help lists the commands\n"},
+		{nil, 2, "", "thing: a command is missing\nthing: --help lists the commands\n"},
+		{[]string{"two"}, 2, "", "thing: unknown command \"two\"\nthing: --help lists the commands\n"},
 		{[]string{"one", "a", "b"}, 1, "", "thing one: a+b\n"},
 		{[]string{"one", "--help"}, 0, "thing one does one thing.\n\nFlags:\n", ""},
 		{[]string{"one", "--x"}, 2, "", "thing one: flag provided but not defined: -x\nthing one: --help lists the flags\n"},
@@ -35,9 +35,9 @@ func TestCommands(t *testing.T) {
 		if code := c.main(tt.args, &stdout, &stderr); code != tt.code {
 			t.Errorf("%q: exit code %d, want %d", tt.args, code, tt.code)
 		}
-		for what, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
+		for stream, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
 			if !strings.HasPrefix(text[0], text[1]) || (text[1] == "") != (text[0] == "") {
-				t.Errorf("%q: %s is %q, want %q", tt.args, what, text[0], text[1])
+				t.Errorf("%q: %s is %q, want %q", tt.args, stream, text[0], text[1])
 			}
 		}
 	}

@@ -31,13 +31,13 @@ func TestExitCodesAndMessages(t *testing.T) {
 	tests := []struct {
 		args           []string
 		code           int
-		stdout, stderr string // what they must hold; "" for nothing at all
+		stdout, stderr string // prefix of the output; "": no output
 	}{
 		{nil, 0, "", ""},
 		{[]string{"--word=fail"}, 1, "", "thing: it failed\n"},
 		{[]string{"--word=bad"}, 2, "", "thing: --word=bad: choose another\nthing: --help lists the flags\n"},
 		{[]string{"--wrod=x"}, 2, "", "thing: flag provided but not defined: -wrod\nthing: --help lists the flags\n"},
-		{[]string{"more"}, 2, "", `thing: unexpected argument "more": everything is set by flags`},
+		{[]string{"more"}, 2, "", `thing: unexpected argument "more"; use flags only`},
 		{[]string{"--help"}, 0, "thing does a thing.\n\nFlags:\n  -version\n", ""},
 		{[]string{"--version"}, 0, "thing ", ""},
 	}
@@ -47,9 +47,9 @@ func TestExitCodesAndMessages(t *testing.T) {
 			if code := p.main(tt.args, &stdout, &stderr); code != tt.code {
 				t.Errorf("exit code %d, want %d", code, tt.code)
 			}
-			for what, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
+			for stream, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
 				if !strings.HasPrefix(text[0], text[1]) || (text[1] == "") != (text[0] == "") {
-					t.Errorf("%s is %q, want %q", what, text[0], text[1])
+					t.Errorf("%s is %q, want %q", stream, text[0], text[1])
 				}
 			}
 		})

@@ -2,7 +2,7 @@ package program
 
 import "runtime/debug"
 
-// Version is the version of the module that was built, or the commit where there is none.
+// Version returns the version of the built module, or the commit if there is no version.
 func Version() string {
 	build, ok := debug.ReadBuildInfo()
 	if !ok {

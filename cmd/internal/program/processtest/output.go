@@ -8,7 +8,7 @@ import (
 	"sync"
 )
 
-// Output is what a program writes. It is safe for concurrent use.
+// Output is the output of a program. It is safe for concurrent use.
 type Output struct {
 	mu   sync.Mutex
 	text bytes.Buffer // guarded by mu
@@ -21,20 +21,20 @@ func (o *Output) Write(p []byte) (int, error) {
 	return o.text.Write(p)
 }
 
-// String returns the text that was written so far.
+// String returns the output so far.
 func (o *Output) String() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.text.String()
 }
 
-// end returns the last of it, for the log of a test.
+// end returns the last part of the output, for the log of a test.
 func (o *Output) end() string {
 	text := o.String()
 	return text[max(0, len(text)-8<<10):]
 }
 
-// Lines returns the JSON lines that were written so far, of which the field key has that value.
+// Lines returns the JSON lines so far whose field key has that value.
 func (o *Output) Lines(key, value string) (lines []map[string]any) {
 	all := bufio.NewScanner(strings.NewReader(o.String()))
 	all.Buffer(nil, 1<<20)
