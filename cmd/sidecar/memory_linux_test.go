@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -22,14 +21,6 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
-	"github.com/credence-iam/credence/broker/brokerpb"
-	"github.com/credence-iam/credence/certs"
-	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
@@ -149,42 +140,15 @@ func allowFiles(n uint64) error {
 	return nil
 }
 
-// startProgram starts the program on address, and a broker that responds immediately. Both stop with the test.
+// startProgram starts the program on address, with a broker. Both stop with the test.
 func startProgram(t *testing.T, program, address string) (pid int, ended <-chan struct{}) {
 	t.Helper()
-	dir := t.TempDir()
-	ca := certstest.NewCA(t)
-	certFile, keyFile := ca.Leaf("localhost").WriteTo(filepath.Join(dir, "tls"))
-	pair, err := certs.NewKeyPair(certFile, keyFile, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(certs.ServerConfig(pair))))
-	brokerpb.RegisterBrokerServer(server, double{})
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(server.Stop)
-	token := filepath.Join(dir, "token")
-	if err := os.WriteFile(token, []byte("header.claims.signature"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	_, port, err := net.SplitHostPort(listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), program)
-	cmd.Env = []string{
-		"CREDENCE_LISTEN=" + address, "CREDENCE_BROKER=localhost:" + port, "CREDENCE_TOKEN_FILE=" + token,
-		"CREDENCE_ROOTS_FILE=" + ca.WriteTo(filepath.Join(dir, "roots")), "CREDENCE_AUTHORIZATION=" + password,
-	}
+	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), program, append(newWorld(t).args, "--listen="+address)...)
+	cmd.Env = []string{} // not that of the test
 	var log bytes.Buffer
 	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
+	var err error
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -200,22 +164,6 @@ func startProgram(t *testing.T, program, address string) (pid int, ended <-chan 
 	return cmd.Process.Pid, done
 }
 
-const password = "00000000-0000-4000-8000-000000000000"
-
-// double is a broker that immediately returns a session of usual size and duration.
-type double struct {
-	brokerpb.UnimplementedBrokerServer
-}
-
-// GetCredentials implements brokerpb.BrokerServer.
-func (double) GetCredentials(context.Context, *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	return &brokerpb.GetCredentialsResponse{
-		AccessKeyId: "ASIAEXAMPLE", SecretAccessKey: strings.Repeat("s", 40), SessionToken: strings.Repeat("t", 1000),
-		Expiration: timestamppb.New(time.Now().Add(time.Hour)), RefreshAfter: durationpb.New(27 * time.Minute),
-		RoleArn: "arn:aws:iam::123456789012:role/app", AccountId: "123456789012",
-	}, nil
-}
-
 // callOnce requests credentials on a new connection, and returns the connection when it has the response.
 func callOnce(ctx context.Context, address string, fields ...string) (_ net.Conn, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
@@ -227,7 +175,7 @@ func callOnce(ctx context.Context, address string, fields ...string) (_ net.Conn
 			conn.Close()
 		}
 	}()
-	if _, err := io.WriteString(conn, "GET "+contract.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET "+contract.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+authorization+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
 		return nil, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)

@@ -207,7 +207,8 @@ func (w *world) broker(name string, listener net.Listener) {
 	must(w, err)
 	b := brokertest.Start(w, func(context.Context, policy.Grant) (credential.Credential, error) {
 		return credential.Credential{
-			AccessKeyID: "ASIAEXAMPLE", SecretAccessKey: credential.NewSecret("secret"), SessionToken: credential.NewSecret("token"),
+			AccessKeyID:     "ASIAEXAMPLE", // the secrets have usual lengths
+			SecretAccessKey: credential.NewSecret(strings.Repeat("s", 40)), SessionToken: credential.NewSecret(strings.Repeat("t", 1000)),
 			Issued: time.Now(), Expiration: time.Now().Add(time.Hour),
 		}, nil
 	}, io.Discard, func(_ *broker.Config, server *broker.ServerConfig) {
