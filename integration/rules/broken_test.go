@@ -123,7 +123,7 @@ func TestBrokenTrees(t *testing.T) {
 		{"client-go in the webhook", tree{"webhook/webhook.go": source("webhook", "k8s.io/client-go/kubernetes")},
 			"k8s.io/client-go enters only through broker/kube"},
 		{"cert-manager in a program", tree{"cmd/broker/main.go": source("main", "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1")},
-			"github.com/cert-manager enters only through certs/pki"},
+			"github.com/cert-manager enters only through operator"},
 		{"mux in the broker", tree{"broker/broker.go": source("broker", "github.com/gorilla/mux")},
 			"github.com/gorilla/mux enters only through"},
 
