@@ -7,7 +7,7 @@ import (
 	"testing/fstest"
 )
 
-// tree is a small repository in memory: path → content.
+// tree is a small repository in memory, path → content.
 type tree map[string]string
 
 func (files tree) fs() fstest.MapFS {
@@ -18,14 +18,14 @@ func (files tree) fs() fstest.MapFS {
 	return out
 }
 
-// with returns a copy with some files replaced or added.
+// with returns a copy with replaced or added files.
 func (files tree) with(changes tree) tree {
 	out := maps.Clone(files)
 	maps.Copy(out, changes)
 	return out
 }
 
-// source is a Go file; a package comment is made up for it.
+// source returns a Go file with a package comment.
 func source(name string, imports ...string) string {
 	begin := "Package " + name
 	if name == "main" {
@@ -35,7 +35,7 @@ func source(name string, imports ...string) string {
 		"// taken for one that explains what the package is for, and what it does not do.\n" + bare(name, imports...)
 }
 
-// bare is a Go file without package comment.
+// bare returns a Go file without a package comment.
 func bare(name string, imports ...string) string {
 	text := "package " + name + "\n"
 	for _, path := range imports {
@@ -44,7 +44,7 @@ func bare(name string, imports ...string) string {
 	return text
 }
 
-// good breaks no rule, and uses what each of them allows.
+// good breaks no rule and uses what each rule allows.
 var good = tree{
 	"README.md": "# Top\n\n[a](docs/a.md), [b](docs/a.md#what-it-is), [c](#top), [d](docs), [e](https://example.org/x)\n" +
 		"`[not a link](nowhere.md)`\n```\n[nor this](nowhere.md)\n```\n",
@@ -68,7 +68,7 @@ var good = tree{
 	"integration/cluster/cluster.go":       source("cluster", "k8s.io/client-go/kubernetes"),
 	"integration/only_test.go":             source("integration_test", module+"/integration/cluster"),
 
-	// What the go command passes over, the rules pass over.
+	// The rules skip what the go command skips.
 	"integration/tools/modules/etcd/go.mod":   "module x\n",
 	"integration/tools/modules/etcd/tools.go": bare("util"),
 	"broker/policy/testdata/util/x.go":        bare("util"),
@@ -81,7 +81,7 @@ func TestGoodTree(t *testing.T) {
 	}
 }
 
-// TestBrokenTrees breaks one rule at a time and asks for that violation and no other.
+// TestBrokenTrees breaks one rule at a time and expects that violation and no other.
 func TestBrokenTrees(t *testing.T) {
 	cases := []struct {
 		what    string
@@ -101,9 +101,9 @@ func TestBrokenTrees(t *testing.T) {
 		{"integration from a test below", tree{"broker/broker_test.go": bare("broker_test", module+"/integration/cluster")},
 			"that is floor 6, this is floor 3"},
 		{"double outside of tests", tree{"broker/broker.go": source("broker", module+"/certs/certstest")},
-			"a double is for tests"},
+			"may import a double"},
 		{"double in a program", tree{"cmd/broker/main.go": source("main", module+"/broker/brokertest")},
-			"a double is for tests"},
+			"may import a double"},
 		{"import of an unknown package", tree{"broker/policy/policy.go": source("policy", module+"/broker/extra")},
 			"that package is on no floor"},
 		{"unknown package", tree{"broker/extra/extra.go": source("extra")},
@@ -111,26 +111,26 @@ func TestBrokenTrees(t *testing.T) {
 		{"package at the root", tree{"credence.go": source("credence")},
 			".: is on no floor"},
 		{"dependency on floor 0", tree{"broker/credential/credential.go": source("credential", "google.golang.org/grpc")},
-			"for the standard library only"},
+			"may import only the standard library"},
 		{"dependency in certstest", tree{"certs/certstest/certstest.go": source("certstest", "golang.org/x/crypto/ssh")},
-			"for the standard library only"},
+			"may import only the standard library"},
 		{"cgo", tree{"broker/broker.go": source("broker", "C")},
 			"without cgo"},
 		{"AWS in the broker", tree{"broker/broker.go": source("broker", "github.com/aws/aws-sdk-go-v2/aws")},
-			"github.com/aws enters only through broker/assume"},
+			"github.com/aws may be imported only in broker/assume"},
 		{"AWS in a test of the broker", tree{"broker/broker_test.go": bare("broker", "github.com/aws/smithy-go")},
-			"github.com/aws enters only through broker/assume"},
+			"github.com/aws may be imported only in broker/assume"},
 		{"client-go in the webhook", tree{"webhook/webhook.go": source("webhook", "k8s.io/client-go/kubernetes")},
-			"k8s.io/client-go enters only through broker/kube"},
+			"k8s.io/client-go may be imported only in broker/kube"},
 		{"cert-manager in a program", tree{"cmd/broker/main.go": source("main", "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1")},
-			"github.com/cert-manager enters only through operator"},
+			"github.com/cert-manager may be imported only in operator"},
 		{"mux in the broker", tree{"broker/broker.go": source("broker", "github.com/gorilla/mux")},
-			"github.com/gorilla/mux enters only through"},
+			"github.com/gorilla/mux may be imported only in"},
 
 		{"grab bag within integration", tree{"integration/util/util.go": source("util")},
 			"integration/util: the name util says nothing"},
 		{"package of another name", tree{"broker/policy/policy.go": source("rules")},
-			"package rules should have the name of its folder, policy"},
+			"package rules must have the name of its folder, policy"},
 
 		{"no package comment", tree{"broker/policy/policy.go": bare("policy")},
 			"broker/policy: has no package comment"},
@@ -142,18 +142,18 @@ func TestBrokenTrees(t *testing.T) {
 		{"no comment over tests", tree{"integration/only_test.go": bare("integration_test")},
 			"integration: has no package comment"},
 		{"comment of another package", tree{"broker/policy/policy.go": strings.Replace(source("policy"), "Package policy", "Package rules", 1)},
-			`should begin with "Package policy "`},
+			`must begin with "Package policy "`},
 		{"program called a package", tree{"cmd/broker/main.go": strings.Replace(source("main"), "Command", "Package", 1)},
-			`should begin with "Command "`},
+			`must begin with "Command "`},
 		{"empty words", tree{"broker/policy/policy.go": "// Package policy is the policy.\n" + bare("policy")},
-			"should say in sentences"},
+			"must say in sentences"},
 		{"two comments", tree{"broker/policy/more.go": source("policy")},
 			"broker/policy/more.go and broker/policy/policy.go; keep one"},
 
 		{"long main", tree{"cmd/broker/main.go": source("main") + "func main() {\n" + strings.Repeat("println(`\n`) // prints\n\n// nothing\n", 60) + "}\n"},
 			"cmd/broker/main.go: has 123 lines of code"},
 		{"generated file without its marker", tree{"broker/brokerpb/broker.pb.go": bare("brokerpb")},
-			"is named as generated"},
+			"has the name of a generated file"},
 
 		{"link to no file", tree{"docs/a.md": "# What `it` is?\n[x](b.md)\n"}, "docs/a.md: link to b.md: there is no such file"},
 		{"reference to no file", tree{"docs/b.md": "[x]: b/c.md\n"}, "docs/b.md: link to b/c.md: there is no such file"},
@@ -161,7 +161,7 @@ func TestBrokenTrees(t *testing.T) {
 		{"link to no heading", tree{"docs/b.md": "[x](a.md#twice-2)\n"}, "link to a.md#twice-2: there is no such heading"},
 		{"link to a heading in code", tree{"docs/b.md": "```\n# x\n```\n[x](#x)\n"}, "link to #x: there is no such heading"},
 		{"absolute link", tree{"docs/b.md": "[x](/docs/a.md)\n"}, "relative to the document"},
-		{"link out of the repository", tree{"docs/b.md": "[x](../../y.md)\n"}, "out of the repository"},
+		{"link out of the repository", tree{"docs/b.md": "[x](../../y.md)\n"}, "outside of the repository"},
 	}
 	for _, c := range cases {
 		t.Run(c.what, func(t *testing.T) {
@@ -173,7 +173,7 @@ func TestBrokenTrees(t *testing.T) {
 	}
 }
 
-// TestEmptyTrees asks that rules which find nothing to judge do not pass.
+// TestEmptyTrees expects violations if the rules find no files.
 func TestEmptyTrees(t *testing.T) {
 	got := check(t, tree{}.fs())
 	if len(got) != 2 {
@@ -187,7 +187,7 @@ func TestFloorTable(t *testing.T) {
 			t.Errorf("%s is on floor %d; the floors of the table are 0 to %d", dir, floor, topFloor-1)
 		}
 		if isDouble(dir) && floor == 0 {
-			t.Errorf("%s is a double, and would be on the floor that all may import", dir)
+			t.Errorf("%s is a double on the floor that all packages may import", dir)
 		}
 	}
 }
