@@ -1,5 +1,5 @@
 // Package rules_test checks the house rules of this repository: which package may import which, which packages may
-// import heavy modules, what a package comment says, and that links between
+// import heavy modules, how large a package is, what it exports, what its comment says, and that links between
 // documents have a target. A rule without a test is broken within a month.
 //
 // Each rule is a function that returns the violations in a file tree. TestRepository runs all rules on this
@@ -55,7 +55,9 @@ func check(t *testing.T, tree fs.FS) []violation {
 		all = append(all, checkDoc(p)...)
 		all = append(all, checkMain(p)...)
 		all = append(all, checkGenerated(p)...)
+		all = append(all, checkSize(tree, p)...)
 	}
+	all = append(all, checkExported(packages)...)
 	return append(all, checkLinks(tree, documents)...)
 }
 
@@ -102,7 +104,7 @@ func load(tree fs.FS) (packages []*pkg, documents []string, err error) {
 			if err != nil {
 				return err
 			}
-			syntax, err := parser.ParseFile(token.NewFileSet(), name, source, parser.ImportsOnly|parser.ParseComments)
+			syntax, err := parser.ParseFile(token.NewFileSet(), name, source, parser.SkipObjectResolution|parser.ParseComments)
 			if err != nil {
 				return fmt.Errorf("parsing %s: %w", name, err)
 			}
