@@ -4,7 +4,6 @@ package chart_test
 
 import (
 	"cmp"
-	"slices"
 	"testing"
 	"time"
 
@@ -12,7 +11,6 @@ import (
 	cmmeta "github.com/cert-manager/cert-manager/pkg/apis/meta/v1"
 	gocmp "github.com/google/go-cmp/cmp"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -121,7 +119,7 @@ func TestCertificatesReachTheirUsers(t *testing.T) {
 		hook := webhookConfiguration(t, all)
 		from := hook.Annotations["cert-manager.io/inject-ca-from"]
 		bundle := hook.Webhooks[0].ClientConfig.CABundle
-		roots := slices.DeleteFunc(chart.Of[*corev1.ConfigMap](all), func(c *corev1.ConfigMap) bool { return c.Name != "credence-roots" })
+		roots := configMaps(all, "credence-roots")
 		switch {
 		case len(roots) == 0 && from == "credence/credence-webhook" && bundle == nil:
 		case len(roots) == 1 && from == "" && string(bundle) == roots[0].Data["roots.pem"]:
