@@ -3,11 +3,7 @@
 package admission
 
 import (
-	"bytes"
-	"context"
 	"errors"
-	"fmt"
-	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -15,65 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/await"
-	"github.com/credence-iam/credence/integration/tools"
 )
-
-// kubectl runs kubectl, and returns its output as an error if it fails.
-func kubectl(ctx context.Context, path, stdin string, args ...string) error {
-	cmd := control.Command(ctx, path, args...)
-	var out bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
-	err := control.Host().Launch(cmd)
-	if err == nil {
-		err = cmd.Wait()
-	}
-	if err != nil {
-		return fmt.Errorf("kubectl %q: %w: %s", args, err, out.String())
-	}
-	return nil
-}
-
-// commands shows that all commands of kubectl that change a pod are refused with the reason, and that a recreated pod is
-// checked again.
-func (w *world) commands(t *testing.T) {
-	path, err := tools.Path(t.Context(), tools.Kubectl, t.Output())
-	if err != nil {
-		t.Fatal(err)
-	}
-	namespace := w.namespace(t, true)
-	role, session, injected := w.prefix+"/role", w.prefix+"/session-name", w.prefix+"/injected"
-	pod := create(t, namespace, w.pod(w.complete)) // on no node, because kubectl would wait for its kubelet
-	manifest := func(annotations string) string {
-		return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s, annotations: {%s}}\nspec: {containers: [{name: app, image: 'app:1'}]}\n", pod.Name, annotations)
-	}
-	const fixed, sidecarless = "cannot be changed on an existing pod", "but has no sidecar"
-	for _, tc := range []struct {
-		args  []string
-		stdin string
-		want  string // part of its output; empty: it succeeds
-	}{
-		{[]string{"annotate", "pod", pod.Name, "--overwrite", role + "=admin"}, "", fixed},
-		{[]string{"annotate", "pod", pod.Name, session + "=admin"}, "", fixed},
-		{[]string{"annotate", "pod", pod.Name, role + "-"}, "", fixed},
-		{[]string{"annotate", "pods", "--all", "--overwrite", role + "=admin"}, "", fixed},
-		{[]string{"label", "pod", pod.Name, "--overwrite", injected + "=false"}, "", fixed},
-		{[]string{"label", "pod", pod.Name, injected + "-"}, "", fixed},
-		{[]string{"apply", "--server-side", "--force-conflicts", "-f", "-"}, manifest(role + ": admin"), fixed},
-		{[]string{"apply", "-f", "-"}, manifest(role + ": admin"), fixed},
-		{[]string{"patch", "pod", pod.Name, "--subresource=status", "--type=merge", "-p", fmt.Sprintf(`{"metadata":{"annotations":{%q:"admin"}}}`, role)}, "", fixed},
-		{[]string{"annotate", "pod", pod.Name, "example.com/note=x"}, "", ""},
-		// It deletes the pod and creates another one with its name.
-		{[]string{"replace", "--force", "-f", "-"}, manifest(role + ": admin"), sidecarless},
-	} {
-		if tc.args[0] == "replace" {
-			w.unchanged(t, pod)
-		}
-		err := kubectl(t.Context(), path, tc.stdin, append(tc.args, "--namespace="+namespace)...)
-		if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
-			t.Errorf("kubectl %q: got %v, want %q", tc.args, err, tc.want)
-		}
-	}
-}
 
 // recreated shows that a pod with the name of a deleted one is checked like any other, and that a terminating pod keeps
 // its keys.

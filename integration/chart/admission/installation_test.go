@@ -54,7 +54,6 @@ func TestInstallation(t *testing.T) {
 			w.awaitPolicies(t)
 			t.Run("Injected", w.injected)
 			t.Run("FixedKeys", w.fixedKeys)
-			t.Run("Commands", w.commands)
 			t.Run("Recreated", w.recreated)
 			t.Run("Relabelled", w.relabelled)
 			t.Run("EphemeralContainers", w.ephemeralContainers)
