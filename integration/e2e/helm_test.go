@@ -7,7 +7,6 @@ import (
 	"errors"
 	"strings"
 	"testing"
-	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -15,33 +14,6 @@ import (
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 )
-
-// TestUpgradeHasNoEffectOnPods shows that an upgrade, which replaces brokers and webhooks one by one, neither disturbs
-// running pods nor blocks new ones.
-func TestUpgradeHasNoEffectOnPods(t *testing.T) {
-	ns := namespace(t)
-	create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
-	awaitReady(t, ns, "app")
-	upgraded := make(chan error, 1)
-	go func() { upgraded <- d.Upgrade(t.Context(), "--set=logLevel=debug") }()
-	for running := true; running; {
-		if _, err := tryDry(t, ns, app("next", annotated(), "whoami")); err != nil {
-			t.Errorf("a pod was refused: %v", err)
-		}
-		select {
-		case err := <-upgraded:
-			if err != nil {
-				t.Fatal(err)
-			}
-			running = false
-		default:
-			time.Sleep(100 * time.Millisecond)
-		}
-	}
-	calm(t, ns, "app")
-	create(t, ns, once(app("after", annotated(), "whoami")))
-	awaitEnd(t, ns, "after")
-}
 
 // TestUninstallBlocksNoPod shows that an uninstalled release blocks no running and no new pod, and leaves nothing behind.
 // integration/chart/admission has the list of cluster-scoped objects. The cleanup installs it again.

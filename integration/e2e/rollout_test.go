@@ -111,20 +111,23 @@ func webhooks(ctx context.Context) (uids map[types.UID]bool, terminating bool, e
 	return uids, terminating, nil
 }
 
-// TestRolloutLosesNoAdmission replaces the webhooks while many pods are created. No pod is refused or admitted without its
-// sidecar, whether the API server calls the terminating webhook, to which it has connections, or a new one.
-func TestRolloutLosesNoAdmission(t *testing.T) {
+// TestRolloutHasNoEffectOnPods replaces the webhooks, or the webhooks and the brokers, while many pods are created. No pod
+// is refused or admitted without its sidecar, whether the API server calls the terminating webhook, to which it has
+// connections, or a new one. A running pod gets its credentials all the time.
+func TestRolloutHasNoEffectOnPods(t *testing.T) {
 	for name, replace := range map[string]func(context.Context) error{
 		"restarted": func(ctx context.Context) error {
 			_, err := d.Run(ctx, "", d.Kubectl, "rollout", "restart", "deployment/credence-webhook", "--namespace="+deployment.Namespace)
 			return err
 		},
 		"upgraded": func(ctx context.Context) error {
-			return d.Upgrade(ctx, `--set=webhook.podAnnotations.example\.com/generation=two`)
+			return d.Upgrade(ctx, "--set=logLevel=debug")
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ns := namespace(t)
+			create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
+			awaitReady(t, ns, "app")
 			old, _, err := webhooks(t.Context())
 			if err != nil || len(old) != 2 {
 				t.Fatalf("there are %d webhooks, want 2 (%v)", len(old), err)
@@ -155,6 +158,7 @@ func TestRolloutLosesNoAdmission(t *testing.T) {
 			})
 			stop()
 			ended.Wait()
+			calm(t, ns, "app")
 			if n := f.lost.Load(); n > 0 {
 				t.Errorf("%d pods were lost, the first: %v", n, f.first)
 			}
