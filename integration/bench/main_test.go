@@ -102,21 +102,6 @@ func TestOutcomes(t *testing.T) {
 	}
 }
 
-func TestChoose(t *testing.T) {
-	selected, err := choose("broker_get_rps,sidecar_get_c1_p50")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]bool{"broker_get_rps": true, "sidecar_get_c1_p50": true, "sidecar_rss_anon_bytes": false} {
-		if selected(name) != want {
-			t.Errorf("%s: selected is %v", name, !want)
-		}
-	}
-	if _, err := choose("broker_get_rsp"); err == nil {
-		t.Error("choose accepted an unknown metric")
-	}
-}
-
 // The two sides alternate, the side that begins changes, and the first turn does not count.
 func TestPaired(t *testing.T) {
 	var order strings.Builder
