@@ -221,11 +221,13 @@ type failover struct {
 // failovers loses brokers, one killed and one stopped for each run. It does so once for all metrics.
 func (w *world) failovers(value func(failover) float64) (runs []report.Run) {
 	if w.losses == nil {
-		w.repeat(min(w.runs, 3), func(w *world, _ int) report.Run {
-			killed, stopped := w.failover(syscall.SIGKILL), w.failover(syscall.SIGSTOP)
-			w.losses = append(w.losses, failover{killed.failed + stopped.failed, max(killed.p99, stopped.p99)})
-			return report.Run{}
-		})
+		var losses []failover
+		for range min(w.runs, 3) {
+			killed := must(inWorld(w.ctx, w.bench, func(w *world) failover { return w.failover(syscall.SIGKILL) }))
+			stopped := must(inWorld(w.ctx, w.bench, func(w *world) failover { return w.failover(syscall.SIGSTOP) }))
+			losses = append(losses, failover{killed.failed + stopped.failed, max(killed.p99, stopped.p99)})
+		}
+		w.losses = losses
 	}
 	for _, f := range w.losses {
 		runs = append(runs, report.Run{Value: value(f)})

@@ -297,6 +297,7 @@ type trust struct {
 	pair              *certs.KeyPair
 	certFile, keyFile string
 	rootsFile         string
+	roots             *certs.Roots
 	ca                *certstest.CA
 }
 
@@ -304,13 +305,11 @@ func (w *world) newTrust() trust {
 	ca, dir := certstest.NewCA(w), w.folder()
 	t := trust{ca: ca, rootsFile: ca.WriteTo(filepath.Join(dir, "roots"))}
 	t.certFile, t.keyFile = ca.Leaf(serverName).WriteTo(filepath.Join(dir, "tls"))
-	t.pair = must(certs.NewKeyPair(t.certFile, t.keyFile, discard))
+	t.pair, t.roots = must(certs.NewKeyPair(t.certFile, t.keyFile, discard)), must(certs.NewRoots(t.rootsFile, discard))
 	return t
 }
 
-func (t trust) client() *tls.Config {
-	return certs.ClientConfig(must(certs.NewRoots(t.rootsFile, discard)), serverName)
-}
+func (t trust) client() *tls.Config { return certs.ClientConfig(t.roots, serverName) }
 
 // listen returns a listener, and its address with the name in the server's certificate.
 func (w *world) listen() (net.Listener, string) {

@@ -122,11 +122,7 @@ func (m Metric) Measured(runs []Run) (Metric, error) {
 			return m, fmt.Errorf("metric %s: a run's value or ratio is not a number", m.Name)
 		}
 	}
-	parts, err := medianParts(runs)
-	if err != nil {
-		return m, fmt.Errorf("metric %s: %w", m.Name, err)
-	}
-	m.Value, m.Parts, m.Runs = new(Median(values)), parts, runs
+	m.Value, m.Parts, m.Runs = new(Median(values)), medianParts(runs), runs
 	bounded := *m.Value
 	if len(ratios) > 0 {
 		var baselines []float64
@@ -144,26 +140,16 @@ func (m Metric) Measured(runs []Run) (Metric, error) {
 	return m, nil
 }
 
-// medianParts fails unless all runs have the same parts.
-func medianParts(runs []Run) (parts []Part, err error) {
+// medianParts returns the medians of the parts, which all runs have or none.
+func medianParts(runs []Run) (parts []Part) {
 	for i, part := range runs[0].Parts {
 		var xs []float64
 		for _, r := range runs {
-			if len(r.Parts) > i && r.Parts[i].Name == part.Name && !math.IsNaN(r.Parts[i].Value) {
-				xs = append(xs, r.Parts[i].Value)
-			}
+			xs = append(xs, r.Parts[i].Value)
 		}
 		parts = append(parts, Part{part.Name, Median(xs)})
-		if len(xs) != len(runs) {
-			return nil, fmt.Errorf("only %d of %d runs have the part %q", len(xs), len(runs), part.Name)
-		}
 	}
-	for _, r := range runs {
-		if len(r.Parts) != len(parts) {
-			return nil, fmt.Errorf("a run has %d parts and the first %d", len(r.Parts), len(parts))
-		}
-	}
-	return parts, nil
+	return parts
 }
 
 // NotRun returns m without a value, for the given reason.
@@ -185,31 +171,28 @@ func Median(xs []float64) float64 {
 	return (sorted[(n-1)/2] + sorted[n/2]) / 2
 }
 
-// Check returns an error if a metric is incomplete or contradicts itself.
+// Check returns an error if a metric is incomplete: a reader could not rely on the report.
 func (r Report) Check() error {
-	var errs []error
 	if len(r.Metrics) == 0 {
-		errs = append(errs, errors.New("the report has no metric"))
+		return errors.New("the report has no metric")
 	}
 	names := make(map[string]bool)
 	for _, m := range r.Metrics {
-		for broken, is := range map[string]bool{
-			"no name or no unit":                              m.Name == "" || m.Unit == "",
-			"the name of another metric":                      names[m.Name],
-			"both or neither of a goal and a reason for none": (m.Goal == nil) == (m.NoGoal == ""),
-			"an unknown goal": m.Goal != nil &&
-				(m.Goal.Of != Value && m.Goal.Of != Ratio || m.Goal.Op != "<=" && m.Goal.Op != ">="),
-			"both or neither of a value and a reason for none": (m.Value == nil) == (m.Reason == ""),
-			"a value without runs":                             m.Value != nil && len(m.Runs) == 0,
-			"a value that is not compared with the goal":       (m.Met != nil) != (m.Goal != nil && m.Value != nil),
-		} {
-			if is {
-				errs = append(errs, fmt.Errorf("metric %q has %s", m.Name, broken))
-			}
+		switch g := m.Goal; {
+		case m.Name == "" || m.Unit == "" || names[m.Name]:
+			return fmt.Errorf("metric %q has no name, no unit, or the name of another", m.Name)
+		case (g == nil) == (m.NoGoal == ""):
+			return fmt.Errorf("metric %q needs either a goal or a reason for none", m.Name)
+		case g != nil && (g.Of != Value && g.Of != Ratio || g.Op != "<=" && g.Op != ">="):
+			return fmt.Errorf("metric %q has an unknown goal", m.Name)
+		case (m.Value == nil) == (m.Reason == "") || m.Value != nil && len(m.Runs) == 0:
+			return fmt.Errorf("metric %q needs either a value with runs or a reason for none", m.Name)
+		case (m.Met != nil) != (g != nil && m.Value != nil):
+			return fmt.Errorf("metric %q has a goal and a value that are not compared", m.Name)
 		}
 		names[m.Name] = true
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // WriteJSON writes the report if it passes Check.
