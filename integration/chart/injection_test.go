@@ -4,18 +4,15 @@ package chart_test
 
 import (
 	"fmt"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
-
-	"github.com/credence-iam/credence/integration/stack"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// TestWebhookConfiguration compares the chart's configuration with that of package stack, which has each field a second
-// time, and so with the behavior of all tests on a control plane. A wrong field lets pods start without a sidecar, or
-// blocks other pods.
+// TestWebhookConfiguration has each field of the chart's configuration a second time. A wrong field lets pods start without a
+// sidecar, or blocks other pods.
 func TestWebhookConfiguration(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct {
@@ -25,13 +22,32 @@ func TestWebhookConfiguration(t *testing.T) {
 		"defaults":   {"iam.amazonaws.com", []string{"cert-manager", "credence", "kube-system"}},
 		"everything": {"aws.example.com", []string{"certs", "credence"}},
 	} {
-		want := stack.Webhook()
-		want.ClientConfig.Service = &admissionregistrationv1.ServiceReference{Namespace: "credence", Name: "credence-webhook", Path: new("/mutate"), Port: new(int32(443))}
-		want.NamespaceSelector.MatchLabels = map[string]string{tc.prefix + "/inject": "enabled"}
-		want.NamespaceSelector.MatchExpressions[0].Values = tc.excluded
-		want.MatchConditions[0].Expression = strings.ReplaceAll(want.MatchConditions[0].Expression, "iam.amazonaws.com", tc.prefix)
 		got := webhookConfiguration(t, objects(t, name)).Webhooks[0]
 		got.ClientConfig.CABundle = nil
+		scope := admissionregistrationv1.NamespacedScope
+		want := admissionregistrationv1.MutatingWebhook{
+			Name:                    "inject.credence-iam.github.io",
+			AdmissionReviewVersions: []string{"v1"},
+			ClientConfig: admissionregistrationv1.WebhookClientConfig{Service: &admissionregistrationv1.ServiceReference{
+				Namespace: "credence", Name: "credence-webhook", Path: new("/mutate"), Port: new(int32(443)),
+			}},
+			Rules: []admissionregistrationv1.RuleWithOperations{{
+				Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create},
+				Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}, Scope: &scope},
+			}},
+			NamespaceSelector: &metav1.LabelSelector{
+				MatchLabels:      map[string]string{tc.prefix + "/inject": "enabled"},
+				MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "kubernetes.io/metadata.name", Operator: metav1.LabelSelectorOpNotIn, Values: tc.excluded}},
+			},
+			MatchConditions: []admissionregistrationv1.MatchCondition{{
+				Name:       "annotated",
+				Expression: `has(object.metadata.annotations) && (object.metadata.annotations.size() > 5000 || object.metadata.annotations.exists(key, key.startsWith("` + tc.prefix + `/")))`,
+			}},
+			FailurePolicy:      new(admissionregistrationv1.Fail),
+			ReinvocationPolicy: new(admissionregistrationv1.IfNeededReinvocationPolicy),
+			SideEffects:        new(admissionregistrationv1.SideEffectClassNone),
+			TimeoutSeconds:     new(int32(5)),
+		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s (- want, + got):\n%s", name, diff)
 		}
@@ -49,6 +65,12 @@ func TestPoliciesFailClosed(t *testing.T) {
 			closed[o.Name] = o.Spec.FailurePolicy == nil || *o.Spec.FailurePolicy == admissionregistrationv1.Fail
 		case *admissionregistrationv1.ValidatingAdmissionPolicyBinding:
 			actions[o.Spec.PolicyName] = fmt.Sprint(o.Spec.ValidationActions)
+		case *admissionregistrationv1.MutatingWebhookConfiguration:
+			for _, w := range o.Webhooks {
+				if w.FailurePolicy != nil && *w.FailurePolicy != admissionregistrationv1.Fail {
+					t.Errorf("webhook %s has failurePolicy %s", w.Name, *w.FailurePolicy)
+				}
+			}
 		}
 	}
 	want := map[string]string{
@@ -56,11 +78,11 @@ func TestPoliciesFailClosed(t *testing.T) {
 		"credence-not-opted-in": "[Warn Audit]", "credence-not-opted-in-templates": "[Warn Audit]", "credence-opt-in-label": "[Warn Audit]",
 	}
 	if diff := cmp.Diff(want, actions); diff != "" {
-		t.Errorf("the actions of the bindings (- want, + got):\n%s", diff)
+		t.Errorf("what bindings do (-want +got):\n%s", diff)
 	}
 	for name, action := range want {
 		if isClosed, ok := closed[name]; !ok || isClosed != (action == "[Deny]") {
-			t.Errorf("policy %s with the actions %s fails closed: %v", name, action, isClosed)
+			t.Errorf("policy %s, which does %s, fails closed: %v", name, action, isClosed)
 		}
 	}
 }

@@ -12,10 +12,10 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// bound is the guarantee of package cache: no response has a smaller fraction of its session left.
+// bound is the guarantee of package cache: every response has at least this fraction of its session left.
 const bound = 0.45
 
-// settled is longer than placement takes to settle, and the cache to fetch the sessions that move.
+// settled is longer than placement takes to settle and brokers take to fetch the sessions that move.
 const settled = 2*time.Minute + 30*time.Second
 
 const (
@@ -317,7 +317,7 @@ func loseBroker(brokers int, how func(*instance), longest time.Duration, wire bo
 		if n := s.byCause[waiting]; n > 0 {
 			r.Errorf("%d times no called broker had the session", n)
 		}
-		// The other brokers take over the sessions of the lost one, if there are more than two brokers. Its successor does.
+		// If there are more than two brokers, the others fetch the lost one's sessions. Then its successor fetches them.
 		part := 2 / float64(brokers)
 		if brokers > 2 {
 			part *= 2

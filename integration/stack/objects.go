@@ -6,15 +6,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
-	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
-	eventsv1 "k8s.io/api/events/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/credence-iam/credence/integration/chart"
 )
 
 const (
@@ -23,97 +26,103 @@ const (
 	optedIn        = "iam.amazonaws.com/inject" // the label of namespaces
 )
 
-var (
-	watch = []string{"get", "list", "watch"}
-	// clusterRules are the rights of each program in the whole cluster.
-	clusterRules = map[string][]rbacv1.PolicyRule{
-		brokerName: {
-			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: watch},
-			{NonResourceURLs: []string{"/openid/v1/jwks", "/.well-known/openid-configuration"}, Verbs: []string{"get"}},
-			{APIGroups: []string{eventsv1.GroupName}, Resources: []string{"events"}, Verbs: []string{"create"}},
-			{APIGroups: []string{authenticationv1.GroupName}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}}, // for tests with token reviews
-			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{trustConfigMap}, Verbs: []string{"list", "watch", "create", "patch"}},
-			{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{brokerName}, Verbs: []string{"get"}},
-		},
-		webhookName: {
-			{APIGroups: []string{""}, Resources: []string{"namespaces"}, Verbs: watch},
-		},
-	}
-	// brokerRules are the broker's rights in Credence's namespace: to see the other brokers, and to elect the one that
-	// publishes trust.
-	brokerRules = []rbacv1.PolicyRule{
-		{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{trustConfigMap}, Verbs: []string{"get"}},
-		{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}},
-		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, Verbs: []string{"create"}}, // RBAC cannot limit it by name
-		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, ResourceNames: []string{brokerName}, Verbs: []string{"get", "update"}},
-	}
-)
+// Chart returns the folder of the chart, in the checkout around the working folder.
+func Chart() (string, error) { return find("charts/credence") }
 
-// install makes Credence's namespace, and service accounts with only the rights that they use.
+// find returns the path of a file or folder of the checkout around the working folder.
+func find(name string) (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("finding %s: %w", name, err)
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		path := filepath.Join(dir, name)
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("no %s at or above the working folder; run this within the checkout", name)
+		}
+	}
+}
+
+// chartObjects returns the objects of the chart with default values. They come from a golden file, which tests of package
+// chart compare with Helm's output, so that a stack needs no Helm.
+func chartObjects() ([]runtime.Object, error) {
+	file, err := find("integration/chart/testdata/defaults.golden.yaml")
+	if err != nil {
+		return nil, err
+	}
+	rendered, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("reading the chart's objects: %w", err)
+	}
+	return chart.Decode(rendered)
+}
+
+// ChartMemory returns the memory limits of the broker and the webhook in the chart, in bytes.
+func ChartMemory() (broker, webhook int64, err error) {
+	objects, err := chartObjects()
+	if err != nil {
+		return 0, 0, err
+	}
+	limits := make(map[string]int64)
+	for _, d := range chart.Of[*appsv1.Deployment](objects) {
+		limits[d.Name] = d.Spec.Template.Spec.Containers[0].Resources.Limits.Memory().Value()
+	}
+	if limits[brokerName] <= 0 || limits[webhookName] <= 0 {
+		return 0, 0, errors.New("the chart has no memory limit for the broker or the webhook")
+	}
+	return limits[brokerName], limits[webhookName], nil
+}
+
+// install makes Credence's namespace, and the chart's service accounts with their rights.
 func (s *Stack) install(ctx context.Context) error {
+	objects, err := chartObjects()
+	if err != nil {
+		return err
+	}
 	core, rbac, create := s.Client.CoreV1(), s.Client.RbacV1(), metav1.CreateOptions{}
-	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Name: name} }
-	subject := func(name string) []rbacv1.Subject {
-		return []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: SystemNamespace, Name: name}}
+	_, err = core.Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: SystemNamespace}}, create)
+	for _, object := range objects {
+		if err != nil {
+			break
+		}
+		switch o := object.(type) {
+		case *corev1.ServiceAccount:
+			_, err = core.ServiceAccounts(SystemNamespace).Create(ctx, o, create)
+		case *rbacv1.ClusterRole:
+			if o.Name == brokerName { // for tests with token reviews, which are not the chart's default
+				o.Rules = append(o.Rules, rbacv1.PolicyRule{
+					APIGroups: []string{authenticationv1.GroupName}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"},
+				})
+			}
+			_, err = rbac.ClusterRoles().Create(ctx, o, create)
+		case *rbacv1.ClusterRoleBinding:
+			_, err = rbac.ClusterRoleBindings().Create(ctx, o, create)
+		case *rbacv1.Role:
+			_, err = rbac.Roles(SystemNamespace).Create(ctx, o, create)
+		case *rbacv1.RoleBinding:
+			_, err = rbac.RoleBindings(SystemNamespace).Create(ctx, o, create)
+		case *admissionregistrationv1.MutatingWebhookConfiguration:
+			s.registration = o
+		}
 	}
-	_, err := core.Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: named(SystemNamespace)}, create)
-	errs := []error{err}
-	for name, rules := range clusterRules {
-		_, err := core.ServiceAccounts(SystemNamespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: named(name)}, create)
-		errs = append(errs, err)
-		_, err = rbac.ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: named(name), Rules: rules}, create)
-		errs = append(errs, err)
-		_, err = rbac.ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
-			ObjectMeta: named(name), Subjects: subject(name), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
-		}, create)
-		errs = append(errs, err)
+	if err == nil && s.registration == nil {
+		err = errors.New("the chart registers no webhook")
 	}
-	_, err = rbac.Roles(SystemNamespace).Create(ctx, &rbacv1.Role{ObjectMeta: named(brokerName), Rules: brokerRules}, create)
-	errs = append(errs, err)
-	_, err = rbac.RoleBindings(SystemNamespace).Create(ctx, &rbacv1.RoleBinding{
-		ObjectMeta: named(brokerName), Subjects: subject(brokerName), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: brokerName},
-	}, create)
-	if err := errors.Join(append(errs, err)...); err != nil {
+	if err != nil {
 		return fmt.Errorf("installing: %w", err)
 	}
 	return nil
 }
 
-// Webhook returns the webhook's registration without its address. A test compares it with the chart's.
-func Webhook() admissionregistrationv1.MutatingWebhook {
-	failurePolicy, reinvocation, sideEffects := admissionregistrationv1.Fail, admissionregistrationv1.IfNeededReinvocationPolicy, admissionregistrationv1.SideEffectClassNone
-	scope, timeout := admissionregistrationv1.NamespacedScope, int32(5)
-	return admissionregistrationv1.MutatingWebhook{
-		Name:                    "inject.credence-iam.github.io",
-		AdmissionReviewVersions: []string{"v1"},
-		FailurePolicy:           &failurePolicy,
-		ReinvocationPolicy:      &reinvocation,
-		SideEffects:             &sideEffects,
-		TimeoutSeconds:          &timeout,
-		Rules: []admissionregistrationv1.RuleWithOperations{{
-			Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create},
-			Rule:       admissionregistrationv1.Rule{APIGroups: []string{""}, APIVersions: []string{"v1"}, Resources: []string{"pods"}, Scope: &scope},
-		}},
-		NamespaceSelector: &metav1.LabelSelector{
-			MatchLabels: map[string]string{optedIn: "enabled"},
-			MatchExpressions: []metav1.LabelSelectorRequirement{{
-				Key: corev1.LabelMetadataName, Operator: metav1.LabelSelectorOpNotIn, Values: []string{"cert-manager", SystemNamespace, metav1.NamespaceSystem},
-			}},
-		},
-		MatchConditions: []admissionregistrationv1.MatchCondition{{
-			Name:       "annotated",
-			Expression: `has(object.metadata.annotations) && (object.metadata.annotations.size() > 5000 || object.metadata.annotations.exists(key, key.startsWith("iam.amazonaws.com/")))`,
-		}},
-	}
-}
-
-// registerWebhook registers the webhook with the API server, and returns when the API server calls it.
+// registerWebhook registers the webhook as the chart does, but at its address here. It returns when the API server calls it.
 func (s *Stack) registerWebhook(ctx context.Context) error {
-	url, webhook := "https://"+s.webhook.address+"/mutate", Webhook()
-	webhook.ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
-	if _, err := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Create(ctx, &admissionregistrationv1.MutatingWebhookConfiguration{
-		ObjectMeta: metav1.ObjectMeta{Name: configuration}, Webhooks: []admissionregistrationv1.MutatingWebhook{webhook},
-	}, metav1.CreateOptions{}); err != nil {
+	url := "https://" + s.webhook.address + "/mutate"
+	s.registration.Webhooks[0].ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
+	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
+	if _, err := configs.Create(ctx, s.registration, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("registering the webhook: %w", err)
 	}
 	const namespace = "credence-injection-check"

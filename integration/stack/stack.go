@@ -24,6 +24,7 @@ import (
 	"strings"
 	"time"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
@@ -93,6 +94,7 @@ type Stack struct {
 	run             *process.Run
 	ca              *certstest.CA
 	broker, webhook *Program
+	registration    *admissionregistrationv1.MutatingWebhookConfiguration
 }
 
 // Program is the broker or the webhook, as started last.

@@ -4,17 +4,12 @@ package stack
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awscredentials "github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
-	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/credential"
@@ -47,48 +42,4 @@ func FillStore(ctx context.Context, store *minio.Server, buckets ...string) (*st
 	return &ststest.MinIO{
 		Endpoint: store.Endpoint(), AccessKey: accessKey, SecretKey: credential.NewSecret(secretKey), Policies: policies, Client: store.Client(),
 	}, nil
-}
-
-// Chart returns the folder of the chart, in the checkout around the working folder.
-func Chart() (string, error) {
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", fmt.Errorf("finding the chart: %w", err)
-	}
-	for ; ; dir = filepath.Dir(dir) {
-		path := filepath.Join(dir, "charts", "credence")
-		if _, err := os.Stat(filepath.Join(path, "Chart.yaml")); err == nil {
-			return path, nil
-		}
-		if dir == filepath.Dir(dir) {
-			return "", errors.New("finding the chart: no charts/credence at or above the working folder; run this within the checkout")
-		}
-	}
-}
-
-// ChartMemory returns the memory limits of the broker and the webhook in the chart, in bytes.
-func ChartMemory() (broker, webhook int64, err error) {
-	chart, err := Chart()
-	if err != nil {
-		return 0, 0, err
-	}
-	text, err := os.ReadFile(filepath.Join(chart, "values.yaml"))
-	if err != nil {
-		return 0, 0, fmt.Errorf("reading the chart's values: %w", err)
-	}
-	type component struct {
-		Resources corev1.ResourceRequirements `json:"resources"`
-	}
-	var values struct {
-		Broker  component `json:"broker"`
-		Webhook component `json:"webhook"`
-	}
-	if err := yaml.Unmarshal(text, &values); err != nil {
-		return 0, 0, fmt.Errorf("decoding the chart's values: %w", err)
-	}
-	broker, webhook = values.Broker.Resources.Limits.Memory().Value(), values.Webhook.Resources.Limits.Memory().Value()
-	if broker <= 0 || webhook <= 0 {
-		return 0, 0, errors.New("the chart has no memory limit for the broker or the webhook")
-	}
-	return broker, webhook, nil
 }
