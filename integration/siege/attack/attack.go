@@ -32,7 +32,7 @@ var steps = map[string]step{
 	"a long ClientHello without end": unfinishedHello(63 << 10),
 
 	"silence after SETTINGS":      h2Step(func(*h2) {}),
-	"an open call":                h2Step(func(c *h2) { c.open(1, c.headers(token("none")), true) }),
+	"an open call":                h2Step(func(c *h2) { c.open(1, c.headers(token("none")...), true) }),
 	"large headers":               headersWithoutEnd(1, large(19<<10)),
 	"large headers twice":         headersWithoutEnd(1, large(13<<10)),
 	"large headers in 16 streams": headersWithoutEnd(16, large(17<<10)),
@@ -41,7 +41,7 @@ var steps = map[string]step{
 	"a message in crumbs":         h2Step(func(c *h2) { c.crumbledMessage(2000) }),
 	"everything at once":          h2Step(func(c *h2) { c.everything(19<<10, 27<<10) }),
 	"one byte a time":             drippedCall,
-	"calls by nobody":             calls("nobody"),
+	"calls by nobody":             calls(func() string { return "nobody" }),
 	"resets":                      flood((*h2).reset),
 	"PING without end":            flood(func(c *h2, _ uint32) { _ = c.framer.WritePing(false, [8]byte{}) }),
 	"SETTINGS without end":        flood(func(c *h2, _ uint32) { _ = c.framer.WriteSettings() }),
@@ -202,8 +202,12 @@ func (c *h2) headers(further ...hpack.HeaderField) []byte {
 	return c.block.Bytes()
 }
 
-func token(text string) hpack.HeaderField {
-	return hpack.HeaderField{Name: "authorization", Value: "Bearer " + text}
+// token is the field with a token; there is none without a token.
+func token(text string) []hpack.HeaderField {
+	if text == "" {
+		return nil
+	}
+	return []hpack.HeaderField{{Name: "authorization", Value: "Bearer " + text}}
 }
 
 // maxFrame is the frame size that every server must accept (RFC 9113, 4.2), and the limit of most.
@@ -339,11 +343,12 @@ func (c *h2) continuation(i uint32) {
 	_ = c.framer.WriteContinuation(1, false, nil)
 }
 
-// calls makes one complete call after the other with a token that is not signed, and waits for each response.
-func calls(text string) step {
+// calls makes one complete call after the other with the next token, and waits for each response. The broker must refuse
+// them: responses with data would exhaust the connection's window.
+func calls(next func() string) step {
 	return h2Step(func(c *h2) {
 		for stream := uint32(1); c.err == nil; stream += 2 {
-			c.open(stream, c.headers(token(text)), true)
+			c.open(stream, c.headers(token(next())...), true)
 			_ = c.framer.WriteData(stream, true, make([]byte, 5))
 			c.flush()
 			for c.err == nil && !c.ends(stream) {

@@ -6,102 +6,64 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"sync"
-	"time"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
-
-	"github.com/credence-iam/credence/broker/brokerpb"
+	"sync/atomic"
 )
 
-// repeat runs n callers from each source until ctx ends, each with one session after the other. A session reports how
-// each of its calls ended. repeat returns the number of calls by how they ended.
-func repeat(ctx context.Context, sources []string, n int, session func(source string, ended func(string))) string {
-	var (
-		all   sync.WaitGroup
-		mu    sync.Mutex
-		calls = make(map[string]int)
-	)
-	for _, source := range sources {
-		for range n {
-			all.Go(func() {
-				for ctx.Err() == nil {
-					session(source, func(result string) {
-						if ctx.Err() == nil {
-							mu.Lock()
-							defer mu.Unlock()
-							calls[result]++
-						}
-					})
-				}
-			})
-		}
-	}
-	all.Wait()
-	return fmt.Sprint(calls)
-}
-
-// callsPerConnection is how many calls a caller makes before it connects again.
-const callsPerConnection = 100
-
-// RepeatCalls calls a broker for credentials until ctx ends, with n callers from each source. token returns the token of
-// the next call; if it is empty, the call has none. RepeatCalls returns the number of calls by code.
+// RepeatCalls calls a broker for credentials until ctx ends, over n connections from each source. token returns the token of
+// the next call; if it is empty, the call has none. RepeatCalls describes what it has done.
 func RepeatCalls(ctx context.Context, address string, config *tls.Config, n int, token func() string, sources ...string) string {
-	return repeat(ctx, sources, n, func(source string, ended func(string)) {
-		dial := func(ctx context.Context, address string) (net.Conn, error) {
-			return dialer(source).DialContext(ctx, "tcp", address)
-		}
-		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(config)),
-			grpc.WithNoProxy(), grpc.WithContextDialer(dial))
-		if err != nil {
-			ended(err.Error())
-			return
-		}
-		defer conn.Close()
-		for range callsPerConnection {
-			callCtx := ctx
-			if text := token(); text != "" {
-				callCtx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+text)
-			}
-			_, err := brokerpb.NewBrokerClient(conn).GetCredentials(callCtx, &brokerpb.GetCredentialsRequest{})
-			ended(status.Code(err).String())
-			if ctx.Err() != nil || status.Code(err) == codes.Unavailable {
-				return // Connecting again at once is worse for the server than gRPC's own pauses.
-			}
-		}
-	})
+	var c count
+	var made atomic.Int64
+	next := func() string { made.Add(1); return token() }
+	var running sync.WaitGroup
+	for _, source := range sources {
+		running.Go(func() { target{address, source, config}.run(ctx, n, calls(next), &c) })
+	}
+	running.Wait()
+	return fmt.Sprintf("%d calls over %d connections", made.Load(), c.opened.Load())
 }
 
 // RepeatReviews posts the body to a webhook until ctx ends, with n clients from each source. It returns the number of
 // reviews by HTTP status.
 func RepeatReviews(ctx context.Context, address string, config *tls.Config, n int, body []byte, sources ...string) string {
-	clients := make(map[string]*http.Client)
+	var running sync.WaitGroup
+	var mu sync.Mutex
+	reviews := make(map[string]int)
 	for _, source := range sources {
 		transport := &http.Transport{TLSClientConfig: config, DialContext: dialer(source).DialContext}
 		defer transport.CloseIdleConnections()
-		clients[source] = &http.Client{Transport: transport}
+		for range n {
+			running.Go(func() {
+				for ctx.Err() == nil {
+					status, err := post(ctx, &http.Client{Transport: transport}, "https://"+address+"/mutate", body)
+					if err != nil {
+						status = "no response"
+						sleep(ctx, pause)
+					}
+					mu.Lock()
+					reviews[status]++
+					mu.Unlock()
+				}
+			})
+		}
 	}
-	return repeat(ctx, sources, n, func(source string, ended func(string)) {
-		request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+"/mutate", bytes.NewReader(body))
-		if err != nil {
-			ended(err.Error())
-			return
-		}
-		request.Header.Set("Content-Type", "application/json")
-		response, err := clients[source].Do(request)
-		if err != nil {
-			ended("no response")
-			time.Sleep(pause)
-			return
-		}
-		_, _ = io.Copy(io.Discard, response.Body)
-		_ = response.Body.Close()
-		ended(response.Status)
-	})
+	running.Wait()
+	return fmt.Sprint(reviews)
+}
+
+func post(ctx context.Context, client *http.Client, url string, body []byte) (status string, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
+	if err != nil {
+		return "", err
+	}
+	request.Header.Set("Content-Type", "application/json")
+	response, err := client.Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	_, err = io.Copy(io.Discard, response.Body)
+	return response.Status, err
 }
