@@ -41,7 +41,7 @@ var steps = map[string]step{
 	"a message in crumbs":         h2Step(func(c *h2) { c.crumbledMessage(2000) }),
 	"everything at once":          h2Step(func(c *h2) { c.everything(19<<10, 27<<10) }),
 	"one byte a time":             drippedCall,
-	"calls by nobody":             calls(func() string { return "nobody" }),
+	"calls by nobody":             calls(func() string { return "nobody" }, new(atomic.Int64)),
 	"resets":                      flood((*h2).reset),
 	"PING without end":            flood(func(c *h2, _ uint32) { _ = c.framer.WritePing(false, [8]byte{}) }),
 	"SETTINGS without end":        flood(func(c *h2, _ uint32) { _ = c.framer.WriteSettings() }),
@@ -343,15 +343,18 @@ func (c *h2) continuation(i uint32) {
 	_ = c.framer.WriteContinuation(1, false, nil)
 }
 
-// calls makes one complete call after the other with the next token, and waits for each response. The broker must refuse
-// them: responses with data would exhaust the connection's window.
-func calls(next func() string) step {
+// calls makes one complete call after the other with the next token, and counts the responses. The broker must refuse the
+// calls: responses with data would exhaust the connection's window.
+func calls(next func() string, responses *atomic.Int64) step {
 	return h2Step(func(c *h2) {
 		for stream := uint32(1); c.err == nil; stream += 2 {
 			c.open(stream, c.headers(token(next())...), true)
 			_ = c.framer.WriteData(stream, true, make([]byte, 5))
 			c.flush()
 			for c.err == nil && !c.ends(stream) {
+			}
+			if c.err == nil {
+				responses.Add(1)
 			}
 		}
 	})

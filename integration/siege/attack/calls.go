@@ -3,7 +3,6 @@ package attack
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"fmt"
 	"io"
 	"net/http"
@@ -12,27 +11,26 @@ import (
 )
 
 // RepeatCalls calls a broker for credentials until ctx ends, over n connections from each source. token returns the token of
-// the next call; if it is empty, the call has none. RepeatCalls describes what it has done.
-func RepeatCalls(ctx context.Context, address string, config *tls.Config, n int, token func() string, sources ...string) string {
+// the next call; if it is empty, the call has none. RepeatCalls returns the number of responses, which must be refusals.
+func RepeatCalls(ctx context.Context, address string, n int, token func() string, sources ...string) int64 {
 	var c count
-	var made atomic.Int64
-	next := func() string { made.Add(1); return token() }
+	var responses atomic.Int64
 	var running sync.WaitGroup
 	for _, source := range sources {
-		running.Go(func() { target{address, source, config}.run(ctx, n, calls(next), &c) })
+		running.Go(func() { target{address, source, anyServer("h2")}.run(ctx, n, calls(token, &responses), &c) })
 	}
 	running.Wait()
-	return fmt.Sprintf("%d calls over %d connections", made.Load(), c.opened.Load())
+	return responses.Load()
 }
 
 // RepeatReviews posts the body to a webhook until ctx ends, with n clients from each source. It returns the number of
 // reviews by HTTP status.
-func RepeatReviews(ctx context.Context, address string, config *tls.Config, n int, body []byte, sources ...string) string {
+func RepeatReviews(ctx context.Context, address string, n int, body []byte, sources ...string) string {
 	var running sync.WaitGroup
 	var mu sync.Mutex
 	reviews := make(map[string]int)
 	for _, source := range sources {
-		transport := &http.Transport{TLSClientConfig: config, DialContext: dialer(source).DialContext}
+		transport := &http.Transport{TLSClientConfig: anyServer("http/1.1"), DialContext: dialer(source).DialContext}
 		defer transport.CloseIdleConnections()
 		for range n {
 			running.Go(func() {

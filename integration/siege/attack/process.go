@@ -29,8 +29,8 @@ type Plan struct {
 	Connections int
 }
 
-// AnyServer is the TLS configuration of a client that does not verify the server.
-func AnyServer(alpn string) *tls.Config {
+// anyServer is the TLS configuration of a client that does not verify the server.
+func anyServer(alpn string) *tls.Config {
 	return &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, NextProtos: []string{alpn}} //nolint:gosec // As it says.
 }
 
@@ -64,7 +64,7 @@ func Main() bool {
 	for _, source := range plan.Sources {
 		t := target{address: plan.Address, source: source}
 		if plan.ALPN != "" {
-			t.tls = AnyServer(plan.ALPN)
+			t.tls = anyServer(plan.ALPN)
 		}
 		running.Go(func() { t.run(ctx, plan.Connections, steps[plan.Step], &c) })
 	}
