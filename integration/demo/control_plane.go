@@ -72,7 +72,7 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	p.say(fmt.Sprintf("MinIO runs, with the buckets %s. Only the role of its name opens each.", strings.Join(buckets, " and ")))
+	p.say("MinIO runs, with the buckets " + strings.Join(buckets, " and ") + ". Each opens only for the role of the same name.")
 	if p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, STS: ststest.Config{MinIO: sessions}}); err != nil {
 		return err
 	}
