@@ -1,20 +1,16 @@
 //go:build unix
 
-// Command sdks runs the AWS SDKs that are in use, as they are, against the real sidecar and the real broker on a
-// control plane, and writes down what their users see.
+// Command sdks runs unmodified AWS SDKs against the real sidecar and the real broker, on a control plane, and
+// checks what their users see. "make sdks" gets the SDKs and runs it; SDKS=go-v2,curl chooses clients.
 //
-//	go run ./integration/sdks [flags]
+// The table sdks names the clients, their scripts, and what is expected of each. A script is a program with the
+// environment of an injected pod. All clients go through the same scenarios: first credentials, many new
+// sessions, a renewal, a broker that is unavailable for longer than a session lasts and returns, a refused role,
+// slow first credentials, a wrong token, and the region.
 //
-// Each client is a program of its own below clients, which this one starts with the environment of an injected
-// pod. All clients live through the same: first credentials, many new sessions, a renewal, a broker that goes
-// away, for longer than credentials last, and comes back; and each meets a refused role, a broker that takes
-// longer than a second, a wrong token, and the look-up of the region. What is expected of each stands in the
-// code. The results go to docs/sdk-compatibility.md, without figures that change from run to run, and with all
-// figures to .build/sdks/sdks.json.
-//
-// A client that is not installed is reported as not run, which is no failure. One whose driver cannot be built or
-// started, and anything else than what is expected, makes the exit status 1, after all results are written. Ctrl-C
-// ends all programs that were started, and writes nothing; a second one does not wait for them.
+// A client that is not installed, and any result other than the expected one, makes the exit status 1. If all
+// results are as expected, the command updates the generated parts of docs/sdk-compatibility.md for the clients
+// that it ran. Ctrl-C stops all programs that it started, and leaves the page as it is.
 package main
 
 import (
@@ -24,7 +20,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
@@ -35,189 +30,119 @@ import (
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/stack"
+	"github.com/credence-iam/credence/integration/tools"
 )
-
-// defaultLife is how long sessions last. A broker asks a sidecar to come back no sooner than after half a
-// minute, so much less could not be renewed in time.
-const defaultLife = 90 * time.Second
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// From the first signal on, another one has its usual effect.
-	done := context.AfterFunc(ctx, func() {
-		stop()
-		fmt.Fprintln(os.Stderr, "sdks: ending what was started; Ctrl-C again ends this at once")
-	})
-	err := run(ctx, os.Args[1:], os.Stderr)
-	interrupted := ctx.Err() != nil
-	done()
-	stop()
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case interrupted:
-		fmt.Fprintln(os.Stderr, "sdks: interrupted; nothing was written")
-		os.Exit(130) // as shells report Ctrl-C
-	case err != nil:
+	context.AfterFunc(ctx, stop) // a second Ctrl-C does not wait
+	only := flag.String("only", "", "comma-separated `names` of the clients to run; all by default")
+	flag.Parse()
+	if err := run(ctx, *only, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "sdks:", err)
 		os.Exit(1)
 	}
 }
 
-// options are what the flags say.
-type options struct {
-	life time.Duration
-	only []string // names of clients; empty: all
-}
-
-func parse(args []string, stderr io.Writer) (o options, err error) {
-	flags := flag.NewFlagSet("sdks", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.DurationVar(&o.life, "life", defaultLife, "how `long` sessions last, from 70s to 12h; with any but 90s the page is not written")
-	only := flags.String("only", "", "comma `list` of clients to run, and not to write the page; default all")
-	flags.Usage = func() {
-		_, _ = fmt.Fprintln(stderr, "usage: go run ./integration/sdks [flags]\n\nFlags:")
-		flags.PrintDefaults()
-		_, _ = fmt.Fprintln(stderr, "\nClients:")
-		for _, c := range clients {
-			_, _ = fmt.Fprintf(stderr, "  %s (%s)\n", c.name, c.about)
+// chosen returns the clients of a comma-separated list; all if it is empty.
+func chosen(only string) (list []sdk, err error) {
+	if only == "" {
+		return sdks, nil
+	}
+	for name := range strings.SplitSeq(only, ",") {
+		i := slices.IndexFunc(sdks, func(s sdk) bool { return s.name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("unknown client %q in -only; the clients are in integration/sdks/sdks.go", name)
 		}
+		list = append(list, sdks[i])
 	}
-	if err := flags.Parse(args); err != nil {
-		return o, err
-	}
-	if *only != "" {
-		o.only = strings.Split(*only, ",")
-	}
-	for _, name := range o.only {
-		if !slices.ContainsFunc(clients, func(c client) bool { return c.name == name }) {
-			return o, fmt.Errorf("-only: there is no client %q; -h lists them", name)
-		}
-	}
-	switch {
-	case flags.NArg() > 0:
-		return o, fmt.Errorf("unexpected argument %q: everything is set by flags", flags.Arg(0))
-	case o.life < 70*time.Second || o.life > 12*time.Hour:
-		return o, errors.New("-life must be from 70s to 12h: a sidecar is told to come back no sooner than after 30s, and at half the life")
-	}
-	return o, nil
+	return list, nil
 }
 
-func run(ctx context.Context, args []string, progress io.Writer) error {
-	o, err := parse(args, progress)
+func run(ctx context.Context, only string, progress io.Writer) error {
+	list, err := chosen(only)
 	if err != nil {
 		return err
 	}
-	root, err := checkout(ctx)
+	root, err := tools.Checkout()
 	if err != nil {
 		return err
 	}
-	report, err := measure(ctx, o, root, progress)
-	if err == nil {
-		err = ctx.Err() // what was interrupted is no result
-	}
+	rows, missing, faults, err := measure(ctx, list, root, progress)
 	if err != nil {
 		return err
 	}
-	return finish(report, o, root, progress)
-}
-
-// finish writes what was found, and says how it is.
-func finish(report *Report, o options, root string, progress io.Writer) error {
-	say := func(format string, args ...any) { _, _ = fmt.Fprintf(progress, format+"\n", args...) }
-	figures := filepath.Join(root, ".build", "sdks", "sdks.json")
-	if err := report.write(figures); err != nil {
-		return err
+	if len(faults) > 0 {
+		return fmt.Errorf("not as expected by the table in integration/sdks/sdks.go; the page is unchanged:\n%s", strings.Join(faults, "\n"))
 	}
-	say("\nAll figures are in %s.", figures)
 	file := filepath.Join(root, pagePath)
-	switch {
-	case len(o.only) > 0:
-		say("%s is as it was: with -only it is not written.", file)
-	case o.life != defaultLife:
-		say("%s is as it was: with another -life than %v it is not written.", file, defaultLife)
-	default:
-		if err := os.WriteFile(file, page(report), 0o644); err != nil { //nolint:gosec // G306: a page is for all to read.
-			return fmt.Errorf("writing the page: %w", err)
-		}
-		say("The page is written to %s; \"git diff\" shows what is new.", file)
-	}
-	unmet := report.unmet()
-	for _, line := range unmet {
-		say("NOT AS EXPECTED: %s", line)
-	}
-	if len(unmet) > 0 {
-		return fmt.Errorf("%d results are not as expected; what is expected stands in integration/sdks/clients.go", len(unmet))
-	}
-	cells, rows := 0, 0
-	for _, row := range report.Rows {
-		if row.run() {
-			cells, rows = cells+len(row.Cells), rows+1
-		}
-	}
-	say("All is as expected: %d results of %d clients and paths; %d were not run.", cells, rows, len(report.Rows)-rows)
-	return nil
-}
-
-// checkout is the root of the checkout that the working folder lies in.
-func checkout(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
-	file := strings.TrimSpace(string(out))
-	if err == nil && filepath.Base(file) != "go.mod" {
-		err = errors.New("run it from within a checkout of Credence")
-	}
+	old, err := os.ReadFile(file)
 	if err != nil {
-		return "", fmt.Errorf("finding the checkout: %w", err)
+		return fmt.Errorf("reading the page: %w", err)
 	}
-	return filepath.Dir(file), nil
+	updated, err := updatePage(string(old), rows)
+	if err != nil {
+		return fmt.Errorf("updating %s: %w", pagePath, err)
+	}
+	if err := os.WriteFile(file, []byte(updated), 0o644); err != nil { //nolint:gosec // G306: everybody may read the page.
+		return fmt.Errorf("writing the page: %w", err)
+	}
+	_, _ = fmt.Fprintf(progress, "All results are as expected. Updated %s.\n", pagePath)
+	return errors.Join(missing...)
 }
 
-// measure starts a control plane with Credence on it, runs the matrix there, and ends everything.
-func measure(ctx context.Context, o options, root string, progress io.Writer) (report *Report, err error) {
-	_, _ = fmt.Fprintln(progress, "This takes some minutes: it builds Credence, starts a control plane, and lets sessions end twice. Ctrl-C ends it.")
+// measure starts a control plane with Credence, runs the scenarios there, and stops everything. It returns the rows,
+// an error for each client that is missing, and a line for each result that is not as expected.
+func measure(ctx context.Context, list []sdk, root string, progress io.Writer) (rows []*row, missing []error, faults []string, err error) {
+	_, _ = fmt.Fprintln(progress, "This takes some minutes: two sessions have to expire. Ctrl-C stops it.")
 	control, err := cluster.Start(ctx, cluster.Config{Progress: progress})
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
 	defer func() {
-		switch {
-		case ctx.Err() != nil:
-		case err != nil:
+		if ctx.Err() == nil && (err != nil || len(faults) > 0) {
 			control.Run().KeepLogs()
-			err = fmt.Errorf("%w\nlogs are kept for a day in %s", err, control.Logs())
-		case len(report.unmet()) > 0:
-			control.Run().KeepLogs()
-			_, _ = fmt.Fprintf(progress, "Logs of all programs are kept for a day in %s.\n", control.Logs())
+			_, _ = fmt.Fprintf(progress, "All logs are kept for a day in %s.\n", control.Logs())
 		}
 		err = errors.Join(err, control.Stop())
 	}()
 	credence, err := stack.Start(ctx, stack.Config{Cluster: control, Progress: progress, STS: ststest.Config{
 		SessionLife: func(requested time.Duration) time.Duration {
 			if requested == shortest {
-				return o.life
+				return sessionDuration
 			}
 			return requested
 		},
 	}})
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
 	defer credence.Close()
-	dir := control.Run().Dir()
-	m := &matrix{world: &real{stack: credence, dir: dir, logs: control.Logs()}, life: o.life, progress: progress, heavy: make(chan struct{}, heavySideBySide)}
-	defer m.close()
-	f := finder{root: root, bin: filepath.Join(dir, "bin"), home: filepath.Join(dir, "homes", "finder"), progress: progress}
-	if err := os.MkdirAll(f.home, 0o700); err != nil {
-		return nil, fmt.Errorf("making a home: %w", err)
-	}
-	for _, c := range clients {
-		if len(o.only) == 0 || slices.Contains(o.only, c.name) {
-			if err := m.add(ctx, c, &f); err != nil {
-				return nil, err
-			}
+	l := newLab(credence, control.Run().Dir(), control.Logs(), progress)
+	defer l.close()
+	for _, s := range list {
+		command, version, err := l.find(ctx, root, s)
+		if err != nil {
+			missing = append(missing, fmt.Errorf("%s is missing: %w", s.name, err))
+			l.tell("%s IS MISSING: %v", s.name, err)
+			continue
+		}
+		l.tell("%s: %s, version %s", s.name, s.about, version)
+		for _, path := range s.paths {
+			l.rows = append(l.rows, &row{sdk: s, path: path, command: command, version: version, results: make(map[string]result)})
 		}
 	}
-	if err := m.run(ctx); err != nil {
-		return nil, err
+	if len(l.rows) == 0 {
+		return nil, nil, nil, errors.Join(missing...)
 	}
-	return m.report(), nil
+	if err := l.run(ctx); err != nil {
+		return nil, nil, nil, err
+	}
+	if faults, err = l.storms(); err != nil {
+		return nil, nil, nil, err
+	}
+	for _, r := range l.rows {
+		faults = append(faults, r.faults()...)
+	}
+	return l.rows, missing, faults, nil
 }

@@ -3,12 +3,9 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -16,325 +13,295 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
-// scenario is a column of the matrix.
-type scenario struct {
-	name  string // in the report
-	title string // in the page's table
-	about string // what is done, and what counts as working, for a reader
-	usual Outcome
-	paths []Path // nil: all
-}
-
-// Names of the scenarios.
 const (
-	first    = "first"
-	sessions = "sessions"
-	renewal  = "renewal"
-	away     = "away"
-	expired  = "expired"
-	back     = "back"
-	refused  = "refused"
-	slow     = "slow"
-	token    = "token"
-	region   = "region"
-)
-
-// scenarios are the columns, in the order of the page. The first six are the life scenarios: one pod and one
-// driver lives through them, while the same happens to all.
-var scenarios = []scenario{
-	{name: first, title: "first credentials", usual: Works, about: "the first call of a program"},
-	{name: sessions, title: "new sessions", usual: Works, about: "fifty calls, each with a session, a configuration and a client made for it, " +
-		"as careless programs do (five with the AWS CLI, which starts anew each time anyway)"},
-	{name: renewal, title: "renewal", usual: Works, about: "calls of one client across the end of its first session"},
-	{name: away, title: "broker away", usual: Works, about: "the broker has gone, and the sidecar holds valid credentials: calls of the client that " +
-		"is kept, and of new sessions, every few seconds until just before the Expiration that the sidecar states. A client that the renewal left with " +
-		"expired credentials is started anew before, or this would show that once more"},
-	{name: expired, title: "away for longer", usual: Reason, about: "the broker is away until the credentials have expired; a call of the client that is kept has to fail"},
-	{name: back, title: "broker back", usual: Works, about: "the broker comes back, and the client that is kept recovers by itself within half a minute"},
-	{name: refused, title: "role refused", usual: Reason, about: "STS does not let the broker assume the role"},
-	{name: slow, title: "slow start", usual: Works, about: "the first credentials arrive 1.5 s after the client's first request"},
-	{name: token, title: "wrong token", usual: Reason, paths: []Path{Container}, about: "`AWS_CONTAINER_AUTHORIZATION_TOKEN` is not the pod's"},
-	{name: region, title: "region", usual: Works, about: "no variable names a region, and the client's own look-up in instance metadata is asked"},
-}
-
-// on says whether the scenario is tried on a path.
-func (s scenario) on(path Path) bool {
-	return s.paths == nil || slices.Contains(s.paths, path)
-}
-
-const (
-	// manySessions is how many new sessions are made in a row.
-	manySessions = 50
-	// margin is waited beyond the end of a session: expirations are whole seconds, and judged by one clock.
+	// manySessions is how many sessions a client creates in a row; a slow one creates fewSessions.
+	manySessions, fewSessions = 50, 5
+	// margin is added to a session duration: expirations are whole seconds, and one clock compares them.
 	margin = 2 * time.Second
-	// recovery is how long a client may take to see that the broker is back: the sidecar comes back within 5 s.
+	// recovery is how long a client may fail after the broker has returned: the sidecar retries within 5 s.
 	recovery = 30 * time.Second
-	// slowness is how long after a client's first request its first credentials arrive: well over the second
-	// after which many give up one request, and the 0.9 s for which a sidecar lets one wait, on a busy machine too.
+	// slowness is the time from a client's first request to its first credentials: well over the second after which many
+	// clients give up a request, and the 0.9 s that a sidecar lets a request wait.
 	slowness = 1500 * time.Millisecond
-	// justBefore the end of a session a client that is kept calls for the last time.
+	// justBefore the expiration a client makes its last call without a broker.
 	justBefore = 3 * time.Second
-	// pause is between calls that are repeated.
-	pause = time.Second
-	// calmPause is between calls of a renewal: there are many clients, and each call of some takes a second of a
-	// processor.
-	calmPause = 5 * time.Second
+	// pause is the time between repeated calls, and longPause that for renewals, during which all clients run.
+	pause, longPause = time.Second, 5 * time.Second
+	// atOnce limits how many clients start at a time.
+	atOnce = 4
 )
 
-// run runs all scenarios. The error is of what they need; what a client does is in its cells.
-func (m *matrix) run(ctx context.Context) error {
-	m.tell("starting a pod and a driver for each client on each path")
-	if err := m.few(ctx, sideBySide, m.start); err != nil {
+// run runs all scenarios. Its error means that one could not be set up; rows hold the results.
+func (l *lab) run(ctx context.Context) error {
+	if err := l.stack.Namespace(ctx, namespace, map[string]string{"iam.amazonaws.com/permitted": ".*"}); err != nil {
 		return err
 	}
-	m.tell("each asks STS who it is, with its first credentials")
-	if err := m.live(ctx, first, m.first); err != nil {
-		return err
-	}
-	end := time.Now().Add(m.life + margin) // of what anybody holds now
-	m.tell("each makes many sessions, one after the other")
-	if err := m.live(ctx, sessions, m.sessions); err != nil {
-		return err
-	}
-	m.tell("each goes on for %v, past the end of its first session; meanwhile a refused role, a wrong token, the region, and a slow start",
-		time.Until(end).Round(time.Second))
-	if err := m.both(ctx,
-		func(ctx context.Context) error { return m.live(ctx, renewal, m.renewal(end)) },
-		m.others,
-	); err != nil {
-		return err
-	}
-	if err := m.each(ctx, m.renewIfExpired); err != nil {
-		return err
-	}
-	m.tell("the broker is stopped; each goes on until just before the end of what its sidecar holds")
-	if err := m.world.stopBroker(ctx); err != nil {
-		return err
-	}
-	m.gone = time.Now()
-	if err := m.live(ctx, away, m.away); err != nil {
-		return err
-	}
-	m.tell("all sessions will have ended in %v; then each tries once more", m.left().Round(time.Second))
-	if err := sleep(ctx, m.left()); err != nil {
-		return err
-	}
-	if err := m.live(ctx, expired, m.expired); err != nil {
-		return err
-	}
-	m.tell("the broker is started again; each has %v to recover", recovery)
-	if err := m.world.startBroker(ctx); err != nil {
-		return err
-	}
-	m.absence = time.Since(m.gone)
-	if err := m.live(ctx, back, m.back); err != nil {
-		return err
-	}
-	m.judge()
-	m.tell("done")
-	return nil
-}
-
-// live runs one of the life scenarios for all, and counts for its cells how often each pod's sidecar asked the broker in it.
-func (m *matrix) live(ctx context.Context, name string, do func(context.Context, *row) error) error {
-	if err := m.each(ctx, do); err != nil {
-		return err
-	}
-	calls, err := m.world.brokerCalls()
-	if err != nil {
-		return err
-	}
-	for _, r := range m.rows {
-		n := calls[r.name()]
-		r.mu.Lock() // others may try the row beside this
-		if i := slices.IndexFunc(r.report.Cells, func(c Cell) bool { return c.Scenario == name }); i >= 0 {
-			r.report.Cells[i].BrokerCalls = n - r.counted
+	var end time.Time // of the first sessions
+	for _, step := range []struct {
+		text string
+		do   func(context.Context) error
+	}{
+		{"starting a pod and a script for each client and path", l.all(atOnce, l.startLife)},
+		{"first credentials", l.all(-1, l.first)},
+		{"many new sessions", func(ctx context.Context) error {
+			end = time.Now().Add(sessionDuration + margin)
+			return l.each(ctx, -1, l.sessions)
+		}},
+		{"renewal; meanwhile a refused role, a wrong token, the region, and a slow start", func(ctx context.Context) error {
+			group, ctx := errgroup.WithContext(ctx)
+			group.Go(func() error { return l.each(ctx, -1, l.renewal(end)) })
+			group.Go(func() error { return l.others(ctx) })
+			return group.Wait()
+		}},
+		{"the broker is stopped; calls until just before the sessions expire", func(ctx context.Context) error {
+			if err := errors.Join(l.each(ctx, -1, l.restartExpired), l.stopBroker(ctx)); err != nil {
+				return err
+			}
+			return l.each(ctx, -1, l.away)
+		}},
+		{"all sessions expire; a call each", func(ctx context.Context) error {
+			if err := sleep(ctx, time.Until(l.brokerStopped.Add(sessionDuration+margin))); err != nil {
+				return err
+			}
+			return l.each(ctx, -1, l.longer)
+		}},
+		{fmt.Sprintf("the broker is started; each client has %v to recover", recovery), func(ctx context.Context) error {
+			if err := l.stack.StartBroker(ctx); err != nil {
+				return err
+			}
+			l.brokerAbsence = time.Since(l.brokerStopped)
+			return l.each(ctx, -1, l.back)
+		}},
+	} {
+		l.tell("%s", step.text)
+		if err := step.do(ctx); err != nil {
+			return err
 		}
-		r.mu.Unlock()
-		r.counted, r.report.BrokerCalls = n, n
 	}
 	return nil
 }
 
-// left is how long it is until all sessions have ended, while the broker is away.
-func (m *matrix) left() time.Duration { return max(0, m.life+margin-time.Since(m.gone)) }
-
-// both runs two things side by side.
-func (m *matrix) both(ctx context.Context, a, b func(context.Context) error) error {
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return a(ctx) })
-	group.Go(func() error { return b(ctx) })
-	return group.Wait()
+func (l *lab) all(limit int, do func(context.Context, *row) error) func(context.Context) error {
+	return func(ctx context.Context) error { return l.each(ctx, limit, do) }
 }
 
-// sleep waits, unless ctx ends.
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+// result is how a call, or a scenario, ended.
+type result struct {
+	outcome    outcome
+	text, code string // the error as the client shows it, or a reason for the outcome fails
+	key        string
+}
+
+// judge classifies a call. It must succeed as role, or, if there is a refusal, fail.
+func judge(a answer, err error, role string, refused *refusal) result {
+	got := result{text: a.Error, code: a.Code, key: a.Key}
+	switch {
+	case errors.Is(err, errSilent):
+		got.outcome, got.text = hangs, err.Error()
+	case err != nil:
+		got.outcome, got.text = fails, err.Error()
+	case a.Error == "" && a.ARN != assumed(role):
+		got.outcome, got.text = fails, "STS knows the caller as "+a.ARN
+	case a.Error == "" && refused != nil:
+		got.outcome, got.text = fails, "the call succeeded, despite "+refused.Code
+	case a.Error == "":
+		got.outcome = works
+	case strings.Contains(a.Error+a.Code, "ExpiredToken"):
+		got.outcome = expired
+	case refused == nil:
+		got.outcome = fails
+	case strings.Contains(a.Error+"\n"+a.Code, refused.Code), strings.Contains(a.Error, refused.Message):
+		got.outcome = reason
+	default:
+		got.outcome = noReason
 	}
+	return got
 }
 
-func (m *matrix) first(ctx context.Context, r *row) error {
-	if text, ok := r.client.unusable[r.path]; ok {
-		r.left = true
-		return m.unusable(ctx, r, text)
+// judgeRegion classifies a look-up of the region.
+func judgeRegion(a answer, err error) result {
+	got := result{text: a.Error, code: a.Code}
+	switch {
+	case errors.Is(err, errSilent):
+		got.outcome, got.text = hangs, err.Error()
+	case err != nil:
+		got.outcome, got.text = fails, err.Error()
+	case a.Error == "unsupported":
+		got.outcome = none
+	case a.Error != "":
+		got.outcome = notFound
+	case a.Region != stack.Region:
+		got.outcome, got.text = fails, "it found "+a.Region
+	default:
+		got.outcome = works
 	}
-	t := newTrial(r, first)
-	r.key = t.ask(ctx, r.driver, "call").Key
-	return r.set(t.outcome(lifeRole, nil))
+	return got
 }
 
-// unusable sees that a client cannot use a path: its call fails with an error of that text, and no connection of it has
-// come to the sidecar.
-func (m *matrix) unusable(ctx context.Context, r *row, text string) error {
-	door, err := m.world.door(ctx, r.env)
+// try makes a call that must succeed as role.
+func (s *script) try(ctx context.Context, command, role string) result {
+	a, err := s.call(ctx, command)
+	return judge(a, err, role, nil)
+}
+
+func (l *lab) startLife(ctx context.Context, r *row) (err error) {
+	if r.pod, err = l.newPod(ctx, r.name(), lifeRole, r.path, renewEvery); err != nil {
+		return err
+	}
+	r.script, err = l.start(ctx, r, r.pod.on(r.path), r.name())
+	return err
+}
+
+// restart replaces r's script by a new one.
+func (l *lab) restart(ctx context.Context, r *row) (err error) {
+	r.script.stop()
+	r.script = nil
+	r.script, err = l.start(ctx, r, r.pod.on(r.path), r.name())
+	return err
+}
+
+func (l *lab) first(ctx context.Context, r *row) error {
+	if r.sdk.unusable != "" {
+		r.over = true
+		return l.unusable(ctx, r)
+	}
+	got := r.script.try(ctx, "call", lifeRole)
+	r.firstKey = got.key
+	return r.set(first, got)
+}
+
+// unusable checks that a client cannot use a path: its call fails with the known error, and it opens no connection to
+// the sidecar.
+func (l *lab) unusable(ctx context.Context, r *row) error {
+	d, err := newDoor(ctx, r.pod.on(r.path))
 	if err != nil {
 		return err
 	}
-	defer door.close()
-	d, err := m.world.driver(ctx, r.found.command, door.env, "unusable-"+r.name())
+	defer d.close()
+	s, err := l.start(ctx, r, d.env, "unusable-"+r.name())
 	if err != nil {
-		return r.set(failed(r, first, err))
+		return err
 	}
-	defer d.stop()
-	t := newTrial(r, first)
-	t.ask(ctx, d, "call")
-	c := t.outcome(lifeRole, nil)
-	switch {
-	case c.Outcome != Fails || t.err != nil || !strings.Contains(c.Error, text):
-	case door.opened():
-		c.Error = "it knows the way to the sidecar: " + c.Error
+	defer s.stop()
+	got := s.try(ctx, "call", lifeRole)
+	select {
+	case <-d.first:
+		got.text = "the client connected to the sidecar: " + got.text
 	default:
-		c.Outcome = Unusable
+		if got.outcome == fails && strings.Contains(got.text, r.sdk.unusable) {
+			got.outcome = cannot
+		}
 	}
-	return r.set(c)
+	return r.set(first, got)
 }
 
-func (m *matrix) sessions(ctx context.Context, r *row) error {
-	t := newTrial(r, sessions)
-	for range cmp.Or(r.client.sessions, manySessions) {
-		if t.ask(ctx, r.driver, "fresh"); t.outcome(lifeRole, nil).Outcome != Works {
+func (l *lab) sessions(ctx context.Context, r *row) error {
+	count := manySessions
+	if r.sdk.slow {
+		count = fewSessions
+	}
+	got := result{outcome: works}
+	for range count {
+		if got = r.script.try(ctx, "fresh", lifeRole); got.outcome != works {
 			break
 		}
 	}
-	return r.set(t.outcome(lifeRole, nil))
+	return r.set(sessions, got)
 }
 
-// renewal calls now and then until end, by when the first session has expired.
-func (m *matrix) renewal(end time.Time) func(context.Context, *row) error {
+// renewal makes calls until end, when the first session has expired.
+func (l *lab) renewal(end time.Time) func(context.Context, *row) error {
 	return func(ctx context.Context, r *row) error {
-		t := newTrial(r, renewal)
-		t.heavy = r.heavy
-		for over := false; ; {
-			a := t.ask(ctx, r.driver, "call")
-			if t.outcome(lifeRole, nil).Outcome == Expired {
-				// A call can be signed in the last millisecond of a session; then the next one is not.
-				a = t.again(ctx, r.driver, "call")
+		for last := false; ; last = !time.Now().Before(end) {
+			got := r.script.try(ctx, "call", lifeRole)
+			if got.outcome == expired { // the client can sign a call in the last millisecond of a session, but only one
+				got = r.script.try(ctx, "call", lifeRole)
 			}
-			c := t.outcome(lifeRole, nil)
-			if c.Outcome == Works && over && a.Key != "" && a.Key == r.key {
-				c.Outcome, c.Error = Fails, "the key is still the first one's"
+			if last && got.outcome == works && got.key != "" && got.key == r.firstKey {
+				got.outcome, got.text = fails, "the key is still the first one"
 			}
-			if c.Outcome != Works || over {
-				return r.set(c)
+			if last || got.outcome != works {
+				return r.set(renewal, got)
 			}
-			if err := sleep(ctx, max(0, min(calmPause, time.Until(end)))); err != nil {
+			if err := sleep(ctx, min(longPause, time.Until(end))); err != nil {
 				return err
 			}
-			over = !time.Now().Before(end)
 		}
 	}
 }
 
-// renewIfExpired gives a client that is stuck with expired credentials a new start, so that what comes next is
-// tried by itself.
-func (m *matrix) renewIfExpired(ctx context.Context, r *row) error {
-	if c, _ := r.report.cell(renewal); c.Outcome != Expired {
+// restartExpired restarts a client that keeps expired credentials, so that the next scenarios do not show that again.
+func (l *lab) restartExpired(ctx context.Context, r *row) error {
+	if r.results[renewal].outcome != expired {
 		return nil
 	}
-	if err := m.restart(ctx, r); err != nil || r.out() {
+	if err := l.restart(ctx, r); err != nil {
 		return err
 	}
-	t := newTrial(r, first)
-	t.ask(ctx, r.driver, "call")
+	r.script.try(ctx, "call", lifeRole)
 	return nil
 }
 
-// away calls every few seconds, the last time just before the end that the sidecar states. A call that the end
-// overtakes is not judged.
-func (m *matrix) away(ctx context.Context, r *row) error {
-	refusal, end, err := m.world.ask(ctx, r.env, lifeRole, "")
-	if err == nil && refusal != nil {
-		err = fmt.Errorf("the sidecar answers %d %s right after the broker went, and has no credentials", refusal.Status, refusal.Code)
+// away makes calls every few seconds, the last one just before the expiration that the sidecar states. A call during
+// which the credentials expire does not count.
+func (l *lab) away(ctx context.Context, r *row) error {
+	refused, end, err := requestCredentials(ctx, r.pod.env)
+	if err == nil && refused != nil {
+		err = fmt.Errorf("right after the broker stopped, the sidecar refuses with %s", refused.Code)
 	}
 	if err != nil {
 		return err
 	}
-	latest := end.Add(-justBefore)
-	t := newTrial(r, away)
-	t.heavy = r.heavy
-	for last := false; ; {
-		before := *t
-		t.ask(ctx, r.driver, "call")
-		if t.outcome(lifeRole, nil).Outcome == Works {
-			t.ask(ctx, r.driver, "fresh")
+	for count, last := 0, false; ; count++ {
+		got := r.script.try(ctx, "call", lifeRole)
+		if got.outcome == works {
+			got = r.script.try(ctx, "fresh", lifeRole)
 		}
-		c := t.outcome(lifeRole, nil)
-		switch {
-		case c.Outcome == Works, t.err != nil, time.Now().Before(end):
-		case before.cell.Calls > 0:
-			return r.set(before.outcome(lifeRole, nil))
-		default:
-			c.Error = fmt.Sprintf("its first calls took longer than %v, which was left of the session: %s", end.Sub(m.gone).Round(time.Second), c.Error)
+		if got.outcome == fails || got.outcome == expired {
+			if overtaken := r.script.err == nil && !time.Now().Before(end); overtaken && count > 0 {
+				got = result{outcome: works}
+				last = true
+			} else if overtaken {
+				got.outcome, got.text = fails, "the first calls took longer than the session: "+got.text
+			}
 		}
-		if c.Outcome != Works || last {
-			return r.set(c)
+		if got.outcome != works || last {
+			return r.set(away, got)
 		}
-		next := time.Now().Add(calmPause)
-		if last = !next.Before(latest); last {
-			next = latest
+		wait := longPause
+		if left := time.Until(end.Add(-justBefore)); left <= wait {
+			wait, last = left, true
 		}
-		if err := sleep(ctx, max(0, time.Until(next))); err != nil {
+		if err := sleep(ctx, wait); err != nil {
 			return err
 		}
 	}
 }
 
-func (m *matrix) expired(ctx context.Context, r *row) error {
-	refusal, err := m.refused(ctx, r.env, lifeRole, "", http.StatusServiceUnavailable, "BROKER_UNREACHABLE")
+func (l *lab) longer(ctx context.Context, r *row) error {
+	refused, err := wantRefusal(ctx, r.pod.env, "BROKER_UNREACHABLE")
 	if err != nil {
 		return err
 	}
-	t := newTrial(r, expired)
-	t.ask(ctx, r.driver, "call")
-	c := t.outcome(lifeRole, refusal)
-	if c.Outcome == Works {
-		c.Outcome, c.Error = Fails, "it has credentials that are valid"
-	}
-	return r.set(c)
+	a, err := r.script.call(ctx, "call")
+	return r.set(longer, judge(a, err, lifeRole, refused))
 }
 
-func (m *matrix) back(ctx context.Context, r *row) error {
-	t := newTrial(r, back)
+// back waits for the client to recover by itself, and otherwise tries a new session.
+func (l *lab) back(ctx context.Context, r *row) error {
 	for end := time.Now().Add(recovery); ; {
-		t.again(ctx, r.driver, "call")
-		c := t.outcome(lifeRole, nil)
-		if c.Outcome == Works || c.Outcome != Hangs && t.err != nil {
-			return r.set(c)
-		}
-		if c.Outcome == Hangs {
-			if err := m.restart(ctx, r); err != nil || r.out() {
+		got := r.script.try(ctx, "call", lifeRole)
+		if got.outcome == hangs {
+			if err := l.restart(ctx, r); err != nil {
 				return err
 			}
-			t.err = nil
 			break
+		}
+		if got.outcome == works || r.script.err != nil {
+			return r.set(back, got)
 		}
 		if time.Now().After(end) {
 			break
@@ -343,262 +310,133 @@ func (m *matrix) back(ctx context.Context, r *row) error {
 			return err
 		}
 	}
-	t.again(ctx, r.driver, "fresh")
-	c := t.outcome(lifeRole, nil)
-	if c.Outcome == Works {
-		c.Outcome = NewSession
+	got := r.script.try(ctx, "fresh", lifeRole)
+	if got.outcome == works {
+		got.outcome = newSession
 	}
-	return r.set(c)
+	return r.set(back, got)
 }
 
-// others tries what needs no life of its own.
-func (m *matrix) others(ctx context.Context) error {
-	if err := m.refusals(ctx); err != nil {
+// others runs the scenarios that need no renewal.
+func (l *lab) others(ctx context.Context) error {
+	if err := l.refusals(ctx); err != nil {
 		return err
 	}
-	if err := m.wrongTokens(ctx); err != nil {
+	if err := l.each(ctx, atOnce, l.wrongToken); err != nil {
 		return err
 	}
-	if err := m.regions(ctx); err != nil {
+	if err := l.each(ctx, atOnce, l.region); err != nil {
 		return err
 	}
-	return m.few(ctx, 2, m.slow)
+	return l.each(ctx, 2, l.slowStart)
 }
 
-// refusals lets all clients meet a role that STS refuses. They share a pod for each kind of metadata.
-func (m *matrix) refusals(ctx context.Context) (err error) {
-	m.world.behave(refusedRole, ststest.Behavior{Deny: true})
-	pods := make(map[Path]*scenarioPod)
-	defer func() {
-		for _, p := range pods {
-			err = errors.Join(err, m.leave(p, refusedEvery))
-		}
-	}()
-	for _, path := range []Path{MetadataV2, MetadataV1} {
-		if pods[path], err = m.podFor(ctx, refused, string(path), refusedRole, path); err != nil {
-			delete(pods, path)
-			return err
-		}
+// once makes one call with a script of its own.
+func (l *lab) once(ctx context.Context, r *row, scenario string, env []string, command string, judge func(answer, error) result) error {
+	s, err := l.start(ctx, r, env, strings.ReplaceAll(scenario, " ", "-")+"-"+r.name())
+	if err != nil {
+		return err
 	}
-	return m.few(ctx, sideBySide, func(ctx context.Context, r *row) error {
-		p := pods[MetadataV2]
-		if r.path == MetadataV1 {
-			p = pods[MetadataV1]
-		}
-		env := env(p.env, r.path)
-		refusal, err := m.refused(ctx, env, refusedRole, "", http.StatusForbidden, "STS_ACCESS_DENIED")
+	defer s.stop()
+	return r.set(scenario, judge(s.call(ctx, command)))
+}
+
+// refusals gives each client a role that STS refuses. The clients share a pod for each version of instance metadata.
+func (l *lab) refusals(ctx context.Context) error {
+	l.stack.STS.SetRole(arn(refusedRole), ststest.Behavior{Deny: true})
+	pods := make(map[string]*pod)
+	for _, path := range []string{metadataV2, metadataV1} {
+		p, err := l.newPod(ctx, "refused-"+path, refusedRole, path, refusedEvery)
 		if err != nil {
 			return err
 		}
-		return m.once(ctx, r, refused, env, "call", refusedRole, refusal)
-	})
-}
-
-// wrongTokens lets clients ask a healthy sidecar with a token that is not the pod's.
-func (m *matrix) wrongTokens(ctx context.Context) error {
-	const wrong = "not-the-token-of-this-pod"
-	return m.few(ctx, sideBySide, func(ctx context.Context, r *row) error {
-		if r.path != Container {
-			return nil
-		}
-		refusal, err := m.refused(ctx, r.env, lifeRole, wrong, http.StatusForbidden, "AUTHORIZATION_INVALID")
+		defer l.stop(p)
+		pods[path] = p
+	}
+	pods[container] = pods[metadataV2]
+	return l.each(ctx, atOnce, func(ctx context.Context, r *row) error {
+		p := pods[r.path]
+		response, err := wantRefusal(ctx, p.env, "STS_ACCESS_DENIED")
 		if err != nil {
 			return err
 		}
-		// With instance metadata, as pods have it: that a client goes on to that is worth knowing.
-		env := without(withToken(r.env, wrong), "AWS_EC2_METADATA_DISABLED")
-		return m.once(ctx, r, token, env, "call", lifeRole, refusal)
+		return l.once(ctx, r, refused, p.on(r.path), "call", func(a answer, err error) result {
+			return judge(a, err, refusedRole, response)
+		})
 	})
 }
 
-// regions lets clients look for the region.
-func (m *matrix) regions(ctx context.Context) error {
-	return m.few(ctx, sideBySide, func(ctx context.Context, r *row) error {
-		return m.once(ctx, r, region, without(r.env, "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_EC2_METADATA_DISABLED"), "region", "", nil)
+// wrongToken gives a client a token that is not the pod's. The client can use instance metadata, as in a pod: it
+// matters whether it does.
+func (l *lab) wrongToken(ctx context.Context, r *row) error {
+	if r.path != container {
+		return nil
+	}
+	env := append(without(r.pod.env, authorizationVariable), authorizationVariable+"=not-the-token-of-this-pod")
+	response, err := wantRefusal(ctx, env, "AUTHORIZATION_INVALID")
+	if err != nil {
+		return err
+	}
+	return l.once(ctx, r, token, env, "call", func(a answer, err error) result {
+		got := judge(a, err, lifeRole, response)
+		if err == nil && a.Error == "" && a.ARN == assumed(lifeRole) {
+			got = result{outcome: byMetadata}
+		}
+		return got
 	})
 }
 
-// slow starts a client whose first credentials are still on their way.
-func (m *matrix) slow(ctx context.Context, r *row) (err error) {
-	role := slow + "-" + r.name()
+func (l *lab) region(ctx context.Context, r *row) error {
+	env := without(r.pod.on(r.path), "AWS_REGION", "AWS_DEFAULT_REGION", noMetadataVariable)
+	return l.once(ctx, r, region, env, "region", judgeRegion)
+}
+
+// slowStart starts a client whose first credentials arrive slowness after its first request.
+func (l *lab) slowStart(ctx context.Context, r *row) error {
+	role := "slow-" + r.name()
 	gate := make(chan struct{})
 	open := sync.OnceFunc(func() { close(gate) })
-	m.world.behave(role, ststest.Behavior{Hold: gate})
-	p, err := m.podFor(ctx, slow, r.name(), role, r.path)
-	if err != nil {
-		open()
-		return err
-	}
-	defer func() { err = errors.Join(err, m.leave(p, heldEvery)) }()
 	defer open()
-	door, err := m.world.door(ctx, env(p.env, r.path))
+	l.stack.STS.SetRole(arn(role), ststest.Behavior{Hold: gate})
+	p, err := l.newPod(ctx, role, role, r.path, heldEvery)
 	if err != nil {
 		return err
 	}
-	defer door.close()
-	d, err := m.world.driver(ctx, r.found.command, door.env, role)
+	defer l.stop(p)
+	d, err := newDoor(ctx, p.on(r.path))
 	if err != nil {
-		return r.set(failed(r, slow, err))
+		return err
 	}
-	defer d.stop()
-	done := make(chan struct{})
-	defer close(done)
+	defer d.close()
+	s, err := l.start(ctx, r, d.env, role)
+	if err != nil {
+		return err
+	}
+	defer s.stop()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	go func() {
+		defer open()
 		select {
-		case <-door.first:
-			timer := time.NewTimer(slowness)
-			defer timer.Stop()
-			select {
-			case <-timer.C:
-			case <-done:
-			}
-		case <-done:
+		case <-d.first:
+			_ = sleep(ctx, slowness)
+		case <-ctx.Done():
 		}
-		open()
 	}()
-	t := newTrial(r, slow)
-	t.ask(ctx, d, "call")
-	c := t.outcome(role, nil)
+	got := s.try(ctx, "call", role)
 	for range 5 {
-		if c.Outcome == Works || t.err != nil {
-			break
+		if got.outcome == works || s.err != nil {
+			return r.set(slow, got)
 		}
 		if err := sleep(ctx, pause); err != nil {
 			return err
 		}
-		t.again(ctx, d, "call")
-		if next := t.outcome(role, nil); next.Outcome == Works {
-			c.Outcome, c.Calls, c.Took, c.Slowest = NextCall, next.Calls, next.Took, next.Slowest
-			return r.set(c)
+		if s.try(ctx, "call", role).outcome == works {
+			return r.set(slow, result{outcome: nextCall})
 		}
 	}
-	if c.Outcome != Works && t.err == nil {
-		t.again(ctx, d, "fresh")
-		if t.outcome(role, nil).Outcome == Works {
-			c.Outcome = NewSession
-		}
+	if s.try(ctx, "fresh", role).outcome == works {
+		got = result{outcome: newSession}
 	}
-	return r.set(c)
-}
-
-// refusedEvery is how often a sidecar asks the broker again that refuses, at most.
-const refusedEvery = 5 * time.Second
-
-// heldEvery is how often a sidecar asks again while STS does not answer, at most: a broker gives that 10 s.
-const heldEvery = 10 * time.Second
-
-// callEvery is how often a sidecar asks the broker, at most, after a first time and one more when a broker is back: a
-// broker renews when 0.6 of the life is left at the earliest, and a sidecar comes back when 0.5 is left at the
-// earliest. That leaves 0.4 between two calls. A broker, which has one session for all these pods, asks STS no more often.
-func (m *matrix) callEvery() time.Duration { return m.life * 2 / 5 }
-
-// most is how many calls there may be in that time.
-func most(in, every time.Duration) int { return int(in/every) + 2 }
-
-// judge says how many calls of broker and STS there may have been. While the broker is away nobody counts.
-func (m *matrix) judge() {
-	var longest time.Duration
-	for _, r := range m.rows {
-		if r.created.IsZero() {
-			continue
-		}
-		there := time.Since(r.created) - m.absence
-		r.report.MostCalls = most(there, m.callEvery())
-		longest = max(longest, there)
-	}
-	m.stsCalls, m.mostSTSCalls = m.world.stsCalls(lifeRole), most(longest, m.callEvery())
-}
-
-// trial is what a client does in one scenario.
-type trial struct {
-	cell Cell
-	last answer
-	err  error // of a driver that does not answer
-	bad  *answer
-	// heavy is where a place has to be had for each call; nil: none has.
-	heavy chan struct{}
-}
-
-func newTrial(r *row, name string) *trial {
-	s := scenarioOf(name)
-	return &trial{cell: Cell{Scenario: name, Expected: r.client.expected(r.path, s)}}
-}
-
-func scenarioOf(name string) scenario {
-	for _, s := range scenarios {
-		if s.name == name {
-			return s
-		}
-	}
-	return scenario{name: name}
-}
-
-// ask sends a command and remembers how it went. Of several, the first that failed counts.
-func (t *trial) ask(ctx context.Context, d *driver, command string) answer {
-	if t.err != nil {
-		return answer{}
-	}
-	if t.heavy != nil {
-		select {
-		case t.heavy <- struct{}{}:
-			defer func() { <-t.heavy }()
-		case <-ctx.Done():
-			t.err = ctx.Err()
-			return answer{}
-		}
-	}
-	a, err := d.ask(ctx, command)
-	t.err = err
-	t.cell.Calls++
-	ms := float64(a.took.Microseconds()) / 1000
-	t.cell.Took += ms
-	t.cell.Slowest = max(t.cell.Slowest, ms)
-	t.last = a
-	if t.bad == nil && a.Error != "" {
-		t.bad = &a
-	}
-	return a
-}
-
-// again is ask after a failure that is forgiven if this call succeeds.
-func (t *trial) again(ctx context.Context, d *driver, command string) answer {
-	t.bad = nil
-	return t.ask(ctx, d, command)
-}
-
-// outcome judges what has been answered so far: with role as it should, or with an error, in which refusal, what
-// the sidecar answered, shows or not.
-func (t *trial) outcome(role string, refusal *refusal) Cell {
-	c := t.cell
-	a := t.last
-	if t.bad != nil {
-		a = *t.bad
-	}
-	c.Error, c.Code = a.Error, a.Code
-	switch {
-	case errors.Is(t.err, errSilent):
-		c.Outcome, c.Error = Hangs, t.err.Error()
-	case t.err != nil:
-		c.Outcome, c.Error = Fails, t.err.Error()
-	case a.Error == "" && role != "" && a.ARN != assumed(role):
-		c.Outcome, c.Error = Fails, "it is "+a.ARN
-	case a.Error == "":
-		c.Outcome = Works
-	case strings.Contains(a.Error+a.Code, "ExpiredToken"):
-		c.Outcome = Expired
-	case refusal != nil && refusal.shows(a):
-		c.Outcome = Reason
-	case refusal != nil:
-		c.Outcome = Hidden
-	default:
-		c.Outcome = Fails
-	}
-	return c
-}
-
-// failed is the cell of a scenario that could not be begun.
-func failed(r *row, name string, err error) Cell {
-	t := newTrial(r, name)
-	t.err = err
-	return t.outcome("", nil)
+	return r.set(slow, got)
 }

@@ -332,7 +332,7 @@ func find(tool Tool) (*target, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := checkout()
+	root, err := Checkout()
 	if err != nil {
 		return nil, err
 	}
@@ -416,9 +416,9 @@ func required(gomod []byte, module string) string {
 // module is the path in the module clause of this checkout's go.mod.
 const module = "github.com/credence-iam/credence"
 
-// checkout walks up from the working folder to this module's root: a test runs in its package's folder, a
+// Checkout returns the root of the checkout. It walks up from the working folder to this module's root: a test runs in its package's folder, a
 // command anywhere. A nested module on the way has a longer module path.
-func checkout() (string, error) {
+func Checkout() (string, error) {
 	start, err := os.Getwd()
 	if err != nil {
 		return "", fmt.Errorf("finding the checkout: %w", err)

@@ -215,7 +215,7 @@ func TestSourceOfANestedModule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	root, err := checkout()
+	root, err := Checkout()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +270,7 @@ func TestInstalledFromAProxy(t *testing.T) {
 }
 
 func TestRecipesResolveHere(t *testing.T) {
-	root, err := checkout()
+	root, err := Checkout()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,12 +299,12 @@ func TestRecipesResolveHere(t *testing.T) {
 func TestCheckoutIsFoundFromWithin(t *testing.T) {
 	root := fakeCheckout(t, hello)
 	t.Chdir(filepath.Join(root, "integration", "tools", "modules", "fake", "source")) // two other modules on the way
-	found, err := checkout()
+	found, err := Checkout()
 	if err != nil || found != root {
 		t.Errorf("got %s, %v, want %s", found, err, root)
 	}
 	t.Chdir(t.TempDir())
-	if _, err := checkout(); err == nil {
+	if _, err := Checkout(); err == nil {
 		t.Error("a checkout was found where there is none")
 	}
 }

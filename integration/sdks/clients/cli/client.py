@@ -1,14 +1,12 @@
-"""A driver of integration/sdks: the AWS CLI, a new process for each call.
+"""A script of integration/sdks: the AWS CLI, a new process for each call.
 
-Usage: python3 client.py AWS, where AWS is the aws program of either version. It is started with the
-environment of a pod and with STS_ENDPOINT, the URL of the STS to ask. It writes the name and the version
-of the CLI, then reads commands from stdin, one per line, until it ends, and answers each with a line
-of JSON:
+Usage: python3 client.py AWS, where AWS is the aws program of either version, with the environment of a
+pod, and the URL of STS in STS_ENDPOINT. The script writes the name and the version of the CLI. Then it
+reads commands from stdin, one per line, and answers each with a line of JSON:
 
-  call, fresh  aws sts get-caller-identity; the error is what it prints. The CLI does not tell which
-               key it used.
-  region       the region that "aws configure list" shows. Version 2 looks it up in the metadata
-               service, version 1 has no such look-up.
+  call, fresh  aws sts get-caller-identity; the error is its output. The CLI does not show its key.
+  region       the region in "aws configure list". Version 2 looks it up in the metadata service,
+               version 1 does not.
 
 It never writes a secret key or a session token.
 """
@@ -19,11 +17,11 @@ import re
 import subprocess
 import sys
 
-TIME_LIMIT = 55  # seconds for one run of the program: less than the runner waits for an answer
+TIME_LIMIT = 55  # seconds for one run of the program: less than the runner waits
 
 
 def run(*arguments):
-    """Runs the CLI and returns its stdout and what it says of an error, which is empty if it has none."""
+    """Runs the CLI and returns its stdout and its error; an empty error means success."""
     try:
         done = subprocess.run(
             [aws, *arguments],
@@ -44,7 +42,7 @@ def call():
         "sts", "get-caller-identity", "--endpoint-url", os.environ["STS_ENDPOINT"], "--output", "json"
     )
     if error:
-        # "An error occurred (AccessDenied) when calling …": only answers of AWS have a code.
+        # "An error occurred (AccessDenied) when calling …": only errors from AWS have a code.
         code = re.search(r"An error occurred \((\w+)\)", error)
         return {"error": error, "code": code[1] if code else ""}
     return {"arn": json.loads(out)["Arn"]}
@@ -54,10 +52,10 @@ def region():
     out, error = run("configure", "list")
     if error:
         return {"error": error}
-    # Columns are the name, the value, where it comes from and a detail; newer ones have colons between.
+    # The columns are name, value, source and a detail; newer versions put colons between them.
     row = re.search(r"^ *region[ :]+(<not set>|\S+)[ :]+(\S+)", out, re.MULTILINE)
     if row is None or row[1] == "<not set>":
-        return {"error": "unsupported" if version.startswith("1.") else "no region is set or found"}
+        return {"error": "unsupported" if version.startswith("1.") else "no region was found"}
     return {"region": row[1]}
 
 
@@ -80,7 +78,7 @@ aws = sys.argv[1]
 out, error = run("--version")
 found = re.match(r"aws-cli/(\S+)", out)
 if found is None:
-    sys.exit(f"{aws} --version says no version: {error or out}")
+    sys.exit(f"{aws} --version prints no version: {error or out}")
 version = found[1]
 
 write({"client": "awscli-v" + version.split(".")[0], "version": version})

@@ -1,26 +1,25 @@
 #!/bin/sh
-# A driver of integration/sdks: curl, the plainest of clients. It asks once, tries nothing again, and shows the
-# body of what is refused as the error.
+# A script of integration/sdks: curl, the plainest client. It does not retry, and its error is the response.
 #
-# It is started with the environment of a pod and with STS_ENDPOINT, the URL of the STS to ask. It asks for
-# container credentials where the environment names them, and for instance metadata otherwise: of version 1
-# if IMDS_VERSION is 1. It writes the name and the version of curl, then reads commands from stdin, one per
-# line, until it ends, and answers each with a line of JSON:
+# It needs the environment of a pod, and the URL of STS in STS_ENDPOINT. It requests container credentials if
+# the environment has their URL, and otherwise instance metadata: version 1 if IMDS_VERSION is 1. It writes the
+# name and the version of curl. Then it reads commands from stdin, one per line, and answers each with a line
+# of JSON:
 #
-#   call, fresh  asks for credentials, and STS with them who it is
+#   call, fresh  requests credentials, and calls GetCallerIdentity with them
 #   region       the region of the metadata service
 #
-# It never writes a secret key or a session token, nor shows one to "ps".
+# It never writes a secret key or a session token, and "ps" does not show one.
 set -u
 
-# quote makes a JSON string of its input.
+# quote writes its input as a JSON string.
 quote() { printf '"%s"' "$(tr -d '\000-\037' | sed -e 's/\\/\\\\/g' -e 's/"/\\"/g')"; }
 
-# field NAME: the value of a string of a flat JSON object.
+# field NAME: the value of a string in a flat JSON object.
 field() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
 
-# get URL CONFIG...: asks, and sets $status (000: no answer) and $body. Further lines of curl's configuration,
-# which may be secret, go to its stdin.
+# get URL CONFIG...: sends a request, and sets $status (000: no response) and $body. Lines of configuration, which
+# may be secret, go to curl's stdin.
 get() {
   url=$1
   shift
@@ -35,7 +34,7 @@ fail() {
   printf '{"error":%s,"code":%s}\n' "$(printf '%s' "$body" | tr '\n' ' ' | quote)" "$(printf '%s' "$body" | field code | quote)"
 }
 
-# metadata PATH: asks the metadata service, with a session token unless of version 1.
+# metadata PATH: calls the metadata service, with a session token unless it is version 1.
 metadata() {
   if [ "${IMDS_VERSION:-2}" = 1 ]; then
     get "$AWS_EC2_METADATA_SERVICE_ENDPOINT/latest/$1"

@@ -11,7 +11,7 @@ import (
 	"github.com/aws/aws-sdk-go/service/sts"
 )
 
-// goV1 is the AWS SDK for Go, version 1, which is no longer maintained and in many programs.
+// goV1 is the AWS SDK for Go, version 1, which is no longer maintained but widely used.
 type goV1 struct{}
 
 func (goV1) caller(context.Context) (caller, error) {

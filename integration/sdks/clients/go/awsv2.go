@@ -23,7 +23,7 @@ func (goV2) caller(ctx context.Context) (caller, error) {
 	return func(ctx context.Context) (arn, key string, err error) {
 		client := sts.NewFromConfig(cfg, func(o *sts.Options) {
 			o.BaseEndpoint = aws.String(stsEndpoint())
-			o.APIOptions = append(o.APIOptions, tellKey(&key))
+			o.APIOptions = append(o.APIOptions, storeKey(&key))
 		})
 		out, err := client.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{})
 		if err != nil {
@@ -33,10 +33,10 @@ func (goV2) caller(ctx context.Context) (caller, error) {
 	}, nil
 }
 
-// tellKey stores the key that signed a request.
-func tellKey(key *string) func(*middleware.Stack) error {
+// storeKey returns a middleware that stores the key of a signed request.
+func storeKey(key *string) func(*middleware.Stack) error {
 	return func(stack *middleware.Stack) error {
-		return stack.Deserialize.Add(middleware.DeserializeMiddlewareFunc("TellKey", func(
+		return stack.Deserialize.Add(middleware.DeserializeMiddlewareFunc("StoreKey", func(
 			ctx context.Context, in middleware.DeserializeInput, next middleware.DeserializeHandler,
 		) (middleware.DeserializeOutput, middleware.Metadata, error) {
 			if request, ok := in.Request.(*smithyhttp.Request); ok {
@@ -47,7 +47,7 @@ func tellKey(key *string) func(*middleware.Stack) error {
 	}
 }
 
-// region is found by programs that ask for it: without this option, nothing is looked up.
+// region needs this option: without it the SDK looks nothing up.
 func (goV2) region(ctx context.Context) (string, error) {
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithEC2IMDSRegion())
 	if err != nil {

@@ -1,4 +1,4 @@
-// The SDKs under test, apart from what Credence itself is built of.
+// The SDKs under test, apart from the dependencies of Credence.
 module github.com/credence-iam/credence/integration/sdks/clients/go
 
 go 1.26.0

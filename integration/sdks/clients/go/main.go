@@ -1,11 +1,11 @@
-// Command go is a driver of integration/sdks for the SDKs of Go. Its argument says which: go-v2, go-v1 or
-// minio-go. It is started with the environment of a pod and with STS_ENDPOINT, the URL of the STS to ask. It
-// writes the name and the version of the SDK, then reads commands from standard input, one per line, until it
-// ends, and answers each with a line of JSON:
+// Command go is a script of integration/sdks for the SDKs of Go. Its argument chooses one: go-v2, go-v1 or
+// minio-go. It needs the environment of a pod, and the URL of STS in STS_ENDPOINT. It writes the name and the
+// version of the SDK. Then it reads commands from standard input, one per line, and answers each with a line
+// of JSON:
 //
-//	call    asks STS who it is, with a client that is kept
-//	fresh   the same with all made for this call
-//	region  the region that the SDK's own look-up in the metadata service finds
+//	call    calls GetCallerIdentity, always with the same session and client
+//	fresh   calls GetCallerIdentity with a new session and client
+//	region  looks the region up in the metadata service, by the SDK's own means
 //
 // It never writes a secret key or a session token.
 package main
@@ -24,20 +24,20 @@ import (
 
 // client is one SDK.
 type client interface {
-	// caller makes a session and a client with the SDK's defaults, and returns what asks STS who it is.
+	// caller makes a session and a client with the SDK's defaults.
 	caller(ctx context.Context) (caller, error)
-	// region looks the region up. The error is errUnsupported where the SDK has no such look-up.
+	// region looks the region up. The error is errUnsupported if the SDK cannot.
 	region(ctx context.Context) (string, error)
-	// code is the error code that err offers to programs; empty if it offers none.
+	// code returns the error code in err, or an empty string.
 	code(err error) string
 }
 
-// caller asks STS who it is, and tells the key that signed the request, empty if there was none.
+// caller calls GetCallerIdentity. key is the key that signed the request, or empty.
 type caller func(ctx context.Context) (arn, key string, err error)
 
 var errUnsupported = errors.New("unsupported")
 
-// clients are the SDKs by name, with the modules whose versions are told.
+// clients are the SDKs by name, with the module whose version is written.
 var clients = map[string]struct {
 	client
 	module string
@@ -61,14 +61,14 @@ func main() {
 	err := run(ctx, os.Args[1:])
 	stop()
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "go driver:", err)
+		fmt.Fprintln(os.Stderr, "go client:", err)
 		os.Exit(1)
 	}
 }
 
 func run(ctx context.Context, args []string) error {
 	if len(args) != 1 || clients[args[0]].client == nil {
-		return fmt.Errorf("want one of go-v2, go-v1 and minio-go as the only argument, not %q", args)
+		return fmt.Errorf("unexpected arguments %q; want one of go-v2, go-v1 and minio-go", args)
 	}
 	c := clients[args[0]]
 	out := json.NewEncoder(os.Stdout)
@@ -85,7 +85,7 @@ func run(ctx context.Context, args []string) error {
 	return in.Err()
 }
 
-// obey carries out one command. kept is the caller of "call", once it could be made.
+// obey runs one command. kept is the caller of "call".
 func obey(ctx context.Context, c client, kept *caller, command string) answer {
 	var a answer
 	var err error
@@ -105,7 +105,7 @@ func obey(ctx context.Context, c client, kept *caller, command string) answer {
 	case "region":
 		a.Region, err = c.region(ctx)
 	default:
-		err = fmt.Errorf("no such command: %s", command)
+		err = fmt.Errorf("unknown command %q", command)
 	}
 	if err != nil {
 		a.Error, a.Code = err.Error(), c.code(err)
@@ -113,7 +113,7 @@ func obey(ctx context.Context, c client, kept *caller, command string) answer {
 	return a
 }
 
-// version is that of a module that this program was built with.
+// version returns the version of a module that this program was built with.
 func version(module string) string {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, dep := range info.Deps {
@@ -127,7 +127,7 @@ func version(module string) string {
 
 var credentialScope = regexp.MustCompile(`Credential=([^/]+)/`)
 
-// keyOf returns the access key id of an Authorization header of signature version 4.
+// keyOf returns the access key ID in an Authorization header of signature version 4.
 func keyOf(authorization string) string {
 	if found := credentialScope.FindStringSubmatch(authorization); found != nil {
 		return found[1]
@@ -135,5 +135,4 @@ func keyOf(authorization string) string {
 	return ""
 }
 
-// stsEndpoint is the STS to ask.
 func stsEndpoint() string { return os.Getenv("STS_ENDPOINT") }

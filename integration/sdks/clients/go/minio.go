@@ -15,10 +15,10 @@ import (
 	"github.com/minio/minio-go/v7/pkg/signer"
 )
 
-// minioGo is the MinIO client for Go. It has no call of STS for who one is, so this signs one with its keys.
+// minioGo is the MinIO client for Go. It cannot call GetCallerIdentity, so this signs a call with its keys.
 //
-// It does not read AWS_EC2_METADATA_SERVICE_ENDPOINT: a program has to hand it the endpoint, as this does
-// where the pod's environment names no container credentials.
+// It does not read AWS_EC2_METADATA_SERVICE_ENDPOINT. A program has to pass the endpoint, and this does so if the
+// pod's environment has no container credentials.
 type minioGo struct{}
 
 func (minioGo) caller(context.Context) (caller, error) {
@@ -32,12 +32,12 @@ func (minioGo) caller(context.Context) (caller, error) {
 		if err != nil {
 			return "", "", err
 		}
-		arn, err = whoAmI(ctx, value)
+		arn, err = callerIdentity(ctx, value)
 		return arn, value.AccessKeyID, err
 	}, nil
 }
 
-func whoAmI(ctx context.Context, keys credentials.Value) (arn string, err error) {
+func callerIdentity(ctx context.Context, keys credentials.Value) (arn string, err error) {
 	body := []byte("Action=GetCallerIdentity&Version=2011-06-15")
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, stsEndpoint()+"/", bytes.NewReader(body))
 	if err != nil {
@@ -46,7 +46,7 @@ func whoAmI(ctx context.Context, keys credentials.Value) (arn string, err error)
 	sum := sha256.Sum256(body)
 	request.Header.Set("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
 	request.Header.Set("X-Amz-Security-Token", keys.SessionToken)
-	request.Header.Set("X-Amz-Content-Sha256", hex.EncodeToString(sum[:])) // the signer takes it from here
+	request.Header.Set("X-Amz-Content-Sha256", hex.EncodeToString(sum[:])) // for the signer
 	request = signer.SignV4STS(*request, keys.AccessKeyID, keys.SecretAccessKey, os.Getenv("AWS_REGION"))
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
@@ -70,12 +70,12 @@ func whoAmI(ctx context.Context, keys credentials.Value) (arn string, err error)
 	return identity.ARN, nil
 }
 
-// stsError is an error that STS answers.
+// stsError is an error response of STS.
 type stsError struct{ code, message string }
 
 func (e stsError) Error() string { return fmt.Sprintf("%s: %s", e.code, e.message) }
 
 func (minioGo) region(context.Context) (string, error) { return "", errUnsupported }
 
-// code is empty: the errors of its credentials are texts alone.
+// code returns nothing: errors of credentials have no code.
 func (minioGo) code(error) string { return "" }

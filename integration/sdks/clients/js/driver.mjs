@@ -1,20 +1,20 @@
-// What the drivers of both SDKs for JavaScript have in common: the protocol of integration/sdks.
+// The protocol of integration/sdks, for the scripts of both SDKs for JavaScript.
 
 import { createInterface } from 'node:readline';
 
 /**
- * Writes name and version, then reads commands from stdin, one per line, until it ends, and answers
- * each with a line of JSON:
+ * Writes name and version. Then reads commands from stdin, one per line, and answers each with a line of
+ * JSON:
  *
- *   call    what a caller that is kept answers
- *   fresh   what a caller made for this call answers
- *   region  what region answers
+ *   call    the result of always the same caller
+ *   fresh   the result of a new caller
+ *   region  the result of region
  *
  * @param {string} client
  * @param {string} version
  * @param {() => (() => Promise<{arn: string, access_key_id: string}>)} newCaller
  * @param {() => Promise<{region?: string, error?: string}>} region
- * @param {(error: unknown) => {error: string, code: string}} describe what a program sees of an error
+ * @param {(error: unknown) => {error: string, code: string}} describe an error as the caller of an SDK sees it
  */
 export async function drive(client, version, newCaller, region, describe) {
   let kept;
@@ -40,7 +40,7 @@ export async function drive(client, version, newCaller, region, describe) {
   }
 }
 
-/** The access key in the Authorization header of a signed request; never more of it. */
+/** The access key in the Authorization header of a signed request. */
 export function accessKey(authorization) {
   return /Credential=([^/]+)\//.exec(authorization ?? '')?.[1] ?? '';
 }

@@ -1,9 +1,8 @@
-// A driver of integration/sdks: the AWS SDK for JavaScript, version 2, which gets no more releases.
+// A script of integration/sdks: the AWS SDK for JavaScript, version 2, which gets no more releases.
 //
-// Usage: node v2.mjs, beside the node_modules that "npm ci" makes. It is started with the environment of
-// a pod and with STS_ENDPOINT, the URL of the STS to ask. driver.mjs tells the commands. "region" is
-// unsupported: the SDK takes it from variables and files only. It never writes a secret key or a session
-// token.
+// Usage: node v2.mjs, beside the node_modules of "npm ci", with the environment of a pod, and the URL of STS
+// in STS_ENDPOINT. driver.mjs lists the commands. "region" is unsupported: the SDK takes the region from
+// variables and files only. It never writes a secret key or a session token.
 
 import AWS from 'aws-sdk';
 

@@ -1,8 +1,8 @@
-// A driver of integration/sdks: the AWS SDK for JavaScript, version 3.
+// A script of integration/sdks: the AWS SDK for JavaScript, version 3.
 //
-// Usage: node v3.mjs, beside the node_modules that "npm ci" makes. It is started with the environment of
-// a pod and with STS_ENDPOINT, the URL of the STS to ask. driver.mjs tells the commands. The region is that
-// of a client which is told none. It never writes a secret key or a session token.
+// Usage: node v3.mjs, beside the node_modules of "npm ci", with the environment of a pod, and the URL of STS
+// in STS_ENDPOINT. driver.mjs lists the commands. "region" is the region of a client without a configured
+// one. It never writes a secret key or a session token.
 
 import { readFileSync } from 'node:fs';
 
@@ -17,7 +17,7 @@ const newClient = () => new STSClient({ endpoint: process.env.STS_ENDPOINT });
 function newCaller() {
   const sts = newClient();
   let key = '';
-  // The step after the one that signs: the request is as it is sent.
+  // After the step that signs the request.
   sts.middlewareStack.add(
     (next) => (args) => {
       key = accessKey(args.request.headers.authorization);

@@ -1,13 +1,13 @@
-"""A driver of integration/sdks: botocore, the core of boto3 and of the AWS CLI.
+"""A script of integration/sdks: botocore, the core of boto3 and of the AWS CLI.
 
-Usage: python3 client.py, with the botocore of that python3. It is started with the environment of a
-pod and with STS_ENDPOINT, the URL of the STS to ask. It writes the name and the version of the SDK,
-then reads commands from stdin, one per line, until it ends, and answers each with a line of JSON:
+Usage: python3 client.py, with the botocore of that python3, the environment of a pod, and the URL of
+STS in STS_ENDPOINT. The script writes the name and the version of the SDK. Then it reads commands from
+stdin, one per line, and answers each with a line of JSON:
 
-  call    asks STS who it is, with a session and a client that are kept
-  fresh   the same with a session and a client made for this call
-  region  the region that botocore's own look-up in the metadata service finds. botocore asks it by
-          itself only for defaults_mode=auto; without a region, most clients fail with NoRegionError.
+  call    calls GetCallerIdentity, always with the same session and client
+  fresh   calls GetCallerIdentity with a new session and client
+  region  looks the region up in the metadata service. By itself botocore does this only for
+          defaults_mode=auto; without a region, most clients fail with NoRegionError.
 
 It never writes a secret key or a session token.
 """
@@ -24,7 +24,7 @@ from botocore.utils import IMDSRegionProvider
 
 
 class Caller:
-    """A session with a client for STS, which remembers the key that last signed a request."""
+    """A session with a client for STS, and the key that signed the last request."""
 
     def __init__(self):
         self.key = ""
@@ -44,7 +44,7 @@ class Caller:
         return {"arn": self.sts.get_caller_identity()["Arn"], "access_key_id": self.key}
 
 
-kept = []  # the caller of "call", once one could be made
+kept = []  # the caller of "call"
 
 
 def call():
@@ -60,7 +60,7 @@ def fresh():
 def region():
     found = IMDSRegionProvider(botocore.session.Session()).provide()
     if found is None:
-        return {"error": "None: the metadata service told no region"}
+        return {"error": "None: the metadata service has no region"}
     return {"region": found}
 
 
@@ -74,7 +74,7 @@ def answer(command):
         return COMMANDS[command]()
     except ClientError as e:
         return {"error": str(e), "code": e.response["Error"]["Code"]}
-    except Exception as e:  # whatever it is, a program sees it
+    except Exception as e:  # as the caller of an SDK sees it
         return {"error": str(e), "code": type(e).__name__}
 
 

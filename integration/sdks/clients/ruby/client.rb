@@ -1,18 +1,17 @@
-# A driver of integration/sdks: the AWS SDK for Ruby.
+# A script of integration/sdks: the AWS SDK for Ruby.
 #
-# Usage: ruby client.rb [port], with the gem aws-sdk-core (Debian: ruby-aws-sdk-core). It is started with the
-# environment of a pod and with STS_ENDPOINT, the URL of the STS to ask. It writes the name and the
-# version of the SDK, then reads commands from stdin, one per line, until it ends, and answers each
-# with a line of JSON:
+# Usage: ruby client.rb [port], with the gem aws-sdk-core (Debian: ruby-aws-sdk-core), the environment of a
+# pod, and the URL of STS in STS_ENDPOINT. The script writes the name and the version of the SDK. Then it
+# reads commands from stdin, one per line, and answers each with a line of JSON:
 #
-#   call    asks STS who it is, with a client that is kept
-#   fresh   the same with a client made for this call
+#   call    calls GetCallerIdentity, always with the same client
+#   fresh   calls GetCallerIdentity with a new client
 #   region  unsupported: the SDK takes the region from variables and files only
 #
-# Versions before 3.171 do not know AWS_CONTAINER_CREDENTIALS_FULL_URI, and those before 2024-04 take the
-# address of the metadata service from AWS_EC2_METADATA_SERVICE_ENDPOINT, but not the port: they ask port 80.
-# With the argument "port" the driver does what a program of theirs has to do to get credentials from the
-# sidecar: it tells the SDK the port. It never writes a secret key or a session token.
+# Versions before 3.171 do not know AWS_CONTAINER_CREDENTIALS_FULL_URI. Versions before 2024-04 take the
+# address of the metadata service from AWS_EC2_METADATA_SERVICE_ENDPOINT, but not the port: they call port 80.
+# With the argument "port" the script passes the port to the SDK, as a program must to get credentials from
+# the sidecar. It never writes a secret key or a session token.
 
 require 'json'
 require 'uri'
@@ -20,7 +19,7 @@ require 'aws-sdk-core'
 
 abort 'usage: client.rb [port]' unless [[], ['port']].include?(ARGV)
 
-# Asks with a client of its own, with the default chain of credentials unless the port is to be told.
+# A client for STS, with the default chain of credentials unless the argument is "port".
 class Caller
   def initialize
     options = { endpoint: ENV.fetch('STS_ENDPOINT') }
