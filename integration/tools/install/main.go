@@ -1,7 +1,7 @@
 //go:build unix
 
-// Command install builds the named tools, or a Kubernetes control plane when none is named, into the cache
-// folder, and prints the path of each. What is built already costs nothing.
+// Command install builds tools into the cache folder and prints their paths. A tool that is built is not built
+// again. Without arguments it builds a Kubernetes control plane.
 //
 //	go run ./integration/tools/install [-nodes] [tool...]
 package main
@@ -10,7 +10,6 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"syscall"
@@ -19,7 +18,7 @@ import (
 )
 
 func main() {
-	nodes := flag.Bool("nodes", false, "also build what a cluster with nodes runs, and what puts Credence on it")
+	nodes := flag.Bool("nodes", false, "build the programs of a cluster with nodes, and those that install Credence there")
 	flag.Usage = func() {
 		_, _ = fmt.Fprintf(flag.CommandLine.Output(), "usage: install [-nodes] [tool...]\n\nTools: %v\nWithout arguments: %v\nWith -nodes: %v\n",
 			tools.All(), tools.ControlPlane(), tools.Deployment())
@@ -27,32 +26,22 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	wanted := tools.ControlPlane()
+	list := tools.ControlPlane()
 	if *nodes {
-		wanted = tools.Deployment()
+		list = tools.Deployment()
 	}
-	if err := run(ctx, wanted, flag.Args(), os.Stdout, os.Stderr); err != nil {
-		_, _ = fmt.Fprintln(os.Stderr, "install:", err)
-		os.Exit(1)
-	}
-}
-
-// run builds the named tools, or those that are wanted when none is named.
-func run(ctx context.Context, wanted []tools.Tool, names []string, stdout, stderr io.Writer) error {
-	if len(names) > 0 {
-		wanted = nil
-		for _, name := range names {
-			wanted = append(wanted, tools.Tool(name))
+	if flag.NArg() > 0 {
+		list = nil
+		for _, name := range flag.Args() {
+			list = append(list, tools.Tool(name))
 		}
 	}
-	for _, tool := range wanted {
-		path, err := tools.Path(ctx, tool, stderr)
+	for _, tool := range list {
+		path, err := tools.Path(ctx, tool, os.Stderr)
 		if err != nil {
-			return err
+			_, _ = fmt.Fprintln(os.Stderr, "install:", err)
+			os.Exit(1)
 		}
-		if _, err := fmt.Fprintln(stdout, path); err != nil {
-			return fmt.Errorf("printing the path of %s: %w", tool, err)
-		}
+		_, _ = fmt.Fprintln(os.Stdout, path)
 	}
-	return nil
 }

@@ -1,11 +1,10 @@
-// Command cert-manager is the real cert-manager, from its library, for tests and the demonstration: the
-// project's own programs are not in the module that the Go proxy serves, and their images are out of reach
-// where there is no registry.
+// Command cert-manager runs cert-manager from its library, for tests and the demonstration: the project's own
+// programs are not in the module that the Go proxy serves, and its images need a registry.
 //
-// MODE says what runs, as a list with commas: controller, cainjector, webhook, or startupapicheck, which ends
-// when the others are ready to be used. The official chart's flags are understood as far as they are used
-// here, and others are passed over. Left out: leader election, so there must be one replica of each; ACME,
-// Venafi and Vault; and certificates for the CertificateSigningRequest API.
+// MODE lists the parts to run, with commas: controller, cainjector, webhook, and startupapicheck, which exits
+// when the others are ready. The command accepts the official chart's flags and ignores those that it does not
+// need. It lacks leader election, so each part needs exactly one replica; ACME, Venafi and Vault; and
+// certificates for the CertificateSigningRequest API.
 package main
 
 import (
@@ -43,7 +42,7 @@ import (
 	"github.com/cert-manager/cert-manager/pkg/util/cmapichecker"
 	"github.com/cert-manager/cert-manager/pkg/webhook/options"
 
-	// Each registers its controller or its kind of issuer.
+	// Each import registers a controller or a kind of issuer.
 	_ "github.com/cert-manager/cert-manager/pkg/controller/certificaterequests/approver"
 	_ "github.com/cert-manager/cert-manager/pkg/controller/certificaterequests/ca"
 	_ "github.com/cert-manager/cert-manager/pkg/controller/certificaterequests/selfsigned"
@@ -71,11 +70,11 @@ func main() {
 	}
 }
 
-// settings are what the flags say.
+// settings are the values of the flags.
 type settings struct {
 	kubeconfig string // empty: that of a pod
 	namespace  string // of Secrets that ClusterIssuers use
-	livez      string // address; empty: none
+	livez      string // an address; empty: none
 	wait       time.Duration
 	rest       *rest.Config
 }
@@ -90,8 +89,8 @@ func run(ctx context.Context, modes, args []string) error {
 	flags.ParseErrorsAllowlist.UnknownFlags = true
 	options.AddConfigFlags(flags, webhook)
 	flags.StringVar(&s.namespace, "cluster-resource-namespace", "cert-manager", "namespace of Secrets that ClusterIssuers use")
-	flags.StringVar(&s.livez, "livez", "", "address that the controller says on that it lives")
-	flags.DurationVar(&s.wait, "wait", time.Minute, "how long startupapicheck tries")
+	flags.StringVar(&s.livez, "livez", "", "address of the controller's health check")
+	flags.DurationVar(&s.wait, "wait", time.Minute, "how long startupapicheck retries")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -122,13 +121,13 @@ func run(ctx context.Context, modes, args []string) error {
 		case "startupapicheck":
 			group.Go(func() error { return s.startupAPICheck(ctx) })
 		default:
-			return fmt.Errorf("MODE: %q is none of controller, cainjector, webhook and startupapicheck", mode)
+			return fmt.Errorf("unknown part %q in MODE; want controller, cainjector, webhook or startupapicheck", mode)
 		}
 	}
 	return group.Wait()
 }
 
-// workers is how many objects each controller works on at a time, as in the real program.
+// workers is the number of objects that each controller reconciles at a time, as in the real program.
 const workers = 5
 
 // controllers issues and renews certificates.
@@ -167,7 +166,7 @@ func (s *settings) controllers(ctx context.Context) error {
 	return group.Wait()
 }
 
-// cainjector writes authorities into webhook configurations and other objects that ask for them.
+// cainjector writes CA certificates into webhook configurations and other annotated objects.
 func (s *settings) cainjector(ctx context.Context) error {
 	types := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
@@ -177,12 +176,12 @@ func (s *settings) cainjector(ctx context.Context) error {
 			return err
 		}
 	}
-	// The name is needed: it becomes the owner of the fields that are written.
+	// The user agent becomes the owner of the fields that it writes.
 	manager, err := ctrl.NewManager(util.RestConfigWithUserAgent(s.rest, "cainjector"), ctrl.Options{
 		Scheme:  types,
 		Metrics: server.Options{BindAddress: "0"},
 		Cache:   cache.Options{ReaderFailOnMissingInformer: true},
-		// The content of Secrets is read when it is needed, and only their metadata is kept.
+		// Secrets are cached as metadata only, and read when needed.
 		Client: client.Options{Cache: &client.CacheOptions{DisableFor: []client.Object{&corev1.Secret{}}}},
 	})
 	if err != nil {
@@ -202,8 +201,8 @@ func (s *settings) cainjector(ctx context.Context) error {
 	return manager.Start(ctx)
 }
 
-// startupAPICheck ends when a request for a certificate passes the webhook, which it does some moments after
-// the webhook's pod is ready: its authority has to be injected first.
+// startupAPICheck returns when a request for a certificate passes the webhook. This takes some moments after the
+// webhook's pod is ready: cainjector has to write its CA certificate first.
 func (s *settings) startupAPICheck(ctx context.Context) error {
 	checker, err := cmapichecker.New(s.rest, os.Getenv("POD_NAMESPACE"))
 	if err != nil {

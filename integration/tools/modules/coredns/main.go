@@ -1,11 +1,11 @@
-// Command coredns is the real CoreDNS with the plugins that serve a cluster's names, and without those for
-// clouds, which are most of what the usual one is built from.
+// Command coredns is CoreDNS with the plugins that serve a cluster's names. It lacks those for clouds, which are most
+// of the usual program.
 package main
 
 import (
 	"github.com/coredns/coredns/coremain"
 
-	// Each registers itself.
+	// Each import registers a plugin.
 	_ "github.com/coredns/coredns/plugin/bind"
 	_ "github.com/coredns/coredns/plugin/errors"
 	_ "github.com/coredns/coredns/plugin/kubernetes"
