@@ -1,13 +1,12 @@
-// Command awsclient is an application that knows nothing of Credence: it uses the AWS SDK for Go v2
-// with its default configuration, as any program in a pod would. Tests and the demonstration run it
-// with a pod's environment.
+// Command awsclient is an ordinary application: it uses the AWS SDK for Go v2 with its default
+// configuration, and nothing of Credence. Tests and the demonstration run it with a pod's environment.
 //
-//	awsclient whoami               prints the ARN that STS knows the caller by
+//	awsclient whoami               prints the caller's ARN
 //	awsclient ls BUCKET            lists a bucket
 //	awsclient put BUCKET KEY       stores standard input
 //	awsclient get BUCKET KEY       prints an object
-//	awsclient watch DURATION       asks STS who it is, four times a second, and prints each change of
-//	                               its access key; fails at the first error
+//	awsclient watch DURATION       calls GetCallerIdentity four times a second and prints each new
+//	                               access key; fails at the first error
 package main
 
 import (
@@ -39,7 +38,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	// A store that is not AWS has one host name for all buckets.
+	// MinIO has one host name for all buckets.
 	store := s3.NewFromConfig(cfg, func(o *s3.Options) { o.UsePathStyle = true })
 	switch {
 	case len(args) == 1 && args[0] == "whoami":
@@ -68,7 +67,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return watch(ctx, cfg, d)
 	}
-	return fmt.Errorf("unknown command %q: whoami, ls BUCKET, put BUCKET KEY, get BUCKET KEY or watch DURATION", args)
+	return fmt.Errorf("unknown command %q; want whoami, ls BUCKET, put BUCKET KEY, get BUCKET KEY or watch DURATION", args)
 }
 
 func whoami(ctx context.Context, cfg aws.Config) error {
@@ -94,12 +93,12 @@ func list(ctx context.Context, store *s3.Client, bucket string) error {
 	return nil
 }
 
-// watchPause is between two calls, so that a short life of credentials is seen to be bridged.
+// watchPause is the time between two calls: short, so that a gap between two sessions is noticed.
 const watchPause = 250 * time.Millisecond
 
 func watch(ctx context.Context, cfg aws.Config, d time.Duration) error {
 	client := sts.NewFromConfig(cfg)
-	held := ""
+	key := ""
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(watchPause) {
 		if _, err := client.GetCallerIdentity(ctx, &sts.GetCallerIdentityInput{}); err != nil {
 			return err
@@ -108,9 +107,9 @@ func watch(ctx context.Context, cfg aws.Config, d time.Duration) error {
 		if err != nil {
 			return err
 		}
-		if keys.AccessKeyID != held {
-			held = keys.AccessKeyID
-			fmt.Println(held)
+		if keys.AccessKeyID != key {
+			key = keys.AccessKeyID
+			fmt.Println(key)
 		}
 	}
 	return nil
