@@ -1,10 +1,9 @@
 //go:build unix
 
-// Package minio runs a real MinIO, which is an S3 and an STS, for tests and the demonstration: a child
-// process on a host of a run, with root credentials that nobody has seen before.
+// Package minio runs MinIO, which serves S3 and STS, for tests and the demonstration: a process of a run, with new
+// root credentials.
 //
-// It makes no buckets and no users; that is for an S3 or STS client to do. The program is built on first
-// use; see package tools.
+// It creates no buckets and no users; an S3 or STS client does. Package tools builds the program on first use.
 package minio
 
 import (
@@ -25,15 +24,15 @@ import (
 )
 
 const (
-	// startTimeout bounds one start, which takes half a second on an idle machine.
+	// startTimeout limits one start, which takes half a second on an idle machine.
 	startTimeout = time.Minute
-	// clientTimeout bounds a call, which MinIO answers within milliseconds.
+	// clientTimeout limits a call, which takes milliseconds.
 	clientTimeout = 10 * time.Second
-	// startTries bounds how often Start tries again when somebody took a port first, which is rare once.
+	// startTries limits how often Start tries: another process may take the port first, which is rare.
 	startTries = 3
 )
 
-// A Server is a MinIO that runs. It ends with its run.
+// Server is a running MinIO. It stops with its run.
 type Server struct {
 	host      process.Host
 	endpoint  string
@@ -41,9 +40,8 @@ type Server struct {
 	secretKey string
 }
 
-// Start starts MinIO on a host of the run, with its data in the run's folder, and returns when it is ready. A
-// run can have one. ctx bounds the start only. progress gets a line when the program is being built; nil means nobody
-// is told.
+// Start starts MinIO on a host of the run, with its data in the run's folder, and returns when it is ready. A run can
+// have one. ctx limits only the start. progress gets lines while the program is built; it may be nil.
 func Start(ctx context.Context, run *process.Run, host process.Host, progress io.Writer) (*Server, error) {
 	path, err := tools.Path(ctx, tools.MinIO, progress)
 	if err != nil {
@@ -61,7 +59,7 @@ func Start(ctx context.Context, run *process.Run, host process.Host, progress io
 	return nil, fmt.Errorf("starting MinIO: %w", err)
 }
 
-// startOnce tries it with one choice of port.
+// startOnce tries one port.
 func startOnce(ctx context.Context, run *process.Run, host process.Host, path string) (*Server, error) {
 	port, err := process.FreePortOf(ctx, host)
 	if err != nil {
@@ -75,14 +73,14 @@ func startOnce(ctx context.Context, run *process.Run, host process.Host, path st
 		Args: []string{
 			"server",
 			"--address=" + address,
-			"--certs-dir=" + filepath.Join(run.Dir(), "minio-certs"), // none: plain HTTP
+			"--certs-dir=" + filepath.Join(run.Dir(), "minio-certs"), // no certificates: plain HTTP
 			filepath.Join(run.Dir(), "minio"),
 		},
 		Env: []string{
 			"MINIO_ROOT_USER=" + s.accessKey,
 			"MINIO_ROOT_PASSWORD=" + s.secretKey,
-			"MINIO_BROWSER=off", // the console would want a port of its own
-			"MINIO_UPDATE=off",  // nobody is asked for newer versions
+			"MINIO_BROWSER=off", // the console needs another port
+			"MINIO_UPDATE=off",  // no look-up of newer versions
 		},
 	})
 	if err != nil {
@@ -97,26 +95,26 @@ func startOnce(ctx context.Context, run *process.Run, host process.Host, path st
 	return s, nil
 }
 
-// ready asks MinIO's own readiness endpoint.
+// ready calls MinIO's readiness endpoint.
 func (s *Server) ready(ctx context.Context) error {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, s.endpoint+"/minio/health/ready", http.NoBody)
 	if err != nil {
 		return fmt.Errorf("making a request: %w", err)
 	}
-	answer, err := s.Client().Do(request)
+	response, err := s.Client().Do(request)
 	if err != nil {
-		return err //nolint:wrapcheck // it names the URL; WaitReady says what for
+		return err //nolint:wrapcheck // it names the URL
 	}
-	if err := answer.Body.Close(); err != nil {
-		return fmt.Errorf("closing the answer: %w", err)
+	if err := response.Body.Close(); err != nil {
+		return fmt.Errorf("closing the response: %w", err)
 	}
-	if answer.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s answers %s", request.URL, answer.Status)
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s responds %s", request.URL, response.Status)
 	}
 	return nil
 }
 
-// Client returns a client that reaches Endpoint, for an SDK's HTTPClient.
+// Client returns an HTTP client that can connect to Endpoint, for an SDK.
 func (s *Server) Client() *http.Client {
 	return &http.Client{Transport: &http.Transport{DialContext: s.host.Dial, DisableKeepAlives: true}, Timeout: clientTimeout}
 }
@@ -124,8 +122,8 @@ func (s *Server) Client() *http.Client {
 // Endpoint returns the URL of both S3 and STS.
 func (s *Server) Endpoint() string { return s.endpoint }
 
-// Root returns the credentials of the root user, who may do everything.
+// Root returns the credentials of the root user.
 func (s *Server) Root() (accessKey, secretKey string) { return s.accessKey, s.secretKey }
 
-// String returns the endpoint, and keeps the credentials out of logs.
+// String returns the endpoint, without credentials.
 func (s *Server) String() string { return "MinIO at " + s.endpoint }

@@ -1,12 +1,11 @@
-// Command sts runs ststest, the STS double, as a process: for the demo, and for
-// whatever wants an STS that is not in its own process.
+// Command sts runs ststest, the STS double, as a process, for the demonstration.
 //
-// Its first line on stdout is "listening on http://ADDRESS"; after that comes one
-// line of JSON for each call, without secrets. It ends on SIGINT or SIGTERM.
+// Its first line on stdout is "listening on http://ADDRESS". Each call adds one line
+// of JSON, without secrets. The command exits on SIGINT or SIGTERM.
 //
-// The base user's keys are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the
-// environment. With MINIO_ENDPOINT set, that MinIO mints the keys it answers, as
-// MINIO_ROOT_USER with MINIO_ROOT_PASSWORD.
+// The environment has the keys of the broker's own credentials in AWS_ACCESS_KEY_ID
+// and AWS_SECRET_ACCESS_KEY. If MINIO_ENDPOINT is set, sessions come from that MinIO,
+// as MINIO_ROOT_USER with MINIO_ROOT_PASSWORD.
 package main
 
 import (
@@ -36,14 +35,14 @@ func main() {
 	}
 }
 
-// run serves until ctx ends.
+// run serves until ctx is canceled.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout io.Writer) error {
 	flags := flag.NewFlagSet("sts", flag.ContinueOnError)
-	listen := flags.String("listen", "127.0.0.1:0", "`address` to listen on; port 0 takes a free one")
-	account := flags.String("account", "123456789012", "the base user's `account`")
-	latency := flags.Duration("latency", 0, "`time` to wait before each answer to AssumeRole")
-	life := flags.Duration("session-life", 0, "the longest `life` of a session, whatever is asked; 0 leaves it to the caller")
-	policies := flags.String("minio-policies", "", "`file` with a JSON object: role ARN to the policy (an object) of its sessions in MinIO")
+	listen := flags.String("listen", "127.0.0.1:0", "`address` to listen on; port 0 chooses a free one")
+	account := flags.String("account", "123456789012", "AWS `account` of the broker's own credentials")
+	latency := flags.Duration("latency", 0, "`time` to wait before each response to AssumeRole")
+	limit := flags.Duration("session-life", 0, "maximum session `duration`; 0 sets none")
+	policies := flags.String("minio-policies", "", "JSON `file` that maps role ARNs to the policies of their sessions in MinIO")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -54,10 +53,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		Default:         ststest.Behavior{Latency: *latency},
 	}
 	if cfg.AccessKeyID == "" || cfg.SecretAccessKey.Empty() {
-		return errors.New("reading the base keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+		return errors.New("the broker's own credentials are missing; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 	}
-	if *life > 0 {
-		cfg.SessionLife = func(requested time.Duration) time.Duration { return min(requested, *life) }
+	if *limit > 0 {
+		cfg.SessionLife = func(requested time.Duration) time.Duration { return min(requested, *limit) }
 	}
 	if endpoint := getenv("MINIO_ENDPOINT"); endpoint != "" {
 		cfg.MinIO = &ststest.MinIO{Endpoint: endpoint, AccessKey: getenv("MINIO_ROOT_USER"), SecretKey: credential.NewSecret(getenv("MINIO_ROOT_PASSWORD"))}
@@ -76,9 +75,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 			}
 		}
 	} else if *policies != "" {
-		return errors.New("checking --minio-policies: set MINIO_ENDPOINT, or drop the flag")
+		return errors.New("--minio-policies needs MinIO; set MINIO_ENDPOINT or drop the flag")
 	}
-	cfg.OnCall = func(c ststest.Call) { _ = json.NewEncoder(stdout).Encode(c) } // a reader that has gone does not end the service
+	cfg.OnCall = func(c ststest.Call) { _ = json.NewEncoder(stdout).Encode(c) } // the service continues without a reader
 	server, err := ststest.New(cfg)
 	if err != nil {
 		return err

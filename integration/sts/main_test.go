@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -44,7 +45,7 @@ func TestRun(t *testing.T) {
 	go func() {
 		err := run(ctx, []string{"--session-life", "30s", "--minio-policies", policies},
 			env("MINIO_ENDPOINT", minio.URL(), "MINIO_ROOT_USER", key, "MINIO_ROOT_PASSWORD", secret.Reveal()), writer)
-		_ = writer.CloseWithError(err) // so that a failure to start ends the read below
+		_ = writer.CloseWithError(err) // so that the read below returns if the start fails
 		ended <- err
 	}()
 	out := bufio.NewReader(reader)
@@ -56,44 +57,38 @@ func TestRun(t *testing.T) {
 	if !ok {
 		t.Fatalf("the first line is %q", first)
 	}
-	client := sts.New(sts.Options{
-		Region: "eu-west-1", BaseEndpoint: &url,
-		Credentials: aws.CredentialsProviderFunc(func(context.Context) (aws.Credentials, error) {
-			return aws.Credentials{AccessKeyID: env()("AWS_ACCESS_KEY_ID"), SecretAccessKey: env()("AWS_SECRET_ACCESS_KEY")}, nil
-		}),
-	})
-	answered := make(chan *sts.AssumeRoleOutput, 1)
+	responses := make(chan *sts.AssumeRoleOutput, 1)
 	go func() {
-		answer, err := client.AssumeRole(ctx, &sts.AssumeRoleInput{RoleArn: aws.String(roleARN), RoleSessionName: aws.String("pod-1")})
+		response, err := client(url, env()("AWS_ACCESS_KEY_ID"), env()("AWS_SECRET_ACCESS_KEY"), http.DefaultClient).AssumeRole(ctx, &sts.AssumeRoleInput{RoleArn: aws.String(roleARN), RoleSessionName: aws.String("pod-1")})
 		if err != nil {
 			t.Error(err)
 		}
-		answered <- answer
+		responses <- response
 	}()
 	line, err := out.ReadString('\n')
 	if err != nil {
 		t.Fatal(err)
 	}
-	answer := <-answered
-	if answer == nil {
+	response := <-responses
+	if response == nil {
 		t.FailNow()
 	}
 	var call ststest.Call
 	if err := json.Unmarshal([]byte(line), &call); err != nil {
 		t.Fatalf("the second line is not JSON: %v", err)
 	}
-	if call.RoleARN != roleARN || call.IssuedAccessKeyID != *answer.Credentials.AccessKeyId {
+	if call.RoleARN != roleARN || call.IssuedAccessKeyID != *response.Credentials.AccessKeyId {
 		t.Errorf("the line is %s", line)
 	}
-	if life := answer.Credentials.Expiration.Sub(call.Time); life > 30*time.Second {
-		t.Errorf("the session lives %v, want 30s at most", life)
+	if duration := response.Credentials.Expiration.Sub(call.Time); duration > 30*time.Second {
+		t.Errorf("the session duration is %v, want at most 30s", duration)
 	}
 	if got := minio.Calls()[0]; got.Policy != `{"Version":"2012-10-17"}` || got.IssuedAccessKeyID != call.IssuedAccessKeyID {
-		t.Errorf("MinIO was asked %+v", got)
+		t.Errorf("MinIO got the call %+v", got)
 	}
 	stop()
 	if err := <-ended; err != nil {
-		t.Errorf("it ended with %v", err)
+		t.Errorf("got %v", err)
 	}
 }
 
@@ -103,7 +98,7 @@ func TestRunRefuses(t *testing.T) {
 		getenv func(string) string
 		want   string
 	}{
-		"no base keys":          {nil, func(string) string { return "" }, "AWS_ACCESS_KEY_ID"},
+		"no own credentials":    {nil, func(string) string { return "" }, "AWS_ACCESS_KEY_ID"},
 		"account":               {[]string{"--account", "x"}, env(), "Account"},
 		"address":               {[]string{"--listen", "127.0.0.1:http:x"}, env(), "--listen"},
 		"policies without":      {[]string{"--minio-policies", "x"}, env(), "MINIO_ENDPOINT"},

@@ -1,6 +1,6 @@
 //go:build unix
 
-package minio_test
+package main
 
 import (
 	"bytes"
@@ -28,11 +28,11 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/minio"
+	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/tools"
 )
 
-const roleARN = "arn:aws:iam::210987654321:role/reader"
-
-// wire keeps the last answer as it was sent.
+// wire is an HTTP client that stores the last response.
 type wire struct {
 	header http.Header
 	status int
@@ -51,19 +51,32 @@ func (w *wire) Do(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// startSTS is start, and waits for the STS: MinIO serves objects a moment before it gives out sessions.
-func startSTS(t *testing.T) *minio.Server {
+// startMinIO starts MinIO and waits for its STS, which is ready a moment after S3.
+func startMinIO(t *testing.T) *minio.Server {
 	t.Helper()
-	_, server := start(t)
-	access, secret := server.Root()
-	c := sts.New(sts.Options{
-		BaseEndpoint: aws.String(server.Endpoint()), Region: "us-east-1", Retryer: aws.NopRetryer{},
-		Credentials: credentials.NewStaticCredentialsProvider(access, secret, ""),
+	if testing.Short() && !tools.Built(tools.MinIO) {
+		t.Skip("-short, and minio is not built (go run ./integration/tools/install minio)")
+	}
+	run, err := process.Open(t.Context(), process.Config{Parent: t.TempDir(), Name: "minio"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := run.Close(); err != nil {
+			t.Error(err)
+		}
 	})
+	server, err := minio.Start(t.Context(), run, run.Loopback(), os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	access, secret := server.Root()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
-		_, err := c.AssumeRole(ctx, &sts.AssumeRoleInput{RoleArn: aws.String(roleARN), RoleSessionName: aws.String("pod-1")})
+		_, err := client(server.Endpoint(), access, secret, http.DefaultClient).AssumeRole(ctx, &sts.AssumeRoleInput{
+			RoleArn: aws.String(roleARN), RoleSessionName: aws.String("pod-1"),
+		})
 		if err == nil {
 			return server
 		}
@@ -74,7 +87,14 @@ func startSTS(t *testing.T) *minio.Server {
 	}
 }
 
-// leaves returns the paths of a document's elements that hold text, below the first one.
+func client(endpoint, access, secret string, http aws.HTTPClient) *sts.Client {
+	return sts.New(sts.Options{
+		BaseEndpoint: aws.String(endpoint), Region: "us-east-1", HTTPClient: http, Retryer: aws.NopRetryer{},
+		Credentials: credentials.NewStaticCredentialsProvider(access, secret, ""),
+	})
+}
+
+// leaves returns the paths of a document's elements with text, below the root element.
 func leaves(t *testing.T, doc string) (paths []string) {
 	t.Helper()
 	var path []string
@@ -86,7 +106,7 @@ func leaves(t *testing.T, doc string) (paths []string) {
 			return slices.Compact(paths)
 		}
 		if err != nil {
-			t.Fatalf("parsing an answer: %v", err)
+			t.Fatalf("parsing a response: %v", err)
 		}
 		switch token := token.(type) {
 		case xml.StartElement:
@@ -101,10 +121,10 @@ func leaves(t *testing.T, doc string) (paths []string) {
 	}
 }
 
-// The double's answers against those of an STS that somebody else wrote, where the two mean the same: keys,
-// expiration, inline policy, and the kinds of refusal. Where MinIO is not like AWS, the table says so.
+// TestDoubleAgreesWithMinIO compares the responses of the STS double with those of an independent STS: keys, expiration,
+// inline policy and refusals. The table has AWS's error code if MinIO's differs.
 func TestDoubleAgreesWithMinIO(t *testing.T) {
-	real := startSTS(t)
+	real := startMinIO(t)
 	double, err := ststest.Start(t.Context(), ststest.Config{})
 	if err != nil {
 		t.Fatal(err)
@@ -114,13 +134,9 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 	call := func(endpoint, access, secret string, change func(*sts.AssumeRoleInput)) (wire, string) {
 		t.Helper()
 		var w wire
-		c := sts.New(sts.Options{
-			BaseEndpoint: aws.String(endpoint), Region: "us-east-1", HTTPClient: &w, Retryer: aws.NopRetryer{},
-			Credentials: credentials.NewStaticCredentialsProvider(access, secret, ""),
-		})
 		in := &sts.AssumeRoleInput{RoleArn: aws.String(roleARN), RoleSessionName: aws.String("pod-1")}
 		change(in)
-		out, err := c.AssumeRole(t.Context(), in)
+		out, err := client(endpoint, access, secret, &w).AssumeRole(t.Context(), in)
 		if e, ok := errors.AsType[smithy.APIError](err); ok {
 			return w, e.ErrorCode()
 		}
@@ -129,7 +145,7 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 		}
 		for name, value := range map[string]*string{"AccessKeyId": out.Credentials.AccessKeyId, "SecretAccessKey": out.Credentials.SecretAccessKey, "SessionToken": out.Credentials.SessionToken} {
 			if aws.ToString(value) == "" {
-				t.Errorf("%s: the SDK reads no %s", endpoint, name)
+				t.Errorf("%s: the SDK finds no %s", endpoint, name)
 			}
 		}
 		return w, ""
@@ -137,22 +153,22 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 	expiration := regexp.MustCompile(`<Expiration>(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)</Expiration>`)
 
 	const allow = `{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":["s3:GetObject"],"Resource":["arn:aws:s3:::b/*"]}]}`
-	// Not with blanks, which MinIO does not count.
+	// MinIO does not count blanks.
 	pad := func(n int) string {
 		return strings.Replace(allow, "b/*", "b/"+strings.Repeat("k", n-len(allow))+"*", 1)
 	}
 	for name, tt := range map[string]struct {
 		change             func(*sts.AssumeRoleInput)
 		wrongKey, wrongSec bool
-		life               time.Duration // 0: refused
+		duration           time.Duration // 0: refused
 		status             int
 		minio, aws         string // error codes
 	}{
-		"default duration":  {change: func(*sts.AssumeRoleInput) {}, life: time.Hour},
-		"shortest duration": {change: func(in *sts.AssumeRoleInput) { in.DurationSeconds = aws.Int32(900) }, life: 15 * time.Minute},
-		"longest duration":  {change: func(in *sts.AssumeRoleInput) { in.DurationSeconds = aws.Int32(43200) }, life: 12 * time.Hour},
-		"policy":            {change: func(in *sts.AssumeRoleInput) { in.Policy = aws.String(allow) }, life: time.Hour},
-		"longest policy":    {change: func(in *sts.AssumeRoleInput) { in.Policy = aws.String(pad(2048)) }, life: time.Hour},
+		"default duration":  {change: func(*sts.AssumeRoleInput) {}, duration: time.Hour},
+		"shortest duration": {change: func(in *sts.AssumeRoleInput) { in.DurationSeconds = aws.Int32(900) }, duration: 15 * time.Minute},
+		"longest duration":  {change: func(in *sts.AssumeRoleInput) { in.DurationSeconds = aws.Int32(43200) }, duration: 12 * time.Hour},
+		"policy":            {change: func(in *sts.AssumeRoleInput) { in.Policy = aws.String(allow) }, duration: time.Hour},
+		"longest policy":    {change: func(in *sts.AssumeRoleInput) { in.Policy = aws.String(pad(2048)) }, duration: time.Hour},
 		"too short":         {change: func(in *sts.AssumeRoleInput) { in.DurationSeconds = aws.Int32(899) }, status: 400, minio: "InvalidParameterValue", aws: "ValidationError"},
 		"too long a policy": {change: func(in *sts.AssumeRoleInput) { in.Policy = aws.String(pad(2049)) }, status: 400, minio: "InvalidParameterValue", aws: "ValidationError"},
 		"no JSON":           {change: func(in *sts.AssumeRoleInput) { in.Policy = aws.String("{") }, status: 400, minio: "InvalidParameterValue", aws: "MalformedPolicyDocument"},
@@ -173,24 +189,24 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 			m, mCode := call(real.Endpoint(), k, s, tt.change)
 			k, s = keys(doubleAccess, doubleSecret.Reveal())
 			d, dCode := call(double.URL(), k, s, tt.change)
-			if tt.life == 0 {
+			if tt.duration == 0 {
 				if m.status != tt.status || d.status != tt.status || mCode != tt.minio || dCode != tt.aws {
 					t.Errorf("MinIO refuses with %d %s, the double with %d %s; want %d, %s and %s", m.status, mCode, d.status, dCode, tt.status, tt.minio, tt.aws)
 				}
 				for _, path := range []string{"Error/Code", "Error/Message", "Error/Type", "RequestId"} {
 					for name, w := range map[string]wire{"MinIO": m, "the double": d} {
 						if name == "MinIO" && path == "Error/Type" {
-							continue // empty in MinIO's
+							continue // MinIO leaves it empty
 						}
 						if !slices.Contains(leaves(t, w.body), path) {
-							t.Errorf("%s's error has no %s", name, path)
+							t.Errorf("the error of %s has no %s", name, path)
 						}
 					}
 				}
 				return
 			}
 			if m.status != 200 || d.status != 200 {
-				t.Fatalf("MinIO answers %d %s, the double %d %s", m.status, mCode, d.status, dCode)
+				t.Fatalf("MinIO responds %d %s, the double %d %s", m.status, mCode, d.status, dCode)
 			}
 			shared := func(w wire) (paths []string) {
 				for _, path := range leaves(t, w.body) {
@@ -201,7 +217,7 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 				return paths
 			}
 			if diff := cmp.Diff(shared(m), shared(d)); diff != "" || len(shared(m)) != 5 {
-				t.Errorf("elements of the answer (-MinIO +double):\n%s", diff)
+				t.Errorf("elements of the response (-MinIO +double):\n%s", diff)
 			}
 			for name, w := range map[string]wire{"MinIO": m, "the double": d} {
 				match := expiration.FindStringSubmatch(w.body)
@@ -209,22 +225,22 @@ func TestDoubleAgreesWithMinIO(t *testing.T) {
 				if match == nil || err != nil {
 					t.Fatalf("%s: no expiration or date (%v): %v", name, err, w.header)
 				}
-				ends, _ := time.Parse(time.RFC3339, match[1])
-				// Both are of the answer, and cut to seconds.
-				if off := (ends.Sub(date) - tt.life).Abs(); off > 2*time.Second {
-					t.Errorf("%s: dated %v, the session ends %v", name, date, ends)
+				expires, _ := time.Parse(time.RFC3339, match[1])
+				// Both are cut to seconds.
+				if off := (expires.Sub(date) - tt.duration).Abs(); off > 2*time.Second {
+					t.Errorf("%s: at %v, the session expires at %v", name, date, expires)
 				}
 				if !strings.HasPrefix(w.body, "<") || !strings.Contains(w.body, `xmlns="https://sts.amazonaws.com/doc/2011-06-15/"`) {
-					t.Errorf("%s answers another document", name)
+					t.Errorf("%s responds with another document", name)
 				}
 			}
 		})
 	}
 }
 
-// The broker's own code against MinIO: a session, and keys that MinIO refuses in its own words.
+// TestAssumeAgainstMinIO calls MinIO with the broker's code, with right and wrong keys.
 func TestAssumeAgainstMinIO(t *testing.T) {
-	real := startSTS(t)
+	real := startMinIO(t)
 	access, secret := real.Root()
 	for _, variable := range os.Environ() {
 		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "AWS_") {
