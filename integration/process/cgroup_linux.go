@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// hierarchies returns where cgroup hierarchies are mounted: one in a system of version 2 alone, and one a
-// controller where version 1 is in use.
+// hierarchies returns the mount points of cgroup hierarchies: one with version 2 alone, and with version 1 one for each
+// controller.
 func hierarchies() ([]string, error) {
 	mounts, err := os.Open("/proc/self/mounts")
 	if err != nil {
@@ -24,7 +24,7 @@ func hierarchies() ([]string, error) {
 	defer func() { _ = mounts.Close() }()
 	var roots []string
 	for lines := bufio.NewScanner(mounts); lines.Scan(); {
-		// fstab(5): what, where, type.
+		// fstab(5): device, mount point, type.
 		fields := strings.Fields(lines.Text())
 		if len(fields) >= 3 && (fields[2] == "cgroup" || fields[2] == "cgroup2") && !slices.Contains(roots, fields[1]) {
 			roots = append(roots, fields[1])
@@ -36,7 +36,7 @@ func hierarchies() ([]string, error) {
 	return roots, nil
 }
 
-// controllers are those that a kubelet needs. In version 2 a cgroup has those that its parent hands down.
+// controllers are those that a kubelet uses. In version 2 a cgroup has those that its parent enables for it.
 var controllers = []string{"cpu", "cpuset", "io", "memory", "pids", "hugetlb"}
 
 func makeCgroup(path string) error {
@@ -46,15 +46,15 @@ func makeCgroup(path string) error {
 	}
 	for _, root := range roots {
 		dir := filepath.Join(root, path)
-		handDown := filepath.Join(filepath.Dir(dir), "cgroup.subtree_control")
+		enabled := filepath.Join(filepath.Dir(dir), "cgroup.subtree_control")
 		for _, controller := range controllers {
-			// Fails where there is none of that name, and in version 1, which has no such file.
-			_ = os.WriteFile(handDown, []byte("+"+controller), 0)
+			// This fails if the kernel lacks the controller, and in version 1, which lacks the file.
+			_ = os.WriteFile(enabled, []byte("+"+controller), 0)
 		}
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) { //nolint:gosec // As all of them are.
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) { //nolint:gosec // the usual mode of cgroups
 			return fmt.Errorf("making a cgroup: %w", err)
 		}
-		if len(roots) == 1 { // version 2 alone: all controllers are in this one
+		if len(roots) == 1 { // version 2 alone has all controllers
 			if err := checkControllers(dir); err != nil {
 				return err
 			}
@@ -63,10 +63,10 @@ func makeCgroup(path string) error {
 	return nil
 }
 
-// cpuPeriod is what a kubelet takes, in microseconds.
+// cpuPeriod is a kubelet's period, in microseconds.
 const cpuPeriod = 100_000
 
-// limitCPU sets a quota in whichever hierarchy has the cpu controller.
+// limitCPU sets a quota in the hierarchy with the controller cpu.
 func limitCPU(path string, milliCPUs int) (procs string, err error) {
 	roots, err := hierarchies()
 	if err != nil {
@@ -93,7 +93,7 @@ func limitCPU(path string, milliCPUs int) (procs string, err error) {
 	return "", errors.New("limiting the CPU of a cgroup: no hierarchy has the controller cpu")
 }
 
-// limitMemory sets a limit in whichever hierarchy has the memory controller.
+// limitMemory sets a limit in the hierarchy with the controller memory.
 func limitMemory(path string, bytes int64) (*MemoryLimit, error) {
 	roots, err := hierarchies()
 	if err != nil {
@@ -103,7 +103,7 @@ func limitMemory(path string, bytes int64) (*MemoryLimit, error) {
 		dir := filepath.Join(root, path)
 		for _, version := range []struct{ limit, swap, noSwap, peak string }{
 			{"memory.max", "memory.swap.max", "0", "memory.peak"},
-			// Version 1 limits memory and swap together. The limit of memory alone comes first.
+			// Version 1 limits the sum of memory and swap, after memory alone.
 			{"memory.limit_in_bytes", "memory.memsw.limit_in_bytes", strconv.FormatInt(bytes, 10), "memory.max_usage_in_bytes"},
 		} {
 			if _, err := os.Stat(filepath.Join(dir, version.limit)); err != nil {
@@ -112,7 +112,7 @@ func limitMemory(path string, bytes int64) (*MemoryLimit, error) {
 			if err := os.WriteFile(filepath.Join(dir, version.limit), []byte(strconv.FormatInt(bytes, 10)), 0); err != nil {
 				return nil, fmt.Errorf("limiting the memory of a cgroup: %w", err)
 			}
-			// Fails where the kernel does not count swap, which machines of clusters do not have.
+			// This fails if the kernel does not count swap, which cluster machines do not have.
 			_ = os.WriteFile(filepath.Join(dir, version.swap), []byte(version.noSwap), 0)
 			return &MemoryLimit{dir: dir, peak: version.peak}, nil
 		}
@@ -120,7 +120,7 @@ func limitMemory(path string, bytes int64) (*MemoryLimit, error) {
 	return nil, errors.New("limiting the memory of a cgroup: no hierarchy has the controller memory")
 }
 
-// needed are the controllers without which a kubelet does not start.
+// needed are the controllers that a kubelet cannot start without.
 var needed = []string{"cpu", "cpuset", "memory", "pids"}
 
 func checkControllers(dir string) error {
@@ -131,13 +131,13 @@ func checkControllers(dir string) error {
 	has := strings.Fields(string(content))
 	for _, controller := range needed {
 		if !slices.Contains(has, controller) {
-			return fmt.Errorf("the cgroup %s lacks the controller %s: it is not handed down to it, as in a container whose processes are in the root of its cgroups", dir, controller)
+			return fmt.Errorf("the cgroup %s lacks the controller %s: its parent does not enable it, as in a container with processes in its root cgroup", dir, controller)
 		}
 	}
 	return nil
 }
 
-// removeCgroup kills what is in the cgroup or below it, and removes all of it, from every hierarchy.
+// removeCgroup kills all processes in the cgroup and below it, and removes it from every hierarchy.
 func removeCgroup(name string) error {
 	roots, err := hierarchies()
 	if err != nil {
@@ -150,18 +150,18 @@ func removeCgroup(name string) error {
 }
 
 func emptyAndRemove(top string) error {
-	deadline := time.Now().Add(endTimeout)
+	deadline := time.Now().Add(killTimeout)
 	for {
 		err := removeTree(top)
 		if err == nil || !errors.Is(err, syscall.EBUSY) || time.Now().After(deadline) {
 			return err
 		}
-		time.Sleep(10 * time.Millisecond) // killed processes take a moment to go
+		time.Sleep(10 * time.Millisecond) // killed processes need a moment
 	}
 }
 
-// removeTree removes a cgroup with all below it, children first. One with processes in it is busy; they are
-// killed.
+// removeTree kills all processes in a cgroup and below it, and removes it, children first. It fails with EBUSY until they
+// have exited.
 func removeTree(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -183,7 +183,7 @@ func removeTree(dir string) error {
 	}
 	for number := range strings.FieldsSeq(string(inside)) {
 		if pid, err := strconv.Atoi(number); err == nil && pid > 0 {
-			_ = syscall.Kill(pid, syscall.SIGKILL) // gone already, if it fails
+			_ = syscall.Kill(pid, syscall.SIGKILL) // an error means that it has exited
 		}
 	}
 	if err := syscall.Rmdir(dir); err != nil && !errors.Is(err, syscall.ENOENT) {

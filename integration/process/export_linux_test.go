@@ -1,4 +1,4 @@
 package process
 
-// DisableDeathSignal makes programs outlive their owner.
+// DisableDeathSignal lets programs survive their owner.
 func DisableDeathSignal() { deathSignal = 0 }

@@ -2,5 +2,5 @@
 
 package process
 
-// DisableDeathSignal has nothing to do here.
+// DisableDeathSignal does nothing: there is no death signal.
 func DisableDeathSignal() {}

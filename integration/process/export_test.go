@@ -4,17 +4,17 @@ package process
 
 import "time"
 
-// Alive says whether a process runs (and is no zombie).
+// Alive reports whether a process runs and is no zombie.
 func Alive(pid int) bool {
 	_, alive := started(pid)
 	return alive
 }
 
-// Started returns the start time as a record holds it.
+// Started returns the start time in the form of a record.
 func Started(pid int) string {
 	at, _ := started(pid)
 	return at
 }
 
-// Grace is longer than anything takes that is waited for in tests.
+// Grace is longer than any wait in tests takes.
 const Grace = time.Minute

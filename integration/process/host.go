@@ -8,22 +8,21 @@ import (
 	"os/exec"
 )
 
-// A Host is where programs of a run can run and find each other: this machine, or one of namespaces.
+// Host is a place for programs of a run: this machine, or a machine of namespaces.
 type Host interface {
-	// Start starts a program of the run there.
+	// Start starts a program of the run on the host.
 	Start(Command) (*Process, error)
-	// Address is the IP address at which servers there listen.
+	// Address returns the IP address for servers.
 	Address() string
-	// Dial connects from there to an IP address.
+	// Dial connects from the host to an IP address.
 	Dial(ctx context.Context, network, address string) (net.Conn, error)
-	// Listen listens there on an IP address.
+	// Listen listens on an IP address of the host.
 	Listen(ctx context.Context, network, address string) (net.Listener, error)
-	// Launch starts a command that sees the network there, and otherwise what its caller sees. It does not
-	// belong to the run.
+	// Launch starts a command in the host's network, which does not belong to the run. All else is the caller's.
 	Launch(*exec.Cmd) error
 }
 
-// Loopback returns this machine as a host: programs listen on its loopback address, and need no root.
+// Loopback returns this machine as a host: servers listen on the loopback address, without root.
 func (r *Run) Loopback() Host { return loopback{r} }
 
 type loopback struct{ run *Run }

@@ -12,26 +12,25 @@ import (
 	"syscall"
 )
 
-// Ports are picked from below those that Linux (32768) and macOS (49152) give to outgoing connections and to
-// listeners on port 0, and below the NodePorts of Kubernetes (30000): so a port stays free while the server
-// that had it is stopped and started again.
+// The range is below the ports that Linux (from 32768) and macOS (from 49152) give to outgoing connections and to
+// listeners on port 0, and below Kubernetes' NodePorts (from 30000). So a port stays free while its server restarts.
 const (
 	firstPort = 20000
 	lastPort  = 29999
 )
 
-// portTries bounds the search. A machine on which 100 random ports out of 10,000 are taken has no room.
+// portTries limits the search: if 100 random ports out of 10,000 are taken, the machine is full.
 const portTries = 100
 
 // FreePort is FreePortOf for the loopback address of this machine.
 func FreePort(ctx context.Context) (int, error) { return FreePortOf(ctx, loopback{}) }
 
-// FreePortOf returns a TCP port of the host's address that nobody listens on. Somebody else may take it before
-// the caller does: then start again with another, which [Process.WaitReady] tells by [syscall.EADDRINUSE].
+// FreePortOf returns a free TCP port of the host's address. Another process may take it before the caller does: then
+// [Process.WaitReady] returns [syscall.EADDRINUSE], and the caller tries another port.
 func FreePortOf(ctx context.Context, host Host) (int, error) {
 	var err error
 	for range portTries {
-		port := firstPort + rand.IntN(lastPort-firstPort+1) //nolint:gosec // nobody is kept from guessing it
+		port := firstPort + rand.IntN(lastPort-firstPort+1) //nolint:gosec // a port is no secret
 		var listener net.Listener
 		listener, err = host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), strconv.Itoa(port)))
 		if err == nil {

@@ -24,15 +24,11 @@ import (
 	"github.com/credence-iam/credence/integration/process"
 )
 
-// The test binary is also every program that the tests run. These variables say which.
+// The test binary is also every program of the tests. These variables choose one.
 const (
 	roleVariable   = "PROCESS_TEST_ROLE"
 	parentVariable = "PROCESS_TEST_PARENT"
 )
-
-// The main thread never ends before the process does. It is kept for the main goroutine, so that a test which
-// needs a thread to end can't get it.
-func init() { runtime.LockOSThread() }
 
 func TestMain(m *testing.M) {
 	role := os.Getenv(roleVariable)
@@ -49,7 +45,7 @@ func TestMain(m *testing.M) {
 	}[role]
 	switch {
 	case ok:
-		// A program with no other goroutine than a blocked one is a deadlock to Go.
+		// If all goroutines are blocked, Go reports a deadlock.
 		go func() { time.Sleep(time.Hour); os.Exit(9) }()
 		play()
 	case role == "":
@@ -72,19 +68,19 @@ func failure() {
 	os.Exit(3)
 }
 
-// spawn starts a program in our own process group and returns its number.
+// spawn starts a program in this process group and returns its number.
 func spawn(role string) int {
-	cmd := exec.Command(os.Args[0]) //nolint:noctx // a test kills it, one way or another
+	cmd := exec.Command(os.Args[0]) //nolint:noctx // a test kills it
 	cmd.Env = []string{roleVariable + "=" + role}
 	out, err := cmd.StdoutPipe()
 	must(err)
 	must(cmd.Start())
-	_, err = bufio.NewReader(out).ReadString('\n') // it ignores SIGTERM from here on
+	_, err = bufio.NewReader(out).ReadString('\n') // from now on it ignores SIGTERM
 	must(err)
 	return cmd.Process.Pid
 }
 
-// owner opens a run with one program, tells its number and the run's folder, and waits to be killed.
+// owner opens a run with one program, and prints its number and the run's folder.
 func owner() {
 	r, err := process.Open(context.Background(), process.Config{Parent: os.Getenv(parentVariable), Name: "owned"})
 	must(err)
@@ -131,12 +127,12 @@ func start(t *testing.T, r *process.Run, role string) *process.Process {
 	return p
 }
 
-// eventually polls. Its bound only keeps a failed test from hanging.
+// eventually polls. Its limit only ends a failed test.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(process.Grace); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("still not so: %s", what)
+			t.Fatalf("waiting until %s", what)
 		}
 	}
 }
@@ -165,7 +161,7 @@ func number(t *testing.T, text string) int {
 	return n
 }
 
-// killOwner runs an owner in a process of its own, kills it with SIGKILL, and returns what it left.
+// killOwner runs an owner as a process, kills it with SIGKILL, and returns its program and its folder.
 func killOwner(t *testing.T, role, parent string) (pid int, dir string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
@@ -185,9 +181,9 @@ func killOwner(t *testing.T, role, parent string) (pid int, dir string) {
 	text, dir, _ := strings.Cut(strings.TrimSpace(line), " ")
 	pid = number(t, text)
 	if !process.Alive(pid) {
-		t.Fatal("the owner's program does not run")
+		t.Fatal("the owner's program is not alive")
 	}
-	// Nothing may be left of a failed test either.
+	// A failed test leaves nothing, too.
 	identity := process.Started(pid)
 	t.Cleanup(func() {
 		if process.Started(pid) == identity {
@@ -198,7 +194,7 @@ func killOwner(t *testing.T, role, parent string) (pid int, dir string) {
 		t.Fatal(err)
 	}
 	if err := cmd.Wait(); err == nil {
-		t.Fatal("the owner ended by itself")
+		t.Fatal("the owner exited by itself")
 	}
 	return pid, dir
 }
@@ -208,7 +204,7 @@ func exists(path string) bool {
 	return !errors.Is(err, fs.ErrNotExist)
 }
 
-func TestStopAsksThenKills(t *testing.T) {
+func TestStopTerminatesThenKills(t *testing.T) {
 	r := open(t, process.Config{Report: func(err error) { t.Errorf("reported: %v", err) }})
 	polite := start(t, r, "sleeper")
 	polite.Stop(process.Grace)
@@ -223,36 +219,36 @@ func TestStopAsksThenKills(t *testing.T) {
 
 	for _, p := range []*process.Process{polite, stubborn, killed} {
 		if err := p.Err(); err != nil {
-			t.Errorf("stopping is no error, got: %v", err)
+			t.Errorf("a stopped program has the error %v", err)
 		}
 		if process.Alive(p.PID()) {
-			t.Errorf("%s lives on after Stop", p.Log())
+			t.Errorf("%s is alive after Stop", p.Log())
 		}
 	}
 }
 
-func TestUnexpectedEndIsReportedWithTheLog(t *testing.T) {
+func TestUnexpectedExitIsReportedWithTheLog(t *testing.T) {
 	reported := make(chan error, 1)
 	r := open(t, process.Config{Report: func(err error) { reported <- err }})
 	p := start(t, r, "failure")
 	err := <-reported
-	for _, want := range []string{"failure ended unexpectedly", "exit status 3", p.Log(), "line 80\n", "line 99"} {
+	for _, want := range []string{"failure exited unexpectedly", "exit status 3", p.Log(), "line 80\n", "line 99"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("the report lacks %q: %v", want, err)
 		}
 	}
 	if strings.Contains(err.Error(), "line 79") {
-		t.Errorf("the report holds more than the end of the log: %v", err)
+		t.Errorf("the report has more than the end of the log: %v", err)
 	}
 	if got := p.Err(); !errors.Is(got, err) {
-		t.Errorf("Err is %v, reported was %v", got, err)
+		t.Errorf("Err is %v, the report %v", got, err)
 	}
 	if err := p.WaitReady(t.Context(), func(context.Context) error { return nil }); !errors.Is(err, p.Err()) {
-		t.Errorf("WaitReady of an ended program: got %v, want its end", err)
+		t.Errorf("WaitReady after the exit: got %v, want Err", err)
 	}
 }
 
-func TestWaitReadyTellsATakenPort(t *testing.T) {
+func TestWaitReadyDetectsATakenPort(t *testing.T) {
 	r := open(t, process.Config{})
 	never := func(context.Context) error { return errors.New("not yet") }
 	for _, role := range []string{"taken", "minio"} {
@@ -261,7 +257,7 @@ func TestWaitReadyTellsATakenPort(t *testing.T) {
 		}
 	}
 	if err := start(t, r, "failure").WaitReady(t.Context(), never); errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("another failure was taken for EADDRINUSE: %v", err)
+		t.Errorf("another failure is EADDRINUSE: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -271,88 +267,41 @@ func TestWaitReadyTellsATakenPort(t *testing.T) {
 	}
 }
 
-func TestNameIsUniqueAndItsLogContinues(t *testing.T) {
-	r := open(t, process.Config{})
-	first := start(t, r, "stubborn")
-	firstLine(t, first)
-	if _, err := r.Start(command("stubborn")); err == nil {
-		t.Fatal("two programs of one name were started")
-	}
-	first.Stop(0)
-	again := command("failure")
-	again.Name = "stubborn"
-	second, err := r.Start(again)
-	if err != nil {
-		t.Fatal(err)
-	}
-	<-second.Done()
-	content, err := os.ReadFile(second.Log())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !strings.HasPrefix(string(content), "ready\nline 0\n") {
-		t.Errorf("the log does not continue: %.40q", content)
-	}
-}
-
-func TestGroupEndsWithItsProgram(t *testing.T) {
+func TestGroupIsKilledWithItsProgram(t *testing.T) {
 	if runtime.GOOS != "linux" {
-		t.Skip("waiting without reaping is for Linux only")
+		t.Skip("only Linux can wait without reaping")
 	}
 	for _, role := range []string{"family", "orphaner"} {
 		t.Run(role, func(t *testing.T) {
 			r := open(t, process.Config{})
 			p := start(t, r, role)
 			grandchild := number(t, firstLine(t, p))
-			if role == "family" { // which ends at SIGTERM, and its child does not
+			if role == "family" { // it exits at SIGTERM, its child does not
 				p.Stop(process.Grace)
 			}
 			<-p.Done()
-			eventually(t, "the grandchild has ended", func() bool { return !process.Alive(grandchild) })
+			eventually(t, "the grandchild has exited", func() bool { return !process.Alive(grandchild) })
 		})
 	}
 }
 
-func TestProgramsEndWithTheirOwner(t *testing.T) {
+func TestProgramsDieWithTheirOwner(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("only Linux has a parent-death signal")
 	}
 	pid, _ := killOwner(t, "owner", t.TempDir())
-	eventually(t, "the program has ended", func() bool { return !process.Alive(pid) })
+	eventually(t, "the program has exited", func() bool { return !process.Alive(pid) })
 }
 
-func TestProgramOutlivesTheThreadThatStartedIt(t *testing.T) {
-	r := open(t, process.Config{Report: func(err error) { t.Errorf("reported: %v", err) }})
-	started, ended := make(chan *process.Process), make(chan struct{})
-	go func() {
-		defer close(ended)
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		p, err := r.Start(command("stubborn"))
-		if err != nil {
-			t.Error(err)
-		}
-		started <- p
-	}()
-	p := <-started
-	<-ended
-	firstLine(t, p)
-	// A wait for something not to happen. Too short a wait lets a broken version pass, never a good one fail.
-	select {
-	case <-p.Done():
-		t.Error("the program ended with the thread that started it")
-	case <-time.After(200 * time.Millisecond):
-	}
-}
-
-func TestOpenEndsWhatADeadOwnerLeft(t *testing.T) {
+func TestOpenKillsProgramsOfADeadOwner(t *testing.T) {
 	parent := t.TempDir()
 	pid, dir := killOwner(t, "careless", parent)
 	if !process.Alive(pid) {
-		t.Fatal("the program ended with its owner: there is nothing to show")
+		t.Fatal("the program died with its owner")
 	}
 	open(t, process.Config{Parent: parent})
 	if process.Alive(pid) {
-		t.Error("the program lives on")
+		t.Error("the program is still alive")
 	}
 	if exists(dir) {
 		t.Error("the folder is still there")
@@ -366,7 +315,7 @@ func TestSweepSparesARecycledNumber(t *testing.T) {
 	if err != nil || len(records) != 1 {
 		t.Fatalf("records: %v, %v", records, err)
 	}
-	// As if the recorded process had ended, and the number were now that of a younger one.
+	// As if the recorded process had exited, and a younger one had its number.
 	other, err := json.Marshal(map[string]any{"pid": pid, "started": process.Started(os.Getpid())})
 	if err != nil {
 		t.Fatal(err)
@@ -379,7 +328,7 @@ func TestSweepSparesARecycledNumber(t *testing.T) {
 		t.Errorf("Sweep: got %v, %v, want %s removed", removed, err, dir)
 	}
 	if !process.Alive(pid) {
-		t.Error("a process was killed that nobody had recorded")
+		t.Error("a process without a record was killed")
 	}
 }
 
@@ -393,14 +342,14 @@ func TestSweepSparesTheLiving(t *testing.T) {
 		t.Errorf("Sweep: got %v, %v, want nothing removed", removed, err)
 	}
 	if !process.Alive(p.PID()) || !exists(r.Dir()) || !exists(beside.Dir()) {
-		t.Error("a run was swept whose owner lives")
+		t.Error("a run of a live owner was swept")
 	}
 }
 
-func TestSweepIgnoresWhatIsNoRun(t *testing.T) {
+func TestSweepIgnoresForeignFolders(t *testing.T) {
 	parent := t.TempDir()
 	foreign := filepath.Join(parent, "foreign", "file")
-	empty := filepath.Join(parent, "empty") // as an owner leaves that died before it had its lock
+	empty := filepath.Join(parent, "empty") // as of an owner that died before it had its lock
 	for _, dir := range []string{filepath.Dir(foreign), empty} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
@@ -414,14 +363,14 @@ func TestSweepIgnoresWhatIsNoRun(t *testing.T) {
 		t.Errorf("Sweep: got %v, %v, want the empty folder removed", removed, err)
 	}
 	if !exists(foreign) {
-		t.Error("a folder was removed that is no run")
+		t.Error("a foreign folder was removed")
 	}
 	if removed, err := process.Sweep(t.Context(), filepath.Join(parent, "none"), 0); err != nil || len(removed) > 0 {
 		t.Errorf("Sweep of nothing: got %v, %v", removed, err)
 	}
 }
 
-func TestCloseRemovesAllButKeptLogs(t *testing.T) {
+func TestCloseRemovesEverythingExceptKeptLogs(t *testing.T) {
 	parent := t.TempDir()
 	r := open(t, process.Config{Parent: parent})
 	p := start(t, r, "stubborn")
@@ -431,10 +380,10 @@ func TestCloseRemovesAllButKeptLogs(t *testing.T) {
 		t.Fatal(err)
 	}
 	if process.Alive(p.PID()) {
-		t.Error("Close left a program")
+		t.Error("a program is alive after Close")
 	}
 	if !exists(p.Log()) || exists(filepath.Join(r.Dir(), "processes")) {
-		t.Error("want the logs kept and all else removed")
+		t.Error("want only the logs")
 	}
 	if _, err := r.Start(command("sleeper")); err == nil {
 		t.Error("a closed run started a program")
@@ -452,33 +401,10 @@ func TestCloseRemovesAllButKeptLogs(t *testing.T) {
 	}
 }
 
-// A zombie can't be ended by anybody but its parent: waiting for one to go could last for ever.
-func TestZombieIsNotAlive(t *testing.T) {
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = []string{roleVariable + "=taken"}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "an ended, unreaped process is not alive", func() bool { return !process.Alive(cmd.Process.Pid) })
-	if err := cmd.Wait(); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestFreePortIsFree(t *testing.T) {
-	port, err := process.FreePort(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if port < 20000 || port > 29999 {
-		t.Errorf("port %d can be given to an outgoing connection", port)
-	}
-}
-
-// A program that needs more memory than its cgroup may have is killed, and the peak is at the limit.
+// TestMemoryLimit guards the siege: a limit that limits nothing would let it pass.
 func TestMemoryLimit(t *testing.T) {
 	if err := process.CgroupsPossible(); err != nil {
-		t.Skip("not run: ", err)
+		t.Skip("cgroups are not possible: ", err)
 	}
 	r := open(t, process.Config{})
 	const limit = 16 << 20
@@ -500,10 +426,10 @@ func TestMemoryLimit(t *testing.T) {
 		return p
 	}
 	if err := under("small", "true").Err(); err == nil || !strings.Contains(err.Error(), "exit status 0") {
-		t.Errorf("a small program ended: %v", err)
+		t.Errorf("a small program: %v", err)
 	}
-	// tail keeps its input until it has read a newline.
+	// tail keeps its input in memory until it reads a newline.
 	if err := under("large", "exec tail -n 1 < /dev/zero").Err(); err == nil || !strings.Contains(err.Error(), "killed") {
-		t.Errorf("a program that needs more than the limit ended: %v", err)
+		t.Errorf("a program that exceeds the limit: %v", err)
 	}
 }

@@ -2,9 +2,8 @@
 
 // Package filelock takes exclusive locks on files, between processes and within one.
 //
-// A lock ends with the process that holds it, however that process ends: the kernel drops it. That makes a
-// held lock the simplest proof that its owner is alive. A lock is advisory, and works on a local file
-// system; nothing is promised on a network one.
+// The kernel releases a lock when its process dies in any way, so a lock shows that its owner is alive. Locks are
+// advisory. They need a local file system; on a network file system there is no guarantee.
 package filelock
 
 import (
@@ -16,19 +15,18 @@ import (
 	"time"
 )
 
-// ErrHeld is returned by [Try] while somebody else holds the lock.
+// ErrHeld is the error of [Try] if the lock is taken.
 var ErrHeld = errors.New("lock is held")
 
-// pollInterval is how often [Acquire] looks again. A blocking flock can't be interrupted by a context, and a
-// tenth of a second is short beside anything that is done under these locks.
+// pollInterval is the time between tries of [Acquire]: a context cannot interrupt a blocking flock, and everything under
+// these locks takes longer.
 const pollInterval = 100 * time.Millisecond
 
-// A Lock is a lock that is held until Release, or until its process ends.
+// Lock is a taken lock. Release or the death of the process releases it.
 type Lock struct{ file *os.File }
 
-// Acquire makes the file if it is missing, and waits until the lock is free or ctx ends. The file is never
-// removed by this package: removing it would let two holders have a lock each, one on the old file and one
-// on the new.
+// Acquire creates the file if necessary, and waits until it has the lock or ctx ends. This package never removes the file:
+// two processes could then each have a lock, one on the old file and one on the new one.
 func Acquire(ctx context.Context, path string) (*Lock, error) {
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -52,8 +50,8 @@ func Acquire(ctx context.Context, path string) (*Lock, error) {
 	}
 }
 
-// Try takes the lock of a file that exists, or returns at once: [ErrHeld] when somebody has it,
-// [io/fs.ErrNotExist] when there is no such file.
+// Try takes the lock of an existing file without waiting. It returns [ErrHeld] if the lock is taken, and
+// [io/fs.ErrNotExist] if there is no file.
 func Try(path string) (*Lock, error) {
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
@@ -66,7 +64,7 @@ func Try(path string) (*Lock, error) {
 	return lock, nil
 }
 
-// try locks an open file. The descriptor is close-on-exec, so no child inherits the lock and keeps it alive.
+// try locks an open file. The descriptor is close-on-exec, so no child inherits the lock.
 func try(file *os.File) (*Lock, error) {
 	for {
 		err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
@@ -83,7 +81,7 @@ func try(file *os.File) (*Lock, error) {
 	}
 }
 
-// Release gives the lock up. It must be called once.
+// Release releases the lock. It must be called once.
 func (l *Lock) Release() error {
 	if err := l.file.Close(); err != nil {
 		return fmt.Errorf("releasing lock: %w", err)
