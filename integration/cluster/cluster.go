@@ -2,19 +2,16 @@
 
 // Package cluster runs a real Kubernetes for tests and the demonstration. There are two kinds.
 //
-// The small one is a control plane: etcd, kube-apiserver and kube-controller-manager as child processes,
-// without root, on the loopback address. Everything a control plane does is there: admission with webhooks
-// and policies, RBAC, ServiceAccount tokens, informers, garbage collection. There is no node: pods can be made
-// but do not run.
+// A control plane is etcd, kube-apiserver and kube-controller-manager as child processes on the loopback address,
+// without root. It has admission with webhooks and policies, RBAC, ServiceAccount tokens, informers and garbage
+// collection. It has no nodes: pods can be created but do not run.
 //
-// The other has nodes, and with them kube-scheduler, DNS, and on each node kubelet, containerd, runc,
-// kube-proxy and a pod network: pods run, probes are made, volumes are refreshed. It needs root, on Linux. The
-// control plane and every node are machines of package machine, in networks of their own: nothing of the
-// cluster can be reached from outside, except through its Host, and its client configurations.
+// A cluster with nodes also has kube-scheduler and DNS, and on each node kubelet, containerd, runc, kube-proxy and a pod
+// network: pods run. It needs root on Linux. The control plane and every node are machines of package machine. Their
+// networks can be reached only through the cluster's Host and its client configurations.
 //
-// A cluster leaves nothing behind: not after Stop, not when a test panics, and not after its owner was
-// killed; see package process. Any number of clusters run side by side. The programs are built on first
-// use; see package tools.
+// A cluster leaves nothing behind, even if a test panics or its owner is killed; see package process. Any number of
+// clusters run side by side. Package tools builds the programs on first use.
 package cluster
 
 import (
@@ -42,57 +39,52 @@ import (
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// Issuer is the iss claim of ServiceAccount tokens. It is what most clusters have.
+// Issuer is the iss claim of ServiceAccount tokens, as in most clusters.
 const Issuer = "https://kubernetes.default.svc.cluster.local"
 
 const (
 	loopback = "127.0.0.1"
-	// nobody is the address that the API server of a cluster without nodes puts into the kubernetes Service.
-	// Loopback is refused there, and any other of this machine may change or not exist. So it is one of RFC
-	// 5737, which nobody has; with no pods, nobody contacts it.
-	nobody              = "192.0.2.1"
+	// unused is the address in the kubernetes Service of a cluster without nodes. The API server refuses a loopback address,
+	// and no other address of this machine is certain to exist. RFC 5737 reserves it, and without pods nothing calls it.
+	unused              = "192.0.2.1"
 	serviceRange        = "10.96.0.0/16"
 	kubernetesServiceIP = "10.96.0.1" // the first of serviceRange, by Kubernetes' rule
 )
 
 const (
-	// startTimeout bounds one start of a component. Each takes seconds; two cores that compile
-	// something else meanwhile make it many.
+	// startTimeout limits the start of a component. It takes seconds, and many on two cores that compile meanwhile.
 	startTimeout = 2 * time.Minute
-	// startTries bounds how often Start tries again when somebody took a port first, which is rare once.
+	// startTries limits how often Start tries: another process may take the port first, which is rare.
 	startTries = 3
 )
 
-// Config configures a cluster. Its zero value is good.
+// Config configures a cluster. Its zero value is valid.
 type Config struct {
-	// Runs is the folder that the cluster's folder is made in. Default: run, in tools.CacheDir. What dead
-	// owners left there is removed first.
+	// Runs is the folder of clusters. Default: run, in tools.CacheDir. Start removes clusters of dead owners there.
 	Runs string
-	// Nodes is how many nodes to start with. Default: none, a control plane alone, which needs no root. To a
-	// cluster with nodes more can be added.
+	// Nodes is the number of nodes at the start. Default: a control plane, which never has nodes.
 	Nodes int
-	// Progress gets a line when a program is being built, and one when a component ends unexpectedly.
-	// Default: nobody is told.
+	// Progress gets lines while programs are built, and one if a component exits unexpectedly. Default: none.
 	Progress io.Writer
-	// APIServerFlags are added to the flags of kube-apiserver, and win over the same ones of ours.
+	// APIServerFlags are added to the flags of kube-apiserver, and override them.
 	APIServerFlags []string
 }
 
-// A Cluster is a control plane that runs. Its methods can be called concurrently.
+// Cluster is a running Kubernetes. Its methods can be called concurrently.
 type Cluster struct {
 	run      *process.Run
-	host     process.Host // where the control plane runs
+	host     process.Host // of the control plane
 	ca       *authority
 	admin    *rest.Config
 	programs map[tools.Tool]string
 	flags    []string // of kube-apiserver
-	nodes    *nodes   // nil: it can have none
+	nodes    *nodes   // nil: a control plane
 
 	mu        sync.Mutex
-	apiServer *process.Process // nil while it is stopped; may have ended by itself
+	apiServer *process.Process // nil if stopped; may have exited by itself
 }
 
-// programs are what a cluster runs.
+// programs returns the programs of a cluster.
 func programs(nodes int) []tools.Tool {
 	small := []tools.Tool{tools.Etcd, tools.KubeAPIServer, tools.KubeControllerManager}
 	if nodes == 0 {
@@ -101,8 +93,8 @@ func programs(nodes int) []tools.Tool {
 	return append(small, tools.Node()...)
 }
 
-// Missing returns the programs that Start would have to build first for so many nodes, which takes minutes: a
-// reason for a test to skip itself under -short.
+// Missing returns the programs that Start has to build first, which takes minutes. A test can skip itself then under
+// -short.
 func Missing(nodes int) []tools.Tool {
 	var missing []tools.Tool
 	for _, tool := range programs(nodes) {
@@ -113,10 +105,9 @@ func Missing(nodes int) []tools.Tool {
 	return missing
 }
 
-// Start starts a cluster and returns when it is ready to be used: the API server is ready, pods can be made in
-// the default namespace, and the nodes, if there are any, are ready to run them. It first ends what dead owners of clusters left. ctx bounds the start, not
-// the cluster's life; the caller must Stop it. After a failure the logs are kept, and the error names the
-// one that matters and shows its end.
+// Start starts a cluster and returns when it is ready: pods can be created in the default namespace, and the nodes can
+// run them. It first removes clusters of dead owners. ctx limits only the start; the caller must Stop the cluster. After
+// a failure the logs are kept, and the error has the end of the log with the cause.
 func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if config.Progress == nil {
 		config.Progress = io.Discard
@@ -159,7 +150,7 @@ func defaultRuns() (string, error) {
 	return filepath.Join(cache, "run"), err
 }
 
-// startOnce tries it with one choice of port.
+// startOnce tries one port.
 func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) (_ *Cluster, err error) {
 	ca, err := newAuthority()
 	if err != nil {
@@ -175,7 +166,7 @@ func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) 
 	}
 	defer func() {
 		if err != nil {
-			if ctx.Err() == nil { // else nothing failed: the start was given up
+			if ctx.Err() == nil { // otherwise the caller gave up
 				run.KeepLogs()
 			}
 			err = errors.Join(err, run.Close())
@@ -197,7 +188,7 @@ func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) 
 		Host:            "https://" + net.JoinHostPort(c.host.Address(), strconv.Itoa(port)),
 		TLSClientConfig: rest.TLSClientConfig{CAData: ca.pem},
 		Dial:            c.host.Dial,
-		QPS:             -1, // tests are not to wait for client-go's limit of 5 requests a second
+		QPS:             -1, // client-go's limit of 5 requests a second delays tests
 	}
 	if c.admin, err = c.User("admin", "system:masters"); err != nil {
 		return nil, err
@@ -219,22 +210,21 @@ func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) 
 	return c, nil
 }
 
-// etcdSocket is a socket in the components' working folder. No port can then be lost to somebody else, and
-// nobody else reaches the data: the folder is its owner's alone. Relative, because the path of a socket may
-// not be longer than about 100 bytes.
+// etcdSocket is a socket in the components' working folder: it needs no free port, and only the owner of the folder can
+// read the data. It is relative because the path of a socket is limited to about 100 bytes.
 const (
 	etcdSocket = "unix://etcd.sock"
-	peerSocket = "unix://peer.sock" // etcd insists on one
+	peerSocket = "unix://peer.sock" // etcd needs one
 )
 
 func (c *Cluster) startComponents(ctx context.Context) error {
-	// Not waited for: the API server waits itself.
+	// The API server waits for etcd.
 	if _, err := c.start(tools.Etcd,
 		"--data-dir="+filepath.Join(c.run.Dir(), "etcd"),
 		"--listen-client-urls="+etcdSocket, "--advertise-client-urls="+etcdSocket,
 		"--listen-peer-urls="+peerSocket, "--initial-advertise-peer-urls="+peerSocket,
 		"--initial-cluster=default="+peerSocket,
-		"--unsafe-no-fsync", // the data ends with the run
+		"--unsafe-no-fsync", // the data is lost with the run
 	); err != nil {
 		return err
 	}
@@ -243,13 +233,13 @@ func (c *Cluster) startComponents(ctx context.Context) error {
 	}
 	manager, err := c.start(tools.KubeControllerManager,
 		"--kubeconfig="+c.Kubeconfig(),
-		"--secure-port=0",      // nobody asks for its metrics
-		"--leader-elect=false", // it is alone
+		"--secure-port=0",      // no metrics are needed
+		"--leader-elect=false", // there is only one
 		"--service-account-private-key-file="+tokenPrivateFile,
 		"--root-ca-file="+caFile,
-		"--flex-volume-plugin-dir="+filepath.Join(c.run.Dir(), "volume-plugins"), // it makes the default, in /usr
-		"--use-service-account-credentials",                                      // as clusters do: controllers have no more rights than they need
-		// They request some 50 tokens at the start, which the default limit of 20 a second stretches to seconds.
+		"--flex-volume-plugin-dir="+filepath.Join(c.run.Dir(), "volume-plugins"), // the default is in /usr
+		"--use-service-account-credentials",                                      // as usual: each controller has the rights that it needs
+		// Controllers request some 50 tokens at the start, which takes seconds with the default limit of 20 a second.
 		"--kube-api-qps=500", "--kube-api-burst=500",
 	)
 	if err != nil {
@@ -261,12 +251,12 @@ func (c *Cluster) startComponents(ctx context.Context) error {
 	}
 	return c.await(ctx, manager, func(ctx context.Context) error {
 		_, err := client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Get(ctx, "default", metav1.GetOptions{})
-		return err //nolint:wrapcheck // WaitReady says what was waited for
+		return err //nolint:wrapcheck // WaitReady adds the component
 	})
 }
 
 func (c *Cluster) apiServerFlags(port int) []string {
-	advertised := nobody
+	advertised := unused
 	if c.nodes != nil {
 		advertised = c.host.Address() // for pods
 	}
@@ -275,7 +265,7 @@ func (c *Cluster) apiServerFlags(port int) []string {
 		"--bind-address=" + c.host.Address(),
 		"--secure-port=" + strconv.Itoa(port),
 		"--advertise-address=" + advertised,
-		"--external-hostname=" + c.host.Address(), // or the discovery document's jwks_uri has the advertised address
+		"--external-hostname=" + c.host.Address(), // otherwise jwks_uri in the discovery document has the advertised address
 		"--tls-cert-file=" + serverCertFile,
 		"--tls-private-key-file=" + serverKeyFile,
 		"--client-ca-file=" + caFile,
@@ -294,13 +284,13 @@ func (c *Cluster) apiServerFlags(port int) []string {
 		"--kubelet-certificate-authority="+caFile,
 		"--kubelet-client-certificate="+kubeletClientCertFile,
 		"--kubelet-client-key="+kubeletClientKeyFile,
-		"--kubelet-preferred-address-types=InternalIP", // names of nodes are in no DNS
-		// Webhooks are called at their pods' addresses: there is no kube-proxy beside the API server.
+		"--kubelet-preferred-address-types=InternalIP", // no DNS has the names of nodes
+		// The API server calls webhooks at their pods' addresses, because its machine has no kube-proxy.
 		"--enable-aggregator-routing",
 	)
 }
 
-// start starts a component, by the name of its program.
+// start starts a component under the name of its program.
 func (c *Cluster) start(tool tools.Tool, flags ...string) (*process.Process, error) {
 	return c.host.Start(process.Command{Name: string(tool), Path: c.programs[tool], Args: flags})
 }
@@ -311,8 +301,8 @@ func (c *Cluster) await(ctx context.Context, p *process.Process, probe func(cont
 	return p.WaitReady(ctx, probe)
 }
 
-// StartAPIServer starts the API server that StopAPIServer stopped or that has ended by itself, on the same
-// port and with the same data, and returns when it is ready. It does nothing while one runs.
+// StartAPIServer starts a stopped or exited API server on the same port, with the same data, and returns when it is
+// ready. It does nothing if the API server runs.
 func (c *Cluster) StartAPIServer(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -337,9 +327,8 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 	return nil
 }
 
-// StopAPIServer takes the API server away, as if its machine had failed, and leaves all else running. Until
-// StartAPIServer, connections to it are refused. It is killed: asked to end, it would wait a minute for those
-// who watch.
+// StopAPIServer kills the API server, as if its machine had failed. Connections to it are refused until StartAPIServer.
+// The other components continue. After SIGTERM, the API server would wait a minute for watches.
 func (c *Cluster) StopAPIServer() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -349,19 +338,18 @@ func (c *Cluster) StopAPIServer() {
 	}
 }
 
-// Stop ends all components, and removes the cluster's folder. More calls do nothing.
+// Stop kills all components and removes the cluster's folder. A second call does nothing.
 func (c *Cluster) Stop() error {
-	if err := c.run.Close(); err != nil { // kills: no data outlives the run, so there is nothing to save
+	if err := c.run.Close(); err != nil {
 		return fmt.Errorf("stopping the cluster: %w", err)
 	}
 	return nil
 }
 
-// Config returns a client configuration with all rights. It is the caller's own copy.
+// Config returns a copy of the client configuration with all rights.
 func (c *Cluster) Config() *rest.Config { return rest.CopyConfig(c.admin) }
 
-// User returns a client configuration of a user who is in the groups and, of course, in
-// system:authenticated. What the user may do is for RBAC to say.
+// User returns a client configuration of a user in the groups and in system:authenticated, with rights by RBAC.
 func (c *Cluster) User(name string, groups ...string) (*rest.Config, error) {
 	cert, key, err := c.ca.client(name, groups)
 	if err != nil {
@@ -372,27 +360,27 @@ func (c *Cluster) User(name string, groups ...string) (*rest.Config, error) {
 	return config, nil
 }
 
-// ServiceAccount returns a client configuration of a ServiceAccount that exists, with a token from the
-// TokenRequest API, valid for an hour.
+// ServiceAccount returns a client configuration of an existing ServiceAccount, with a token from the TokenRequest API
+// that is valid for an hour.
 func (c *Cluster) ServiceAccount(ctx context.Context, namespace, name string) (*rest.Config, error) {
 	client, err := kubernetes.NewForConfig(c.Config())
 	if err != nil {
 		return nil, fmt.Errorf("making a client: %w", err)
 	}
-	answer, err := client.CoreV1().ServiceAccounts(namespace).
+	response, err := client.CoreV1().ServiceAccounts(namespace).
 		CreateToken(ctx, name, &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("requesting a token of ServiceAccount %s/%s: %w", namespace, name, err)
 	}
 	config := rest.AnonymousClientConfig(c.admin)
-	config.BearerToken = answer.Status.Token
+	config.BearerToken = response.Status.Token
 	return config, nil
 }
 
 // Kubeconfig returns the path of a kubeconfig file with all rights.
 func (c *Cluster) Kubeconfig() string { return filepath.Join(c.run.Dir(), kubeconfigFile) }
 
-// writeKubeconfig writes a kubeconfig file for what config configures.
+// writeKubeconfig writes a kubeconfig file with the settings of config.
 func writeKubeconfig(path string, config *rest.Config) error {
 	const name = "credence"
 	content, err := yaml.Marshal(clientcmdv1.Config{
@@ -416,15 +404,13 @@ func writeKubeconfig(path string, config *rest.Config) error {
 	return nil
 }
 
-// Run returns the run that the components belong to. Other programs started in it share its folder, its
-// logs and its end.
+// Run returns the run of the components. Other programs can be started in it.
 func (c *Cluster) Run() *process.Run { return c.run }
 
-// Host returns where the control plane runs. Servers that pods are to reach run there too, or listen there.
+// Host returns the host of the control plane. Servers for pods must run or listen there.
 func (c *Cluster) Host() process.Host { return c.host }
 
-// Enter returns what a user types before a command that is to reach the API server, which for a cluster
-// without nodes is nothing.
+// Enter returns the command that a user must put before a command that calls the API server. It is empty without nodes.
 func (c *Cluster) Enter() []string {
 	if m, ok := c.host.(interface{ PID() int }); ok {
 		return []string{"nsenter", "--net=/proc/" + strconv.Itoa(m.PID()) + "/ns/net"}
@@ -432,10 +418,10 @@ func (c *Cluster) Enter() []string {
 	return nil
 }
 
-// Command prepares a program that can reach the API server, such as kubectl, with the cluster's kubeconfig
-// file in its environment. It is started with Host().Launch.
+// Command prepares a program that calls the API server, such as kubectl, with the cluster's kubeconfig file in its
+// environment. Start it with Host().Launch.
 func (c *Cluster) Command(ctx context.Context, path string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // It runs what it is told.
+	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // the caller's program
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + c.run.Dir(), "KUBECONFIG=" + c.Kubeconfig()}
 	return cmd
 }
@@ -443,9 +429,9 @@ func (c *Cluster) Command(ctx context.Context, path string, args ...string) *exe
 // Logs returns the folder of the components' logs.
 func (c *Cluster) Logs() string { return c.run.Logs() }
 
-// RunTests is the body of a TestMain whose tests share a cluster. It starts one, hands it to use, calls run,
-// which is the Run of a testing.M, and stops the cluster. It returns the code to exit with. When tests have
-// failed the logs are kept, and standard error says where. Under -short, call it only if Missing has nothing.
+// RunTests is the body of a TestMain whose tests share a cluster. It starts the cluster, passes it to use, calls run,
+// which is the Run of a testing.M, and stops the cluster. It returns the exit code. If tests have failed, it keeps the
+// logs and prints their folder. Under -short, call it only if Missing returns nothing.
 func RunTests(ctx context.Context, config Config, use func(*Cluster), run func() int) (code int) {
 	c, err := Start(ctx, config)
 	if err != nil {
@@ -466,8 +452,8 @@ func RunTests(ctx context.Context, config Config, use func(*Cluster), run func()
 	return run()
 }
 
-// Clean ends what dead owners of clusters left in the default folder, and removes kept logs. It returns the
-// folders that it removed. Clusters whose owner is alive are not touched.
+// Clean removes clusters of dead owners in the default folder, and kept logs. It returns the removed folders. It does
+// not touch clusters of live owners.
 func Clean(ctx context.Context) ([]string, error) {
 	runs, err := defaultRuns()
 	if err != nil {

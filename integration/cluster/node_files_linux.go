@@ -12,7 +12,7 @@ import (
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// Files of a node, below its folder.
+// Files of a node, in its folder.
 const (
 	containerdFile      = "containerd.toml"
 	kubeletFile         = "kubelet.yaml"
@@ -22,7 +22,7 @@ const (
 	networkFile         = "cni/10-pods.conflist"
 )
 
-// writeFiles writes all that the node's programs read.
+// writeFiles writes the files of the node's programs.
 func (node *Node) writeFiles() error {
 	c := node.nodes.cluster
 	cert, key, err := c.ca.server(node.Name(), []string{node.Name()}, []net.IP{net.ParseIP(node.Address())})
@@ -65,7 +65,7 @@ func (node *Node) writeFiles() error {
 	return nil
 }
 
-// containerdConfig is all default but for places, and for what a machine of namespaces needs.
+// containerdConfig sets paths, and what a machine of namespaces needs.
 func (node *Node) containerdConfig() (string, error) {
 	runc, err := lookPath("runc")
 	if err != nil {
@@ -85,9 +85,9 @@ state = "/run/containerd"
     sandbox = %q
 
 [plugins."io.containerd.cri.v1.runtime"]
-  # A profile would have to be loaded into the kernel of the real machine.
+  # A profile would have to be loaded into the kernel.
   disable_apparmor = true
-  # Without CAP_SYS_RESOURCE, as in some containers, a score can only be raised.
+  # Without CAP_SYS_RESOURCE, as in some containers, a score can only increase.
   restrict_oom_score_adj = true
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = [%q, %q]
@@ -110,8 +110,8 @@ state = "/run/containerd"
 		filepath.Join(node.folder, filepath.Dir(networkFile)), runc, filepath.Join(node.folder, "opt")), nil
 }
 
-// networkConfig gives each pod a cable of its own to the node, which routes. With a bridge, packets between two
-// pods would pass by iptables unless the kernel has the module br_netfilter, and Services would not work.
+// networkConfig connects each pod to the node, which routes. With a bridge and without the kernel module br_netfilter,
+// packets between two pods bypass iptables, and Services do not work.
 func (node *Node) networkConfig() any {
 	return map[string]any{
 		"cniVersion": "1.0.0",
@@ -128,7 +128,7 @@ func (node *Node) networkConfig() any {
 	}
 }
 
-// kubeletConfig is a KubeletConfiguration. Only the fields that are set here are not default.
+// kubeletConfig returns a KubeletConfiguration with the values that are not the defaults.
 func (node *Node) kubeletConfig() any {
 	c := node.nodes.cluster
 	ca := filepath.Join(c.run.Dir(), caFile)
@@ -142,25 +142,25 @@ func (node *Node) kubeletConfig() any {
 		"authorization":            map[string]any{"mode": "Webhook"},
 		"clusterDomain":            "cluster.local",
 		"clusterDNS":               []string{dnsAddress},
-		"resolvConf":               "", // the real machine's servers are not reached from here
+		"resolvConf":               "", // the real machine's servers are unreachable
 		"podLogsDir":               filepath.Join(c.run.Logs(), node.Name()+"-pods"),
 		"registerWithTaints":       node.taints,
-		"volumePluginDir":          "/var/lib/kubelet/volume-plugins", // the default lies in /usr
+		"volumePluginDir":          "/var/lib/kubelet/volume-plugins", // the default is in /usr
 
-		// Control groups: all of the node's in one, which the run removes.
+		// All cgroups of the node are in one, which the run removes.
 		"cgroupRoot":             node.cgroup,
 		"cgroupDriver":           "cgroupfs", // with or without systemd
 		"failCgroupV1":           false,
 		"enforceNodeAllocatable": []string{},
 		"failSwapOn":             false,
 
-		// The machine's disk may be nearly full, and is not the node's to judge or to clean.
+		// The real machine's disk may be nearly full. The node must not evict pods or remove images because of it.
 		"localStorageCapacityIsolation": false,
 		"evictionHard":                  map[string]string{"memory.available": "100Mi"},
 		"imageGCHighThresholdPercent":   100,
 		"imageGCLowThresholdPercent":    99,
 
-		// How long a changed ConfigMap or Secret may take to reach the volumes of pods: a minute by default.
+		// The time until changed ConfigMaps and Secrets are in the volumes of pods. The default is a minute.
 		"syncFrequency": "10s",
 	}
 }

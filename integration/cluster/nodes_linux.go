@@ -28,30 +28,30 @@ import (
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// module is ours.
+// module is the module of the programs init and pause.
 const module = "github.com/credence-iam/credence"
 
-// pauseImage is the reference of the image that holds the namespaces of pods.
+// pauseImage is the image of pods' sandboxes.
 const pauseImage = "localhost/credence-pause:1"
 
-// The addresses of a cluster with nodes. They are seen in its own networks only.
+// Addresses of a cluster with nodes, in its own networks.
 const (
-	// hubAddress is the control plane's. Node N has 10.99.0.(10+N), and its pods are in 10.244.N.0/24.
+	// hubAddress is the control plane's. Node N has 10.99.0.(10+N), and its pods have 10.244.N.0/24.
 	hubAddress = "10.99.0.1"
-	dnsAddress = "10.96.0.10" // in serviceRange; of DNS, as in most clusters
-	// maxNodes keeps the numbers above in a byte. Memory ends sooner.
+	dnsAddress = "10.96.0.10" // of DNS, in serviceRange, as in most clusters
+	// maxNodes keeps these numbers below 256. Memory is exhausted earlier.
 	maxNodes = 200
 )
 
-// fromSystem are the programs that a node takes from this machine, with the package that has each on Debian.
+// fromSystem are the programs of this machine that a node uses, with their Debian packages.
 var fromSystem = []struct{ program, debian string }{
 	{"runc", "runc"}, {"iptables", "iptables"}, {"iptables-restore", "iptables"},
 }
 
-// NodesPossible returns nil where clusters can have nodes, and otherwise what is missing.
+// NodesPossible returns nil if clusters can have nodes, and otherwise the cause.
 func NodesPossible() error {
 	if os.Geteuid() != 0 {
-		return errors.New("it needs root")
+		return errors.New("nodes need root")
 	}
 	var missing []string
 	for _, needed := range fromSystem {
@@ -60,10 +60,10 @@ func NodesPossible() error {
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("it needs %s, which this machine lacks (on Debian: apt-get install %[1]s)", strings.Join(missing, " "))
+		return fmt.Errorf("nodes need %s; on Debian, run apt-get install %[1]s", strings.Join(missing, " "))
 	}
 	if _, err := os.Stat("/dev/kmsg"); err != nil {
-		return fmt.Errorf("a kubelet reads the kernel's log: %w", err)
+		return fmt.Errorf("checking the kernel's log for the kubelet: %w", err)
 	}
 	if err := machine.Possible(); err != nil {
 		return err
@@ -78,8 +78,8 @@ func NodesPossible() error {
 	return checkDisk(runs)
 }
 
-// checkDisk refuses a folder of runs where the layers of containers could not lie: on an overlay, as in a
-// container, or below what a machine has a view of its own of.
+// checkDisk refuses a folder of runs that cannot have the layers of containers: on an overlay, as in a container, or
+// below a folder that each machine mounts anew.
 func checkDisk(runs string) error {
 	const advice = "set XDG_CACHE_HOME to a folder on a disk"
 	if err := os.MkdirAll(runs, 0o700); err != nil {
@@ -87,24 +87,24 @@ func checkDisk(runs string) error {
 	}
 	real, err := filepath.EvalSymlinks(runs)
 	if err != nil {
-		return fmt.Errorf("looking at the folder of runs: %w", err)
+		return fmt.Errorf("resolving the folder of runs: %w", err)
 	}
 	for _, own := range []string{"/var/", "/run/", "/proc/"} {
 		if strings.HasPrefix(real, own) {
-			return fmt.Errorf("%s is below %s, of which nodes have a view of their own (%s)", real, own, advice)
+			return fmt.Errorf("%s is below %s, which nodes mount anew; %s", real, own, advice)
 		}
 	}
 	var system unix.Statfs_t
 	if err := unix.Statfs(real, &system); err != nil {
-		return fmt.Errorf("looking at the file system of %s: %w", real, err)
+		return fmt.Errorf("checking the file system of %s: %w", real, err)
 	}
 	if system.Type == unix.OVERLAYFS_SUPER_MAGIC {
-		return fmt.Errorf("%s is on an overlay, on which there can be no other (%s)", real, advice)
+		return fmt.Errorf("%s is on an overlay, which cannot have another overlay; %s", real, advice)
 	}
 	return nil
 }
 
-// lookPath finds a program of root's, where the PATH of a user that has become root may lack sbin.
+// lookPath finds a program for root. After su, PATH can lack sbin.
 func lookPath(program string) (string, error) {
 	path, err := exec.LookPath(program)
 	for _, dir := range []string{"/usr/sbin", "/sbin"} {
@@ -112,19 +112,19 @@ func lookPath(program string) (string, error) {
 			path, err = exec.LookPath(filepath.Join(dir, program))
 		}
 	}
-	return path, err //nolint:wrapcheck // It names the program.
+	return path, err //nolint:wrapcheck // it names the program
 }
 
-// nodes are the nodes of a cluster, and the machine that their network hangs on.
+// nodes are the nodes of a cluster, and the control plane's machine, which is the switch of their network.
 type nodes struct {
 	cluster *Cluster
-	init    string // the path of the machines' first program
+	init    string // path of the machines' first program
 	control *machine.Machine
 
 	mu       sync.Mutex
 	running  []*Node
 	made     int
-	archives []string // of the images that every node has
+	archives []string // of images for every node
 }
 
 // newNodes makes the control plane's machine.
@@ -146,7 +146,7 @@ func newNodes(ctx context.Context, c *Cluster) (*nodes, error) {
 
 func (n *nodes) hub() process.Host { return n.control }
 
-// start starts what only a cluster with nodes has, and the nodes.
+// start starts kube-scheduler, DNS and the nodes.
 func (n *nodes) start(ctx context.Context, count int) error {
 	scheduler, err := n.cluster.start(tools.KubeScheduler,
 		"--kubeconfig="+n.cluster.Kubeconfig(), "--secure-port=0", "--leader-elect=false",
@@ -170,7 +170,7 @@ func (n *nodes) start(ctx context.Context, count int) error {
 	return errors.Join(failed...)
 }
 
-// startDNS runs CoreDNS beside the API server, and makes it known as a Service.
+// startDNS starts CoreDNS on the control plane's machine, and creates its Service.
 func (n *nodes) startDNS(ctx context.Context) error {
 	c := n.cluster
 	corefile := ".:53 {\n bind " + hubAddress + "\n errors\n ready 127.0.0.1:8181\n" +
@@ -182,14 +182,14 @@ func (n *nodes) startDNS(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := c.await(ctx, dns, answers(n.control, "http://127.0.0.1:8181/ready")); err != nil {
+	if err := c.await(ctx, dns, responds(n.control, "http://127.0.0.1:8181/ready")); err != nil {
 		return err
 	}
 	client, err := kubernetes.NewForConfig(c.Config())
 	if err != nil {
 		return fmt.Errorf("making a client: %w", err)
 	}
-	const name = "kube-dns" // as in every cluster, whatever serves it
+	const name = "kube-dns" // as in every cluster
 	udp, tcp, port := corev1.ProtocolUDP, corev1.ProtocolTCP, int32(53)
 	names := []string{"dns", "dns-tcp"}
 	if _, err := client.CoreV1().Services(metav1.NamespaceSystem).Create(ctx, &corev1.Service{
@@ -198,7 +198,7 @@ func (n *nodes) startDNS(ctx context.Context) error {
 			{Name: names[0], Port: port, Protocol: udp}, {Name: names[1], Port: port, Protocol: tcp},
 		}},
 	}, metav1.CreateOptions{}); err != nil {
-		return fmt.Errorf("making the Service of DNS: %w", err)
+		return fmt.Errorf("creating the Service of DNS: %w", err)
 	}
 	if _, err := client.DiscoveryV1().EndpointSlices(metav1.NamespaceSystem).Create(ctx, &discoveryv1.EndpointSlice{
 		ObjectMeta:  metav1.ObjectMeta{Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: name}},
@@ -206,45 +206,45 @@ func (n *nodes) startDNS(ctx context.Context) error {
 		Ports:       []discoveryv1.EndpointPort{{Name: &names[0], Port: &port, Protocol: &udp}, {Name: &names[1], Port: &port, Protocol: &tcp}},
 		Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{hubAddress}}},
 	}, metav1.CreateOptions{}); err != nil {
-		return fmt.Errorf("making the endpoints of DNS: %w", err)
+		return fmt.Errorf("creating the endpoints of DNS: %w", err)
 	}
 	return nil
 }
 
-// answers returns a probe of a URL on a host.
-func answers(host process.Host, url string) func(context.Context) error {
+// responds returns a probe of a URL on a host.
+func responds(host process.Host, url string) func(context.Context) error {
 	client := &http.Client{Transport: &http.Transport{DialContext: host.Dial, DisableKeepAlives: true}}
 	return func(ctx context.Context) error {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
 		if err != nil {
 			return fmt.Errorf("making a request: %w", err)
 		}
-		answer, err := client.Do(request)
+		response, err := client.Do(request)
 		if err != nil {
-			return err //nolint:wrapcheck // It names the URL.
+			return err //nolint:wrapcheck // it names the URL
 		}
-		if err := answer.Body.Close(); err != nil {
-			return fmt.Errorf("closing the answer: %w", err)
+		if err := response.Body.Close(); err != nil {
+			return fmt.Errorf("closing the response: %w", err)
 		}
-		if answer.StatusCode != http.StatusOK {
-			return fmt.Errorf("%s answers %s", url, answer.Status)
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s responds %s", url, response.Status)
 		}
 		return nil
 	}
 }
 
-// A Node runs pods. It ends with its cluster, or by Stop.
+// Node runs pods. It stops with its cluster, or by Stop.
 type Node struct {
 	*machine.Machine
 
 	nodes  *nodes
-	folder string     // of its files, below the run's
-	pods   *net.IPNet // their addresses
+	folder string     // of its files
+	pods   *net.IPNet // addresses of pods
 	cgroup string
 	taints []corev1.Taint
 }
 
-// Nodes returns the nodes that run, or are about to.
+// Nodes returns the running and starting nodes.
 func (c *Cluster) Nodes() []*Node {
 	if c.nodes == nil {
 		return nil
@@ -254,7 +254,7 @@ func (c *Cluster) Nodes() []*Node {
 	return slices.Clone(c.nodes.running)
 }
 
-// AddNode adds a node, with taints, to a cluster that was started with some, and returns when it is ready.
+// AddNode adds a node with taints to a cluster with nodes, and returns when it is ready.
 func (c *Cluster) AddNode(ctx context.Context, taints ...corev1.Taint) (*Node, error) {
 	if c.nodes == nil {
 		return nil, errors.New("adding a node: the cluster was started without nodes")
@@ -275,15 +275,15 @@ func (n *nodes) add(ctx context.Context, taints ...corev1.Taint) (*Node, error) 
 	return node, nil
 }
 
-// connect makes a node's machine, and routes between it and all others.
+// connect makes a node's machine, with routes to and from all other nodes.
 func (n *nodes) connect(ctx context.Context) (node *Node, archives []string, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.made == maxNodes {
-		return nil, nil, fmt.Errorf("there were %d nodes, which is all that addresses are left for", maxNodes)
+		return nil, nil, fmt.Errorf("the cluster has used all %d addresses for nodes", maxNodes)
 	}
 	n.made++
-	number := byte(n.made) //nolint:gosec // It is at most maxNodes.
+	number := byte(n.made) //nolint:gosec // at most maxNodes
 	name := "node" + strconv.Itoa(n.made)
 	node = &Node{
 		nodes: n, folder: filepath.Join(n.cluster.run.Dir(), name),
@@ -316,7 +316,7 @@ func (n *nodes) connect(ctx context.Context) (node *Node, archives []string, err
 	return node, slices.Clone(n.archives), nil
 }
 
-// Stop takes the node away, with all that runs on it, as if its power had failed. Its Node object stays.
+// Stop kills everything on the node, as if its power had failed. Its Node object stays.
 func (node *Node) Stop() {
 	node.nodes.mu.Lock()
 	defer node.nodes.mu.Unlock()
@@ -324,7 +324,7 @@ func (node *Node) Stop() {
 	node.Machine.Stop()
 }
 
-// containerdSocket is where it listens, in the machine.
+// containerdSocket is a path in the machine.
 const containerdSocket = "/run/containerd/containerd.sock"
 
 func (node *Node) start(ctx context.Context, archives []string) error {
@@ -336,14 +336,14 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 	if err != nil {
 		return err
 	}
-	// The machine's /run is seen from here by its first process.
+	// The path of the machine's /run, seen from outside.
 	socket := filepath.Join("/proc", strconv.Itoa(node.PID()), "root", containerdSocket)
 	if err := c.await(ctx, containerd, func(ctx context.Context) error {
 		conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
 		if err != nil {
-			return err //nolint:wrapcheck // WaitReady says what was waited for.
+			return err //nolint:wrapcheck // WaitReady adds the component
 		}
-		return conn.Close() //nolint:wrapcheck // The same.
+		return conn.Close() //nolint:wrapcheck // WaitReady adds the component
 	}); err != nil {
 		return err
 	}
@@ -362,12 +362,12 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 	proxy, err := node.program(tools.KubeProxy,
 		"--kubeconfig="+filepath.Join(node.folder, proxyKubeconfigFile), "--hostname-override="+node.Name(),
 		"--cluster-cidr=10.244.0.0/16", "--proxy-mode=iptables",
-		"--conntrack-max-per-core=0", // it is the kernel's, for all machines
+		"--conntrack-max-per-core=0", // the setting is the kernel's, for all machines
 	)
 	if err != nil {
 		return err
 	}
-	if err := c.await(ctx, proxy, answers(node, "http://127.0.0.1:10256/healthz")); err != nil {
+	if err := c.await(ctx, proxy, responds(node, "http://127.0.0.1:10256/healthz")); err != nil {
 		return err
 	}
 	client, err := kubernetes.NewForConfig(c.Config())
@@ -377,7 +377,7 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 	return c.await(ctx, kubelet, func(ctx context.Context) error {
 		object, err := client.CoreV1().Nodes().Get(ctx, node.Name(), metav1.GetOptions{})
 		if err != nil {
-			return err //nolint:wrapcheck // WaitReady says what was waited for.
+			return err //nolint:wrapcheck // WaitReady adds the component
 		}
 		for _, condition := range object.Status.Conditions {
 			if condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
@@ -391,9 +391,9 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 	})
 }
 
-// program starts a program of the node's own.
+// program starts a program on the node.
 func (node *Node) program(tool tools.Tool, args ...string) (*process.Process, error) {
-	// The shim is looked for there, and what comes from the system.
+	// containerd looks for the shim and for the system's programs in PATH.
 	path := []string{filepath.Dir(node.nodes.cluster.programs[tools.ContainerdShim])}
 	for _, needed := range fromSystem {
 		found, err := lookPath(needed.program)
@@ -408,8 +408,7 @@ func (node *Node) program(tool tools.Tool, args ...string) (*process.Process, er
 	})
 }
 
-// LoadImage gives the image in an archive to all nodes, those that are added later included. The archive
-// must stay until the cluster is stopped.
+// LoadImage loads the image in an archive into all nodes, and into later ones: the archive must exist until Stop.
 func (c *Cluster) LoadImage(ctx context.Context, archive string) error {
 	if c.nodes == nil {
 		return errors.New("loading an image: the cluster was started without nodes")
@@ -433,7 +432,7 @@ func (node *Node) load(ctx context.Context, archive string) error {
 	return nil
 }
 
-// ctr runs containerd's client, in the namespace of the images and containers that kubelet sees.
+// ctr runs containerd's client, in the kubelet's namespace.
 func (node *Node) ctr(ctx context.Context, stdin io.Reader, args ...string) ([]byte, error) {
 	args = append([]string{"--address=" + containerdSocket, "--namespace=k8s.io"}, args...)
 	return node.Output(ctx, stdin, node.nodes.cluster.programs[tools.Ctr], args...)

@@ -9,10 +9,10 @@ import (
 	"github.com/credence-iam/credence/integration/process"
 )
 
-// There are no nodes here: what runs pods is Linux's.
+// nodes is unused: pods need Linux.
 type nodes struct{}
 
-// NodesPossible returns nil where clusters can have nodes, and otherwise what is missing.
+// NodesPossible returns nil if clusters can have nodes, and otherwise the cause.
 func NodesPossible() error { return errors.New("nodes need Linux") }
 
 func newNodes(context.Context, *Cluster) (*nodes, error) { return nil, NodesPossible() }

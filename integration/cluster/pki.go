@@ -19,10 +19,10 @@ import (
 	"time"
 )
 
-// certificateLife is more than any run lasts, and little enough that a leaked key is soon worth nothing.
+// certificateLife is longer than any run, and short enough that a leaked key soon loses its value.
 const certificateLife = 24 * time.Hour
 
-// An authority issues the certificates of one cluster. Its key stays in memory.
+// authority is the CA of one cluster. Its key stays in memory.
 type authority struct {
 	key  *ecdsa.PrivateKey
 	cert *x509.Certificate
@@ -49,7 +49,7 @@ func newAuthority() (*authority, error) {
 	return &authority{key, cert, encode("CERTIFICATE", der)}, nil
 }
 
-// validFromNow begins a certificate. The API server runs on this machine, so no allowance for another clock.
+// validFromNow returns a template of a certificate. The API server has the same clock.
 func validFromNow(subject pkix.Name) *x509.Certificate {
 	now := time.Now()
 	return &x509.Certificate{
@@ -60,7 +60,7 @@ func validFromNow(subject pkix.Name) *x509.Certificate {
 	}
 }
 
-// server issues a server's certificate, for the names and addresses that clients use.
+// server issues a serving certificate for names and addresses.
 func (a *authority) server(name string, names []string, addresses []net.IP) (cert, key []byte, err error) {
 	template := validFromNow(pkix.Name{CommonName: name})
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
@@ -68,7 +68,7 @@ func (a *authority) server(name string, names []string, addresses []net.IP) (cer
 	return a.issue(template)
 }
 
-// client issues a certificate that the API server takes for the user and the groups.
+// client issues a certificate of a user in groups.
 func (a *authority) client(user string, groups []string) (cert, key []byte, err error) {
 	template := validFromNow(pkix.Name{CommonName: user, Organization: groups})
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
@@ -90,8 +90,7 @@ func (a *authority) issue(template *x509.Certificate) (cert, key []byte, err err
 	return encode("CERTIFICATE", der), key, err
 }
 
-// newTokenKey makes the key that signs ServiceAccount tokens. RSA, so that tokens are RS256 as those of most
-// clusters are.
+// newTokenKey makes the key that signs ServiceAccount tokens: an RSA key, because most clusters have RS256 tokens.
 func newTokenKey() (private, public []byte, err error) {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -117,7 +116,7 @@ func encode(kind string, der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
 }
 
-// Files that the components read, below the run's folder, which is also their working folder.
+// Files of the components, in the run's folder, which is also their working folder.
 const (
 	caFile           = "ca.crt"
 	serverCertFile   = "apiserver.crt"
@@ -130,7 +129,7 @@ const (
 	kubeletClientKeyFile  = "kubelet-client.key"
 )
 
-// writePKI writes what the components need into the run's folder.
+// writePKI writes keys and certificates into the run's folder.
 func (c *Cluster) writePKI() error {
 	cert, key, err := c.ca.server("kube-apiserver",
 		[]string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
@@ -154,7 +153,7 @@ func (c *Cluster) writePKI() error {
 	})
 }
 
-// writeFiles writes files into a folder, for this user alone.
+// writeFiles writes files into a folder, readable by this user alone.
 func writeFiles(dir string, files map[string][]byte) error {
 	for name, content := range files {
 		path := filepath.Join(dir, name)

@@ -1,7 +1,7 @@
 //go:build unix
 
-// Command clean ends what killed tests and demonstrations left running, and removes their folders and the
-// logs of those that failed. It touches none that still run, and no built program.
+// Command clean kills programs that killed tests and demonstrations left running, and removes their folders and the
+// logs of failed ones. It does not touch running tests, and removes no built program.
 package main
 
 import (

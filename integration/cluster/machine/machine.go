@@ -1,14 +1,13 @@
 //go:build linux
 
-// Package machine makes Linux machines of namespaces, for the nodes of a cluster: each is a process tree with
-// a network, mounts, process numbers and a host name of its own.
+// Package machine makes Linux machines of namespaces, for the nodes of a cluster. Each is a process tree with its own
+// network, mounts, process numbers and host name.
 //
-// A machine leaves nothing behind: its first process ends with its owner, and when that ends, in whatever
-// way, the kernel kills all others, and its mounts and network devices go with the namespaces, which have no
-// names that could outlive it. It needs root, and nothing installed.
+// A machine leaves nothing behind. Its first process dies with its owner. Then the kernel kills all others, and removes
+// mounts and network devices with the namespaces, which have no names. A machine needs root, and no installed program.
 //
-// It is no container: the machine's file system is that of the real machine, except for /proc, /run and
-// changes to /var. Programs in it can do harm to files like any program of root.
+// It is no container: it has the file system of the real machine, except for /proc, /run and changes to /var. Its
+// programs can damage files like any program of root.
 package machine
 
 import (
@@ -40,31 +39,31 @@ type Config struct {
 	Init string
 }
 
-// A Machine runs. It ends with its run, or by Stop. Its methods can be called concurrently, but for those that
-// change its network.
+// Machine is a running machine. It stops with its run, or by Stop. Its methods can be called concurrently, except those
+// that change its network.
 type Machine struct {
 	run     *process.Run
 	name    string
 	init    *process.Process
-	address net.IP // nil: it is on no network
+	address net.IP // nil: in no network
 
 	mu       sync.Mutex
-	programs []*process.Process // those started in it, in this order; some may have ended
+	programs []*process.Process // in order of their start; some may have exited
 }
 
 var _ process.Host = (*Machine)(nil)
 
-// namespaces are those that a machine has of its own.
+// namespaces are the kinds of namespaces of a machine.
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC
 
-// Possible returns nil where machines can be made, and otherwise what is in the way. It makes what a machine is
-// made of, on a thread that takes all of it along.
+// Possible returns nil if machines can be made, and otherwise the cause. It makes namespaces and mounts on a thread of
+// its own, which removes them with its end.
 func Possible() error {
 	if os.Geteuid() != 0 {
 		return errors.New("machines need root")
 	}
 	result := make(chan error, 1)
-	onThreadOfItsOwn(func() {
+	onOwnThread(func() {
 		if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC); err != nil {
 			result <- fmt.Errorf("making namespaces: %w", err)
 			return
@@ -74,7 +73,7 @@ func Possible() error {
 	return <-result
 }
 
-// probeMounts makes mounts like those of a machine.
+// probeMounts makes the mounts of a machine.
 func probeMounts() error {
 	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("making mounts private: %w", err)
@@ -93,13 +92,13 @@ func probeMounts() error {
 	return nil
 }
 
-// startTimeout bounds a start, which takes milliseconds on an idle machine.
+// startTimeout limits a start, which takes milliseconds on an idle machine.
 const startTimeout = 30 * time.Second
 
-// Start starts a machine in which nothing runs yet, and whose only network device is its loopback.
+// Start starts a machine without programs, and with a loopback device only.
 func Start(ctx context.Context, c Config) (*Machine, error) {
 	if os.Geteuid() != 0 {
-		return nil, fmt.Errorf("starting machine %s: it needs root", c.Name)
+		return nil, fmt.Errorf("starting machine %s: machines need root", c.Name)
 	}
 	init, err := c.Run.Start(process.Command{
 		Name: c.Name, Path: c.Init, Args: []string{c.Name},
@@ -116,7 +115,7 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 	if err := init.WaitReady(ctx, func(context.Context) error {
 		log, err := os.ReadFile(init.Log())
 		if err == nil && !bytes.HasSuffix(log, []byte("ready\n")) {
-			err = errors.New("it has not said that it is ready")
+			err = errors.New("its log does not say that it is ready")
 		}
 		return err
 	}); err != nil {
@@ -129,28 +128,28 @@ func Start(ctx context.Context, c Config) (*Machine, error) {
 // Name returns the host name.
 func (m *Machine) Name() string { return m.name }
 
-// PID returns the number of the first process, as seen from outside. Its namespaces can be entered by it.
+// PID returns the number of the first process, as seen from outside, for example for nsenter.
 func (m *Machine) PID() int { return m.init.PID() }
 
-// Stop ends everything in the machine at once.
+// Stop kills everything in the machine.
 func (m *Machine) Stop() {
 	m.mu.Lock()
 	programs := m.programs
 	m.programs = nil
 	m.mu.Unlock()
-	// The first process would take all with it. These are told, so that their end is no surprise to the run.
+	// The end of the first process kills all others, but the run would report them as unexpected exits.
 	for _, p := range slices.Backward(programs) {
 		p.Stop(0)
 	}
 	m.init.Stop(0)
 }
 
-// Address returns the address that the machine has in its network, and "<nil>" if it is in none.
+// Address returns the address in the machine's network; "<nil>" without a network.
 func (m *Machine) Address() string { return m.address.String() }
 
 // Start starts a program of the run in the machine.
 func (m *Machine) Start(c process.Command) (*process.Process, error) {
-	// No parent-death signal: the thread that starts it ends at once. The machine's end is its end.
+	// There is no parent-death signal: the thread that starts the program ends at once. The machine's end kills it.
 	c.Launch = func(cmd *exec.Cmd) error { return m.inside(namespaces, cmd.Start) }
 	p, err := m.run.Start(c)
 	if err == nil {
@@ -161,10 +160,9 @@ func (m *Machine) Start(c process.Command) (*process.Process, error) {
 	return p, err
 }
 
-// Output runs a program in the machine until it ends, and returns what it has written to its standard
-// output. The error of one that failed holds what it has written to its standard error.
+// Output runs a program in the machine and returns its standard output. An error has its standard error.
 func (m *Machine) Output(ctx context.Context, stdin io.Reader, path string, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // It runs what it is told.
+	cmd := exec.CommandContext(ctx, path, args...) //nolint:gosec // the caller's program
 	cmd.Stdin = stdin
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -178,43 +176,41 @@ func (m *Machine) Output(ctx context.Context, stdin io.Reader, path string, args
 	return stdout.Bytes(), nil
 }
 
-// Launch starts a command that sees the machine's network, and otherwise what the caller sees. It belongs to
-// nobody's run.
+// Launch starts a command in the machine's network. All else is the caller's, and no run owns it.
 func (m *Machine) Launch(cmd *exec.Cmd) error { return m.inside(unix.CLONE_NEWNET, cmd.Start) }
 
-// Dial connects from within the machine's network. The address must be one of IP: names are not looked up
-// there.
+// Dial connects from the machine's network. The address must be an IP address.
 func (m *Machine) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
 	err = m.inside(unix.CLONE_NEWNET, func() error {
 		conn, err = new(net.Dialer).DialContext(ctx, network, address)
-		return err //nolint:wrapcheck // It names the address.
+		return err //nolint:wrapcheck // it names the address
 	})
 	return conn, err
 }
 
-// Listen listens within the machine's network.
+// Listen listens in the machine's network.
 func (m *Machine) Listen(ctx context.Context, network, address string) (listener net.Listener, err error) {
 	err = m.inside(unix.CLONE_NEWNET, func() error {
 		listener, err = new(net.ListenConfig).Listen(ctx, network, address)
-		return err //nolint:wrapcheck // It names the address.
+		return err //nolint:wrapcheck // it names the address
 	})
 	return listener, err
 }
 
-// inside calls f on a thread that has entered those of the machine's namespaces.
+// inside calls f on a thread in some of the machine's namespaces.
 func (m *Machine) inside(which int, f func() error) error {
-	// A handle stays the same process even if the number is given to another one.
+	// A pidfd names the same process even if the number is reused.
 	handle, err := unix.PidfdOpen(m.PID(), 0)
 	if err != nil {
 		return fmt.Errorf("entering machine %s: %w", m.name, err)
 	}
 	defer func() { _ = unix.Close(handle) }()
 	if m.init.Ended() {
-		return fmt.Errorf("entering machine %s: it has ended", m.name)
+		return fmt.Errorf("entering machine %s: it has exited", m.name)
 	}
 	result := make(chan error, 1)
-	onThreadOfItsOwn(func() {
-		// Threads of one process share their root and working folders, and such may not enter mounts.
+	onOwnThread(func() {
+		// Threads share their root and working folders, and such a thread must not enter mounts.
 		err := unix.Unshare(unix.CLONE_FS)
 		if err == nil {
 			err = unix.Setns(handle, which)
@@ -228,17 +224,17 @@ func (m *Machine) inside(which int, f func() error) error {
 	return <-result
 }
 
-// onThreadOfItsOwn calls f in a goroutine whose thread nobody else has used or will use.
-func onThreadOfItsOwn(f func()) {
+// onOwnThread calls f on a thread that no other goroutine uses.
+func onOwnThread(f func()) {
 	go func() {
 		runtime.LockOSThread()
 		if unix.Gettid() != unix.Getpid() {
-			f() // still locked: the thread ends with the goroutine
+			f() // without an unlock, the thread ends with the goroutine
 			return
 		}
-		// The main thread can't end, and /proc/self is about it. It is held until another one is taken.
+		// This is the main thread, which cannot end. Hold it until f has another one.
 		taken := make(chan struct{})
-		onThreadOfItsOwn(func() { close(taken); f() })
+		onOwnThread(func() { close(taken); f() })
 		<-taken
 		runtime.UnlockOSThread()
 	}()

@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/integration/process"
 )
 
-// run makes a run, and builds the machines' first program.
+// run opens a run, and builds the program init.
 func run(t *testing.T) (r *process.Run, init string) {
 	t.Helper()
 	if err := machine.Possible(); err != nil {
@@ -59,54 +59,55 @@ func output(t *testing.T, m *machine.Machine, path string, args ...string) strin
 	return strings.TrimSpace(string(out))
 }
 
-func TestAMachineIsOnItsOwn(t *testing.T) {
+// TestMachineIsIsolated guards the real machine, and other tests on it.
+func TestMachineIsIsolated(t *testing.T) {
 	r, init := run(t)
 	m := start(t, r, init, "lonely")
 	if got := output(t, m, "/bin/hostname"); got != "lonely" {
-		t.Errorf("its host name is %q", got)
+		t.Errorf("the host name is %q", got)
 	}
 	if got := output(t, m, "/bin/cat", "/proc/1/comm"); got != "init" {
-		t.Errorf("its first process is %q", got)
+		t.Errorf("the first process is %q", got)
 	}
-	// Two lines of headings, and the loopback device.
+	// There are two lines of headings and the loopback device.
 	if got := strings.Split(output(t, m, "/bin/cat", "/proc/net/dev"), "\n"); len(got) != 3 || !strings.Contains(got[2], "lo:") {
-		t.Errorf("its network has %q", got)
+		t.Errorf("the network has %q", got)
 	}
-	// What it writes to /run and /var stays inside, and is the same for all its programs.
+	// Changes to /run and /var stay inside, and are visible to all programs there.
 	for _, name := range []string{"/run/machine-test", "/var/lib/machine-test"} {
 		output(t, m, "/bin/sh", "-c", "echo hello > "+name)
 		if got := output(t, m, "/bin/cat", name); got != "hello" {
-			t.Errorf("%s holds %q", name, got)
+			t.Errorf("%s has %q", name, got)
 		}
 		if _, err := os.Stat(name); !os.IsNotExist(err) {
-			t.Errorf("%s is seen outside: %v", name, err)
+			t.Errorf("%s is visible outside: %v", name, err)
 		}
 	}
-	// A kubelet's change of the kernel's settings is not one of the real machine's.
+	// A kubelet's kernel settings are not those of the real machine.
 	const setting = "/proc/sys/kernel/panic"
 	before, err := os.ReadFile(setting)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got := output(t, m, "/bin/sh", "-c", "echo 4711 > "+setting+"; cat "+setting); got != "4711" {
-		t.Errorf("%s holds %q inside", setting, got)
+		t.Errorf("%s has %q inside", setting, got)
 	}
 	if after, err := os.ReadFile(setting); err != nil || string(after) != string(before) {
-		t.Errorf("%s holds %q outside, and held %q (%v)", setting, after, before, err)
+		t.Errorf("%s has %q outside, and had %q (%v)", setting, after, before, err)
 	}
-	// A mount made inside is not seen outside.
+	// A mount inside is invisible outside.
 	dir := t.TempDir()
 	output(t, m, "/bin/mount", "-t", "tmpfs", "tmpfs", dir)
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil || strings.Contains(string(mounts), dir) {
-		t.Errorf("the mount is seen outside (%v)", err)
+		t.Errorf("the mount is visible outside (%v)", err)
 	}
 	if _, err := m.Output(t.Context(), nil, "/bin/sh", "-c", "echo why >&2; exit 3"); err == nil || !strings.Contains(err.Error(), "why") {
-		t.Errorf("a program that failed: %v", err)
+		t.Errorf("a failed program: %v", err)
 	}
 }
 
-func TestMachinesReachEachOther(t *testing.T) {
+func TestMachinesShareANetwork(t *testing.T) {
 	r, init := run(t)
 	hub, one, two := start(t, r, init, "hub"), start(t, r, init, "one"), start(t, r, init, "two")
 	address := func(last byte) *net.IPNet {
@@ -140,9 +141,9 @@ func TestMachinesReachEachOther(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		said, err := io.ReadAll(conn)
-		if err != nil || !strings.HasPrefix(string(said), from+":") {
-			t.Errorf("%s is seen as %q (%v)", m.Name(), said, err)
+		got, err := io.ReadAll(conn)
+		if err != nil || !strings.HasPrefix(string(got), from+":") {
+			t.Errorf("%s has the address %q (%v)", m.Name(), got, err)
 		}
 		_ = conn.Close()
 	}
@@ -152,26 +153,27 @@ func TestMachinesReachEachOther(t *testing.T) {
 	}
 	for _, link := range links {
 		if link.Name == "machines" || strings.HasPrefix(link.Name, "to-") {
-			t.Errorf("%s is seen outside", link.Name)
+			t.Errorf("%s is visible outside", link.Name)
 		}
 	}
 }
 
-func TestAllEndsWithTheMachine(t *testing.T) {
+// TestStopKillsEverything guards against nodes that survive a test.
+func TestStopKillsEverything(t *testing.T) {
 	r, init := run(t)
 	m := start(t, r, init, "mortal")
 	p, err := m.Start(process.Command{Name: "sleep", Path: "/bin/sh", Args: []string{"-c", "sleep 3600 & sleep 3600"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	// It can be ended alone, too.
+	// A single program can be stopped.
 	other, err := m.Start(process.Command{Name: "other", Path: "/bin/sleep", Args: []string{"3600"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	other.Stop(0)
 	if p.Ended() {
-		t.Fatal("the wrong program has ended")
+		t.Fatal("the wrong program was stopped")
 	}
 	inside := output(t, m, "/bin/sh", "-c", "ls -d /proc/[0-9]*")
 	if n := len(strings.Fields(inside)); n < 4 {
@@ -187,9 +189,9 @@ func TestAllEndsWithTheMachine(t *testing.T) {
 		line, _ := os.ReadFile(path)
 		return string(line) == "sleep\x003600\x00"
 	}); i >= 0 {
-		t.Errorf("%s lives on", left[i])
+		t.Errorf("%s is alive", left[i])
 	}
 	if _, err := m.Output(t.Context(), nil, "/bin/true"); err == nil {
-		t.Error("a machine that has ended ran a program")
+		t.Error("a stopped machine ran a program")
 	}
 }

@@ -11,26 +11,26 @@ import (
 	"github.com/vishvananda/netns"
 )
 
-// bridge is the device of a machine that is the switch of a network.
+// bridge is the network device of a machine that is a switch.
 const bridge = "machines"
 
-// nic is the device by which a machine is on a network.
+// nic is the network device of a connected machine.
 const nic = "eth0"
 
-// handle returns a means to change the machine's network, from outside.
+// handle returns a handle of the machine's network, and a function that closes it.
 func (m *Machine) handle() (*netlink.Handle, func(), error) {
 	ns, err := netns.GetFromPid(m.PID())
 	if err != nil {
-		return nil, nil, fmt.Errorf("reaching the network of machine %s: %w", m.name, err)
+		return nil, nil, fmt.Errorf("opening the network of machine %s: %w", m.name, err)
 	}
 	h, err := netlink.NewHandleAt(ns)
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("reaching the network of machine %s: %w", m.name, err), ns.Close())
+		return nil, nil, errors.Join(fmt.Errorf("opening the network of machine %s: %w", m.name, err), ns.Close())
 	}
 	return h, func() { h.Close(); _ = ns.Close() }, nil
 }
 
-// Network makes the machine the switch of a network, and gives it an address there.
+// Network makes the machine the switch of a network, with an address.
 func (m *Machine) Network(address *net.IPNet) error {
 	h, done, err := m.handle()
 	if err != nil {
@@ -44,8 +44,7 @@ func (m *Machine) Network(address *net.IPNet) error {
 	return m.up(h, link, address)
 }
 
-// Join connects the machine to the network whose switch is hub, with an address there. What is for others
-// goes to gateway.
+// Join connects the machine to the network of the switch hub, with an address and a default gateway.
 func (m *Machine) Join(hub *Machine, address *net.IPNet, gateway net.IP) error {
 	h, done, err := hub.handle()
 	if err != nil {
@@ -82,7 +81,7 @@ func (m *Machine) Join(hub *Machine, address *net.IPNet, gateway net.IP) error {
 	return m.route(own, nil, gateway)
 }
 
-// Route sends what is for the network to the machine at address.
+// Route routes a network to the machine at address.
 func (m *Machine) Route(network *net.IPNet, address net.IP) error {
 	h, done, err := m.handle()
 	if err != nil {

@@ -1,12 +1,10 @@
 //go:build linux
 
-// Command init is the first process of a machine of package machine. It makes the machine's own view of the
-// file system, brings its loopback device up, and then reaps what is left to it until it is killed. All that
-// runs in the machine ends with it: the kernel sees to that.
+// Command init is the first process of a machine of package machine. It mounts the machine's file systems, brings up the
+// loopback device, prints a line, and reaps orphaned processes until it is killed. Then the kernel kills all processes of
+// the machine.
 //
 //	init HOSTNAME
-//
-// Its standard output gets one line when the machine is ready.
 package main
 
 import (
@@ -32,9 +30,9 @@ func run(args []string) error {
 		return errors.New("usage: init HOSTNAME")
 	}
 	if os.Getpid() != 1 {
-		return errors.New("it is the first process of no PID namespace: package machine starts it")
+		return errors.New("init must be the first process of a PID namespace; package machine starts it")
 	}
-	// Before anything is started: a child that ends meanwhile is noticed.
+	// Notify comes first, so that no exit is missed.
 	ended := make(chan os.Signal, 1)
 	signal.Notify(ended, unix.SIGCHLD)
 	if err := unix.Sethostname([]byte(args[0])); err != nil {
@@ -47,7 +45,7 @@ func run(args []string) error {
 		return err
 	}
 	if _, err := fmt.Println("ready"); err != nil {
-		return fmt.Errorf("saying that the machine is ready: %w", err)
+		return fmt.Errorf("reporting that the machine is ready: %w", err)
 	}
 	for range ended {
 		reap()
@@ -55,16 +53,15 @@ func run(args []string) error {
 	return nil
 }
 
-// mounts gives the machine file systems of its own where its programs write outside of the folders that they
-// are told: /proc shows its processes alone, /run is empty, and /var keeps changes in memory, over what the
-// real one holds. Nothing of it is seen outside, and all of it goes with the machine.
+// mounts mounts the machine's own file systems: /proc has only its processes, /run is empty, and /var keeps changes in
+// memory, over the real one. They are invisible outside, and vanish with the machine.
 func mounts() error {
 	for _, m := range []struct {
 		source, target, kind, data string
 		flags                      uintptr
 	}{
-		{"none", "/", "", "", unix.MS_REC | unix.MS_PRIVATE}, // nothing gets out …
-		{"none", "/", "", "", unix.MS_REC | unix.MS_SHARED},  // … and containers can be given what is mounted later
+		{"none", "/", "", "", unix.MS_REC | unix.MS_PRIVATE}, // no mount is seen outside …
+		{"none", "/", "", "", unix.MS_REC | unix.MS_SHARED},  // … and containers see later mounts
 		{"proc", "/proc", "proc", "", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
 		{"run", "/run", "tmpfs", "mode=755", unix.MS_NOSUID | unix.MS_NODEV},
 	} {
@@ -75,7 +72,7 @@ func mounts() error {
 	const layers = "/run/machine/var"
 	upper, work := filepath.Join(layers, "upper"), filepath.Join(layers, "work")
 	for _, dir := range []string{upper, work} {
-		if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // /var gets the mode of its upper layer.
+		if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // /var has the mode of its upper layer
 			return fmt.Errorf("making the layers of /var: %w", err)
 		}
 	}
@@ -86,8 +83,8 @@ func mounts() error {
 	return shield()
 }
 
-// settings of the kernel that a kubelet changes, for the whole of the real machine, unless they are as it
-// wants them (KubeletConfiguration, protectKernelDefaults). The values are those.
+// settings are the kernel settings that a kubelet would change for the real machine, with the values that it wants
+// (KubeletConfiguration, protectKernelDefaults).
 var settings = map[string]string{
 	"vm/overcommit_memory":      "1",
 	"vm/panic_on_oom":           "0",
@@ -97,23 +94,22 @@ var settings = map[string]string{
 	"kernel/keys/root_maxbytes": "25000000",
 }
 
-// shield puts files in the place of those settings, so that programs of the machine see and change these
-// only.
+// shield mounts files over those settings, so that programs of the machine read and write the files.
 func shield() error {
 	for name, value := range settings {
 		file := filepath.Join("/run/machine", filepath.Base(name))
 		if err := os.WriteFile(file, []byte(value+"\n"), 0o600); err != nil {
-			return fmt.Errorf("shielding the kernel's settings: %w", err)
+			return fmt.Errorf("shielding kernel settings: %w", err)
 		}
 		err := unix.Mount(file, filepath.Join("/proc/sys", name), "", unix.MS_BIND, "")
-		if err != nil && !errors.Is(err, unix.ENOENT) { // a kernel without that setting
-			return fmt.Errorf("shielding the kernel's setting %s: %w", name, err)
+		if err != nil && !errors.Is(err, unix.ENOENT) { // the kernel lacks the setting
+			return fmt.Errorf("shielding the kernel setting %s: %w", name, err)
 		}
 	}
 	return nil
 }
 
-// network brings up what every host has: a loopback device, and, for pods, forwarding.
+// network brings up the loopback device, and enables forwarding for pods.
 func network() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -123,12 +119,12 @@ func network() error {
 		return fmt.Errorf("bringing the loopback device up: %w", err)
 	}
 	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o600); err != nil {
-		return fmt.Errorf("switching on the forwarding of IPv4 packets: %w", err)
+		return fmt.Errorf("enabling forwarding of IPv4 packets: %w", err)
 	}
 	return nil
 }
 
-// reap takes note of all children that have ended: processes whose own parent ended before them.
+// reap reaps all exited children: orphaned processes.
 func reap() {
 	for {
 		pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
