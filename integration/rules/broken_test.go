@@ -103,6 +103,8 @@ func TestBrokenTrees(t *testing.T) {
 			"that is floor 6, this is floor 5"},
 		{"integration from a test below", tree{"broker/broker_test.go": bare("broker_test", module+"/integration/cluster")},
 			"that is floor 6, this is floor 3"},
+		{"product in a test of the tooling", tree{"integration/cluster/cluster_test.go": bare("cluster_test", module+"/broker/brokertest")},
+			"this is tooling, which imports nothing of the product"},
 		{"double outside of tests", tree{"broker/broker.go": source("broker", module+"/certs/certstest")},
 			"may import a double"},
 		{"double in a program", tree{"cmd/broker/main.go": source("main", module+"/broker/brokertest")},

@@ -79,6 +79,13 @@ const (
 	topFloor    = 6
 )
 
+// tooling is the part of integration that imports nothing of the product, tests
+// included, so that it could leave the repository.
+var tooling = []string{
+	"integration/certmanager", "integration/cluster", "integration/images",
+	"integration/minio", "integration/process", "integration/tools",
+}
+
 func floorOf(dir string) (floor int, known bool) {
 	if within(dir, integration) {
 		return topFloor, true
@@ -164,6 +171,8 @@ func refuseOwn(dir string, own int, test bool, target string) string {
 	switch {
 	case !known:
 		return "that package is on no floor"
+	case within(dir, tooling...) && !within(target, tooling...):
+		return "this is tooling, which imports nothing of the product"
 	case within(dir, integration) && within(target, integration):
 		return ""
 	case test && (target == dir || isDouble(target)):
