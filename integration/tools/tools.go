@@ -149,7 +149,7 @@ var recipes = map[Tool]recipe{
 	ProtocGenGo:           {pkg: "google.golang.org/protobuf/cmd/protoc-gen-go", version: "v1.36.12"},
 	ProtocGenGoGRPC:       {pkg: "google.golang.org/grpc/cmd/protoc-gen-go-grpc", version: "v1.6.2"},
 	Govulncheck:           {pkg: "golang.org/x/vuln/cmd/govulncheck", version: "v1.9.0"},
-	Actionlint:            {source: "github.com/rhysd/actionlint", version: "v1.7.12", pkg: "/cmd/actionlint"},
+	Actionlint:            {pkg: "github.com/rhysd/actionlint/cmd/actionlint", version: "v1.7.12"},
 }
 
 // CacheDir returns the folder of built programs and of runs: credence below $XDG_CACHE_HOME, or below the system's cache
