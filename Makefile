@@ -98,6 +98,6 @@ generate: ## generate code from its sources
 	@.ci/generate .
 
 .PHONY: clean
-clean: ## stop processes that killed tests left behind, and remove .build except the results of soak
+clean: ## remove what killed tests left, and .build except results of soak
 	@go run ./integration/cluster/clean
 	@if [ -d .build ]; then find .build -mindepth 1 -maxdepth 1 ! -name soak -exec rm -rf {} +; fi

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,7 +20,7 @@ import (
 
 // Command describes a program to run.
 type Command struct {
-	// Name is the name of the log and the record. Required. It can be used again after the program has exited; the log
+	// Name is the name of the log. Required. It can be used again after the program has exited; the log
 	// is then continued.
 	Name string
 	// Path is the program's file. Required.
@@ -86,19 +85,12 @@ func (r *Run) Start(c Command) (*Process, error) {
 		return nil, fmt.Errorf("starting %s: %w", c.Name, err)
 	}
 	p.pid = cmd.Process.Pid
-	recordPath := filepath.Join(r.dir, recordFolder, c.Name+".json")
-	if err := writeRecord(recordPath, p.pid); err != nil {
-		err = errors.Join(fmt.Errorf("recording %s: %w", c.Name, err), signalGroup(p.pid, syscall.SIGKILL))
-		_ = cmd.Wait() // killed on purpose
-		return nil, err
-	}
 	r.processes = append(r.processes, p)
-	go p.wait(cmd, recordPath, r.report)
+	go p.wait(cmd, r.report)
 	return p, nil
 }
 
-// Launch starts cmd, whose SysProcAttr must be set. On Linux the kernel kills the program when this process dies;
-// elsewhere the next [Open] or [Sweep] kills it, if a run owns it.
+// Launch starts cmd, whose SysProcAttr must be set. On Linux the kernel kills the program when this process dies.
 func Launch(cmd *exec.Cmd) error { return start(cmd) }
 
 // signalGroup sends a signal to a group whose leader is not reaped, so that the number is still its own.
@@ -110,7 +102,7 @@ func signalGroup(leader int, sig syscall.Signal) error {
 }
 
 // wait waits until the program exits, and kills the rest of its group.
-func (p *Process) wait(cmd *exec.Cmd, recordPath string, report func(error)) {
+func (p *Process) wait(cmd *exec.Cmd, report func(error)) {
 	var err error
 	if waitExited(p.pid) {
 		// Until cmd.Wait reaps it, the program is a zombie, and no other group can have its number.
@@ -122,9 +114,6 @@ func (p *Process) wait(cmd *exec.Cmd, recordPath string, report func(error)) {
 	exit := cmd.Wait()
 	p.mu.Lock()
 	p.exited = true
-	if removeErr := os.Remove(recordPath); !errors.Is(removeErr, fs.ErrNotExist) { // as after an exit before the record
-		err = errors.Join(err, removeErr)
-	}
 	if !p.stopping {
 		cause := "exit status 0"
 		if exit != nil {

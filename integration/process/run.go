@@ -2,20 +2,16 @@
 
 // Package process runs child programs for tests and the demonstration, and leaves none behind.
 //
-// A [Run] is a folder with a lock, logs, and a record of each running program. Its owner is the process that
-// opened it. [Run.Close] kills the programs. If the owner dies without it, even by SIGKILL, Linux kills the
-// programs; and on every system the next [Open] or [Sweep] kills what still runs and removes the folder. Runs of
-// live owners are never touched. Neither is a process that has the number of an exited one: a record has the
-// start time.
+// A [Run] is a folder with a lock and logs. Its owner is the process that opened it. [Run.Close] kills the
+// programs. If the owner dies without it, even by SIGKILL, Linux kills the programs, and the next [Open] or [Sweep]
+// removes the folder and the cgroups. It never touches the run of a live owner, and it kills no process by its number.
 //
-// Children of a program are killed with it by [Process.Stop] and by a sweep, if they stay in its process group.
-// They survive the death of an owner until the next sweep.
+// [Process.Stop] also kills the children of a program that stay in its process group. They survive the death of an
+// owner, and so does a program on a system other than Linux.
 package process
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -23,7 +19,6 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/credence-iam/credence/integration/process/filelock"
@@ -33,9 +28,8 @@ import (
 const (
 	lockFile     = "lock"
 	logFolder    = "logs"
-	recordFolder = "processes" // a record for each running program
-	keptMarker   = "kept"      // exists if the run was closed and only its logs remain
-	cgroupMarker = "cgroup"    // exists if the run has a cgroup
+	keptMarker   = "kept"   // exists if the run was closed and only its logs remain
+	cgroupMarker = "cgroup" // exists if the run has a cgroup
 )
 
 // KeepFor is how long kept logs stay before a later [Open] removes them: until the next day, so that an engineer can
@@ -93,10 +87,8 @@ func Open(ctx context.Context, c Config) (_ *Run, err error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, folder := range []string{logFolder, recordFolder} {
-		if err := os.Mkdir(filepath.Join(dir, folder), 0o700); err != nil {
-			return nil, errors.Join(fmt.Errorf("making the folder of a run: %w", err), lock.Release())
-		}
+	if err := os.Mkdir(filepath.Join(dir, logFolder), 0o700); err != nil {
+		return nil, errors.Join(fmt.Errorf("making the folder of a run: %w", err), lock.Release())
 	}
 	return &Run{dir: dir, lock: lock, report: c.Report}, nil
 }
@@ -163,8 +155,8 @@ func remove(dir string, keepLogs bool) error {
 	return os.RemoveAll(dir)
 }
 
-// Sweep kills the programs of runs in parent whose owners have died, and removes the folders. It removes kept logs that
-// are older than keep. It returns the removed folders. A missing parent has no runs.
+// Sweep removes the runs in parent whose owners have died, and kept logs that are older than keep. It returns the removed
+// folders. A missing parent has no runs.
 func Sweep(ctx context.Context, parent string, keep time.Duration) (removed []string, err error) {
 	if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -213,92 +205,18 @@ func sweep(ctx context.Context, parent string, keep time.Duration) (removed []st
 	return removed, failed
 }
 
+// killTimeout limits the wait for killed processes. One in uninterruptible sleep can take seconds.
+const killTimeout = 10 * time.Second
+
 func sweepRun(ctx context.Context, dir string, keep time.Duration) (swept bool, err error) {
 	if info, err := os.Stat(filepath.Join(dir, keptMarker)); err == nil && time.Since(info.ModTime()) < keep {
 		return false, nil
 	}
-	records, err := filepath.Glob(filepath.Join(dir, recordFolder, "*.json"))
-	if err != nil {
-		return false, fmt.Errorf("looking for records: %w", err)
-	}
-	for _, path := range records {
-		content, err := os.ReadFile(path)
-		if err != nil {
-			return false, fmt.Errorf("reading a record: %w", err)
+	// Linux kills the owner's programs a moment after it releases the lock.
+	for deadline := time.Now().Add(killTimeout); ; {
+		if err = remove(dir, false); err == nil || ctx.Err() != nil || time.Now().After(deadline) {
+			return err == nil, err
 		}
-		var r record
-		if len(bytes.TrimSpace(content)) == 0 || json.Unmarshal(content, &r) != nil {
-			continue // the owner died while it wrote the record, and Linux killed the program
-		}
-		if err := r.kill(ctx); err != nil {
-			return false, err
-		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	return true, remove(dir, false)
-}
-
-// record identifies a process beyond doubt.
-type record struct {
-	PID int `json:"pid"`
-	// Started is the start time, in a form of this system. No later process with the same number has it.
-	Started string `json:"started"`
-}
-
-// writeRecord writes the record of a process, unless it has exited. It is not atomic: only a sweep reads it, and treats
-// half a record as none.
-func writeRecord(path string, pid int) error {
-	at, alive := started(pid)
-	if !alive {
-		return nil
-	}
-	content, err := json.Marshal(record{pid, at})
-	if err != nil {
-		return fmt.Errorf("encoding: %w", err)
-	}
-	return os.WriteFile(path, content, 0o600)
-}
-
-// killTimeout limits the wait for a killed process. A process in uninterruptible sleep can take seconds; a longer one
-// hangs in the kernel.
-const killTimeout = 10 * time.Second
-
-// kill kills the recorded process and its group, and waits until the process has exited.
-//
-// On Linux the handle is a pidfd, which names the same process even if the number is reused. kill takes it before it
-// compares the start time, so it stops the compared process. A stopped process cannot exit, and its number cannot
-// become another group's before the group is killed.
-func (r record) kill(ctx context.Context) error {
-	handle, err := os.FindProcess(r.PID)
-	if err != nil {
-		return fmt.Errorf("finding process %d: %w", r.PID, err)
-	}
-	defer func() { _ = handle.Release() }()
-	if !r.alive() {
-		return nil
-	}
-	if err := handle.Signal(syscall.SIGSTOP); errors.Is(err, os.ErrProcessDone) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("stopping process %d: %w", r.PID, err)
-	}
-	if err := signalGroup(r.PID, syscall.SIGKILL); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, killTimeout, fmt.Errorf("it still runs %v after SIGKILL", killTimeout))
-	defer cancel()
-	ticker := time.NewTicker(10 * time.Millisecond)
-	defer ticker.Stop()
-	for r.alive() {
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("killing process %d: %w", r.PID, context.Cause(ctx))
-		case <-ticker.C:
-		}
-	}
-	return nil
-}
-
-func (r record) alive() bool {
-	at, alive := started(r.PID)
-	return alive && at == r.Started
 }

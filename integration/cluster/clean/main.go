@@ -1,6 +1,6 @@
 //go:build unix
 
-// Command clean kills programs that killed tests and demonstrations left running, and removes their folders and the
+// Command clean removes what killed tests and demonstrations left: their folders, cgroups with all processes, and the
 // logs of failed ones. It does not touch running tests, and removes no built program.
 package main
 

@@ -1,6 +1,0 @@
-//go:build unix && !linux
-
-package process
-
-// DisableDeathSignal does nothing: there is no death signal.
-func DisableDeathSignal() {}
