@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/credence-iam/credence/integration/cluster/machine"
 	"github.com/credence-iam/credence/integration/process"
@@ -175,9 +176,12 @@ func TestStopKillsEverything(t *testing.T) {
 	if p.Ended() {
 		t.Fatal("the wrong program was stopped")
 	}
-	inside := output(t, m, "/bin/sh", "-c", "ls -d /proc/[0-9]*")
-	if n := len(strings.Fields(inside)); n < 4 {
-		t.Fatalf("processes in the machine: %s", inside)
+	// The shell needs a moment for its children.
+	for deadline := time.Now().Add(time.Minute); len(strings.Fields(output(t, m, "/bin/sh", "-c", "ls -d /proc/[0-9]*"))) < 5; {
+		if time.Now().After(deadline) {
+			t.Fatal("the program's children do not run")
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	m.Stop()
 	<-p.Done()
