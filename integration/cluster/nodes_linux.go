@@ -79,7 +79,7 @@ func NodesPossible() error {
 }
 
 // checkDisk refuses a folder of runs that cannot have the layers of containers: on an overlay, as in a container, or
-// below a folder that each machine mounts anew.
+// below a folder that each machine replaces by its own.
 func checkDisk(runs string) error {
 	const advice = "set XDG_CACHE_HOME to a folder on a disk"
 	if err := os.MkdirAll(runs, 0o700); err != nil {
@@ -91,7 +91,7 @@ func checkDisk(runs string) error {
 	}
 	for _, own := range []string{"/var/", "/run/", "/proc/"} {
 		if strings.HasPrefix(real, own) {
-			return fmt.Errorf("%s is below %s, which nodes mount anew; %s", real, own, advice)
+			return fmt.Errorf("%s is below %s, which nodes replace by their own; %s", real, own, advice)
 		}
 	}
 	var system unix.Statfs_t

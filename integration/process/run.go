@@ -182,7 +182,7 @@ func sweep(ctx context.Context, parent string, keep time.Duration) (removed []st
 		dir := filepath.Join(parent, entry.Name())
 		lock, err := filelock.Try(filepath.Join(dir, lockFile))
 		switch {
-		case errors.Is(err, filelock.ErrHeld):
+		case errors.Is(err, filelock.ErrTaken):
 			continue // the owner lives
 		case errors.Is(err, fs.ErrNotExist):
 			// An owner that dies just before or after it has the lock leaves an empty folder. Any other folder is foreign.

@@ -3,9 +3,6 @@
 package machine_test
 
 import (
-	"fmt"
-	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,57 +102,6 @@ func TestMachineIsIsolated(t *testing.T) {
 	}
 	if _, err := m.Output(t.Context(), nil, "/bin/sh", "-c", "echo why >&2; exit 3"); err == nil || !strings.Contains(err.Error(), "why") {
 		t.Errorf("a failed program: %v", err)
-	}
-}
-
-func TestMachinesShareANetwork(t *testing.T) {
-	r, init := run(t)
-	hub, one, two := start(t, r, init, "hub"), start(t, r, init, "one"), start(t, r, init, "two")
-	address := func(last byte) *net.IPNet {
-		return &net.IPNet{IP: net.IPv4(10, 99, 0, last), Mask: net.CIDRMask(24, 32)}
-	}
-	if err := hub.Network(address(1)); err != nil {
-		t.Fatal(err)
-	}
-	for m, last := range map[*machine.Machine]byte{one: 11, two: 12} {
-		if err := m.Join(hub, address(last), net.IPv4(10, 99, 0, 1)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	listener, err := one.Listen(t.Context(), "tcp", one.Address()+":80")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = fmt.Fprint(conn, conn.RemoteAddr())
-			_ = conn.Close()
-		}
-	}()
-	for m, from := range map[*machine.Machine]string{hub: "10.99.0.1", two: "10.99.0.12"} {
-		conn, err := m.Dial(t.Context(), "tcp", "10.99.0.11:80")
-		if err != nil {
-			t.Fatal(err)
-		}
-		got, err := io.ReadAll(conn)
-		if err != nil || !strings.HasPrefix(string(got), from+":") {
-			t.Errorf("%s has the address %q (%v)", m.Name(), got, err)
-		}
-		_ = conn.Close()
-	}
-	links, err := net.Interfaces()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, link := range links {
-		if link.Name == "machines" || strings.HasPrefix(link.Name, "to-") {
-			t.Errorf("%s is visible outside", link.Name)
-		}
 	}
 }
 

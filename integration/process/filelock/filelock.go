@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// ErrHeld is the error of [Try] if the lock is taken.
-var ErrHeld = errors.New("lock is held")
+// ErrTaken is the error of [Try] if the lock is taken.
+var ErrTaken = errors.New("lock is taken")
 
 // pollInterval is the time between tries of [Acquire]: a context cannot interrupt a blocking flock, and everything under
 // these locks takes longer.
@@ -39,7 +39,7 @@ func Acquire(ctx context.Context, path string) (*Lock, error) {
 		if err == nil {
 			return lock, nil
 		}
-		if !errors.Is(err, ErrHeld) {
+		if !errors.Is(err, ErrTaken) {
 			return nil, errors.Join(err, file.Close())
 		}
 		select {
@@ -50,7 +50,7 @@ func Acquire(ctx context.Context, path string) (*Lock, error) {
 	}
 }
 
-// Try takes the lock of an existing file without waiting. It returns [ErrHeld] if the lock is taken, and
+// Try takes the lock of an existing file without waiting. It returns [ErrTaken] if the lock is taken, and
 // [io/fs.ErrNotExist] if there is no file.
 func Try(path string) (*Lock, error) {
 	file, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -74,7 +74,7 @@ func try(file *os.File) (*Lock, error) {
 		case errors.Is(err, syscall.EINTR):
 			continue
 		case errors.Is(err, syscall.EWOULDBLOCK):
-			return nil, ErrHeld
+			return nil, ErrTaken
 		default:
 			return nil, fmt.Errorf("locking %s: %w", file.Name(), err)
 		}

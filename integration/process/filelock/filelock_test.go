@@ -17,19 +17,19 @@ func TestLockExcludesUntilReleased(t *testing.T) {
 	if _, err := filelock.Try(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Fatalf("Try without a file: got %v, want fs.ErrNotExist", err)
 	}
-	held, err := filelock.Acquire(t.Context(), path)
+	taken, err := filelock.Acquire(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := filelock.Try(path); !errors.Is(err, filelock.ErrHeld) {
-		t.Fatalf("Try while held: got %v, want ErrHeld", err)
+	if _, err := filelock.Try(path); !errors.Is(err, filelock.ErrTaken) {
+		t.Fatalf("Try of a taken lock: got %v, want ErrTaken", err)
 	}
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := filelock.Acquire(cancelled, path); !errors.Is(err, context.Canceled) {
-		t.Fatalf("Acquire while held: got %v, want context.Canceled", err)
+		t.Fatalf("Acquire of a taken lock: got %v, want context.Canceled", err)
 	}
-	if err := held.Release(); err != nil {
+	if err := taken.Release(); err != nil {
 		t.Fatal(err)
 	}
 	again, err := filelock.Try(path)
