@@ -145,7 +145,7 @@ func (l *lab) stop(p *pod) {
 	}
 }
 
-func (l *lab) tell(format string, args ...any) {
+func (l *lab) report(format string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	_, _ = fmt.Fprintf(l.out, "%4.0f s  %s\n", time.Since(l.began).Seconds(), fmt.Sprintf(format, args...))
@@ -309,7 +309,7 @@ func requestCredentials(ctx context.Context, env []string) (*refusal, time.Time,
 		return nil, body.Expiration, fmt.Errorf("requesting credentials from the sidecar: %w", err)
 	}
 	defer response.Body.Close()
-	_ = json.NewDecoder(response.Body).Decode(&body) // an error could quote a secret; the switch misses what is missing
+	_ = json.NewDecoder(response.Body).Decode(&body) // the error could quote a secret; without it, the fields are empty
 	switch ok := response.StatusCode == http.StatusOK; {
 	case ok && !body.Expiration.IsZero():
 		return nil, body.Expiration, nil

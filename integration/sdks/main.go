@@ -3,7 +3,7 @@
 // Command sdks runs unmodified AWS SDKs against the real sidecar and the real broker, on a control plane, and
 // checks what their users see. "make sdks" gets the SDKs and runs it; SDKS=go-v2,curl chooses clients.
 //
-// The table sdks names the clients, their scripts, and what is expected of each. A script is a program with the
+// The table sdks has the clients, their scripts, and the expected results. A script is a program with the
 // environment of an injected pod. All clients go through the same scenarios: first credentials, many new
 // sessions, a renewal, a broker that is unavailable for longer than a session lasts and returns, a refused role,
 // slow first credentials, a wrong token, and the region.
@@ -124,10 +124,10 @@ func measure(ctx context.Context, list []sdk, root string, progress io.Writer) (
 		command, version, err := l.find(ctx, root, s)
 		if err != nil {
 			missing = append(missing, fmt.Errorf("%s is missing: %w", s.name, err))
-			l.tell("%s IS MISSING: %v", s.name, err)
+			l.report("%s IS MISSING: %v", s.name, err)
 			continue
 		}
-		l.tell("%s: %s, version %s", s.name, s.about, version)
+		l.report("%s: %s, version %s", s.name, s.about, version)
 		for _, path := range s.paths {
 			l.rows = append(l.rows, &row{sdk: s, path: path, command: command, version: version, results: make(map[string]result)})
 		}

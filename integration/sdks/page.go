@@ -45,7 +45,8 @@ func cut(page, name string) (before, text, after string, err error) {
 
 // versions lists the clients, with the versions that were run last.
 func versions(old string, rows []*row) string {
-	text := "| client | what it is | version |\n|---|---|---|\n"
+	var text strings.Builder
+	text.WriteString("| client | what it is | version |\n|---|---|---|\n")
 	for _, s := range sdks {
 		version := "not run"
 		begin := fmt.Sprintf("| %s | %s | ", s.name, s.about)
@@ -55,9 +56,9 @@ func versions(old string, rows []*row) string {
 		if i := slices.IndexFunc(rows, func(r *row) bool { return r.sdk.name == s.name }); i >= 0 {
 			version = rows[i].version
 		}
-		text += begin + version + " |\n"
+		text.WriteString(begin + version + " |\n")
 	}
-	return text
+	return text.String()
 }
 
 // matrix returns the table of client and path by scenario, as it is expected: a run that finds anything else fails.

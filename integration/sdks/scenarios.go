@@ -76,7 +76,7 @@ func (l *lab) run(ctx context.Context) error {
 			return l.each(ctx, -1, l.back)
 		}},
 	} {
-		l.tell("%s", step.text)
+		l.report("%s", step.text)
 		if err := step.do(ctx); err != nil {
 			return err
 		}

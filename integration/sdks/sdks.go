@@ -34,9 +34,9 @@ const (
 	none       outcome = "none"
 	fails      outcome = "no"
 
-	// ifAsked is works, by a call that the program has to make: see sdk.region.
+	// ifAsked is works for the region, after a call by the program.
 	ifAsked outcome = "if asked"
-	// sometimes is what botocore ends with by chance: it renews at the end of its own prolongation.
+	// sometimes is for botocore, which renews when its own prolongation ends, so chance decides.
 	sometimes outcome = "yes, or new session"
 )
 
@@ -76,7 +76,7 @@ var scenarios = []struct {
 	{region, works},
 }
 
-// sdk is one client in one range of versions. "make sdks" puts what is built or downloaded into .build/sdks.
+// sdk is one client in a range of versions. "make sdks" builds and downloads scripts into .build/sdks.
 type sdk struct {
 	name    string // begins with the name that the script reports
 	about   string
@@ -86,7 +86,7 @@ type sdk struct {
 	from    string // the first version; empty: any
 	before  string // the first version that is too new; empty: none
 	paths   []string
-	// region is works if the client finds the region by itself, and ifAsked if a program has to ask for it.
+	// region is works if the client finds the region by itself, and ifAsked if the program has to make a call.
 	region outcome
 	// differs has the outcomes that are not the usual ones, by path and scenario.
 	differs map[string]map[string]outcome
@@ -105,13 +105,13 @@ var botocoreDiffers = map[string]map[string]outcome{
 	metadataV2: {renewal: expired, longer: expired, back: sometimes, refused: noReason},
 }
 
-// A client with these texts of errors shows no reason on any path.
+// The errors of these clients have no reason on any path.
 var silentDiffers = map[string]map[string]outcome{
 	container:  {longer: noReason, refused: noReason, token: noReason},
 	metadataV2: {longer: noReason, refused: noReason},
 }
 
-// The AWS CLI shows no reason on the metadata path.
+// The errors of the AWS CLI have no reason on the metadata path.
 var cliDiffers = map[string]map[string]outcome{metadataV2: {longer: noReason, refused: noReason}}
 
 // sdks lists the rows of the matrix. curl signs requests to AWS from 7.75.0 on.
@@ -166,12 +166,12 @@ var sdks = []sdk{
 		unusable: "unable to sign request without credentials set",
 	},
 	{
-		name: "ruby-port", about: "the same, in a program that tells it the port of the metadata service", runtime: "ruby", script: "integration/sdks/clients/ruby/client.rb",
+		name: "ruby-port", about: "the same, in a program that passes the port of the metadata service to it", runtime: "ruby", script: "integration/sdks/clients/ruby/client.rb",
 		args: []string{"port"}, before: "3.171.0", paths: []string{metadataV2}, region: none,
 		differs: map[string]map[string]outcome{metadataV2: {longer: expired, back: newSession, refused: noReason}},
 	},
 	{
-		name: "curl", about: "curl, which asks once and shows what it is answered", runtime: "sh", script: "integration/sdks/clients/curl/client.sh", from: "7.75.0",
+		name: "curl", about: "curl, which does not retry and shows the response", runtime: "sh", script: "integration/sdks/clients/curl/client.sh", from: "7.75.0",
 		paths: []string{container, metadataV2, metadataV1}, region: ifAsked,
 		differs: map[string]map[string]outcome{container: {slow: nextCall}, metadataV1: {slow: nextCall}},
 	},
