@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -18,7 +17,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -265,25 +263,6 @@ func arn(role string) string { return "arn:aws:iam::" + stack.Account + ":role/"
 // assumed returns the ARN by which STS knows a session of role.
 func assumed(role string) string {
 	return "arn:aws:sts::" + stack.Account + ":assumed-role/" + role + "/credence"
-}
-
-// stopBroker stops the broker, and returns an error unless connections to it are refused.
-func (l *lab) stopBroker(ctx context.Context) error {
-	l.stack.StopBroker()
-	l.brokerStopped = time.Now()
-	return checkRefused(ctx, l.stack.BrokerAddress())
-}
-
-func checkRefused(ctx context.Context, address string) error {
-	conn, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", address)
-	if err == nil {
-		_ = conn.Close()
-		return fmt.Errorf("the broker was stopped, but %s accepts connections", address)
-	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("checking that the broker is stopped: %w", err)
-	}
-	return nil
 }
 
 // refusal is an error response of a sidecar.

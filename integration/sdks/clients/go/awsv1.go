@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 
 	"github.com/aws/aws-sdk-go/aws"
-	"github.com/aws/aws-sdk-go/aws/awserr"
 	"github.com/aws/aws-sdk-go/aws/ec2metadata"
 	"github.com/aws/aws-sdk-go/aws/session"
 	"github.com/aws/aws-sdk-go/service/sts"
@@ -38,11 +36,4 @@ func (goV1) region(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return ec2metadata.New(s).RegionWithContext(ctx)
-}
-
-func (goV1) code(err error) string {
-	if e, ok := errors.AsType[awserr.Error](err); ok {
-		return e.Code()
-	}
-	return ""
 }

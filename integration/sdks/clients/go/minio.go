@@ -65,17 +65,9 @@ func callerIdentity(ctx context.Context, keys credentials.Value) (arn string, er
 		return "", err
 	}
 	if response.StatusCode != http.StatusOK {
-		return "", stsError{identity.Error.Code, identity.Error.Message}
+		return "", fmt.Errorf("%s: %s", identity.Error.Code, identity.Error.Message)
 	}
 	return identity.ARN, nil
 }
 
-// stsError is an error response of STS.
-type stsError struct{ code, message string }
-
-func (e stsError) Error() string { return fmt.Sprintf("%s: %s", e.code, e.message) }
-
 func (minioGo) region(context.Context) (string, error) { return "", errUnsupported }
-
-// code returns nothing: errors of credentials have no code.
-func (minioGo) code(error) string { return "" }
