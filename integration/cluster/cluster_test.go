@@ -5,8 +5,6 @@ package cluster_test
 import (
 	"bufio"
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -102,29 +100,6 @@ func TestPinnedKubernetesRuns(t *testing.T) {
 	}
 	if version.GitVersion != "v1.37.2" || version.Major != "1" || version.Minor != "37" {
 		t.Errorf("the API server has version %v", version)
-	}
-}
-
-func TestTokensAreAsInMostClusters(t *testing.T) {
-	c := sharedCluster(t)
-	config, err := c.ServiceAccount(t.Context(), metav1.NamespaceDefault, "default")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var header struct{ Alg string }
-	var claims struct{ Iss, Sub string }
-	parts := strings.Split(config.BearerToken, ".")
-	for i, into := range []any{&header, &claims} {
-		raw, err := base64.RawURLEncoding.DecodeString(parts[i])
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := json.Unmarshal(raw, into); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if header.Alg != "RS256" || claims.Iss != cluster.Issuer || claims.Sub != "system:serviceaccount:default:default" {
-		t.Errorf("got algorithm %s, issuer %s, subject %s", header.Alg, claims.Iss, claims.Sub)
 	}
 }
 

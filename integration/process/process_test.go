@@ -35,8 +35,6 @@ func TestMain(m *testing.M) {
 		"sleeper":  func() { select {} },
 		"stubborn": stubborn,
 		"failure":  failure,
-		"taken":    func() { fmt.Fprintln(os.Stderr, "listen: "+syscall.EADDRINUSE.Error()) },
-		"minio":    func() { fmt.Fprintln(os.Stderr, "FATAL Specified port is already in use") },
 		"family":   func() { fmt.Println(spawn("stubborn")); select {} },
 		"orphaner": func() { fmt.Println(spawn("stubborn")) },
 		"owner":    owner,
@@ -249,25 +247,6 @@ func TestUnexpectedExitIsReportedWithTheLog(t *testing.T) {
 	}
 	if err := p.WaitReady(t.Context(), func(context.Context) error { return nil }); !errors.Is(err, p.Err()) {
 		t.Errorf("WaitReady after the exit: got %v, want Err", err)
-	}
-}
-
-func TestWaitReadyDetectsATakenPort(t *testing.T) {
-	r := open(t, process.Config{})
-	never := func(context.Context) error { return errors.New("not yet") }
-	for _, role := range []string{"taken", "minio"} {
-		if err := start(t, r, role).WaitReady(t.Context(), never); !errors.Is(err, syscall.EADDRINUSE) {
-			t.Errorf("%s: got %v, want EADDRINUSE", role, err)
-		}
-	}
-	if err := start(t, r, "failure").WaitReady(t.Context(), never); errors.Is(err, syscall.EADDRINUSE) {
-		t.Errorf("another failure is EADDRINUSE: %v", err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	err := start(t, r, "sleeper").WaitReady(ctx, never)
-	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "not yet") {
-		t.Errorf("got %v, want the deadline and the last error", err)
 	}
 }
 
