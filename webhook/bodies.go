@@ -10,14 +10,13 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/credence-iam/credence/webhook/inject/podview"
 	"golang.org/x/sync/semaphore"
-
-	"github.com/credence-iam/credence/webhook/inject"
 )
 
 // maxReview bounds the body of a review, in bytes: an object, of which the API server reads at most 3 MiB, and 1 MiB
 // for the user who creates it and the options. The webhook is registered for creation alone, so that there is one object.
-const maxReview = inject.MaxObject + 1<<20
+const maxReview = podview.MaxObject + 1<<20
 
 // What a review allocates until its answer is sent, garbage included, in bytes. TestCost compares it with the worst
 // reviews that are known.
@@ -43,7 +42,7 @@ const (
 	// maxMemory is what all reviews may cost at a time.
 	maxMemory = 128 << 20
 	// maxCost is the cost of the largest review.
-	maxCost = costPerReview + costPerByte*maxReview + costPerValue*inject.MaxValues + costPerContainer*inject.MaxContainers
+	maxCost = costPerReview + costPerByte*maxReview + costPerValue*podview.MaxValues + costPerContainer*podview.MaxContainers
 	// maxLarge is how many reviews of that cost may be under way. Large reviews wait for each other, not small ones for
 	// them.
 	maxLarge = 1
@@ -173,7 +172,7 @@ func readBody(ctx context.Context, w http.ResponseWriter, r *http.Request, memor
 		// RFC 8259 section 8.1. Decoded, each such byte becomes three.
 		return body, http.StatusBadRequest, errors.New("decoding the review: it is not UTF-8")
 	}
-	shape := inject.Measure(body)
+	shape := podview.Measure(body)
 	if err := shape.Check(); err != nil {
 		return body, http.StatusRequestEntityTooLarge, err
 	}

@@ -14,7 +14,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/webhook"
-	"github.com/credence-iam/credence/webhook/inject"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // discard is a client that takes an answer and keeps its status.
@@ -72,8 +72,8 @@ func always(s string) func(int) string { return func(int) string { return s } }
 
 // worst are reviews that make as much of their bytes as is known: each is as large as it may be, in one respect at least.
 func worst() map[string]string {
-	const most = inject.MaxObject - 4096
-	values := inject.MaxValues - 100
+	const most = podview.MaxObject - 4096
+	values := podview.MaxValues - 100
 	annotated := func(more, spec string) string {
 		return `{"metadata":{"name":"p","annotations":{"iam.amazonaws.com/role":"` + permitted + `"` + more + `}},"spec":{` + spec + `}}`
 	}
@@ -92,12 +92,12 @@ func worst() map[string]string {
 		`"volumeMounts":[{"name":"credence-identity","mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"}],`
 	return map[string]string{
 		"a usual pod":                        review(pod(permitted, "")),
-		"containers":                         review(annotated(`,"iam.amazonaws.com/region":"eu-central-1"`, `"containers":[`+list(inject.MaxContainers, most, named(`"env":[]`))+`]`)),
-		"containers without variables":       review(annotated(`,"iam.amazonaws.com/region":"eu-central-1"`, `"containers":[`+list(inject.MaxContainers, most, named(`"x":0`))+`]`)),
-		"containers with keys":               review(annotated(``, `"containers":[`+list(inject.MaxContainers, most, named(`"env":[`+keys+`]`))+`]`)),
-		"containers with everything":         review(annotated(``, `"containers":[`+list(inject.MaxContainers, most, named(everything))+`]`)),
-		"init containers":                    review(annotated(``, container(`"x":0`)+`,"initContainers":[`+list(inject.MaxContainers-1, most, named(everything))+`]`)),
-		"containers of long names":           review(annotated(``, `"containers":[`+list(inject.MaxContainers, most, func(n int) string { return fmt.Sprintf(`{"name":"%0253d",%s}`, n, everything) })+`]`)),
+		"containers":                         review(annotated(`,"iam.amazonaws.com/region":"eu-central-1"`, `"containers":[`+list(podview.MaxContainers, most, named(`"env":[]`))+`]`)),
+		"containers without variables":       review(annotated(`,"iam.amazonaws.com/region":"eu-central-1"`, `"containers":[`+list(podview.MaxContainers, most, named(`"x":0`))+`]`)),
+		"containers with keys":               review(annotated(``, `"containers":[`+list(podview.MaxContainers, most, named(`"env":[`+keys+`]`))+`]`)),
+		"containers with everything":         review(annotated(``, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
+		"init containers":                    review(annotated(``, container(`"x":0`)+`,"initContainers":[`+list(podview.MaxContainers-1, most, named(everything))+`]`)),
+		"containers of long names":           review(annotated(``, `"containers":[`+list(podview.MaxContainers, most, func(n int) string { return fmt.Sprintf(`{"name":"%0253d",%s}`, n, everything) })+`]`)),
 		"more containers than are taken":     review(annotated(``, `"containers":[`+list(values, most, always(`{}`))+`]`)),
 		"sixty thousand containers":          review(annotated(``, `"containers":[`+list(60_000, 7<<20, named(`"env":[`+keys+`]`))+`]`)),
 		"empty variables":                    review(annotated(``, container(`"env":[`+list(values/2, most, always(`{}`))+`]`))),
@@ -147,8 +147,8 @@ func worst() map[string]string {
 		"unknown annotations":                review(annotated(`,`+list(values, 250<<10, func(n int) string { return fmt.Sprintf(`"iam.amazonaws.com/%x":""`, n) }), container(`"x":0`))),
 		"a session policy":                   review(annotated(`,"iam.amazonaws.com/session-policy":"{\"Statement\":1`+strings.Repeat(`,\"abc\":1`, 25_000)+`}"`, container(`"x":0`))),
 		"a session policy of other keys":     review(annotated(`,"iam.amazonaws.com/session-policy":"{\"Statement\":1,`+strings.ReplaceAll(list(values, 200<<10, func(n int) string { return fmt.Sprintf(`"%x":1`, n) }), `"`, `\"`)+`}"`, container(`"x":0`))),
-		"a list of containers":               review(annotated(`,"iam.amazonaws.com/skip-containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(inject.MaxContainers, most, named(everything))+`]`)),
-		"a list that is not there":           review(annotated(`,"iam.amazonaws.com/containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(inject.MaxContainers, most, named(everything))+`]`)),
+		"a list of containers":               review(annotated(`,"iam.amazonaws.com/skip-containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
+		"a list that is not there":           review(annotated(`,"iam.amazonaws.com/containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
 		"managed fields":                     review(annotated(``, container(`"x":0`)), `"name":"p"`, `"name":"p","managedFields":[`+list(1_000_000, 2<<20, always(`{}`))+`]`),
 		"containers in managed fields":       review(annotated(``, `"managedFields":[`+list(values, most, always(`{}`))+`],`+container(`"managedFields":[`+list(values, most, always(`{}`))+`]`))),
 		"deep arrays":                        review(annotated(``, container(`"x":`+strings.Repeat("[", 1_000_000)+strings.Repeat("]", 1_000_000)))),
@@ -193,11 +193,11 @@ func TestCost(t *testing.T) {
 			if length > 0 {
 				read = 8 << 10
 			}
-			values := inject.Measure([]byte(body)).Values
-			if values > inject.MaxValues {
+			values := podview.Measure([]byte(body)).Values
+			if values > podview.MaxValues {
 				values = 0 // refused for it, without having been decoded
 			}
-			containers := min(strings.Count(body, `"name":"c`)+strings.Count(body, `"name":"0`), inject.MaxContainers)
+			containers := min(strings.Count(body, `"name":"c`)+strings.Count(body, `"name":"0`), podview.MaxContainers)
 			reserved := webhook.Cost(read, values, containers)
 			// The first review of its kind allocates what later ones find, and other goroutines allocate, too.
 			for range 2 {

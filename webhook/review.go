@@ -18,7 +18,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/webhook/inject"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // apiVersion and kind of the reviews that are understood.
@@ -121,7 +121,7 @@ func readReview(ctx context.Context, w http.ResponseWriter, r *http.Request, mem
 
 // errTooLong refuses a body that is longer than maxReview.
 var errTooLong = credential.Errorf(credential.ErrInvalid, credential.ReasonPodUnsupported,
-	"the review is longer than %d bytes, and an API server takes pods of at most %d: make the pod smaller", maxReview, inject.MaxObject)
+	"the review is longer than %d bytes, and an API server takes pods of at most %d: make the pod smaller", maxReview, podview.MaxObject)
 
 // beginning returns the request of a review that is not read as a whole, with its uid alone; nil if the first bytes do
 // not have it. The API server writes version and uid first.

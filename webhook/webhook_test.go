@@ -444,13 +444,13 @@ func TestTooLarge(t *testing.T) {
 		want   string // "" if it is injected
 	}{
 		"as many containers as there may be": {review(pod(permitted, containers(1000))), ""},
-		"one more container":                 {review(pod(permitted, containers(1001))), "the pod has 1001 containers, and at most 1000 are injected: split the pod"},
+		"one more container":                 {review(pod(permitted, containers(1001))), "the pod has 1001 containers, and the maximum is 1000; split the pod"},
 		"60,000 containers in one list": {review(pod(permitted, strings.ReplaceAll(containers(60_002), `"i"}`, `"i","env":[{"name":"AWS_PROFILE","value":"x"},{"name":"AWS_ACCESS_KEY_ID","value":"x"}]}`))),
 			"the review is longer than 4194304 bytes, and an API server takes pods of at most 3145728: make the pod smaller"},
-		"20,000 containers": {review(pod(permitted, containers(20_000))), "the pod's spec cannot be read: 19999 containers, and at most 1000 are injected: split the pod"},
-		"elements":          {review(pod(permitted, `"x":[0`+strings.Repeat(`,0`, 200_000)+`],`)), "the pod has 200033 fields and elements of lists, and at most 200000 are read: make it smaller, or remove its annotations of Credence"},
-		"levels":            {review(pod(permitted, `"x":`+strings.Repeat(`[`, 97)+strings.Repeat(`]`, 97)+`,`)), "the pod is nested 101 levels deep, and at most 100 are read: make it simpler, or remove its annotations of Credence"},
-		"bytes":             {review(pod(permitted, `"x":"`+strings.Repeat(`x`, 3<<20)+`",`)), "the pod has 3145944 bytes of JSON, and an API server takes at most 3145728: make it smaller"},
+		"20,000 containers": {review(pod(permitted, containers(20_000))), "cannot read the pod's spec: 19999 containers, and the maximum is 1000; split the pod"},
+		"elements":          {review(pod(permitted, `"x":[0`+strings.Repeat(`,0`, 200_000)+`],`)), "the pod has 200033 fields and list elements, and the maximum is 200000; make it smaller, or remove its annotations of Credence"},
+		"levels":            {review(pod(permitted, `"x":`+strings.Repeat(`[`, 97)+strings.Repeat(`]`, 97)+`,`)), "the pod is nested 101 levels deep, and the maximum is 100; make it simpler, or remove its annotations of Credence"},
+		"bytes":             {review(pod(permitted, `"x":"`+strings.Repeat(`x`, 3<<20)+`",`)), "the pod has 3145944 bytes of JSON, and an API server accepts at most 3145728; make it smaller"},
 		"annotations":       {review(pod(permitted+`","x":"`+strings.Repeat(`x`, 256<<10), "")), "the pod's annotations have 262211 bytes together, and Kubernetes takes 262144: make them shorter"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/credence-iam/credence/webhook/inject/podview"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
 )
@@ -78,18 +79,18 @@ func serviceHost(broker string) (host string, ok bool) {
 
 // canBeDNSName reports whether name is the full name of the brokers as a webhook with this configuration writes it, or one
 // that knows the cluster's domain if this one does not.
-func (by *plan) canBeDNSName(name string) bool {
-	if by.dnsName != "" {
-		return name == by.dnsName
+func (p *plan) canBeDNSName(name string) bool {
+	if p.dnsName != "" {
+		return name == p.dnsName
 	}
-	host, ok := serviceHost(by.cfg.Broker)
+	host, ok := serviceHost(p.cfg.Broker)
 	return ok && strings.HasPrefix(name, host+".") && strings.HasSuffix(name, ".") && len(name) > len(host)+2
 }
 
 // checkDNS refuses pods whose DNS cannot resolve the broker's Service, and warns of pods for which that is not known.
 // Such pods would start without credentials once their start timeout has passed.
-func (by *plan) checkDNS(spec *podSpec) (warnings []string, err error) {
-	host, ok := serviceHost(by.cfg.Broker)
+func (p *plan) checkDNS(spec *podview.Spec) (warnings []string, err error) {
+	host, ok := serviceHost(p.cfg.Broker)
 	if !ok {
 		return nil, nil // Any DNS may know it.
 	}
@@ -101,11 +102,11 @@ func (by *plan) checkDNS(spec *podSpec) (warnings []string, err error) {
 		servers := spec.DNSConfig.Nameservers
 		switch {
 		case len(servers) == 0: // which the API server refuses
-		case by.dnsName == "" && len(spec.DNSConfig.Searches) == 0:
+		case p.dnsName == "" && len(spec.DNSConfig.Searches) == 0:
 			return nil, unsupported("the pod has dnsPolicy None and no dnsConfig.searches: its DNS cannot resolve the broker's Service %s. "+
 				"Add the cluster's domain, such as cluster.local, to dnsConfig.searches", host)
 		// Resolvers ask the others only if the first one does not respond.
-		case !by.dns.knows(servers[0]):
+		case !p.dns.knows(servers[0]):
 			return []string{fmt.Sprintf("dnsPolicy None: name server %.45q may not know %.60s; if so, the pod starts without credentials. "+
 				"Put the cluster's DNS server first in dnsConfig.nameservers", servers[0], host)}, nil
 		}

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/credence-iam/credence/sidecar/contract"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 	corev1 "k8s.io/api/core/v1"
 )
 
@@ -16,19 +18,18 @@ const (
 	region           = "AWS_REGION"
 	defaultRegion    = "AWS_DEFAULT_REGION"
 	webIdentity      = "AWS_WEB_IDENTITY_TOKEN_FILE"
-	credentialsPath  = "/v1/credentials"
 	uidFieldPath     = "metadata.uid"
 )
 
 // env returns the variables that container c lacks.
-func (by *plan) env(c container) []corev1.EnvVar {
+func (p *plan) env(c podview.Container) []corev1.EnvVar {
 	var vars []corev1.EnvVar
 	// All of the family or none: which of its members wins, when several are set, differs from SDK to
 	// SDK and from version to version. The address is a literal of 127.0.0.1, the only form of the
 	// loopback interface that all SDKs take.
-	if !by.hasContainerFamily(c) {
+	if !p.hasContainerFamily(c) {
 		vars = append(vars,
-			corev1.EnvVar{Name: fullURI, Value: by.endpoint + credentialsPath},
+			corev1.EnvVar{Name: fullURI, Value: p.endpoint + contract.CredentialsPath},
 			// The UID is unique and stored nowhere. It keeps a request that an application was talked
 			// into making (SSRF) from working; it is no secret from those who may read the pod.
 			fromUID(authorization))
@@ -39,29 +40,29 @@ func (by *plan) env(c container) []corev1.EnvVar {
 	// With a slash at its end, because the AWS CLI v2 appends paths that begin without one. Those who append paths
 	// that begin with one ask for //latest, which the sidecar takes for the same.
 	if !has(c, metadataEndpoint) {
-		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: by.endpoint + "/"})
+		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: p.endpoint + "/"})
 	}
-	if by.pod.Region != "" && !has(c, region) && !has(c, defaultRegion) {
+	if p.requested.Region != "" && !has(c, region) && !has(c, defaultRegion) {
 		vars = append(vars,
-			corev1.EnvVar{Name: region, Value: by.pod.Region},
-			corev1.EnvVar{Name: defaultRegion, Value: by.pod.Region})
+			corev1.EnvVar{Name: region, Value: p.requested.Region},
+			corev1.EnvVar{Name: defaultRegion, Value: p.requested.Region})
 	}
 	return vars
 }
 
-func has(c container, name string) bool {
+func has(c podview.Container, name string) bool {
 	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == name })
 }
 
-func (by *plan) hasContainerFamily(c container) bool {
+func (p *plan) hasContainerFamily(c podview.Container) bool {
 	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return strings.HasPrefix(v.Name, containerPrefix) })
 }
 
 // ours reports whether v is a variable of the AWS_CONTAINER_ family as this package writes it.
-func (by *plan) ours(v corev1.EnvVar) bool {
+func (p *plan) ours(v corev1.EnvVar) bool {
 	switch v.Name {
 	case fullURI:
-		return v.Value == by.endpoint+credentialsPath
+		return v.Value == p.endpoint+contract.CredentialsPath
 	case authorization:
 		return isFromUID(v)
 	default:

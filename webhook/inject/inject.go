@@ -16,6 +16,7 @@
 package inject
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,8 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar/contract"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // Defaults of [Config].
@@ -80,9 +83,9 @@ type Injector struct {
 
 // New checks cfg and fills in its defaults.
 func New(cfg Config) (*Injector, error) {
-	cfg.Audience = defaultTo(cfg.Audience, DefaultAudience)
-	cfg.TrustConfigMap = defaultTo(cfg.TrustConfigMap, DefaultTrustConfigMap)
-	cfg.OnShadowed = defaultTo(cfg.OnShadowed, RefuseShadowed)
+	cfg.Audience = cmp.Or(cfg.Audience, DefaultAudience)
+	cfg.TrustConfigMap = cmp.Or(cfg.TrustConfigMap, DefaultTrustConfigMap)
+	cfg.OnShadowed = cmp.Or(cfg.OnShadowed, RefuseShadowed)
 	switch {
 	case cfg.Keys.Prefix() == "":
 		return nil, errors.New("injecting without annotation keys would inject nothing")
@@ -119,14 +122,6 @@ func (i *Injector) Keys() policy.Keys { return i.cfg.Keys }
 // Image is the sidecar's image.
 func (i *Injector) Image() string { return i.cfg.Image }
 
-func defaultTo[T comparable](value, fallback T) T {
-	var zero T
-	if value == zero {
-		return fallback
-	}
-	return value
-}
-
 // Result is what [Injector.Inject] made of a pod.
 type Result struct {
 	// Patch injects the pod. Nil: there is nothing to add. Always nil beside an error.
@@ -137,7 +132,7 @@ type Result struct {
 	MoreWarnings int
 	// Annotated reports whether the pod asks for anything of ours; if not, it is to be let through.
 	Annotated bool
-	// Pod is what package policy decides by. Set for annotated pods, beside an error too.
+	// Pod is what package policy decides p. Set for annotated pods, beside an error too.
 	Pod policy.Pod
 	// Name is the pod's name or, where the API server makes one, what it is made of; for logs. Set
 	// beside an error too.
@@ -156,10 +151,10 @@ func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 }
 
 // InjectWithin is Inject within the time of ctx and the memory that the caller has. It refuses a pod that exceeds
-// [MaxObject], [MaxValues] or [MaxDepth] before decoding it. Before it makes the patch, it calls room with the number of
+// [podview.MaxObject], [podview.MaxValues] or [podview.MaxDepth] before decoding it. Before it makes the patch, it calls room with the number of
 // containers. Its error is also that of ctx, or of room.
 func (i *Injector) InjectWithin(ctx context.Context, raw []byte, namespace string, room func(containers int) error) (Result, error) {
-	if err := check(raw); err != nil {
+	if err := podview.Check(raw); err != nil {
 		return Result{}, err
 	}
 	return i.inject(ctx.Err, raw, namespace, room)
@@ -167,11 +162,11 @@ func (i *Injector) InjectWithin(ctx context.Context, raw []byte, namespace strin
 
 // inject stops with the error of ended as soon as there is one.
 func (i *Injector) inject(ended func() error, raw []byte, namespace string, room func(containers int) error) (Result, error) {
-	p, err := parsePod(raw)
+	p, err := podview.Parse(raw)
 	if err != nil {
 		return Result{}, err
 	}
-	result := Result{Name: defaultTo(p.Metadata.Name, p.Metadata.GenerateName)}
+	result := Result{Name: cmp.Or(p.Metadata.Name, p.Metadata.GenerateName)}
 	if !i.cfg.Keys.Annotated(p.Metadata.Annotations) {
 		return result, nil
 	}
@@ -180,7 +175,7 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, room
 		Namespace:      namespace,
 		Name:           p.Metadata.Name,
 		UID:            p.Metadata.UID,
-		ServiceAccount: defaultServiceAccount,
+		ServiceAccount: podview.DefaultServiceAccount,
 		Annotations:    p.Metadata.Annotations,
 	}
 	if n := length(p.Metadata.Annotations); n > maxAnnotations {
@@ -190,11 +185,11 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, room
 	if err != nil {
 		return result, err
 	}
-	spec, err := p.parseSpec()
+	spec, err := p.ParseSpec()
 	if err != nil {
 		return result, err
 	}
-	result.Pod.ServiceAccount = spec.serviceAccount()
+	result.Pod.ServiceAccount = spec.ServiceAccount()
 	if err := errors.Join(ended(), room(len(spec.Containers)+len(spec.InitContainers))); err != nil {
 		return result, err
 	}
@@ -217,62 +212,62 @@ func length(annotations map[string]string) (n int) {
 
 // patch makes the operations in an order in which the indices of the pod as it came stay right: what
 // edits existing containers first, and the container that shifts all others last.
-func (by *plan) patch(ended func() error, p *pod, spec *podSpec, namespace string, w *warnings) (ops []Operation, err error) {
-	if err := by.checkSupported(p, spec); err != nil {
+func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, namespace string, w *warnings) (ops []Operation, err error) {
+	if err := p.checkSupported(pod, spec); err != nil {
 		return nil, err
 	}
-	present, err := by.checkPresent(spec)
+	present, err := p.checkPresent(spec)
 	if err != nil {
 		return nil, err
 	}
-	unwise, err := by.checkSettings(spec)
+	unwise, err := p.checkSettings(spec)
 	if err != nil {
 		return nil, err
 	}
 	for _, warning := range unwise {
 		w.addf("%s", warning)
 	}
-	unresolved, err := by.checkDNS(spec)
+	unresolved, err := p.checkDNS(spec)
 	if err != nil {
 		return nil, err
 	}
 	for _, warning := range unresolved {
 		w.addf("%s", warning)
 	}
-	if image := by.anotherVersion(spec); present && image != "" {
-		w.addf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", sidecarName, image)
+	if image := p.anotherVersion(spec); present && image != "" {
+		w.addf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", contract.ContainerName, image)
 	}
-	if present && spec.InitContainers[0].Name != sidecarName {
+	if present && spec.InitContainers[0].Name != contract.ContainerName {
 		// Patches of "add" cannot reorder, and the order is the other webhook's to choose.
 		w.addf("init container %q stands before the sidecar: it has no credentials while it runs", spec.InitContainers[0].Name)
 	}
 	for _, list := range []struct {
 		path       string
-		containers []container
+		containers []podview.Container
 	}{{"/spec/containers", spec.Containers}, {"/spec/initContainers", spec.InitContainers}} {
 		for at, c := range list.containers {
 			if err := ended(); err != nil {
 				return nil, err
 			}
-			if c.Name == sidecarName || !selected(c.Name, by.pod) {
+			if c.Name == contract.ContainerName || !selected(c.Name, p.requested) {
 				continue
 			}
-			if err := by.shadowed(c, w); err != nil {
+			if err := p.shadowed(c, w); err != nil {
 				return nil, err
 			}
 			path := fmt.Sprintf("%s/%d/env", list.path, at)
-			ops = appendAll(ops, path, c.Env, by.env(c))
+			ops = appendAll(ops, path, c.Env, p.env(c))
 		}
 	}
-	ops = by.mark(ops, p, spec, w.kept())
-	ops, differing := by.addAnnotations(ops, p)
+	ops = p.mark(ops, pod, spec, w.kept())
+	ops, differing := p.addAnnotations(ops, pod)
 	for _, warning := range differing {
 		w.addf("%s", warning)
 	}
-	ops = by.addPullSecrets(ops, spec)
+	ops = p.addPullSecrets(ops, spec)
 	if !present {
-		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{by.volume(spec)})
-		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, by.sidecar(spec, namespace))
+		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{p.volume(spec)})
+		ops = prepend(ops, "/spec/initContainers", spec.InitContainers, p.sidecar(spec, namespace))
 	}
 	return ops, nil
 }
@@ -280,12 +275,12 @@ func (by *plan) patch(ended func() error, p *pod, spec *podSpec, namespace strin
 // mark adds the label and the annotation by which the broker finds the pod, and the annotation with warnings. The keys
 // are the webhook's own: mark overwrites another value, which can come from a copied manifest, and an annotation with
 // warnings that no longer apply becomes empty, because "add" cannot remove it.
-func (by *plan) mark(ops []Operation, p *pod, spec *podSpec, kept string) []Operation {
-	key := by.cfg.Keys.Name(policy.Warnings)
-	ops = setKey(ops, "/metadata/labels", p.Metadata.Labels, by.cfg.Keys.Name(policy.Injected), "true")
-	ops = setKey(ops, "/metadata/annotations", p.Metadata.Annotations, by.cfg.Keys.Name(policy.ServiceAccount), spec.serviceAccount())
-	if _, there := p.Metadata.Annotations[key]; there || kept != "" {
-		ops = setKey(ops, "/metadata/annotations", p.Metadata.Annotations, key, kept)
+func (p *plan) mark(ops []Operation, pod *podview.Pod, spec *podview.Spec, kept string) []Operation {
+	key := p.cfg.Keys.Name(policy.Warnings)
+	ops = setKey(ops, "/metadata/labels", pod.Metadata.Labels, p.cfg.Keys.Name(policy.Injected), "true")
+	ops = setKey(ops, "/metadata/annotations", pod.Metadata.Annotations, p.cfg.Keys.Name(policy.ServiceAccount), spec.ServiceAccount())
+	if _, there := pod.Metadata.Annotations[key]; there || kept != "" {
+		ops = setKey(ops, "/metadata/annotations", pod.Metadata.Annotations, key, kept)
 	}
 	return ops
 }

@@ -264,7 +264,7 @@ func TestRefusals(t *testing.T) {
 		reason credential.Reason
 		want   string
 	}{
-		{"no JSON", `{`, credential.ReasonPodUnsupported, "the pod cannot be read: unexpected end of JSON input"},
+		{"no JSON", `{`, credential.ReasonPodUnsupported, "cannot read the pod: unexpected end of JSON input"},
 		{"no spec", `{` + role + `}`, credential.ReasonPodUnsupported, "the pod has no spec"},
 		{"no containers", `{` + role + `,"spec":{}}`, credential.ReasonPodUnsupported, "the pod has no containers"},
 		{"null container", `{` + role + `,"spec":{"containers":[null]}}`, credential.ReasonPodUnsupported, "the pod has a container without a name"},

@@ -1,6 +1,7 @@
 package inject
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -10,45 +11,47 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar/contract"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // plan is what one pod is injected by: what the webhook is configured with, its settings at this moment, and what
 // the pod's annotations make of them. It is made anew for each pod and is not changed, so that settings which
 // come in meanwhile are for the next one.
 type plan struct {
-	cfg      *Config
-	pod      policy.Settings // what the pod's annotations say
-	settings Settings        // but for what pod says otherwise
-	endpoint string          // http://127.0.0.1:PORT
-	dns      DNS
-	dnsName  string // full name of the brokers, with its final dot; empty: it is not known, or there is no other than Config.Broker has
+	cfg       *Config
+	requested policy.Settings // what the pod's annotations say
+	settings  Settings        // but for what pod says otherwise
+	endpoint  string          // http://127.0.0.1:PORT
+	dns       DNS
+	dnsName   string // full name of the brokers, with its final dot; empty: it is not known, or there is no other than Config.Broker has
 }
 
-func (i *Injector) newPlan(pod policy.Settings, spec *podSpec) *plan {
-	by := &plan{cfg: &i.cfg, pod: pod, settings: *i.settings.Load(), dns: *i.dns.Load()}
-	by.dnsName = by.dns.fullName(i.cfg.Broker)
-	s := &by.settings
-	s.Memory = defaultTo(pod.Sidecar.Memory, s.Memory)
-	s.LogLevel = defaultTo(pod.Sidecar.LogLevel, s.LogLevel)
-	s.CPU = s.CPU.changed(pod.Sidecar)
-	switch listens := spec.sidecarPort(); {
-	case pod.Sidecar.Port != 0:
-		s.Port = pod.Sidecar.Port
+func (i *Injector) newPlan(requested policy.Settings, spec *podview.Spec) *plan {
+	p := &plan{cfg: &i.cfg, requested: requested, settings: *i.settings.Load(), dns: *i.dns.Load()}
+	p.dnsName = p.dns.fullName(i.cfg.Broker)
+	s := &p.settings
+	s.Memory = cmp.Or(requested.Sidecar.Memory, s.Memory)
+	s.LogLevel = cmp.Or(requested.Sidecar.LogLevel, s.LogLevel)
+	s.CPU = s.CPU.changed(requested.Sidecar)
+	switch listens := sidecarPort(spec); {
+	case requested.Sidecar.Port != 0:
+		s.Port = requested.Sidecar.Port
 	case listens != 0:
 		// Called again: the sidecar is there since before the settings were changed, or is of a webhook beside
 		// this one that has others. Its containers have that port in their environment.
 		s.Port = listens
 	}
-	by.endpoint = loopback + strconv.Itoa(s.Port)
-	return by
+	p.endpoint = loopback + strconv.Itoa(s.Port)
+	return p
 }
 
 const loopback = "http://127.0.0.1:"
 
 // sidecarPort returns the port of a sidecar that is there already; 0 if there is none, or it has none that a
 // webhook could have given it.
-func (s *podSpec) sidecarPort() int {
-	c := slices.IndexFunc(s.InitContainers, func(c container) bool { return c.Name == sidecarName })
+func sidecarPort(s *podview.Spec) int {
+	c := slices.IndexFunc(s.InitContainers, func(c podview.Container) bool { return c.Name == contract.ContainerName })
 	if c < 0 {
 		return 0
 	}
@@ -66,16 +69,16 @@ func (s *podSpec) sidecarPort() int {
 
 // changed returns what c is in a pod that says something of it. Of request and limit, what is said moves the
 // other, so that neither half of a pair refuses the pod.
-func (c CPU) changed(pod policy.Sidecar) CPU {
-	if pod.CPURequest != 0 {
-		c.Request = pod.CPURequest
+func (c CPU) changed(overrides policy.Sidecar) CPU {
+	if overrides.CPURequest != 0 {
+		c.Request = overrides.CPURequest
 		// No less than what a guarantee needs as a limit.
-		c.Guaranteed = max(pod.CPURequest, policy.MinCPULimit)
+		c.Guaranteed = max(overrides.CPURequest, policy.MinCPULimit)
 		if c.Limit != 0 {
 			c.Limit = max(c.Limit, c.Request)
 		}
 	}
-	if limit := pod.CPULimit; limit != nil {
+	if limit := overrides.CPULimit; limit != nil {
 		c.Limit = *limit
 		if *limit != 0 {
 			c.Guaranteed = *limit
@@ -87,9 +90,9 @@ func (c CPU) changed(pod policy.Sidecar) CPU {
 
 // addPullSecrets adds those that the pod does not have behind those it has: what is in a pod that names none
 // comes from its service account, and from the API server before it calls webhooks.
-func (by *plan) addPullSecrets(ops []Operation, spec *podSpec) []Operation {
+func (p *plan) addPullSecrets(ops []Operation, spec *podview.Spec) []Operation {
 	var missing []corev1.LocalObjectReference
-	for _, name := range by.settings.ImagePullSecrets {
+	for _, name := range p.settings.ImagePullSecrets {
 		if reference := (corev1.LocalObjectReference{Name: name}); !slices.Contains(spec.ImagePullSecrets, reference) {
 			missing = append(missing, reference)
 		}
@@ -99,11 +102,11 @@ func (by *plan) addPullSecrets(ops []Operation, spec *podSpec) []Operation {
 
 // addAnnotations adds those that the pod does not have. Another value is somebody's intention, or that of settings
 // before, and stays.
-func (by *plan) addAnnotations(ops []Operation, p *pod) (_ []Operation, warnings []string) {
-	for _, key := range slices.Sorted(maps.Keys(by.settings.PodAnnotations)) {
-		value := by.settings.PodAnnotations[key]
-		if there, ok := p.Metadata.Annotations[key]; !ok {
-			ops = setKey(ops, "/metadata/annotations", p.Metadata.Annotations, key, value)
+func (p *plan) addAnnotations(ops []Operation, pod *podview.Pod) (_ []Operation, warnings []string) {
+	for _, key := range slices.Sorted(maps.Keys(p.settings.PodAnnotations)) {
+		value := p.settings.PodAnnotations[key]
+		if there, ok := pod.Metadata.Annotations[key]; !ok {
+			ops = setKey(ops, "/metadata/annotations", pod.Metadata.Annotations, key, value)
 		} else if there != value {
 			warnings = append(warnings, fmt.Sprintf("annotation %q is %.50q and stays so, where the settings of the sidecar have %.50q", key, there, value))
 		}

@@ -10,6 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // Defaults of [Settings].
@@ -26,7 +27,7 @@ const (
 // value: begin with [DefaultSettings].
 //
 // The sidecar's image is not among them. It goes with the version of the webhook, which writes what that sidecar
-// reads; and it is what a sidecar that is there already is known by.
+// reads; and it is what a sidecar that is there already is known p.
 type Settings struct {
 	// ImagePullPolicy of the sidecar. Empty leaves Kubernetes to choose by the image's tag.
 	ImagePullPolicy corev1.PullPolicy `json:"imagePullPolicy"`
@@ -161,12 +162,9 @@ func (c CPU) checkGuaranteed() error {
 	return nil
 }
 
-// maxUser is the greatest user id that Kubernetes takes.
-const maxUser = 1<<31 - 1
-
 func (s Settings) checkUser() error {
-	if s.RunAsUser != PlatformUser && (s.RunAsUser <= 0 || s.RunAsUser > maxUser) {
-		return fmt.Errorf("%d is no user id from 1 to %d: the sidecar never runs as root; %d leaves it to the platform", s.RunAsUser, maxUser, PlatformUser)
+	if s.RunAsUser != PlatformUser && (s.RunAsUser <= 0 || s.RunAsUser > podview.MaxUser) {
+		return fmt.Errorf("%d is no user id from 1 to %d: the sidecar never runs as root; %d leaves it to the platform", s.RunAsUser, podview.MaxUser, PlatformUser)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // outranking are the variables that SDKs heed before a container's credentials endpoint, or fail on,
@@ -52,7 +53,7 @@ func ofPodIdentity(v corev1.EnvVar) bool {
 type otherIdentity struct{ variable, from, remove string }
 
 // identityOf returns what SDKs in c would use in place of the annotated role, without any fall-through; nil for nothing.
-func identityOf(c container) *otherIdentity {
+func identityOf(c podview.Container) *otherIdentity {
 	// Of variables of the same name, the last counts.
 	if at := last(c.Env, webIdentity); at >= 0 && !empty(c.Env[at]) {
 		return &otherIdentity{webIdentity, "", "what sets it, such as the service account's eks.amazonaws.com/role-arn"}
@@ -75,12 +76,12 @@ func identityOf(c container) *otherIdentity {
 // identity, which comes before container credentials in nearly all of them and never falls through
 // when it fails; so the pod would run under another role than its annotation says, or under none. It refuses EKS Pod
 // Identity, which takes the same variables as the sidecar, for the same reason.
-func (by *plan) shadowed(c container, w *warnings) error {
+func (p *plan) shadowed(c podview.Container, w *warnings) error {
 	identity := identityOf(c)
-	if identity != nil && by.cfg.OnShadowed != WarnShadowed {
+	if identity != nil && p.cfg.OnShadowed != WarnShadowed {
 		return credential.Errorf(credential.ErrInvalid, credential.ReasonShadowed,
 			"container %q has %.100s%s, which SDKs prefer to the annotated role: remove it (and %s), or list the container in %q",
-			c.Name, identity.variable, identity.from, identity.remove, by.cfg.Keys.Name(policy.SkipContainers))
+			c.Name, identity.variable, identity.from, identity.remove, p.cfg.Keys.Name(policy.SkipContainers))
 	}
 	if identity != nil {
 		w.shadowf("container %q has %.100s%s: SDKs use that identity, not the annotated role", c.Name, identity.variable, identity.from)
@@ -91,7 +92,7 @@ func (by *plan) shadowed(c container, w *warnings) error {
 		}
 	}
 	switch at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
-		return strings.HasPrefix(v.Name, containerPrefix) && !by.ours(v)
+		return strings.HasPrefix(v.Name, containerPrefix) && !p.ours(v)
 	}); {
 	case at >= 0:
 		w.shadowf("container %q has %.100s: it is left as it is, and the annotated role is not added to it", c.Name, c.Env[at].Name)

@@ -12,14 +12,13 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/sidecar/contract"
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
-// What the sidecar's binary and the broker expect of the pod.
+// The volume of the sidecar.
 const (
-	sidecarName   = "credence-sidecar"
-	sidecarBinary = "/credence-sidecar"
-	sidecarEnv    = "CREDENCE_"
-	volumeName    = "credence-identity"
+	volumeName = "credence-identity"
 	// mountPath is where the API server would mount an API token into every container that has
 	// nothing there. The sidecar needs none, and so gets none.
 	mountPath = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -27,29 +26,24 @@ const (
 	rootsFile = "roots.pem"
 )
 
-// The variables that say which brokers are asked first, and no more.
-const (
-	routingKey = "CREDENCE_ROUTING_KEY"
-	podUID     = "CREDENCE_POD_UID"
+// Environment variables of the sidecar.
+var (
+	brokerEnv        = contract.Env(contract.Broker)
+	dnsNameEnv       = contract.Env(contract.BrokerDNSName)
+	routingKeyEnv    = contract.Env(contract.RoutingKey)
+	podUIDEnv        = contract.Env(contract.PodUID)
+	listenEnv        = contract.Env(contract.Listen)
+	tokenEnv         = contract.Env(contract.TokenFile)
+	rootsEnv         = contract.Env(contract.RootsFile)
+	authorizationEnv = contract.Env(contract.Authorization)
+	startTimeoutEnv  = contract.Env(contract.StartTimeout)
+	metadataEnv      = contract.Env(contract.Metadata)
+	logLevelEnv      = contract.Env(contract.LogLevel)
+	zoneEnv          = contract.Env(contract.Zone)
 )
 
 // everyVersion are the variables without which no version of the sidecar serves anybody.
 var everyVersion = []string{brokerEnv, listenEnv, tokenEnv, rootsEnv, authorizationEnv}
-
-const (
-	brokerEnv        = "CREDENCE_BROKER"
-	dnsNameEnv       = "CREDENCE_BROKER_DNS_NAME"
-	listenEnv        = "CREDENCE_LISTEN"
-	tokenEnv         = "CREDENCE_TOKEN_FILE"
-	rootsEnv         = "CREDENCE_ROOTS_FILE"
-	authorizationEnv = "CREDENCE_AUTHORIZATION"
-)
-
-// logLevel is the variable with the least level that the sidecar logs.
-const logLevel = "CREDENCE_LOG_LEVEL"
-
-// zone is the variable with the zone that SDKs are told.
-const zone = "CREDENCE_ZONE"
 
 // zoneFieldPath is the label of a pod that has its node's zone, from Kubernetes 1.35 on (KEP-4742). A pod without
 // it finds the variable zone empty.
@@ -57,24 +51,24 @@ const zoneFieldPath = "metadata.labels['" + corev1.LabelTopologyZone + "']"
 
 // sidecar returns the container to put first among the init containers: a native sidecar, that is one
 // which starts before all others, stays, and is ended after them.
-func (by *plan) sidecar(spec *podSpec, namespace string) corev1.Container {
+func (p *plan) sidecar(spec *podview.Spec, namespace string) corev1.Container {
 	var user *int64
-	if by.settings.RunAsUser != PlatformUser {
-		user = new(by.settings.RunAsUser)
-		if common, ok := spec.commonUser(); ok {
+	if p.settings.RunAsUser != PlatformUser {
+		user = new(p.settings.RunAsUser)
+		if common, ok := spec.CommonUser(); ok {
 			user = new(common)
 		}
 	}
 	return corev1.Container{
-		Name:            sidecarName,
-		Image:           by.cfg.Image,
-		ImagePullPolicy: by.settings.ImagePullPolicy,
-		Command:         []string{sidecarBinary},
-		Env:             by.sidecarEnv(by.pod.RoutingKey(namespace, spec.serviceAccount())),
-		Resources:       by.resources(spec),
+		Name:            contract.ContainerName,
+		Image:           p.cfg.Image,
+		ImagePullPolicy: p.settings.ImagePullPolicy,
+		Command:         []string{contract.Binary},
+		Env:             p.sidecarEnv(p.requested.RoutingKey(namespace, spec.ServiceAccount())),
+		Resources:       p.resources(spec),
 		VolumeMounts:    []corev1.VolumeMount{{Name: volumeName, MountPath: mountPath, ReadOnly: true}},
 		RestartPolicy:   new(corev1.ContainerRestartPolicyAlways),
-		StartupProbe:    startupProbe(by.pod.StartTimeout),
+		StartupProbe:    startupProbe(p.requested.StartTimeout),
 		// No readiness probe: it would count for the pod, and take an application that holds valid
 		// credentials out of its Services while the broker is away. No liveness probe: a restart
 		// loses the credentials, and mends nothing.
@@ -92,28 +86,28 @@ func (by *plan) sidecar(spec *podSpec, namespace string) corev1.Container {
 
 // sidecarEnv is all of the sidecar's configuration: in variables and not in arguments, because the
 // probe, which is a process of its own, inherits them.
-func (by *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
-	vars := []corev1.EnvVar{{Name: brokerEnv, Value: by.cfg.Broker}}
-	if by.dnsName != "" {
-		vars = append(vars, corev1.EnvVar{Name: dnsNameEnv, Value: by.dnsName})
+func (p *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
+	vars := []corev1.EnvVar{{Name: brokerEnv, Value: p.cfg.Broker}}
+	if p.dnsName != "" {
+		vars = append(vars, corev1.EnvVar{Name: dnsNameEnv, Value: p.dnsName})
 	}
 	vars = append(vars, []corev1.EnvVar{
-		{Name: routingKey, Value: string(key)},
-		{Name: listenEnv, Value: strings.TrimPrefix(by.endpoint, "http://")},
+		{Name: routingKeyEnv, Value: string(key)},
+		{Name: listenEnv, Value: strings.TrimPrefix(p.endpoint, "http://")},
 		{Name: tokenEnv, Value: mountPath + "/" + tokenFile},
 		{Name: rootsEnv, Value: mountPath + "/" + rootsFile},
 		fromUID(authorizationEnv),
-		{Name: "CREDENCE_START_TIMEOUT", Value: by.pod.StartTimeout.String()},
-		{Name: "CREDENCE_METADATA", Value: string(by.pod.Metadata)},
+		{Name: startTimeoutEnv, Value: p.requested.StartTimeout.String()},
+		{Name: metadataEnv, Value: string(p.requested.Metadata)},
 	}...)
-	if by.settings.LogLevel != policy.LogInfo { // its own default, which most pods need not carry
-		vars = append(vars, corev1.EnvVar{Name: logLevel, Value: string(by.settings.LogLevel)})
+	if p.settings.LogLevel != policy.LogInfo { // its own default, which most pods need not carry
+		vars = append(vars, corev1.EnvVar{Name: logLevelEnv, Value: string(p.settings.LogLevel)})
 	}
-	if by.pod.Metadata != policy.MetadataOff {
-		vars = append(vars, fromField(zone, zoneFieldPath))
+	if p.requested.Metadata != policy.MetadataOff {
+		vars = append(vars, fromField(zoneEnv, zoneFieldPath))
 	}
-	if by.pod.Scope == policy.ScopePod {
-		vars = append(vars, fromUID(podUID)) // which the API server has not chosen yet
+	if p.requested.Scope == policy.ScopePod {
+		vars = append(vars, fromUID(podUIDEnv)) // which the API server has not chosen yet
 	}
 	return vars
 }
@@ -140,7 +134,7 @@ func startupProbe(startTimeout time.Duration) *corev1.Probe {
 	}
 	return &corev1.Probe{
 		ProbeHandler: corev1.ProbeHandler{
-			Exec: &corev1.ExecAction{Command: []string{sidecarBinary, "probe"}},
+			Exec: &corev1.ExecAction{Command: []string{contract.Binary, contract.ProbeArgument}},
 		},
 		// Policy bounds the start timeout to a day, far from what int32 holds.
 		TimeoutSeconds:   int32(math.Ceil(timeout.Seconds())),
@@ -152,12 +146,12 @@ func startupProbe(startTimeout time.Duration) *corev1.Probe {
 // resources returns the sidecar's requests and limits. A pod that would be of class Guaranteed
 // remains so. Of a resource that the pod as a whole declares, the sidecar declares nothing: it lives
 // on that budget, which the API server requires to cover the sum of all containers' requests.
-func (by *plan) resources(spec *podSpec) corev1.ResourceRequirements {
-	memory := *resource.NewQuantity(int64(by.settings.Memory)<<20, resource.BinarySI)
-	request, limit := by.settings.CPU.Request, by.settings.CPU.Limit
-	if spec.guaranteed() {
+func (p *plan) resources(spec *podview.Spec) corev1.ResourceRequirements {
+	memory := *resource.NewQuantity(int64(p.settings.Memory)<<20, resource.BinarySI)
+	request, limit := p.settings.CPU.Request, p.settings.CPU.Limit
+	if spec.Guaranteed() {
 		// Not below the request, which may be there for the minimum of a LimitRange.
-		request = max(request, by.settings.CPU.Guaranteed)
+		request = max(request, p.settings.CPU.Guaranteed)
 		limit = request
 	}
 	r := corev1.ResourceRequirements{
@@ -168,8 +162,8 @@ func (by *plan) resources(spec *podSpec) corev1.ResourceRequirements {
 	if limit != 0 {
 		r.Limits[corev1.ResourceCPU] = processors(limit)
 	}
-	for _, whole := range []amounts{spec.Resources.Requests, spec.Resources.Limits} {
-		for name, declared := range map[corev1.ResourceName]*quantity{corev1.ResourceCPU: whole.CPU, corev1.ResourceMemory: whole.Memory} {
+	for _, whole := range []podview.Amounts{spec.Resources.Requests, spec.Resources.Limits} {
+		for name, declared := range map[corev1.ResourceName]*podview.Quantity{corev1.ResourceCPU: whole.CPU, corev1.ResourceMemory: whole.Memory} {
 			if declared != nil {
 				delete(r.Requests, name)
 				delete(r.Limits, name)
@@ -186,18 +180,18 @@ func processors(c policy.CPU) resource.Quantity {
 // volume returns what the sidecar alone mounts: the token that proves to the broker which pod this
 // is, and the roots by which the broker proves itself. The roots are not optional: the kubelet
 // retries a ConfigMap that is missing within seconds, and shows a late optional one after a minute.
-func (by *plan) volume(spec *podSpec) corev1.Volume {
+func (p *plan) volume(spec *podview.Spec) corev1.Volume {
 	return corev1.Volume{
 		Name: volumeName,
 		VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
 			Sources: []corev1.VolumeProjection{
 				{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
-					Audience:          by.cfg.Audience,
+					Audience:          p.cfg.Audience,
 					ExpirationSeconds: new(tokenSeconds(spec.TerminationGracePeriodSeconds)),
 					Path:              tokenFile,
 				}},
 				{ConfigMap: &corev1.ConfigMapProjection{
-					LocalObjectReference: corev1.LocalObjectReference{Name: by.cfg.TrustConfigMap},
+					LocalObjectReference: corev1.LocalObjectReference{Name: p.cfg.TrustConfigMap},
 					Items:                []corev1.KeyToPath{{Key: rootsFile, Path: rootsFile}},
 				}},
 			},
@@ -232,30 +226,30 @@ func tokenSeconds(grace *int64) int64 {
 // refused, not replaced: it is the user's until they remove it. It comes from a manifest that was
 // copied from a running pod, perhaps of an older version; a forged one would gain nothing, because
 // the broker believes tokens and annotations only.
-func (by *plan) checkPresent(spec *podSpec) (bool, error) {
+func (p *plan) checkPresent(spec *podview.Spec) (bool, error) {
 	const mend = "the webhook adds it to each new pod, so remove it from the manifest, with volume %q and variables %s*"
 	for _, c := range spec.Containers {
-		if c.Name == sidecarName {
-			return false, unsupported("container name %q is taken by the sidecar that the webhook adds: choose another one", sidecarName)
+		if c.Name == contract.ContainerName {
+			return false, unsupported("container name %q is taken by the sidecar that the webhook adds: choose another one", contract.ContainerName)
 		}
 	}
-	c := slices.IndexFunc(spec.InitContainers, func(c container) bool { return c.Name == sidecarName })
-	v := slices.IndexFunc(spec.Volumes, func(v volume) bool { return v.Name == volumeName })
+	c := slices.IndexFunc(spec.InitContainers, func(c podview.Container) bool { return c.Name == contract.ContainerName })
+	v := slices.IndexFunc(spec.Volumes, func(v podview.Volume) bool { return v.Name == volumeName })
 	switch {
 	case c < 0 && v < 0:
 		return false, nil
 	case c < 0:
 		return false, unsupported("volume name %q is taken by the volume that the webhook adds: remove it from the manifest, or choose another name", volumeName)
 	case v < 0:
-		return false, unsupported("init container %q has no volume %q: "+mend, sidecarName, volumeName, volumeName, containerPrefix)
+		return false, unsupported("init container %q has no volume %q: "+mend, contract.ContainerName, volumeName, volumeName, containerPrefix)
 	}
 	difference := cmp.Or(
-		by.sidecarDifference(spec.InitContainers[c]),
-		by.volumeDifference(spec.Volumes[v]),
+		p.sidecarDifference(spec.InitContainers[c]),
+		p.volumeDifference(spec.Volumes[v]),
 	)
 	if difference != "" {
 		return false, unsupported("init container %q is not the one that this version of the webhook adds (%s): "+mend,
-			sidecarName, difference, volumeName, containerPrefix)
+			contract.ContainerName, difference, volumeName, containerPrefix)
 	}
 	return true, nil
 }
@@ -266,54 +260,54 @@ func (by *plan) checkPresent(spec *podSpec) (bool, error) {
 // this one does not know, or lack some. So may settings, which can have changed since. Webhooks may also change the
 // service account or an annotation, and with it the routing key; an old one costs a session that is fetched more often
 // than need be, and the pod nothing.
-func (by *plan) sidecarDifference(c container) string {
-	there, asked := splitImage(c.Image), splitImage(by.cfg.Image)
+func (p *plan) sidecarDifference(c podview.Container) string {
+	there, asked := splitImage(c.Image), splitImage(p.cfg.Image)
 	switch {
 	case there.name != asked.name:
-		return fmt.Sprintf("its image is %.300q, not %q", c.Image, by.cfg.Image)
-	case !slices.Equal(c.Command, []string{sidecarBinary}) || len(c.Args) > 0:
+		return fmt.Sprintf("its image is %.300q, not %q", c.Image, p.cfg.Image)
+	case !slices.Equal(c.Command, []string{contract.Binary}) || len(c.Args) > 0:
 		return "its command differs"
 	case c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways:
 		return "its restartPolicy is not Always"
-	case c.StartupProbe == nil || c.StartupProbe.Exec == nil || !slices.Equal(c.StartupProbe.Exec.Command, []string{sidecarBinary, "probe"}):
+	case c.StartupProbe == nil || c.StartupProbe.Exec == nil || !slices.Equal(c.StartupProbe.Exec.Command, []string{contract.Binary, contract.ProbeArgument}):
 		return "its startupProbe differs"
-	case !slices.ContainsFunc(c.VolumeMounts, func(m volumeMount) bool {
+	case !slices.ContainsFunc(c.VolumeMounts, func(m podview.VolumeMount) bool {
 		return m.Name == volumeName && m.MountPath == mountPath && m.SubPath == "" && m.SubPathExpr == ""
 	}):
 		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
 	}
-	known := by.sidecarEnv("")
+	known := p.sidecarEnv("")
 	want := slices.Clone(known)
 	// Whether the UID is a part of the routing key is compared no more than the key is.
-	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == podUID })
-	if has(c, podUID) {
-		want = append(want, fromUID(podUID))
+	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == podUIDEnv })
+	if has(c, podUIDEnv) {
+		want = append(want, fromUID(podUIDEnv))
 	}
 	// A webhook of another version may not have added it, and may have had the same sidecar; nobody misses a zone.
-	if !has(c, zone) {
-		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zone })
+	if !has(c, zoneEnv) {
+		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zoneEnv })
 	}
 	// The cluster's domain may not have been known when it was written, or not be known here.
 	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv })
-	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv }); at >= 0 && by.canBeDNSName(c.Env[at].Value) {
+	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv }); at >= 0 && p.canBeDNSName(c.Env[at].Value) {
 		want = append(want, corev1.EnvVar{Name: dnsNameEnv, Value: c.Env[at].Value})
 	}
 	another := !there.canBe(asked)
 	// The settings, and an annotation, may have had another level when it was written. It changes what is logged, and
 	// nothing of what the sidecar does.
-	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == logLevel })
-	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == logLevel }); at >= 0 && policy.LogLevel(c.Env[at].Value).Check() == nil {
-		want = append(want, corev1.EnvVar{Name: logLevel, Value: c.Env[at].Value})
+	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == logLevelEnv })
+	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == logLevelEnv }); at >= 0 && policy.LogLevel(c.Env[at].Value).Check() == nil {
+		want = append(want, corev1.EnvVar{Name: logLevelEnv, Value: c.Env[at].Value})
 	}
 	for _, v := range c.Env {
-		if !strings.HasPrefix(v.Name, sidecarEnv) {
+		if !strings.HasPrefix(v.Name, contract.EnvPrefix) {
 			continue
 		}
 		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
 		if at < 0 && another && !slices.ContainsFunc(known, func(w corev1.EnvVar) bool { return w.Name == v.Name }) {
 			continue // what that version has and this one does not
 		}
-		if at < 0 || v.Value != want[at].Value && v.Name != routingKey || fieldPath(v) != fieldPath(want[at]) {
+		if at < 0 || v.Value != want[at].Value && v.Name != routingKeyEnv || fieldPath(v) != fieldPath(want[at]) {
 			return fmt.Sprintf("its variable %.100s differs", v.Name)
 		}
 		// Taken off the list, so that a second one of the same name differs.
@@ -330,15 +324,15 @@ func (by *plan) sidecarDifference(c container) string {
 
 // volumeDifference names what keeps v from holding what our volume holds, or is empty. The life of
 // the token is not compared: another webhook may have changed the grace period since.
-func (by *plan) volumeDifference(v volume) string {
+func (p *plan) volumeDifference(v podview.Volume) string {
 	if v.Projected == nil || len(v.Projected.Sources) != 2 {
 		return fmt.Sprintf("volume %q is not its volume", volumeName)
 	}
 	token, roots := v.Projected.Sources[0].ServiceAccountToken, v.Projected.Sources[1].ConfigMap
 	switch {
-	case token == nil || token.Audience != by.cfg.Audience || token.Path != tokenFile:
+	case token == nil || token.Audience != p.cfg.Audience || token.Path != tokenFile:
 		return fmt.Sprintf("the token in volume %q differs", volumeName)
-	case roots == nil || roots.Name != by.cfg.TrustConfigMap || roots.Optional != nil && *roots.Optional || len(roots.Items) != 1 ||
+	case roots == nil || roots.Name != p.cfg.TrustConfigMap || roots.Optional != nil && *roots.Optional || len(roots.Items) != 1 ||
 		roots.Items[0].Key != rootsFile || roots.Items[0].Path != rootsFile:
 		return fmt.Sprintf("the roots in volume %q differ", volumeName)
 	}
@@ -348,9 +342,9 @@ func (by *plan) volumeDifference(v volume) string {
 // anotherVersion returns the image of a sidecar that is there and is of another version than this webhook's; empty for
 // none. While webhooks are replaced, two versions of them are called for one pod where another webhook changes it in
 // between.
-func (by *plan) anotherVersion(spec *podSpec) string {
-	c := slices.IndexFunc(spec.InitContainers, func(c container) bool { return c.Name == sidecarName })
-	if c < 0 || splitImage(spec.InitContainers[c].Image).canBe(splitImage(by.cfg.Image)) {
+func (p *plan) anotherVersion(spec *podview.Spec) string {
+	c := slices.IndexFunc(spec.InitContainers, func(c podview.Container) bool { return c.Name == contract.ContainerName })
+	if c < 0 || splitImage(spec.InitContainers[c].Image).canBe(splitImage(p.cfg.Image)) {
 		return ""
 	}
 	return spec.InitContainers[c].Image
