@@ -2,8 +2,6 @@ package inject_test
 
 import (
 	"encoding/json"
-	"errors"
-	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -86,54 +84,5 @@ func TestPodLevelResources(t *testing.T) {
 		if string(got) != want {
 			t.Errorf("in a pod with %s the sidecar has %s, want %s", whole, got, want)
 		}
-	}
-}
-
-// TestCopiedSidecar: what a copied sidecar mounts, and what is in it, has to be where the sidecar looks for it.
-func TestCopiedSidecar(t *testing.T) {
-	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
-	i := newInjector(t)
-	result, err := i.Inject(raw, namespace)
-	if err != nil {
-		t.Fatal(err)
-	}
-	injected := string(apply(t, raw, result.Patch))
-	const (
-		mount    = `"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"`
-		unlike   = `it does not mount volume "credence-identity" at /var/run/secrets/kubernetes.io/serviceaccount`
-		token    = `"path":"token"`
-		noToken  = `the token in volume "credence-identity" differs`
-		root     = `{"key":"roots.pem","path":"roots.pem"}`
-		noRoots  = `the roots in volume "credence-identity" differ`
-		itsItems = `"items":[` + root + `]`
-	)
-	for name, tc := range map[string]struct{ old, changed, want string }{
-		"subPath":        {mount, mount + `,"subPath":"x"`, unlike},
-		"subPathExpr":    {mount, mount + `,"subPathExpr":"$(X)"`, unlike},
-		"token's path":   {token, `"path":"other"`, noToken},
-		"all keys":       {itsItems, `"items":[]`, noRoots},
-		"one more key":   {itsItems, `"items":[` + root + `,{"key":"x","path":"token"}]`, noRoots},
-		"other key":      {root, `{"key":"x","path":"roots.pem"}`, noRoots},
-		"roots' path":    {root, `{"key":"roots.pem","path":"x"}`, noRoots},
-		"nothing at all": {"", "", ""},
-	} {
-		t.Run(name, func(t *testing.T) {
-			if strings.Count(injected, tc.old) != 1 && tc.old != "" {
-				t.Fatalf("%s is not once in %s", tc.old, injected)
-			}
-			result, err := i.Inject([]byte(strings.Replace(injected, tc.old, tc.changed, 1)), namespace)
-			if result.Patch != nil {
-				t.Errorf("the patch is %v", result.Patch)
-			}
-			if tc.want == "" {
-				if err != nil {
-					t.Error(err)
-				}
-				return
-			}
-			if e, ok := errors.AsType[*credential.Error](err); !ok || !strings.Contains(e.Message, "("+tc.want+")") || e.Reason != credential.ReasonPodUnsupported {
-				t.Errorf("error is %v, want one with (%s)", err, tc.want)
-			}
-		})
 	}
 }

@@ -77,16 +77,6 @@ func serviceHost(broker string) (host string, ok bool) {
 	return host, err == nil && len(labels) >= 3 && labels[2] == "svc"
 }
 
-// canBeDNSName reports whether name is the full name of the brokers as a webhook with this configuration writes it, or one
-// that knows the cluster's domain if this one does not.
-func (p *plan) canBeDNSName(name string) bool {
-	if p.dnsName != "" {
-		return name == p.dnsName
-	}
-	host, ok := serviceHost(p.cfg.Broker)
-	return ok && strings.HasPrefix(name, host+".") && strings.HasSuffix(name, ".") && len(name) > len(host)+2
-}
-
 // checkDNS refuses pods whose DNS cannot resolve the broker's Service, and warns of pods for which that is not known.
 // Such pods would start without credentials once their start timeout has passed.
 func (p *plan) checkDNS(spec *podview.Spec) (warnings []string, err error) {

@@ -76,17 +76,6 @@ func fromField(name, path string) corev1.EnvVar {
 	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: path}}}
 }
 
-func isFromUID(v corev1.EnvVar) bool { return fieldPath(v) == uidFieldPath }
-
-// fieldPath is the field of the pod that v takes its value from: empty for one that has a value, "?" for one that
-// takes it from elsewhere. The API server's defaults, an apiVersion, are passed over.
-func fieldPath(v corev1.EnvVar) string {
-	switch {
-	case v.ValueFrom == nil:
-		return ""
-	case v.ValueFrom.FieldRef == nil:
-		return "?"
-	default:
-		return v.ValueFrom.FieldRef.FieldPath
-	}
+func isFromUID(v corev1.EnvVar) bool {
+	return v.ValueFrom != nil && v.ValueFrom.FieldRef != nil && v.ValueFrom.FieldRef.FieldPath == uidFieldPath
 }

@@ -234,8 +234,8 @@ func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, n
 	for _, warning := range unresolved {
 		w.addf("%s", warning)
 	}
-	if image := p.anotherVersion(spec); present && image != "" {
-		w.addf("init container %q is of another version than the webhook's, %.200q, and stays so: that is so for moments during an upgrade, and else comes of a manifest that was injected or copied before one", contract.ContainerName, image)
+	if present {
+		p.warnPresent(spec.Sidecar(), w)
 	}
 	if present && spec.InitContainers[0].Name != contract.ContainerName {
 		// Patches of "add" cannot reorder, and the order is the other webhook's to choose.

@@ -6,12 +6,10 @@ import (
 	"maps"
 	"slices"
 	"strconv"
-	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/credence-iam/credence/broker/policy"
-	"github.com/credence-iam/credence/sidecar/contract"
 	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
@@ -34,38 +32,15 @@ func (i *Injector) newPlan(requested policy.Settings, spec *podview.Spec) *plan 
 	s.Memory = cmp.Or(requested.Sidecar.Memory, s.Memory)
 	s.LogLevel = cmp.Or(requested.Sidecar.LogLevel, s.LogLevel)
 	s.CPU = s.CPU.changed(requested.Sidecar)
-	switch listens := sidecarPort(spec); {
-	case requested.Sidecar.Port != 0:
-		s.Port = requested.Sidecar.Port
-	case listens != 0:
-		// Called again: the sidecar is there since before the settings were changed, or is of a webhook beside
-		// this one that has others. Its containers have that port in their environment.
-		s.Port = listens
-	}
-	p.endpoint = loopback + strconv.Itoa(s.Port)
+	// If the pod already has a sidecar, its containers have its port in their environment.
+	s.Port = cmp.Or(presentPort(spec), requested.Sidecar.Port, s.Port)
+	p.endpoint = "http://" + listenAddress(s.Port)
 	return p
 }
 
-const loopback = "http://127.0.0.1:"
-
-// sidecarPort returns the port of a sidecar that is there already; 0 if there is none, or it has none that a
-// webhook could have given it.
-func sidecarPort(s *podview.Spec) int {
-	c := slices.IndexFunc(s.InitContainers, func(c podview.Container) bool { return c.Name == contract.ContainerName })
-	if c < 0 {
-		return 0
-	}
-	at := slices.IndexFunc(s.InitContainers[c].Env, func(v corev1.EnvVar) bool { return v.Name == listenEnv })
-	if at < 0 {
-		return 0
-	}
-	digits, ok := strings.CutPrefix("http://"+s.InitContainers[c].Env[at].Value, loopback)
-	port, err := strconv.Atoi(digits)
-	if !ok || err != nil || strconv.Itoa(port) != digits || policy.CheckPort(port) != nil {
-		return 0
-	}
-	return port
-}
+// listenAddress returns the address that the sidecar serves on. It is a literal of 127.0.0.1, the only form of loopback
+// that all SDKs accept.
+func listenAddress(port int) string { return "127.0.0.1:" + strconv.Itoa(port) }
 
 // changed returns what c is in a pod that says something of it. Of request and limit, what is said moves the
 // other, so that neither half of a pair refuses the pod.

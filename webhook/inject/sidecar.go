@@ -1,11 +1,7 @@
 package inject
 
 import (
-	"cmp"
-	"fmt"
 	"math"
-	"slices"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -41,9 +37,6 @@ var (
 	logLevelEnv      = contract.Env(contract.LogLevel)
 	zoneEnv          = contract.Env(contract.Zone)
 )
-
-// everyVersion are the variables without which no version of the sidecar serves anybody.
-var everyVersion = []string{brokerEnv, listenEnv, tokenEnv, rootsEnv, authorizationEnv}
 
 // zoneFieldPath is the label of a pod that has its node's zone, from Kubernetes 1.35 on (KEP-4742). A pod without
 // it finds the variable zone empty.
@@ -93,7 +86,7 @@ func (p *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
 	}
 	vars = append(vars, []corev1.EnvVar{
 		{Name: routingKeyEnv, Value: string(key)},
-		{Name: listenEnv, Value: strings.TrimPrefix(p.endpoint, "http://")},
+		{Name: listenEnv, Value: listenAddress(p.settings.Port)},
 		{Name: tokenEnv, Value: mountPath + "/" + tokenFile},
 		{Name: rootsEnv, Value: mountPath + "/" + rootsFile},
 		fromUID(authorizationEnv),
@@ -219,150 +212,4 @@ func tokenSeconds(grace *int64) int64 {
 	// Clamped before it is multiplied, too: the field holds any int64.
 	seconds = min(max(seconds, 0), maxTokenSeconds)
 	return min(max(5*(seconds-servedAheadSeconds), minTokenSeconds), maxTokenSeconds)
-}
-
-// checkPresent reports whether the pod has our sidecar and our volume already, as it has when we are
-// called again because another webhook changed it. What goes by our names and would not work is
-// refused, not replaced: it is the user's until they remove it. It comes from a manifest that was
-// copied from a running pod, perhaps of an older version; a forged one would gain nothing, because
-// the broker believes tokens and annotations only.
-func (p *plan) checkPresent(spec *podview.Spec) (bool, error) {
-	const mend = "the webhook adds it to each new pod, so remove it from the manifest, with volume %q and variables %s*"
-	for _, c := range spec.Containers {
-		if c.Name == contract.ContainerName {
-			return false, unsupported("container name %q is taken by the sidecar that the webhook adds: choose another one", contract.ContainerName)
-		}
-	}
-	c := slices.IndexFunc(spec.InitContainers, func(c podview.Container) bool { return c.Name == contract.ContainerName })
-	v := slices.IndexFunc(spec.Volumes, func(v podview.Volume) bool { return v.Name == volumeName })
-	switch {
-	case c < 0 && v < 0:
-		return false, nil
-	case c < 0:
-		return false, unsupported("volume name %q is taken by the volume that the webhook adds: remove it from the manifest, or choose another name", volumeName)
-	case v < 0:
-		return false, unsupported("init container %q has no volume %q: "+mend, contract.ContainerName, volumeName, volumeName, containerPrefix)
-	}
-	difference := cmp.Or(
-		p.sidecarDifference(spec.InitContainers[c]),
-		p.volumeDifference(spec.Volumes[v]),
-	)
-	if difference != "" {
-		return false, unsupported("init container %q is not the one that this version of the webhook adds (%s): "+mend,
-			contract.ContainerName, difference, volumeName, containerPrefix)
-	}
-	return true, nil
-}
-
-// sidecarDifference names what keeps c from doing what our sidecar does, or is empty. Other webhooks
-// and defaults may add to a container, move its image to a mirror, or change its resources and its
-// security context: that is theirs to do. It may be of another version, see anotherVersion, and then have variables that
-// this one does not know, or lack some. So may settings, which can have changed since. Webhooks may also change the
-// service account or an annotation, and with it the routing key; an old one costs a session that is fetched more often
-// than need be, and the pod nothing.
-func (p *plan) sidecarDifference(c podview.Container) string {
-	there, asked := splitImage(c.Image), splitImage(p.cfg.Image)
-	switch {
-	case there.name != asked.name:
-		return fmt.Sprintf("its image is %.300q, not %q", c.Image, p.cfg.Image)
-	case !slices.Equal(c.Command, []string{contract.Binary}) || len(c.Args) > 0:
-		return "its command differs"
-	case c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways:
-		return "its restartPolicy is not Always"
-	case c.StartupProbe == nil || c.StartupProbe.Exec == nil || !slices.Equal(c.StartupProbe.Exec.Command, []string{contract.Binary, contract.ProbeArgument}):
-		return "its startupProbe differs"
-	case !slices.ContainsFunc(c.VolumeMounts, func(m podview.VolumeMount) bool {
-		return m.Name == volumeName && m.MountPath == mountPath && m.SubPath == "" && m.SubPathExpr == ""
-	}):
-		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
-	}
-	known := p.sidecarEnv("")
-	want := slices.Clone(known)
-	// Whether the UID is a part of the routing key is compared no more than the key is.
-	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == podUIDEnv })
-	if has(c, podUIDEnv) {
-		want = append(want, fromUID(podUIDEnv))
-	}
-	// A webhook of another version may not have added it, and may have had the same sidecar; nobody misses a zone.
-	if !has(c, zoneEnv) {
-		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == zoneEnv })
-	}
-	// The cluster's domain may not have been known when it was written, or not be known here.
-	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv })
-	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == dnsNameEnv }); at >= 0 && p.canBeDNSName(c.Env[at].Value) {
-		want = append(want, corev1.EnvVar{Name: dnsNameEnv, Value: c.Env[at].Value})
-	}
-	another := !there.canBe(asked)
-	// The settings, and an annotation, may have had another level when it was written. It changes what is logged, and
-	// nothing of what the sidecar does.
-	want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return v.Name == logLevelEnv })
-	if at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == logLevelEnv }); at >= 0 && policy.LogLevel(c.Env[at].Value).Check() == nil {
-		want = append(want, corev1.EnvVar{Name: logLevelEnv, Value: c.Env[at].Value})
-	}
-	for _, v := range c.Env {
-		if !strings.HasPrefix(v.Name, contract.EnvPrefix) {
-			continue
-		}
-		at := slices.IndexFunc(want, func(w corev1.EnvVar) bool { return w.Name == v.Name })
-		if at < 0 && another && !slices.ContainsFunc(known, func(w corev1.EnvVar) bool { return w.Name == v.Name }) {
-			continue // what that version has and this one does not
-		}
-		if at < 0 || v.Value != want[at].Value && v.Name != routingKeyEnv || fieldPath(v) != fieldPath(want[at]) {
-			return fmt.Sprintf("its variable %.100s differs", v.Name)
-		}
-		// Taken off the list, so that a second one of the same name differs.
-		want = slices.Delete(want, at, at+1)
-	}
-	if another {
-		want = slices.DeleteFunc(want, func(v corev1.EnvVar) bool { return !slices.Contains(everyVersion, v.Name) })
-	}
-	if len(want) > 0 {
-		return fmt.Sprintf("it lacks variable %s", want[0].Name)
-	}
-	return ""
-}
-
-// volumeDifference names what keeps v from holding what our volume holds, or is empty. The life of
-// the token is not compared: another webhook may have changed the grace period since.
-func (p *plan) volumeDifference(v podview.Volume) string {
-	if v.Projected == nil || len(v.Projected.Sources) != 2 {
-		return fmt.Sprintf("volume %q is not its volume", volumeName)
-	}
-	token, roots := v.Projected.Sources[0].ServiceAccountToken, v.Projected.Sources[1].ConfigMap
-	switch {
-	case token == nil || token.Audience != p.cfg.Audience || token.Path != tokenFile:
-		return fmt.Sprintf("the token in volume %q differs", volumeName)
-	case roots == nil || roots.Name != p.cfg.TrustConfigMap || roots.Optional != nil && *roots.Optional || len(roots.Items) != 1 ||
-		roots.Items[0].Key != rootsFile || roots.Items[0].Path != rootsFile:
-		return fmt.Sprintf("the roots in volume %q differ", volumeName)
-	}
-	return ""
-}
-
-// anotherVersion returns the image of a sidecar that is there and is of another version than this webhook's; empty for
-// none. While webhooks are replaced, two versions of them are called for one pod where another webhook changes it in
-// between.
-func (p *plan) anotherVersion(spec *podview.Spec) string {
-	c := slices.IndexFunc(spec.InitContainers, func(c podview.Container) bool { return c.Name == contract.ContainerName })
-	if c < 0 || splitImage(spec.InitContainers[c].Image).canBe(splitImage(p.cfg.Image)) {
-		return ""
-	}
-	return spec.InitContainers[c].Image
-}
-
-type image struct{ name, tag, digest string }
-
-// canBe reports whether i can be the image other, after a webhook that moves images to a mirror or pins tags to
-// digests: the last component of its name is the same, and so are tag and digest where both have one.
-func (i image) canBe(other image) bool {
-	same := func(x, y string) bool { return x == y || x == "" || y == "" }
-	untagged := func(x image) bool { return x.tag == "" && x.digest == "" }
-	return i.name == other.name && untagged(i) == untagged(other) && same(i.tag, other.tag) && same(i.digest, other.digest)
-}
-
-func splitImage(s string) (i image) {
-	s, i.digest, _ = strings.Cut(s, "@")
-	s = s[strings.LastIndexByte(s, '/')+1:]
-	i.name, i.tag, _ = strings.Cut(s, ":")
-	return i
 }

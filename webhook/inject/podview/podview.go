@@ -68,11 +68,6 @@ type Container struct {
 	VolumeMounts    List[VolumeMount]              `json:"volumeMounts"`
 	RestartPolicy   *corev1.ContainerRestartPolicy `json:"restartPolicy"`
 	SecurityContext SecurityContext                `json:"securityContext"`
-	StartupProbe    *struct {
-		Exec *struct {
-			Command List[string] `json:"command"`
-		} `json:"exec"`
-	} `json:"startupProbe"`
 }
 
 // SecurityContext belongs to a pod or to a container.
@@ -96,23 +91,7 @@ type VolumeMount struct {
 
 // Volume is a volume of a pod.
 type Volume struct {
-	Name      string `json:"name"`
-	Projected *struct {
-		Sources List[Projection] `json:"sources"`
-	} `json:"projected"`
-}
-
-// Projection is a source of a projected volume.
-type Projection struct {
-	ServiceAccountToken *struct {
-		Audience string `json:"audience"`
-		Path     string `json:"path"`
-	} `json:"serviceAccountToken"`
-	ConfigMap *struct {
-		Name     string                 `json:"name"`
-		Items    List[corev1.KeyToPath] `json:"items"`
-		Optional *bool                  `json:"optional"`
-	} `json:"configMap"`
+	Name string `json:"name"`
 }
 
 // Affinity limits the nodes of a pod.
