@@ -239,7 +239,7 @@ func TestDecisions(t *testing.T) {
 		{
 			name: "warned", review: review(pod(permitted, ""), "PASSWORD", "AWS_ACCESS_KEY_ID"), patched: true,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted, "sidecar": image},
-				Warnings: []string{`credence: container "app" has AWS_ACCESS_KEY_ID: SDKs use these keys, not the annotated role`}},
+				Warnings: []string{`credence: container "app" sets AWS_ACCESS_KEY_ID: SDKs use these keys, not the annotated role. Remove it, unless it is for something else.`}},
 			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
 		},
 		{
@@ -271,7 +271,7 @@ func TestDecisions(t *testing.T) {
 			name: "shape", review: review(pod(permitted, `"hostNetwork":true,`)),
 			want: &admissionv1.AdmissionResponse{
 				Result: refusal(400, "BadRequest", "POD_UNSUPPORTED", 0,
-					`the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation "iam.amazonaws.com/role"`),
+					`the pod has hostNetwork, so every process on its node could get its credentials from the sidecar; remove hostNetwork, or annotation "iam.amazonaws.com/role"`),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "POD_UNSUPPORTED"}},
 			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=POD_UNSUPPORTED role="" dry_run=true`,
 		},
@@ -451,7 +451,7 @@ func TestTooLarge(t *testing.T) {
 		"elements":          {review(pod(permitted, `"x":[0`+strings.Repeat(`,0`, 200_000)+`],`)), "the pod has 200033 fields and list elements, and the maximum is 200000; make it smaller, or remove its annotations of Credence"},
 		"levels":            {review(pod(permitted, `"x":`+strings.Repeat(`[`, 97)+strings.Repeat(`]`, 97)+`,`)), "the pod is nested 101 levels deep, and the maximum is 100; make it simpler, or remove its annotations of Credence"},
 		"bytes":             {review(pod(permitted, `"x":"`+strings.Repeat(`x`, 3<<20)+`",`)), "the pod has 3145944 bytes of JSON, and an API server accepts at most 3145728; make it smaller"},
-		"annotations":       {review(pod(permitted+`","x":"`+strings.Repeat(`x`, 256<<10), "")), "the pod's annotations have 262211 bytes together, and Kubernetes takes 262144: make them shorter"},
+		"annotations":       {review(pod(permitted+`","x":"`+strings.Repeat(`x`, 256<<10), "")), "the pod's annotations have 262211 bytes, and Kubernetes accepts 262144; shorten them"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, text := post(t, client, url+"/mutate", "application/json", tt.review)

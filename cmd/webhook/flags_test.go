@@ -36,15 +36,15 @@ func TestBadFlags(t *testing.T) {
 		{append(good, "word"), `unexpected argument "word"; use flags only`},
 		{append(good, "--annotation-prefix=A/b"), `--annotation-prefix: annotation prefix "A/b" is not a DNS subdomain such as iam.amazonaws.com`},
 		{append(good, "--sidecar-port=80"), "--sidecar-port: 80 is out of bounds: from 1024 to 65535"},
-		{append(good, "--sidecar-run-as-user=0"), "--sidecar-run-as-user: 0 is no user id from 1 to 2147483647: the sidecar never runs as root; -1 leaves it to the platform"},
+		{append(good, "--sidecar-run-as-user=0"), "--sidecar-run-as-user: 0 is not a user ID from 1 to 2147483647, and the sidecar never runs as root; with -1 the platform chooses"},
 		{append(good, "--sidecar-memory=8Mi"), `invalid value "8Mi" for flag -sidecar-memory: 8Mi is out of bounds: from 12Mi to 256Mi`},
 		{append(good, "--sidecar-cpu-request=0"), "--sidecar-cpu-request: 0 is out of bounds: from 1m to 1"},
-		{append(good, "--sidecar-cpu-request=200m"), "--sidecar-cpu-limit: 100m is below the request, 200m"},
+		{append(good, "--sidecar-cpu-request=200m"), "--sidecar-cpu-limit: 100m is less than the request, 200m"},
 		{append(good, "--sidecar-cpu-limit=5m"), "--sidecar-cpu-limit: 5m is out of bounds: from 10m to 1, or 0 for no limit"},
 		{append(good, "--sidecar-cpu-guaranteed=0"), "--sidecar-cpu-guaranteed: 0 is out of bounds: from 10m to 1"},
 		{append(good, "--sidecar-log-level=trace"), `invalid value "trace" for flag -sidecar-log-level: "trace" is none of ["debug" "info" "warn" "error"]`},
-		{append(good, "--sidecar-image-pull-policy=Sometimes"), `--sidecar-image-pull-policy: "Sometimes" must be Always, IfNotPresent or Never`},
-		{append(good, "--on-shadowed=allow"), `on shadowed credentials "allow": --on-shadowed must be refuse or warn`},
+		{append(good, "--sidecar-image-pull-policy=Sometimes"), `--sidecar-image-pull-policy: "Sometimes" is not Always, IfNotPresent or Never`},
+		{append(good, "--on-shadowed=allow"), `action "allow" for shadowed credentials is unknown; set --on-shadowed to refuse or warn`},
 	} {
 		if _, err := parse(tc.args); err == nil || err.Error() != tc.want {
 			t.Errorf("%q: error is %v, want %s", tc.args, err, tc.want)

@@ -45,7 +45,7 @@ func TestDNSPolicy(t *testing.T) {
 		"ClusterFirstWithHostNet":               {broker: service, fields: `"dnsPolicy":"ClusterFirstWithHostNet",`, dns: clusterDNS},
 		"ClusterFirst with servers beside":      {broker: service, fields: `"dnsConfig":{"nameservers":["192.0.2.53"]},`, dns: clusterDNS},
 		"Default":                               {broker: service, fields: `"dnsPolicy":"Default",`, dns: clusterDNS, refused: "dnsPolicy Default"},
-		"Default, nothing known":                {broker: service, fields: `"dnsPolicy":"Default",`, dns: unknown, refused: "Remove dnsPolicy"},
+		"Default, nothing known":                {broker: service, fields: `"dnsPolicy":"Default",`, dns: unknown, refused: "remove dnsPolicy"},
 		"Default, a server of the cluster":      {broker: service, fields: `"dnsPolicy":"Default","dnsConfig":{"nameservers":["10.96.0.10"]},`, dns: clusterDNS, refused: "dnsPolicy Default"},
 		"Default, external broker":              {broker: external, fields: `"dnsPolicy":"Default",`, dns: clusterDNS},
 		"Default, broker's address":             {broker: address, fields: `"dnsPolicy":"Default",`, dns: clusterDNS},

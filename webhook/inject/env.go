@@ -9,7 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The environment of AWS SDKs.
+// Environment variables of AWS SDKs.
 const (
 	containerPrefix  = "AWS_CONTAINER_"
 	fullURI          = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
@@ -21,24 +21,23 @@ const (
 	uidFieldPath     = "metadata.uid"
 )
 
-// env returns the variables that container c lacks.
+// env returns the variables that c lacks.
 func (p *plan) env(c podview.Container) []corev1.EnvVar {
 	var vars []corev1.EnvVar
-	// All of the family or none: which of its members wins, when several are set, differs from SDK to
-	// SDK and from version to version. The address is a literal of 127.0.0.1, the only form of the
-	// loopback interface that all SDKs take.
+	// If the container sets one variable of the family, env adds none: the one that wins differs between SDKs and their
+	// versions.
 	if !p.hasContainerFamily(c) {
 		vars = append(vars,
 			corev1.EnvVar{Name: fullURI, Value: p.endpoint + contract.CredentialsPath},
-			// The UID is unique and stored nowhere. It keeps a request that an application was talked
-			// into making (SSRF) from working; it is no secret from those who may read the pod.
+			// The UID is unique, and in no manifest. It stops requests that an attacker makes an application send (SSRF).
+			// It is not secret from users who may read the pod.
 			fromUID(authorization))
 	}
-	// Also with metadata "off": the sidecar then answers 404 to everything. Without the variable, an
-	// SDK that finds nothing else would go on to the node's metadata service, and so to the node's
-	// role. A container that needs the real service sets the variable itself.
-	// With a slash at its end, because the AWS CLI v2 appends paths that begin without one. Those who append paths
-	// that begin with one ask for //latest, which the sidecar takes for the same.
+	// It is set with metadata "off", too, and the sidecar then returns 404 for every path. Without it, an SDK that finds
+	// nothing else would call the node's metadata service and get the node's role. A container that needs that service
+	// sets the variable itself.
+	// The final slash is for the AWS CLI v2, which appends paths without a leading slash. Other SDKs then request
+	// //latest, which the sidecar treats as /latest.
 	if !has(c, metadataEndpoint) {
 		vars = append(vars, corev1.EnvVar{Name: metadataEndpoint, Value: p.endpoint + "/"})
 	}
@@ -58,7 +57,7 @@ func (p *plan) hasContainerFamily(c podview.Container) bool {
 	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return strings.HasPrefix(v.Name, containerPrefix) })
 }
 
-// ours reports whether v is a variable of the AWS_CONTAINER_ family as this package writes it.
+// ours reports whether v is a variable of the AWS_CONTAINER_ family with the value that env writes.
 func (p *plan) ours(v corev1.EnvVar) bool {
 	switch v.Name {
 	case fullURI:

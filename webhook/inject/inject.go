@@ -1,18 +1,16 @@
-// Package inject decides what a pod needs to get its own AWS credentials: one sidecar, one volume,
-// and the environment that points AWS SDKs at the sidecar.
+// Package inject adds what a pod needs to get its own AWS credentials: one sidecar, one volume, and environment variables
+// that point AWS SDKs to the sidecar. It is a pure function of a pod's JSON and a configuration: no clock, no randomness,
+// no network.
 //
-// It is a pure function of a pod's JSON and a configuration: no clock, no randomness, no network.
-// It promises that
-//   - a pod without annotations of ours is left alone, and one with any of them is either injected
-//     or refused with a sentence that says what to change: nothing in between;
-//   - the patch consists of RFC 6902 "add" operations made by hand against the JSON as it came.
-//     Nothing of the user's is removed, changed or reordered, fields newer than this program's
-//     Kubernetes API included: a patch made by comparing typed pods would drop those;
-//   - injecting twice is injecting once, and a container that another webhook added in between gets
-//     its environment from the second time.
+// It guarantees:
+//   - a pod without Credence's annotations does not change. An annotated pod is injected, or refused with a message that
+//     names the fix;
+//   - the patch has RFC 6902 "add" operations only, made from the received JSON. It removes, changes and reorders nothing
+//     of the user's, not even fields that this program's Kubernetes API lacks. Comparing typed pods would drop those;
+//   - a second injection adds nothing, except variables in containers that another webhook added in between.
 //
-// It does not decide which role a pod may have: see package policy. It does not touch ephemeral
-// containers, which cannot be part of a new pod.
+// It does not decide which role a pod may use: package policy does. It does not change ephemeral containers, because a new
+// pod cannot have any.
 package inject
 
 import (
@@ -40,16 +38,15 @@ const (
 	DefaultTrustConfigMap = "credence-trust"
 )
 
-// OnShadowed says what becomes of a container whose own environment would outrank the sidecar in
-// SDKs without any fall-through.
+// OnShadowed selects what happens to a container with an identity of its own, such as web identity. SDKs prefer that
+// identity to the sidecar, and do not fall back to the sidecar if it fails.
 type OnShadowed string
 
 // The choices of [OnShadowed].
 const (
-	// RefuseShadowed refuses the pod. The default.
+	// RefuseShadowed refuses the pod. It is the default.
 	RefuseShadowed OnShadowed = "refuse"
-	// WarnShadowed injects it and warns: for the time of a migration, when the pod still runs on its
-	// old credentials.
+	// WarnShadowed injects the pod and warns. It is for migrations, during which the pod still uses its old credentials.
 	WarnShadowed OnShadowed = "warn"
 )
 
@@ -59,47 +56,46 @@ type Config struct {
 	Keys policy.Keys
 	// Image is the sidecar's image. Required.
 	Image string
-	// Broker is HOST:PORT, such as credence-broker.credence.svc:9443. The addresses of HOST are those of the
-	// brokers. Required.
+	// Broker is HOST:PORT, such as credence-broker.credence.svc:9443. HOST resolves to the addresses of all brokers.
+	// Required.
 	Broker string
-	// Audience of the token that the sidecar shows the broker. Default [DefaultAudience].
+	// Audience is the audience of the sidecar's token for the broker. Default [DefaultAudience].
 	Audience string
-	// TrustConfigMap is the ConfigMap, in the pod's namespace, whose key roots.pem holds the
-	// broker's roots. Default [DefaultTrustConfigMap].
+	// TrustConfigMap names the ConfigMap in the pod's namespace that has the brokers' root certificates under key
+	// roots.pem. Default [DefaultTrustConfigMap].
 	TrustConfigMap string
-	// Settings of the sidecar, until [Injector.Use] changes them. Required; begin with [DefaultSettings].
+	// Settings are the sidecar settings until [Injector.Use] replaces them. Required; start from [DefaultSettings].
 	Settings Settings
-	// OnShadowed is what to do about web identity, or EKS Pod Identity, in a container. Default [RefuseShadowed].
+	// OnShadowed applies to web identity and EKS Pod Identity in a container. Default [RefuseShadowed].
 	OnShadowed OnShadowed
 }
 
-// Injector injects pods. Make it with [New]; the zero value must not be used. It may be used
-// concurrently.
+// Injector injects pods. Make it with [New]; the zero value is unusable. Its methods may be called concurrently.
 type Injector struct {
-	cfg      Config // but for its Settings
+	cfg      Config // its Settings are unused
 	settings atomic.Pointer[Settings]
 	dns      atomic.Pointer[DNS]
 }
 
-// New checks cfg and fills in its defaults.
+// New validates cfg and sets its defaults.
 func New(cfg Config) (*Injector, error) {
 	cfg.Audience = cmp.Or(cfg.Audience, DefaultAudience)
 	cfg.TrustConfigMap = cmp.Or(cfg.TrustConfigMap, DefaultTrustConfigMap)
 	cfg.OnShadowed = cmp.Or(cfg.OnShadowed, RefuseShadowed)
 	switch {
 	case cfg.Keys.Prefix() == "":
-		return nil, errors.New("injecting without annotation keys would inject nothing")
+		return nil, errors.New("configuring injection: annotation keys are required")
 	case cfg.Image == "" || strings.ContainsAny(cfg.Image, " \t\n"):
-		return nil, fmt.Errorf("sidecar image %q: set --sidecar-image to one such as registry.example/credence-sidecar:v1", cfg.Image)
+		return nil, fmt.Errorf("sidecar image %q is invalid; set --sidecar-image to an image such as registry.example/credence-sidecar:v1", cfg.Image)
 	case !hostPort(cfg.Broker):
-		return nil, fmt.Errorf("broker address %q: set --broker to HOST:PORT such as credence-broker.credence.svc:9443", cfg.Broker)
+		return nil, fmt.Errorf("broker address %q is invalid; set --broker to HOST:PORT such as credence-broker.credence.svc:9443", cfg.Broker)
 	case len(validation.IsDNS1123Subdomain(cfg.TrustConfigMap)) > 0:
-		return nil, fmt.Errorf("trust ConfigMap %q: --trust-config-map must be a name that Kubernetes takes", cfg.TrustConfigMap)
+		return nil, fmt.Errorf("trust ConfigMap %q is not a name that Kubernetes accepts; change --trust-config-map", cfg.TrustConfigMap)
 	}
 	switch cfg.OnShadowed {
 	case RefuseShadowed, WarnShadowed:
 	default:
-		return nil, fmt.Errorf("on shadowed credentials %q: --on-shadowed must be %s or %s", cfg.OnShadowed, RefuseShadowed, WarnShadowed)
+		return nil, fmt.Errorf("action %q for shadowed credentials is unknown; set --on-shadowed to %s or %s", cfg.OnShadowed, RefuseShadowed, WarnShadowed)
 	}
 	i := &Injector{cfg: cfg}
 	i.dns.Store(new(DNS))
@@ -109,7 +105,7 @@ func New(cfg Config) (*Injector, error) {
 	return i, nil
 }
 
-// hostPort reports whether sidecars can take s as the brokers' address. A target of gRPC with a scheme has slashes.
+// hostPort reports whether s is an address that sidecars accept. A gRPC target with a scheme has slashes and is not.
 func hostPort(s string) bool {
 	host, port, err := net.SplitHostPort(s)
 	number, malformed := strconv.ParseUint(port, 10, 16)
@@ -119,49 +115,47 @@ func hostPort(s string) bool {
 // Keys returns the annotation keys in use.
 func (i *Injector) Keys() policy.Keys { return i.cfg.Keys }
 
-// Image is the sidecar's image.
+// Image returns the sidecar's image.
 func (i *Injector) Image() string { return i.cfg.Image }
 
-// Result is what [Injector.Inject] made of a pod.
+// Result is the outcome of [Injector.Inject].
 type Result struct {
-	// Patch injects the pod. Nil: there is nothing to add. Always nil beside an error.
+	// Patch injects the pod. It is nil if there is nothing to add, and with an error.
 	Patch []Operation
-	// Warnings are sentences for the user who creates the pod, at most 64. They quote no values of its environment.
+	// Warnings are for the user who creates the pod, at most 64. They quote no values of its environment.
 	Warnings []string
-	// MoreWarnings is how many there are beside them.
+	// MoreWarnings is the number of warnings that are not in Warnings.
 	MoreWarnings int
-	// Annotated reports whether the pod asks for anything of ours; if not, it is to be let through.
+	// Annotated reports whether the pod has Credence's annotations. Other pods are admitted unchanged.
 	Annotated bool
-	// Pod is what package policy decides p. Set for annotated pods, beside an error too.
+	// Pod is the input of package policy. It is set for annotated pods, even with an error.
 	Pod policy.Pod
-	// Name is the pod's name or, where the API server makes one, what it is made of; for logs. Set
-	// beside an error too.
+	// Name is the pod's name, or the prefix from which the API server generates one; for logs. It is set even with an
+	// error.
 	Name string
 }
 
-// Inject returns the patch that injects the pod, given as JSON, into a namespace. namespace is the
-// admission request's, which a pod's own metadata need not repeat. The caller bounds the length of
-// raw.
+// Inject returns the patch that injects a pod, given as JSON. namespace is that of the admission request, because the
+// pod's own metadata may lack it. The caller limits the length of raw.
 //
-// A refusal is an [*credential.Error] of kind credential.ErrInvalid whose message says what to
-// change; its reason is one of those that package policy gives for annotations,
-// credential.ReasonPodUnsupported or credential.ReasonShadowed.
+// A refusal is an [*credential.Error] of kind credential.ErrInvalid whose message names the fix. Its reason is one of
+// package policy's reasons for annotations, credential.ReasonPodUnsupported or credential.ReasonShadowed.
 func (i *Injector) Inject(raw []byte, namespace string) (Result, error) {
 	return i.inject(func() error { return nil }, raw, namespace, func(int) error { return nil })
 }
 
-// InjectWithin is Inject within the time of ctx and the memory that the caller has. It refuses a pod that exceeds
-// [podview.MaxObject], [podview.MaxValues] or [podview.MaxDepth] before decoding it. Before it makes the patch, it calls room with the number of
-// containers. Its error is also that of ctx, or of room.
-func (i *Injector) InjectWithin(ctx context.Context, raw []byte, namespace string, room func(containers int) error) (Result, error) {
+// InjectWithin is like Inject, within limits of time and memory. It refuses a pod that exceeds [podview.MaxObject],
+// [podview.MaxValues] or [podview.MaxDepth] before it decodes the pod. It calls reserve with the number of containers
+// before it makes the patch. It also returns errors of ctx and of reserve.
+func (i *Injector) InjectWithin(ctx context.Context, raw []byte, namespace string, reserve func(containers int) error) (Result, error) {
 	if err := podview.Check(raw); err != nil {
 		return Result{}, err
 	}
-	return i.inject(ctx.Err, raw, namespace, room)
+	return i.inject(ctx.Err, raw, namespace, reserve)
 }
 
-// inject stops with the error of ended as soon as there is one.
-func (i *Injector) inject(ended func() error, raw []byte, namespace string, room func(containers int) error) (Result, error) {
+// inject calls ended regularly, and returns its error.
+func (i *Injector) inject(ended func() error, raw []byte, namespace string, reserve func(containers int) error) (Result, error) {
 	p, err := podview.Parse(raw)
 	if err != nil {
 		return Result{}, err
@@ -179,7 +173,7 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, room
 		Annotations:    p.Metadata.Annotations,
 	}
 	if n := length(p.Metadata.Annotations); n > maxAnnotations {
-		return result, unsupported("the pod's annotations have %d bytes together, and Kubernetes takes %d: make them shorter", n, maxAnnotations)
+		return result, unsupported("the pod's annotations have %d bytes, and Kubernetes accepts %d; shorten them", n, maxAnnotations)
 	}
 	settings, err := i.cfg.Keys.Parse(p.Metadata.Annotations)
 	if err != nil {
@@ -190,7 +184,7 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, room
 		return result, err
 	}
 	result.Pod.ServiceAccount = spec.ServiceAccount()
-	if err := errors.Join(ended(), room(len(spec.Containers)+len(spec.InitContainers))); err != nil {
+	if err := errors.Join(ended(), reserve(len(spec.Containers)+len(spec.InitContainers))); err != nil {
 		return result, err
 	}
 	var w warnings
@@ -202,7 +196,7 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, room
 	return result, nil
 }
 
-// length returns the length of annotations as Kubernetes counts it.
+// length returns the total length of annotations as Kubernetes counts it.
 func length(annotations map[string]string) (n int) {
 	for key, value := range annotations {
 		n += len(key) + len(value)
@@ -210,8 +204,8 @@ func length(annotations map[string]string) (n int) {
 	return n
 }
 
-// patch makes the operations in an order in which the indices of the pod as it came stay right: what
-// edits existing containers first, and the container that shifts all others last.
+// patch orders the operations so that the indices of the received pod stay valid: changes of existing containers come
+// first, and the container that shifts all others comes last.
 func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, namespace string, w *warnings) (ops []Operation, err error) {
 	if err := p.checkSupported(pod, spec); err != nil {
 		return nil, err
@@ -220,26 +214,19 @@ func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, n
 	if err != nil {
 		return nil, err
 	}
-	unwise, err := p.checkSettings(spec)
-	if err != nil {
+	if err := p.checkLists(spec, w); err != nil {
 		return nil, err
 	}
-	for _, warning := range unwise {
-		w.addf("%s", warning)
-	}
-	unresolved, err := p.checkDNS(spec)
-	if err != nil {
+	p.warnDuration(w)
+	if err := p.checkDNS(spec, w); err != nil {
 		return nil, err
-	}
-	for _, warning := range unresolved {
-		w.addf("%s", warning)
 	}
 	if present {
 		p.warnPresent(spec.Sidecar(), w)
 	}
 	if present && spec.InitContainers[0].Name != contract.ContainerName {
-		// Patches of "add" cannot reorder, and the order is the other webhook's to choose.
-		w.addf("init container %q stands before the sidecar: it has no credentials while it runs", spec.InitContainers[0].Name)
+		// "add" operations cannot reorder, and the other webhook may choose the order.
+		w.addf("init container %q runs before the sidecar starts, so it gets no credentials. If it needs them, move it after the sidecar.", spec.InitContainers[0].Name)
 	}
 	for _, list := range []struct {
 		path       string
@@ -260,10 +247,7 @@ func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, n
 		}
 	}
 	ops = p.mark(ops, pod, spec, w.kept())
-	ops, differing := p.addAnnotations(ops, pod)
-	for _, warning := range differing {
-		w.addf("%s", warning)
-	}
+	ops = p.addAnnotations(ops, pod, w)
 	ops = p.addPullSecrets(ops, spec)
 	if !present {
 		ops = appendAll(ops, "/spec/volumes", spec.Volumes, []corev1.Volume{p.volume(spec)})
@@ -272,9 +256,9 @@ func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, n
 	return ops, nil
 }
 
-// mark adds the label and the annotation by which the broker finds the pod, and the annotation with warnings. The keys
-// are the webhook's own: mark overwrites another value, which can come from a copied manifest, and an annotation with
-// warnings that no longer apply becomes empty, because "add" cannot remove it.
+// mark adds the label and the annotation by which the broker finds the pod, and the annotation with warnings. These keys
+// belong to the webhook, so mark overwrites other values, for example from a copied manifest. It empties an annotation
+// with warnings that no longer apply, because "add" cannot remove it.
 func (p *plan) mark(ops []Operation, pod *podview.Pod, spec *podview.Spec, kept string) []Operation {
 	key := p.cfg.Keys.Name(policy.Warnings)
 	ops = setKey(ops, "/metadata/labels", pod.Metadata.Labels, p.cfg.Keys.Name(policy.Injected), "true")
@@ -285,7 +269,7 @@ func (p *plan) mark(ops []Operation, pod *podview.Pod, spec *podview.Spec, kept 
 	return ops
 }
 
-// unsupported refuses a pod for its shape.
+// unsupported refuses a pod that the sidecar cannot serve.
 func unsupported(format string, args ...any) error {
 	return credential.Errorf(credential.ErrInvalid, credential.ReasonPodUnsupported, format, args...)
 }

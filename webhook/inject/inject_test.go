@@ -213,15 +213,15 @@ func TestNew(t *testing.T) {
 		change func(*inject.Config)
 		want   string
 	}{
-		{"keys", func(c *inject.Config) { c.Keys = policy.Keys{} }, "injecting without annotation keys would inject nothing"},
-		{"image", func(c *inject.Config) { c.Image = "" }, `sidecar image "": set --sidecar-image to one such as registry.example/credence-sidecar:v1`},
-		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
-		{"broker of gRPC", func(c *inject.Config) { c.Broker = "dns:///credence-broker:9443" }, `broker address "dns:///credence-broker:9443": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
-		{"broker without port", func(c *inject.Config) { c.Broker = "credence-broker" }, `broker address "credence-broker": set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
+		{"keys", func(c *inject.Config) { c.Keys = policy.Keys{} }, "configuring injection: annotation keys are required"},
+		{"image", func(c *inject.Config) { c.Image = "" }, `sidecar image "" is invalid; set --sidecar-image to an image such as registry.example/credence-sidecar:v1`},
+		{"broker", func(c *inject.Config) { c.Broker = "" }, `broker address "" is invalid; set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
+		{"broker of gRPC", func(c *inject.Config) { c.Broker = "dns:///credence-broker:9443" }, `broker address "dns:///credence-broker:9443" is invalid; set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
+		{"broker without port", func(c *inject.Config) { c.Broker = "credence-broker" }, `broker address "credence-broker" is invalid; set --broker to HOST:PORT such as credence-broker.credence.svc:9443`},
 		{"settings", func(c *inject.Config) { c.Settings.Port = 80 }, "sidecar settings: port: 80 is out of bounds: from 1024 to 65535"},
 		{"no settings", func(c *inject.Config) { c.Settings = inject.Settings{} }, "sidecar settings: memory: 0Mi is out of bounds: from 12Mi to 256Mi"},
-		{"trust", func(c *inject.Config) { c.TrustConfigMap = "A b" }, `trust ConfigMap "A b": --trust-config-map must be a name that Kubernetes takes`},
-		{"shadowed", func(c *inject.Config) { c.OnShadowed = "ignore" }, `on shadowed credentials "ignore": --on-shadowed must be refuse or warn`},
+		{"trust", func(c *inject.Config) { c.TrustConfigMap = "A b" }, `trust ConfigMap "A b" is not a name that Kubernetes accepts; change --trust-config-map`},
+		{"shadowed", func(c *inject.Config) { c.OnShadowed = "ignore" }, `action "ignore" for shadowed credentials is unknown; set --on-shadowed to refuse or warn`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			cfg := config(t)
@@ -272,21 +272,21 @@ func TestRefusals(t *testing.T) {
 		{"misspelt", `{"metadata":{"annotations":{"iam.amazonaws.com/roel":"reader"}},"spec":{"containers":[{"name":"app"}]}}`,
 			credential.ReasonAnnotationUnknown, `annotation "iam.amazonaws.com/roel" is unknown: did you mean "iam.amazonaws.com/role"?`},
 		{"hostNetwork", `{` + role + `,"spec":{"hostNetwork":true,"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`the pod has hostNetwork: every process on its node could ask the sidecar for its credentials; remove hostNetwork, or annotation "iam.amazonaws.com/role"`},
+			`the pod has hostNetwork, so every process on its node could get its credentials from the sidecar; remove hostNetwork, or annotation "iam.amazonaws.com/role"`},
 		{"windows", `{` + role + `,"spec":{"os":{"name":"windows"},"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`the pod is for Windows, and the sidecar runs on Linux only: remove annotation "iam.amazonaws.com/role"`},
+			`the pod is for Windows, and the sidecar runs on Linux only; remove annotation "iam.amazonaws.com/role"`},
 		{"static", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","kubernetes.io/config.mirror":"x"}},"spec":{"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`the pod is static: its kubelet runs it from a file, which admission cannot change; remove annotation "iam.amazonaws.com/role" there, or make it a DaemonSet`},
+			`the pod is static: the kubelet runs it from a file, which admission cannot change; remove annotation "iam.amazonaws.com/role" from the file, or make the pod a DaemonSet`},
 		{"port", `{` + role + `,"spec":{"containers":[{"name":"app","ports":[{"containerPort":80},{"containerPort":9779}]}]}}`, credential.ReasonPodUnsupported,
-			`container "app" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
+			`container "app" has port 9779, on which the sidecar listens, and containers of a pod share ports; change the port, or set the sidecar's with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"port of init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","ports":[{"containerPort":9779}]}],"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
-			`container "i" has port 9779, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
+			`container "i" has port 9779, on which the sidecar listens, and containers of a pod share ports; change the port, or set the sidecar's with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"containers", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/containers":"app,ap"}},"spec":{"initContainers":[{"name":"i"}],"containers":[{"name":"app"}]}}`,
 			credential.ReasonPodUnsupported, `annotation "iam.amazonaws.com/containers" names ["ap"], and the pod has only ["app" "i"]`},
 		{"web identity", `{` + role + `,"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`, credential.ReasonShadowed,
-			`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
+			`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role; remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
 		{"web identity in init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","valueFrom":{"configMapKeyRef":{"name":"c","key":"k"}}}]}],"containers":[{"name":"app"}]}}`, credential.ReasonShadowed,
-			`container "i" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role: remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
+			`container "i" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role; remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
 		{"our name", `{` + role + `,"spec":{"containers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
 			`container name "credence-sidecar" is reserved for the sidecar that the webhook adds; choose another name`},
 		{"our volume's name", `{` + role + `,"spec":{"containers":[{"name":"app"}],"volumes":[{"name":"credence-identity","emptyDir":{}}]}}`, credential.ReasonPodUnsupported,
@@ -306,7 +306,7 @@ func TestRefusals(t *testing.T) {
 		{"mount of an expanded part", present(`"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"`, `"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount","subPathExpr":"$(X)"`), credential.ReasonPodUnsupported,
 			differs(`it does not mount volume "credence-identity" at /var/run/secrets/kubernetes.io/serviceaccount`)},
 		{"port of the sidecar that is there", present(`"127.0.0.1:9779"`, `"127.0.0.1:8080"`, `{"name":"app"`, `{"name":"app","ports":[{"containerPort":8080}]`), credential.ReasonPodUnsupported,
-			`container "app" has port 8080, where the sidecar listens (containers of a pod share its ports): choose another one, or give the sidecar one with annotation "iam.amazonaws.com/sidecar-port"`},
+			`container "app" has port 8080, on which the sidecar listens, and containers of a pod share ports; change the port, or set the sidecar's with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"bad memory", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/sidecar-memory":"64M"}},"spec":{"containers":[{"name":"app"}]}}`,
 			credential.ReasonAnnotationInvalid, `annotation "iam.amazonaws.com/sidecar-memory": "64M" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
 		{"no authorization", present(`"CREDENCE_AUTHORIZATION"`, `"OTHER"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_AUTHORIZATION is not the pod's UID`)},
@@ -558,7 +558,7 @@ func TestWarnShadowed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE: SDKs use that identity, not the annotated role`}
+	want := []string{`container "app" sets AWS_WEB_IDENTITY_TOKEN_FILE, so SDKs use that identity, not the annotated role. Remove it at the end of the migration.`}
 	if diff := gocmp.Diff(want, result.Warnings); diff != "" {
 		t.Errorf("warnings (-want +got):\n%s", diff)
 	}
@@ -694,8 +694,8 @@ func TestPresentSidecar(t *testing.T) {
 		"other broker":          {[]string{`"credence-broker.credence.svc:9443"`, `"broker.other.svc:9443"`}, "", ""},
 		"other probe":           {[]string{`"probe"]`, `"wait"]`}, "", ""},
 		"other roots":           {[]string{`"name":"credence-trust"`, `"name":"other-trust"`}, "", ""},
-		"other port":            {[]string{listen, strings.Replace(listen, "9779", "9780", 1)}, `container "app" has AWS_CONTAINER_CREDENTIALS_FULL_URI`, "http://127.0.0.1:9780/v1/credentials"},
-		"port set twice":        {[]string{listen, listen + "," + strings.Replace(listen, "9779", "9780", 1)}, `container "app" has AWS_CONTAINER_CREDENTIALS_FULL_URI`, "http://127.0.0.1:9780/v1/credentials"},
+		"other port":            {[]string{listen, strings.Replace(listen, "9779", "9780", 1)}, `container "app" sets AWS_CONTAINER_CREDENTIALS_FULL_URI`, "http://127.0.0.1:9780/v1/credentials"},
+		"port set twice":        {[]string{listen, listen + "," + strings.Replace(listen, "9779", "9780", 1)}, `container "app" sets AWS_CONTAINER_CREDENTIALS_FULL_URI`, "http://127.0.0.1:9780/v1/credentials"},
 		"annotated port":        {[]string{role, role + `,"iam.amazonaws.com/sidecar-port":"9780"`}, `keeps CREDENCE_LISTEN="127.0.0.1:9779", but the annotations ask for "127.0.0.1:9780"`, ""},
 		"annotated metadata":    {[]string{role, role + `,"iam.amazonaws.com/imds":"v1"`}, `keeps CREDENCE_METADATA="v2", but the annotations ask for "v1"`, ""},
 		"annotated timeout":     {[]string{role, role + `,"iam.amazonaws.com/start-timeout":"7s"`}, `but the annotations ask for "7s"`, ""},

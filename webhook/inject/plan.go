@@ -2,7 +2,6 @@ package inject
 
 import (
 	"cmp"
-	"fmt"
 	"maps"
 	"slices"
 	"strconv"
@@ -13,27 +12,26 @@ import (
 	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
-// plan is what one pod is injected by: what the webhook is configured with, its settings at this moment, and what
-// the pod's annotations make of them. It is made anew for each pod and is not changed, so that settings which
-// come in meanwhile are for the next one.
+// plan decides what one pod gets: from the webhook's configuration, the sidecar settings at this moment and the pod's
+// annotations. Each pod has its own plan, which does not change: new settings apply to the next pod.
 type plan struct {
 	cfg       *Config
-	requested policy.Settings // what the pod's annotations say
-	settings  Settings        // but for what pod says otherwise
+	requested policy.Settings // of the pod's annotations
+	settings  Settings        // of the sidecar, with the pod's overrides of memory, CPU, port and log level
 	endpoint  string          // http://127.0.0.1:PORT
 	dns       DNS
-	dnsName   string // full name of the brokers, with its final dot; empty: it is not known, or there is no other than Config.Broker has
+	dnsName   string // full name of the brokers, with its final dot; empty if it is unknown
 }
 
 func (i *Injector) newPlan(requested policy.Settings, spec *podview.Spec) *plan {
 	p := &plan{cfg: &i.cfg, requested: requested, settings: *i.settings.Load(), dns: *i.dns.Load()}
 	p.dnsName = p.dns.fullName(i.cfg.Broker)
-	s := &p.settings
-	s.Memory = cmp.Or(requested.Sidecar.Memory, s.Memory)
-	s.LogLevel = cmp.Or(requested.Sidecar.LogLevel, s.LogLevel)
-	s.CPU = s.CPU.changed(requested.Sidecar)
-	// If the pod already has a sidecar, its containers have its port in their environment.
-	s.Port = cmp.Or(presentPort(spec), requested.Sidecar.Port, s.Port)
+	s, overrides := &p.settings, requested.Sidecar
+	s.Memory = cmp.Or(overrides.Memory, s.Memory)
+	s.LogLevel = cmp.Or(overrides.LogLevel, s.LogLevel)
+	s.CPU = s.CPU.changed(overrides)
+	// If the pod already has a sidecar, its containers have that port in their environment.
+	s.Port = cmp.Or(presentPort(spec), overrides.Port, s.Port)
 	p.endpoint = "http://" + listenAddress(s.Port)
 	return p
 }
@@ -42,12 +40,12 @@ func (i *Injector) newPlan(requested policy.Settings, spec *podview.Spec) *plan 
 // that all SDKs accept.
 func listenAddress(port int) string { return "127.0.0.1:" + strconv.Itoa(port) }
 
-// changed returns what c is in a pod that says something of it. Of request and limit, what is said moves the
-// other, so that neither half of a pair refuses the pod.
+// changed returns c with a pod's overrides. If a pod sets only its CPU request or limit, changed adjusts the other, so
+// that the pair stays valid.
 func (c CPU) changed(overrides policy.Sidecar) CPU {
 	if overrides.CPURequest != 0 {
 		c.Request = overrides.CPURequest
-		// No less than what a guarantee needs as a limit.
+		// In a Guaranteed pod it is also the limit, which has a minimum.
 		c.Guaranteed = max(overrides.CPURequest, policy.MinCPULimit)
 		if c.Limit != 0 {
 			c.Limit = max(c.Limit, c.Request)
@@ -63,8 +61,8 @@ func (c CPU) changed(overrides policy.Sidecar) CPU {
 	return c
 }
 
-// addPullSecrets adds those that the pod does not have behind those it has: what is in a pod that names none
-// comes from its service account, and from the API server before it calls webhooks.
+// addPullSecrets appends the secrets that the pod lacks. A pod that lists none already has those of its service account,
+// because the API server adds them before it calls webhooks.
 func (p *plan) addPullSecrets(ops []Operation, spec *podview.Spec) []Operation {
 	var missing []corev1.LocalObjectReference
 	for _, name := range p.settings.ImagePullSecrets {
@@ -75,16 +73,16 @@ func (p *plan) addPullSecrets(ops []Operation, spec *podview.Spec) []Operation {
 	return appendAll(ops, "/spec/imagePullSecrets", spec.ImagePullSecrets, missing)
 }
 
-// addAnnotations adds those that the pod does not have. Another value is somebody's intention, or that of settings
-// before, and stays.
-func (p *plan) addAnnotations(ops []Operation, pod *podview.Pod) (_ []Operation, warnings []string) {
+// addAnnotations adds the annotations that the pod lacks. It keeps another value, which the user or earlier settings
+// chose.
+func (p *plan) addAnnotations(ops []Operation, pod *podview.Pod, w *warnings) []Operation {
 	for _, key := range slices.Sorted(maps.Keys(p.settings.PodAnnotations)) {
 		value := p.settings.PodAnnotations[key]
-		if there, ok := pod.Metadata.Annotations[key]; !ok {
+		if present, ok := pod.Metadata.Annotations[key]; !ok {
 			ops = setKey(ops, "/metadata/annotations", pod.Metadata.Annotations, key, value)
-		} else if there != value {
-			warnings = append(warnings, fmt.Sprintf("annotation %q is %.50q and stays so, where the settings of the sidecar have %.50q", key, there, value))
+		} else if present != value {
+			w.addf("annotation %q keeps its value %.45q. The sidecar settings ask for %.45q.", key, present, value)
 		}
 	}
-	return ops, warnings
+	return ops
 }

@@ -18,55 +18,53 @@ const (
 	DefaultPort = 9779
 	// DefaultRunAsUser is the "nonroot" user of distroless images.
 	DefaultRunAsUser int64 = 65532
-	// PlatformUser leaves the user to the platform, which chooses one for each namespace (OpenShift).
+	// PlatformUser means that the platform chooses a user for each namespace (OpenShift).
 	PlatformUser int64 = -1
 )
 
-// Settings are what whoever runs the platform may choose of the sidecar, and change while the webhook runs:
-// see [Injector.Use]. The names of its fields in a file are those behind json. It has no default for a zero
-// value: begin with [DefaultSettings].
+// Settings are the sidecar settings that a cluster admin can choose, and change while the webhook runs, see [Injector.Use].
+// The json tags name the fields in a file. A zero value is not a default: start from [DefaultSettings].
 //
-// The sidecar's image is not among them. It goes with the version of the webhook, which writes what that sidecar
-// reads; and it is what a sidecar that is there already is known p.
+// The sidecar's image is not a setting. The webhook writes the variables that a sidecar of its own version reads, and
+// recognizes a present sidecar by the image.
 type Settings struct {
-	// ImagePullPolicy of the sidecar. Empty leaves Kubernetes to choose by the image's tag.
+	// ImagePullPolicy is the sidecar's. If it is empty, Kubernetes chooses by the image's tag.
 	ImagePullPolicy corev1.PullPolicy `json:"imagePullPolicy"`
-	// ImagePullSecrets are the names of Secrets, in the namespaces of the pods, that injected pods get
-	// behind those they have.
+	// ImagePullSecrets names Secrets in the pods' namespaces. Injected pods get them in addition to their own.
 	ImagePullSecrets []string `json:"imagePullSecrets"`
 	// Memory is the sidecar's request and limit.
 	Memory policy.Memory `json:"memory"`
-	// CPU is its processor time.
+	// CPU is the sidecar's processor time.
 	CPU CPU `json:"cpu"`
-	// Port is where it listens on 127.0.0.1.
+	// Port is the port on 127.0.0.1 that the sidecar serves on.
 	Port int `json:"port"`
-	// RunAsUser is its user id, never 0, or [PlatformUser].
+	// RunAsUser is the sidecar's user ID, never 0, or [PlatformUser].
 	RunAsUser int64 `json:"runAsUser"`
-	// LogLevel is the least level that it logs.
+	// LogLevel is the lowest level that the sidecar logs.
 	LogLevel policy.LogLevel `json:"logLevel"`
-	// PodAnnotations are further annotations of injected pods, where they are missing: for what has to be
-	// told of the sidecar, such as a service mesh.
+	// PodAnnotations are annotations that injected pods get if they lack them. They configure other software for the
+	// sidecar, such as a service mesh.
 	PodAnnotations map[string]string `json:"podAnnotations"`
 }
 
 // CPU is the sidecar's processor time.
 type CPU struct {
-	// Request is what a node reserves.
+	// Request is the amount that a node reserves.
 	Request policy.CPU `json:"request"`
-	// Limit is what it may take; 0 is no limit.
+	// Limit is the maximum; 0 is no limit.
 	Limit policy.CPU `json:"limit"`
-	// Guaranteed is both in a pod of class Guaranteed, which would lose its class were they not equal. Where Request
-	// is more, it counts.
+	// Guaranteed is request and limit in a Guaranteed pod, which would lose its class if they differed. If Request is
+	// larger, Request is both.
 	Guaranteed policy.CPU `json:"guaranteed"`
 }
 
-// DefaultSettings are those of a webhook that is told none.
+// DefaultSettings returns the settings of a webhook without sidecar flags or file.
 func DefaultSettings() Settings {
 	return Settings{
 		Memory: policy.DefaultMemory,
 		CPU: CPU{
 			Request: 5,
-			// The limit lets a first handshake be done in milliseconds. One of 10m stretches it to 400 ms.
+			// With this limit, the first handshake takes milliseconds. With 10m, it takes 400 ms.
 			Limit:      100,
 			Guaranteed: 50,
 		},
@@ -76,28 +74,28 @@ func DefaultSettings() Settings {
 	}
 }
 
-// Bounds of lists. Both are on every injected pod, of which etcd keeps each.
+// Limits of lists. Every injected pod has both, and etcd stores each pod.
 const (
-	// maxPullSecrets: a kubelet tries one after the other.
+	// maxPullSecrets is low, because the kubelet tries the secrets one by one.
 	maxPullSecrets = 8
-	// maxPodAnnotations and maxAnnotationValue are far above what meshes ask for: a handful of short lists.
+	// maxPodAnnotations and maxAnnotationValue are far above the needs of meshes: a handful of short lists.
 	maxPodAnnotations  = 16
 	maxAnnotationValue = 1024
 )
 
-// FieldError says what is wrong with a field of [Settings].
+// FieldError is the error of a field of [Settings].
 type FieldError struct {
-	Field string // as in a file, such as cpu.request
+	Field string // its name in a file, such as cpu.request
 	Err   error
 }
 
 // Error implements error.
 func (e *FieldError) Error() string { return e.Field + ": " + e.Err.Error() }
 
-// Unwrap returns what is wrong.
+// Unwrap returns the error without the field.
 func (e *FieldError) Unwrap() error { return e.Err }
 
-// Check returns the [*FieldError] for which [New] and [Injector.Use] would refuse s with those annotation keys.
+// Check returns the [*FieldError] that [New] and [Injector.Use] return for s with these annotation keys.
 func (s Settings) Check(keys policy.Keys) error {
 	for _, field := range []struct {
 		name  string
@@ -108,7 +106,7 @@ func (s Settings) Check(keys policy.Keys) error {
 		{"memory", s.Memory.Check},
 		{"cpu.request", s.CPU.Request.CheckRequest},
 		{"cpu.limit", s.CPU.checkLimit},
-		// Request and limit at once, so held to the bounds of a limit; and there must be one.
+		// It is request and limit at once, so the bounds of a limit apply, and 0 is not allowed.
 		{"cpu.guaranteed", s.CPU.checkGuaranteed},
 		{"port", func() error { return policy.CheckPort(s.Port) }},
 		{"runAsUser", s.checkUser},
@@ -127,7 +125,7 @@ func (s Settings) checkPullPolicy() error {
 	case "", corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
 		return nil
 	}
-	return fmt.Errorf("%.100q must be Always, IfNotPresent or Never", s.ImagePullPolicy)
+	return fmt.Errorf("%.100q is not Always, IfNotPresent or Never", s.ImagePullPolicy)
 }
 
 func (s Settings) checkPullSecrets() error {
@@ -136,10 +134,10 @@ func (s Settings) checkPullSecrets() error {
 	}
 	for i, name := range s.ImagePullSecrets {
 		if len(validation.IsDNS1123Subdomain(name)) > 0 {
-			return fmt.Errorf("%.100q is no name of a Secret", name)
+			return fmt.Errorf("%.100q is not a name of a Secret", name)
 		}
 		if slices.Contains(s.ImagePullSecrets[:i], name) {
-			return fmt.Errorf("%q stands twice", name)
+			return fmt.Errorf("%q is listed twice", name)
 		}
 	}
 	return nil
@@ -150,7 +148,7 @@ func (c CPU) checkLimit() error {
 		return err
 	}
 	if c.Limit != 0 && c.Limit < c.Request {
-		return fmt.Errorf("%s is below the request, %s", c.Limit, c.Request)
+		return fmt.Errorf("%s is less than the request, %s", c.Limit, c.Request)
 	}
 	return nil
 }
@@ -164,7 +162,7 @@ func (c CPU) checkGuaranteed() error {
 
 func (s Settings) checkUser() error {
 	if s.RunAsUser != PlatformUser && (s.RunAsUser <= 0 || s.RunAsUser > podview.MaxUser) {
-		return fmt.Errorf("%d is no user id from 1 to %d: the sidecar never runs as root; %d leaves it to the platform", s.RunAsUser, podview.MaxUser, PlatformUser)
+		return fmt.Errorf("%d is not a user ID from 1 to %d, and the sidecar never runs as root; with %d the platform chooses", s.RunAsUser, podview.MaxUser, PlatformUser)
 	}
 	return nil
 }
@@ -177,11 +175,11 @@ func (s Settings) checkAnnotations(keys policy.Keys) error {
 		prefix, _, prefixed := strings.Cut(key, "/")
 		switch {
 		case len(validation.IsQualifiedName(strings.ToLower(key))) > 0:
-			return fmt.Errorf("%.100q is no key of an annotation, such as example.com/name", key)
+			return fmt.Errorf("%.100q is not an annotation key such as example.com/name", key)
 		case prefixed && strings.EqualFold(prefix, keys.Prefix()):
-			return fmt.Errorf("%q is under the prefix of the annotations that ask for credentials: those are for whoever writes the pod", key)
+			return fmt.Errorf("%q has the prefix of Credence's annotations, which only the author of a pod sets; use another key", key)
 		case prefixed && reserved(strings.ToLower(prefix)):
-			return fmt.Errorf("%q belongs to Kubernetes, where it may decide on more than the sidecar", key)
+			return fmt.Errorf("%q belongs to Kubernetes and may affect more than the sidecar; use another key", key)
 		case len(s.PodAnnotations[key]) > maxAnnotationValue:
 			return fmt.Errorf("the value of %q has %d bytes, the limit is %d", key, len(s.PodAnnotations[key]), maxAnnotationValue)
 		}
@@ -189,7 +187,7 @@ func (s Settings) checkAnnotations(keys policy.Keys) error {
 	return nil
 }
 
-// reserved reports whether keys with that prefix are those of Kubernetes itself.
+// reserved reports whether Kubernetes itself owns the prefix.
 func reserved(prefix string) bool {
 	return slices.ContainsFunc([]string{"kubernetes.io", "k8s.io"}, func(domain string) bool {
 		return prefix == domain || strings.HasSuffix(prefix, "."+domain)
@@ -203,8 +201,8 @@ func (s Settings) clone() Settings {
 	return s
 }
 
-// Use makes s the settings from now on, in place of those before. On an error, a [*FieldError], those before
-// stay. It may be called while Inject runs: each pod is injected by one value as a whole.
+// Use replaces the sidecar settings with s. If it returns an error, a [*FieldError], the settings do not change. It may be
+// called while Inject runs: each pod gets one set of settings, never a mixture.
 func (i *Injector) Use(s Settings) error {
 	if err := s.Check(i.cfg.Keys); err != nil {
 		return err
@@ -213,5 +211,5 @@ func (i *Injector) Use(s Settings) error {
 	return nil
 }
 
-// Settings returns those in force.
+// Settings returns the settings in force.
 func (i *Injector) Settings() Settings { return i.settings.Load().clone() }

@@ -14,29 +14,28 @@ import (
 	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
-// outranking are the variables that SDKs heed before a container's credentials endpoint, or fail on,
-// and why each is worth a warning. They are warnings only, because each has good uses: keys for
-// another cloud's storage, a profile for settings that are not credentials.
+// outranking are the variables that SDKs prefer to a container's credentials endpoint, or on which they fail. They cause
+// warnings only, because each has good uses: keys for another cloud's storage, a profile for settings that are not
+// credentials.
 var outranking = []struct {
-	name string
-	// evenEmpty: an empty value does harm too.
-	evenEmpty bool
-	what      string
+	name        string
+	alsoEmpty   bool // an empty value has an effect, too
+	consequence string
 }{
 	{"AWS_ACCESS_KEY_ID", false, "SDKs use these keys, not the annotated role"},
-	{"AWS_PROFILE", true, "botocore and Go fail on a profile that does not exist, and others take their credentials from it"},
-	{"AWS_DEFAULT_PROFILE", true, "botocore fails on a profile that does not exist, and takes its credentials from it"},
+	{"AWS_PROFILE", true, "botocore and Go fail if the profile does not exist, and other SDKs take their credentials from it"},
+	{"AWS_DEFAULT_PROFILE", true, "botocore fails if the profile does not exist, and else takes its credentials from it"},
 	{"AWS_SHARED_CREDENTIALS_FILE", false, "SDKs use credentials in that file, not the annotated role"},
-	{"AWS_CONFIG_FILE", false, "SDKs use credentials that the file leads to, not the annotated role"},
+	{"AWS_CONFIG_FILE", false, "SDKs use credentials to which the file leads, not the annotated role"},
 }
 
-// What EKS Pod Identity sets, from its webhook's source and its user guide: the addresses of its agent on the node, and
-// where the token for that agent is mounted.
+// podIdentityTokens is where EKS Pod Identity mounts the token for its agent, and podIdentityAgents are the addresses of
+// the agent on the node. The source of its webhook and its user guide have them.
 const podIdentityTokens = "/var/run/secrets/pods.eks.amazonaws.com/"
 
 var podIdentityAgents = []netip.Addr{netip.MustParseAddr("169.254.170.23"), netip.MustParseAddr("fd00:ec2::23")}
 
-// ofPodIdentity reports whether v, a variable of the AWS_CONTAINER_ family, leads to EKS Pod Identity.
+// ofPodIdentity reports whether v, a variable of the AWS_CONTAINER_ family, points to EKS Pod Identity.
 func ofPodIdentity(v corev1.EnvVar) bool {
 	if strings.HasPrefix(path.Clean(v.Value), podIdentityTokens) {
 		return true
@@ -50,11 +49,12 @@ func ofPodIdentity(v corev1.EnvVar) bool {
 }
 
 // otherIdentity is a variable that gives a container an identity of its own.
-type otherIdentity struct{ variable, from, remove string }
+type otherIdentity struct{ variable, from, source string }
 
-// identityOf returns what SDKs in c would use in place of the annotated role, without any fall-through; nil for nothing.
+// identityOf returns the identity that SDKs in c would use instead of the annotated role, with no fallback to it; nil if
+// there is none.
 func identityOf(c podview.Container) *otherIdentity {
-	// Of variables of the same name, the last counts.
+	// The last of several variables with the same name counts.
 	if at := last(c.Env, webIdentity); at >= 0 && !empty(c.Env[at]) {
 		return &otherIdentity{webIdentity, "", "what sets it, such as the service account's eks.amazonaws.com/role-arn"}
 	}
@@ -72,43 +72,47 @@ func identityOf(c podview.Container) *otherIdentity {
 	return found
 }
 
-// shadowed looks for what would outrank the sidecar in the chains of AWS SDKs. It refuses web
-// identity, which comes before container credentials in nearly all of them and never falls through
-// when it fails; so the pod would run under another role than its annotation says, or under none. It refuses EKS Pod
-// Identity, which takes the same variables as the sidecar, for the same reason.
+// shadowed finds variables that SDKs prefer to the sidecar. It refuses web identity: nearly all SDKs use it before container
+// credentials, and do not fall back if it fails, so the pod would run with another role than the annotated one, or with
+// none. It refuses EKS Pod Identity, which uses the same variables as the sidecar, for the same reason.
 func (p *plan) shadowed(c podview.Container, w *warnings) error {
 	identity := identityOf(c)
 	if identity != nil && p.cfg.OnShadowed != WarnShadowed {
 		return credential.Errorf(credential.ErrInvalid, credential.ReasonShadowed,
-			"container %q has %.100s%s, which SDKs prefer to the annotated role: remove it (and %s), or list the container in %q",
-			c.Name, identity.variable, identity.from, identity.remove, p.cfg.Keys.Name(policy.SkipContainers))
+			"container %q has %.100s%s, which SDKs prefer to the annotated role; remove it (and %s), or list the container in %q",
+			c.Name, identity.variable, identity.from, identity.source, p.cfg.Keys.Name(policy.SkipContainers))
 	}
 	if identity != nil {
-		w.shadowf("container %q has %.100s%s: SDKs use that identity, not the annotated role", c.Name, identity.variable, identity.from)
+		w.shadowf("container %q sets %.100s%s, so SDKs use that identity, not the annotated role. Remove it at the end of the migration.", c.Name, identity.variable, identity.from)
 	}
 	for _, v := range outranking {
-		if at := last(c.Env, v.name); at >= 0 && (v.evenEmpty || !empty(c.Env[at])) {
-			w.shadowf("container %q has %s: %s", c.Name, v.name, v.what)
+		if at := last(c.Env, v.name); at >= 0 && (v.alsoEmpty || !empty(c.Env[at])) {
+			w.shadowf("container %q sets %s: %s. Remove it, unless it is for something else.", c.Name, v.name, v.consequence)
 		}
 	}
 	switch at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
 		return strings.HasPrefix(v.Name, containerPrefix) && !p.ours(v)
 	}); {
 	case at >= 0:
-		w.shadowf("container %q has %.100s: it is left as it is, and the annotated role is not added to it", c.Name, c.Env[at].Name)
+		w.shadowf("container %q sets %.100s, so it does not get the annotated role. Remove the variable and the webhook sets its own.", c.Name, c.Env[at].Name)
 	case has(c, fullURI) != has(c, authorization):
-		w.shadowf("container %q has only one of %s and %s: it is left as it is, and does not get the annotated role; remove it, and both are added", c.Name, fullURI, authorization)
+		set, missing := fullURI, authorization
+		if has(c, authorization) {
+			set, missing = missing, set
+		}
+		w.shadowf("container %q sets %s without %s, so it does not get the annotated role. Remove it and the webhook sets both.", c.Name, set, missing)
 	}
 	if at := last(c.Env, metadataEndpoint); at >= 0 && empty(c.Env[at]) {
-		w.shadowf("container %q has an empty %s: SDKs that find nothing else go on to the node's metadata service, and so to the node's role; remove it", c.Name, metadataEndpoint)
+		w.shadowf("container %q has an empty %s, so SDKs may call the node's metadata service and get the node's role. Remove the variable.", c.Name, metadataEndpoint)
 	}
 	if len(c.EnvFrom) > 0 {
-		// Not kept: it is so in many pods in which nothing is wrong.
-		w.addf("container %q has envFrom, which admission cannot see into: AWS_* variables in it may outrank the annotated role", c.Name)
+		// The pod does not keep it, because many correct pods have envFrom.
+		w.addf("container %q has envFrom, which the webhook cannot read. Check that it has no AWS_* variables that outrank the annotated role.", c.Name)
 	}
 	return nil
 }
 
+// last returns the index of the last variable with that name; -1 if there is none.
 func last(env []corev1.EnvVar, name string) int {
 	for at, v := range slices.Backward(env) {
 		if v.Name == name {
@@ -118,5 +122,5 @@ func last(env []corev1.EnvVar, name string) int {
 	return -1
 }
 
-// empty reports whether SDKs see v as unset: tried with those for Go, Python and JavaScript.
+// empty reports whether SDKs treat v as unset. The SDKs for Go, Python and JavaScript were tried.
 func empty(v corev1.EnvVar) bool { return v.Value == "" && v.ValueFrom == nil }

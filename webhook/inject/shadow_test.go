@@ -59,12 +59,12 @@ func TestPodIdentity(t *testing.T) {
 			}
 			continue
 		}
-		want := fmt.Sprintf(`container "c0" has %s of EKS Pod Identity, which SDKs prefer to the annotated role: remove it (and what sets it, such as a Pod Identity association of the service account), or list the container in "iam.amazonaws.com/skip-containers"`, found)
+		want := fmt.Sprintf(`container "c0" has %s of EKS Pod Identity, which SDKs prefer to the annotated role; remove it (and what sets it, such as a Pod Identity association of the service account), or list the container in "iam.amazonaws.com/skip-containers"`, found)
 		if credential.ReasonOf(err) != credential.ReasonShadowed || err.Error() != want {
 			t.Errorf("%s: %v, want %s", env, err, want)
 		}
 		result, err := newInjector(t, func(c *inject.Config) { c.OnShadowed = inject.WarnShadowed }).Inject(raw, namespace)
-		if err != nil || len(result.Warnings) == 0 || result.Warnings[0] != fmt.Sprintf(`container "c0" has %s of EKS Pod Identity: SDKs use that identity, not the annotated role`, found) {
+		if err != nil || len(result.Warnings) == 0 || result.Warnings[0] != fmt.Sprintf(`container "c0" sets %s of EKS Pod Identity, so SDKs use that identity, not the annotated role. Remove it at the end of the migration.`, found) {
 			t.Errorf("%s, where that is a warning: %q, %v", env, result.Warnings, err)
 		}
 		if _, err := newInjector(t).Inject(podOf(strings.Replace(asksForRole, `"r"`, `"r","iam.amazonaws.com/skip-containers":"c0"`, 1), env), namespace); err != nil {
@@ -103,7 +103,7 @@ func TestWarningsAreKept(t *testing.T) {
 	const (
 		key     = "iam.amazonaws.com/warnings"
 		profile = `{"name":"AWS_PROFILE","value":"x"}`
-		ofC0    = `container "c0" has AWS_PROFILE: botocore and Go fail on a profile that does not exist, and others take their credentials from it`
+		ofC0    = `container "c0" sets AWS_PROFILE: botocore and Go fail if the profile does not exist, and other SDKs take their credentials from it. Remove it, unless it is for something else.`
 	)
 	for name, tt := range map[string]struct {
 		raw   []byte

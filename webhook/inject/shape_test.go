@@ -41,7 +41,7 @@ func TestVariablesFromElsewhere(t *testing.T) {
 	} {
 		raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[{"name":"AWS_ACCESS_KEY_ID","valueFrom":` + from + `}]}]}}`
 		result, err := newInjector(t).Inject([]byte(raw), namespace)
-		if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "has AWS_ACCESS_KEY_ID") {
+		if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "sets AWS_ACCESS_KEY_ID") {
 			t.Errorf("%s: %v, warnings %q", from, err, result.Warnings)
 		}
 	}

@@ -15,8 +15,8 @@ import (
 // The volume of the sidecar.
 const (
 	volumeName = "credence-identity"
-	// mountPath is where the API server would mount an API token into every container that has
-	// nothing there. The sidecar needs none, and so gets none.
+	// mountPath is where the API server mounts an API token into each container that has no volume there. The sidecar
+	// needs no API token, so it takes the path.
 	mountPath = "/var/run/secrets/kubernetes.io/serviceaccount"
 	tokenFile = "token"
 	rootsFile = "roots.pem"
@@ -38,12 +38,12 @@ var (
 	zoneEnv          = contract.Env(contract.Zone)
 )
 
-// zoneFieldPath is the label of a pod that has its node's zone, from Kubernetes 1.35 on (KEP-4742). A pod without
-// it finds the variable zone empty.
+// zoneFieldPath is the label of a pod that has its node's zone, from Kubernetes 1.35 (KEP-4742). Without the label, the
+// variable is empty.
 const zoneFieldPath = "metadata.labels['" + corev1.LabelTopologyZone + "']"
 
-// sidecar returns the container to put first among the init containers: a native sidecar, that is one
-// which starts before all others, stays, and is ended after them.
+// sidecar returns the sidecar, which must be the first init container. It is a native sidecar: it starts before all other
+// containers, keeps running, and stops after them.
 func (p *plan) sidecar(spec *podview.Spec, namespace string) corev1.Container {
 	var user *int64
 	if p.settings.RunAsUser != PlatformUser {
@@ -62,9 +62,8 @@ func (p *plan) sidecar(spec *podview.Spec, namespace string) corev1.Container {
 		VolumeMounts:    []corev1.VolumeMount{{Name: volumeName, MountPath: mountPath, ReadOnly: true}},
 		RestartPolicy:   new(corev1.ContainerRestartPolicyAlways),
 		StartupProbe:    startupProbe(p.requested.StartTimeout),
-		// No readiness probe: it would count for the pod, and take an application that holds valid
-		// credentials out of its Services while the broker is away. No liveness probe: a restart
-		// loses the credentials, and mends nothing.
+		// No readiness probe: it would count for the pod. If the broker is unavailable, an application with valid
+		// credentials would leave its Services. No liveness probe: a restart loses the credentials and fixes nothing.
 		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
 		SecurityContext: &corev1.SecurityContext{
 			RunAsNonRoot:             new(true),
@@ -77,8 +76,8 @@ func (p *plan) sidecar(spec *podview.Spec, namespace string) corev1.Container {
 	}
 }
 
-// sidecarEnv is all of the sidecar's configuration: in variables and not in arguments, because the
-// probe, which is a process of its own, inherits them.
+// sidecarEnv returns all of the sidecar's configuration. It uses variables, not arguments, because the probe is a process
+// of its own and inherits variables.
 func (p *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
 	vars := []corev1.EnvVar{{Name: brokerEnv, Value: p.cfg.Broker}}
 	if p.dnsName != "" {
@@ -93,33 +92,31 @@ func (p *plan) sidecarEnv(key policy.RoutingKey) []corev1.EnvVar {
 		{Name: startTimeoutEnv, Value: p.requested.StartTimeout.String()},
 		{Name: metadataEnv, Value: string(p.requested.Metadata)},
 	}...)
-	if p.settings.LogLevel != policy.LogInfo { // its own default, which most pods need not carry
+	if p.settings.LogLevel != policy.LogInfo { // the sidecar's default, which most pods need not repeat
 		vars = append(vars, corev1.EnvVar{Name: logLevelEnv, Value: string(p.settings.LogLevel)})
 	}
 	if p.requested.Metadata != policy.MetadataOff {
 		vars = append(vars, fromField(zoneEnv, zoneFieldPath))
 	}
 	if p.requested.Scope == policy.ScopePod {
-		vars = append(vars, fromUID(podUIDEnv)) // which the API server has not chosen yet
+		vars = append(vars, fromUID(podUIDEnv)) // The API server has not chosen it yet.
 	}
 	return vars
 }
 
 const (
-	// probeMargin is how much longer than the start timeout the kubelet lets the probe run. It covers
-	// what lies between the two clocks: starting a process under CPU pressure, and the sidecar's own
-	// start if the probe comes first.
+	// probeMargin is how much longer than the start timeout the kubelet lets the probe run. It covers the difference
+	// between the two clocks: starting a process under CPU pressure, and the start of the sidecar if the probe is first.
 	probeMargin = 30 * time.Second
-	// endlessProbe is how long one probe may run when the start timeout is 0, for ever. The kubelet
-	// then ends the probe and starts another; an hour makes that too rare to cost anything.
+	// endlessProbe is how long one probe may run if the start timeout is 0, which means no limit. The kubelet then stops
+	// the probe and starts another; at one an hour, that costs nothing.
 	endlessProbe = time.Hour
 )
 
-// startupProbe holds back all other containers until the sidecar says that they may start. The
-// waiting is done inside the call, which succeeds with the first credentials, or when the start
-// timeout has passed. It never fails the container: MaxInt32 failures, one per second at most, take
-// 68 years, and their product still fits the 32 bits in which tools multiply the two.
-// It is an exec because PodSecurity refuses probes that name a host, and only loopback is listened on.
+// startupProbe delays all other containers. One call of the probe waits until the first credentials arrive or the start
+// timeout passes, and then succeeds. The probe never fails the container: MaxInt32 failures, at most one a second, take 68
+// years. The product of period and failures still fits the 32 bits in which tools multiply them.
+// It is an exec probe, because the sidecar listens on loopback only, and PodSecurity refuses probes that name a host.
 func startupProbe(startTimeout time.Duration) *corev1.Probe {
 	timeout := startTimeout + probeMargin
 	if startTimeout == 0 {
@@ -129,26 +126,26 @@ func startupProbe(startTimeout time.Duration) *corev1.Probe {
 		ProbeHandler: corev1.ProbeHandler{
 			Exec: &corev1.ExecAction{Command: []string{contract.Binary, contract.ProbeArgument}},
 		},
-		// Policy bounds the start timeout to a day, far from what int32 holds.
+		// Policy limits the start timeout to a day, which fits an int32.
 		TimeoutSeconds:   int32(math.Ceil(timeout.Seconds())),
-		PeriodSeconds:    1, // the least there is: the next call follows at once on one that failed
+		PeriodSeconds:    1, // the minimum: after a failure, the next call follows immediately
 		FailureThreshold: math.MaxInt32,
 	}
 }
 
-// resources returns the sidecar's requests and limits. A pod that would be of class Guaranteed
-// remains so. Of a resource that the pod as a whole declares, the sidecar declares nothing: it lives
-// on that budget, which the API server requires to cover the sum of all containers' requests.
+// resources returns the sidecar's requests and limits. A Guaranteed pod keeps its class. The sidecar declares no resource
+// that the pod declares as a whole: it uses that budget, which must cover the requests of all containers, or the API
+// server refuses the pod.
 func (p *plan) resources(spec *podview.Spec) corev1.ResourceRequirements {
 	memory := *resource.NewQuantity(int64(p.settings.Memory)<<20, resource.BinarySI)
 	request, limit := p.settings.CPU.Request, p.settings.CPU.Limit
 	if spec.Guaranteed() {
-		// Not below the request, which may be there for the minimum of a LimitRange.
+		// A LimitRange may require the request as a minimum.
 		request = max(request, p.settings.CPU.Guaranteed)
 		limit = request
 	}
 	r := corev1.ResourceRequirements{
-		// Of memory the request is the limit, so that a full node has no reason to kill the sidecar.
+		// The memory request equals the limit, so a full node has no reason to kill the sidecar.
 		Requests: corev1.ResourceList{corev1.ResourceCPU: processors(request), corev1.ResourceMemory: memory},
 		Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},
 	}
@@ -170,9 +167,9 @@ func processors(c policy.CPU) resource.Quantity {
 	return *resource.NewMilliQuantity(int64(c), resource.DecimalSI)
 }
 
-// volume returns what the sidecar alone mounts: the token that proves to the broker which pod this
-// is, and the roots by which the broker proves itself. The roots are not optional: the kubelet
-// retries a ConfigMap that is missing within seconds, and shows a late optional one after a minute.
+// volume returns the volume that only the sidecar mounts. Its token authenticates the pod to the broker, and its root
+// certificates authenticate the broker. The roots are not optional: the kubelet retries a missing ConfigMap within seconds,
+// but projects a late optional one after a minute.
 func (p *plan) volume(spec *podview.Spec) corev1.Volume {
 	return corev1.Volume{
 		Name: volumeName,
@@ -199,17 +196,16 @@ const (
 	defaultGraceSeconds = int64(corev1.DefaultTerminationGracePeriodSeconds)
 )
 
-// tokenSeconds returns how long the token is valid for. The kubelet renews a token at 80 % of its life,
-// but no longer once the pod is terminating: for the whole grace period, the sidecar then has the
-// last fifth of a life to rely on, and after it the credentials it still holds, which are good for at
-// least 25 minutes. So a fifth of the life must cover the grace period but for 25 minutes. Less than
-// two hours gains nothing; more than a day is more than the kubelet lets a token grow old.
+// tokenSeconds returns the lifetime of the token. The kubelet renews a token at 80% of its lifetime, but not in a
+// terminating pod. During the grace period, the sidecar thus has at least a fifth of the lifetime, and then credentials
+// that are valid for at least another 25 minutes. So a fifth of the lifetime must cover the grace period minus 25 minutes.
+// A shorter lifetime than two hours has no benefit, and the kubelet renews each token after a day.
 func tokenSeconds(grace *int64) int64 {
 	seconds := defaultGraceSeconds
 	if grace != nil {
 		seconds = *grace
 	}
-	// Clamped before it is multiplied, too: the field holds any int64.
+	// The field can have any int64, so it is limited before the multiplication, too.
 	seconds = min(max(seconds, 0), maxTokenSeconds)
 	return min(max(5*(seconds-servedAheadSeconds), minTokenSeconds), maxTokenSeconds)
 }

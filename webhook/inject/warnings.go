@@ -5,15 +5,17 @@ import (
 	"strings"
 )
 
-// warnings collects sentences for the user who creates a pod. Of a pod with many mistakes it composes the first ones
-// only, and counts all.
+// warnings collects the warnings for one pod. It composes the first [maxWarnings] and counts the others.
+//
+// A warning has two sentences: what is wrong, and what to do. With ordinary values it has at most 240 characters, because
+// the webhook adds a prefix and the API server cuts warnings to 256.
 type warnings struct {
 	all []string
-	// shadowing are those among all that the pod keeps in an annotation, because a controller that creates a pod shows
-	// warnings to nobody.
+	// shadowing are the warnings that the pod keeps in an annotation. Nobody sees the warnings of a pod that a controller
+	// creates.
 	shadowing []string
 	more      int // beyond maxWarnings
-	hidden    int // how many of them belong to shadowing
+	hidden    int // the part of more that belongs to shadowing
 }
 
 func (w *warnings) addf(format string, args ...any) {
@@ -34,11 +36,11 @@ func (w *warnings) shadowf(format string, args ...any) {
 	w.shadowing = append(w.shadowing, w.all[len(w.all)-1])
 }
 
-// maxKept is the maximum length of the annotation with warnings, in bytes. The watch of each broker holds it, and the
-// note of an Event, which starts with a sentence of its own, has at most 1,024.
+// maxKept is the maximum length of the annotation with warnings, in bytes. The watch cache of each broker holds it, and
+// the note of an Event, which has a further sentence, has at most 1,024 bytes.
 const maxKept = 700
 
-// kept returns the value of the annotation: a line for each warning that fits, and how many do not.
+// kept returns the value of the annotation: one line for each warning that fits, and the number of others.
 func (w *warnings) kept() string {
 	const room = len("\nand 99999 more")
 	var text strings.Builder
