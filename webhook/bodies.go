@@ -14,17 +14,17 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// maxReview bounds the body of a review, in bytes: an object, of which the API server reads at most 3 MiB, and 1 MiB
-// for the user who creates it and the options. The webhook is registered for creation alone, so that there is one object.
+// maxReview is the maximum body of a review, in bytes: 3 MiB for the object, the maximum of the API server, and 1 MiB for
+// the user and the options. The webhook is registered for creation only, so there is one object.
 const maxReview = podview.MaxObject + 1<<20
 
-// What a review allocates until its answer is sent, garbage included, in bytes. TestCost compares it with the worst
-// reviews that are known.
+// The memory that a review allocates until its response is sent, including garbage, in bytes. TestCost compares it with
+// the worst known reviews.
 const (
-	costPerReview    = 64 << 10 // of any review: buffers of HTTP, log, metrics, the sidecar in the patch
-	costPerByte      = 12       // the body and its growth, the object in it, the spec in the object, strings, parts of messages
-	costPerValue     = 160      // the decoded field or element, such as an entry of the annotations
-	costPerContainer = 8 << 10  // operations, patch, its base64, the answer, warnings
+	costPerReview    = 64 << 10 // each review: HTTP buffers, log, metrics, the sidecar in the patch
+	costPerByte      = 12       // the growing body, the object in it, the spec in the object, strings, parts of messages
+	costPerValue     = 160      // a decoded field or element, such as an annotation
+	costPerContainer = 8 << 10  // operations, patch, its base64, response, warnings
 )
 
 // cost is the memory that the webhook reserves for a review.
@@ -32,40 +32,40 @@ func cost(bytes, values, containers int) int64 {
 	return costPerReview + costPerByte*int64(bytes) + costPerValue*int64(values) + costPerContainer*int64(containers)
 }
 
-// readingCost is the memory that the webhook reserves while a body arrives, for which there is a buffer of that size: the
-// buffer before, and what the connection holds.
+// readingCost is the memory that the webhook reserves while a body arrives into a buffer of that size: the buffer, the
+// smaller one that it replaces, and the connection.
 func readingCost(size int) int64 { return costPerReview + 2*int64(size) }
 
-// The memory for all reviews, in bytes. Together it is half of the 256 MiB that the chart gives the webhook, which
-// TestMemoryFitsTheChart checks. The other half is for the watch, connections, and what the collector has not freed.
+// The memory for all reviews, in bytes. It is half of the 256 MiB that the chart gives the webhook, as
+// TestMemoryFitsTheChart checks. The other half is for the watch cache, connections and garbage.
 const (
-	// maxMemory is what all reviews may cost at a time.
+	// maxMemory is the maximum cost of all concurrent reviews.
 	maxMemory = 128 << 20
 	// maxCost is the cost of the largest review.
 	maxCost = costPerReview + costPerByte*maxReview + costPerValue*podview.MaxValues + costPerContainer*podview.MaxContainers
-	// maxLarge is how many reviews of that cost may be under way. Large reviews wait for each other, not small ones for
-	// them.
+	// maxLarge is the maximum number of concurrent reviews of that cost. Large reviews wait for each other. Small reviews do
+	// not wait for large ones.
 	maxLarge = 1
-	// maxShared is for reviews that cost at most maxSmall: usual pods have 10 kB and cost 400 kB.
+	// maxShared is the memory for reviews that cost at most maxSmall. Usual pods have 10 kB and cost 400 kB.
 	maxShared = maxMemory - maxLarge*maxCost
 	maxSmall  = 4 << 20
 )
 
-// firstBytes are read of a body before it reserves memory: a client that has sent nothing takes none from others. It is
-// less than what TLS has in memory for a connection anyway.
+// firstBytes is the length of a body that needs no reservation, so a client that sends nothing takes no memory from others.
+// It is less than the TLS buffers of a connection.
 const firstBytes = 8 << 10
 
-// silence is how long nothing of a body may arrive. Where packets are lost, TCP sends them again within that. The whole
-// body has as long as the review.
+// silence is the maximum pause within a body. TCP resends lost packets in that time. The whole body may take as long as the
+// review.
 const silence = 2 * time.Second
 
-// bodies is the memory for reviews. Nobody authenticates to the webhook, so a small review reserves memory as its body
-// arrives, whatever length it declares.
+// bodies is the memory for reviews. Clients do not authenticate, so a small review reserves memory as its body arrives,
+// whatever length it declares.
 type bodies struct {
 	shared *semaphore.Weighted // bytes
-	// large has maxLarge places. A review takes one if it costs more than maxSmall, and waits for it before it has
-	// reserved any of shared; or if it has reserved a part of shared and there is no more: without the second rule, bodies
-	// that each wait for what others have reserved would all wait until they end.
+	// large has maxLarge places, each with maxCost outside shared. A review that costs more than maxSmall takes a place
+	// before it reserves any of shared. A review that holds part of shared and cannot get more takes one, too. Without the
+	// second rule, bodies that wait for each other's memory would deadlock.
 	large *semaphore.Weighted
 }
 
@@ -73,62 +73,64 @@ func newBodies() *bodies {
 	return &bodies{shared: semaphore.NewWeighted(maxShared), large: semaphore.NewWeighted(maxLarge)}
 }
 
-// share is what one review has reserved of bodies. It must be released.
-type share struct {
-	of    *bodies
-	held  int64 // of shared
-	large bool  // one of the places for maxCost, and nothing of shared
+// reservation is the memory of one review. The caller must release it.
+type reservation struct {
+	from     *bodies
+	reserved int64 // bytes of shared
+	large    bool  // has a place of large, and nothing of shared
 }
 
-// grow waits until that much is reserved, or until ctx ends.
-func (s *share) grow(ctx context.Context, bytes int64) (err error) {
-	more := bytes - s.held
+// grow waits until the reservation has that many bytes, or until ctx ends.
+func (r *reservation) grow(ctx context.Context, bytes int64) (err error) {
+	more := bytes - r.reserved
 	switch {
-	case more <= 0 || s.large:
-	case bytes <= maxSmall && s.of.shared.TryAcquire(more):
-		s.held = bytes
-	case bytes <= maxSmall && s.held == 0:
-		if err = s.of.shared.Acquire(ctx, more); err == nil {
-			s.held = bytes
+	case more <= 0 || r.large:
+	case bytes <= maxSmall && r.from.shared.TryAcquire(more):
+		r.reserved = bytes
+	case bytes <= maxSmall && r.reserved == 0:
+		if err = r.from.shared.Acquire(ctx, more); err == nil {
+			r.reserved = bytes
 		}
 	default:
-		if err = s.of.large.Acquire(ctx, 1); err == nil {
-			s.release()
-			s.large = true
+		if err = r.from.large.Acquire(ctx, 1); err == nil {
+			r.release()
+			r.large = true
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("too many reviews at once: of the %d bytes of memory that there are for them, not enough became free in time: %w", maxMemory, err)
+		return fmt.Errorf("too many reviews at once for %d bytes of memory: %w", maxMemory, err)
 	}
 	return nil
 }
 
-// growBy is grow by that much.
-func (s *share) growBy(ctx context.Context, bytes int64) error { return s.grow(ctx, s.held+bytes) }
-
-func (s *share) release() {
-	s.of.shared.Release(s.held)
-	if s.large {
-		s.of.large.Release(1)
-	}
-	s.held, s.large = 0, false
+// growBy adds that many bytes to the reservation.
+func (r *reservation) growBy(ctx context.Context, bytes int64) error {
+	return r.grow(ctx, r.reserved+bytes)
 }
 
-// readBody returns the body of r, for which it reserves memory as it arrives. Beside an error it returns the beginning,
-// and the HTTP status that refuses it.
-func readBody(ctx context.Context, w http.ResponseWriter, r *http.Request, memory *share) ([]byte, int, error) {
+func (r *reservation) release() {
+	r.from.shared.Release(r.reserved)
+	if r.large {
+		r.from.large.Release(1)
+	}
+	r.reserved, r.large = 0, false
+}
+
+// readBody returns the body of r. It reserves memory as the body arrives. With an error, it returns the start of the body
+// and the HTTP status.
+func readBody(ctx context.Context, w http.ResponseWriter, r *http.Request, memory *reservation) ([]byte, int, error) {
 	length, limit := int(min(r.ContentLength, maxReview+1)), maxReview
 	tooLong := length > maxReview
 	switch {
 	case tooLong:
-		length, limit = firstBytes, firstBytes // the beginning names the object
+		length, limit = firstBytes, firstBytes // The start has the uid.
 	case length < 0:
-		length = maxReview // at most; the API server declares lengths
+		length = maxReview // the maximum; the API server declares lengths
 	}
 	large := cost(length, 0, 0) > maxSmall
 	connection := http.NewResponseController(w)
 	from := http.MaxBytesReader(w, r.Body, int64(limit))
-	body := make([]byte, 0, min(firstBytes, length+1)) // one more, to find the end without growing
+	body := make([]byte, 0, min(firstBytes, length+1)) // one more byte finds the end without growing
 	for {
 		if len(body) == cap(body) {
 			size := 2 * cap(body)
@@ -142,7 +144,7 @@ func readBody(ctx context.Context, w http.ResponseWriter, r *http.Request, memor
 			if err := memory.grow(ctx, reserve); err != nil {
 				return body, http.StatusServiceUnavailable, err
 			}
-			larger := make([]byte, len(body), size) // append would take up to a quarter more
+			larger := make([]byte, len(body), size) // append would allocate up to a quarter more
 			copy(larger, body)
 			body = larger
 		}
@@ -162,14 +164,14 @@ func readBody(ctx context.Context, w http.ResponseWriter, r *http.Request, memor
 			return body, http.StatusRequestEntityTooLarge, errTooLong
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return body, http.StatusRequestTimeout, fmt.Errorf("the review has not arrived: nothing of it came for %s, or not all of it within %s", silence, reviewTimeout)
+			return body, http.StatusRequestTimeout, fmt.Errorf("the review did not arrive: no part of it for %s, or not all of it within %s", silence, reviewTimeout)
 		}
 		if err != nil {
 			return body, http.StatusBadRequest, fmt.Errorf("reading the review: %w", err)
 		}
 	}
 	if !utf8.Valid(body) {
-		// RFC 8259 section 8.1. Decoded, each such byte becomes three.
+		// RFC 8259 section 8.1. Decoding turns each invalid byte into three.
 		return body, http.StatusBadRequest, errors.New("decoding the review: it is not UTF-8")
 	}
 	shape := podview.Measure(body)

@@ -18,49 +18,49 @@ import (
 	"github.com/credence-iam/credence/webhook"
 )
 
-// asks gives s a review of that length, whose body comes from r, and returns where its answer will be.
-func asks(t *testing.T, s *webhook.Server, length int64, r io.Reader) chan *httptest.ResponseRecorder {
+// begin calls s with a review of the given length, whose body comes from r. The response arrives in the channel.
+func begin(t *testing.T, s *webhook.Server, length int64, r io.Reader) chan *httptest.ResponseRecorder {
 	t.Helper()
 	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", r)
 	request.Header.Set("Content-Type", "application/json")
 	request.ContentLength = length
-	answered := make(chan *httptest.ResponseRecorder, 1)
+	responses := make(chan *httptest.ResponseRecorder, 1)
 	go func() {
 		w := httptest.NewRecorder()
 		s.ServeHTTP(w, request)
-		answered <- w
+		responses <- w
 	}()
 	synctest.Wait()
-	return answered
+	return responses
 }
 
-// sends starts n reviews of length, and sends the beginning of each. What ends their bodies is returned.
-func sends(t *testing.T, s *webhook.Server, n int, length int64, begin string) (writers []*io.PipeWriter, answered []chan *httptest.ResponseRecorder) {
+// beginMany calls s with n reviews of the given length, and sends the start of each body. Closing a writer ends its body.
+func beginMany(t *testing.T, s *webhook.Server, n int, length int64, start string) (writers []*io.PipeWriter, responses []chan *httptest.ResponseRecorder) {
 	t.Helper()
 	for range n {
 		reader, writer := io.Pipe()
-		answered = append(answered, asks(t, s, length, reader))
-		go func() { _, _ = io.WriteString(writer, begin) }() // refused, nobody reads the rest
+		responses = append(responses, begin(t, s, length, reader))
+		go func() { _, _ = io.WriteString(writer, start) }() // After a refusal, the server does not read the rest.
 		writers = append(writers, writer)
 	}
 	synctest.Wait()
-	return writers, answered
+	return writers, responses
 }
 
-// A body that does not arrive takes no memory from others, whatever length it declares.
-func TestSilentBodiesTakeNothing(t *testing.T) {
+// TestSilentBodiesTakeNoMemory: a body that does not arrive takes no memory from others, whatever length it declares.
+func TestSilentBodiesTakeNoMemory(t *testing.T) {
 	for name, length := range map[string]int64{"declared": webhook.MaxReview, "not declared": -1} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(t)
-				writers, _ := sends(t, s, 1000, length, strings.Repeat(" ", 4<<10))
+				writers, _ := beginMany(t, s, 1000, length, strings.Repeat(" ", 4<<10))
 				select {
-				case w := <-asks(t, s, 10<<10, strings.NewReader(review(pod(permitted, ""))+strings.Repeat(" ", 9<<10))):
+				case w := <-begin(t, s, 10<<10, strings.NewReader(review(pod(permitted, ""))+strings.Repeat(" ", 9<<10))):
 					if w.Code != http.StatusOK {
-						t.Errorf("answered %d: %s", w.Code, w.Body)
+						t.Errorf("response is %d: %s", w.Code, w.Body)
 					}
 				default:
-					t.Error("a review waits for those that do not arrive")
+					t.Error("a review waits for bodies that do not arrive")
 				}
 				for _, writer := range writers {
 					writer.Close()
@@ -70,11 +70,11 @@ func TestSilentBodiesTakeNothing(t *testing.T) {
 	}
 }
 
-// Reviews that come at once wait for each other's memory: each that gets some in time is answered, and the others are
-// refused with the reason.
+// TestBodiesAreBounded: concurrent reviews wait for each other's memory. The webhook refuses those that get none in time,
+// with the reason.
 func TestBodiesAreBounded(t *testing.T) {
 	for name, tt := range map[string]struct {
-		sent bool // two of the bodies under way arrive
+		sent bool // two of the bodies arrive
 		want int
 	}{
 		"memory in time": {true, http.StatusOK},
@@ -84,15 +84,15 @@ func TestBodiesAreBounded(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(t)
 				const part = 16 << 10
-				// The last one waits itself, and others wait behind it.
-				writers, _ := sends(t, s, int(webhook.MaxShared/webhook.ReadingCost(part))+1, 200<<10, strings.Repeat(" ", part-1))
-				// It needs as much to begin with as the one that it waits behind, which gives up at the same instant: memory
-				// that is too little for one is too little for both.
+				// The last one waits, and further ones wait behind it.
+				writers, _ := beginMany(t, s, int(webhook.MaxShared/webhook.ReadingCost(part))+1, 200<<10, strings.Repeat(" ", part-1))
+				// At first it needs as much as the one before it, which gives up at the same instant. So memory that is too
+				// little for one is too little for both.
 				body := strings.Repeat(" ", part) + review(pod(permitted, ""))
-				answered := asks(t, s, int64(len(body)), strings.NewReader(body))
+				responses := begin(t, s, int64(len(body)), strings.NewReader(body))
 				select {
-				case w := <-answered:
-					t.Fatalf("a further review was answered %d while there was no memory for it", w.Code)
+				case w := <-responses:
+					t.Fatalf("response %d to a review for which there is no memory", w.Code)
 				default:
 				}
 				began := time.Now()
@@ -100,15 +100,15 @@ func TestBodiesAreBounded(t *testing.T) {
 					writers[0].Close()
 					writers[1].Close()
 				}
-				w := <-answered
+				w := <-responses
 				if w.Code != tt.want {
-					t.Errorf("answered %d: %s", w.Code, w.Body)
+					t.Errorf("response is %d: %s", w.Code, w.Body)
 				}
 				if took := time.Since(began); took > 4*time.Second || !tt.sent && took < 4*time.Second {
-					t.Errorf("answered after %s", took)
+					t.Errorf("response after %s, want one within 4s if memory becomes free, else after 4s", took)
 				}
-				if tt.want != http.StatusOK && !strings.HasPrefix(w.Body.String(), "too many reviews at once: of the 134217728 bytes") {
-					t.Errorf("answered %s", w.Body)
+				if tt.want != http.StatusOK && !strings.HasPrefix(w.Body.String(), "too many reviews at once for 134217728 bytes of memory: ") {
+					t.Errorf("response is %s", w.Body)
 				}
 				for _, writer := range writers {
 					writer.Close()
@@ -118,8 +118,9 @@ func TestBodiesAreBounded(t *testing.T) {
 	}
 }
 
-// Large bodies that do not arrive, and others that wait behind them, do not hold up reviews of usual pods.
-func TestLargeReviewsDoNotHoldUpSmallOnes(t *testing.T) {
+// TestLargeReviewsDoNotDelaySmallOnes: large bodies that do not arrive, and those that wait behind them, do not delay
+// reviews of usual pods.
+func TestLargeReviewsDoNotDelaySmallOnes(t *testing.T) {
 	for name, length := range map[string]int64{"declared": webhook.MaxReview, "not declared": -1} {
 		t.Run(name, func(t *testing.T) { synctest.Test(t, func(t *testing.T) { largeReviews(t, length) }) })
 	}
@@ -127,13 +128,13 @@ func TestLargeReviewsDoNotHoldUpSmallOnes(t *testing.T) {
 
 func largeReviews(t *testing.T, length int64) {
 	s := newServer(t)
-	large, _ := sends(t, s, 100, length, strings.Repeat(" ", 1<<20))
+	large, _ := beginMany(t, s, 100, length, strings.Repeat(" ", 1<<20))
 	body := review(pod(permitted, ""))
 	for range 100 {
 		select {
-		case w := <-asks(t, s, int64(len(body)), strings.NewReader(body)):
+		case w := <-begin(t, s, int64(len(body)), strings.NewReader(body)):
 			if w.Code != http.StatusOK {
-				t.Errorf("answered %d: %s", w.Code, w.Body)
+				t.Errorf("response is %d: %s", w.Code, w.Body)
 			}
 		default:
 			t.Error("a usual review waits for large ones")
@@ -144,7 +145,7 @@ func largeReviews(t *testing.T, length int64) {
 	}
 }
 
-// endless is a body that never ends. It fails the test where more is read of it than a review may have.
+// endless is a body that never ends. It fails the test if a reader takes more than the maximum of a review.
 type endless struct {
 	t     *testing.T
 	begin string
@@ -157,14 +158,15 @@ func (e *endless) Read(p []byte) (int, error) {
 	for at := n; at < len(p); at++ {
 		p[at] = ' '
 	}
-	if e.read += len(p); e.read > 8<<20 { // the limit of 4 MiB, and bytes that are read ahead
-		e.t.Errorf("%d bytes of a body without end were read", e.read)
+	if e.read += len(p); e.read > 8<<20 { // the limit of 4 MiB, and read-ahead
+		e.t.Errorf("server read %d bytes of an endless body", e.read)
 		return 0, io.ErrUnexpectedEOF
 	}
 	return len(p), nil
 }
 
-// A body in chunks without end is cut at the limit, and refused by an answer where the uid was among its first bytes.
+// TestBodyWithoutEnd: the server stops to read an endless body at the limit. It refuses the pod if the first bytes have the
+// uid.
 func TestBodyWithoutEnd(t *testing.T) {
 	s := newServer(t)
 	begin := strings.TrimSuffix(review(`{"x":"`), `","oldObject":null,"dryRun":true,"options":{"kind":"CreateOptions"}}}`)
@@ -172,11 +174,11 @@ func TestBodyWithoutEnd(t *testing.T) {
 		begin string
 		code  int
 	}{
-		"with a uid":        {begin, http.StatusOK},
-		"of another kind":   {strings.Replace(begin, "v1", "v2", 1), http.StatusRequestEntityTooLarge},
-		"of blanks":         {"", http.StatusRequestEntityTooLarge},
-		"of no JSON":        {"]", http.StatusRequestEntityTooLarge},
-		"of an open string": {`{"apiVersion":"`, http.StatusRequestEntityTooLarge},
+		"with a uid":   {begin, http.StatusOK},
+		"another kind": {strings.Replace(begin, "v1", "v2", 1), http.StatusRequestEntityTooLarge},
+		"spaces":       {"", http.StatusRequestEntityTooLarge},
+		"not JSON":     {"]", http.StatusRequestEntityTooLarge},
+		"open string":  {`{"apiVersion":"`, http.StatusRequestEntityTooLarge},
 	} {
 		t.Run(name, func(t *testing.T) {
 			request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", &endless{t: t, begin: tt.begin})
@@ -184,24 +186,24 @@ func TestBodyWithoutEnd(t *testing.T) {
 			w := httptest.NewRecorder()
 			s.ServeHTTP(w, request)
 			if w.Code != tt.code {
-				t.Errorf("answered %d: %s", w.Code, w.Body)
+				t.Errorf("response is %d: %s", w.Code, w.Body)
 			}
 			if tt.code == http.StatusOK {
 				if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || !strings.Contains(got.Result.Message, "the review is longer than 4194304 bytes") {
-					t.Errorf("answered %s", w.Body)
+					t.Errorf("response is %s", w.Body)
 				}
 			}
 		})
 	}
 }
 
-// Large bodies that arrive at once, each with a part for which there is memory, do not wait for each other for ever.
+// TestLargeBodiesAtOnce: concurrent large bodies, of which each has memory for a part, do not deadlock.
 func TestLargeBodiesAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		const length, first = 3 << 20, 1<<20 - 1
 		began := time.Now()
-		writers, answered := sends(t, s, 24, length, strings.Repeat(" ", first))
+		writers, responses := beginMany(t, s, 24, length, strings.Repeat(" ", first))
 		end := review(pod(permitted, ""))
 		rest := strings.Repeat(" ", length-first-len(end)) + end
 		for _, writer := range writers {
@@ -210,16 +212,16 @@ func TestLargeBodiesAtOnce(t *testing.T) {
 				writer.Close()
 			}()
 		}
-		for _, a := range answered {
+		for _, a := range responses {
 			if w := <-a; w.Code != http.StatusOK {
-				t.Errorf("answered %d after %s: %s", w.Code, time.Since(began), w.Body)
+				t.Errorf("response is %d after %s: %s", w.Code, time.Since(began), w.Body)
 			}
 		}
 	})
 }
 
-// What a body was given is given back: more are answered one after the other than there is memory for at once.
-func TestMemoryIsGivenBack(t *testing.T) {
+// TestMemoryIsReleased: in sequence, the server can read more bodies than it has memory for at once.
+func TestMemoryIsReleased(t *testing.T) {
 	s := newServer(t)
 	body := strings.Repeat(" ", 1<<20) + review(pod(permitted, ""))
 	for n := range 64 {
@@ -229,13 +231,13 @@ func TestMemoryIsGivenBack(t *testing.T) {
 	}
 }
 
-// A body has two seconds for each part, and the four of the review for all. What it took to arrive does not cut short
-// the decision.
-func TestBodiesThatArriveSlowly(t *testing.T) {
+// TestSlowBodies: a body may pause for two seconds, and take the four seconds of the review. Its time does not shorten the
+// decision.
+func TestSlowBodies(t *testing.T) {
 	const second = time.Second
 	for name, tt := range map[string]struct {
-		pauses  []time.Duration // before each further part; the last one completes the body
-		cut     bool            // the last part is not sent
+		pauses  []time.Duration // before each part; the last part completes the body
+		cut     bool            // the last part is missing
 		decides time.Duration
 		want    int
 		took    time.Duration
@@ -274,19 +276,19 @@ func TestBodiesThatArriveSlowly(t *testing.T) {
 						}
 					}
 				}()
-				code, text := answered(t, connection)
+				code, text := readResponse(t, connection)
 				if took := time.Since(began); code != tt.want || took != tt.took {
-					t.Errorf("answered %d after %s, want %d after %s: %s", code, took, tt.want, tt.took, text)
+					t.Errorf("response is %d after %s, want %d after %s: %s", code, took, tt.want, tt.took, text)
 				}
 				if code == http.StatusOK && !decodeReview(t, text, "0b2e5d3c").Allowed {
-					t.Errorf("answered %s", text)
+					t.Errorf("response is %s", text)
 				}
 			})
 		})
 	}
 }
 
-// connect returns a connection to a server that runs until the test of synctest ends.
+// connect returns a connection to a server that runs until the synctest bubble ends.
 func connect(t *testing.T, change ...func(*webhook.Config)) *tls.Conn {
 	t.Helper()
 	cfg := config(t)
@@ -304,7 +306,7 @@ func connect(t *testing.T, change ...func(*webhook.Config)) *tls.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		raw.Close() // without the alert of TLS, for which nobody may be there
+		raw.Close() // without a TLS alert, which the server may not read
 		if err := stop(); err != nil {
 			t.Errorf("Run: %v", err)
 		}
@@ -313,15 +315,15 @@ func connect(t *testing.T, change ...func(*webhook.Config)) *tls.Conn {
 	if err := connection.HandshakeContext(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// More than any limit of the server's.
+	// Longer than each limit of the server.
 	if err := connection.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	return connection
 }
 
-// answered reads a response.
-func answered(t *testing.T, connection net.Conn) (code int, text string) {
+// readResponse reads a response.
+func readResponse(t *testing.T, connection net.Conn) (code int, text string) {
 	t.Helper()
 	response, err := http.ReadResponse(bufio.NewReader(connection), nil)
 	if err != nil {

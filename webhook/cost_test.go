@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
-// discard is a client that takes an answer and keeps its status.
+// discard is a client that keeps only status and length of the response.
 type discard struct {
 	header http.Header
 	code   int
@@ -37,8 +37,8 @@ func (d *discard) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// allocated returns what one review allocates until it is answered, garbage included: it has no more memory at any time,
-// whenever the collector runs.
+// allocated returns the bytes that one review allocates until its response, including garbage. This is the maximum of its
+// memory, whenever the collector runs.
 func allocated(t *testing.T, handler http.Handler, body string, length int) (bytes int64, w *discard) {
 	t.Helper()
 	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", strings.NewReader(body))
@@ -52,12 +52,12 @@ func allocated(t *testing.T, handler http.Handler, body string, length int) (byt
 	return int64(after.TotalAlloc - before.TotalAlloc), w
 }
 
-// list repeats an element until the list has n elements or most bytes.
-func list(n, most int, element func(n int) string) string {
+// list repeats an element until the list has n elements or limit bytes.
+func list(n, limit int, element func(n int) string) string {
 	var b strings.Builder
 	for at := range n {
 		e := element(at)
-		if b.Len()+len(e) >= most {
+		if b.Len()+len(e) >= limit {
 			break
 		}
 		if at > 0 {
@@ -70,7 +70,7 @@ func list(n, most int, element func(n int) string) string {
 
 func always(s string) func(int) string { return func(int) string { return s } }
 
-// worst are reviews that make as much of their bytes as is known: each is as large as it may be, in one respect at least.
+// worst returns the reviews that are known to allocate the most for their bytes. Each reaches one of the limits.
 func worst() map[string]string {
 	const most = podview.MaxObject - 4096
 	values := podview.MaxValues - 100
@@ -87,8 +87,8 @@ func worst() map[string]string {
 	numbered := func(fields string) func(n int) string {
 		return func(n int) string { return fmt.Sprintf(`{%s"x":%d}`, fields, n) }
 	}
-	// another is the sidecar of another version, whose variables may be any.
-	another := `{"name":"credence-sidecar","image":"registry.example/credence-sidecar:v0","command":["/credence-sidecar"],"restartPolicy":"Always","startupProbe":{"exec":{"command":["/credence-sidecar","probe"]}},` +
+	// another is a present sidecar of another version.
+	another := `{"name":"credence-sidecar","image":"registry.example/credence-sidecar:v0","command":["/credence-sidecar"],"restartPolicy":"Always",` +
 		`"volumeMounts":[{"name":"credence-identity","mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"}],`
 	return map[string]string{
 		"a usual pod":                        review(pod(permitted, "")),
@@ -98,7 +98,7 @@ func worst() map[string]string {
 		"containers with everything":         review(annotated(``, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
 		"init containers":                    review(annotated(``, container(`"x":0`)+`,"initContainers":[`+list(podview.MaxContainers-1, most, named(everything))+`]`)),
 		"containers of long names":           review(annotated(``, `"containers":[`+list(podview.MaxContainers, most, func(n int) string { return fmt.Sprintf(`{"name":"%0253d",%s}`, n, everything) })+`]`)),
-		"more containers than are taken":     review(annotated(``, `"containers":[`+list(values, most, always(`{}`))+`]`)),
+		"too many containers":                review(annotated(``, `"containers":[`+list(values, most, always(`{}`))+`]`)),
 		"sixty thousand containers":          review(annotated(``, `"containers":[`+list(60_000, 7<<20, named(`"env":[`+keys+`]`))+`]`)),
 		"empty variables":                    review(annotated(``, container(`"env":[`+list(values/2, most, always(`{}`))+`]`))),
 		"null variables":                     review(annotated(``, container(`"env":[`+list(values, most, always(`null`))+`]`))),
@@ -115,7 +115,7 @@ func worst() map[string]string {
 		"a service account":                  review(annotated(``, container(`"x":0`)+`,"serviceAccountName":"`+strings.Repeat("x", most)+`"`)),
 		"a name of the pod":                  review(`{"metadata":{"name":"` + strings.Repeat("x", most) + `","annotations":{"iam.amazonaws.com/role":"r"}}}`),
 		"variables of a family":              review(annotated(``, container(`"env":[`+list(values/2, most, func(n int) string { return fmt.Sprintf(`{"name":"AWS_CONTAINER_%x"}`, n) })+`]`))),
-		"variables of our container":         review(annotated(``, container(`"x":0`)+`,"volumes":[{"name":"credence-identity"}],"initContainers":[`+another+`"env":[`+list(values/2, most, always(`{"name":"CREDENCE_X"}`))+`]}]`)),
+		"variables of our container":         review(annotated(``, container(`"x":0`)+`,"volumes":[{"name":"credence-identity"}],"initContainers":[`+another+`"env":[{"name":"CREDENCE_AUTHORIZATION","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}},`+list(values/2, most, always(`{"name":"CREDENCE_X"}`))+`]}]`)),
 		"name servers":                       review(annotated(``, container(`"x":0`)+`,"dnsPolicy":"None","dnsConfig":{"nameservers":[`+list(values, most, always(`""`))+`]}`)),
 		"null search domains":                review(annotated(``, container(`"x":0`)+`,"dnsPolicy":"None","dnsConfig":{"nameservers":["10.96.0.10"],"searches":[`+list(values, most, always(`null`))+`]}`)),
 		"DNS options":                        review(annotated(``, container(`"x":0`)+`,"dnsConfig":{"options":[`+list(values/2, most, always(`{}`))+`]}`)),
@@ -141,20 +141,20 @@ func worst() map[string]string {
 		"claims":                             review(annotated(``, container(`"resources":{"claims":[`+list(values, most, always(`null`))+`]}`))),
 		"selectors":                          review(annotated(``, container(`"x":0`)+`,"nodeSelector":{`+list(values, most, short)+`}`)),
 		"annotations":                        review(annotated(`,`+list(values, 250<<10, short), container(`"x":0`))),
-		"more annotations than are taken":    review(annotated(`,`+list(values, most, short), container(`"x":0`))),
+		"too many annotations":               review(annotated(`,`+list(values, most, short), container(`"x":0`))),
 		"long annotations":                   review(annotated(`,"a":"`+strings.Repeat("x", most)+`"`, container(`"x":0`))),
 		"labels":                             review(`{"metadata":{"labels":{` + list(values, most, short) + `},"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{` + container(`"x":0`) + `}}`),
 		"unknown annotations":                review(annotated(`,`+list(values, 250<<10, func(n int) string { return fmt.Sprintf(`"iam.amazonaws.com/%x":""`, n) }), container(`"x":0`))),
 		"a session policy":                   review(annotated(`,"iam.amazonaws.com/session-policy":"{\"Statement\":1`+strings.Repeat(`,\"abc\":1`, 25_000)+`}"`, container(`"x":0`))),
 		"a session policy of other keys":     review(annotated(`,"iam.amazonaws.com/session-policy":"{\"Statement\":1,`+strings.ReplaceAll(list(values, 200<<10, func(n int) string { return fmt.Sprintf(`"%x":1`, n) }), `"`, `\"`)+`}"`, container(`"x":0`))),
 		"a list of containers":               review(annotated(`,"iam.amazonaws.com/skip-containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
-		"a list that is not there":           review(annotated(`,"iam.amazonaws.com/containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
+		"a list of unknown containers":       review(annotated(`,"iam.amazonaws.com/containers":"`+list(1000, 200<<10, func(n int) string { return fmt.Sprintf("%0100d", n) })+`"`, `"containers":[`+list(podview.MaxContainers, most, named(everything))+`]`)),
 		"managed fields":                     review(annotated(``, container(`"x":0`)), `"name":"p"`, `"name":"p","managedFields":[`+list(1_000_000, 2<<20, always(`{}`))+`]`),
 		"containers in managed fields":       review(annotated(``, `"managedFields":[`+list(values, most, always(`{}`))+`],`+container(`"managedFields":[`+list(values, most, always(`{}`))+`]`))),
 		"deep arrays":                        review(annotated(``, container(`"x":`+strings.Repeat("[", 1_000_000)+strings.Repeat("]", 1_000_000)))),
 		"deep objects":                       review(annotated(``, container(`"x":`+strings.Repeat(`{"a":`, 90)+`1`+strings.Repeat("}", 90)))),
-		"fields nobody knows":                review(annotated(``, container(list(values, most, numbered0)))),
-		"objects nobody knows":               review(annotated(``, container(`"x":[`+list(values/2, most, numbered(``))+`]`))),
+		"unknown fields":                     review(annotated(``, container(list(values, most, numbered0)))),
+		"unknown objects":                    review(annotated(``, container(`"x":[`+list(values/2, most, numbered(``))+`]`))),
 		"a field twice":                      review(annotated(``, container(list(values/1000, most, always(`"env":[`+list(300, most, always(`{}`))+`]`))))),
 		"containers twice":                   review(annotated(``, list(20, most, always(`"containers":[`+list(1000, most, named(`"env":[{}]`))+`]`)))),
 		"an object twice":                    `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"0b2e5d3c",` + list(10, 3<<20, always(`"object":{"spec":{"x":"`+strings.Repeat("x", 300_000)+`"}}`)) + `}}`,
@@ -162,11 +162,11 @@ func worst() map[string]string {
 		"a long grace period":                review(annotated(``, container(`"x":0`)+`,"terminationGracePeriodSeconds":`+strings.Repeat("1", most))),
 		"a long quantity":                    review(annotated(``, container(`"resources":{"limits":{"cpu":"`+strings.Repeat("1", most)+`"}}`))),
 		"groups":                             review(annotated(``, container(`"x":0`)), `"uid":`, `"userInfo":{"groups":[`+list(values, 900<<10, always(`""`))+`],"extra":{"a":[]}},"uid":`),
-		"answers":                            review(annotated(``, container(`"x":0`)), `"request":`, `"response":{"warnings":[`+list(values, 900<<10, always(`""`))+`]},"request":`),
+		"responses":                          review(annotated(``, container(`"x":0`)), `"request":`, `"response":{"warnings":[`+list(values, 900<<10, always(`""`))+`]},"request":`),
 		"an old object":                      review(annotated(``, container(`"x":0`)), `"oldObject":null`, `"oldObject":{"a":"`+strings.Repeat("x", most)+`"}`),
-		"blanks":                             strings.Repeat(" ", webhook.MaxReview-1000) + review(pod(permitted, "")),
+		"spaces":                             strings.Repeat(" ", webhook.MaxReview-1000) + review(pod(permitted, "")),
 		"longer than a review":               review(annotated(``, container(`"x":"`+strings.Repeat("x", webhook.MaxReview)+`"`))),
-		"quotes without end":                 `"` + strings.Repeat(`\"`, most/2),
+		"endless quotes":                     `"` + strings.Repeat(`\"`, most/2),
 		"commas":                             `[` + strings.Repeat(`,`, most),
 		"a uid":                              review("{}", "0b2e5d3c", strings.Repeat("x", most)),
 		"a namespace":                        review(pod(permitted, ""), `"team-a"`, `"`+strings.Repeat("x", most)+`"`),
@@ -182,7 +182,7 @@ func numbered0(n int) string { return fmt.Sprintf(`"%x":0`, n) }
 func TestCost(t *testing.T) {
 	s := newServer(t)
 	for name, body := range worst() {
-		for _, length := range []int{-1, len(body)} { // not declared costs more
+		for _, length := range []int{-1, len(body)} { // An undeclared length costs more.
 			if length > 0 && len(body) <= webhook.MaxReview {
 				continue
 			}
@@ -195,33 +195,33 @@ func TestCost(t *testing.T) {
 			}
 			values := podview.Measure([]byte(body)).Values
 			if values > podview.MaxValues {
-				values = 0 // refused for it, without having been decoded
+				values = 0 // The server refuses it before decoding.
 			}
 			containers := min(strings.Count(body, `"name":"c`)+strings.Count(body, `"name":"0`), podview.MaxContainers)
 			reserved := webhook.Cost(read, values, containers)
-			// The first review of its kind allocates what later ones find, and other goroutines allocate, too.
+			// The first review of its kind allocates what later ones reuse, and other goroutines allocate, too.
 			for range 2 {
 				if got > reserved {
 					again, _ := allocated(t, s, body, length)
 					got = min(got, again)
 				}
 			}
-			t.Logf("%-36s %9d bytes %6d values: %9d allocated, %9d reserved (%.2f), answered %d with %d bytes in %s",
+			t.Logf("%-36s %9d bytes %6d values: %9d allocated, %9d reserved (%.2f), response %d with %d bytes in %s",
 				name, len(body), values, got, reserved, float64(got)/float64(reserved), w.code, w.bytes, took)
 			if got > reserved {
-				t.Errorf("%s: a review of %d bytes, %d values and %d containers allocates %d bytes, and %d are reserved", name, len(body), values, containers, got, reserved)
+				t.Errorf("%s: a review of %d bytes, %d values and %d containers allocates %d bytes, but reserves %d", name, len(body), values, containers, got, reserved)
 			}
 			if reserved > webhook.MaxCost {
-				t.Errorf("%s: it costs %d, more than the largest review, %d", name, reserved, webhook.MaxCost)
+				t.Errorf("%s: review costs %d, more than MaxCost, %d", name, reserved, webhook.MaxCost)
 			}
 			if w.bytes > 2<<20 {
-				t.Errorf("%s: the answer has %d bytes", name, w.bytes)
+				t.Errorf("%s: response has %d bytes, want at most 2 MiB", name, w.bytes)
 			}
 		}
 	}
 }
 
-// TestMemoryFitsTheChart: all reviews at once take at most half of what the chart gives the webhook.
+// TestMemoryFitsTheChart: all reviews at once take at most half of the webhook's memory in the chart.
 func TestMemoryFitsTheChart(t *testing.T) {
 	text, err := os.ReadFile("../charts/credence/values.yaml")
 	if err != nil {
@@ -241,13 +241,16 @@ func TestMemoryFitsTheChart(t *testing.T) {
 	}
 	limit := values.Webhook.Resources.Limits.Memory.Value()
 	if limit == 0 {
-		t.Fatal("the chart has no memory limit of the webhook")
+		t.Fatal("chart has no memory limit for the webhook")
 	}
 	all := int64(webhook.MaxShared) + webhook.MaxLarge*webhook.MaxCost
-	if all > limit/2 || all != webhook.MaxMemory {
-		t.Errorf("all reviews at once cost %d bytes, and half of the chart's limit is %d", all, limit/2)
+	if all > limit/2 {
+		t.Errorf("all reviews at once cost %d bytes, want %d or less", all, limit/2)
+	}
+	if all != webhook.MaxMemory {
+		t.Errorf("all reviews at once cost %d bytes, but MaxMemory is %d", all, int64(webhook.MaxMemory))
 	}
 	if webhook.MaxSmall > webhook.MaxShared/8 {
-		t.Errorf("there is room for %d of the reviews that count as small", webhook.MaxShared/webhook.MaxSmall)
+		t.Errorf("shared memory fits %d small reviews, want at least 8", webhook.MaxShared/webhook.MaxSmall)
 	}
 }

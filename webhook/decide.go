@@ -21,13 +21,13 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// decision is what became of a request; it is the value of the audit annotation "decision".
+// decision is the outcome of a request, and the value of the audit annotation "decision".
 type decision string
 
 const (
-	untouched decision = "untouched" // not the creation of an annotated pod
+	untouched decision = "untouched" // the request is not the creation of an annotated pod
 	injected  decision = "injected"
-	complete  decision = "complete" // injected before: called again, with nothing to add
+	complete  decision = "complete" // the pod is already injected
 	refused   decision = "refused"
 )
 
@@ -36,16 +36,16 @@ func Decisions() []string {
 	return []string{string(untouched), string(injected), string(complete), string(refused)}
 }
 
-// verdict is a decision and what led to it.
+// verdict is a decision with its inputs.
 type verdict struct {
 	decision decision
 	inject.Result
-	grant policy.Grant // zero if the decision was left to the broker
+	grant policy.Grant // zero if the broker must decide
 }
 
-// respond decides on one request, logs the decision and puts it in the API server's form. With an error it refuses the
-// request for that, without looking at it.
-func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, err error, memory *share, began time.Time) *admissionv1.AdmissionResponse {
+// respond decides on a request, logs the decision and returns the response. If err is not nil, it refuses the request
+// because of err.
+func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequest, err error, memory *reservation, began time.Time) *admissionv1.AdmissionResponse {
 	var v verdict
 	if err == nil {
 		v, err = s.decideSafely(ctx, request, memory)
@@ -84,48 +84,48 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 	if name == "" {
 		name = v.Name
 	}
-	s.log.InfoContext(ctx, "Admission decided",
+	s.log.InfoContext(ctx, "Decided on an admission",
 		"uid", clip.Runes(string(request.UID), maxName), "namespace", clip.Runes(request.Namespace, maxName), "pod", clip.Runes(name, maxName),
 		"decision", v.decision, "reason", reason, "role", role, "dry_run", request.DryRun != nil && *request.DryRun)
-	// What users are not told. Refusals that they are told of in full are no faults of ours.
+	// The user does not see the cause. A refusal without a cause is not a fault of the webhook.
 	if e, ok := errors.AsType[*credential.Error](err); err != nil && (!ok || e.Cause != nil) {
 		cause := err
 		if ok {
 			cause = e.Cause
 		}
-		s.log.ErrorContext(ctx, "Admission refused for a fault", "uid", clip.Runes(string(request.UID), maxName), "error", cause)
+		s.log.ErrorContext(ctx, "Refused an admission because of a fault", "uid", clip.Runes(string(request.UID), maxName), "error", cause)
 	}
 	return response
 }
 
-// decideSafely is decide, with a panic turned into an error.
-func (s *Server) decideSafely(ctx context.Context, request *admissionv1.AdmissionRequest, memory *share) (v verdict, err error) {
+// decideSafely is like decide, but returns an error if decide panics.
+func (s *Server) decideSafely(ctx context.Context, request *admissionv1.AdmissionRequest, memory *reservation) (v verdict, err error) {
 	if fault := s.safely(ctx, request.UID, func() { v, err = s.decide(ctx, request, memory) }); fault != nil {
 		return verdict{}, fault
 	}
 	return v, err
 }
 
-// safely calls f, and turns a panic into an error: the pod is refused, and the others of the process live on.
+// safely calls f and returns an error if f panics. Other reviews are not affected.
 func (s *Server) safely(ctx context.Context, uid types.UID, f func()) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			// Errors of the Go runtime quote no data; other panic values might quote the pod.
-			what := fmt.Sprintf("%T", p)
+			// Errors of the Go runtime quote no data. Other panic values may quote the pod.
+			value := fmt.Sprintf("%T", p)
 			if fault, ok := p.(runtime.Error); ok {
-				what = fault.Error()
+				value = fault.Error()
 			}
-			s.log.ErrorContext(ctx, "Panic while deciding on an admission", "uid", clip.Runes(string(uid), maxName), "panic", what, "stack", string(debug.Stack()))
-			err = errors.New("panic: " + what)
+			s.log.ErrorContext(ctx, "Recovered from a panic in an admission", "uid", clip.Runes(string(uid), maxName), "panic", value, "stack", string(debug.Stack()))
+			err = errors.New("panic: " + value)
 		}
 	}()
 	f()
 	return nil
 }
 
-func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionRequest, memory *share) (verdict, error) {
-	// Only creation: the fields that injection adds cannot be changed later, and a pod that was let
-	// through before the webhook was there must stay editable.
+func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionRequest, memory *reservation) (verdict, error) {
+	// Only creation matters: the fields that injection adds cannot change later, and users must be able to edit pods that
+	// are older than the webhook.
 	pods := metav1.GroupVersionResource{Version: "v1", Resource: "pods"}
 	if request.Operation != admissionv1.Create || request.Resource != pods || request.SubResource != "" {
 		return verdict{decision: untouched}, nil
@@ -137,7 +137,7 @@ func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionReque
 	if ended := ctx.Err(); ended != nil && errors.Is(err, ended) {
 		return v, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Cause: err, RetryAfter: time.Second,
-			Message: fmt.Sprintf("the webhook did not decide on the pod within %s, because it had too many others to decide on: try again", reviewTimeout),
+			Message: fmt.Sprintf("the webhook could not decide on the pod within %s because of too many other pods; try again", reviewTimeout),
 		}
 	}
 	if err != nil {
@@ -150,12 +150,12 @@ func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionReque
 	if result.Patch == nil {
 		v.decision = complete
 	}
-	v.grant, err = s.judge(ctx, result.Pod)
+	v.grant, err = s.check(ctx, result.Pod)
 	return v, err
 }
 
-// judge refuses what the broker would refuse. A zero grant without an error leaves it to the broker.
-func (s *Server) judge(ctx context.Context, pod policy.Pod) (policy.Grant, error) {
+// check refuses a pod that the broker would refuse. If only the broker can decide, it returns a zero grant and no error.
+func (s *Server) check(ctx context.Context, pod policy.Pod) (policy.Grant, error) {
 	ns, err := s.cfg.Namespaces.Namespace(ctx, pod.Namespace)
 	switch {
 	case errors.Is(err, credential.ErrNotFound):
@@ -164,23 +164,23 @@ func (s *Server) judge(ctx context.Context, pod policy.Pod) (policy.Grant, error
 	case err != nil:
 		return policy.Grant{}, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, Cause: err, RetryAfter: time.Second,
-			Message: fmt.Sprintf("whether namespace %q permits the role cannot be known now, because the API server does not answer: try again", pod.Namespace),
+			Message: fmt.Sprintf("cannot check whether namespace %q permits the role: the API server does not respond; try again", pod.Namespace),
 		}
 	}
 	grant, err := s.grant(ctx, pod, ns)
 	if err == nil || errors.Is(err, credential.ErrUnavailable) {
 		return grant, err
 	}
-	// The watch may be behind: namespaces are annotated a moment before their first pod.
+	// The watch cache may be old: users annotate a namespace a moment before its first pod.
 	latest, readErr := s.cfg.Namespaces.Latest(ctx, pod.Namespace)
 	if readErr != nil {
-		s.log.WarnContext(ctx, "Refusing by what was last heard of a namespace", "namespace", clip.Runes(pod.Namespace, maxName), "error", readErr)
+		s.log.WarnContext(ctx, "Could not read a namespace, refusing by the watch cache", "namespace", clip.Runes(pod.Namespace, maxName), "error", readErr)
 		return policy.Grant{}, err
 	}
 	return s.grant(ctx, pod, latest)
 }
 
-// grant judges by ns. It is zero where that is left to the broker.
+// grant decides by ns. It returns a zero grant if only the broker can decide.
 func (s *Server) grant(ctx context.Context, pod policy.Pod, ns policy.Namespace) (policy.Grant, error) {
 	grant, err := s.cfg.Rules.Decide(ctx, pod, ns)
 	if errors.Is(err, policy.ErrNoBase) {
@@ -189,18 +189,17 @@ func (s *Server) grant(ctx context.Context, pod policy.Pod, ns policy.Namespace)
 	return grant, err
 }
 
-// maxMessage bounds a refusal: some quote an annotation, of which Kubernetes takes 256 KiB.
+// maxMessage limits the message of a refusal, in characters. Some quote an annotation, which can have 256 KiB.
 const maxMessage = 2048
 
-// refusal puts an error in the form in which it reaches the user: kubectl prints the message, and a
-// controller puts it into an Event. The code is one that neither kubectl nor controllers treat
-// specially: kubectl prints a 422 without its message.
+// refusal returns the response for an error. kubectl prints its message, and a controller puts the message into an Event.
+// Neither treats the codes specially; kubectl would print a 422 without its message.
 func refusal(request *admissionv1.AdmissionRequest, err error) *admissionv1.AdmissionResponse {
 	status := &metav1.Status{Status: metav1.StatusFailure, Details: &metav1.StatusDetails{}}
-	message := fmt.Sprintf("internal error: the webhook's log has it under uid %s", request.UID)
+	message := fmt.Sprintf("internal error; see the webhook's log for uid %s", request.UID)
 	if e, ok := errors.AsType[*credential.Error](err); ok {
 		message = e.Message
-		// The API server makes a Retry-After header of it, which clients obey.
+		// The API server sends it as Retry-After header, and clients obey.
 		status.Details.RetryAfterSeconds = int32(math.Ceil(min(e.RetryAfter, time.Minute).Seconds()))
 	}
 	switch {
@@ -219,18 +218,18 @@ func refusal(request *admissionv1.AdmissionRequest, err error) *admissionv1.Admi
 	return &admissionv1.AdmissionResponse{UID: request.UID, Result: status}
 }
 
-// Bounds of warnings, in characters. The API server cuts each to 256 once all have more than 4096
-// together, and then drops those that do not fit: better cut and counted here.
+// Limits of warnings, in characters. If all warnings have more than 4096, the API server cuts each to 256 and drops those
+// that do not fit. The webhook cuts them itself, and counts the others.
 const (
 	maxWarning  = 256
 	maxWarnings = 4096
 )
 
-// bounded returns what fits of the warnings, and how many more there were, beside those that were counted only.
+// bounded returns the warnings that fit, and a last one with the number of others. more are already missing in warnings.
 func bounded(warnings []string, more int) []string {
 	var kept []string
 	for at, warning := range warnings {
-		if (at+1)*maxWarning > maxWarnings-maxWarning { // the last place is for the count
+		if (at+1)*maxWarning > maxWarnings-maxWarning { // The last place is for the count.
 			return append(kept, fmt.Sprintf("credence: and %d more warnings", len(warnings)-at+more))
 		}
 		kept = append(kept, clip.Runes("credence: "+warning, maxWarning))

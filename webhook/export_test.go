@@ -1,6 +1,6 @@
 package webhook
 
-// Bounds of reviews.
+// Limits of reviews.
 const (
 	MaxReview = maxReview
 	MaxShared = maxShared
@@ -10,13 +10,13 @@ const (
 	MaxLarge  = maxLarge
 )
 
-// MaxConnections is how many connections may be open.
+// MaxConnections is the maximum number of open connections.
 const MaxConnections = maxConnections
 
-// Refusal is what a user is told of an error.
+// Refusal returns the response for an error.
 var Refusal = refusal
 
-// Cost is the memory that is reserved for a review, and ReadingCost while it arrives.
+// Cost is the memory that a review reserves, and ReadingCost the memory while it arrives.
 var (
 	Cost        = cost
 	ReadingCost = readingCost

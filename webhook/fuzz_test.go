@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// FuzzMutate: whatever bytes arrive, the answer is a review with the request's uid, or a 4xx.
+// FuzzMutate: the response to any bytes is a review with the request's uid, or a 4xx.
 func FuzzMutate(f *testing.F) {
 	f.Add(review(pod(permitted, "")))
 	f.Add(review(pod("x", `"hostNetwork":true,`)))
@@ -33,15 +33,15 @@ func FuzzMutate(f *testing.F) {
 		if w.Code != http.StatusOK {
 			t.Fatalf("status %d: %s", w.Code, w.Body)
 		}
-		var asked admissionv1.AdmissionReview
-		if err := utiljson.Unmarshal([]byte(body), &asked); err != nil {
-			t.Fatalf("answered what does not decode: %v", err)
+		var received admissionv1.AdmissionReview
+		if err := utiljson.Unmarshal([]byte(body), &received); err != nil {
+			t.Fatalf("status 200 for a body that does not decode: %v", err)
 		}
-		decodeReview(t, w.Body.String(), string(asked.Request.UID))
+		decodeReview(t, w.Body.String(), string(received.Request.UID))
 	})
 }
 
-// recorded returns the handler's answer without a connection.
+// recorded returns the handler's response without a connection.
 func recorded(t testing.TB, handler http.Handler, method, path, body string) *httptest.ResponseRecorder {
 	t.Helper()
 	request := httptest.NewRequestWithContext(t.Context(), method, path, strings.NewReader(body))
@@ -69,7 +69,7 @@ func applied(t testing.TB, raw string, ops []inject.Operation) string {
 	return string(out)
 }
 
-// pipes is a listener in memory, which synctest's clock can run beside.
+// pipes is a listener in memory, which works with the clock of synctest.
 type pipes struct {
 	connections chan net.Conn
 	closed      chan struct{}

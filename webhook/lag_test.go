@@ -10,7 +10,7 @@ import (
 	"github.com/credence-iam/credence/webhook"
 )
 
-// lagging is a watch that has not heard yet that the namespace was annotated.
+// lagging has a watch cache from before the namespace was annotated.
 type lagging struct {
 	latest namespaces
 	reads  int
@@ -25,19 +25,21 @@ func (l *lagging) Latest(ctx context.Context, name string) (policy.Namespace, er
 	return l.latest(ctx, name)
 }
 
-// A pod is refused by what its namespace permits at this moment, not by what was heard of it.
-func TestNamespaceAnnotatedAMomentAgo(t *testing.T) {
-	away := namespaces(func(context.Context, string) (policy.Namespace, error) { return policy.Namespace{}, errors.New("away") })
+// TestRecentlyAnnotatedNamespace: the webhook refuses a pod only after a live read of its namespace.
+func TestRecentlyAnnotatedNamespace(t *testing.T) {
+	unavailable := namespaces(func(context.Context, string) (policy.Namespace, error) {
+		return policy.Namespace{}, errors.New("connection refused")
+	})
 	for name, tt := range map[string]struct {
 		latest  namespaces
 		role    string
 		allowed bool
 		reason  credential.Reason
 	}{
-		"annotated since":     {teamA, permitted, true, ""},
-		"not for that role":   {teamA, "arn:aws:iam::123456789012:role/admin", false, credential.ReasonRoleNotPermitted},
-		"cannot be read":      {away, permitted, false, credential.ReasonNothingPermitted},
-		"is as it was before": {(&lagging{}).Namespace, permitted, false, credential.ReasonNothingPermitted},
+		"now annotated":    {teamA, permitted, true, ""},
+		"not for the role": {teamA, "arn:aws:iam::123456789012:role/admin", false, credential.ReasonRoleNotPermitted},
+		"unavailable":      {unavailable, permitted, false, credential.ReasonNothingPermitted},
+		"unchanged":        {(&lagging{}).Namespace, permitted, false, credential.ReasonNothingPermitted},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := &lagging{latest: tt.latest}
@@ -48,33 +50,33 @@ func TestNamespaceAnnotatedAMomentAgo(t *testing.T) {
 			})
 			_, text := post(t, client, url+"/mutate", "application/json", review(pod(tt.role, "")))
 			if got := decodeReview(t, text, "0b2e5d3c"); got.Allowed != tt.allowed {
-				t.Errorf("answered %s", text)
+				t.Errorf("response is %s", text)
 			}
 			if l.reads != 1 {
-				t.Errorf("the API server was read %d times, want once", l.reads)
+				t.Errorf("%d live reads, want 1", l.reads)
 			}
 			if len(seen) != 1 || seen[0].Reason != tt.reason || seen[0].Duration <= 0 || (seen[0].PatchBytes > 0) != tt.allowed ||
 				seen[0].Decision != map[bool]string{true: "injected", false: "refused"}[tt.allowed] {
-				t.Errorf("observed %+v", seen)
+				t.Errorf("observations are %+v", seen)
 			}
 		})
 	}
-	t.Run("nothing is read for what is permitted", func(t *testing.T) {
+	t.Run("no live read for a permitted role", func(t *testing.T) {
 		client, url := startTCP(t, func(c *webhook.Config) { c.Namespaces = onlyWatched{namespaces(teamA), t} })
 		_, text := post(t, client, url+"/mutate", "application/json", review(pod(permitted, "")))
 		if !decodeReview(t, text, "0b2e5d3c").Allowed {
-			t.Errorf("answered %s", text)
+			t.Errorf("response is %s", text)
 		}
 	})
 }
 
-// onlyWatched must not be read live.
+// onlyWatched fails the test on a live read.
 type onlyWatched struct {
 	namespaces
 	t *testing.T
 }
 
 func (o onlyWatched) Latest(ctx context.Context, name string) (policy.Namespace, error) {
-	o.t.Error("the API server was read")
+	o.t.Error("live read of the namespace")
 	return o.namespaces(ctx, name)
 }

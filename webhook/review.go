@@ -21,42 +21,42 @@ import (
 	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
-// apiVersion and kind of the reviews that are understood.
+// reviewVersion and reviewKind are the only supported apiVersion and kind.
 var (
 	reviewVersion = admissionv1.SchemeGroupVersion.String()
 	reviewKind    = "AdmissionReview"
 )
 
-// mutate answers one review.
+// mutate responds to one review.
 func (s *Server) mutate(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(r.Context(), reviewTimeout)
 	defer cancel()
-	memory := &share{of: s.bodies}
+	memory := &reservation{from: s.bodies}
 	defer memory.release()
 	var request *admissionv1.AdmissionRequest
-	// A failure without a status of its own is in the log.
+	// The log has the cause of a failure without a status of its own.
 	code, err := http.StatusInternalServerError, error(nil)
 	if fault := s.safely(ctx, "", func() { request, code, err = readReview(ctx, w, r, memory) }); fault != nil {
-		err = errors.New("internal error: the webhook's log has it")
+		err = errors.New("internal error; see the webhook's log")
 	}
 	if err != nil && request == nil {
-		s.log.WarnContext(ctx, "Admission review not understood", "status", code, "error", err)
-		answer(w, code, err.Error())
+		s.log.WarnContext(ctx, "Could not read an admission review", "status", code, "error", err)
+		writeText(w, code, err.Error())
 		return
 	}
 	var body []byte
 	fault := s.safely(ctx, request.UID, func() { body, err = encode(s.respond(ctx, request, err, memory, began)) })
 	if fault = errors.Join(fault, err); fault != nil {
 		if body, err = encode(refusal(request, fault)); err != nil {
-			// Cannot happen: it has no value that does not encode.
-			answer(w, http.StatusInternalServerError, "the answer cannot be encoded")
+			// Impossible: a refusal has no value that cannot be encoded.
+			writeText(w, http.StatusInternalServerError, "cannot encode the response")
 			return
 		}
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if _, err := w.Write(body); err != nil {
-		s.log.WarnContext(r.Context(), "Answer to an admission review not sent", "uid", request.UID, "error", err)
+		s.log.WarnContext(r.Context(), "Could not send the response to an admission review", "uid", request.UID, "error", err)
 	}
 }
 
@@ -67,8 +67,8 @@ func encode(response *admissionv1.AdmissionResponse) ([]byte, error) {
 	})
 }
 
-// admissionReview has those fields of a review that decisions read. The others are not decoded: groups of the user,
-// options, and an answer, which no review of the API server's has, can be as long as the object.
+// admissionReview has the fields of a review that decisions read. Others are not decoded, because the user's groups, the
+// options and a response, which the API server never sends, can be as long as the object.
 type admissionReview struct {
 	metav1.TypeMeta
 	Request *struct {
@@ -83,14 +83,14 @@ type admissionReview struct {
 	} `json:"request"`
 }
 
-// readReview returns the request of the one review in the body, or the HTTP status that refuses it. A request beside an
-// error has a uid and no more: the refusal is then an answer to it.
-func readReview(ctx context.Context, w http.ResponseWriter, r *http.Request, memory *share) (*admissionv1.AdmissionRequest, int, error) {
+// readReview returns the request of the review in the body, or an error with its HTTP status. If it returns a request with
+// an error, the request has only a uid, and the response is a refusal.
+func readReview(ctx context.Context, w http.ResponseWriter, r *http.Request, memory *reservation) (*admissionv1.AdmissionRequest, int, error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return nil, http.StatusUnsupportedMediaType, fmt.Errorf("content type %q is not application/json", r.Header.Get("Content-Type"))
 	}
 	body, code, err := readBody(ctx, w, r, memory)
-	if _, told := errors.AsType[*credential.Error](err); told {
+	if _, refused := errors.AsType[*credential.Error](err); refused {
 		return beginning(body), code, err
 	}
 	if err != nil {
@@ -98,33 +98,33 @@ func readReview(ctx context.Context, w http.ResponseWriter, r *http.Request, mem
 	}
 	var review admissionReview
 	if err := json.Unmarshal(body, &review); err != nil {
-		// Nothing that a pod holds is in the error: its JSON is not decoded here.
+		// The error quotes nothing of the pod, whose JSON is not decoded here.
 		return nil, http.StatusBadRequest, fmt.Errorf("decoding the review: %w", err)
 	}
-	asked := review.Request
+	received := review.Request
 	switch {
 	case review.APIVersion != reviewVersion || review.Kind != reviewKind:
-		return nil, http.StatusBadRequest, fmt.Errorf("the body is %q of %q, and only %s of %s is understood: list v1 alone in the webhook's admissionReviewVersions",
+		return nil, http.StatusBadRequest, fmt.Errorf("the body is %q of %q, and the webhook supports only %s of %s; list only v1 in its admissionReviewVersions",
 			clip.Runes(review.Kind, maxName), clip.Runes(review.APIVersion, maxName), reviewKind, reviewVersion)
-	case asked == nil:
+	case received == nil:
 		return nil, http.StatusBadRequest, errors.New("the review has no request")
-	case asked.UID == "":
+	case received.UID == "":
 		return nil, http.StatusBadRequest, errors.New("the review's request has no uid")
-	case len(asked.UID) > maxName || len(asked.Namespace) > maxName:
+	case len(received.UID) > maxName || len(received.Namespace) > maxName:
 		return nil, http.StatusBadRequest, fmt.Errorf("uid or namespace of the review's request is longer than %d bytes", maxName)
 	}
 	return &admissionv1.AdmissionRequest{
-		UID: asked.UID, Resource: asked.Resource, SubResource: asked.SubResource, Name: asked.Name, Namespace: asked.Namespace,
-		Operation: asked.Operation, Object: runtime.RawExtension{Raw: asked.Object}, DryRun: asked.DryRun,
+		UID: received.UID, Resource: received.Resource, SubResource: received.SubResource, Name: received.Name, Namespace: received.Namespace,
+		Operation: received.Operation, Object: runtime.RawExtension{Raw: received.Object}, DryRun: received.DryRun,
 	}, http.StatusOK, nil
 }
 
-// errTooLong refuses a body that is longer than maxReview.
+// errTooLong refuses a body longer than maxReview.
 var errTooLong = credential.Errorf(credential.ErrInvalid, credential.ReasonPodUnsupported,
-	"the review is longer than %d bytes, and an API server takes pods of at most %d: make the pod smaller", maxReview, podview.MaxObject)
+	"the review is longer than %d bytes, and an API server accepts pods of at most %d; make the pod smaller", maxReview, podview.MaxObject)
 
-// beginning returns the request of a review that is not read as a whole, with its uid alone; nil if the first bytes do
-// not have it. The API server writes version and uid first.
+// beginning returns the request of an incomplete review, with only its uid; nil if the first bytes lack the uid. The API
+// server writes version and uid first.
 func beginning(body []byte) *admissionv1.AdmissionRequest {
 	d := stdjson.NewDecoder(bytes.NewReader(body[:min(len(body), firstBytes)]))
 	if t, err := d.Token(); err != nil || t != stdjson.Delim('{') {
@@ -164,6 +164,6 @@ func beginning(body []byte) *admissionv1.AdmissionRequest {
 	}
 }
 
-// maxName is the longest text of the request's that errors and logs repeat: Kubernetes names have at
-// most 253 characters.
+// maxName is the maximum length of the request's texts that errors and logs repeat. Kubernetes names have at most 253
+// characters.
 const maxName = 253

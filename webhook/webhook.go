@@ -1,18 +1,17 @@
-// Package webhook answers the API server's admission reviews: it has pods injected that ask for AWS
-// credentials, and refuses those that policy would refuse later, while somebody is looking.
+// Package webhook responds to the API server's admission reviews. It injects annotated pods, and refuses those that the
+// broker would refuse later, while the user still sees the reason.
 //
-// It promises that
-//   - an annotated pod leaves admission injected or refused; when in doubt (a panic, an API server
-//     that cannot be asked) it is refused, because a pod without its sidecar would silently get the
-//     role of its node;
-//   - all that is not the creation of an annotated pod is let through untouched;
-//   - each review it can read is answered by a review with the same uid. All else is answered by a 4xx, by a 500 after a panic, or by a 503
-//     if there are more reviews at once than there is memory to read them;
-//   - no admission is lost while it stops: see [Server.Run];
-//   - its log has one line per decision, and in none of them an environment value or a pod.
+// It guarantees:
+//   - it injects or refuses each annotated pod. It refuses if it cannot decide (a panic, an unavailable API server),
+//     because a pod without its sidecar would get the role of its node;
+//   - it admits everything else unchanged;
+//   - it responds to each review that it can read with a review of the same uid. Other requests get a 4xx, a 500 after a
+//     panic, or a 503 if too many reviews for its memory arrive at once;
+//   - it loses no review while it shuts down, see [Server.Run];
+//   - its log has one line for each decision, and never an environment value or a pod.
 //
-// It holds no authority but reading namespaces: what it lets through, the broker judges again. It
-// does not register itself with the API server.
+// It has no rights except to read namespaces, and the broker checks each pod again. It does not register itself with the
+// API server.
 package webhook
 
 import (
@@ -38,14 +37,13 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// Namespaces tells what is known of namespaces.
+// Namespaces reads namespaces.
 type Namespaces interface {
-	// Namespace returns the labels and annotations of a namespace. An error that is
-	// credential.ErrNotFound says that there is no such namespace; any other, that it cannot be known
-	// now. Implementations return when ctx ends.
+	// Namespace returns the labels and annotations of a namespace, from a watch cache. credential.ErrNotFound means that the
+	// namespace does not exist. Any other error means that the API server is unavailable. Namespace returns when ctx ends.
 	Namespace(ctx context.Context, name string) (policy.Namespace, error)
-	// Latest is Namespace, but as the API server has it at this moment. It is called before a pod is refused
-	// for what its namespace permits, so an implementation bounds how often it asks.
+	// Latest is like Namespace, but a live read. The server calls it before it refuses a pod because of its namespace, so
+	// an implementation limits the rate of its reads.
 	Latest(ctx context.Context, name string) (policy.Namespace, error)
 }
 
@@ -53,30 +51,30 @@ type Namespaces interface {
 type Config struct {
 	// Injector makes the patches. Required.
 	Injector *inject.Injector
-	// Rules judges as the broker will: with the same keys as Injector, and the broker's base ARN.
-	// Without a base ARN, what needs one is left to the broker. Required.
+	// Rules decides as the broker does, with the keys of Injector and the broker's base ARN. Without a base ARN, the broker
+	// alone decides on roles that need one. Required.
 	Rules *policy.Rules
-	// Namespaces is asked for each annotated pod. Required.
+	// Namespaces has the namespaces of annotated pods. Required.
 	Namespaces Namespaces
-	// KeyPair is what the server proves itself with. Required.
+	// KeyPair has the serving certificate. Required.
 	KeyPair *certs.KeyPair
-	// Ready has the conditions of readiness by name, besides the server's own; each returns nil or
-	// what is missing. They are called at each probe, and must not block.
+	// Ready has further conditions of readiness, by name. Each returns nil, or an error that says what is missing. Each
+	// probe calls them, so they must not block.
 	Ready map[string]func() error
-	// DrainDelay is how long [Server.Run] goes on accepting connections after it was told to stop.
-	// It is the time for the API servers' nodes to learn that this endpoint is gone. Default 5 s.
+	// DrainDelay is how long [Server.Run] accepts connections after its context ends. In that time, the API servers' nodes
+	// learn that this endpoint is gone. Default 5 s.
 	DrainDelay time.Duration
-	// Logger gets the decisions. Nil discards them.
+	// Logger logs the decisions. Nil discards them.
 	Logger *slog.Logger
-	// Observe is told of each review that was answered. Nil: nobody is.
+	// Observe is called after each review, for metrics. It may be nil.
 	Observe func(Observation)
 }
 
-// Observation is what metrics are made of.
+// Observation describes a review for metrics.
 type Observation struct {
 	// Decision is one of [Decisions].
 	Decision string
-	// Reason is why it was refused; empty when it was not.
+	// Reason is the reason of a refusal; else empty.
 	Reason credential.Reason
 	// Duration is the time from the arrival of the review to its response.
 	Duration time.Duration
@@ -86,54 +84,53 @@ type Observation struct {
 
 const defaultDrainDelay = 5 * time.Second
 
-// Time limits of connections. The API server waits at most 30 seconds for a webhook, and for this one
-// 5 by our own configuration.
+// Time limits of connections. The API server waits at most 30 seconds for any webhook, and 5 for this one (chart).
 const (
-	// reviewTimeout leaves a second of those 5 for our answer to arrive: it says more than the API
+	// reviewTimeout leaves one of the 5 seconds for the response to arrive. The response has a better message than the API
 	// server's own "context deadline exceeded".
 	reviewTimeout = 4 * time.Second
 	headerTimeout = 5 * time.Second
 	readTimeout   = 10 * time.Second
 	writeTimeout  = 15 * time.Second
-	// idleTimeout is above the 90 seconds after which the API server's client closes an idle
-	// connection, so that no request meets one that we are closing. Idle connections are closed earlier only if there are
-	// too many, and those of the address that has the most.
+	// idleTimeout is above 90 seconds, after which the API server closes an idle connection. So the server never closes a
+	// connection that a request is about to use. If there are too many connections, it closes idle ones earlier, from the
+	// address that has the most.
 	idleTimeout = 2 * time.Minute
-	// shutdownTimeout is how long reviews in flight may take: longer than any can.
+	// shutdownTimeout is how long a shutdown waits for reviews in flight. It is longer than any review.
 	shutdownTimeout = writeTimeout + time.Second
-	// maxHeader and the 4 kB that net/http takes beyond it are far above what the API server sends: some hundred bytes,
-	// and a token where it authenticates itself to webhooks. Each small header costs 20 times its bytes in memory.
+	// maxHeader, plus the 4 kB that net/http adds, is far above the headers of an API server: some hundred bytes, and a
+	// token if it authenticates to webhooks. Each small header costs 20 times its bytes in memory.
 	maxHeader = 1 << 10
 )
 
-// Bounds of all connections. Nobody authenticates to the webhook.
+// Limits of all connections. Clients do not authenticate to the webhook.
 const (
-	// maxConnections is how many connections may be open. An API server has one for each review under way, of which it
-	// has 200 at once by default (--max-mutating-requests-inflight), and keeps up to 25 that are idle.
+	// maxConnections is the maximum number of open connections. An API server has one for each review in flight, by default
+	// at most 200 (--max-mutating-requests-inflight), and up to 25 idle ones.
 	maxConnections = 340
-	// maxWaiting is how many more may wait for room. A review takes a millisecond.
+	// maxWaiting is the maximum number of further connections that wait for a free place. A review takes a millisecond.
 	maxWaiting = 1024
-	// maxHandshake bounds the bytes of a handshake and the headers behind it. Go's handshake is 1.7 kB.
+	// maxHandshake limits the bytes of a handshake and the first headers. Go's handshake has 1.7 kB.
 	maxHandshake = 16<<10 + maxHeader + 4<<10
-	// socketBuffer is what the kernel may keep of a connection, either way; it takes twice as much. A review of usual
-	// size fits.
+	// socketBuffer limits the kernel's buffers of a connection, in each direction; the kernel takes twice as much. A review
+	// of usual size fits.
 	socketBuffer = 32 << 10
-	// HeldPerConnection is how many bytes of memory a connection holds at most, besides the body of a review and all that
-	// is made of it. An idle one holds 27 kB, and one whose headers are as many as they can be, 155 kB; integration/siege/connections
-	// measures them.
+	// HeldPerConnection is the maximum memory of a connection, in bytes, without the body of a review and what comes from
+	// it. An idle connection has 27 kB, and one with the maximum of headers 155 kB; integration/siege/connections measures
+	// them.
 	HeldPerConnection = 168 << 10
-	// MaxHeldUnauthenticated is how many bytes connections can make a webhook hold. It is less than a quarter of the
-	// memory that the chart gives a webhook, which integration/siege/connections compares.
+	// MaxHeldUnauthenticated is the maximum memory of all connections, in bytes. It is less than a quarter of the memory
+	// that the chart gives a webhook; integration/siege/connections compares them.
 	MaxHeldUnauthenticated = (maxConnections + maxConnections/8) * HeldPerConnection
 )
 
 // Server is the admission webhook, as an http.Handler of
 //
 //	POST /mutate   admission.k8s.io/v1 AdmissionReview in and out
-//	GET  /healthz  whether the process answers
-//	GET  /readyz   whether to send it reviews; if not, why not
+//	GET  /healthz  200 while the process runs
+//	GET  /readyz   200 if the server is ready for reviews; else 503 and what is missing
 //
-// Make it with [New]. It may be used concurrently.
+// Make it with [New]. Its methods may be called concurrently.
 type Server struct {
 	cfg      Config
 	log      *slog.Logger
@@ -144,29 +141,29 @@ type Server struct {
 	connections *connlimit.Limiter
 }
 
-// New checks cfg. It starts nothing.
+// New validates cfg. It starts nothing.
 func New(cfg Config) (*Server, error) {
 	switch {
 	case cfg.Injector == nil:
-		return nil, errors.New("webhook without an injector")
+		return nil, errors.New("making a webhook: an injector is required")
 	case cfg.Rules == nil:
-		return nil, errors.New("webhook without rules")
+		return nil, errors.New("making a webhook: rules are required")
 	case cfg.Injector.Keys() != cfg.Rules.Keys():
-		return nil, fmt.Errorf("injector and rules have different annotation prefixes, %q and %q",
+		return nil, fmt.Errorf("making a webhook: injector and rules have different annotation prefixes, %q and %q",
 			cfg.Injector.Keys().Prefix(), cfg.Rules.Keys().Prefix())
 	case cfg.Namespaces == nil:
-		return nil, errors.New("webhook without a source of namespaces")
+		return nil, errors.New("making a webhook: a source of namespaces is required")
 	case cfg.KeyPair == nil:
-		return nil, errors.New("webhook without a key pair: the API server speaks TLS only")
+		return nil, errors.New("making a webhook: a serving certificate is required")
 	case cfg.DrainDelay < 0:
-		return nil, fmt.Errorf("drain delay %s is negative", cfg.DrainDelay)
+		return nil, fmt.Errorf("making a webhook: drain delay %s is negative", cfg.DrainDelay)
 	}
 	if cfg.DrainDelay == 0 {
 		cfg.DrainDelay = defaultDrainDelay
 	}
 	connections, err := connlimit.New(connlimit.Config{
 		Max: maxConnections, MaxWaiting: maxWaiting, RequestTime: readTimeout,
-		// More at once would not end earlier, and delay reviews that are under way.
+		// More handshakes at once would not finish earlier, and would delay reviews in flight.
 		Handshakes:     runtime.GOMAXPROCS(0),
 		HandshakeBytes: maxHandshake, SocketBuffer: socketBuffer,
 	})
@@ -178,7 +175,7 @@ func New(cfg Config) (*Server, error) {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.router.HandleFunc("/mutate", s.mutate).Methods(http.MethodPost)
-	s.router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, "ok") }).Methods(http.MethodGet)
+	s.router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { writeText(w, http.StatusOK, "ok") }).Methods(http.MethodGet)
 	s.router.HandleFunc("/readyz", s.readyz).Methods(http.MethodGet)
 	return s, nil
 }
@@ -186,18 +183,17 @@ func New(cfg Config) (*Server, error) {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.stopping.Load() {
-		// The API server speaks HTTP/1.1 to webhooks, in which a connection that we close while it sends a review
-		// is an admission that fails: it does not try again. So it is asked to close those that it uses. Of
-		// http.Server, SetKeepAlivesEnabled would close the idle ones at once, under whoever has just taken one.
+		// The API server calls webhooks with HTTP/1.1. If the server closes a connection while a review arrives, the
+		// admission fails: the API server does not retry. So the response asks the API server to close the connection.
+		// http.Server.SetKeepAlivesEnabled would close idle connections at once, even those just taken for a review.
 		w.Header().Set("Connection", "close")
 	}
 	s.router.ServeHTTP(w, r)
 }
 
-// Run serves TLS on listener, which it closes, until ctx ends. It then reports itself as not ready,
-// accepts new connections for the drain delay, has clients give up those that they use, lets the reviews in
-// flight end, and returns nil. An error says why it could not go on serving before ctx ended, or that reviews
-// were cut off.
+// Run serves TLS on listener, which it closes, until ctx ends. It then reports not ready, accepts connections for the drain
+// delay, asks clients to close theirs, finishes the reviews in flight and returns nil. It returns an error if it cannot
+// serve, or if it interrupted reviews.
 func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	server := &http.Server{
 		Handler:           s,
@@ -207,11 +203,11 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		// Failed handshakes of port scanners, mostly.
+		// Most of these are failed handshakes of port scanners.
 		ErrorLog:  slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		Protocols: new(http.Protocols),
 	}
-	// API servers ask for nothing else, but of webhooks on their own host (k8s.io/apiserver/pkg/util/webhook/client.go).
+	// API servers use HTTP/2 only for webhooks on their own host (k8s.io/apiserver/pkg/util/webhook/client.go).
 	server.Protocols.SetHTTP1(true)
 	connlimit.HTTP(server)
 	listener = s.connections.Listen(listener)
@@ -224,7 +220,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	}
 
 	s.stopping.Store(true)
-	s.log.InfoContext(ctx, "Stopping to serve admission reviews", "drain_delay", s.cfg.DrainDelay)
+	s.log.InfoContext(ctx, "Started to shut down", "drain_delay", s.cfg.DrainDelay)
 	drained := time.NewTimer(s.cfg.DrainDelay)
 	defer drained.Stop()
 	select {
@@ -243,20 +239,20 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 // Connections returns the state of the webhook's connections.
 func (s *Server) Connections() connlimit.Stats { return s.connections.Stats() }
 
-// readyz answers 200, or 503 and what is missing, a line for each.
+// readyz returns 200, or 503 with one line for each missing condition.
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	var missing []string
 	if s.stopping.Load() {
-		missing = append(missing, "server: stopping")
+		missing = append(missing, "server: shutting down")
 	}
-	// By the rule of clients: there is no leeway.
+	// Clients check the validity without leeway.
 	switch pair, err := s.cfg.KeyPair.GetCertificate(nil); {
 	case err != nil:
-		missing = append(missing, fmt.Sprintf("key pair: %v", err))
+		missing = append(missing, fmt.Sprintf("certificate: %v", err))
 	case time.Now().After(pair.Leaf.NotAfter):
-		missing = append(missing, "key pair: expired at "+pair.Leaf.NotAfter.UTC().Format(time.RFC3339))
+		missing = append(missing, "certificate: expired at "+pair.Leaf.NotAfter.UTC().Format(time.RFC3339))
 	case time.Now().Before(pair.Leaf.NotBefore):
-		missing = append(missing, "key pair: not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339))
+		missing = append(missing, "certificate: not valid before "+pair.Leaf.NotBefore.UTC().Format(time.RFC3339))
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.cfg.Ready)) {
 		if err := s.cfg.Ready[name](); err != nil {
@@ -264,16 +260,16 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 		}
 	}
 	if len(missing) > 0 {
-		answer(w, http.StatusServiceUnavailable, strings.Join(missing, "\n"))
+		writeText(w, http.StatusServiceUnavailable, strings.Join(missing, "\n"))
 		return
 	}
-	answer(w, http.StatusOK, "ok")
+	writeText(w, http.StatusOK, "ok")
 }
 
-func answer(w http.ResponseWriter, code int, text string) {
+func writeText(w http.ResponseWriter, code int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)
-	// An error here means that the client has gone.
+	// An error means that the client is gone.
 	_, _ = fmt.Fprintln(w, text)
 }

@@ -32,7 +32,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// namespaces is a source of namespaces as a function.
+// namespaces is a function that implements webhook.Namespaces.
 type namespaces func(ctx context.Context, name string) (policy.Namespace, error)
 
 func (f namespaces) Namespace(ctx context.Context, name string) (policy.Namespace, error) {
@@ -43,7 +43,7 @@ func (f namespaces) Latest(ctx context.Context, name string) (policy.Namespace, 
 	return f(ctx, name)
 }
 
-// teamA is opted in, and permits roles below /team-a/ of one account.
+// teamA returns an opted-in namespace that permits the roles under /team-a/ of one account.
 func teamA(_ context.Context, name string) (policy.Namespace, error) {
 	return policy.Namespace{
 		Name:        name,
@@ -89,8 +89,8 @@ func newServer(t testing.TB, change ...func(*webhook.Config)) *webhook.Server {
 	return s
 }
 
-// start runs s on listener and returns a client that reaches it by dial, and what stops it and
-// returns the error of Run.
+// start runs s on listener. It returns a client that connects with dial, and a function that shuts s down and returns the
+// error of Run.
 func start(t testing.TB, s *webhook.Server, pair *certs.KeyPair, listener net.Listener, dial func(ctx context.Context, network, address string) (net.Conn, error)) (client *http.Client, stop func() error) {
 	t.Helper()
 	cert, err := pair.GetCertificate(nil)
@@ -98,7 +98,7 @@ func start(t testing.TB, s *webhook.Server, pair *certs.KeyPair, listener net.Li
 		t.Fatal(err)
 	}
 	roots := x509.NewCertPool()
-	roots.AddCert(cert.Leaf) // a leaf may be a root of trust: which authority signed it is not the matter here
+	roots.AddCert(cert.Leaf) // A leaf can be a root; the CA does not matter here.
 	transport := &http.Transport{
 		DialContext:       dial,
 		TLSClientConfig:   &tls.Config{RootCAs: roots, ServerName: "webhook.example", MinVersion: tls.VersionTLS13},
@@ -114,7 +114,7 @@ func start(t testing.TB, s *webhook.Server, pair *certs.KeyPair, listener net.Li
 	})
 }
 
-// startTCP runs a server on a port of the loopback interface until the test ends.
+// startTCP runs a server on a loopback port until the test ends.
 func startTCP(t testing.TB, change ...func(*webhook.Config)) (client *http.Client, url string) {
 	t.Helper()
 	cfg := config(t)
@@ -132,7 +132,7 @@ func startTCP(t testing.TB, change ...func(*webhook.Config)) (client *http.Clien
 	}
 	client, stop := start(t, s, cfg.KeyPair, listener, nil)
 	t.Cleanup(func() {
-		client.CloseIdleConnections() // or stopping takes a second, for HTTP/2's good-bye
+		client.CloseIdleConnections() // Otherwise the shutdown takes a second, for HTTP/2's GOAWAY.
 		if err := stop(); err != nil {
 			t.Errorf("Run: %v", err)
 		}
@@ -166,28 +166,28 @@ func do(t testing.TB, client *http.Client, request *http.Request) (code int, tex
 		t.Fatal(err)
 	}
 	defer response.Body.Close()
-	answer, err := io.ReadAll(response.Body)
+	body, err := io.ReadAll(response.Body)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return response.StatusCode, string(answer)
+	return response.StatusCode, string(body)
 }
 
-// pod returns a pod annotated with a role, and more of its fields.
+// pod returns a pod with a role annotation, and with fields in its spec.
 func pod(role, spec string) string {
 	return `{"metadata":{"generateName":"app-","annotations":{"iam.amazonaws.com/role":"` + role + `"}},"spec":{` + spec + `"containers":[{"name":"app","env":[{"name":"PASSWORD","value":"hunter2"}]}]}}`
 }
 
 const permitted = "arn:aws:iam::123456789012:role/team-a/reader"
 
-// review returns the review of the creation of a pod, with some of its text replaced.
+// review returns a review of the creation of object. edit has pairs of old and new text.
 func review(object string, edit ...string) string {
 	return strings.NewReplacer(edit...).Replace(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"0b2e5d3c",` +
 		`"kind":{"group":"","version":"v1","kind":"Pod"},"resource":{"group":"","version":"v1","resource":"pods"},` +
 		`"namespace":"team-a","operation":"CREATE","object":` + object + `,"oldObject":null,"dryRun":true,"options":{"kind":"CreateOptions"}}}`)
 }
 
-// decodeReview fails the test unless text is a review with an answer to uid.
+// decodeReview returns the response in text, which must have the given uid.
 func decodeReview(t testing.TB, text, uid string) *admissionv1.AdmissionResponse {
 	t.Helper()
 	var got admissionv1.AdmissionReview
@@ -197,13 +197,13 @@ func decodeReview(t testing.TB, text, uid string) *admissionv1.AdmissionResponse
 		t.Fatalf("%v in %s", err, text)
 	}
 	if got.APIVersion != "admission.k8s.io/v1" || got.Kind != "AdmissionReview" || got.Request != nil || got.Response == nil {
-		t.Fatalf("not an answered review: %s", text)
+		t.Fatalf("not a review with a response: %s", text)
 	}
 	if string(got.Response.UID) != uid {
 		t.Fatalf("uid is %q, want %q", got.Response.UID, uid)
 	}
 	if (got.Response.Patch == nil) != (got.Response.PatchType == nil) || !got.Response.Allowed && got.Response.Patch != nil {
-		t.Fatalf("patch and its type do not go with the decision: %s", text)
+		t.Fatalf("patch or its type does not match the decision: %s", text)
 	}
 	return got.Response
 }
@@ -213,7 +213,7 @@ func TestDecisions(t *testing.T) {
 		return &metav1.Status{Status: "Failure", Code: code, Reason: reason, Message: "credence: " + message,
 			Details: &metav1.StatusDetails{RetryAfterSeconds: retry, Causes: []metav1.StatusCause{{Type: metav1.CauseType(cause), Message: message}}}}
 	}
-	away := namespaces(func(context.Context, string) (policy.Namespace, error) {
+	unavailable := namespaces(func(context.Context, string) (policy.Namespace, error) {
 		return policy.Namespace{}, errors.New("dial tcp 192.0.2.1:443: connection refused")
 	})
 	gone := namespaces(func(context.Context, string) (policy.Namespace, error) {
@@ -234,46 +234,46 @@ func TestDecisions(t *testing.T) {
 		{
 			name: "injected", review: review(pod(permitted, "")), patched: true,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted, "sidecar": image}},
-			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
+			log:  `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
 		},
 		{
 			name: "warned", review: review(pod(permitted, ""), "PASSWORD", "AWS_ACCESS_KEY_ID"), patched: true,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "role": permitted, "sidecar": image},
 				Warnings: []string{`credence: container "app" sets AWS_ACCESS_KEY_ID: SDKs use these keys, not the annotated role. Remove it, unless it is for something else.`}},
-			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
+			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role=` + permitted + ` dry_run=true`,
 		},
 		{
-			name: "left to the broker for want of a base ARN", review: review(pod("reader", "")), patched: true,
+			name: "no base ARN, so the broker decides", review: review(pod("reader", "")), patched: true,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "injected", "sidecar": image}},
-			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role="" dry_run=true`,
+			log:  `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=injected reason="" role="" dry_run=true`,
 		},
 		{
-			name: "not annotated", review: review(`{"metadata":{"name":"app","annotations":{"a":"b"}},"spec":{"hostNetwork":true}}`), namespaces: away,
+			name: "not annotated", review: review(`{"metadata":{"name":"app","annotations":{"a":"b"}},"spec":{"hostNetwork":true}}`), namespaces: unavailable,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
-			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app decision=untouched reason="" role="" dry_run=true`,
+			log:  `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app decision=untouched reason="" role="" dry_run=true`,
 		},
 		{
-			name: "update", review: review(pod("x y z", ""), "CREATE", "UPDATE"), namespaces: away,
+			name: "update", review: review(pod("x y z", ""), "CREATE", "UPDATE"), namespaces: unavailable,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
-			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
+			log:  `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
 		},
 		{
-			name: "subresource", review: review(pod("x y z", ""), `"operation"`, `"subResource":"ephemeralcontainers","operation"`), namespaces: away,
+			name: "subresource", review: review(pod("x y z", ""), `"operation"`, `"subResource":"ephemeralcontainers","operation"`), namespaces: unavailable,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
-			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
+			log:  `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
 		},
 		{
-			name: "another resource", review: review(pod("x y z", ""), `"resource":"pods"`, `"resource":"jobs"`), namespaces: away,
+			name: "another resource", review: review(pod("x y z", ""), `"resource":"pods"`, `"resource":"jobs"`), namespaces: unavailable,
 			want: &admissionv1.AdmissionResponse{Allowed: true, AuditAnnotations: map[string]string{"decision": "untouched"}},
-			log:  `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
+			log:  `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod="" decision=untouched reason="" role="" dry_run=true`,
 		},
 		{
-			name: "shape", review: review(pod(permitted, `"hostNetwork":true,`)),
+			name: "unsupported pod", review: review(pod(permitted, `"hostNetwork":true,`)),
 			want: &admissionv1.AdmissionResponse{
 				Result: refusal(400, "BadRequest", "POD_UNSUPPORTED", 0,
 					`the pod has hostNetwork, so every process on its node could get its credentials from the sidecar; remove hostNetwork, or annotation "iam.amazonaws.com/role"`),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "POD_UNSUPPORTED"}},
-			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=POD_UNSUPPORTED role="" dry_run=true`,
+			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=POD_UNSUPPORTED role="" dry_run=true`,
 		},
 		{
 			name: "role not permitted", review: review(pod("arn:aws:iam::123456789012:role/admin", "")),
@@ -282,7 +282,7 @@ func TestDecisions(t *testing.T) {
 					"namespace \"team-a\" does not permit role arn:aws:iam::123456789012:role/admin: its annotation \"iam.amazonaws.com/permitted\" is "+
 						"`arn:aws:iam::123456789012:role/team-a/.*` and must match the whole ARN; change the namespace's annotation, or the pod's \"iam.amazonaws.com/role\""),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "ROLE_NOT_PERMITTED"}},
-			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=ROLE_NOT_PERMITTED role="" dry_run=true`,
+			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=ROLE_NOT_PERMITTED role="" dry_run=true`,
 		},
 		{
 			name: "nothing permitted", review: review(pod(permitted, "")), namespaces: closed,
@@ -290,32 +290,32 @@ func TestDecisions(t *testing.T) {
 				Result: refusal(403, "Forbidden", "NOTHING_PERMITTED", 0,
 					`namespace "team-a" permits no roles: annotate it with "iam.amazonaws.com/permitted", a regular expression that matches `+permitted),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "NOTHING_PERMITTED"}},
-			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NOTHING_PERMITTED role="" dry_run=true`,
+			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NOTHING_PERMITTED role="" dry_run=true`,
 		},
 		{
 			name: "no such namespace", review: review(pod(permitted, "")), namespaces: gone,
 			want: &admissionv1.AdmissionResponse{
 				Result:           refusal(403, "Forbidden", "NAMESPACE_NOT_FOUND", 0, `namespace "team-a" does not exist`),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "NAMESPACE_NOT_FOUND"}},
-			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NAMESPACE_NOT_FOUND role="" dry_run=true`,
+			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NAMESPACE_NOT_FOUND role="" dry_run=true`,
 		},
 		{
-			name: "API server away", review: review(pod(permitted, "")), namespaces: away,
+			name: "API server unavailable", review: review(pod(permitted, "")), namespaces: unavailable,
 			want: &admissionv1.AdmissionResponse{
 				Result: refusal(503, "ServiceUnavailable", "API_SERVER_UNAVAILABLE", 1,
-					`whether namespace "team-a" permits the role cannot be known now, because the API server does not answer: try again`),
+					`cannot check whether namespace "team-a" permits the role: the API server does not respond; try again`),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "API_SERVER_UNAVAILABLE"}},
-			log: `level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=API_SERVER_UNAVAILABLE role="" dry_run=true
-level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="dial tcp 192.0.2.1:443: connection refused"`,
+			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=API_SERVER_UNAVAILABLE role="" dry_run=true
+level=ERROR msg="Refused an admission because of a fault" uid=0b2e5d3c error="dial tcp 192.0.2.1:443: connection refused"`,
 		},
 		{
 			name: "panic", review: review(pod(permitted, "")), namespaces: panicking,
 			want: &admissionv1.AdmissionResponse{
-				Result:           refusal(500, "InternalError", "INTERNAL", 0, `internal error: the webhook's log has it under uid 0b2e5d3c`),
+				Result:           refusal(500, "InternalError", "INTERNAL", 0, `internal error; see the webhook's log for uid 0b2e5d3c`),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "INTERNAL"}},
-			log: `level=ERROR msg="Panic while deciding on an admission" uid=0b2e5d3c panic=string
-level=INFO msg="Admission decided" uid=0b2e5d3c namespace=team-a pod="" decision=refused reason=INTERNAL role="" dry_run=true
-level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="panic: string"`,
+			log: `level=ERROR msg="Recovered from a panic in an admission" uid=0b2e5d3c panic=string
+level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod="" decision=refused reason=INTERNAL role="" dry_run=true
+level=ERROR msg="Refused an admission because of a fault" uid=0b2e5d3c error="panic: string"`,
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -337,27 +337,27 @@ level=ERROR msg="Admission refused for a fault" uid=0b2e5d3c error="panic: strin
 			}
 			got := decodeReview(t, text, "0b2e5d3c")
 			if (got.Patch != nil) != tc.patched {
-				t.Errorf("patch is %s", got.Patch)
+				t.Errorf("patch is %s, want one: %v", got.Patch, tc.patched)
 			}
 			got.UID, got.Patch, got.PatchType = "", nil, nil
 			if diff := cmp.Diff(tc.want, got); diff != "" {
-				t.Errorf("answer (-want +got):\n%s", diff)
+				t.Errorf("response (-want +got):\n%s", diff)
 			}
 			if diff := cmp.Diff(tc.log+"\n", log.String()); diff != "" {
 				t.Errorf("log (-want +got):\n%s", diff)
 			}
 			if strings.Contains(log.String(), "hunter2") {
-				t.Error("the log has the pod's environment")
+				t.Error("log has the pod's environment")
 			}
 		})
 	}
 }
 
-// TestRulesFile: the webhook judges by the rules file that is in force at that moment, as the broker does.
+// TestRulesFile: the webhook decides by the rules file in force, as the broker does.
 func TestRulesFile(t *testing.T) {
 	cfg := config(t)
 	client, url := startTCP(t, func(c *webhook.Config) { c.Rules = cfg.Rules })
-	ask := func() *admissionv1.AdmissionResponse {
+	mutate := func() *admissionv1.AdmissionResponse {
 		t.Helper()
 		code, text := post(t, client, url+"/mutate", "application/json", review(pod(permitted, "")))
 		if code != http.StatusOK {
@@ -365,22 +365,22 @@ func TestRulesFile(t *testing.T) {
 		}
 		return decodeReview(t, text, "0b2e5d3c")
 	}
-	if r := ask(); !r.Allowed {
-		t.Errorf("without a rules file it is refused: %+v", r.Result)
+	if r := mutate(); !r.Allowed {
+		t.Errorf("without a rules file, response is %+v, want allowed", r.Result)
 	}
 	for account, allowed := range map[string]bool{"123456789012": true, "210987654321": false} {
 		if err := cfg.Rules.Use(policy.File{Namespaces: []policy.NamespaceRules{{Match: []string{"team-*"}, Accounts: []string{account}, Roles: []string{"*"}}}}); err != nil {
 			t.Fatal(err)
 		}
-		r := ask()
+		r := mutate()
 		if r.Allowed != allowed || !allowed && (r.Result.Code != http.StatusForbidden || r.AuditAnnotations["reason"] != "RULES_ACCOUNT" ||
 			!strings.Contains(r.Result.Message, `the rules file (namespaces[0], "team-*") does not let namespace "team-a" have a role of account 123456789012`)) {
-			t.Errorf("with account %s allowed: %+v", account, r)
+			t.Errorf("with account %s in the file, response is %+v, want allowed: %v", account, r, allowed)
 		}
 	}
 }
 
-// TestPatchedTwice: the answer to a pod that is injected already has no patch, and does say so.
+// TestPatchedTwice: the response for an injected pod has no patch, and decision "complete".
 func TestPatchedTwice(t *testing.T) {
 	cfg := config(t)
 	result, err := cfg.Injector.Inject([]byte(pod(permitted, "")), "team-a")
@@ -392,11 +392,11 @@ func TestPatchedTwice(t *testing.T) {
 	_, text := post(t, client, url+"/mutate", "application/json", review(patched))
 	got := decodeReview(t, text, "0b2e5d3c")
 	if !got.Allowed || got.Patch != nil || got.AuditAnnotations["decision"] != "complete" {
-		t.Errorf("answer is %s", text)
+		t.Errorf("response is %s", text)
 	}
 }
 
-func TestNotUnderstood(t *testing.T) {
+func TestUnreadableReviews(t *testing.T) {
 	client, url := startTCP(t)
 	for _, tc := range []struct {
 		name, path, contentType, body string
@@ -407,46 +407,46 @@ func TestNotUnderstood(t *testing.T) {
 		{"empty", "/mutate", "application/json", "", 400, "decoding the review: unexpected end of JSON input"},
 		{"two reviews", "/mutate", "application/json", review("{}") + review("{}"), 400, "decoding the review: invalid character '{' after top-level value"},
 		{"v1beta1", "/mutate", "application/json", review("{}", "admission.k8s.io/v1", "admission.k8s.io/v1beta1"), 400,
-			`the body is "AdmissionReview" of "admission.k8s.io/v1beta1", and only AdmissionReview of admission.k8s.io/v1 is understood: list v1 alone in the webhook's admissionReviewVersions`},
+			`the body is "AdmissionReview" of "admission.k8s.io/v1beta1", and the webhook supports only AdmissionReview of admission.k8s.io/v1; list only v1 in its admissionReviewVersions`},
 		{"kind", "/mutate", "application/json", review("{}", "AdmissionReview", "Pod"), 400,
-			`the body is "Pod" of "admission.k8s.io/v1", and only AdmissionReview of admission.k8s.io/v1 is understood: list v1 alone in the webhook's admissionReviewVersions`},
+			`the body is "Pod" of "admission.k8s.io/v1", and the webhook supports only AdmissionReview of admission.k8s.io/v1; list only v1 in its admissionReviewVersions`},
 		{"no request", "/mutate", "application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`, 400, "the review has no request"},
 		{"no uid", "/mutate", "application/json", review("{}", "0b2e5d3c", ""), 400, "the review's request has no uid"},
-		{"too long", "/mutate", "application/json", strings.Repeat(" ", 4<<20) + review("{}"), 413, "the review is longer than 4194304 bytes, and an API server takes pods of at most 3145728: make the pod smaller"},
+		{"too long", "/mutate", "application/json", strings.Repeat(" ", 4<<20) + review("{}"), 413, "the review is longer than 4194304 bytes, and an API server accepts pods of at most 3145728; make the pod smaller"},
 		{"not UTF-8", "/mutate", "application/json", review(`{"metadata":{"name":"` + "\xff" + `"}}`), 400, "decoding the review: it is not UTF-8"},
 		{"path", "/validate", "application/json", review("{}"), 404, "404 page not found"},
-		{"path that is not clean", "//mutate", "application/json", review("{}"), 404, "404 page not found"},
+		{"unclean path", "//mutate", "application/json", review("{}"), 404, "404 page not found"},
 		{"method", "/readyz", "application/json", review("{}"), 405, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			code, text := post(t, client, url+tc.path, tc.contentType, tc.body)
 			if code != tc.code || strings.TrimSpace(text) != tc.want {
-				t.Errorf("answer is %d %q, want %d %q", code, text, tc.code, tc.want)
+				t.Errorf("response is %d %q, want %d %q", code, text, tc.code, tc.want)
 			}
 		})
 	}
-	// The longest body that is taken.
+	// The longest accepted body.
 	body := review("{}")
 	code, text := post(t, client, url+"/mutate", "application/json", strings.Repeat(" ", 4<<20-len(body))+body)
 	if code != http.StatusOK {
-		t.Errorf("a body of 4 MiB is answered %d %s", code, text)
+		t.Errorf("response to a body of 4 MiB is %d %s", code, text)
 	}
 }
 
-// TestTooLarge: a pod that is larger than what can be stored is refused by an answer that says so, whatever it asks for.
+// TestTooLarge: the webhook refuses each pod that an API server could not store, with the reason.
 func TestTooLarge(t *testing.T) {
 	containers := func(n int) string {
-		return `"initContainers":[` + strings.Repeat(`{"name":"i"},`, n-2) + `{"name":"i"}],` // and the pod's own
+		return `"initContainers":[` + strings.Repeat(`{"name":"i"},`, n-2) + `{"name":"i"}],` // and the pod's own container
 	}
 	client, url := startTCP(t)
 	for name, tt := range map[string]struct {
 		review string
 		want   string // "" if it is injected
 	}{
-		"as many containers as there may be": {review(pod(permitted, containers(1000))), ""},
-		"one more container":                 {review(pod(permitted, containers(1001))), "the pod has 1001 containers, and the maximum is 1000; split the pod"},
+		"maximum of containers": {review(pod(permitted, containers(1000))), ""},
+		"one more container":    {review(pod(permitted, containers(1001))), "the pod has 1001 containers, and the maximum is 1000; split the pod"},
 		"60,000 containers in one list": {review(pod(permitted, strings.ReplaceAll(containers(60_002), `"i"}`, `"i","env":[{"name":"AWS_PROFILE","value":"x"},{"name":"AWS_ACCESS_KEY_ID","value":"x"}]}`))),
-			"the review is longer than 4194304 bytes, and an API server takes pods of at most 3145728: make the pod smaller"},
+			"the review is longer than 4194304 bytes, and an API server accepts pods of at most 3145728; make the pod smaller"},
 		"20,000 containers": {review(pod(permitted, containers(20_000))), "cannot read the pod's spec: 19999 containers, and the maximum is 1000; split the pod"},
 		"elements":          {review(pod(permitted, `"x":[0`+strings.Repeat(`,0`, 200_000)+`],`)), "the pod has 200033 fields and list elements, and the maximum is 200000; make it smaller, or remove its annotations of Credence"},
 		"levels":            {review(pod(permitted, `"x":`+strings.Repeat(`[`, 97)+strings.Repeat(`]`, 97)+`,`)), "the pod is nested 101 levels deep, and the maximum is 100; make it simpler, or remove its annotations of Credence"},
@@ -456,17 +456,17 @@ func TestTooLarge(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			code, text := post(t, client, url+"/mutate", "application/json", tt.review)
 			if code != http.StatusOK {
-				t.Fatalf("answered %d %s", code, text)
+				t.Fatalf("response is %d %s", code, text)
 			}
 			got := decodeReview(t, text, "0b2e5d3c")
 			if got.Allowed != (tt.want == "") {
-				t.Fatalf("answered %s", text)
+				t.Fatalf("response is %s", text)
 			}
 			if tt.want == "" {
 				return
 			}
 			if got.Result.Code != http.StatusBadRequest || got.Result.Message != "credence: "+tt.want || got.AuditAnnotations["reason"] != "POD_UNSUPPORTED" {
-				t.Errorf("answered %+v, %v, want %s", got.Result, got.AuditAnnotations, tt.want)
+				t.Errorf("response is %+v, %v, want %s", got.Result, got.AuditAnnotations, tt.want)
 			}
 		})
 	}
@@ -481,15 +481,15 @@ func TestWarningsAreBounded(t *testing.T) {
 	_, text := post(t, client, url+"/mutate", "application/json", review(pod(permitted, containers+"],")))
 	got := decodeReview(t, text, "0b2e5d3c").Warnings
 	if len(got) != 16 || got[15] != "credence: and 26 more warnings" {
-		t.Errorf("%d warnings, the last is %q", len(got), got[len(got)-1])
+		t.Errorf("%d warnings, the last one %q, want 16 with a count", len(got), got[len(got)-1])
 	}
 	for _, warning := range got {
 		if n := len([]rune(warning)); n > 256 {
-			t.Errorf("a warning has %d characters: %s", n, warning)
+			t.Errorf("warning has %d characters, want at most 256: %s", n, warning)
 		}
 	}
 	if !strings.HasSuffix(got[1], "…") {
-		t.Errorf("a warning that was cut does not show it: %s", got[1])
+		t.Errorf("cut warning does not end with …: %s", got[1])
 	}
 }
 
@@ -503,7 +503,7 @@ func TestReadiness(t *testing.T) {
 		}
 	})
 	if code, text := get(t, client, url+"/readyz"); code != 503 || strings.TrimSpace(text) != "namespaces: not all are listed yet" {
-		t.Errorf("before: %d %q", code, text)
+		t.Errorf("before the list: %d %q", code, text)
 	}
 	if code, text := get(t, client, url+"/healthz"); code != 200 {
 		t.Errorf("health: %d %q", code, text)
@@ -512,22 +512,22 @@ func TestReadiness(t *testing.T) {
 	missing = nil
 	mu.Unlock()
 	if code, text := get(t, client, url+"/readyz"); code != 200 {
-		t.Errorf("after: %d %q", code, text)
+		t.Errorf("after the list: %d %q", code, text)
 	}
 }
 
-func TestExpiredKeyPairIsNotReady(t *testing.T) {
+func TestExpiredCertificateIsNotReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
-		time.Sleep(25 * time.Hour) // certstest's leaves live for a day
+		time.Sleep(25 * time.Hour) // Leaves of certstest are valid for a day.
 		w := recorded(t, s, http.MethodGet, "/readyz", "")
-		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "key pair: expired at 2000-01-02T00:00:00Z") {
-			t.Errorf("answer is %d %q", w.Code, w.Body)
+		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "certificate: expired at 2000-01-02T00:00:00Z") {
+			t.Errorf("response is %d %q", w.Code, w.Body)
 		}
 	})
 }
 
-func TestKeyPairOfTomorrowIsNotReady(t *testing.T) {
+func TestFutureCertificateIsNotReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		from := time.Now().Add(time.Hour)
 		s := newServer(t, func(c *webhook.Config) {
@@ -540,24 +540,24 @@ func TestKeyPairOfTomorrowIsNotReady(t *testing.T) {
 		})
 		time.Sleep(time.Hour - time.Second)
 		w := recorded(t, s, http.MethodGet, "/readyz", "")
-		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "key pair: not valid before 2000-01-01T01:00:00Z") {
-			t.Errorf("a second before, the answer is %d %q", w.Code, w.Body)
+		if w.Code != 503 || !strings.HasPrefix(w.Body.String(), "certificate: not valid before 2000-01-01T01:00:00Z") {
+			t.Errorf("one second before the start of validity, response is %d %q", w.Code, w.Body)
 		}
 		time.Sleep(time.Second)
 		if w := recorded(t, s, http.MethodGet, "/readyz", ""); w.Code != 200 {
-			t.Errorf("in time, the answer is %d %q", w.Code, w.Body)
+			t.Errorf("at the start of validity, response is %d %q", w.Code, w.Body)
 		}
 	})
 }
 
-// TestStop: a server that is told to stop says so, goes on accepting for the drain delay, and ends
-// when the reviews in flight have been answered.
-func TestStop(t *testing.T) {
+// TestShutdown: a server that shuts down reports not ready, accepts connections for the drain delay, and returns after the
+// reviews in flight.
+func TestShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := config(t)
-		slow := 11 * time.Second // and 5 for both ends to say goodbye, over pipes that hold nothing
+		slow := 11 * time.Second // and 5 s in which both ends close TLS over unbuffered pipes
 		cfg.Namespaces = namespaces(func(ctx context.Context, name string) (policy.Namespace, error) {
-			time.Sleep(slow) // and does not heed ctx
+			time.Sleep(slow) // ignores ctx
 			return teamA(ctx, name)
 		})
 		s, err := webhook.New(cfg)
@@ -567,44 +567,44 @@ func TestStop(t *testing.T) {
 		pipes := newPipes()
 		client, stop := start(t, s, cfg.KeyPair, pipes, pipes.dial)
 
-		answered := make(chan string, 2)
-		ask := func(client *http.Client) {
+		responses := make(chan string, 2)
+		mutate := func(client *http.Client) {
 			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://webhook.example/mutate", strings.NewReader(review(pod(permitted, ""))))
 			if err != nil {
-				answered <- err.Error()
+				responses <- err.Error()
 				return
 			}
 			request.Header.Set("Content-Type", "application/json")
 			response, err := client.Do(request)
 			if err != nil {
-				answered <- err.Error()
+				responses <- err.Error()
 				return
 			}
 			defer response.Body.Close()
 			text, _ := io.ReadAll(response.Body)
-			answered <- string(text)
+			responses <- string(text)
 		}
-		go ask(client)
+		go mutate(client)
 		time.Sleep(time.Second)
 		stopped := make(chan error, 1)
 		begun := time.Now()
 		go func() { stopped <- stop() }()
 		time.Sleep(4 * time.Second) // of 5
-		if code, text := get(t, client, "https://webhook.example/readyz"); code != 503 || !strings.HasPrefix(text, "server: stopping") {
-			t.Errorf("while stopping, readiness is %d %q", code, text)
+		if code, text := get(t, client, "https://webhook.example/readyz"); code != 503 || !strings.HasPrefix(text, "server: shutting down") {
+			t.Errorf("during the shutdown, readiness is %d %q", code, text)
 		}
 		other := client.Transport.(*http.Transport).Clone()
 		defer other.CloseIdleConnections()
-		go ask(&http.Client{Transport: other}) // over a connection of its own
+		go mutate(&http.Client{Transport: other}) // on a new connection
 		if err := <-stopped; err != nil {
 			t.Errorf("Run: %v", err)
 		}
 		if took := time.Since(begun); took < 15*time.Second {
-			t.Errorf("stopped after %s, with a review in flight", took)
+			t.Errorf("shut down after %s, before the review in flight ended", took)
 		}
 		for range 2 {
-			if got := decodeReview(t, <-answered, "0b2e5d3c"); !got.Allowed {
-				t.Errorf("a review in flight was refused: %v", got.Result)
+			if got := decodeReview(t, <-responses, "0b2e5d3c"); !got.Allowed {
+				t.Errorf("review in flight was refused: %v", got.Result)
 			}
 		}
 	})
@@ -612,19 +612,19 @@ func TestStop(t *testing.T) {
 
 func TestConnectionBound(t *testing.T) {
 	if got := connlimit.MaxOpen(webhook.MaxConnections) * webhook.HeldPerConnection; got != webhook.MaxHeldUnauthenticated {
-		t.Errorf("the product of the bounds is %d; the webhook says %d", got, webhook.MaxHeldUnauthenticated)
+		t.Errorf("product of the limits is %d, but MaxHeldUnauthenticated is %d", got, webhook.MaxHeldUnauthenticated)
 	}
 }
 
-// TestStopGivesUpConnections: while a server stops, clients that keep connections open are answered, and asked to
-// open others. So none is left for the server to close while a review is on its way.
-func TestStopGivesUpConnections(t *testing.T) {
+// TestShutdownClosesConnections: during a shutdown, each response asks the client to close its connection. So the server
+// closes none while a review arrives.
+func TestShutdownClosesConnections(t *testing.T) {
 	for _, tc := range []struct {
 		name, protocol string
 		http2          bool
 	}{
-		{"as the API server calls webhooks", "HTTP/1.1", false},
-		{"as it calls those of its own host, with HTTP/2 if there were any", "HTTP/1.1", true},
+		{"API server", "HTTP/1.1", false},
+		{"API server on the same host, which offers HTTP/2", "HTTP/1.1", true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -640,7 +640,7 @@ func TestStopGivesUpConnections(t *testing.T) {
 					return pipes.dial(ctx, network, address)
 				})
 				client.Transport.(*http.Transport).ForceAttemptHTTP2 = tc.http2
-				ask := func() {
+				mutate := func() {
 					t.Helper()
 					request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://webhook.example/mutate", strings.NewReader(review(pod(permitted, ""))))
 					if err != nil {
@@ -653,39 +653,38 @@ func TestStopGivesUpConnections(t *testing.T) {
 					}
 					defer response.Body.Close()
 					if text, err := io.ReadAll(response.Body); err != nil || !decodeReview(t, string(text), "0b2e5d3c").Allowed || response.Proto != tc.protocol {
-						t.Errorf("answered %s %s: %s (%v)", response.Proto, response.Status, text, err)
+						t.Errorf("response is %s %s: %s (%v)", response.Proto, response.Status, text, err)
 					}
-					synctest.Wait() // until both ends know what becomes of the connection
+					synctest.Wait() // until both ends have kept or closed the connection
 				}
 				for range 3 {
-					ask()
+					mutate()
 				}
 				if dialled != 1 {
-					t.Fatalf("before, 3 reviews took %d connections, want 1", dialled)
+					t.Fatalf("before the shutdown, 3 reviews used %d connections, want 1", dialled)
 				}
 				stopped := make(chan error, 1)
 				begun := time.Now()
 				go func() { stopped <- stop() }()
 				synctest.Wait()
-				for range 3 { // the first on the connection that is there
-					ask()
+				for range 3 { // The first review uses the open connection.
+					mutate()
 				}
 				if dialled != 3 {
-					t.Errorf("stopping, 3 reviews left %d connections behind, want each of 3", dialled)
+					t.Errorf("in all, reviews used %d connections, want 3", dialled)
 				}
 				if err := <-stopped; err != nil {
 					t.Errorf("Run: %v", err)
 				}
-				if took := time.Since(begun); took.Truncate(time.Second) != 5*time.Second { // Shutdown looks again after milliseconds
-					t.Errorf("stopped after %s: there were connections to wait for", took)
+				if took := time.Since(begun); took.Truncate(time.Second) != 5*time.Second { // Shutdown polls every few milliseconds.
+					t.Errorf("shut down after %s, want 5s: it waited for connections", took)
 				}
 			})
 		})
 	}
 }
 
-// TestSlowNamespaces: who cannot be asked within 4 seconds is not waited for any longer, because the
-// API server would give up.
+// TestSlowNamespaces: the webhook waits at most 4 seconds for a namespace, because the API server would stop waiting.
 func TestSlowNamespaces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, func(c *webhook.Config) {
@@ -697,15 +696,15 @@ func TestSlowNamespaces(t *testing.T) {
 		begun := time.Now()
 		w := recorded(t, s, http.MethodPost, "/mutate", review(pod(permitted, "")))
 		if took := time.Since(begun); took != 4*time.Second {
-			t.Errorf("answered after %s", took)
+			t.Errorf("response after %s, want 4s", took)
 		}
 		if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || got.Result.Code != 503 {
-			t.Errorf("answer is %s", w.Body)
+			t.Errorf("response is %s", w.Body)
 		}
 	})
 }
 
-// TestConnectionsAreBounded: each limit of the connection by itself.
+// TestConnectionsAreBounded tests each limit of a connection separately.
 func TestConnectionsAreBounded(t *testing.T) {
 	ended := func(t *testing.T, sent string, after time.Duration) {
 		t.Helper()
@@ -715,31 +714,31 @@ func TestConnectionsAreBounded(t *testing.T) {
 		}
 		_, _ = io.Copy(io.Discard, connection)
 		if took := time.Since(began); took != after {
-			t.Errorf("the connection ended after %s, want %s", took, after)
+			t.Errorf("connection ended after %s, want %s", took, after)
 		}
 	}
 	for name, test := range map[string]func(t *testing.T){
-		"headers that do not end": func(t *testing.T) { ended(t, "GET /healthz HTTP/1.1\r\nHost:", 5*time.Second) },
-		"a body that nobody asked for": func(t *testing.T) {
+		"endless headers": func(t *testing.T) { ended(t, "GET /healthz HTTP/1.1\r\nHost:", 5*time.Second) },
+		"unexpected body": func(t *testing.T) {
 			ended(t, "GET /healthz HTTP/1.1\r\nHost: webhook\r\nContent-Length: 9\r\n\r\n", 10*time.Second)
 		},
-		"an answer that is not taken": func(t *testing.T) {
+		"client that does not read": func(t *testing.T) {
 			connection := connect(t)
 			if _, err := io.WriteString(connection, "GET /healthz HTTP/1.1\r\nHost: webhook\r\n\r\n"); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(30 * time.Second)
 			if n, err := connection.Read(make([]byte, 1)); err == nil {
-				t.Errorf("after half a minute, %d bytes were there", n)
+				t.Errorf("after 30 seconds, %d bytes arrived, want a closed connection", n)
 			}
 		},
-		"headers that are long": func(t *testing.T) {
+		"long headers": func(t *testing.T) {
 			connection := connect(t)
 			go func() {
 				_, _ = io.WriteString(connection, "GET /healthz HTTP/1.1\r\nHost: webhook\r\nX: "+strings.Repeat("x", 40<<10)+"\r\n\r\n")
 			}()
-			if code, text := answered(t, connection); code != http.StatusRequestHeaderFieldsTooLarge {
-				t.Errorf("answered %d %s", code, text)
+			if code, text := readResponse(t, connection); code != http.StatusRequestHeaderFieldsTooLarge {
+				t.Errorf("response is %d %s", code, text)
 			}
 		},
 	} {
@@ -747,43 +746,42 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreBounded: a refusal is at most as long as a message may be, and nobody is told to wait for more than a
-// minute.
+// TestRefusalsAreBounded: a message has at most maxMessage characters, and asks clients to wait at most a minute.
 func TestRefusalsAreBounded(t *testing.T) {
 	got := webhook.Refusal(&admissionv1.AdmissionRequest{UID: "1"}, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, Message: strings.Repeat("é", 2049), RetryAfter: time.Hour,
 	}).Result
 	want := strings.Repeat("é", 2047) + "…"
 	if got.Message != "credence: "+want || got.Details.Causes[0].Message != want {
-		t.Errorf("the message has %d characters, its cause %d", len([]rune(got.Message)), len([]rune(got.Details.Causes[0].Message)))
+		t.Errorf("message has %d characters and its cause %d, want 2048", len([]rune(got.Message)), len([]rune(got.Details.Causes[0].Message)))
 	}
 	if got.Details.RetryAfterSeconds != 60 {
-		t.Errorf("to be tried again after %d s", got.Details.RetryAfterSeconds)
+		t.Errorf("clients wait for %d s, want 60", got.Details.RetryAfterSeconds)
 	}
 }
 
-// panics is a body that cannot be read.
+// panics is a body whose Read panics.
 type panics struct{}
 
 func (panics) Read([]byte) (int, error) { panic("hunter2") }
 
-// TestPanics: outside the decision, too, the answer is a refusal.
+// TestPanics: a panic outside the decision leads to a refusal, too.
 func TestPanics(t *testing.T) {
 	s := newServer(t, func(c *webhook.Config) { c.Observe = func(webhook.Observation) { panic("hunter2") } })
 	w := recorded(t, s, http.MethodPost, "/mutate", review(pod(permitted, "")))
 	if got := decodeReview(t, w.Body.String(), "0b2e5d3c"); got.Allowed || got.Result.Code != 500 {
-		t.Errorf("answered %s", w.Body)
+		t.Errorf("response is %s", w.Body)
 	}
 	request := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/mutate", panics{})
 	request.Header.Set("Content-Type", "application/json")
 	w = httptest.NewRecorder()
 	s.ServeHTTP(w, request)
 	if w.Code != 500 || !strings.HasPrefix(w.Body.String(), "internal error") {
-		t.Errorf("answered %d %s", w.Code, w.Body)
+		t.Errorf("response is %d %s", w.Code, w.Body)
 	}
 }
 
-func TestRunSaysWhyItEnds(t *testing.T) {
+func TestRunReturnsItsFailure(t *testing.T) {
 	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -807,12 +805,12 @@ func TestNew(t *testing.T) {
 		change func(*webhook.Config)
 		want   string
 	}{
-		{func(c *webhook.Config) { c.Injector = nil }, "webhook without an injector"},
-		{func(c *webhook.Config) { c.Rules = nil }, "webhook without rules"},
-		{func(c *webhook.Config) { c.Rules = rules }, `injector and rules have different annotation prefixes, "iam.amazonaws.com" and "other.example"`},
-		{func(c *webhook.Config) { c.Namespaces = nil }, "webhook without a source of namespaces"},
-		{func(c *webhook.Config) { c.KeyPair = nil }, "webhook without a key pair: the API server speaks TLS only"},
-		{func(c *webhook.Config) { c.DrainDelay = -1 }, "drain delay -1ns is negative"},
+		{func(c *webhook.Config) { c.Injector = nil }, "making a webhook: an injector is required"},
+		{func(c *webhook.Config) { c.Rules = nil }, "making a webhook: rules are required"},
+		{func(c *webhook.Config) { c.Rules = rules }, `making a webhook: injector and rules have different annotation prefixes, "iam.amazonaws.com" and "other.example"`},
+		{func(c *webhook.Config) { c.Namespaces = nil }, "making a webhook: a source of namespaces is required"},
+		{func(c *webhook.Config) { c.KeyPair = nil }, "making a webhook: a serving certificate is required"},
+		{func(c *webhook.Config) { c.DrainDelay = -1 }, "making a webhook: drain delay -1ns is negative"},
 	} {
 		cfg := config(t)
 		tc.change(&cfg)
