@@ -1,9 +1,11 @@
-// Package configfile reads configuration files, strictly, and follows them on disk: a file that is replaced comes into
-// force without a restart.
+// Package configfile reads configuration files strictly and follows them on disk: a replaced file takes effect without a
+// restart.
 //
-// It promises that a file which is wrong, or cannot be read, changes nothing: what was good last stays
-// in force, and the log and [Follower.Status] say so. At the start there is no last good file, so there
-// an error stops the program. What a file means is up to whom it is read for.
+// It guarantees that an invalid or unreadable file changes nothing: the last good one stays in force, and the log and
+// [Follower.Status] say so. At startup, an error stops the program, because there is no good file.
+//
+// The caller defines what a file means. The package is below broker, like package policy, because most of its files are the
+// broker's rules. The webhook and the operator's command read the same files, so they import it from there.
 package configfile
 
 import (
@@ -17,43 +19,42 @@ import (
 	"time"
 )
 
-// Interval is how often the file is looked at. Kubelets bring a changed ConfigMap into pods within about
-// a minute, so that looking more often would gain nothing; what is read is at most 1 MiB.
+// Interval is the time between two reads of the file. The kubelet takes about a minute to project a changed ConfigMap, so
+// shorter intervals would gain nothing. A read is at most 1 MiB.
 const Interval = 10 * time.Second
 
-// maxFile bounds the file, in bytes: the API server takes no more than 1 MiB as the data of a ConfigMap.
+// maxFile is the maximum length of a file, in bytes: that of a ConfigMap's data.
 const maxFile = 1 << 20
 
 // Config configures [New].
 type Config struct {
-	// Path is the file. It may be a symbolic link, or lie behind one that is swapped, as in a mounted
-	// ConfigMap. Required.
+	// Path is the file. It may be a symbolic link, or be reached through one that is swapped, as in a mounted ConfigMap.
+	// Required.
 	Path string
-	// Name is what errors call it, such as "rules file". Required.
+	// Name is the file's name in errors, such as "rules file". Required.
 	Name string
-	// Use has what the text says come into force, or returns what is wrong with it and changes nothing. Required.
+	// Use applies the text, or returns an error and changes nothing. Required.
 	Use func(text []byte) error
-	// OnChange is called after another file has come into force, by Run. It must not block. Default: nobody is told.
+	// OnChange is called by Run after it applied a changed file. It must not block. It may be nil.
 	OnChange func()
-	// Hooks is told what becomes of the file. Required.
+	// Hooks report the state of the file, for example to a log. All are required.
 	Hooks Hooks
 }
 
-// Hooks has a function for what is to be said of a file, each time once. They are called by New and by Run, with the
-// digest of the file that is in force.
+// Hooks are called by New and Run, once for each change of state, with the digest of the file in force.
 type Hooks struct {
-	OnLoad    func(digest string)            // it has come into force
-	OnInvalid func(digest string, err error) // what is there now cannot be used, so the one before stays in force
-	OnRecover func(digest string)            // what is there now is the one in force again, after it could not be used
+	OnLoad    func(digest string)            // the file was applied
+	OnInvalid func(digest string, err error) // the file is invalid or unreadable, and the last good one stays in force
+	OnRecover func(digest string)            // after OnInvalid, the file is again the one in force
 }
 
-// Status is what is in force.
+// Status is the state of a file.
 type Status struct {
-	// Digest is the SHA-256 of the file that is in force, in hexadecimal, as sha256sum prints it.
+	// Digest is the SHA-256 of the file in force, in hexadecimal, as sha256sum prints it.
 	Digest string
-	// Loaded is when it came into force.
+	// Loaded is when the file in force was applied.
 	Loaded time.Time
-	// Err is why what is in force is not what the file says now; nil if it is.
+	// Err is why the present file is not in force; nil if it is.
 	Err error
 }
 
@@ -61,18 +62,18 @@ type Status struct {
 type Follower struct {
 	cfg Config
 
-	seen    string // digest of what was read last, good or not; Run's alone once it runs
-	seenErr error  // what was wrong with it
+	// The last file that was read, good or not. Only Run uses them once it runs.
+	seen    string // its digest
+	seenErr error  // the error of Use
 
 	mu     sync.Mutex // guards status
 	status Status
 }
 
-// New reads the file for the first time and has it come into force. Its errors say what is wrong, and
-// where in the file.
+// New reads and applies the file. Its error names the place in the file.
 func New(cfg Config) (*Follower, error) {
 	if cfg.Path == "" || cfg.Use == nil || cfg.Hooks.OnLoad == nil || cfg.Hooks.OnInvalid == nil || cfg.Hooks.OnRecover == nil {
-		return nil, fmt.Errorf("following a %s: needs a Path, what uses it and a Log", cfg.Name)
+		return nil, fmt.Errorf("following a %s: Path, Use and Hooks are required", cfg.Name)
 	}
 	f := &Follower{cfg: cfg}
 	digest, err := f.load()
@@ -84,7 +85,7 @@ func New(cfg Config) (*Follower, error) {
 	return f, nil
 }
 
-// Check returns the error for which [New] would refuse a file that use says so of.
+// Check reads the file at path, validates it with use, and returns the error that [New] would return.
 func Check(path, name string, use func(text []byte) error) error {
 	text, err := Read(path)
 	if err == nil {
@@ -96,14 +97,14 @@ func Check(path, name string, use func(text []byte) error) error {
 	return nil
 }
 
-// Status returns what is in force now.
+// Status returns the state of the file.
 func (f *Follower) Status() Status {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.status
 }
 
-// Run follows the file until ctx ends.
+// Run follows the file until ctx ends, and returns nil.
 func (f *Follower) Run(ctx context.Context) error {
 	ticker := time.NewTicker(Interval)
 	defer ticker.Stop()
@@ -112,13 +113,13 @@ func (f *Follower) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-ticker.C:
-			f.look()
+			f.reload()
 		}
 	}
 }
 
-// look reads the file once.
-func (f *Follower) look() {
+// reload reads the file once, and reports a change of its state.
+func (f *Follower) reload() {
 	before := f.Status()
 	digest, err := f.load()
 	now := before
@@ -142,7 +143,7 @@ func (f *Follower) look() {
 	}
 }
 
-// load reads the file, and has it come into force if it is another one than that in force.
+// load reads the file, and applies it unless it is the one in force.
 func (f *Follower) load() (digest string, err error) {
 	text, err := Read(f.cfg.Path)
 	if err != nil {
@@ -161,9 +162,9 @@ func (f *Follower) load() (digest string, err error) {
 	return digest, err
 }
 
-// Read is os.ReadFile with a bound.
+// Read is like os.ReadFile, but refuses files of more than 1 MiB.
 func Read(path string) ([]byte, error) {
-	file, err := os.Open(path) //nolint:gosec // G304: the operator names this file by a flag
+	file, err := os.Open(path) //nolint:gosec // G304: a cluster admin sets the path by a flag
 	if err != nil {
 		return nil, err
 	}
@@ -173,7 +174,7 @@ func Read(path string) ([]byte, error) {
 		return nil, err
 	}
 	if len(text) > maxFile {
-		return nil, fmt.Errorf("it is longer than %d bytes, the most that a ConfigMap can hold", maxFile)
+		return nil, fmt.Errorf("longer than %d bytes, the maximum of a ConfigMap", maxFile)
 	}
 	return text, nil
 }

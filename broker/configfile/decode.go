@@ -16,30 +16,30 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Decode puts the text of a file, in YAML or JSON, into what into points to: a struct whose fields have their names
-// in the file behind json. What the file does not name stays as it was. It is strict: a field that does not exist, one that
-// stands twice, one without a value, and a value of another kind, is an error that says where it is.
+// Decode decodes the text of a file, in YAML or JSON, into the struct to which into points. json tags name the fields. A
+// field that the file lacks keeps its value. Decode is strict: an unknown or repeated field, a field without a value and a
+// value of a wrong type are errors, which name the place in the file.
 //
-// Scalars are taken as they are written. An account id without quotes, which is a number to YAML, and an
-// octal one at that if it begins with 0, is the account id; the tag value 1.10 is not 1.1.
+// Scalars keep their text. To YAML, an account ID without quotes is a number, and an octal one if it starts with 0. Decode
+// returns the account ID. It also does not change the tag value 1.10 to 1.1.
 //
-// After an error, into may hold a part of the file.
+// After an error, into may have a part of the file.
 func Decode(text []byte, into any) error {
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	var document, more yaml.Node
 	switch err := decoder.Decode(&document); {
 	case errors.Is(err, io.EOF):
-		return errors.New("it is empty")
+		return errors.New("file is empty")
 	case err != nil:
 		return fmt.Errorf("%.500s", strings.TrimPrefix(err.Error(), "yaml: "))
 	}
 	if err := decoder.Decode(&more); !errors.Is(err, io.EOF) {
-		return errors.New("it holds more than one document")
+		return errors.New("file has more than one document")
 	}
 	return decode(document.Content[0], "", reflect.ValueOf(into).Elem())
 }
 
-// wrong says what is wrong with node, which is at path.
+// wrong returns an error of node, which is at path.
 func wrong(node *yaml.Node, path, format string, args ...any) error {
 	if path != "" {
 		path += ": "
@@ -47,16 +47,16 @@ func wrong(node *yaml.Node, path, format string, args ...any) error {
 	return fmt.Errorf("line %d: %.200s%w", node.Line, path, fmt.Errorf(format, args...))
 }
 
-// decode puts node into v. Package yaml could do so by itself, but would name neither paths nor all duplicates, and would
-// take numbers for text.
+// decode decodes node into v. Package yaml alone would report no paths and not all duplicates, and would accept numbers as
+// text.
 func decode(node *yaml.Node, path string, v reflect.Value) error {
 	switch {
 	case node.Kind == yaml.AliasNode, node.Anchor != "":
-		return wrong(node, path, "anchors and aliases are not taken: write it out")
+		return wrong(node, path, "anchors and aliases are not supported; write the value out")
 	case node.Style&yaml.TaggedStyle != 0:
-		return wrong(node, path, "the tag %.50q is not taken", node.Tag)
+		return wrong(node, path, "tag %.50q is not supported; remove it", node.Tag)
 	case node.Kind == yaml.ScalarNode && node.ShortTag() == "!!null":
-		return wrong(node, path, "has no value: remove it, or write [] for an empty list")
+		return wrong(node, path, "has no value; remove it, or write [] for an empty list")
 	}
 	switch v.Kind() {
 	case reflect.Struct:
@@ -124,23 +124,23 @@ func decodeScalar(node *yaml.Node, path string, v reflect.Value) error {
 	case v.Kind() == reflect.Int, v.Kind() == reflect.Int64:
 		n, err := strconv.ParseInt(node.Value, 10, v.Type().Bits())
 		if err != nil || strconv.FormatInt(n, 10) != node.Value {
-			return wrong(node, path, "%.100q is no whole number such as 9779", node.Value)
+			return wrong(node, path, "%.100q is not a whole number such as 9779", node.Value)
 		}
 		v.SetInt(n)
 	case v.Kind() == reflect.String:
 		v.SetString(node.Value)
 	default:
-		return wrong(node, path, "%s is a type that is not read", v.Type()) // tests of those who call walk all of theirs
+		return wrong(node, path, "type %s is not supported", v.Type()) // Tests of the callers check all their types.
 	}
 	return nil
 }
 
-// pairs calls each with all keys and values of a map, none of which may stand twice.
+// pairs calls each with all keys and values of a map, and refuses a repeated key.
 func pairs(node *yaml.Node, path string, each func(key string, value *yaml.Node, path string) error) error {
 	if node.Kind != yaml.MappingNode {
 		return wrong(node, path, "must be a map of fields")
 	}
-	lines := map[string]int{} // :: key → where it stood
+	lines := map[string]int{} // :: key → its line
 	for i := 0; i+1 < len(node.Content); i += 2 {
 		key, value := node.Content[i], node.Content[i+1]
 		if key.Kind != yaml.ScalarNode || key.Anchor != "" || key.Style&yaml.TaggedStyle != 0 {
@@ -148,7 +148,7 @@ func pairs(node *yaml.Node, path string, each func(key string, value *yaml.Node,
 		}
 		below := strings.TrimPrefix(path+"."+key.Value, ".")
 		if line, twice := lines[key.Value]; twice {
-			return wrong(key, below, "stands twice, in line %d as well", line)
+			return wrong(key, below, "is repeated; line %d has it, too", line)
 		}
 		lines[key.Value] = key.Line
 		if err := each(key.Value, value, below); err != nil {

@@ -14,8 +14,7 @@ import (
 	"github.com/credence-iam/credence/broker/rulesfile"
 )
 
-// TestPage: docs/rules.md lists every field and no other, its example sets each of them, and it names the
-// reasons that there are.
+// TestPage: docs/rules.md lists all fields and no others, sets each in its example, and names all reasons.
 func TestPage(t *testing.T) {
 	text, err := os.ReadFile("../../docs/rules.md")
 	if err != nil {
@@ -27,13 +26,13 @@ func TestPage(t *testing.T) {
 	example, _, _ = strings.Cut(example, "```")
 	file, err := rulesfile.Parse([]byte(example))
 	if err != nil {
-		t.Fatalf("the example: %v", err)
+		t.Fatalf("parsing the example: %v", err)
 	}
 	row := regexp.MustCompile("(?m)^\\| `([A-Za-z]+)` \\|")
 	for heading, v := range map[string]reflect.Value{"## Fields of the file": reflect.ValueOf(file), "## Fields of an entry": reflect.ValueOf(file.Namespaces[0])} {
 		_, section, ok := strings.Cut(page, heading+"\n")
 		if !ok {
-			t.Fatalf("the page has no section %q", heading)
+			t.Fatalf("page has no section %q", heading)
 		}
 		section, _, _ = strings.Cut(section, "\n## ")
 		var got, want []string
@@ -44,11 +43,11 @@ func TestPage(t *testing.T) {
 			name := v.Type().Field(i).Tag.Get("json")
 			want = append(want, name)
 			if v.Field(i).IsZero() {
-				t.Errorf("the example does not set %s", name)
+				t.Errorf("example does not set %s", name)
 			}
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("%s (- the type, + the page):\n%s", heading, diff)
+			t.Errorf("%s (-type +page):\n%s", heading, diff)
 		}
 	}
 
@@ -60,11 +59,11 @@ func TestPage(t *testing.T) {
 		return slices.Compact(slices.Sorted(slices.Values(regexp.MustCompile(`RULES_[A-Z_]+`).FindAllString(text, -1))))
 	}
 	if diff := cmp.Diff(reasons(string(errors)), reasons(page)); diff != "" || len(reasons(page)) == 0 {
-		t.Errorf("reasons (- the code, + the page):\n%s", diff)
+		t.Errorf("reasons (-code +page):\n%s", diff)
 	}
 	for _, identity := range []policy.SourceIdentity{policy.SourceNone, policy.SourceServiceAccount, policy.SourceSessionName} {
 		if !strings.Contains(page, "`"+string(identity)+"`") {
-			t.Errorf("the page does not name the source identity %s", identity)
+			t.Errorf("page does not name source identity %s", identity)
 		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/credence-iam/credence/broker/rulesfile"
 )
 
-// whole says everything that a file can say.
+// whole sets every field.
 const whole = `# The platform team's.
 kubernetesTags: true
 transitiveTags: [team, "cost centre"]
@@ -60,7 +60,7 @@ func TestParse(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
-	// The test sets every field, to more than its zero value.
+	// wholeFile has no zero field.
 	for _, v := range []reflect.Value{reflect.ValueOf(wholeFile), reflect.ValueOf(wholeFile.Namespaces[0])} {
 		for i := range v.NumField() {
 			if v.Field(i).IsZero() {
@@ -70,7 +70,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// encode writes a file as JSON.
+// encode returns file as JSON.
 func encode(t testing.TB, file policy.File) string {
 	t.Helper()
 	plain := map[string]any{}
@@ -119,8 +119,8 @@ func indent(t testing.TB, text string) string {
 }
 
 var refused = []struct{ text, want string }{
-	{"", "it is empty"},
-	{"# nothing\n", "it is empty"},
+	{"", "file is empty"},
+	{"# nothing\n", "file is empty"},
 	{"---\n", "has no value"},
 	{"null", "has no value"},
 	{"[]", "line 1: must be a map of fields"},
@@ -133,10 +133,10 @@ var refused = []struct{ text, want string }{
 	{"namespace:\n- match: [a]", "line 2: namespace: unknown field; known here are kubernetesTags, transitiveTags, sourceIdentity, namespaces"},
 	{"namespaces:\n- match: [a]\n  rols: [b]", "line 3: namespaces[0].rols: unknown field; known here are match, accounts, roles,"},
 	{"namespaces:\n- match: [a]\n- Match: [a]", "line 3: namespaces[1].Match: unknown field"},
-	{"namespaces:\n- match: [a]\n  match: [b]", "line 3: namespaces[0].match: stands twice, in line 2 as well"},
-	{"kubernetesTags: true\nnamespaces:\n- match: [a]\nkubernetesTags: false", "line 4: kubernetesTags: stands twice, in line 1 as well"},
-	{`{"namespaces":[{"match":["a"],"match":["b"]}]}`, "namespaces[0].match: stands twice"},
-	{"namespaces:\n- match: [a]\n  forcedTags: {team: a, team: b}", "namespaces[0].forcedTags.team: stands twice"},
+	{"namespaces:\n- match: [a]\n  match: [b]", "line 3: namespaces[0].match: is repeated; line 2 has it, too"},
+	{"kubernetesTags: true\nnamespaces:\n- match: [a]\nkubernetesTags: false", "line 4: kubernetesTags: is repeated; line 1 has it, too"},
+	{`{"namespaces":[{"match":["a"],"match":["b"]}]}`, "namespaces[0].match: is repeated"},
+	{"namespaces:\n- match: [a]\n  forcedTags: {team: a, team: b}", "namespaces[0].forcedTags.team: is repeated"},
 	{"namespaces:\n- match: [a]\n  forcedTags: [team]", "namespaces[0].forcedTags: must be a map"},
 	{"namespaces:\n- match: [a]\n  forcedTags: {team: }", "namespaces[0].forcedTags.team: has no value"},
 	{"namespaces:\n- match: [a]\n  forcedTags: {team: [x]}", "must be one value"},
@@ -152,10 +152,10 @@ var refused = []struct{ text, want string }{
 	{"kubernetesTags: 1\nnamespaces:\n- match: [a]", "is neither true nor false"},
 	{"sourceIdentity: pod\nnamespaces:\n- match: [a]", `sourceIdentity: "pod" is none of`},
 	{"x: &x [a]\nnamespaces:\n- match: *x", "unknown field"},
-	{"namespaces:\n- match: &x [a]\n- match: *x", "line 2: namespaces[0].match: anchors and aliases are not taken"},
+	{"namespaces:\n- match: &x [a]\n- match: *x", "line 2: namespaces[0].match: anchors and aliases are not supported"},
 	{"namespaces:\n- match: [a]\n  <<: {roles: [b]}", "namespaces[0].<<: unknown field"},
-	{"namespaces:\n- match: [!!binary YQ==]", `the tag "!!binary" is not taken`},
-	{"namespaces:\n- match: [!x a]", "is not taken"},
+	{"namespaces:\n- match: [!!binary YQ==]", `tag "!!binary" is not supported`},
+	{"namespaces:\n- match: [!x a]", "is not supported"},
 	{"? [a]\n: b", "has a key that is not plain text"},
 	{"namespaces:\n- match: [a]\n---\nnamespaces:\n- match: [b]", "more than one document"},
 	{"namespaces:\n- match: [a", "line "},
@@ -174,16 +174,16 @@ func TestParseRefuses(t *testing.T) {
 			continue
 		}
 		if !reflect.ValueOf(file).IsZero() {
-			t.Errorf("%.200q: an error (%v) comes with %+v", tt.text, err, file)
+			t.Errorf("%.200q: error %v with result %+v", tt.text, err, file)
 		}
 		if len(err.Error()) > 1000 {
-			t.Errorf("%.200q: the error has %d characters", tt.text, len(err.Error()))
+			t.Errorf("%.200q: error has %d characters, want at most 1000", tt.text, len(err.Error()))
 		}
 	}
 }
 
-// FuzzParse: what is taken can be used, and means the same when it is written again; anything else is an
-// error of readable length, alone.
+// FuzzParse: the rules can use each accepted file, and it stays the same after encoding. All else is an error of readable
+// length, without a result.
 func FuzzParse(f *testing.F) {
 	f.Add(whole)
 	f.Add(encode(f, wholeFile))
@@ -194,32 +194,32 @@ func FuzzParse(f *testing.F) {
 		file, err := rulesfile.Parse([]byte(text))
 		if err != nil {
 			if !reflect.ValueOf(file).IsZero() || len(err.Error()) > 2000 {
-				t.Errorf("an error of %d characters (%.2000s) comes with %+v", len(err.Error()), err, file)
+				t.Errorf("error of %d characters (%.2000s) with result %+v", len(err.Error()), err, file)
 			}
 			return
 		}
 		var rules policy.Rules
 		if err := rules.Use(file); err != nil {
-			t.Errorf("it is taken and cannot be used: %v", err)
+			t.Errorf("Use refuses what Parse accepted: %v", err)
 		}
 		again, err := rulesfile.Parse([]byte(encode(t, file)))
 		if err != nil {
-			t.Fatalf("written again as %s: %v", encode(t, file), err)
+			t.Fatalf("parsing the encoded file %s: %v", encode(t, file), err)
 		}
 		if diff := cmp.Diff(file, again); diff != "" {
-			t.Errorf("written again, it differs (-first +again):\n%s", diff)
+			t.Errorf("parsing the encoded file (-want +got):\n%s", diff)
 		}
 	})
 }
 
-// Each kind of value that a file is made of is read; a field of a new kind would be refused for ever.
-func TestEveryKindIsRead(t *testing.T) {
+// TestAllTypesAreSupported: decode supports the type of each field. It would always refuse a field of another type.
+func TestAllTypesAreSupported(t *testing.T) {
 	known := map[string]bool{"bool": true, "string": true, "[]string": true, "map[string]string": true, "time.Duration": true,
 		"policy.SourceIdentity": true, "[]policy.NamespaceRules": true}
 	for _, typ := range []reflect.Type{reflect.TypeFor[policy.File](), reflect.TypeFor[policy.NamespaceRules]()} {
 		for field := range typ.Fields() {
 			if !known[fmt.Sprint(field.Type)] {
-				t.Errorf("%s.%s is a %s, which decode may not read: add it there, and here", typ.Name(), field.Name, field.Type)
+				t.Errorf("%s.%s has type %s, which decode may not support; add the type there and here", typ.Name(), field.Name, field.Type)
 			}
 		}
 	}

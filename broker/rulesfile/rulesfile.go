@@ -1,8 +1,8 @@
-// Package rulesfile reads the optional rules file and follows it on disk: it makes [policy.Rules]
-// decide by what the file says now, without a restart.
+// Package rulesfile reads the optional rules file and follows it on disk: [policy.Rules] decides by a replaced file without
+// a restart. The broker, the webhook and the operator's command read the same file.
 //
-// It promises that a file which is wrong, or cannot be read, changes nothing: see package configfile. It decides
-// nothing by itself; what the file means is up to package policy.
+// It guarantees that an invalid or unreadable file changes nothing, see package configfile. It decides nothing: package
+// policy does.
 package rulesfile
 
 import (
@@ -13,20 +13,20 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Interval is how often the file is looked at.
+// Interval is the time between two reads of the file.
 const Interval = configfile.Interval
 
 // Config configures [New].
 type Config struct {
-	// Path is the file. It may be a symbolic link, or lie behind one that is swapped, as in a mounted
-	// ConfigMap. Required.
+	// Path is the file. It may be a symbolic link, or be reached through one that is swapped, as in a mounted ConfigMap.
+	// Required.
 	Path string
-	// Rules decide by the file. Required.
+	// Rules apply the file. Required.
 	Rules *policy.Rules
-	// OnChange is called after the rules have changed, by Run: what was decided before may be decided
-	// differently now. It must not block. Default: nobody is told.
+	// OnChange is called by Run after the rules have changed, so earlier decisions may be outdated. It must not block. It
+	// may be nil.
 	OnChange func()
-	// Logger is told of each new file and of each new error, once. Required.
+	// Logger logs each new file and each new error, once. Required.
 	Logger *slog.Logger
 }
 
@@ -35,11 +35,10 @@ type Follower = configfile.Follower
 
 const name = "rules file"
 
-// New reads the file for the first time and has the rules decide by it. Its errors say what is wrong, and
-// where in the file.
+// New reads the file and applies it to the rules. Its error names the place in the file.
 func New(cfg Config) (*Follower, error) {
 	if cfg.Path == "" || cfg.Rules == nil || cfg.Logger == nil {
-		return nil, errors.New("following a rules file: needs a Path, Rules and a Logger")
+		return nil, errors.New("following a rules file: Path, Rules and Logger are required")
 	}
 	log, entries := cfg.Logger.With("file", cfg.Path), 0
 	return configfile.New(configfile.Config{
@@ -53,16 +52,18 @@ func New(cfg Config) (*Follower, error) {
 			return cfg.Rules.Use(file)
 		},
 		Hooks: configfile.Hooks{
-			OnLoad: func(digest string) { log.Info("Rules file loaded", "digest", digest, "entries", entries) },
+			OnLoad: func(digest string) { log.Info("Loaded the rules file", "digest", digest, "entries", entries) },
 			OnInvalid: func(digest string, err error) {
-				log.Warn("Keeping the rules as they were: the rules file cannot be used", "digest", digest, "error", err)
+				log.Warn("Could not use the rules file, keeping the rules in force", "digest", digest, "error", err)
 			},
-			OnRecover: func(digest string) { log.Info("The rules file is again as it was loaded", "digest", digest) },
+			OnRecover: func(digest string) {
+				log.Info("Recovered the rules file, which is again the one in force", "digest", digest)
+			},
 		},
 	})
 }
 
-// Check returns the error for which [New] would refuse the file.
+// Check returns the error that [New] would return for the file.
 func Check(path string) error {
 	return configfile.Check(path, name, func(text []byte) error {
 		_, err := Parse(text)
@@ -70,8 +71,8 @@ func Check(path string) error {
 	})
 }
 
-// Parse reads the text of a rules file, in YAML or JSON, and checks it. It is strict: see [configfile.Decode]; and
-// whatever policy.File.Check refuses is an error, too.
+// Parse decodes the text of a rules file, in YAML or JSON. It is strict, see [configfile.Decode], and returns errors of
+// policy.File.Check, too.
 func Parse(text []byte) (policy.File, error) {
 	var file policy.File
 	if err := configfile.Decode(text, &file); err != nil {

@@ -40,7 +40,7 @@ func newRules(t *testing.T) *policy.Rules {
 	return rules
 }
 
-// reason is why the rules refuse a pod of namespace shop; "" if they do not.
+// reason returns why the rules refuse a pod in namespace shop; empty if they allow it.
 func reason(rules *policy.Rules) credential.Reason {
 	_, err := rules.Grant(
 		policy.Pod{Namespace: "shop", Name: "cart", ServiceAccount: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/reader"}},
@@ -60,7 +60,7 @@ func digest(text string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// lines is a log that can be read while it is written.
+// lines is a log for concurrent reads and writes.
 type lines struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -92,11 +92,11 @@ func TestNewRefuses(t *testing.T) {
 		write(t, filepath.Join(dir, name), text)
 	}
 	for file, want := range map[string]string{
-		"":       "needs a Path",
+		"":       "Path, Rules and Logger are required",
 		"absent": "no such file",
 		".":      "is a directory",
 		"broken": "line 1: namespaces[0].role: unknown field",
-		"empty":  "it is empty",
+		"empty":  "file is empty",
 		"large":  "longer than 1048576 bytes",
 	} {
 		path := file
@@ -109,7 +109,7 @@ func TestNewRefuses(t *testing.T) {
 			t.Errorf("%s: %v, want %q", file, err, want)
 		}
 		if path != "" && (rulesfile.Check(path) == nil || rulesfile.Check(path).Error() != err.Error()) {
-			t.Errorf("%s: Check says %v, New %v", file, rulesfile.Check(path), err)
+			t.Errorf("%s: Check returns %v, New %v", file, rulesfile.Check(path), err)
 		}
 		if got := reason(rules); got != "" {
 			t.Errorf("%s: after an error the rules refuse with %s", file, got)
@@ -117,17 +117,17 @@ func TestNewRefuses(t *testing.T) {
 	}
 	for _, cfg := range []rulesfile.Config{{Path: dir, Logger: log}, {Path: dir, Rules: newRules(t)}} {
 		if _, err := rulesfile.New(cfg); err == nil {
-			t.Errorf("%+v is taken", cfg)
+			t.Errorf("New(%+v): no error", cfg)
 		}
 	}
 }
 
-// TestFollow goes through what becomes of a file, one look each.
+// TestFollow changes the file in several ways, with one read each.
 func TestFollow(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "rules.yaml")
 	write(t, file, forShop)
-	const loaded, kept, again = "Rules file loaded", "Keeping the rules as they were: the rules file cannot be used", "The rules file is again as it was loaded"
+	const loaded, invalid, recovered = "Loaded the rules file", "Could not use the rules file, keeping the rules in force", "Recovered the rules file, which is again the one in force"
 	synctest.Test(t, func(t *testing.T) {
 		var log lines
 		changes := 0
@@ -138,15 +138,15 @@ func TestFollow(t *testing.T) {
 		}
 		started := time.Now()
 		if s := f.Status(); s.Digest != digest(forShop) || !s.Loaded.Equal(started) || s.Err != nil || changes != 0 || strings.Join(log.take(), ";") != loaded {
-			t.Fatalf("at the start: %+v, %d changes", s, changes)
+			t.Fatalf("after New: %+v, %d changes", s, changes)
 		}
 		if got := reason(rules); got != "" {
-			t.Fatalf("at the start: %s", got)
+			t.Fatalf("after New, the rules refuse with %s", got)
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error)
 		go func() { ended <- f.Run(ctx) }()
-		time.Sleep(time.Second) // looks are between the steps
+		time.Sleep(time.Second) // Reads are between the steps.
 
 		ok, none := credential.Reason(""), credential.ReasonRulesNamespace
 		for _, step := range []struct {
@@ -155,22 +155,22 @@ func TestFollow(t *testing.T) {
 			reason  credential.Reason // of the rules in force
 			digest  string            // of the file in force
 			err     string            // in the status; "" for none
-			changes int               // until now
+			changes int               // calls of OnChange so far
 			log     []string
 		}{
-			{"nothing", func() {}, ok, digest(forShop), "", 0, nil},
+			{"no change", func() {}, ok, digest(forShop), "", 0, nil},
 			{"another file", func() { write(t, file, forNobody) }, none, digest(forNobody), "", 1, []string{loaded}},
-			{"the same again", func() { write(t, file, forNobody) }, none, digest(forNobody), "", 1, nil},
-			{"a wrong one", func() { write(t, file, broken) }, none, digest(forNobody), "line 1: namespaces[0].role: unknown field", 1, []string{kept}},
-			{"still the wrong one", func() {}, none, digest(forNobody), "unknown field", 1, nil},
-			{"another error", func() { write(t, file, "") }, none, digest(forNobody), "it is empty", 1, []string{kept}},
-			{"the wrong one again", func() { write(t, file, broken) }, none, digest(forNobody), "unknown field", 1, []string{kept}},
-			{"back as it was", func() { write(t, file, forNobody) }, none, digest(forNobody), "", 1, []string{again}},
-			{"gone", func() { _ = os.Remove(file) }, none, digest(forNobody), "no such file", 1, []string{kept}},
-			{"still gone", func() {}, none, digest(forNobody), "no such file", 1, nil},
-			{"a good one", func() { write(t, file, forShop) }, ok, digest(forShop), "", 2, []string{loaded}},
-			{"a folder in its place", func() { _ = os.Remove(file); _ = os.Mkdir(file, 0o700) }, ok, digest(forShop), "is a directory", 2, []string{kept}},
-			{"the first one again", func() { _ = os.Remove(file); write(t, file, forNobody) }, none, digest(forNobody), "", 3, []string{loaded}},
+			{"the same file", func() { write(t, file, forNobody) }, none, digest(forNobody), "", 1, nil},
+			{"invalid", func() { write(t, file, broken) }, none, digest(forNobody), "line 1: namespaces[0].role: unknown field", 1, []string{invalid}},
+			{"still invalid", func() {}, none, digest(forNobody), "unknown field", 1, nil},
+			{"another error", func() { write(t, file, "") }, none, digest(forNobody), "file is empty", 1, []string{invalid}},
+			{"invalid again", func() { write(t, file, broken) }, none, digest(forNobody), "unknown field", 1, []string{invalid}},
+			{"the one in force again", func() { write(t, file, forNobody) }, none, digest(forNobody), "", 1, []string{recovered}},
+			{"removed", func() { _ = os.Remove(file) }, none, digest(forNobody), "no such file", 1, []string{invalid}},
+			{"still removed", func() {}, none, digest(forNobody), "no such file", 1, nil},
+			{"valid", func() { write(t, file, forShop) }, ok, digest(forShop), "", 2, []string{loaded}},
+			{"a directory", func() { _ = os.Remove(file); _ = os.Mkdir(file, 0o700) }, ok, digest(forShop), "is a directory", 2, []string{invalid}},
+			{"an earlier file", func() { _ = os.Remove(file); write(t, file, forNobody) }, none, digest(forNobody), "", 3, []string{loaded}},
 		} {
 			step.do()
 			before := f.Status()
@@ -181,13 +181,13 @@ func TestFollow(t *testing.T) {
 				t.Errorf("%s: status %+v", step.what, s)
 			}
 			if moved := s.Loaded != before.Loaded; moved != (s.Digest != before.Digest) {
-				t.Errorf("%s: it was loaded at %s, and is %t another file", step.what, s.Loaded, moved)
+				t.Errorf("%s: loaded at %s, which has changed: %t", step.what, s.Loaded, moved)
 			}
 			if got := reason(rules); got != step.reason {
 				t.Errorf("%s: the rules refuse with %q, want %q", step.what, got, step.reason)
 			}
 			if changes != step.changes {
-				t.Errorf("%s: told of %d changes, want %d", step.what, changes, step.changes)
+				t.Errorf("%s: OnChange was called %d times, want %d", step.what, changes, step.changes)
 			}
 			if got := log.take(); strings.Join(got, ";") != strings.Join(step.log, ";") {
 				t.Errorf("%s: logged %q, want %q", step.what, got, step.log)
@@ -200,8 +200,7 @@ func TestFollow(t *testing.T) {
 	})
 }
 
-// TestConfigMapSwap does what a kubelet does: it writes a new folder, and swaps the link that all files of
-// the volume lie behind.
+// TestConfigMapSwap replaces the file as the kubelet does: it writes a new directory and swaps the link to it.
 func TestConfigMapSwap(t *testing.T) {
 	dir := t.TempDir()
 	swap := func(name, text string) {
@@ -245,14 +244,14 @@ func TestConfigMapSwap(t *testing.T) {
 				t.Errorf("swap %d: %+v", i, s)
 			}
 		}
-		// The folder is away for a moment, as while a volume is set up anew.
+		// The directory is missing for a moment, as during the setup of a volume.
 		if err := os.Remove(filepath.Join(dir, "..data")); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(rulesfile.Interval)
 		synctest.Wait()
 		if s := f.Status(); !errors.Is(s.Err, fs.ErrNotExist) || s.Digest != digest(forNobody) || reason(rules) != credential.ReasonRulesNamespace {
-			t.Errorf("without the folder: %+v, %s", s, reason(rules))
+			t.Errorf("without the directory: %+v, %s", s, reason(rules))
 		}
 		stop()
 		if err := <-ended; err != nil {

@@ -1,8 +1,8 @@
-// Package settingsfile reads the optional file with settings of the sidecar and follows it on disk: it makes an
-// [inject.Injector] inject by what the file says now, without a restart.
+// Package settingsfile reads the optional file with sidecar settings and follows it on disk: an [inject.Injector] uses a
+// replaced file without a restart.
 //
-// It promises that a file which is wrong, or cannot be read, changes nothing: see package configfile. What the file
-// does not say is as the flags said. It decides nothing by itself; what the settings mean is up to package inject.
+// It guarantees that an invalid or unreadable file changes nothing, see package configfile. Flags set the fields that the
+// file lacks. Package inject defines what the settings mean.
 package settingsfile
 
 import (
@@ -16,21 +16,19 @@ import (
 
 // Config configures [New].
 type Config struct {
-	// Path is the file. It may be a symbolic link, or lie behind one that is swapped, as in a mounted
-	// ConfigMap. Required.
+	// Path is the file. It may be a symbolic link, or be reached through one that is swapped, as in a mounted ConfigMap.
+	// Required.
 	Path string
-	// Injector injects by the file. The settings that it has when New is called are for what the file does not
-	// say. Required.
+	// Injector uses the file. Its settings at the call of New apply to fields that the file lacks. Required.
 	Injector *inject.Injector
-	// Logger is told of each new file and of each new error, once. Required.
+	// Logger logs each new file and each new error, once. Required.
 	Logger *slog.Logger
 }
 
-// New reads the file for the first time and has the injector inject by it. Its errors say what is wrong, and
-// where in the file.
+// New reads the file and applies it to the injector. Its error names the place in the file.
 func New(cfg Config) (*configfile.Follower, error) {
 	if cfg.Path == "" || cfg.Injector == nil || cfg.Logger == nil {
-		return nil, errors.New("following a sidecar settings file: needs a Path, an Injector and a Logger")
+		return nil, errors.New("following a sidecar settings file: Path, Injector and Logger are required")
 	}
 	base := cfg.Injector.Settings()
 	log := cfg.Logger.With("file", cfg.Path)
@@ -44,17 +42,19 @@ func New(cfg Config) (*configfile.Follower, error) {
 			return cfg.Injector.Use(settings)
 		},
 		Hooks: configfile.Hooks{
-			OnLoad: func(digest string) { log.Info("Sidecar settings file loaded", "digest", digest) },
+			OnLoad: func(digest string) { log.Info("Loaded the sidecar settings file", "digest", digest) },
 			OnInvalid: func(digest string, err error) {
-				log.Warn("Keeping the sidecar settings as they were: the sidecar settings file cannot be used", "digest", digest, "error", err)
+				log.Warn("Could not use the sidecar settings file, keeping the settings in force", "digest", digest, "error", err)
 			},
-			OnRecover: func(digest string) { log.Info("The sidecar settings file is again as it was loaded", "digest", digest) },
+			OnRecover: func(digest string) {
+				log.Info("Recovered the sidecar settings file, which is again the one in force", "digest", digest)
+			},
 		},
 	})
 }
 
-// Parse reads the text of a file with settings, in YAML or JSON, and checks it for those annotation keys. What it does not
-// say is as in base. It is strict: see [configfile.Decode]; and whatever inject.Settings.Check refuses is an error, too.
+// Parse decodes the text of a file with sidecar settings, in YAML or JSON. base has the fields that the file lacks. Parse is
+// strict, see [configfile.Decode], and returns errors of inject.Settings.Check with these annotation keys, too.
 func Parse(text []byte, base inject.Settings, keys policy.Keys) (inject.Settings, error) {
 	settings := base
 	if err := configfile.Decode(text, &settings); err != nil {

@@ -41,7 +41,7 @@ func newInjector(t testing.TB) *inject.Injector {
 	return i
 }
 
-// encoded writes a value as a file has it.
+// encoded returns a value in the form of a file.
 func encoded(t testing.TB, v reflect.Value) string {
 	t.Helper()
 	if own, ok := reflect.TypeAssert[encoding.TextMarshaler](v); ok {
@@ -97,12 +97,12 @@ func TestParse(t *testing.T) {
 	names, values := fields(reflect.ValueOf(wholeSettings), "")
 	for i, v := range values {
 		if v.IsZero() {
-			t.Errorf("%s is not set here", names[i])
+			t.Errorf("wholeSettings lacks %s", names[i])
 		}
 	}
 }
 
-// What the file does not say is as it was, and what it says of a part of cpu changes that part.
+// TestBase: fields that the file lacks keep their value, also within cpu.
 func TestBase(t *testing.T) {
 	for text, change := range map[string]func(*inject.Settings){
 		"{}":                     func(*inject.Settings) {},
@@ -120,7 +120,7 @@ func TestBase(t *testing.T) {
 		}
 	}
 	if wholeSettings.PodAnnotations["a"] != "" || len(wholeSettings.ImagePullSecrets) != 2 {
-		t.Errorf("the base was changed: %+v", wholeSettings)
+		t.Errorf("Parse changed its base: %+v", wholeSettings)
 	}
 }
 
@@ -133,13 +133,13 @@ func list(n int, form string) string {
 }
 
 var refused = []struct{ text, want string }{
-	{"", "it is empty"},
+	{"", "file is empty"},
 	{"[]", "line 1: must be a map of fields"},
 	{"memory:", "line 1: memory: has no value"},
 	{"memori: 16Mi", "line 1: memori: unknown field; known here are imagePullPolicy, imagePullSecrets, memory, cpu, port, runAsUser, logLevel, podAnnotations: did you mean memory?"},
 	{"image: x", "image: unknown field"},
 	{"cpu:\n  limits: 1", "line 2: cpu.limits: unknown field; known here are request, limit, guaranteed: did you mean limit?"},
-	{"port: 9779\nport: 9780", "line 2: port: stands twice, in line 1 as well"},
+	{"port: 9779\nport: 9780", "line 2: port: is repeated; line 1 has it, too"},
 	{"memory: 64", `line 1: memory: "64" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
 	{"memory: 8Mi", "line 1: memory: 8Mi is out of bounds: from 12Mi to 256Mi"},
 	{"memory: 257Mi", "out of bounds"},
@@ -153,12 +153,12 @@ var refused = []struct{ text, want string }{
 	{"cpu: {guaranteed: 0}", "cpu.guaranteed: 0 is out of bounds: from 10m to 1"},
 	{"port: 80", "port: 80 is out of bounds: from 1024 to 65535"},
 	{"port: 65536", "out of bounds"},
-	{"port: http", `line 1: port: "http" is no whole number`},
-	{"port: 9_779", "is no whole number"},
-	{"port: 09779", "is no whole number"},
-	{"port: +9779", "is no whole number"},
-	{"port: 0x2633", "is no whole number"},
-	{"port: 99999999999999999999", "is no whole number"},
+	{"port: http", `line 1: port: "http" is not a whole number`},
+	{"port: 9_779", "is not a whole number"},
+	{"port: 09779", "is not a whole number"},
+	{"port: +9779", "is not a whole number"},
+	{"port: 0x2633", "is not a whole number"},
+	{"port: 99999999999999999999", "is not a whole number"},
 	{"runAsUser: 0", "runAsUser: 0 is not a user ID from 1 to 2147483647, and the sidecar never runs as root; with -1 the platform chooses"},
 	{"runAsUser: -2", "is not a user ID"},
 	{"runAsUser: 2147483648", "is not a user ID"},
@@ -170,7 +170,7 @@ var refused = []struct{ text, want string }{
 	{"imagePullSecrets: [a, a]", `"a" is listed twice`},
 	{"imagePullSecrets: [" + list(9, "s%d") + "]", "has 9 names, the limit is 8"},
 	{"podAnnotations: {a b: c}", `podAnnotations: "a b" is not an annotation key`},
-	{"podAnnotations: {a: b, a: c}", "podAnnotations.a: stands twice"},
+	{"podAnnotations: {a: b, a: c}", "podAnnotations.a: is repeated"},
 	{"podAnnotations: {iam.amazonaws.com/role: admin}", "has the prefix of Credence's annotations"},
 	{"podAnnotations: {Iam.amazonaws.com/role: admin}", "has the prefix"},
 	{"podAnnotations: {container.apparmor.security.beta.kubernetes.io/app: unconfined}", "belongs to Kubernetes"},
@@ -178,7 +178,7 @@ var refused = []struct{ text, want string }{
 	{"podAnnotations: {K8S.io/x: x}", "belongs to Kubernetes"},
 	{"podAnnotations: {" + list(17, "k%d: v") + "}", "has 17 keys, the limit is 16"},
 	{"podAnnotations: {k: " + strings.Repeat("v", 1025) + "}", `the value of "k" has 1025 bytes, the limit is 1024`},
-	{"memory: &m 16Mi", "anchors and aliases are not taken"},
+	{"memory: &m 16Mi", "anchors and aliases are not supported"},
 	{"port: 9779\n---\nport: 9780", "more than one document"},
 }
 
@@ -189,24 +189,24 @@ func TestParseRefuses(t *testing.T) {
 			t.Errorf("%.200q: %v, want %q", tt.text, err, tt.want)
 		}
 		if !reflect.ValueOf(got).IsZero() {
-			t.Errorf("%.200q: an error (%v) comes with %+v", tt.text, err, got)
+			t.Errorf("%.200q: error %v with result %+v", tt.text, err, got)
 		}
 	}
-	// The whole prefix in use is refused, not the default one.
+	// Parse refuses the prefix in use, not the default one.
 	keys, err := policy.NewKeys("aws.example.com")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := settingsfile.Parse([]byte("podAnnotations: {aws.example.com/role: admin}"), inject.DefaultSettings(), keys); err == nil {
-		t.Error("a key under another prefix is taken")
+		t.Error("Parse accepts a key with the prefix in use")
 	}
 	if _, err := settingsfile.Parse([]byte("podAnnotations: {example.com/role: x, notkubernetes.io/x: x, k8s.io.example.com/x: x}"), inject.DefaultSettings(), keys); err != nil {
 		t.Error(err)
 	}
 }
 
-// FuzzParse: what is taken can be used, and means the same when it is written again; anything else is an error of readable
-// length, alone.
+// FuzzParse: an injector can use each accepted file, and it stays the same after encoding. All else is an error of readable
+// length, without a result.
 func FuzzParse(f *testing.F) {
 	f.Add(whole)
 	f.Add(asJSON(f, wholeSettings))
@@ -218,21 +218,21 @@ func FuzzParse(f *testing.F) {
 		got, err := settingsfile.Parse([]byte(text), inject.DefaultSettings(), keys)
 		if err != nil {
 			if !reflect.ValueOf(got).IsZero() || len(err.Error()) > 2000 {
-				t.Errorf("an error of %d characters (%.2000s) comes with %+v", len(err.Error()), err, got)
+				t.Errorf("error of %d characters (%.2000s) with result %+v", len(err.Error()), err, got)
 			}
 			return
 		}
 		if err := newInjector(t).Use(got); err != nil {
-			t.Errorf("it is taken and cannot be used: %v", err)
+			t.Errorf("Use refuses what Parse accepted: %v", err)
 		}
-		for key, value := range got.PodAnnotations { // JSON has no other way to write these
+		for key, value := range got.PodAnnotations { // JSON cannot encode invalid UTF-8.
 			if strings.ToValidUTF8(key+value, "") != key+value {
 				return
 			}
 		}
 		again, err := settingsfile.Parse([]byte(strings.ReplaceAll(asJSON(t, got), `"podAnnotations": []`, `"podAnnotations": {}`)), inject.Settings{}, keys)
 		if err != nil {
-			t.Fatalf("written again as %s: %v", asJSON(t, got), err)
+			t.Fatalf("parsing the encoded file %s: %v", asJSON(t, got), err)
 		}
 		if len(got.ImagePullSecrets) == 0 && len(again.ImagePullSecrets) == 0 {
 			got.ImagePullSecrets, again.ImagePullSecrets = nil, nil
@@ -241,12 +241,12 @@ func FuzzParse(f *testing.F) {
 			got.PodAnnotations, again.PodAnnotations = nil, nil
 		}
 		if diff := cmp.Diff(got, again); diff != "" {
-			t.Errorf("written again, it differs (-first +again):\n%s", diff)
+			t.Errorf("parsing the encoded file (-want +got):\n%s", diff)
 		}
 	})
 }
 
-// lines is a log that can be read while it is written.
+// lines is a log for concurrent reads and writes.
 type lines struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -265,7 +265,7 @@ func (l *lines) take() string {
 	return l.text.String()
 }
 
-// TestFollow replaces the file while it is followed, as a kubelet does: by a link that is swapped.
+// TestFollow replaces the file as the kubelet does, by swapping a link.
 func TestFollow(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "settings.yaml")
@@ -287,11 +287,11 @@ func TestFollow(t *testing.T) {
 		t.Fatal(err)
 	}
 	write("memory: 32Mi")
-	const loaded, kept = "Sidecar settings file loaded", "Keeping the sidecar settings as they were"
+	const loaded, invalid = "Loaded the sidecar settings file", "Could not use the sidecar settings file"
 	synctest.Test(t, func(t *testing.T) {
 		var log lines
 		i := newInjector(t)
-		if err := i.Use(inject.Settings{Memory: 20, CPU: inject.CPU{Request: 6, Limit: 60, Guaranteed: 60}, Port: 9780, RunAsUser: 1, LogLevel: "warn"}); err != nil { // by flags
+		if err := i.Use(inject.Settings{Memory: 20, CPU: inject.CPU{Request: 6, Limit: 60, Guaranteed: 60}, Port: 9780, RunAsUser: 1, LogLevel: "warn"}); err != nil { // as flags set them
 			t.Fatal(err)
 		}
 		f, err := settingsfile.New(settingsfile.Config{Path: file, Injector: i, Logger: slog.New(slog.NewTextHandler(&log, nil))})
@@ -299,10 +299,10 @@ func TestFollow(t *testing.T) {
 			t.Fatal(err)
 		}
 		if s := i.Settings(); s.Memory != 32 || s.Port != 9780 || !strings.Contains(log.take(), loaded) {
-			t.Fatalf("at the start: %+v", s)
+			t.Fatalf("after New: %+v", s)
 		}
 		go func() { _ = f.Run(t.Context()) }()
-		time.Sleep(time.Second) // looks are between the steps
+		time.Sleep(time.Second) // Reads are between the steps.
 		for _, step := range []struct {
 			text   string
 			memory policy.Memory
@@ -311,23 +311,23 @@ func TestFollow(t *testing.T) {
 			log    string
 		}{
 			{"memory: 64Mi", 64, 9780, "", loaded},
-			{"port: 9781", 20, 9781, "", loaded}, // what it no longer says is as the flags said
-			{"port: 80", 20, 9781, "port: 80 is out of bounds", kept},
-			{"memory: 48Mi\nmemori: 48Mi", 20, 9781, "line 2: memori: unknown field", kept},
+			{"port: 9781", 20, 9781, "", loaded}, // The flags set the fields that the file lacks now.
+			{"port: 80", 20, 9781, "port: 80 is out of bounds", invalid},
+			{"memory: 48Mi\nmemori: 48Mi", 20, 9781, "line 2: memori: unknown field", invalid},
 			{"{}", 20, 9780, "", loaded},
 		} {
 			write(step.text)
 			time.Sleep(configfile.Interval)
 			synctest.Wait()
-			s, status, said := i.Settings(), f.Status(), log.take()
+			s, status, logged := i.Settings(), f.Status(), log.take()
 			if s.Memory != step.memory || s.Port != step.port {
-				t.Errorf("%q: in force is %+v", step.text, s)
+				t.Errorf("%q: settings in force are %+v", step.text, s)
 			}
 			if (status.Err == nil) != (step.err == "") || status.Err != nil && !strings.Contains(status.Err.Error(), step.err) {
 				t.Errorf("%q: status %+v", step.text, status)
 			}
-			if !strings.Contains(said, step.log) || !strings.Contains(said, step.err) || strings.Count(said, "\n") != 1 {
-				t.Errorf("%q: logged %s", step.text, said)
+			if !strings.Contains(logged, step.log) || !strings.Contains(logged, step.err) || strings.Count(logged, "\n") != 1 {
+				t.Errorf("%q: logged %s", step.text, logged)
 			}
 		}
 	})
@@ -352,7 +352,7 @@ func TestNewRefuses(t *testing.T) {
 	}
 	for _, cfg := range []settingsfile.Config{{Injector: newInjector(t), Logger: log}, {Path: dir, Logger: log}, {Path: dir, Injector: newInjector(t)}} {
 		if _, err := settingsfile.New(cfg); err == nil {
-			t.Errorf("%+v is taken", cfg)
+			t.Errorf("New(%+v): no error", cfg)
 		}
 	}
 }
