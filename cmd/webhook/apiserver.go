@@ -9,13 +9,13 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
-// apiServer returns how to reach the API server: never through a proxy, whatever the environment says. The webhook calls
-// nobody else.
+// apiServer returns the configuration for calls to the API server. It disables the proxies of the environment for the whole
+// program, because the webhook calls only the API server.
 func apiServer(kubeconfig string) (*rest.Config, error) {
 	program.WithoutProxies()
 	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
-		return nil, fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
+		return nil, fmt.Errorf("configuring the API server: %w; outside a cluster, set --kubeconfig", err)
 	}
 	return config, nil
 }

@@ -6,7 +6,7 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program/programtest"
 )
 
-// TestChartArguments: the webhook takes what the Helm chart passes to it.
+// TestChartArguments: the webhook accepts the arguments of the Helm chart.
 func TestChartArguments(t *testing.T) {
 	for file, args := range programtest.ChartArguments(t, "webhook") {
 		if _, err := parse(args); err != nil {

@@ -1,8 +1,7 @@
 // Command credence-webhook is the admission webhook that injects pods.
 //
-// It serves admission reviews, health and readiness over HTTPS on --listen, and watches namespaces
-// to tell early what the broker would refuse. Logs go to standard error as JSON. It exits with 1 when
-// it cannot go on, and with 2 when a flag cannot be right.
+// It serves admission reviews, health and readiness over HTTPS on --listen. It watches namespaces, to refuse pods that the
+// broker would refuse. It logs JSON to standard error. It exits with 1 after a failure, and with 2 if a flag is invalid.
 package main
 
 import (
@@ -31,12 +30,11 @@ func main() {
 	program.Program[options]{Name: "credence-webhook", Usage: usage, Flags: flags, Run: run}.Main()
 }
 
-// run builds the parts and runs them until ctx ends: first the server drains, then the watch that it
-// judges by stops.
+// run makes the parts and runs them until ctx ends. It drains the server before it stops the watch, which the server needs.
 func run(ctx context.Context, o options) error {
 	program.LimitMemory()
 	log := program.NewLogger(os.Stderr, o.level)
-	klog.SetSlogLogger(log) // client-go's own lines
+	klog.SetSlogLogger(log) // the log of client-go
 	if err := useDNS(ctx, o, log); err != nil {
 		return err
 	}
@@ -46,7 +44,7 @@ func run(ctx context.Context, o options) error {
 	}
 	var (
 		runs            []func(context.Context) error
-		rules, settings *configfile.Follower // nil without such a file
+		rules, settings *configfile.Follower // nil without the file
 	)
 	if o.RulesFile != "" {
 		rules, err = rulesfile.New(rulesfile.Config{Path: o.RulesFile, Rules: o.Rules, Logger: log})
@@ -70,7 +68,7 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	var server *webhook.Server // before anything is scraped
+	var server *webhook.Server // set before the first scrape
 	metrics, err := metrics.New(program.Version(), metrics.Sources{
 		Connections: func() connlimit.Stats { return server.Connections() },
 		Certificate: pair.NotAfter, InformerAge: namespaces.Age, LiveReads: namespaces.Reads,

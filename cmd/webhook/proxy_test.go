@@ -8,7 +8,7 @@ import (
 	"github.com/credence-iam/credence/certs/certstest"
 )
 
-// The webhook calls the API server alone, and that never through a proxy, whatever its environment says.
+// TestWebhookUsesNoProxy: the webhook calls the API server without the proxies of its environment.
 func TestWebhookUsesNoProxy(t *testing.T) {
 	names := []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
 	for _, name := range names {
@@ -20,7 +20,7 @@ func TestWebhookUsesNoProxy(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := run(t.Context(), o); err == nil || !strings.Contains(err.Error(), "--kubeconfig") {
-		t.Fatalf("without a cluster, the webhook says %v", err)
+		t.Fatalf("run without a cluster: %v, want an error with --kubeconfig", err)
 	}
 	for _, name := range names {
 		if value, set := os.LookupEnv(name); set {

@@ -15,17 +15,17 @@ import (
 )
 
 const (
-	// resolvConf is the file in which the kubelet tells the webhook's pod about DNS.
+	// resolvConf is the file in which the kubelet configures DNS for the webhook's pod.
 	resolvConf = "/etc/resolv.conf"
-	// maxResolvConf is far above what a kubelet writes: 32 search domains of 2,048 characters together.
+	// maxResolvConf is far above what a kubelet writes: 32 search domains with 2,048 characters in total.
 	maxResolvConf = 64 << 10
 )
 
-// learnDNS returns what the resolv.conf in file says of the cluster's DNS. The kubelet writes the search domains
-// NAMESPACE.svc.DOMAIN, svc.DOMAIN and DOMAIN into pods with the dnsPolicy ClusterFirst. If there is no svc.DOMAIN with
-// its DOMAIN, or more than one, nothing is known: the file may be a node's, whose name servers know no Service.
-func learnDNS(file string) (inject.DNS, error) {
-	f, err := os.Open(file) //nolint:gosec // G304: a constant, but in tests
+// readDNS returns the cluster's DNS from a resolv.conf. For dnsPolicy ClusterFirst, the kubelet writes the search domains
+// NAMESPACE.svc.DOMAIN, svc.DOMAIN and DOMAIN. Without exactly one DOMAIN that has svc.DOMAIN, too, readDNS returns the zero
+// value: the file may be the node's, whose name servers do not know Services.
+func readDNS(file string) (inject.DNS, error) {
+	f, err := os.Open(file) //nolint:gosec // G304: constant except in tests
 	if err != nil {
 		return inject.DNS{}, err
 	}
@@ -52,7 +52,7 @@ func learnDNS(file string) (inject.DNS, error) {
 				servers = append(servers, addr.Unmap())
 			}
 		case "search":
-			searches = fields[1:] // The last line counts: resolv.conf(5).
+			searches = fields[1:] // The last line applies: resolv.conf(5).
 		}
 	}
 	var domains []string
@@ -72,26 +72,26 @@ func learnDNS(file string) (inject.DNS, error) {
 	return dns, nil
 }
 
-// useDNS tells the injector what the webhook's own resolv.conf says of the cluster's DNS. A domain that was given counts
-// more than one that is read there.
+// useDNS configures the injector with the cluster's DNS from the webhook's own resolv.conf. --cluster-domain takes
+// precedence.
 func useDNS(ctx context.Context, o options, log *slog.Logger) error {
-	dns, err := learnDNS(o.resolvConf)
+	dns, err := readDNS(o.resolvConf)
 	if err != nil {
-		log.WarnContext(ctx, "Could not read what this pod is told about DNS", "error", err)
+		log.WarnContext(ctx, "Could not read the DNS configuration of this pod", "error", err)
 	}
 	if o.ClusterDomain != "" && dns.Domain != "" && o.ClusterDomain != dns.Domain {
-		// A wrong one costs each pod time at its start: sidecars look up a name that no server of the cluster has.
-		log.WarnContext(ctx, "Cluster domain is not the one that the kubelet told this pod: remove --cluster-domain unless it is right",
-			"cluster_domain", o.ClusterDomain, "told", dns.Domain, "file", o.resolvConf)
+		// With a wrong domain, each sidecar first looks up a name that no server of the cluster has.
+		log.WarnContext(ctx, "Found another cluster domain in the DNS configuration, remove --cluster-domain unless it is right",
+			"cluster_domain", o.ClusterDomain, "found", dns.Domain, "file", o.resolvConf)
 	}
 	dns.Domain = cmp.Or(o.ClusterDomain, dns.Domain)
 	if err := o.Injector.UseDNS(dns); err != nil {
 		return fmt.Errorf("%s: %w", o.resolvConf, err)
 	}
 	if dns.Domain == "" {
-		log.WarnContext(ctx, "Cluster domain is unknown, so sidecars look the broker up with their pods' search domains: set --cluster-domain", "file", o.resolvConf)
+		log.WarnContext(ctx, "Found no cluster domain, so sidecars use search domains to find the brokers, set --cluster-domain", "file", o.resolvConf)
 	} else {
-		log.InfoContext(ctx, "Using the cluster domain", "domain", dns.Domain, "name_servers", dns.Servers)
+		log.InfoContext(ctx, "Configured the cluster domain", "domain", dns.Domain, "name_servers", dns.Servers)
 	}
 	return nil
 }

@@ -16,8 +16,8 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// TestLearnDNS: the cluster's domain is learned from what a kubelet writes, and from nothing else.
-func TestLearnDNS(t *testing.T) {
+// TestReadDNS: only a resolv.conf that a kubelet wrote has the cluster's domain.
+func TestReadDNS(t *testing.T) {
 	servers := []netip.Addr{netip.MustParseAddr("10.96.0.10")}
 	cluster := inject.DNS{Domain: "cluster.local", Servers: servers}
 	for name, tt := range map[string]struct {
@@ -25,15 +25,15 @@ func TestLearnDNS(t *testing.T) {
 		want inject.DNS
 		fail bool
 	}{
-		"of a kubelet": {text: "search credence.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n", want: cluster},
+		"from a kubelet": {text: "search credence.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n", want: cluster},
 		"with the node's domains, and final dots": {
 			text: "nameserver 10.96.0.10\nsearch credence.svc.cluster.local. svc.cluster.local. cluster.local. eu-central-1.compute.internal", want: cluster},
 		"another domain": {
 			text: "search a.svc.k8s.corp.example svc.k8s.corp.example k8s.corp.example corp.example\nnameserver 169.254.20.10\nnameserver fd00::a\n",
 			want: inject.DNS{Domain: "k8s.corp.example", Servers: []netip.Addr{netip.MustParseAddr("169.254.20.10"), netip.MustParseAddr("fd00::a")}}},
-		"the last search counts":   {text: "search svc.a a\nsearch svc.cluster.local cluster.local\nnameserver 10.96.0.10\n", want: cluster},
+		"two search lines":         {text: "search svc.a a\nsearch svc.cluster.local cluster.local\nnameserver 10.96.0.10\n", want: cluster},
 		"comments":                 {text: "# search svc.a a\n; nameserver 192.0.2.1\nsearch svc.cluster.local cluster.local\nnameserver 10.96.0.10\n", want: cluster},
-		"of a node":                {text: "search corp.example\nnameserver 192.0.2.53\n"},
+		"from a node":              {text: "search corp.example\nnameserver 192.0.2.53\n"},
 		"empty":                    {},
 		"no search":                {text: "nameserver 10.96.0.10\n"},
 		"svc alone":                {text: "search svc cluster.local\nnameserver 10.96.0.10\n"},
@@ -41,15 +41,15 @@ func TestLearnDNS(t *testing.T) {
 		"two domains":              {text: "search svc.cluster.local cluster.local svc.corp.example corp.example\nnameserver 10.96.0.10\n"},
 		"no domain":                {text: "search svc.Cluster_Local Cluster_Local\nnameserver 10.96.0.10\n", fail: true},
 		"no address":               {text: "search svc.cluster.local cluster.local\nnameserver dns\n", want: inject.DNS{Domain: "cluster.local"}},
-		"a line too long":          {text: "search svc.cluster.local cluster.local\n#" + strings.Repeat("x", 70_000), fail: true},
-		"far too long":             {text: strings.Repeat("# nothing\n", 7_000) + "search svc.cluster.local cluster.local\n", fail: true},
+		"a long line":              {text: "search svc.cluster.local cluster.local\n#" + strings.Repeat("x", 70_000), fail: true},
+		"a long file":              {text: strings.Repeat("# nothing\n", 7_000) + "search svc.cluster.local cluster.local\n", fail: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			file := filepath.Join(t.TempDir(), "resolv.conf")
 			if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			got, err := learnDNS(file)
+			got, err := readDNS(file)
 			if (err != nil) != tt.fail || !reflect.DeepEqual(got, tt.want) {
 				t.Errorf("learned %+v, %v; want %+v", got, err, tt.want)
 			}
@@ -57,7 +57,7 @@ func TestLearnDNS(t *testing.T) {
 	}
 }
 
-// TestUseDNS: the flag counts more than the file, and neither is needed.
+// TestUseDNS: the flag takes precedence over the file, and both are optional.
 func TestUseDNS(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "resolv.conf")
 	if err := os.WriteFile(file, []byte("search svc.cluster.local cluster.local\nnameserver 10.96.0.10\n"), 0o600); err != nil {
@@ -67,7 +67,7 @@ func TestUseDNS(t *testing.T) {
 	for name, tt := range map[string]struct {
 		flags      []string
 		file, want string
-		differ     bool // the log says that the two do
+		differ     bool // the log reports the difference
 	}{
 		"file":          {nil, file, "b.credence.svc.cluster.local.", false},
 		"flag":          {[]string{"--cluster-domain=corp.example"}, file, "b.credence.svc.corp.example.", true},
@@ -82,7 +82,7 @@ func TestUseDNS(t *testing.T) {
 				t.Fatal(err)
 			}
 			if o.resolvConf != "/etc/resolv.conf" {
-				t.Errorf("the webhook reads %q", o.resolvConf)
+				t.Errorf("webhook reads %q, want /etc/resolv.conf", o.resolvConf)
 			}
 			o.resolvConf = tt.file
 			var log bytes.Buffer
@@ -98,13 +98,13 @@ func TestUseDNS(t *testing.T) {
 				t.Fatal(err)
 			}
 			if has := strings.Contains(string(patch), `{"name":"CREDENCE_BROKER_DNS_NAME","value":"`+tt.want+`"}`); has != (tt.want != "") {
-				t.Errorf("want the name %q in %s", tt.want, patch)
+				t.Errorf("patch lacks the name %q: %s", tt.want, patch)
 			}
 			if unknown := strings.Contains(log.String(), "set --cluster-domain"); unknown != (tt.want == "") {
-				t.Errorf("logged %s", log.String())
+				t.Errorf("log is %s", log.String())
 			}
 			if differ := strings.Contains(log.String(), "remove --cluster-domain"); differ != tt.differ {
-				t.Errorf("logged %s", log.String())
+				t.Errorf("log is %s", log.String())
 			}
 		})
 	}

@@ -32,84 +32,83 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// wiring has a row for each flag: what changes when it is given. A flag can have several. Each row runs the program
-// against a real API server double, and sends it admission reviews as an API server does; so a row fails when a flag is
-// parsed and then forgotten. A new flag needs a row here.
+// wiring has at least one row for each flag, which shows its effect. A row runs the program with a double of an API server
+// and sends it admission reviews. So it fails if the program parses a flag but does not use it. A new flag needs a row.
 var wiring = []struct {
 	flag, shows string
 	run         func(w *world)
 }{
-	{"listen", "reviews are answered there", func(w *world) {
+	{"listen", "the webhook serves reviews there", func(w *world) {
 		address := freeAddress(w)
 		h := w.start("--listen=" + address)
 		if h.address != address {
-			w.Errorf("the webhook serves on %s, want %s", h.address, address)
+			w.Errorf("webhook serves on %s, want %s", h.address, address)
 		}
 		h.mustInject(cart())
 	}},
-	{"admin-listen", "metrics are served there", func(w *world) {
+	{"admin-listen", "the webhook serves metrics there", func(w *world) {
 		address := freeAddress(w)
 		h := w.start("--admin-listen=" + address)
 		h.mustInject(cart())
 		_, text := h.get("http://" + address + "/metrics")
 		if want := `credence_webhook_reviews_total{decision="injected"} 1`; !strings.Contains(text, want) {
-			w.Errorf("the metrics have no %s:\n%s", want, text)
+			w.Errorf("metrics lack %s:\n%s", want, text)
 		}
 	}},
-	{"tls-cert", "the certificate in that file is served, and one that replaces it", func(w *world) {
+	{"tls-cert", "the webhook serves the certificate in that file, and a replaced one", func(w *world) {
 		dir := w.TempDir()
 		leaf := w.ca.Leaf(webhookName)
 		certFile, keyFile := leaf.WriteTo(dir)
 		h := w.start("--tls-cert="+certFile, "--tls-key="+keyFile)
 		if h.serial() != serialOf(leaf) {
-			w.Error("another certificate is served than that in the file")
+			w.Error("webhook does not serve the certificate in the file")
 		}
 		next := w.ca.Leaf(webhookName)
 		next.WriteTo(dir)
 		h.Await(w.T, "the replaced certificate is served", func() bool { return h.serial() == serialOf(next) })
 	}},
-	{"tls-key", "its key is read from that file", func(w *world) {
+	{"tls-key", "the webhook reads the key from that file", func(w *world) {
 		leaf, file := w.ca.Leaf(webhookName), filepath.Join(w.TempDir(), "key.pem")
-		dir := w.TempDir() // with another key beside the certificate
+		dir := w.TempDir() // has the certificate with another key
 		certstest.WriteVolume(w, dir, map[string][]byte{"tls.crt": leaf.CertPEM, "tls.key": w.ca.Leaf(webhookName).KeyPEM})
 		must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
 		h := w.start("--tls-cert="+filepath.Join(dir, "tls.crt"), "--tls-key="+file)
 		h.mustInject(cart())
 	}},
-	{"kubeconfig", "namespaces are those of that API server", func(w *world) {
+	{"kubeconfig", "the webhook reads namespaces from that API server", func(w *world) {
 		h := w.start()
 		pod := cart()
 		pod.Namespace = "closed"
 		h.mustRefuse(pod, credential.ReasonNamespaceNotOpted)
 		h.mustInject(cart())
 		if w.api.Requests(http.MethodGet, "namespaces", "") == 0 {
-			w.Error("the webhook has not listed namespaces")
+			w.Error("webhook did not list namespaces")
 		}
 	}},
-	{"log-level", "warn leaves out the decisions", func(w *world) {
+	{"log-level", "with warn, the log lacks the decisions", func(w *world) {
 		h := &running{w: w, address: freeAddress(w)}
 		h.Process = w.process("--listen="+h.address, "--log-level=warn")
 		h.Await(w.T, "the webhook is ready", h.ready)
 		h.mustInject(cart())
 		if len(h.Stderr.Lines("level", "INFO")) > 0 {
-			w.Errorf("the log is %s", h.Stderr)
+			w.Errorf("log is %s", h.Stderr)
 		}
 	}},
-	{"annotation-prefix", "keys have that prefix, and no other", func(w *world) {
+	{"annotation-prefix", "only keys with that prefix have an effect", func(w *world) {
 		w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 			Name: "shop", Labels: map[string]string{"aws.example.com/inject": "enabled"}, Annotations: map[string]string{"aws.example.com/permitted": ".*"},
 		}})
 		h := w.start("--annotation-prefix=aws.example.com")
 		if pod := h.mustAdmit(cart()); sidecar(pod) != nil {
-			w.Error("a pod with another prefix is injected")
+			w.Error("webhook injects a pod with another prefix")
 		}
 		pod := cart()
 		pod.Annotations = map[string]string{"aws.example.com/role": "cart"}
 		if injected := h.mustInject(pod); injected.Labels["aws.example.com/injected"] != "true" {
-			w.Errorf("the labels are %v", injected.Labels)
+			w.Errorf("labels are %v", injected.Labels)
 		}
 	}},
-	{"base-arn", "roles without an ARN are decided on, with that account", func(w *world) {
+	{"base-arn", "it completes role names", func(w *world) {
 		w.permit("arn:aws:iam::999999999999:role/team/.*")
 		h := w.start("--base-arn=arn:aws:iam::999999999999:role/team/")
 		h.mustInject(cart())
@@ -117,48 +116,48 @@ var wiring = []struct {
 		pod.Annotations["iam.amazonaws.com/role"] = "/elsewhere"
 		h.mustRefuse(pod, credential.ReasonRoleNotPermitted)
 	}},
-	{"role-chaining", "sessions of more than an hour are refused", func(w *world) {
+	{"role-chaining", "the webhook refuses sessions of more than an hour", func(w *world) {
 		h := w.start("--role-chaining", "--base-arn=arn:aws:iam::123456789012:role/")
 		pod := cart()
 		pod.Annotations["iam.amazonaws.com/duration"] = "2h"
 		h.mustRefuse(pod, credential.ReasonAnnotationInvalid)
 	}},
-	{"role-chaining", "without it they are not", func(w *world) {
+	{"role-chaining", "without it, the webhook allows them", func(w *world) {
 		h := w.start("--base-arn=arn:aws:iam::123456789012:role/")
 		pod := cart()
 		pod.Annotations["iam.amazonaws.com/duration"] = "2h"
 		h.mustInject(pod)
 	}},
-	{"cluster-name", "the rules take it, and refuse one that no session could be named after", func(w *world) {
-		// The names of sessions are in no answer of the webhook: the broker's row shows that they have it.
+	{"cluster-name", "the webhook refuses a name that cannot be in a session name", func(w *world) {
+		// No response of the webhook has a session name. A row of the broker shows the name in use.
 		w.process("--cluster-name=a b").MustFail(w.T, 2, "--cluster-name")
 	}},
-	{"rules-file", "it limits what pods get, and so does a changed one", func(w *world) {
+	{"rules-file", "the webhook applies it, and a changed one", func(w *world) {
 		file := filepath.Join(w.TempDir(), "rules.yaml")
 		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['*']}]"), 0o600))
 		h := w.start("--rules-file="+file, "--base-arn=arn:aws:iam::123456789012:role/")
 		h.mustInject(cart())
 		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['/other/*']}]"), 0o600))
-		h.Await(w.T, "a role that is not permitted any more is refused", func() bool { return h.review(cart()).reason() == credential.ReasonRulesRole })
+		h.Await(w.T, "webhook refuses the role that is no longer permitted", func() bool { return h.review(cart()).reason() == credential.ReasonRulesRole })
 	}},
-	{"sidecar-settings-file", "it counts more than the flags, and so does a changed one", func(w *world) {
+	{"sidecar-settings-file", "it takes precedence over the flags, and a changed one, too", func(w *world) {
 		file := filepath.Join(w.TempDir(), "settings.yaml")
 		must(w, os.WriteFile(file, []byte("port: 9800"), 0o600))
 		h := w.start("--sidecar-settings-file="+file, "--sidecar-port=9801")
 		if got := env(h.mustInject(cart()), "CREDENCE_LISTEN"); got != "127.0.0.1:9800" {
-			w.Errorf("the sidecar listens on %s", got)
+			w.Errorf("sidecar listens on %s, want 127.0.0.1:9800", got)
 		}
 		must(w, os.WriteFile(file, []byte("port: 9802"), 0o600))
-		h.Await(w.T, "the changed settings are used", func() bool { return env(h.mustInject(cart()), "CREDENCE_LISTEN") == "127.0.0.1:9802" })
+		h.Await(w.T, "webhook uses the changed settings", func() bool { return env(h.mustInject(cart()), "CREDENCE_LISTEN") == "127.0.0.1:9802" })
 	}},
-	{"on-shadowed", "warn lets in what has web identity, with a warning", func(w *world) {
+	{"on-shadowed", "with warn, the webhook injects a pod with web identity and warns", func(w *world) {
 		h := w.start("--on-shadowed=warn")
-		answer := h.review(shadowed())
-		if !answer.Allowed || len(answer.Warnings) == 0 || !strings.Contains(answer.Warnings[0], "AWS_WEB_IDENTITY_TOKEN_FILE") {
-			w.Errorf("allowed: %v, warnings %q", answer.Allowed, answer.Warnings)
+		response := h.review(shadowed())
+		if !response.Allowed || len(response.Warnings) == 0 || !strings.Contains(response.Warnings[0], "AWS_WEB_IDENTITY_TOKEN_FILE") {
+			w.Errorf("allowed: %v, warnings %q", response.Allowed, response.Warnings)
 		}
 	}},
-	{"on-shadowed", "refuse refuses it", func(w *world) {
+	{"on-shadowed", "with refuse, the webhook refuses it", func(w *world) {
 		w.start("--on-shadowed=refuse").mustRefuse(shadowed(), credential.ReasonShadowed)
 	}},
 	{"sidecar-image", "it is the sidecar's", injects("registry.example/sidecar:v7", func(pod *corev1.Pod) any { return sidecar(pod).Image })},
@@ -172,35 +171,35 @@ var wiring = []struct {
 	})},
 	{"sidecar-cpu-request", "it is the sidecar's request", injects("77m", func(pod *corev1.Pod) any { return sidecar(pod).Resources.Requests.Cpu() })},
 	{"sidecar-cpu-limit", "it is the sidecar's limit", injects("230m", func(pod *corev1.Pod) any { return sidecar(pod).Resources.Limits.Cpu() })},
-	{"sidecar-cpu-guaranteed", "it is both in a pod of class Guaranteed", func(w *world) {
+	{"sidecar-cpu-guaranteed", "it is request and limit in a Guaranteed pod", func(w *world) {
 		h := w.start("--sidecar-cpu-guaranteed=90m")
 		pod := cart()
 		amounts := corev1.ResourceList{"cpu": resource.MustParse("1"), "memory": resource.MustParse("64Mi")}
 		pod.Spec.Containers[0].Resources = corev1.ResourceRequirements{Requests: amounts, Limits: amounts}
 		r := sidecar(h.mustInject(pod)).Resources
 		if r.Requests.Cpu().String() != "90m" || r.Limits.Cpu().String() != "90m" {
-			w.Errorf("the request is %v, the limit %v", r.Requests.Cpu(), r.Limits.Cpu())
+			w.Errorf("request is %v and limit %v, want 90m", r.Requests.Cpu(), r.Limits.Cpu())
 		}
 	}},
-	{"sidecar-port", "the sidecar listens on it, and SDKs ask there", func(w *world) {
+	{"sidecar-port", "the sidecar listens on it, and SDKs call it there", func(w *world) {
 		pod := w.start("--sidecar-port=9801").mustInject(cart())
-		asked := slices.ContainsFunc(pod.Spec.Containers[0].Env, func(v corev1.EnvVar) bool {
+		called := slices.ContainsFunc(pod.Spec.Containers[0].Env, func(v corev1.EnvVar) bool {
 			return v.Name == "AWS_CONTAINER_CREDENTIALS_FULL_URI" && strings.HasPrefix(v.Value, "http://127.0.0.1:9801/")
 		})
-		if got := env(pod, "CREDENCE_LISTEN"); got != "127.0.0.1:9801" || !asked {
-			w.Errorf("the sidecar listens on %s, the application has %v", got, pod.Spec.Containers[0].Env)
+		if got := env(pod, "CREDENCE_LISTEN"); got != "127.0.0.1:9801" || !called {
+			w.Errorf("sidecar listens on %s, and the application has %v", got, pod.Spec.Containers[0].Env)
 		}
 	}},
 	{"sidecar-run-as-user", "it is the sidecar's user", injects("4711", func(pod *corev1.Pod) any { return *sidecar(pod).SecurityContext.RunAsUser })},
 	{"sidecar-log-level", "it is the sidecar's", injects("warn", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_LOG_LEVEL") })},
-	{"cluster-domain", "sidecars look the brokers up by their full name", func(w *world) {
+	{"cluster-domain", "sidecars look up the brokers' full name", func(w *world) {
 		pod := w.start("--cluster-domain=corp.example").mustInject(cart())
 		if got := env(pod, "CREDENCE_BROKER_DNS_NAME"); got != "credence-broker.credence.svc.corp.example." {
-			w.Errorf("the sidecar looks %q up", got)
+			w.Errorf("sidecar looks up %q", got)
 		}
 	}},
-	{"broker", "sidecars ask there", injects("brokers.example:9999", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_BROKER") })},
-	{"audience", "the sidecar's token is for it", injects("brokers.example", func(pod *corev1.Pod) any {
+	{"broker", "sidecars call it", injects("brokers.example:9999", func(pod *corev1.Pod) any { return env(pod, "CREDENCE_BROKER") })},
+	{"audience", "the sidecar's token has it", injects("brokers.example", func(pod *corev1.Pod) any {
 		return projected(pod, func(s corev1.VolumeProjection) (string, bool) {
 			if s.ServiceAccountToken == nil {
 				return "", false
@@ -208,7 +207,7 @@ var wiring = []struct {
 			return s.ServiceAccountToken.Audience, true
 		})
 	})},
-	{"trust-config-map", "the sidecar's roots are in it", injects("brokers-roots", func(pod *corev1.Pod) any {
+	{"trust-config-map", "the sidecar's volume has it", injects("brokers-roots", func(pod *corev1.Pod) any {
 		return projected(pod, func(s corev1.VolumeProjection) (string, bool) {
 			if s.ConfigMap == nil {
 				return "", false
@@ -218,20 +217,20 @@ var wiring = []struct {
 	})},
 }
 
-// exempt are the flags whose effect no row shows, with the reason.
+// exempt has flags without a row, with the reason.
 var exempt = map[string]string{}
 
-// injects is a row of a flag whose value can be found, as text, in an injected pod.
+// injects returns a row for a flag whose value is in an injected pod.
 func injects(value string, found func(pod *corev1.Pod) any) func(w *world) {
 	return func(w *world) {
 		pod := w.start("--" + w.flag + "=" + value).mustInject(cart())
 		if got := fmt.Sprint(found(pod)); got != value {
-			w.Errorf("--%s=%s: the pod has %s", w.flag, value, got)
+			w.Errorf("--%s=%s: pod has %s", w.flag, value, got)
 		}
 	}
 }
 
-// TestFlagsAreWired runs the rows.
+// TestFlagsAreWired runs the rows of wiring.
 func TestFlagsAreWired(t *testing.T) {
 	t.Parallel()
 	var rows []string
@@ -245,7 +244,7 @@ func TestFlagsAreWired(t *testing.T) {
 	processtest.CheckFlags(t, flags, rows, exempt)
 }
 
-// TestMetricsAreWired: a webhook that has all files exports every metric of docs/metrics.md.
+// TestMetricsAreWired: a webhook with all files exports all metrics of docs/metrics.md.
 func TestMetricsAreWired(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("../../docs/metrics.md")
@@ -263,30 +262,30 @@ func TestMetricsAreWired(t *testing.T) {
 	_, text := h.get("http://" + admin + "/metrics")
 	for _, metric := range documented {
 		if name := string(metric[1]); !regexp.MustCompile(`(?m)^` + name + `(_count)?[ {]`).MatchString(text) {
-			t.Errorf("the webhook does not export %s", name)
+			t.Errorf("webhook does not export %s", name)
 		}
 	}
 }
 
-// TestNotReadyWithoutNamespaces: a webhook that cannot list them refuses annotated pods, and is not ready.
+// TestNotReadyWithoutNamespaces: a webhook that cannot list namespaces refuses annotated pods and is not ready.
 func TestNotReadyWithoutNamespaces(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, t, "")
 	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
 	text, err := os.ReadFile(w.api.Kubeconfig(t))
 	must(t, err)
-	nobody := regexp.MustCompile(`http://[0-9.:]+`).ReplaceAll(text, []byte("http://"+freeAddress(w)))
-	must(t, os.WriteFile(kubeconfig, nobody, 0o600))
+	unreachable := regexp.MustCompile(`http://[0-9.:]+`).ReplaceAll(text, []byte("http://"+freeAddress(w)))
+	must(t, os.WriteFile(kubeconfig, unreachable, 0o600))
 	h := &running{Process: w.process("--kubeconfig=" + kubeconfig), w: w}
 	h.address = fmt.Sprint(h.Logged(t, "Serving")["address"])
 	if status, text := h.get("https://" + h.address + "/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(text, "namespaces") {
-		t.Errorf("/readyz answers %d: %s", status, text)
+		t.Errorf("/readyz returns %d: %s", status, text)
 	}
 	h.mustRefuse(cart(), credential.ReasonAPIServerAway)
 }
 
-// TestWrongFilesStopTheStart: with the name of the flag.
-func TestWrongFilesStopTheStart(t *testing.T) {
+// TestMissingFilesStopTheStart: the webhook exits if a file is missing, and names the flag.
+func TestMissingFilesStopTheStart(t *testing.T) {
 	t.Parallel()
 	missing := filepath.Join(t.TempDir(), "missing")
 	for _, flag := range []string{"--rules-file", "--sidecar-settings-file", "--tls-cert", "--tls-key", "--kubeconfig"} {
@@ -297,20 +296,20 @@ func TestWrongFilesStopTheStart(t *testing.T) {
 	}
 }
 
-// webhookName is what the webhook's certificate is for.
+// webhookName is the DNS name in the webhook's certificate.
 const webhookName = "credence-webhook.credence.svc"
 
-// world is what a webhook runs in.
+// world is the environment of a webhook.
 type world struct {
 	*testing.T
-	all  *testing.T // that the row is part of
+	all  *testing.T // the test that runs all rows
 	flag string
 	api  *apitest.Server
 	ca   *certstest.CA
 	args []string
 }
 
-// newWorld makes one with the namespaces shop, which is opted in and permits all roles, and closed, which is not.
+// newWorld returns a world with two namespaces: shop is opted in and permits all roles, closed is not opted in.
 func newWorld(t, all *testing.T, flag string) *world {
 	t.Helper()
 	w := &world{T: t, all: all, flag: flag, api: apitest.Start(t), ca: certstest.NewCA(t)}
@@ -324,14 +323,14 @@ func newWorld(t, all *testing.T, flag string) *world {
 	return w
 }
 
-// permit has the namespace shop permit the roles that the expression matches.
+// permit makes namespace shop permit the roles that match expression.
 func (w *world) permit(expression string) {
 	w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 		Name: "shop", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, Annotations: map[string]string{"iam.amazonaws.com/permitted": expression},
 	}})
 }
 
-// cart is a pod that asks for a role.
+// cart returns an annotated pod.
 func cart() *corev1.Pod {
 	return &corev1.Pod{
 		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
@@ -340,14 +339,14 @@ func cart() *corev1.Pod {
 	}
 }
 
-// shadowed is one whose SDKs would use web identity.
+// shadowed returns an annotated pod with web identity.
 func shadowed() *corev1.Pod {
 	pod := cart()
 	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "AWS_WEB_IDENTITY_TOKEN_FILE", Value: "/token"}, {Name: "AWS_ROLE_ARN", Value: "arn:aws:iam::123456789012:role/other"}}
 	return pod
 }
 
-// sidecar is the sidecar of an injected pod; nil if there is none.
+// sidecar returns the sidecar of a pod; nil if there is none.
 func sidecar(pod *corev1.Pod) *corev1.Container {
 	at := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == "credence-sidecar" })
 	if at < 0 {
@@ -356,7 +355,7 @@ func sidecar(pod *corev1.Pod) *corev1.Container {
 	return &pod.Spec.InitContainers[at]
 }
 
-// env is the value of one of its variables; empty if there is none.
+// env returns the value of one of the sidecar's variables; empty if there is none.
 func env(pod *corev1.Pod, name string) string {
 	for _, v := range sidecar(pod).Env {
 		if v.Name == name {
@@ -366,7 +365,7 @@ func env(pod *corev1.Pod, name string) string {
 	return ""
 }
 
-// projected is what value finds in the sources of a pod's projected volumes.
+// projected returns what value finds in the sources of a pod's projected volumes.
 func projected(pod *corev1.Pod, value func(corev1.VolumeProjection) (string, bool)) string {
 	for _, v := range pod.Spec.Volumes {
 		if v.Projected == nil {
@@ -381,13 +380,13 @@ func projected(pod *corev1.Pod, value func(corev1.VolumeProjection) (string, boo
 	return ""
 }
 
-// process starts the program with more flags; the last of one name counts.
+// process starts the program with further flags. The last of several flags with the same name applies.
 func (w *world) process(args ...string) *processtest.Process {
 	w.Helper()
 	return processtest.Start(w.T, processtest.Command{Args: slices.Concat(w.args, args), Drain: w.all})
 }
 
-// start starts a webhook with more flags, and waits until it is ready.
+// start starts a webhook with further flags and waits until it is ready.
 func (w *world) start(args ...string) *running {
 	w.Helper()
 	h := &running{Process: w.process(args...), w: w}
@@ -396,7 +395,7 @@ func (w *world) start(args ...string) *running {
 	return h
 }
 
-// running is a webhook that runs.
+// running is a running webhook.
 type running struct {
 	*processtest.Process
 	w       *world
@@ -408,14 +407,14 @@ func (h *running) ready() bool {
 	return status == http.StatusOK
 }
 
-// client is an HTTP client that trusts the webhook as an API server does.
+// client returns an HTTP client that trusts the webhook as an API server does.
 func (h *running) client() *http.Client {
 	return &http.Client{Timeout: processtest.Patience, Transport: &http.Transport{
 		DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: h.w.ca.Pool(), ServerName: webhookName, MinVersion: tls.VersionTLS13},
 	}}
 }
 
-// get is a request. Its status is 0 if nobody answers.
+// get sends a request. status is 0 without a response.
 func (h *running) get(address string) (status int, body string) {
 	request, err := http.NewRequestWithContext(h.w.Context(), http.MethodGet, address, nil)
 	if err != nil {
@@ -433,16 +432,16 @@ func (h *running) get(address string) (status int, body string) {
 	return response.StatusCode, string(text)
 }
 
-// answer is one to a review.
-type answer struct {
+// response is the response to a review.
+type response struct {
 	*admissionv1.AdmissionResponse
 }
 
-// reason is why it refuses; empty if it does not.
-func (a answer) reason() credential.Reason { return credential.Reason(a.AuditAnnotations["reason"]) }
+// reason returns why the webhook refused; empty if it did not.
+func (a response) reason() credential.Reason { return credential.Reason(a.AuditAnnotations["reason"]) }
 
-// review sends the creation of a pod.
-func (h *running) review(pod *corev1.Pod) answer {
+// review sends a review of the creation of a pod.
+func (h *running) review(pod *corev1.Pod) response {
 	h.w.Helper()
 	object, err := json.Marshal(pod)
 	must(h.w, err)
@@ -457,22 +456,22 @@ func (h *running) review(pod *corev1.Pod) answer {
 	request, err := http.NewRequestWithContext(h.w.Context(), http.MethodPost, "https://"+h.address+"/mutate", bytes.NewReader(body))
 	must(h.w, err)
 	request.Header.Set("Content-Type", "application/json")
-	response, err := h.client().Do(request)
+	reply, err := h.client().Do(request)
 	must(h.w, err)
-	defer response.Body.Close()
+	defer reply.Body.Close()
 	review.Response = nil
-	if err := json.NewDecoder(response.Body).Decode(&review); err != nil || review.Response == nil {
-		h.w.Fatalf("the review is answered with %s: %v", response.Status, err)
+	if err := json.NewDecoder(reply.Body).Decode(&review); err != nil || review.Response == nil {
+		h.w.Fatalf("response to the review is %s: %v", reply.Status, err)
 	}
-	return answer{review.Response}
+	return response{review.Response}
 }
 
-// mustAdmit returns the pod as it is admitted.
+// mustAdmit returns the admitted pod.
 func (h *running) mustAdmit(pod *corev1.Pod) *corev1.Pod {
 	h.w.Helper()
 	a := h.review(pod)
 	if !a.Allowed {
-		h.w.Fatalf("the pod is refused: %s", a.Result.Message)
+		h.w.Fatalf("webhook refuses the pod: %s", a.Result.Message)
 	}
 	if a.Patch == nil {
 		return pod
@@ -492,7 +491,7 @@ func (h *running) mustInject(pod *corev1.Pod) *corev1.Pod {
 	h.w.Helper()
 	admitted := h.mustAdmit(pod)
 	if sidecar(admitted) == nil {
-		h.w.Fatal("the pod is not injected")
+		h.w.Fatal("webhook does not inject the pod")
 	}
 	return admitted
 }
@@ -504,9 +503,9 @@ func (h *running) mustRefuse(pod *corev1.Pod, reason credential.Reason) {
 	}
 }
 
-// serial identifies the certificate that the webhook serves now; "" if there is none.
+// serial returns the serial number of the serving certificate; empty without one.
 func (h *running) serial() string {
-	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} // it looks, and trusts nothing
+	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} // only reads the certificate
 	conn, err := dialer.DialContext(h.w.Context(), "tcp", h.address)
 	if err != nil {
 		return ""
@@ -517,7 +516,7 @@ func (h *running) serial() string {
 
 func serialOf(l *certstest.Leaf) string { return l.TLS().Leaf.SerialNumber.String() }
 
-// freeAddress returns a loopback address that nobody listens on.
+// freeAddress returns an unused loopback address.
 func freeAddress(w *world) string {
 	listener, err := new(net.ListenConfig).Listen(w.Context(), "tcp", "127.0.0.1:0")
 	must(w, err)

@@ -1,6 +1,6 @@
-// Package injectflags is the one definition of the flags that say what is injected into pods and which
-// roles are permitted: those of the webhook, and of "credence inject", which must come to the same result.
-// It parses values and opens nothing; the flags of one program alone are that program's.
+// Package injectflags defines the flags that the webhook and "credence inject" share, because both must have the same
+// result: what injection adds to pods and which roles are permitted. It parses values and opens no files. Each program
+// defines its other flags itself.
 package injectflags
 
 import (
@@ -16,22 +16,21 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// Options are what the flags mean.
+// Options are the values of the flags.
 type Options struct {
-	// Injector injects.
+	// Injector injects pods.
 	Injector *inject.Injector
-	// Rules judge, with the keys of Injector. They have not seen RulesFile.
+	// Rules decide on roles, with the keys of Injector. They do not include RulesFile.
 	Rules *policy.Rules
-	// RulesFile is the path of the rules file. Empty: there is none.
+	// RulesFile is the path of the rules file; empty without one.
 	RulesFile string
-	// ClusterDomain is the cluster's domain, which Injector has seen. Empty: it was not given.
+	// ClusterDomain is the cluster's domain, which Injector uses; empty if it is not set.
 	ClusterDomain string
-	// SettingsFile is the path of the file with settings of the sidecar, which Injector has not seen. Empty: there is none.
+	// SettingsFile is the path of the file with sidecar settings, which Injector does not use yet; empty without one.
 	SettingsFile string
 }
 
-// Define defines the flags. What it returns is called when they are parsed, and returns what they mean or
-// why they cannot be right.
+// Define defines the flags. Call the returned function after parsing: it validates the values and returns them.
 func Define(f *flag.FlagSet) func() (Options, error) {
 	var (
 		o                                     Options
@@ -40,26 +39,26 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 		chained                               bool
 		sidecar                               = inject.DefaultSettings()
 	)
-	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key; the broker's must be the same")
-	f.StringVar(&baseARN, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty leaves roles that are no full ARNs to the broker")
-	f.BoolVar(&chained, "role-chaining", false, "refuse sessions of more than one hour, as a broker with --assume-role does and AWS wherever the broker's own credentials are those of a role")
+	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of all label and annotation keys; must be the broker's")
+	f.StringVar(&baseARN, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; if empty, only the broker decides on roles without a full ARN")
+	f.BoolVar(&chained, "role-chaining", false, "refuse sessions of more than one hour, as AWS does if the broker's own credentials are those of a role, for example with --assume-role")
 	f.StringVar(&cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
-	f.StringVar(&o.RulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; the broker's must be the same; a server takes up a replaced file without a restart; empty sets no limits")
+	f.StringVar(&o.RulesFile, "rules-file", "", "YAML or JSON `file` with cluster-wide limits for namespaces and pods; must be the broker's; a replaced file takes effect without a restart of the server; if empty, there are no limits")
 	f.StringVar(&image, "sidecar-image", "", "`image` of the sidecar (required)")
-	f.StringVar(&pullPolicy, "sidecar-image-pull-policy", "", "`policy` Always, IfNotPresent or Never; empty leaves it to Kubernetes")
+	f.StringVar(&pullPolicy, "sidecar-image-pull-policy", "", "`policy` Always, IfNotPresent or Never; if empty, Kubernetes chooses")
 	f.TextVar(&sidecar.Memory, "sidecar-memory", sidecar.Memory, "`memory` of the sidecar, request and limit, from 12Mi to 256Mi")
 	f.TextVar(&sidecar.CPU.Request, "sidecar-cpu-request", sidecar.CPU.Request, "`CPU` request of the sidecar, from 1m to 1")
-	f.TextVar(&sidecar.CPU.Limit, "sidecar-cpu-limit", sidecar.CPU.Limit, "`CPU` limit of the sidecar, from 10m to 1; 0 sets none")
-	f.TextVar(&sidecar.CPU.Guaranteed, "sidecar-cpu-guaranteed", sidecar.CPU.Guaranteed, "`CPU` request and limit of the sidecar in pods of class Guaranteed, from 10m to 1")
-	f.IntVar(&sidecar.Port, "sidecar-port", sidecar.Port, "`port` on 127.0.0.1 where the sidecar listens")
-	f.Int64Var(&sidecar.RunAsUser, "sidecar-run-as-user", sidecar.RunAsUser, "user `id` of the sidecar; -1 leaves it to the platform (OpenShift)")
-	f.TextVar(&sidecar.LogLevel, "sidecar-log-level", sidecar.LogLevel, "least `level` that the sidecar logs: debug, info, warn or error")
-	f.StringVar(&o.SettingsFile, "sidecar-settings-file", "", "YAML or JSON `file` with settings of the sidecar, which count more than the flags; a server takes up a replaced file without a restart")
-	f.StringVar(&broker, "broker", "", "address of the brokers, `HOST:PORT`, that sidecars ask, such as credence-broker.credence.svc:9443 (required)")
-	f.StringVar(&o.ClusterDomain, "cluster-domain", "", "`domain` of the cluster's Services, such as cluster.local, with which sidecars look the brokers up by their full name; empty: the webhook reads it from its own resolv.conf, and without one the pods' search domains complete the name")
-	f.StringVar(&aud, "audience", inject.DefaultAudience, "`audience` of the sidecars' tokens; the broker's must be the same")
-	f.StringVar(&trust, "trust-config-map", inject.DefaultTrustConfigMap, "`name` of the ConfigMap, in each namespace, with the broker's roots as roots.pem")
-	f.StringVar(&onShadowed, "on-shadowed", string(inject.RefuseShadowed), "what to do about containers with web identity, which SDKs prefer to the sidecar: refuse, or warn during a migration (`choice`)")
+	f.TextVar(&sidecar.CPU.Limit, "sidecar-cpu-limit", sidecar.CPU.Limit, "`CPU` limit of the sidecar, from 10m to 1; 0 for no limit")
+	f.TextVar(&sidecar.CPU.Guaranteed, "sidecar-cpu-guaranteed", sidecar.CPU.Guaranteed, "`CPU` request and limit of the sidecar in Guaranteed pods, from 10m to 1")
+	f.IntVar(&sidecar.Port, "sidecar-port", sidecar.Port, "`port` of the sidecar on 127.0.0.1")
+	f.Int64Var(&sidecar.RunAsUser, "sidecar-run-as-user", sidecar.RunAsUser, "user `ID` of the sidecar; with -1 the platform chooses (OpenShift)")
+	f.TextVar(&sidecar.LogLevel, "sidecar-log-level", sidecar.LogLevel, "lowest `level` that the sidecar logs: debug, info, warn or error")
+	f.StringVar(&o.SettingsFile, "sidecar-settings-file", "", "YAML or JSON `file` with sidecar settings, which take precedence over the flags; a replaced file takes effect without a restart of the server")
+	f.StringVar(&broker, "broker", "", "`HOST:PORT` at which sidecars call the brokers, such as credence-broker.credence.svc:9443 (required)")
+	f.StringVar(&o.ClusterDomain, "cluster-domain", "", "`domain` of the cluster's Services, such as cluster.local, for the brokers' full DNS name; if empty, the webhook reads it from its own resolv.conf; if that has none, sidecars use search domains")
+	f.StringVar(&aud, "audience", inject.DefaultAudience, "`audience` of the sidecars' tokens; must be the broker's")
+	f.StringVar(&trust, "trust-config-map", inject.DefaultTrustConfigMap, "`name` of the ConfigMap in each namespace that has the brokers' root certificates under key roots.pem")
+	f.StringVar(&onShadowed, "on-shadowed", string(inject.RefuseShadowed), "`action` for pods with web identity or EKS Pod Identity, which SDKs prefer to the sidecar: refuse, or warn during a migration")
 	return func() (Options, error) {
 		if broker == "" || image == "" {
 			return Options{}, errors.New("--broker and --sidecar-image are required")
@@ -79,7 +78,7 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 		}
 		sidecar.ImagePullPolicy = corev1.PullPolicy(pullPolicy)
 		if wrong, ok := errors.AsType[*inject.FieldError](sidecar.Check(keys)); ok {
-			return Options{}, fmt.Errorf("--sidecar-%s: %w", flagged(wrong.Field), wrong.Err)
+			return Options{}, fmt.Errorf("--sidecar-%s: %w", flagName(wrong.Field), wrong.Err)
 		}
 		o.Injector, err = inject.New(inject.Config{
 			Keys:           keys,
@@ -101,8 +100,8 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 	}
 }
 
-// flagged writes the name of a setting as flags are written: cpu.request as cpu-request, runAsUser as run-as-user.
-func flagged(field string) string {
+// flagName returns the name of a setting in the form of a flag: cpu-request for cpu.request, run-as-user for runAsUser.
+func flagName(field string) string {
 	var name strings.Builder
 	for _, r := range field {
 		switch {
