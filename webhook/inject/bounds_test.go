@@ -9,7 +9,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// TestVariableSetTwice: of variables of the same name the last counts, as it does to the kubelet.
+// TestVariableSetTwice: the last variable with a name applies, as in the kubelet.
 func TestVariableSetTwice(t *testing.T) {
 	const (
 		set   = `{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}`
@@ -26,16 +26,16 @@ func TestVariableSetTwice(t *testing.T) {
 			raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[` + tc.env + `]}]}}`
 			result, err := newInjector(t).Inject([]byte(raw), namespace)
 			if refused := credential.ReasonOf(err) == credential.ReasonShadowed; refused != tc.refused || !refused && err != nil {
-				t.Errorf("refused: %v, want %v (%v)", refused, tc.refused, err)
+				t.Errorf("refused: %v, want %v (error %v)", refused, tc.refused, err)
 			}
 			if (result.Patch == nil) != tc.refused {
-				t.Errorf("the patch is %v", result.Patch)
+				t.Errorf("patch is %v, want one: %v", result.Patch, !tc.refused)
 			}
 		})
 	}
 }
 
-// sidecarOf injects a pod of one container with resources, in a spec that begins with fields, and returns the sidecar.
+// sidecarOf injects a pod with one container with resources, and returns the sidecar. fields starts the pod's spec.
 func sidecarOf(t *testing.T, fields, resources string) corev1.Container {
 	t.Helper()
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{` + fields + `"containers":[{"name":"app","resources":` + resources + `}]}}`)
@@ -48,12 +48,12 @@ func sidecarOf(t *testing.T, fields, resources string) corev1.Container {
 		t.Fatal(err)
 	}
 	if len(pod.Spec.InitContainers) != 1 {
-		t.Fatalf("there are %d init containers", len(pod.Spec.InitContainers))
+		t.Fatalf("pod has %d init containers, want 1", len(pod.Spec.InitContainers))
 	}
 	return pod.Spec.InitContainers[0]
 }
 
-// TestLimitOfZero: a limit of 0 limits nothing, so that Kubernetes does not take the pod for Guaranteed.
+// TestLimitOfZero: a limit of 0 is no limit, so the pod is not Guaranteed.
 func TestLimitOfZero(t *testing.T) {
 	for resources, want := range map[string]string{
 		`{"limits":{"cpu":"0","memory":"1Gi"}}`:                                   "5m",
@@ -63,12 +63,12 @@ func TestLimitOfZero(t *testing.T) {
 	} {
 		requests := sidecarOf(t, "", resources).Resources.Requests
 		if got := requests.Cpu().String(); got != want {
-			t.Errorf("beside %s the sidecar requests %s of CPU, want %s", resources, got, want)
+			t.Errorf("with container resources %s, the sidecar requests %s of CPU, want %s", resources, got, want)
 		}
 	}
 }
 
-// TestPodLevelResources: of what the pod as a whole declares, by request or by limit, the sidecar declares nothing.
+// TestPodLevelResources: the sidecar declares no resource that the pod declares as a whole, by request or by limit.
 func TestPodLevelResources(t *testing.T) {
 	for whole, want := range map[string]string{
 		`{"requests":{"cpu":"1"}}`:                           `{"limits":{"memory":"16Mi"},"requests":{"memory":"16Mi"}}`,
@@ -82,7 +82,7 @@ func TestPodLevelResources(t *testing.T) {
 			t.Fatal(err)
 		}
 		if string(got) != want {
-			t.Errorf("in a pod with %s the sidecar has %s, want %s", whole, got, want)
+			t.Errorf("with pod resources %s, the sidecar has %s, want %s", whole, got, want)
 		}
 	}
 }

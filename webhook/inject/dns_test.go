@@ -11,20 +11,19 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// podWith returns an annotated pod with more fields of its spec.
+// podWith returns an annotated pod with fields at the start of its spec.
 func podWith(fields string) []byte {
 	return []byte(`{"metadata":{"name":"p","annotations":{"iam.amazonaws.com/role":"reader"}},"spec":{` + fields +
 		`"containers":[{"name":"app","image":"i"}]}}`)
 }
 
-// dnsName returns what the sidecar of an injected pod looks up.
+// dnsName returns the name that the sidecar of an injected pod looks up.
 func dnsName(t *testing.T, raw []byte, result inject.Result) any {
 	t.Helper()
 	return variable(named(t, decode(t, apply(t, raw, result.Patch)), "initContainers", "credence-sidecar"), "CREDENCE_BROKER_DNS_NAME")
 }
 
-// TestDNSPolicy: a pod that cannot resolve the broker's name is refused with the way out, and one of which that is not
-// known gets a warning.
+// TestDNSPolicy: Inject refuses a pod that cannot resolve the broker's name, with the fix. It warns if this is not certain.
 func TestDNSPolicy(t *testing.T) {
 	const (
 		service, external, address = "credence-broker.credence.svc:9443", "broker.example.com:9443", "192.0.2.1:9443"
@@ -39,29 +38,29 @@ func TestDNSPolicy(t *testing.T) {
 		dns            inject.DNS
 		refused, warns string
 	}{
-		"nothing said":                          {broker: service, dns: clusterDNS},
-		"nothing said, nothing known":           {broker: service, dns: unknown},
-		"ClusterFirst":                          {broker: service, fields: `"dnsPolicy":"ClusterFirst",`, dns: clusterDNS},
-		"ClusterFirstWithHostNet":               {broker: service, fields: `"dnsPolicy":"ClusterFirstWithHostNet",`, dns: clusterDNS},
-		"ClusterFirst with servers beside":      {broker: service, fields: `"dnsConfig":{"nameservers":["192.0.2.53"]},`, dns: clusterDNS},
-		"Default":                               {broker: service, fields: `"dnsPolicy":"Default",`, dns: clusterDNS, refused: "dnsPolicy Default"},
-		"Default, nothing known":                {broker: service, fields: `"dnsPolicy":"Default",`, dns: unknown, refused: "remove dnsPolicy"},
-		"Default, a server of the cluster":      {broker: service, fields: `"dnsPolicy":"Default","dnsConfig":{"nameservers":["10.96.0.10"]},`, dns: clusterDNS, refused: "dnsPolicy Default"},
-		"Default, external broker":              {broker: external, fields: `"dnsPolicy":"Default",`, dns: clusterDNS},
-		"Default, broker's address":             {broker: address, fields: `"dnsPolicy":"Default",`, dns: clusterDNS},
-		"Default, broker's full name":           {broker: "b.credence.svc.cluster.local:1", fields: `"dnsPolicy":"Default",`, dns: unknown, refused: "b.credence.svc.cluster.local"},
-		"None, the cluster's":                   {broker: service, fields: clusters, dns: clusterDNS},
-		"None, the cluster's, searching":        {broker: service, fields: searching, dns: clusterDNS},
-		"None, no searches, no domain":          {broker: service, fields: clusters, dns: inject.DNS{Servers: clusterDNS.Servers}, refused: "dnsConfig.searches"},
-		"None, searching, no domain":            {broker: service, fields: searching, dns: inject.DNS{Servers: clusterDNS.Servers}},
-		"None, foreign first":                   {broker: service, fields: foreign, dns: clusterDNS, warns: `"192.0.2.53" may not know credence-broker.credence.svc`},
-		"None, servers unknown":                 {broker: service, fields: searching, dns: inject.DNS{Domain: "cluster.local"}, warns: `"10.96.0.10" may not know`},
-		"None, node-local":                      {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "169.254.20.10", 1), dns: clusterDNS},
-		"None, IPv6 written otherwise":          {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "fd00:0::000a", 1), dns: inject.DNS{Domain: "cluster.local", Servers: []netip.Addr{netip.MustParseAddr("fd00::a")}}},
-		"None, IPv4 in the form of IPv6":        {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "::ffff:10.96.0.10", 1), dns: clusterDNS},
-		"None, no address":                      {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "dns", 1), dns: clusterDNS, warns: `"dns" may not know`},
-		"None, external broker":                 {broker: external, fields: foreign, dns: clusterDNS},
-		"None without servers, which is no pod": {broker: service, fields: `"dnsPolicy":"None",`, dns: clusterDNS},
+		"no DNS policy":                     {broker: service, dns: clusterDNS},
+		"no DNS policy, nothing known":      {broker: service, dns: unknown},
+		"ClusterFirst":                      {broker: service, fields: `"dnsPolicy":"ClusterFirst",`, dns: clusterDNS},
+		"ClusterFirstWithHostNet":           {broker: service, fields: `"dnsPolicy":"ClusterFirstWithHostNet",`, dns: clusterDNS},
+		"ClusterFirst with further servers": {broker: service, fields: `"dnsConfig":{"nameservers":["192.0.2.53"]},`, dns: clusterDNS},
+		"Default":                           {broker: service, fields: `"dnsPolicy":"Default",`, dns: clusterDNS, refused: "dnsPolicy Default"},
+		"Default, nothing known":            {broker: service, fields: `"dnsPolicy":"Default",`, dns: unknown, refused: "remove dnsPolicy"},
+		"Default, a server of the cluster":  {broker: service, fields: `"dnsPolicy":"Default","dnsConfig":{"nameservers":["10.96.0.10"]},`, dns: clusterDNS, refused: "dnsPolicy Default"},
+		"Default, external broker":          {broker: external, fields: `"dnsPolicy":"Default",`, dns: clusterDNS},
+		"Default, broker's address":         {broker: address, fields: `"dnsPolicy":"Default",`, dns: clusterDNS},
+		"Default, broker's full name":       {broker: "b.credence.svc.cluster.local:1", fields: `"dnsPolicy":"Default",`, dns: unknown, refused: "b.credence.svc.cluster.local"},
+		"None, the cluster's":               {broker: service, fields: clusters, dns: clusterDNS},
+		"None, the cluster's, searching":    {broker: service, fields: searching, dns: clusterDNS},
+		"None, no searches, no domain":      {broker: service, fields: clusters, dns: inject.DNS{Servers: clusterDNS.Servers}, refused: "dnsConfig.searches"},
+		"None, searching, no domain":        {broker: service, fields: searching, dns: inject.DNS{Servers: clusterDNS.Servers}},
+		"None, foreign first":               {broker: service, fields: foreign, dns: clusterDNS, warns: `"192.0.2.53" may not know credence-broker.credence.svc`},
+		"None, servers unknown":             {broker: service, fields: searching, dns: inject.DNS{Domain: "cluster.local"}, warns: `"10.96.0.10" may not know`},
+		"None, node-local":                  {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "169.254.20.10", 1), dns: clusterDNS},
+		"None, IPv6 in another form":        {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "fd00:0::000a", 1), dns: inject.DNS{Domain: "cluster.local", Servers: []netip.Addr{netip.MustParseAddr("fd00::a")}}},
+		"None, IPv4-mapped IPv6":            {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "::ffff:10.96.0.10", 1), dns: clusterDNS},
+		"None, no address":                  {broker: service, fields: strings.Replace(clusters, "10.96.0.10", "dns", 1), dns: clusterDNS, warns: `"dns" may not know`},
+		"None, external broker":             {broker: external, fields: foreign, dns: clusterDNS},
+		"None without servers (invalid)":    {broker: service, fields: `"dnsPolicy":"None",`, dns: clusterDNS},
 	} {
 		t.Run(name, func(t *testing.T) {
 			i := newInjector(t, func(c *inject.Config) { c.Broker = tt.broker })
@@ -71,7 +70,7 @@ func TestDNSPolicy(t *testing.T) {
 			result, err := i.Inject(podWith(tt.fields), namespace)
 			if tt.refused != "" {
 				if credential.ReasonOf(err) != credential.ReasonPodUnsupported || !errors.Is(err, credential.ErrInvalid) || !strings.Contains(err.Error(), tt.refused) {
-					t.Errorf("Inject: %v, want a refusal with %q", err, tt.refused)
+					t.Errorf("Inject returns %v, want a refusal with %q", err, tt.refused)
 				}
 				return
 			}
@@ -80,14 +79,14 @@ func TestDNSPolicy(t *testing.T) {
 			}
 			warnings := strings.Join(result.Warnings, "\n")
 			if tt.warns == "" && warnings != "" || !strings.Contains(warnings, tt.warns) {
-				t.Errorf("warnings %q, want %q", warnings, tt.warns)
+				t.Errorf("warnings are %q, want %q", warnings, tt.warns)
 			}
 		})
 	}
 }
 
-// TestBrokerFullName: the sidecar looks up a name that needs no search domain where one is known, and verifies the one
-// that certificates have.
+// TestBrokerFullName: if the full name of the brokers is known, the sidecar looks it up. It always verifies the name in
+// certificates.
 func TestBrokerFullName(t *testing.T) {
 	for broker, want := range map[string]any{
 		"credence-broker.credence.svc:9443":                "credence-broker.credence.svc.cluster.local.",
@@ -105,7 +104,7 @@ func TestBrokerFullName(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := dnsName(t, raw, result); got != want {
-			t.Errorf("broker %s is looked up as %v, want %v", broker, got, want)
+			t.Errorf("sidecar looks up broker %s as %v, want %v", broker, got, want)
 		}
 		sidecar := named(t, decode(t, apply(t, raw, result.Patch)), "initContainers", "credence-sidecar")
 		if got := variable(sidecar, "CREDENCE_BROKER"); got != broker {
@@ -121,7 +120,7 @@ func TestBrokerFullName(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := dnsName(t, podWith(""), result); got != nil {
-		t.Errorf("without a domain the broker is looked up as %v", got)
+		t.Errorf("without a domain, the sidecar looks up %v", got)
 	}
 }
 
@@ -150,11 +149,12 @@ func TestDomainIsLearnedBetweenCalls(t *testing.T) {
 	}
 }
 
+// TestUseDNS: UseDNS refuses an invalid domain and keeps the DNS in use.
 func TestUseDNS(t *testing.T) {
 	i := newInjector(t)
 	for _, domain := range []string{"Cluster.Local", "a b", "a..b", "-a", "cluster.local.", strings.Repeat("a.", 80) + "a", "x\ny"} {
 		if err := i.UseDNS(inject.DNS{Domain: domain}); err == nil || !strings.Contains(err.Error(), "is not a DNS domain such as cluster.local") {
-			t.Errorf("UseDNS with %.30q: %v", domain, err)
+			t.Errorf("UseDNS with %.30q returns %v", domain, err)
 		}
 	}
 	result, err := i.Inject(podWith(""), namespace)
@@ -162,6 +162,6 @@ func TestUseDNS(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := dnsName(t, podWith(""), result); got != "credence-broker.credence.svc.cluster.local." {
-		t.Errorf("after a domain that was refused, the broker is looked up as %v", got)
+		t.Errorf("after a refused domain, the sidecar looks up %v", got)
 	}
 }

@@ -7,8 +7,8 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// FuzzInject: whatever bytes arrive, a refusal comes without a patch; and a patch applies, adds only
-// what it may, and is not needed twice.
+// FuzzInject: for any bytes, a refusal has no patch. A patch applies, adds only what injection may add, and makes a second
+// one unnecessary.
 func FuzzInject(f *testing.F) {
 	for _, file := range golden(f) {
 		f.Add(readYAML(f, file))
@@ -22,12 +22,12 @@ func FuzzInject(f *testing.F) {
 		result, err := i.Inject(raw, namespace)
 		if err != nil {
 			if result.Patch != nil {
-				t.Errorf("the refusal %q came with a patch", err)
+				t.Errorf("refusal %q has a patch", err)
 			}
 			return
 		}
-		// The API server encodes each key once, which a fuzzer does not: of keys that come twice, a
-		// decoder and a patch may mean different ones.
+		// The API server writes each key once, but a fuzzer may repeat keys. A decoder and a patch may then use different
+		// ones.
 		canonical, err := json.Marshal(decode(t, raw))
 		if err != nil {
 			t.Fatal(err)
@@ -40,7 +40,7 @@ func FuzzInject(f *testing.F) {
 			t.Errorf("%v: %s", err, canonical)
 		}
 		if again, err := i.Inject(patched, namespace); err != nil || again.Patch != nil {
-			t.Errorf("injecting again: %v, %v", again.Patch, err)
+			t.Errorf("second injection adds %v (%v)", again.Patch, err)
 		}
 	})
 }

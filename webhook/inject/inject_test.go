@@ -25,11 +25,11 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-var update = flag.Bool("update", false, "write the results of golden tests as what is wanted")
+var update = flag.Bool("update", false, "write the results of golden tests to testdata")
 
 const namespace = "team-a"
 
-// config returns the configuration of all tests that do not change it.
+// config returns the default configuration of tests.
 func config(t testing.TB) inject.Config {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -60,10 +60,10 @@ func newInjector(t testing.TB, change ...func(*inject.Config)) *inject.Injector 
 	return i
 }
 
-// clusterDNS is what all tests know of DNS that do not change it.
+// clusterDNS is the default DNS of tests.
 var clusterDNS = inject.DNS{Domain: "cluster.local", Servers: []netip.Addr{netip.MustParseAddr("10.96.0.10")}}
 
-// apply returns raw with the operations applied, as the API server would.
+// apply applies ops to raw, as the API server does.
 func apply(t testing.TB, raw []byte, ops []inject.Operation) []byte {
 	t.Helper()
 	if ops == nil {
@@ -79,12 +79,12 @@ func apply(t testing.TB, raw []byte, ops []inject.Operation) []byte {
 	}
 	out, err := patch.Apply(raw)
 	if err != nil {
-		t.Fatalf("%v by %s to %s", err, encoded, raw)
+		t.Fatalf("%v after applying %s to %s", err, encoded, raw)
 	}
 	return out
 }
 
-// decode keeps numbers as they are written.
+// decode decodes JSON and keeps the text of numbers.
 func decode(t testing.TB, raw []byte) any {
 	t.Helper()
 	var v any
@@ -103,7 +103,7 @@ func golden(t testing.TB) []string {
 		t.Fatal(err)
 	}
 	if len(files) == 0 {
-		t.Fatal("testdata has no *.in.yaml: nothing would be tested")
+		t.Fatal("testdata has no *.in.yaml")
 	}
 	return files
 }
@@ -121,8 +121,8 @@ func readYAML(t testing.TB, file string) []byte {
 	return raw
 }
 
-// settingsBeside returns the settings for a golden file: those in NAME.settings.yaml upon the defaults.
-func settingsBeside(t testing.TB, in string) inject.Settings {
+// settingsFor returns the settings for a golden file: the defaults, with those of NAME.settings.yaml.
+func settingsFor(t testing.TB, in string) inject.Settings {
 	t.Helper()
 	s := inject.DefaultSettings()
 	text, err := os.ReadFile(strings.TrimSuffix(in, ".in.yaml") + ".settings.yaml")
@@ -138,14 +138,13 @@ func settingsBeside(t testing.TB, in string) inject.Settings {
 	return s
 }
 
-// TestGolden compares pods after injection, warnings above them as comments, with files. Each pod is
-// injected a second time, which must change nothing.
+// TestGolden compares injected pods, with their warnings as comments, with files. A second injection must add nothing.
 func TestGolden(t *testing.T) {
-	settled := 0
+	withSettings := 0
 	for _, in := range golden(t) {
-		s := settingsBeside(t, in)
+		s := settingsFor(t, in)
 		if !reflect.DeepEqual(s, inject.DefaultSettings()) {
-			settled++
+			withSettings++
 		}
 		t.Run(strings.TrimSuffix(filepath.Base(in), ".in.yaml"), func(t *testing.T) {
 			i := newInjector(t, func(c *inject.Config) { c.Settings = s })
@@ -173,7 +172,7 @@ func TestGolden(t *testing.T) {
 			}
 			want, err := os.ReadFile(out)
 			if err != nil {
-				t.Fatalf("%v: run with -update, and read what it writes", err)
+				t.Fatalf("%v; run with -update and check the result", err)
 			}
 			if diff := gocmp.Diff(string(want), got.String()); diff != "" {
 				t.Errorf("%s (-want +got):\n%s", out, diff)
@@ -181,20 +180,21 @@ func TestGolden(t *testing.T) {
 
 			again, err := i.Inject(patched, namespace)
 			if err != nil {
-				t.Fatalf("injecting again: %v", err)
+				t.Fatalf("second injection: %v", err)
 			}
 			if again.Patch != nil {
-				t.Errorf("injecting again adds %v", again.Patch)
+				t.Errorf("second injection adds %v", again.Patch)
 			}
 		})
 	}
-	if settled < 3 {
-		t.Errorf("only %d files have settings beside them", settled)
+	if withSettings < 3 {
+		t.Errorf("%d golden files have settings, want at least 3", withSettings)
 	}
 }
 
+// TestUnknownFieldsKeepTheirText: injection keeps unknown fields, and the text of numbers.
 func TestUnknownFieldsKeepTheirText(t *testing.T) {
-	// YAML would round these numbers; the API server's JSON must come back as it was.
+	// YAML would round these numbers.
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"},"new":12345678901234567890},` +
 		`"spec":{"new":{"x":9007199254740993},"initContainers":[{"name":"i","new":[1.10]}],"containers":[{"name":"c","new":1e400,"env":[{"name":"A","new":null}]}]}}`)
 	result, err := newInjector(t).Inject(raw, namespace)
@@ -231,13 +231,13 @@ func TestNew(t *testing.T) {
 				t.Errorf("error is %v, want %s", err, tc.want)
 			}
 			if i != nil {
-				t.Error("an error came with an Injector")
+				t.Error("New returns an Injector with an error")
 			}
 		})
 	}
 }
 
-// TestRefusals has the whole sentence of each refusal, because they are what users see.
+// TestRefusals has the whole message of each refusal, because users see it.
 func TestRefusals(t *testing.T) {
 	const (
 		role   = `"metadata":{"annotations":{"iam.amazonaws.com/role":"reader"}}`
@@ -252,7 +252,7 @@ func TestRefusals(t *testing.T) {
 		text := string(apply(t, raw, result.Patch))
 		changed := strings.NewReplacer(edit...).Replace(text)
 		if changed == text {
-			t.Fatalf("%q changes nothing in %s", edit, text)
+			t.Fatalf("%q does not change %s", edit, text)
 		}
 		return changed
 	}
@@ -269,7 +269,7 @@ func TestRefusals(t *testing.T) {
 		{"no spec", `{` + role + `}`, credential.ReasonPodUnsupported, "the pod has no spec"},
 		{"no containers", `{` + role + `,"spec":{}}`, credential.ReasonPodUnsupported, "the pod has no containers"},
 		{"null container", `{` + role + `,"spec":{"containers":[null]}}`, credential.ReasonPodUnsupported, "the pod has a container without a name"},
-		{"misspelt", `{"metadata":{"annotations":{"iam.amazonaws.com/roel":"reader"}},"spec":{"containers":[{"name":"app"}]}}`,
+		{"misspelled", `{"metadata":{"annotations":{"iam.amazonaws.com/roel":"reader"}},"spec":{"containers":[{"name":"app"}]}}`,
 			credential.ReasonAnnotationUnknown, `annotation "iam.amazonaws.com/roel" is unknown: did you mean "iam.amazonaws.com/role"?`},
 		{"hostNetwork", `{` + role + `,"spec":{"hostNetwork":true,"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod has hostNetwork, so every process on its node could get its credentials from the sidecar; remove hostNetwork, or annotation "iam.amazonaws.com/role"`},
@@ -287,9 +287,9 @@ func TestRefusals(t *testing.T) {
 			`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role; remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
 		{"web identity in init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","valueFrom":{"configMapKeyRef":{"name":"c","key":"k"}}}]}],"containers":[{"name":"app"}]}}`, credential.ReasonShadowed,
 			`container "i" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role; remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
-		{"our name", `{` + role + `,"spec":{"containers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
+		{"sidecar's name", `{` + role + `,"spec":{"containers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
 			`container name "credence-sidecar" is reserved for the sidecar that the webhook adds; choose another name`},
-		{"our volume's name", `{` + role + `,"spec":{"containers":[{"name":"app"}],"volumes":[{"name":"credence-identity","emptyDir":{}}]}}`, credential.ReasonPodUnsupported,
+		{"volume's name", `{` + role + `,"spec":{"containers":[{"name":"app"}],"volumes":[{"name":"credence-identity","emptyDir":{}}]}}`, credential.ReasonPodUnsupported,
 			`volume name "credence-identity" is reserved for the volume that the webhook adds; remove the volume, or choose another name`},
 		{"sidecar without volume", `{` + role + `,"spec":{"containers":[{"name":"app"}],"initContainers":[{"name":"credence-sidecar"}]}}`, credential.ReasonPodUnsupported,
 			`init container "credence-sidecar" has no volume "credence-identity"` + copied},
@@ -305,7 +305,7 @@ func TestRefusals(t *testing.T) {
 			differs(`it does not mount volume "credence-identity" at /var/run/secrets/kubernetes.io/serviceaccount`)},
 		{"mount of an expanded part", present(`"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount"`, `"mountPath":"/var/run/secrets/kubernetes.io/serviceaccount","subPathExpr":"$(X)"`), credential.ReasonPodUnsupported,
 			differs(`it does not mount volume "credence-identity" at /var/run/secrets/kubernetes.io/serviceaccount`)},
-		{"port of the sidecar that is there", present(`"127.0.0.1:9779"`, `"127.0.0.1:8080"`, `{"name":"app"`, `{"name":"app","ports":[{"containerPort":8080}]`), credential.ReasonPodUnsupported,
+		{"port of the present sidecar", present(`"127.0.0.1:9779"`, `"127.0.0.1:8080"`, `{"name":"app"`, `{"name":"app","ports":[{"containerPort":8080}]`), credential.ReasonPodUnsupported,
 			`container "app" has port 8080, on which the sidecar listens, and containers of a pod share ports; change the port, or set the sidecar's with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"bad memory", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/sidecar-memory":"64M"}},"spec":{"containers":[{"name":"app"}]}}`,
 			credential.ReasonAnnotationInvalid, `annotation "iam.amazonaws.com/sidecar-memory": "64M" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
@@ -318,22 +318,22 @@ func TestRefusals(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			result, err := newInjector(t).Inject([]byte(tc.raw), namespace)
 			if err == nil {
-				t.Fatalf("injected %s", tc.raw)
+				t.Fatalf("Inject accepts %s", tc.raw)
 			}
 			if err.Error() != tc.want {
 				t.Errorf("refusal is\n%s\nwant\n%s", err, tc.want)
 			}
 			if !errors.Is(err, credential.ErrInvalid) || credential.ReasonOf(err) != tc.reason {
-				t.Errorf("reason is %s, want %s of kind invalid", credential.ReasonOf(err), tc.reason)
+				t.Errorf("reason is %s, want %s with kind ErrInvalid", credential.ReasonOf(err), tc.reason)
 			}
 			if result.Patch != nil {
-				t.Errorf("a refusal came with the patch %v", result.Patch)
+				t.Errorf("refusal has patch %v", result.Patch)
 			}
 		})
 	}
 }
 
-// TestRoutingKey: the sidecar asks the brokers that make the same key of the live pod.
+// TestRoutingKey: sidecar and brokers compute the same routing key for a pod.
 func TestRoutingKey(t *testing.T) {
 	keys := config(t).Keys
 	for _, scope := range []policy.Scope{policy.ScopeRole, policy.ScopeServiceAccount, policy.ScopePod} {
@@ -348,16 +348,16 @@ func TestRoutingKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		var got policy.RoutingKey
-		own := false
+		hasUID := false
 		for _, v := range pod.Spec.InitContainers[0].Env {
 			switch v.Name {
 			case "CREDENCE_ROUTING_KEY":
 				got = policy.RoutingKey(v.Value)
 			case "CREDENCE_POD_UID":
-				own = v.ValueFrom != nil && v.ValueFrom.FieldRef != nil && v.ValueFrom.FieldRef.FieldPath == "metadata.uid"
+				hasUID = v.ValueFrom != nil && v.ValueFrom.FieldRef != nil && v.ValueFrom.FieldRef.FieldPath == "metadata.uid"
 			}
 		}
-		if own {
+		if hasUID {
 			got = got.ForPod("uid-1")
 		}
 		want, err := keys.RoutingKey(policy.Pod{Namespace: namespace, Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Annotations: pod.Annotations})
@@ -365,14 +365,14 @@ func TestRoutingKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got != want {
-			t.Errorf("scope %s: the sidecar's key is %s, and the brokers' is %s", scope, got, want)
+			t.Errorf("scope %s: sidecar has key %s, and brokers have %s", scope, got, want)
 		}
 	}
 }
 
-// TestKeyOfBefore: another webhook has changed what the routing key is made of since it was written. The sidecar works with
-// the old one.
-func TestKeyOfBefore(t *testing.T) {
+// TestOldRoutingKey: another webhook may change an annotation on which the routing key depends. The sidecar works with the
+// old key.
+func TestOldRoutingKey(t *testing.T) {
 	shared := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"serviceAccountName":"cart","containers":[{"name":"app"}]}}`
 	own := strings.Replace(shared, `"r"`, `"r","iam.amazonaws.com/session-scope":"pod"`, 1)
 	for _, tc := range []struct{ name, raw, old, changed string }{
@@ -389,18 +389,18 @@ func TestKeyOfBefore(t *testing.T) {
 			injected := string(apply(t, []byte(tc.raw), result.Patch))
 			changed := strings.Replace(injected, tc.old, tc.changed, 1)
 			if changed == injected {
-				t.Fatalf("%q is not in %s", tc.old, injected)
+				t.Fatalf("%s is not in %s", tc.old, injected)
 			}
 			again, err := i.Inject([]byte(changed), namespace)
 			if err != nil || again.Patch != nil {
-				t.Errorf("injecting again: %v, %v", again.Patch, err)
+				t.Errorf("second injection adds %v (%v)", again.Patch, err)
 			}
 		})
 	}
 }
 
-// TestResources: what is said of CPU by settings and by a pod, of either class, makes a pair that Kubernetes takes, and a pod
-// that is Guaranteed remains so.
+// TestResources: settings and a pod's overrides of CPU give a pair that Kubernetes accepts, and a Guaranteed pod keeps its
+// class.
 func TestResources(t *testing.T) {
 	const guaranteed = `,"resources":{"limits":{"cpu":"1","memory":"1Gi"}}`
 	cpu := func(request, limit, guaranteed policy.CPU) func(*inject.Config) {
@@ -412,8 +412,8 @@ func TestResources(t *testing.T) {
 		name        string
 		set         func(*inject.Config)
 		annotations string
-		resources   string // of the pod's container
-		want        string // request, limit
+		resources   string // of the container
+		want        string // request and limit
 	}{
 		{"defaults", nil, ``, ``, "5m 100m"},
 		{"defaults, guaranteed", nil, ``, guaranteed, "50m 50m"},
@@ -430,8 +430,8 @@ func TestResources(t *testing.T) {
 		{"limit", nil, `"sidecar-cpu-limit":"1"`, ``, "5m 1"},
 		{"limit, guaranteed", nil, `"sidecar-cpu-limit":"70m"`, guaranteed, "70m 70m"},
 		{"limit below the request", cpu(200, 400, 60), `"sidecar-cpu-limit":"50m"`, ``, "50m 50m"},
-		{"limit of none", nil, `"sidecar-cpu-limit":"0"`, ``, "5m 0"},
-		{"limit of none, guaranteed", nil, `"sidecar-cpu-limit":"0"`, guaranteed, "50m 50m"},
+		{"no limit by annotation", nil, `"sidecar-cpu-limit":"0"`, ``, "5m 0"},
+		{"no limit by annotation, guaranteed", nil, `"sidecar-cpu-limit":"0"`, guaranteed, "50m 50m"},
 		{"both", nil, `"sidecar-cpu-request":"20m","sidecar-cpu-limit":"30m"`, ``, "20m 30m"},
 		{"both, guaranteed", nil, `"sidecar-cpu-request":"20m","sidecar-cpu-limit":"30m"`, guaranteed, "30m 30m"},
 	} {
@@ -458,13 +458,13 @@ func TestResources(t *testing.T) {
 				t.Errorf("request and limit are %s, want %s", got, tc.want)
 			}
 			if r.Limits.Cpu().IsZero() != (len(r.Limits) == 1) {
-				t.Errorf("limits are %v", r.Limits)
+				t.Errorf("limits are %v, want a CPU limit only if it is not 0", r.Limits)
 			}
 		})
 	}
 }
 
-// TestUse: settings that are changed are those of the next pod; those that cannot be change nothing.
+// TestUse: new settings apply to the next pod. Invalid settings change nothing.
 func TestUse(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
 	i := newInjector(t)
@@ -481,24 +481,24 @@ func TestUse(t *testing.T) {
 	s := inject.DefaultSettings()
 	s.Memory, s.PodAnnotations, s.ImagePullSecrets = 64, map[string]string{"a": "b"}, []string{"s"}
 	if err := i.Use(s); err != nil || memory() != "64Mi" {
-		t.Errorf("after Use: %v, %s", err, memory())
+		t.Errorf("after Use: error %v, memory %s, want 64Mi", err, memory())
 	}
-	// What the caller still holds is not what is in force.
+	// The settings in force share no memory with the caller.
 	s.PodAnnotations["a"], s.ImagePullSecrets[0] = "c", "t"
 	i.Settings().PodAnnotations["a"], i.Settings().ImagePullSecrets[0] = "d", "u"
 	if got := i.Settings(); got.PodAnnotations["a"] != "b" || got.ImagePullSecrets[0] != "s" {
-		t.Errorf("settings in force were changed from outside: %+v", got)
+		t.Errorf("caller changed the settings in force: %+v", got)
 	}
 	s.Port = 80
 	s.Memory = 128
 	err := i.Use(s)
 	if field, ok := errors.AsType[*inject.FieldError](err); !ok || field.Field != "port" || memory() != "64Mi" {
-		t.Errorf("after settings that cannot be: %v, %s", err, memory())
+		t.Errorf("after invalid settings: error %v, memory %s, want port and 64Mi", err, memory())
 	}
 }
 
-// TestUseWhilePodsAreInjected: each pod is injected by one value of the settings, never by parts of two.
-func TestUseWhilePodsAreInjected(t *testing.T) {
+// TestConcurrentUse: each pod gets one set of settings, never a mixture of two.
+func TestConcurrentUse(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
 	i := newInjector(t)
 	one, other := inject.DefaultSettings(), inject.DefaultSettings()
@@ -543,9 +543,9 @@ func TestUseWhilePodsAreInjected(t *testing.T) {
 				}
 			}
 		}
-		whole := strings.Join(parts, "")
-		if whole != "1111" && whole != "2222" {
-			t.Fatalf("a pod has parts of %s: %s", whole, text)
+		joined := strings.Join(parts, "")
+		if joined != "1111" && joined != "2222" {
+			t.Fatalf("pod has parts of settings %s: %s", joined, text)
 		}
 	}
 	close(done)
@@ -563,7 +563,7 @@ func TestWarnShadowed(t *testing.T) {
 		t.Errorf("warnings (-want +got):\n%s", diff)
 	}
 	if result.Patch == nil {
-		t.Error("not injected")
+		t.Error("Inject returns no patch")
 	}
 }
 
@@ -575,7 +575,7 @@ func TestPlatformUser(t *testing.T) {
 	}
 	out := string(apply(t, raw, result.Patch))
 	if strings.Contains(out, "runAsUser") || !strings.Contains(out, `"runAsNonRoot":true`) {
-		t.Errorf("want runAsNonRoot and no runAsUser in %s", out)
+		t.Errorf("want runAsNonRoot without runAsUser in %s", out)
 	}
 }
 
@@ -583,7 +583,7 @@ func TestResult(t *testing.T) {
 	raw := []byte(`{"metadata":{"generateName":"app-","annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"serviceAccount":"old-name","hostNetwork":true,"containers":[{"name":"app"}]}}`)
 	got, err := newInjector(t).Inject(raw, namespace)
 	if err == nil {
-		t.Fatal("a pod with hostNetwork was injected")
+		t.Fatal("Inject accepts a pod with hostNetwork")
 	}
 	want := inject.Result{
 		Annotated: true,
@@ -598,9 +598,9 @@ func TestResult(t *testing.T) {
 	}
 }
 
-// TestTokenLife checks the life of the token against what it is for: a fifth of it, which is the
-// least that is left when a pod begins to terminate, and 25 minutes cover the grace period.
-func TestTokenLife(t *testing.T) {
+// TestTokenLifetime: a fifth of the token's lifetime, the minimum at the start of a termination, and 25 minutes cover the
+// grace period.
+func TestTokenLifetime(t *testing.T) {
 	for _, tc := range []struct {
 		grace string
 		want  string
@@ -625,7 +625,7 @@ func TestTokenLife(t *testing.T) {
 	}
 }
 
-// A pod that can run on Windows nodes only is refused, whichever way it says so; one that may run on others is not.
+// TestWindows: Inject refuses a pod that can run only on Windows nodes, whichever field says so. It accepts others.
 func TestWindows(t *testing.T) {
 	affinity := func(terms string) string {
 		return `"affinity":{"nodeAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":{"nodeSelectorTerms":[` + terms + `]}}}`
@@ -638,20 +638,20 @@ func TestWindows(t *testing.T) {
 		spec    string
 		refused bool
 	}{
-		"os":                      {`"os":{"name":"windows"}`, true},
-		"selector":                {`"nodeSelector":{"kubernetes.io/os":"windows"}`, true},
-		"old selector":            {`"nodeSelector":{"beta.kubernetes.io/os":"windows"}`, true},
-		"affinity":                {affinity(`{"matchExpressions":[` + zone + `,` + windows + `]}`), true},
-		"in each term":            {affinity(`{"matchExpressions":[` + windows + `]},{"matchExpressions":[` + windows + `,` + zone + `]}`), true},
-		"not Linux":               {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"NotIn","values":["linux"]}]}`), true},
-		"Linux":                   {`"os":{"name":"linux"},"nodeSelector":{"kubernetes.io/os":"linux"}`, false},
-		"in one term only":        {affinity(`{"matchExpressions":[` + windows + `]},{"matchExpressions":[` + zone + `]}`), false},
-		"either":                  {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"In","values":["windows","linux"]}]}`), false},
-		"not Windows":             {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"NotIn","values":["windows"]}]}`), false},
-		"any of which it is told": {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"Exists"}]}`), false},
-		"preferred":               {`"affinity":{"nodeAffinity":{"preferredDuringSchedulingIgnoredDuringExecution":[{"weight":1,"preference":{"matchExpressions":[` + windows + `]}}]}}`, false},
-		"no terms":                {affinity(``), false},
-		"an empty term":           {affinity(`{}`), false},
+		"os":                   {`"os":{"name":"windows"}`, true},
+		"selector":             {`"nodeSelector":{"kubernetes.io/os":"windows"}`, true},
+		"old selector":         {`"nodeSelector":{"beta.kubernetes.io/os":"windows"}`, true},
+		"affinity":             {affinity(`{"matchExpressions":[` + zone + `,` + windows + `]}`), true},
+		"in each term":         {affinity(`{"matchExpressions":[` + windows + `]},{"matchExpressions":[` + windows + `,` + zone + `]}`), true},
+		"not Linux":            {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"NotIn","values":["linux"]}]}`), true},
+		"Linux":                {`"os":{"name":"linux"},"nodeSelector":{"kubernetes.io/os":"linux"}`, false},
+		"in one term only":     {affinity(`{"matchExpressions":[` + windows + `]},{"matchExpressions":[` + zone + `]}`), false},
+		"either":               {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"In","values":["windows","linux"]}]}`), false},
+		"not Windows":          {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"NotIn","values":["windows"]}]}`), false},
+		"any operating system": {affinity(`{"matchExpressions":[{"key":"kubernetes.io/os","operator":"Exists"}]}`), false},
+		"preferred":            {`"affinity":{"nodeAffinity":{"preferredDuringSchedulingIgnoredDuringExecution":[{"weight":1,"preference":{"matchExpressions":[` + windows + `]}}]}}`, false},
+		"no terms":             {affinity(``), false},
+		"an empty term":        {affinity(`{}`), false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader"}},"spec":{` + tc.spec + `,"containers":[{"name":"app"}]}}`
@@ -706,7 +706,7 @@ func TestPresentSidecar(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			text := strings.NewReplacer(tc.edit...).Replace(injected)
 			if text == injected && tc.edit != nil {
-				t.Fatalf("%q changes nothing in %s", tc.edit, text)
+				t.Fatalf("%q does not change %s", tc.edit, text)
 			}
 			result, err := newInjector(t).Inject([]byte(text), namespace)
 			if err != nil {

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestOtherInjectors: the shapes that other injectors give a pod, as in testdata, come to the same whether they are
-// called before us or after us. After us, they put their init containers before the sidecar, and some change ours.
+// TestOtherInjectors: the result is the same whether another injector, as in testdata, is called before or after this
+// webhook. If it is called after, it puts its init containers before the sidecar, and may change the sidecar.
 func TestOtherInjectors(t *testing.T) {
 	i := newInjector(t)
 	inject := func(t *testing.T, pod any) any {
@@ -28,14 +28,14 @@ func TestOtherInjectors(t *testing.T) {
 			theirs := decode(t, readYAML(t, "testdata/"+name+".in.yaml"))
 			before := inject(t, theirs)
 
-			// The user's own part of it, ours, and then theirs around it.
+			// Inject the user's part of the pod, then add the parts of the other injector.
 			pod := decode(t, readYAML(t, "testdata/"+name+".in.yaml"))
 			spec := at(pod, "spec").(map[string]any)
-			ownContainer := func(c any) bool { return at(c, "name") == "app" }
+			isApp := func(c any) bool { return at(c, "name") == "app" }
 			containers := spec["containers"].([]any)
 			initial, _ := spec["initContainers"].([]any)
 			volumes, _ := spec["volumes"].([]any)
-			own := slices.IndexFunc(containers, ownContainer)
+			own := slices.IndexFunc(containers, isApp)
 			spec["containers"] = []any{containers[own]}
 			delete(spec, "initContainers")
 			delete(spec, "volumes")
@@ -48,12 +48,12 @@ func TestOtherInjectors(t *testing.T) {
 			spec["initContainers"] = append(slices.Clone(initial), spec["initContainers"].([]any)...)
 			spec["volumes"] = append(slices.Clone(volumes), spec["volumes"].([]any)...)
 			sidecar := at(pod, "spec", "initContainers", len(initial)).(map[string]any)
-			// Some mount into every container, and set variables in it.
+			// Some injectors mount volumes and set variables in every container.
 			sidecar["volumeMounts"] = append(sidecar["volumeMounts"].([]any), map[string]any{"name": "theirs", "mountPath": "/theirs"})
 			sidecar["env"] = append(sidecar["env"].([]any), map[string]any{"name": "THEIR_PORT", "value": "3500"})
 			after := inject(t, pod)
 			if again := inject(t, after); !reflect.DeepEqual(after, again) {
-				t.Error("injecting again changes the pod")
+				t.Error("second injection changes the pod")
 			}
 
 			sidecar = at(after, "spec", "initContainers", len(initial)).(map[string]any)
@@ -62,16 +62,16 @@ func TestOtherInjectors(t *testing.T) {
 			byName(before)
 			byName(after)
 			if !reflect.DeepEqual(before, after) {
-				t.Errorf("called before us:\n%v\nafter us:\n%v", before, after)
+				t.Errorf("called before the webhook:\n%v\nafter it:\n%v", before, after)
 			}
 		})
 	}
 }
 
-// TestWebIdentityAfterUs: EKS's webhook, called after ours, gives every container an identity that outranks the
-// annotated role. Called again, we refuse the pod, as when it came first; and take the sidecar, which got it as well, as
-// it is.
-func TestWebIdentityAfterUs(t *testing.T) {
+// TestWebIdentityAddedLater: EKS's webhook, called after this one, gives each container an identity that SDKs prefer to the
+// annotated role. The second call refuses the pod, as the first would have. It keeps the sidecar, which has the identity,
+// too.
+func TestWebIdentityAddedLater(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app"}]}}`)
 	i := newInjector(t)
 	result, err := i.Inject(raw, namespace)
@@ -98,9 +98,9 @@ func TestWebIdentityAfterUs(t *testing.T) {
 		return len(got.Patch), err
 	}
 	if n, err := again([]any{"spec", "initContainers", 0}); err != nil || n > 0 {
-		t.Errorf("in the sidecar alone: %d operations, %v", n, err)
+		t.Errorf("web identity only in the sidecar: %d operations, error %v, want none", n, err)
 	}
 	if _, err := again([]any{"spec", "initContainers", 0}, []any{"spec", "containers", 0}); err == nil {
-		t.Error("in all containers: injected")
+		t.Error("web identity in all containers: Inject accepts the pod")
 	}
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// allowed are the places where injection may add something.
+// allowed matches the paths where injection may add something.
 var allowed = regexp.MustCompile(`^(` +
 	`/metadata/labels|/metadata/labels/iam\.amazonaws\.com~injected|/metadata/annotations/iam\.amazonaws\.com~(service-account|warnings)|` +
 	`/metadata/annotations/sidecar\.example~ports|/spec/imagePullSecrets|/spec/imagePullSecrets/(ours|registry)|` +
@@ -29,14 +29,13 @@ var allowed = regexp.MustCompile(`^(` +
 	`/spec/initContainers|/spec/initContainers/credence-sidecar|` +
 	`/spec/(initC|c)ontainers/[^/]+/env|/spec/(initC|c)ontainers/[^/]+/env/AWS_[A-Z0-9_]+)$`)
 
-// embedded reports where out has lost, changed or reordered something of in, or has gained something
-// that injection has no business to add.
+// embedded returns an error if out lacks, changes or reorders something of in, or has something that injection may not add.
 func embedded(path string, in, out any) error {
 	switch in := in.(type) {
 	case map[string]any:
 		out, ok := out.(map[string]any)
 		if !ok {
-			return fmt.Errorf("%s is an object no longer", path)
+			return fmt.Errorf("%s is no longer an object", path)
 		}
 		for key, value := range in {
 			if _, ok := out[key]; !ok {
@@ -55,7 +54,7 @@ func embedded(path string, in, out any) error {
 	case []any:
 		out, ok := out.([]any)
 		if !ok {
-			return fmt.Errorf("%s is an array no longer", path)
+			return fmt.Errorf("%s is no longer an array", path)
 		}
 		next := 0
 		for _, element := range out {
@@ -75,12 +74,12 @@ func embedded(path string, in, out any) error {
 		return nil
 	case nil:
 		if out != nil && !allowed.MatchString(path) {
-			return fmt.Errorf("%s is null no longer", path)
+			return fmt.Errorf("%s is no longer null", path)
 		}
 		return nil
 	default:
 		if !reflect.DeepEqual(in, out) {
-			return fmt.Errorf("%s was %v and is %v", path, in, out)
+			return fmt.Errorf("%s changed from %v to %v", path, in, out)
 		}
 		return nil
 	}
@@ -95,14 +94,13 @@ func nameOf(element any) string {
 	return fmt.Sprint(element)
 }
 
-// generator makes pods that a user, a controller or another webhook might send, with fields that this
-// program does not know at every level.
+// generator makes pods as users, controllers and other webhooks send them, with unknown fields at every level.
 type generator struct{ *rand.Rand }
 
 func (g generator) some(percent int) bool { return g.IntN(100) < percent }
 
-// list returns an array of up to most elements, or nothing to set, or null.
-func (g generator) list(into map[string]any, key string, most int, element func(n int) any) {
+// list sets key to an array of up to limit elements or to null, or does not set it.
+func (g generator) list(into map[string]any, key string, limit int, element func(n int) any) {
 	switch g.IntN(4) {
 	case 0:
 		return
@@ -112,7 +110,7 @@ func (g generator) list(into map[string]any, key string, most int, element func(
 		into[key] = []any{}
 	default:
 		var list []any
-		for n := range 1 + g.IntN(most) {
+		for n := range 1 + g.IntN(limit) {
 			list = append(list, element(n))
 		}
 		into[key] = list
@@ -171,7 +169,7 @@ func (g generator) container(name string) map[string]any {
 	return c
 }
 
-// user lets the securityContext of a pod or a container have one, often the same.
+// user sets runAsUser in the securityContext of a pod or a container, often to the same user.
 func (g generator) user(context map[string]any) {
 	g.unknown(context)
 	if g.some(80) {
@@ -196,7 +194,7 @@ func (g generator) pod() map[string]any {
 		}
 	}
 	if g.some(10) {
-		annotations["sidecar.example/ports"] = "of the pod"
+		annotations["sidecar.example/ports"] = "of-the-pod"
 	}
 	metadata := map[string]any{"annotations": annotations}
 	switch g.IntN(4) {
@@ -239,7 +237,7 @@ func (g generator) pod() map[string]any {
 	return pod
 }
 
-// settings makes those of a platform's team.
+// settings makes sidecar settings.
 func (g generator) settings() inject.Settings {
 	s := inject.DefaultSettings()
 	s.ImagePullPolicy = []corev1.PullPolicy{"", corev1.PullAlways}[g.IntN(2)]
@@ -257,8 +255,7 @@ func (g generator) settings() inject.Settings {
 	return s
 }
 
-// addContainers is another webhook: it puts a container of its own first among the init containers
-// and one last among the containers.
+// addContainers does the work of another webhook: it adds a first init container and a last container.
 func addContainers(pod map[string]any) map[string]any {
 	spec := pod["spec"].(map[string]any)
 	initial, _ := spec["initContainers"].([]any)
@@ -267,6 +264,7 @@ func addContainers(pod map[string]any) map[string]any {
 	return pod
 }
 
+// TestProperties holds the guarantees of the package for generated pods.
 func TestProperties(t *testing.T) {
 	with := func(t *testing.T, i *inject.Injector, pod any) any {
 		t.Helper()
@@ -296,44 +294,44 @@ func TestProperties(t *testing.T) {
 				t.Errorf("%v: %s", err, raw)
 			}
 			if first := at(once, "spec", "initContainers", 0, "name"); first != "credence-sidecar" {
-				t.Errorf("the first init container is %v", first)
+				t.Errorf("first init container is %v, want the sidecar", first)
 			}
 			checkOwner(t, i, before, once)
 			if twice := injected(t, once); !reflect.DeepEqual(once, twice) {
-				t.Errorf("injecting twice is not injecting once: %s", raw)
+				t.Errorf("second injection changes the pod: %s", raw)
 			}
-			// Settings that change between two calls leave the sidecar as it is, and what is added later fits it.
+			// If settings change between two calls, the sidecar stays, and later additions match it.
 			changed := newInjector(t, func(c *inject.Config) { c.Settings, c.Image = g.settings(), "registry.example/credence-sidecar:v2" })
 			between := addContainers(decode(t, encode(t, once)).(map[string]any))
 			later := with(t, changed, between)
 			if err := embedded("", decode(t, encode(t, between)), later); err != nil {
-				t.Errorf("with settings that have changed: %v: %s", err, raw)
+				t.Errorf("with changed settings: %v: %s", err, raw)
 			}
 			if !reflect.DeepEqual(named(t, later, "initContainers", "credence-sidecar"), named(t, once, "initContainers", "credence-sidecar")) {
-				t.Errorf("settings that have changed have changed the sidecar: %s", raw)
+				t.Errorf("changed settings change the sidecar: %s", raw)
 			}
 			if uri, listen := variable(named(t, later, "containers", "mesh"), "AWS_CONTAINER_CREDENTIALS_FULL_URI"), variable(named(t, once, "initContainers", "credence-sidecar"), "CREDENCE_LISTEN"); uri != fmt.Sprintf("http://%s/v1/credentials", listen) {
-				t.Errorf("a container that came in between is sent to %s, and the sidecar listens on %s: %s", uri, listen, raw)
+				t.Errorf("added container calls %s, but the sidecar listens on %s: %s", uri, listen, raw)
 			}
 			if again := with(t, changed, later); !reflect.DeepEqual(later, again) {
-				t.Errorf("with settings that have changed, injecting twice is not injecting once: %s", raw)
+				t.Errorf("with changed settings, another injection changes the pod: %s", raw)
 			}
-			// Another webhook before and after ours gives the same, but for the order of init containers.
+			// The order of two webhooks matters only for the order of init containers.
 			reinvoked := injected(t, addContainers(once.(map[string]any)))
 			last := injected(t, addContainers(decode(t, raw).(map[string]any)))
 			byName(reinvoked)
 			byName(last)
-			// Whether the pod is Guaranteed, and whether its containers have one user, may depend on who came first;
-			// resources and user are not compared.
+			// Class and common user of the pod may depend on the order of the webhooks, so the test does not compare the
+			// sidecar's resources and user.
 			if !reflect.DeepEqual(reinvoked, last) {
-				t.Errorf("called before another webhook and again: %v\ncalled after it: %v", reinvoked, last)
+				t.Errorf("called before and after another webhook: %v\ncalled only after it: %v", reinvoked, last)
 			}
 		})
 	}
 }
 
-// checkOwner checks that the kubelet gives projected tokens to the same user before and after injection, unless that is
-// root or the platform chooses the sidecar's.
+// checkOwner fails the test if injection changes the owner of projected tokens, unless the owner is root or the platform
+// chooses the sidecar's user.
 func checkOwner(t *testing.T, i *inject.Injector, before, after any) {
 	t.Helper()
 	var pods [2]corev1.Pod
@@ -342,16 +340,16 @@ func checkOwner(t *testing.T, i *inject.Injector, before, after any) {
 			t.Fatal(err)
 		}
 	}
-	was, is := fsUserFrom(&pods[0]), fsUserFrom(&pods[1])
-	if i.Settings().RunAsUser == inject.PlatformUser || was == nil || *was == 0 {
+	owner, now := fsUserFrom(&pods[0]), fsUserFrom(&pods[1])
+	if i.Settings().RunAsUser == inject.PlatformUser || owner == nil || *owner == 0 {
 		return
 	}
-	if is == nil || *is != *was {
-		t.Errorf("the owner of projected tokens was %d and is %v: %s", *was, is, encode(t, before))
+	if now == nil || *now != *owner {
+		t.Errorf("owner of projected tokens changed from %d to %v: %s", *owner, now, encode(t, before))
 	}
 }
 
-// fsUserFrom is the kubelet's FsUserFrom, of pkg/volume/util in Kubernetes 1.37.
+// fsUserFrom is the kubelet's FsUserFrom (pkg/volume/util, Kubernetes 1.37).
 func fsUserFrom(pod *corev1.Pod) *int64 {
 	var fsUser *int64
 	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
@@ -385,7 +383,7 @@ func named(t *testing.T, pod any, list, name string) any {
 	containers := at(pod, "spec", list).([]any)
 	n := slices.IndexFunc(containers, func(c any) bool { return nameOf(c) == name })
 	if n < 0 {
-		t.Fatalf("there is no %s in %v", name, pod)
+		t.Fatalf("pod has no container %s: %v", name, pod)
 	}
 	return containers[n]
 }
@@ -412,7 +410,7 @@ func at(v any, path ...any) any {
 	return v
 }
 
-// byName makes an object of the init containers, and takes the sidecar's resources and user out of it.
+// byName replaces the list of init containers by an object with their names, and removes the sidecar's resources and user.
 func byName(pod any) {
 	spec := at(pod, "spec").(map[string]any)
 	byName := map[string]any{}
@@ -427,20 +425,20 @@ func byName(pod any) {
 	spec["initContainers"] = byName
 }
 
-// restrict makes a pod one that PodSecurity admits at level "restricted", by what containers say or by what the pod says.
+// restrict makes PodSecurity admit the pod at level "restricted", by fields of its containers or of the pod.
 func (g generator) restrict(pod map[string]any) {
 	spec := pod["spec"].(map[string]any)
 	identity := map[string]any{"runAsNonRoot": true, "seccompProfile": map[string]any{"type": "RuntimeDefault"}}
 	delete(spec, "securityContext")
-	ofPod := g.some(50)
-	if ofPod {
+	onPod := g.some(50)
+	if onPod {
 		spec["securityContext"] = identity
 	}
 	for _, key := range []string{"containers", "initContainers"} {
 		list, _ := spec[key].([]any)
 		for _, c := range list {
 			context := map[string]any{"allowPrivilegeEscalation": false, "capabilities": map[string]any{"drop": []any{"ALL"}}}
-			if !ofPod {
+			if !onPod {
 				maps.Copy(context, identity)
 			}
 			if g.some(30) {
@@ -451,7 +449,7 @@ func (g generator) restrict(pod map[string]any) {
 	}
 }
 
-// TestRestricted: a pod that PodSecurity admits at level "restricted" is still admitted injected.
+// TestRestricted: PodSecurity still admits a pod at level "restricted" after injection.
 func TestRestricted(t *testing.T) {
 	evaluator, err := psapolicy.NewEvaluator(psapolicy.DefaultChecks(), nil)
 	if err != nil {
@@ -460,7 +458,7 @@ func TestRestricted(t *testing.T) {
 	refusals := func(t *testing.T, raw []byte) psapolicy.AggregateCheckResult {
 		t.Helper()
 		var pod corev1.Pod
-		// Like the API server, and unlike encoding/json, by the case of keys.
+		// Keys match by case, as in the API server and unlike in encoding/json.
 		if err := utiljson.Unmarshal(raw, &pod); err != nil {
 			t.Fatal(err)
 		}
@@ -482,7 +480,7 @@ func TestRestricted(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := refusals(t, raw); !got.Allowed {
-			t.Fatalf("seed %d: the generated pod is not restricted: %s", seed, got.ForbiddenDetail())
+			t.Fatalf("seed %d: generated pod is not restricted: %s", seed, got.ForbiddenDetail())
 		}
 		pods[fmt.Sprintf("seed %d", seed)] = raw
 	}
@@ -504,6 +502,6 @@ func TestRestricted(t *testing.T) {
 		}
 	}
 	if evaluated <= 300 {
-		t.Error("no pod in testdata is restricted")
+		t.Error("testdata has no restricted pod")
 	}
 }

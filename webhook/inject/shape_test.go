@@ -12,7 +12,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
-// A quantity that takes minutes to compare is refused before that.
+// TestQuantities: Inject refuses a quantity that would take minutes to compare.
 func TestQuantities(t *testing.T) {
 	for text, refused := range map[string]bool{
 		`"1"`: false, `1`: false, `"1e3"`: false, `1e3`: false, `"1E"`: false, `"1Ei"`: false, `"1e99"`: false, `"1E-30"`: false,
@@ -26,14 +26,15 @@ func TestQuantities(t *testing.T) {
 		} {
 			_, err := newInjector(t).Inject(fmt.Appendf(nil, `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{`+place+`}}`, text), namespace)
 			if (err != nil) != refused || refused && !strings.Contains(err.Error(), "an exponent of more than 2 digits") {
-				t.Errorf("%.40s in %s: %v, want it to be refused: %v", text, place, err, refused)
+				t.Errorf("%.40s in %s: error is %v, want a refusal: %v", text, place, err, refused)
 			}
 		}
 	}
 }
 
-// Of a variable, no more is decoded than what decisions read: a divisor can take minutes to decode.
-func TestVariablesFromElsewhere(t *testing.T) {
+// TestOtherSourcesOfVariables: Inject does not decode fields of variables that it does not need. A divisor can take minutes
+// to decode.
+func TestOtherSourcesOfVariables(t *testing.T) {
 	for _, from := range []string{
 		`{"resourceFieldRef":{"resource":"limits.cpu","divisor":"1e-99999999"}}`,
 		`{"resourceFieldRef":{"resource":"limits.cpu","divisor":"not decoded"}}`,
@@ -42,41 +43,41 @@ func TestVariablesFromElsewhere(t *testing.T) {
 		raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[{"name":"AWS_ACCESS_KEY_ID","valueFrom":` + from + `}]}]}}`
 		result, err := newInjector(t).Inject([]byte(raw), namespace)
 		if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "sets AWS_ACCESS_KEY_ID") {
-			t.Errorf("%s: %v, warnings %q", from, err, result.Warnings)
+			t.Errorf("%s: error %v, warnings %q", from, err, result.Warnings)
 		}
 	}
 }
 
-// TestManyVariables: variables that could be another identity take not much more time than others do.
+// TestManyVariables: variables that may give another identity take little more time than other variables.
 func TestManyVariables(t *testing.T) {
 	const n = 30_000
-	took := func(name, value string) time.Duration {
+	duration := func(name, value string) time.Duration {
 		var env strings.Builder
 		for at := range n {
 			fmt.Fprintf(&env, `{"name":"%s%05d","value":"%s"},`, name, at%(n/2), value)
 		}
-		// They are overridden: only the last variable of a name counts.
+		// These override the first ones: the last variable with a name applies.
 		for at := range n / 2 {
 			fmt.Fprintf(&env, `{"name":"%s%05d"},`, name, at)
 		}
 		raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"app","env":[` + strings.TrimSuffix(env.String(), ",") + `]}]}}`)
-		least := time.Hour
+		shortest := time.Hour
 		for range 3 {
 			began := time.Now()
 			if _, err := newInjector(t).Inject(raw, namespace); err != nil {
 				t.Fatal(err)
 			}
-			least = min(least, time.Since(began))
+			shortest = min(shortest, time.Since(began))
 		}
-		return least
+		return shortest
 	}
 	const agent = "http://169.254.170.23/v1/credentials"
-	if other, ours := took("AWS_CONFIGURED_", agent), took("AWS_CONTAINER_", agent); ours > 8*other {
-		t.Errorf("variables of the AWS_CONTAINER_ family take %s, others %s", ours, other)
+	if other, family := duration("AWS_CONFIGURED_", agent), duration("AWS_CONTAINER_", agent); family > 8*other {
+		t.Errorf("variables of the AWS_CONTAINER_ family take %s, others %s", family, other)
 	}
 }
 
-// counted is a context that ends when it has been looked at that often.
+// counted is a context that ends after left calls of Err.
 type counted struct {
 	context.Context
 	left int
@@ -89,7 +90,7 @@ func (c *counted) Err() error {
 	return nil
 }
 
-// TestInjectWithin: work on a pod stops when nobody waits for it any more, and where there is no memory for it.
+// TestInjectWithin: work on a pod stops at the end of its context, and if there is no memory for it.
 func TestInjectWithin(t *testing.T) {
 	raw := []byte(`{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"containers":[{"name":"c"}` + strings.Repeat(`,{"name":"c"}`, 99) + `]}}`)
 	i := newInjector(t)
@@ -97,22 +98,22 @@ func TestInjectWithin(t *testing.T) {
 		ctx := &counted{t.Context(), left}
 		result, err := i.InjectWithin(ctx, raw, namespace, func(int) error { return nil })
 		if !errors.Is(err, context.DeadlineExceeded) || result.Patch != nil || !result.Annotated {
-			t.Errorf("with %d looks at the context: %+v, %v", left, result.Patch, err)
+			t.Errorf("context that ends after %d calls: patch %+v, error %v", left, result.Patch, err)
 		}
 		if ctx.left != -1 {
-			t.Errorf("it went on after the end of its context, for %d containers", -ctx.left-1)
+			t.Errorf("InjectWithin continues after the end of its context, for %d containers", -ctx.left-1)
 		}
 	}
 	full := errors.New("no memory")
-	asked := 0
-	if _, err := i.InjectWithin(t.Context(), raw, namespace, func(containers int) error { asked = containers; return full }); !errors.Is(err, full) || asked != 100 {
-		t.Errorf("without memory for %d containers: %v", asked, err)
+	reserved := 0
+	if _, err := i.InjectWithin(t.Context(), raw, namespace, func(containers int) error { reserved = containers; return full }); !errors.Is(err, full) || reserved != 100 {
+		t.Errorf("without memory for %d containers, want 100: error %v", reserved, err)
 	}
 	result, err := i.InjectWithin(t.Context(), raw, namespace, func(int) error { return nil })
 	if err != nil || len(result.Patch) == 0 {
-		t.Errorf("with time and memory: %v", err)
+		t.Errorf("with time and memory: error %v", err)
 	}
-	// Objects that are too large are not decoded.
+	// It does not decode objects that are too large.
 	for name, raw := range map[string]string{
 		"bytes":  `{` + strings.Repeat(" ", podview.MaxObject),
 		"values": `[` + strings.Repeat(`,`, podview.MaxValues+1),
@@ -125,7 +126,7 @@ func TestInjectWithin(t *testing.T) {
 	}
 }
 
-// TestLongNames: what messages and the patch repeat is bounded where it comes in.
+// TestLongNames: Inject refuses long names before messages and the patch repeat them.
 func TestLongNames(t *testing.T) {
 	long := strings.Repeat("x", 254)
 	for _, spec := range []string{
@@ -140,11 +141,11 @@ func TestLongNames(t *testing.T) {
 	}
 }
 
-// TestManyNames: a refusal lists some of many containers.
+// TestManyNames: a refusal lists at most 20 containers.
 func TestManyNames(t *testing.T) {
 	raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r","iam.amazonaws.com/containers":"x"}},"spec":{"containers":[{"name":"c"}` + strings.Repeat(`,{"name":"c"}`, 99) + `]}}`
 	_, err := newInjector(t).Inject([]byte(raw), namespace)
 	if err == nil || !strings.HasSuffix(err.Error(), `"c" "c"] and 80 more`) || strings.Count(err.Error(), `"c"`) != 20 {
-		t.Errorf("the refusal is %v", err)
+		t.Errorf("refusal is %v", err)
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// TestSidecarUser: the sidecar runs as the one user that all containers declare, and else as the one it is given.
+// TestSidecarUser: the sidecar runs as the common user of all containers, else as the user of the settings.
 func TestSidecarUser(t *testing.T) {
 	container := func(name string, user any) map[string]any {
 		c := map[string]any{"name": name, "image": "i"}
@@ -20,25 +20,25 @@ func TestSidecarUser(t *testing.T) {
 	}
 	for name, tt := range map[string]struct {
 		pod        any
-		containers []any // the user of each; the last one is an init container
+		containers []any // users of a container and an init container
 		settings   int64 // 0: the default
 		want       any
 	}{
-		"nobody says":             {nil, []any{nil, nil}, 0, "65532"},
-		"one of two says":         {nil, []any{1000, nil}, 0, "65532"},
+		"no user":                 {nil, []any{nil, nil}, 0, "65532"},
+		"one of two":              {nil, []any{1000, nil}, 0, "65532"},
 		"the pod":                 {1000, []any{nil, nil}, 0, "1000"},
 		"each container":          {nil, []any{1000, 1000}, 0, "1000"},
-		"the pod, and one again":  {1000, []any{1000, nil}, 0, "1000"},
-		"the pod, and one other":  {1000, []any{nil, 2000}, 0, "65532"},
-		"all other than the pod":  {1000, []any{2000, 2000}, 0, "2000"},
+		"the pod, one the same":   {1000, []any{1000, nil}, 0, "1000"},
+		"the pod, one another":    {1000, []any{nil, 2000}, 0, "65532"},
+		"all differ from the pod": {1000, []any{2000, 2000}, 0, "2000"},
 		"root":                    {0, []any{nil, nil}, 0, "65532"},
 		"the pod's is root":       {0, []any{1000, 1000}, 0, "1000"},
 		"one is root":             {1000, []any{nil, 0}, 0, "65532"},
-		"the other one is root":   {1000, []any{0, nil}, 0, "65532"},
-		"no user id":              {1 << 31, []any{nil, nil}, 0, "65532"},
-		"the platform's":          {1000, []any{nil, nil}, inject.PlatformUser, nil},
-		"the one of the settings": {nil, []any{nil, nil}, 70000, "70000"},
-		"the pod's counts more":   {1000, []any{nil, nil}, 70000, "1000"},
+		"the other is root":       {1000, []any{0, nil}, 0, "65532"},
+		"not a user ID":           {1 << 31, []any{nil, nil}, 0, "65532"},
+		"the platform":            {1000, []any{nil, nil}, inject.PlatformUser, nil},
+		"the settings":            {nil, []any{nil, nil}, 70000, "70000"},
+		"pod before settings":     {1000, []any{nil, nil}, 70000, "1000"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := map[string]any{
@@ -70,15 +70,15 @@ func TestSidecarUser(t *testing.T) {
 				got = fmt.Sprint(got)
 			}
 			if got != tt.want {
-				t.Errorf("the sidecar runs as %v, want %v", got, tt.want)
+				t.Errorf("sidecar runs as %v, want %v", got, tt.want)
 			}
-			// The sidecar itself does not count when the webhook is called again, even if its user is not the pod's.
+			// On a second call, the user of the sidecar does not matter, even if the containers have another.
 			again, err := i.Inject(once, namespace)
 			if err != nil || again.Patch != nil {
-				t.Errorf("injecting again: %v, %v", again.Patch, err)
+				t.Errorf("second injection adds %v (%v)", again.Patch, err)
 			}
 			if !reflect.DeepEqual(decode(t, once), decode(t, apply(t, once, again.Patch))) {
-				t.Error("injecting again changes the pod")
+				t.Error("second injection changes the pod")
 			}
 		})
 	}
