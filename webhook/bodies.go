@@ -10,8 +10,9 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/credence-iam/credence/webhook/inject/podview"
 	"golang.org/x/sync/semaphore"
+
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // maxReview is the maximum body of a review, in bytes: 3 MiB for the object, the maximum of the API server, and 1 MiB for

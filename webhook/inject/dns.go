@@ -7,9 +7,10 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/credence-iam/credence/webhook/inject/podview"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/credence-iam/credence/webhook/inject/podview"
 )
 
 // DNS describes the cluster's DNS. In the zero value, nothing is known.
