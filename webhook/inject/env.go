@@ -4,9 +4,10 @@ import (
 	"slices"
 	"strings"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"github.com/credence-iam/credence/sidecar/contract"
 	"github.com/credence-iam/credence/webhook/inject/podview"
-	corev1 "k8s.io/api/core/v1"
 )
 
 // Environment variables of AWS SDKs.
@@ -57,8 +58,8 @@ func (p *plan) hasContainerFamily(c podview.Container) bool {
 	return slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return strings.HasPrefix(v.Name, containerPrefix) })
 }
 
-// ours reports whether v is a variable of the AWS_CONTAINER_ family with the value that env writes.
-func (p *plan) ours(v corev1.EnvVar) bool {
+// injects reports whether v is a variable of the AWS_CONTAINER_ family with the value that env writes.
+func (p *plan) injects(v corev1.EnvVar) bool {
 	switch v.Name {
 	case fullURI:
 		return v.Value == p.endpoint+contract.CredentialsPath

@@ -91,7 +91,7 @@ func (p *plan) shadowed(c podview.Container, w *warnings) error {
 		}
 	}
 	switch at := slices.IndexFunc(c.Env, func(v corev1.EnvVar) bool {
-		return strings.HasPrefix(v.Name, containerPrefix) && !p.ours(v)
+		return strings.HasPrefix(v.Name, containerPrefix) && !p.injects(v)
 	}); {
 	case at >= 0:
 		w.shadowf("container %q sets %.100s, so it does not get the annotated role. Remove the variable and the webhook sets its own.", c.Name, c.Env[at].Name)
