@@ -72,7 +72,7 @@ func TestSidecarUser(t *testing.T) {
 			if got != tt.want {
 				t.Errorf("sidecar runs as %v, want %v", got, tt.want)
 			}
-			// On a second call, the user of the sidecar does not matter, even if the containers have another.
+			// A second call does not change the user of the sidecar, even if the containers have another.
 			again, err := i.Inject(once, namespace)
 			if err != nil || again.Patch != nil {
 				t.Errorf("second injection adds %v (%v)", again.Patch, err)

@@ -260,17 +260,14 @@ func (s *Spec) Guaranteed() bool {
 // MaxUser is the maximum user ID in Kubernetes.
 const MaxUser = 1<<31 - 1
 
-// CommonUser returns the user ID as which all containers except the sidecar run. It reports false if they declare
-// different users, if the user is root, or if a container declares none and so runs as the user of its image.
+// CommonUser returns the user ID as which all containers run. It reports false if they declare different users, if the user
+// is root, or if a container declares none and so runs as the user of its image.
 //
 // The kubelet makes this user the owner of projected tokens, trust bundles and pod certificates, with mode 0600 (KEP-1205,
 // FsUserFrom in pkg/volume/util of Kubernetes). A sidecar with another user would end that: root would own a file of mode
 // 0400, and everybody could read a file without a mode.
 func (s *Spec) CommonUser() (user int64, ok bool) {
 	for c := range s.All() {
-		if c.Name == contract.ContainerName {
-			continue
-		}
 		own := cmp.Or(c.SecurityContext.RunAsUser, s.SecurityContext.RunAsUser)
 		if own == nil || *own <= 0 || *own > MaxUser || user != 0 && *own != user {
 			return 0, false
