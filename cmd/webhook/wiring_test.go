@@ -54,6 +54,9 @@ var wiring = []struct {
 		if want := `credence_webhook_reviews_total{decision="injected"} 1`; !strings.Contains(text, want) {
 			w.Errorf("metrics lack %s:\n%s", want, text)
 		}
+		if strings.Contains(text, "_file_ok") {
+			w.Errorf("metrics show the state of files that the webhook does not have:\n%s", text)
+		}
 	}},
 	{"tls-cert", "the webhook serves the certificate in that file, and a replaced one", func(w *world) {
 		dir := w.TempDir()
