@@ -20,8 +20,8 @@ import (
 // The broker trusts that token and the annotations only, so each container of the pod can get the pod's own role, but no
 // other. Nor does a broken sidecar help: the variables that injection adds send SDKs to loopback, never to the node's role.
 // So checkPresent looks for mistakes: it refuses what the admission policy credence-injected would refuse, but with the fix.
-// It also requires the mount, for the token, and the pod's UID as authorization: a constant one is known to the attacker
-// of an application (SSRF).
+// It also requires the mount, for the token, and the pod's UID as authorization: an attacker who makes an application send
+// requests (SSRF) would know a constant.
 func (p *plan) checkPresent(spec *podview.Spec) (bool, error) {
 	const fix = "remove it from the manifest, with volume %q and variables %s*; the webhook adds it to each new pod"
 	if slices.ContainsFunc(spec.Containers, func(c podview.Container) bool { return c.Name == contract.ContainerName }) {
@@ -64,9 +64,8 @@ func (p *plan) sidecarFault(c *podview.Container) string {
 	return ""
 }
 
-// warnPresent warns if the sidecar differs from the one that injection would add now. The differences are legitimate:
-// while webhooks are replaced, webhooks of two versions change one pod if another webhook changes it in between; and
-// settings and annotations change.
+// warnPresent warns if the sidecar has another version, or does not follow the annotations. Both can be legitimate: during
+// an upgrade, webhooks of two versions may change one pod, and another webhook may change annotations in between.
 func (p *plan) warnPresent(c *podview.Container, w *warnings) {
 	if !splitImage(c.Image).canBe(splitImage(p.cfg.Image)) {
 		w.addf("the sidecar keeps its image %.100q, not the webhook's version. Unless an upgrade is in progress, regenerate the manifest without it.", c.Image)
