@@ -10,7 +10,6 @@ var (
 	PodKeys       = podKeys[:]
 	NamespaceKeys = namespaceKeys
 	MatchGlob     = matchGlob
-	EditDistance  = editDistance[Key]
 )
 
 // Cached is how many texts and answers r has cached for a namespace, and about how many bytes they take.

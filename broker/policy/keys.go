@@ -13,6 +13,7 @@ import (
 	"slices"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/typo"
 )
 
 // DefaultPrefix is the prefix of every key: the one kiam and kube2iam use, so that their manifests
@@ -180,43 +181,9 @@ func (k Keys) refuseUnknown(annotations map[string]string) error {
 			"annotation %.100q… is unknown, and longer than any known one", name)
 	}
 	return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
-		"annotation %q is unknown: did you mean %q?", name, k.Name(Nearest(key, podKeys[:])))
+		"annotation %q is unknown: did you mean %q?", name, k.Name(typo.Nearest(key, podKeys[:])))
 }
 
-// Nearest returns the candidate, of which there must be some, with the smallest edit distance to text. A
-// transposition, the usual typing error, counts as one edit. Of a text that is far longer than any key only
-// the beginning counts.
-func Nearest[T ~string](text T, candidates []T) T {
-	text = text[:min(len(text), maxKey)]
-	return slices.MinFunc(candidates, func(a, b T) int { return editDistance(text, a) - editDistance(text, b) })
-}
-
-// maxKey is how long Kubernetes lets the name of an annotation be behind its prefix. It checks that
-// after admission has run, so a longer one can come in there.
+// maxKey is the maximum length that Kubernetes allows for the name of an annotation behind its prefix. It checks that after
+// admission, so the webhook can receive longer names.
 const maxKey = 63
-
-// editDistance is the optimal string alignment distance. Its callers compare at most maxKey
-// characters, so the table is small.
-func editDistance[T ~string](a, b T) int {
-	d := make([][]int, len(a)+1)
-	for i := range d {
-		d[i] = make([]int, len(b)+1)
-		d[i][0] = i
-	}
-	for j := range d[0] {
-		d[0][j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		for j := 1; j <= len(b); j++ {
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
-			}
-			d[i][j] = min(d[i-1][j]+1, d[i][j-1]+1, d[i-1][j-1]+cost)
-			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
-				d[i][j] = min(d[i][j], d[i-2][j-2]+1)
-			}
-		}
-	}
-	return d[len(a)][len(b)]
-}

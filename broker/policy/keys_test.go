@@ -133,30 +133,6 @@ func TestUnknownKeys(t *testing.T) {
 	}
 }
 
-func TestEditDistance(t *testing.T) {
-	for _, tt := range []struct {
-		a, b policy.Key
-		want int
-	}{
-		{"", "", 0},
-		{"role", "role", 0},
-		{"role", "", 4},
-		{"role", "rol", 1},
-		{"role", "rolle", 1},
-		{"role", "rule", 1},
-		{"role", "roel", 1}, // a transposition is one edit
-		{"role", "orel", 2},
-		{"imds", "role", 4},
-	} {
-		if got := policy.EditDistance(tt.a, tt.b); got != tt.want {
-			t.Errorf("from %q to %q it is %d, want %d", tt.a, tt.b, got, tt.want)
-		}
-		if got := policy.EditDistance(tt.b, tt.a); got != tt.want {
-			t.Errorf("from %q to %q it is %d, want %d", tt.b, tt.a, got, tt.want)
-		}
-	}
-}
-
 // mustRefuse asks that err is one refusal, of one kind and reason, whose message holds all fragments
 // and is of a length that people read.
 func mustRefuse(t testing.TB, what string, err error, kind error, reason credential.Reason, fragments ...string) {

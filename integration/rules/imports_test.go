@@ -19,6 +19,7 @@ var floors = map[string]int{
 	"broker/connlimit":  0,
 	"broker/credential": 0,
 	"broker/identity":   0,
+	"broker/typo":       0,
 	"certs":             0,
 	"sidecar/contract":  0,
 
