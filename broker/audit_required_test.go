@@ -26,11 +26,12 @@ func (world) Verify(context.Context, identity.UnverifiedToken) (identity.Pod, er
 }
 
 func (world) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
-	return policy.Pod{Namespace: id.Namespace, Annotations: map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/cart"}},
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	return policy.Pod{Namespace: id.Namespace, Request: keys.Request(map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/cart"})},
 		policy.Namespace{
 			Name: id.Namespace, Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"},
 			Annotations: map[string]string{"iam.amazonaws.com/permitted": ".*"},
-		}, nil
+		}, err
 }
 
 func (world) Get(ctx context.Context, g policy.Grant, _ string) (cache.Value, error) {

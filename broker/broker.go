@@ -185,7 +185,7 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 	if err != nil {
 		return credential.Lease{}, err
 	}
-	if warnings := pod.Annotations[b.cfg.Rules.Keys().Name(policy.Warnings)]; warnings != "" && b.cfg.Shadowed != nil {
+	if warnings := pod.Request.Warnings(); warnings != "" && b.cfg.Shadowed != nil {
 		b.cfg.Shadowed(pod, warnings)
 	}
 	grant, err := b.cfg.Rules.Decide(ctx, pod, ns)
@@ -207,9 +207,9 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 		return credential.Lease{}, err
 	}
 	entry.Decision, entry.AccessKeyID, entry.Expiration = audit.Allow, session.AccessKeyID, session.Expiration
-	region := strings.TrimSpace(pod.Annotations[b.cfg.Rules.Keys().Name(policy.Region)])
-	if region == "" {
-		region = b.cfg.Region
+	region := b.cfg.Region
+	if settings, err := pod.Request.Settings(); err == nil && settings.Region != "" {
+		region = settings.Region
 	}
 	return credential.Lease{Credential: session.Credential, Role: grant.Role(), Region: region, RefreshAfter: session.RefreshAfter}, nil
 }

@@ -39,6 +39,7 @@ type engine struct {
 	broker   *broker.Broker
 	sessions *cache.Cache[policy.Grant]
 	prefetch *broker.Prefetch
+	keys     policy.Keys
 
 	mu     sync.Mutex
 	pods   map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
@@ -76,11 +77,11 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	var err error
 	e.sessions, err = cache.New(cacheConfig)
 	fatal(t, err)
-	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	e.keys, err = policy.NewKeys(policy.DefaultPrefix)
 	fatal(t, err)
 	base, err := credential.BaseOf("aws", account)
 	fatal(t, err)
-	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	rules, err := policy.New(policy.Config{Keys: e.keys, Base: base})
 	fatal(t, err)
 	decisions, err := audit.New(audit.Config{Writer: io.Discard, Logger: log})
 	fatal(t, err)
@@ -122,10 +123,11 @@ func fatal(t *testing.T, err error) {
 
 // pod starts a pod, whose annotations are given as key, value, ….
 func (e *engine) pod(namespace, name string, annotations ...string) string {
-	pod := policy.Pod{Namespace: namespace, Name: name, UID: "uid of " + namespace + "/" + name, ServiceAccount: "default", Annotations: map[string]string{}}
+	all := map[string]string{}
 	for pair := range slices.Chunk(annotations, 2) {
-		pod.Annotations[policy.DefaultPrefix+"/"+pair[0]] = pair[1]
+		all[policy.DefaultPrefix+"/"+pair[0]] = pair[1]
 	}
+	pod := policy.Pod{Namespace: namespace, Name: name, UID: "uid of " + namespace + "/" + name, ServiceAccount: "default", Request: e.keys.Request(all)}
 	key := namespace + "/" + name
 	e.mu.Lock()
 	e.pods[key] = pod

@@ -157,7 +157,7 @@ func (p *Prefetch) wanted(ctx context.Context, key string) policy.Grant {
 	}
 	if p.cfg.Owns != nil {
 		// What does not parse is nobody's, and has no grant either.
-		if key, err := p.cfg.Rules.RoutingKey(pod); err == nil && !p.cfg.Owns(string(key)) {
+		if key, err := pod.RoutingKey(); err == nil && !p.cfg.Owns(string(key)) {
 			return policy.Grant{}
 		}
 	}

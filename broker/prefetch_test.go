@@ -92,7 +92,7 @@ func newPods(t *testing.T, sessions broker.Retainer) *pods {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			role, ok := p.roles[key]
-			return policy.Pod{Namespace: "shop", Name: key, UID: key, Annotations: map[string]string{keys.Name(policy.Role): role}},
+			return policy.Pod{Namespace: "shop", Name: key, UID: key, Request: keys.Request(map[string]string{keys.Name(policy.Role): role})},
 				policy.Namespace{
 					Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled},
 					Annotations: map[string]string{keys.Name(policy.Permitted): p.permitted},
@@ -170,7 +170,7 @@ func TestPrefetchOfWhatOthersOwn(t *testing.T) {
 		keys, err := policy.NewKeys(policy.DefaultPrefix)
 		fatal(t, err)
 		foreign := func(role string, is bool) {
-			key, err := keys.RoutingKey(policy.Pod{Annotations: map[string]string{keys.Name(policy.Role): role}})
+			key, err := policy.Pod{Request: keys.Request(map[string]string{keys.Name(policy.Role): role})}.RoutingKey()
 			fatal(t, err)
 			p.mu.Lock()
 			p.foreign[string(key)] = is

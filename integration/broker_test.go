@@ -234,7 +234,7 @@ func TestBrokerAmongOthers(t *testing.T) {
 			addresses = append(addresses, netip.MustParseAddr(b))
 		}
 		for _, pod := range all {
-			key, err := keys.RoutingKey(policy.Pod{Namespace: ns, ServiceAccount: "default", Annotations: pod.Annotations})
+			key, err := policy.Pod{Namespace: ns, ServiceAccount: "default", Request: keys.Request(pod.Annotations)}.RoutingKey()
 			if err != nil {
 				t.Fatal(err)
 			}

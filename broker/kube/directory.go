@@ -42,7 +42,7 @@ func NewDirectory(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Dir
 	d := &Directory{keys: keys, core: core, changed: newBroadcast(), reads: newLiveReads()}
 	d.namespaces = newNamespaces(client, core, keys, d.changed, d.reads)
 	d.pods = newWatched(client, "pods", d.changed)
-	d.pods.annotations = bears(keys)
+	d.pods.annotations, d.pods.parse = bears(keys), keys.Request
 	d.pods.tweak = func(o *metav1.ListOptions) {
 		// Finished pods leave the watch: they need no credentials, and cost no memory.
 		o.LabelSelector = keys.Name(policy.Injected) + "=true"
@@ -98,16 +98,16 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 	}
 	pod := policy.Pod{Namespace: id.Namespace, Name: id.Name, UID: id.UID, ServiceAccount: id.ServiceAccount}
 	if o := livePod(); o != nil {
-		pod.Annotations = o.annotations
+		pod.Request = o.request()
 	} else {
-		annotations, err := d.readPod(ctx, id)
+		request, err := d.readPod(ctx, id)
 		if err != nil {
 			return policy.Pod{}, policy.Namespace{}, err
 		}
-		pod.Annotations = annotations
+		pod.Request = request
 	}
 	// A pod has its annotations from its creation on, so none are on their way.
-	if !d.keys.Annotated(pod.Annotations) {
+	if !pod.Request.Annotated() {
 		return policy.Pod{}, policy.Namespace{}, d.notInjected(id, fmt.Sprintf("no annotation %s", d.keys.Name(policy.Role)))
 	}
 	return pod, ns, nil
@@ -139,8 +139,9 @@ func (d *Directory) accountIsLive(id identity.Pod) bool {
 	return o != nil && o.uid == id.ServiceAccountUID
 }
 
-// readPod asks the API server for the pod's annotations.
-func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]string, error) {
+// readPod asks the API server for the pod, and returns what its annotations ask for. The bounds on live reads bound how many
+// of them are parsed, too.
+func (d *Directory) readPod(ctx context.Context, id identity.Pod) (*policy.Request, error) {
 	pod, found, err := readLive(ctx, d.reads, id.Namespace, "pod "+id.String(), func(ctx context.Context) (*corev1.Pod, error) {
 		return d.core.Pods(id.Namespace).Get(ctx, id.Name, metav1.GetOptions{})
 	})
@@ -155,7 +156,7 @@ func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]st
 	case pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed:
 		return nil, credential.Errorf(credential.ErrDenied, credential.ReasonPodFinished, "pod %s has finished", id)
 	}
-	return pod.Annotations, nil
+	return d.keys.Request(pod.Annotations), nil
 }
 
 // readServiceAccount asks the API server whether the pod's service account is still the one that
@@ -188,9 +189,9 @@ func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok boo
 	if !ok {
 		return policy.Pod{}, policy.Namespace{}, false
 	}
+	request := o.request()
 	return policy.Pod{
-		Namespace: o.namespace, Name: o.name, UID: o.uid, Annotations: o.annotations,
-		ServiceAccount: o.annotations[d.keys.Name(policy.ServiceAccount)],
+		Namespace: o.namespace, Name: o.name, UID: o.uid, ServiceAccount: request.ServiceAccount(), Request: request,
 	}, ns, true
 }
 

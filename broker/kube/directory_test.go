@@ -18,6 +18,15 @@ import (
 
 const injectedLabel, optInLabel = policy.DefaultPrefix + "/injected", policy.DefaultPrefix + "/inject"
 
+// roleOf returns the role that the pod requests; empty if its annotations are refused.
+func roleOf(pod policy.Pod) string {
+	settings, err := pod.Request.Settings()
+	if err != nil {
+		return ""
+	}
+	return settings.Role
+}
+
 // TestBindChecksTheIdentity: of a verified token's pod, service account and namespace each must be there as the token
 // names it. It is the same whether the watches bring them or the API server is read.
 func TestBindChecksTheIdentity(t *testing.T) {
@@ -76,11 +85,11 @@ func TestBindChecksTheIdentity(t *testing.T) {
 					if got := credential.ReasonOf(err); got != tt.want {
 						t.Errorf("%s is answered %q (%v), want %q", tt.name, got, err, tt.want)
 					}
-					if err != nil && (pod.UID != "" || pod.Annotations != nil || ns.Name != "") {
+					if err != nil && (pod.UID != "" || pod.Request != nil || ns.Name != "") {
 						t.Errorf("%s is refused with %+v of %+v beside it", tt.name, pod, ns)
 					}
 					if err == nil && (pod.Namespace != tt.id.Namespace || pod.Name != tt.id.Name || pod.UID != tt.id.UID || pod.ServiceAccount != tt.id.ServiceAccount ||
-						ns.Name != tt.id.Namespace || pod.Annotations[policy.DefaultPrefix+"/role"] != tt.id.Name) {
+						ns.Name != tt.id.Namespace || roleOf(pod) != tt.id.Name) {
 						t.Errorf("%s is bound to %+v of %+v", tt.name, pod, ns)
 					}
 					if known := tt.want == "" && !behind; d.Expects(tt.id) != known && tt.want != credential.ReasonNamespaceNotOpted {

@@ -21,6 +21,8 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/tools/cache"
+
+	"github.com/credence-iam/credence/broker/policy"
 )
 
 const (
@@ -49,7 +51,9 @@ type watched struct {
 	tweak    func(*metav1.ListOptions) // may be nil
 	// labels and annotations say which of them are kept; nil keeps none.
 	labels, annotations func(name string) bool
-	changed             *broadcast
+	// parse reads the annotations of pods; nil for other objects, whose annotations stay as they are.
+	parse   func(annotations map[string]string) *policy.Request
+	changed *broadcast
 
 	mu       sync.RWMutex
 	objects  map[string]map[string]*object // :: namespace → name → object; guarded by mu
@@ -72,7 +76,22 @@ type object struct {
 
 // texts are labels and annotations. Objects that have equal ones share them: the pods of a Deployment
 // differ in name and UID only. They are never changed.
-type texts struct{ labels, annotations map[string]string }
+type texts struct {
+	labels, annotations map[string]string
+
+	parse  func(annotations map[string]string) *policy.Request
+	parsed sync.Once
+	result *policy.Request // set by parsed, which drops the annotations
+}
+
+// request returns what the annotations of a pod ask for. It parses them when it is first called, and once for all pods
+// that have the same. So the watch does not wait for that, whatever the annotations of any pod: a caller waits for its own
+// pod, and prefetch for one pod of each namespace in turn. All that the pods of a namespace can make the broker parse is
+// one text for each pod created, 4 ms at most, which is less than the API server and the webhook need to admit the pod.
+func (t *texts) request() *policy.Request {
+	t.parsed.Do(func() { t.result, t.annotations = t.parse(t.annotations), nil })
+	return t.result
+}
 
 func (o *object) key() string { return o.namespace + "/" + o.name }
 
@@ -203,7 +222,7 @@ func (w *watched) share(labels, annotations map[string]string) *texts {
 		return t
 	}
 	canonical := string(form)
-	t := new(texts)
+	t := &texts{parse: w.parse}
 	// Cut out of the canonical form, so that their bytes are there once.
 	var rest string
 	t.labels, rest = takeKept(canonical)

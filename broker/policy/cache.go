@@ -29,8 +29,6 @@ type kind string
 const (
 	permittedText    kind = "permitted"
 	allowedText      kind = "allowed-roles"
-	sessionTagsText  kind = "session-tags"
-	policyText       kind = "session-policy"
 	rulesRoles       kind = "roles"
 	rulesExternalIDs kind = "externalIDs"
 	rulesNames       kind = "sessionNames"
@@ -160,13 +158,8 @@ type evaluation struct {
 // errNotCached never leaves the package.
 var errNotCached = errors.New("not cached")
 
-// meaning returns what a text means: what parse returns, with about how many bytes it takes. A nil evaluation caches
-// nothing.
+// meaning returns what a text means: what parse returns, with about how many bytes it takes.
 func meaning[T any](e *evaluation, kind kind, of string, parse func(string) (T, int, error)) (T, error) {
-	if e == nil {
-		value, _, err := parse(of)
-		return value, err
-	}
 	key := textKey{kind, of}
 	if m, ok := e.rules.cache.meaning(e.namespace, key); ok {
 		return m.value.(T), m.err

@@ -104,20 +104,19 @@ func TestCacheCountsWhatItTakes(t *testing.T) {
 	ofFew := func(i int) string { return fmt.Sprint("ns-", i%8) }
 	ofMany := func(i int) string { return fmt.Sprint("ns-", i) }
 	for _, tt := range []struct {
-		name                           string
-		namespace                      func(i int) string
-		role, tags, permitted, allowed string // %d is i
+		name                     string
+		namespace                func(i int) string
+		role, permitted, allowed string // %d is i
 	}{
-		{"roles", ofFew, "r%d", "", ".*", ""},
-		{"expressions", ofFew, "r", "", ".*|%d", ""},
-		{"expressions that are none", ofFew, "r", "", "(%d", ""},
-		{"classes", ofFew, "r", "", ".*|" + strings.Repeat("[acegikmoqsuwyACEGIKMOQSUWY02468:/,-]", 100) + "%d", ""},
-		{"groups", ofFew, "r", "", ".*|" + strings.Repeat("()", 400) + "%d", ""},
-		{"lists", ofFew, "r", "", "", `["*","%d"]`},
-		{"lists of stars", ofFew, "r", "", "", "[" + strings.Repeat(`"`+strings.Repeat("*", maxStars)+`",`, maxGlobs-2) + `"*","%d"]`},
-		{"tags", ofFew, "r", "a=%d", ".*", ""},
-		{"namespaces", ofMany, "r", "", ".*", ""},
-		{"namespaces with lists", ofMany, "r", "", "", `["*"]`},
+		{"roles", ofFew, "r%d", ".*", ""},
+		{"expressions", ofFew, "r", ".*|%d", ""},
+		{"expressions that are none", ofFew, "r", "(%d", ""},
+		{"classes", ofFew, "r", ".*|" + strings.Repeat("[acegikmoqsuwyACEGIKMOQSUWY02468:/,-]", 100) + "%d", ""},
+		{"groups", ofFew, "r", ".*|" + strings.Repeat("()", 400) + "%d", ""},
+		{"lists", ofFew, "r", "", `["*","%d"]`},
+		{"lists of stars", ofFew, "r", "", "[" + strings.Repeat(`"`+strings.Repeat("*", maxStars)+`",`, maxGlobs-2) + `"*","%d"]`},
+		{"namespaces", ofMany, "r", ".*", ""},
+		{"namespaces with lists", ofMany, "r", "", `["*"]`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			rules, err := New(Config{Keys: keys})
@@ -129,10 +128,7 @@ func TestCacheCountsWhatItTakes(t *testing.T) {
 				cost = rules.CachedCost()
 				number := func(text string) string { return strings.ReplaceAll(text, "%d", fmt.Sprint(i)) }
 				ns := Namespace{Name: tt.namespace(i), Labels: map[string]string{keys.Name(Inject): Enabled}, Annotations: map[string]string{}}
-				pod := Pod{Namespace: ns.Name, Annotations: map[string]string{keys.Name(Role): "arn:aws:iam::123456789012:role/" + number(tt.role)}}
-				if tt.tags != "" {
-					pod.Annotations[keys.Name(SessionTags)] = number(tt.tags)
-				}
+				pod := Pod{Namespace: ns.Name, Request: keys.Request(map[string]string{keys.Name(Role): "arn:aws:iam::123456789012:role/" + number(tt.role)})}
 				if tt.permitted != "" {
 					ns.Annotations[keys.Name(Permitted)] = number(tt.permitted)
 				}

@@ -2,7 +2,6 @@ package policy_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"regexp"
 	"strings"
@@ -163,10 +162,6 @@ func TestDecisionsAreCached(t *testing.T) {
 		{"allowed", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["read*"]`}, ""},
 		{"not allowed", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["write*"]`}, credential.ReasonRoleNotPermitted},
 		{"no list", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: "["}, credential.ReasonAnnotationInvalid},
-		{"policy", map[policy.Key]string{policy.Role: "reader", policy.SessionPolicy: `{"Statement":[]}`}, anything, ""},
-		{"no policy", map[policy.Key]string{policy.Role: "reader", policy.SessionPolicy: `{"Statement":[`}, anything, credential.ReasonAnnotationInvalid},
-		{"tags", map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "a=b"}, map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: "a"}, ""},
-		{"no tags", map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "a"}, anything, credential.ReasonAnnotationInvalid},
 		{"rules: role", map[policy.Key]string{policy.Role: "writer"}, anything, credential.ReasonRulesRole},
 		{"rules: external id", map[policy.Key]string{policy.Role: "team/a", policy.ExternalID: "ext-1"}, anything, ""},
 		{"rules: another external id", map[policy.Key]string{policy.Role: "team/a", policy.ExternalID: "other"}, anything, credential.ReasonRulesExternalID},
@@ -206,26 +201,6 @@ func TestDecisionsAreCached(t *testing.T) {
 			t.Errorf("with a new rules file: %v", err)
 		}
 	})
-}
-
-// A routing key is made of what the cache has, too, and is the one that Keys makes.
-func TestRulesRoutingKey(t *testing.T) {
-	rules := newRules(t, rolePrefix)
-	pod := cart(map[policy.Key]string{policy.Role: "reader", policy.SessionTags: "b=1,a=2", policy.SessionScope: "pod"})
-	want, err := rules.Keys().RoutingKey(pod)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if got, err := rules.RoutingKey(pod); err != nil || got != want {
-			t.Errorf("RoutingKey = %s, %v, want %s", got, err, want)
-		}
-		rules.Hold(t) // the second time without an evaluation
-	}
-	pod.Annotations = annotations(map[policy.Key]string{policy.Role: "reader", policy.Duration: "x"})
-	if got, err := rules.RoutingKey(pod); got != "" || !errors.Is(err, credential.ErrInvalid) {
-		t.Errorf("RoutingKey of a wrong pod = %s, %v", got, err)
-	}
 }
 
 // BenchmarkVisits is the time per visit of the expressions that are the most expensive for each engine of package

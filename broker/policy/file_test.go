@@ -301,7 +301,7 @@ func TestTagsOfTheFile(t *testing.T) {
 func TestTagLimits(t *testing.T) {
 	longNamespace, longName := strings.Repeat("n", 63), strings.Repeat("s.", 126)+"s"
 	pod := policy.Pod{Namespace: longNamespace, Name: longName, UID: "01234567-89ab-cdef-0123-456789abcdef", ServiceAccount: longName,
-		Annotations: annotations(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "pod"})}
+		Request: request(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "pod"})}
 	ns := shop(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: numbered(50, "t%d")})
 	ns.Name = longNamespace
 	rules := newRules(t, rolePrefix)
@@ -325,7 +325,7 @@ func TestTagLimits(t *testing.T) {
 	file.Namespaces[0].ForcedTags = map[string]string{"owner": "{namespace}", "t0": "v"}
 	use(t, rules, file)
 	for n, fits := range map[int]bool{45: true, 46: false} { // and four of Kubernetes, and owner; t0 is among the pod's own
-		pod.Annotations["iam.amazonaws.com/session-tags"] = numbered(n, "t%d=v")
+		pod.Request = request(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "pod", policy.SessionTags: numbered(n, "t%d=v")})
 		grant, err := rules.Grant(pod, ns)
 		if !fits {
 			mustRefuse(t, "too many tags", err, credential.ErrDenied, credential.ReasonRulesTag, "would have 51 tags", "STS takes 50", `"iam.amazonaws.com/session-tags"`)
@@ -524,7 +524,7 @@ func FuzzGrant(f *testing.F) {
 		pairs[policy.Key(key)] = value
 		ns := shop(map[policy.Key]string{policy.Permitted: rolePrefix + ".*", policy.PermittedTags: "team,cost"})
 		ns.Name = namespace
-		grant, err := rules.Grant(policy.Pod{Namespace: namespace, Name: name, UID: "u-1", ServiceAccount: account, Annotations: annotations(pairs)}, ns)
+		grant, err := rules.Grant(policy.Pod{Namespace: namespace, Name: name, UID: "u-1", ServiceAccount: account, Request: request(pairs)}, ns)
 		if (err == nil) == grant.IsZero() {
 			t.Fatalf("grant %s with error %v", grant, err)
 		}

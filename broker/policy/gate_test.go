@@ -198,7 +198,7 @@ func TestDecisionsWaitInTurn(t *testing.T) {
 		var wg sync.WaitGroup
 		defer wg.Wait()
 		decide := func(namespace, role string, by func(Pod, Namespace) (Grant, error)) {
-			pod := Pod{Namespace: namespace, Annotations: map[string]string{keys.Name(Role): "arn:aws:iam::123456789012:role/" + role}}
+			pod := Pod{Namespace: namespace, Request: keys.Request(map[string]string{keys.Name(Role): "arn:aws:iam::123456789012:role/" + role})}
 			ns := Namespace{Name: namespace, Labels: map[string]string{keys.Name(Inject): Enabled}, Annotations: map[string]string{keys.Name(Permitted): ".*"}}
 			wg.Go(func() {
 				if _, err := by(pod, ns); err != nil {

@@ -47,7 +47,8 @@ func TestZeroRulesRefuse(t *testing.T) {
 	for _, pod := range []policy.Pod{
 		{},
 		cart(map[policy.Key]string{policy.Role: rolePrefix + "reader"}),
-		{Namespace: "shop", Name: "cart", Annotations: map[string]string{"/role": rolePrefix + "reader"}},
+		{Namespace: "shop", Name: "cart", Request: (policy.Keys{}).Request(map[string]string{"/role": rolePrefix + "reader"})},
+		{Namespace: "shop", Name: "cart", Request: new(policy.Request)},
 	} {
 		ns := policy.Namespace{
 			Name:        pod.Namespace,
@@ -272,7 +273,7 @@ func TestSessionNames(t *testing.T) {
 		if tt.said != "" {
 			pairs[policy.SessionName] = tt.said
 		}
-		pod := policy.Pod{Namespace: tt.namespace, Name: tt.pod, UID: "u", ServiceAccount: tt.account, Annotations: annotations(pairs)}
+		pod := policy.Pod{Namespace: tt.namespace, Name: tt.pod, UID: "u", ServiceAccount: tt.account, Request: request(pairs)}
 		ns := shop(anything)
 		ns.Name = tt.namespace
 		grant, err := rules.Grant(pod, ns)
@@ -412,7 +413,7 @@ func (s subject) grant(t *testing.T, rules *policy.Rules, random *rand.Rand) pol
 		pairs[policy.Duration] = "60m"
 	}
 	grant, err := rules.Grant(
-		policy.Pod{Namespace: s.namespace, Name: s.pod, UID: s.uid, ServiceAccount: s.account, Annotations: annotations(pairs)},
+		policy.Pod{Namespace: s.namespace, Name: s.pod, UID: s.uid, ServiceAccount: s.account, Request: request(pairs)},
 		policy.Namespace{
 			Name:        s.namespace,
 			Labels:      map[string]string{"iam.amazonaws.com/inject": "enabled", "other": s.otherLabel},

@@ -18,6 +18,15 @@ func newKeys(t testing.TB) policy.Keys {
 	return keys
 }
 
+// request parses annotations given by short keys.
+func request(pairs map[policy.Key]string) *policy.Request {
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		panic(err)
+	}
+	return keys.Request(annotations(pairs))
+}
+
 func TestNewKeys(t *testing.T) {
 	for _, prefix := range []string{"iam.amazonaws.com", "a", "x-1.example", strings.Repeat("a", 253)} {
 		keys, err := policy.NewKeys(prefix)
@@ -113,7 +122,7 @@ func TestUnknownKeys(t *testing.T) {
 		{strings.Repeat("r", 3<<20), "longer than any known one"},
 	} {
 		name := "iam.amazonaws.com/" + tt.key
-		settings, err := keys.Parse(map[string]string{name: "x", "iam.amazonaws.com/role": "reader"})
+		settings, err := keys.Request(map[string]string{name: "x", "iam.amazonaws.com/role": "reader"}).Settings()
 		mustRefuse(t, "key "+tt.key[:min(len(tt.key), 70)], err, credential.ErrInvalid, credential.ReasonAnnotationUnknown, name[:min(len(name), 80)], tt.want)
 		if settings.Role != "" {
 			t.Errorf("a refusal yields settings: %+v", settings)
@@ -121,14 +130,14 @@ func TestUnknownKeys(t *testing.T) {
 	}
 	// The same pod always gets the same answer, whatever the order of a map.
 	for range 100 {
-		_, err := keys.Parse(map[string]string{"iam.amazonaws.com/b": "", "iam.amazonaws.com/a": "", "iam.amazonaws.com/c": "", "iam.amazonaws.com/role": ""})
+		_, err := keys.Request(map[string]string{"iam.amazonaws.com/b": "", "iam.amazonaws.com/a": "", "iam.amazonaws.com/c": "", "iam.amazonaws.com/role": ""}).Settings()
 		mustRefuse(t, "three keys", err, credential.ErrInvalid, credential.ReasonAnnotationUnknown, `"iam.amazonaws.com/a"`)
 	}
 	// Other people's keys are their own, and the webhook's mark is known.
-	if _, err := keys.Parse(map[string]string{
+	if _, err := keys.Request(map[string]string{
 		"iam.amazonaws.com/role": "reader", "iam.amazonaws.com/service-account": "default",
 		"example.com/roel": "", "iam.amazonaws.com.example/roel": "", "roel": "",
-	}); err != nil {
+	}).Settings(); err != nil {
 		t.Error(err)
 	}
 }

@@ -43,7 +43,7 @@ func shop(pairs map[policy.Key]string) policy.Namespace {
 
 // cart is a pod of that namespace with these annotations.
 func cart(pairs map[policy.Key]string) policy.Pod {
-	return policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Annotations: annotations(pairs)}
+	return policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Request: request(pairs)}
 }
 
 // permits asks whether the namespace's annotations permit the role.

@@ -47,32 +47,15 @@ func (s Settings) RoutingKey(namespace, serviceAccount string) RoutingKey {
 	return RoutingKey(hex.EncodeToString(hash.Sum(nil)[:16]))
 }
 
-// RoutingKey returns the key of a live pod. It fails with the error of Parse.
-func (k Keys) RoutingKey(pod Pod) (RoutingKey, error) {
-	s, err := k.Parse(pod.Annotations)
-	return routingKey(pod, s, err)
-}
-
-// RoutingKey is [Keys.RoutingKey] with the cached texts, for a caller of [Rules.Grant].
-func (r *Rules) RoutingKey(pod Pod) (RoutingKey, error) {
-	e := evaluation{rules: r, namespace: pod.Namespace}
-	s, err := r.keys.parse(&e, pod.Annotations)
-	if e.lacks {
-		r.gate.enter(nil, noNamespace)
-		defer r.gate.leave(noNamespace)
-		s, err = r.keys.parse(&evaluation{rules: r, namespace: pod.Namespace, mayWork: true}, pod.Annotations)
-	}
-	return routingKey(pod, s, err)
-}
-
-// routingKey returns the key of a pod whose annotations parsed to s or err.
-func routingKey(pod Pod, s Settings, err error) (RoutingKey, error) {
+// RoutingKey returns the key of a live pod. It fails with the error of [Request.Settings].
+func (p Pod) RoutingKey() (RoutingKey, error) {
+	s, err := p.Request.Settings()
 	if err != nil {
-		return "", fmt.Errorf("placing pod %s/%s: %w", pod.Namespace, pod.Name, err)
+		return "", fmt.Errorf("placing pod %s/%s: %w", p.Namespace, p.Name, err)
 	}
-	key := s.RoutingKey(pod.Namespace, pod.ServiceAccount)
+	key := s.RoutingKey(p.Namespace, p.ServiceAccount)
 	if s.Scope == ScopePod {
-		key = key.ForPod(pod.UID)
+		key = key.ForPod(p.UID)
 	}
 	return key, nil
 }

@@ -19,7 +19,7 @@ type Pod struct {
 	Name           string // may be empty at admission, where the API server has not made it yet
 	UID            string // likewise
 	ServiceAccount string
-	Annotations    map[string]string
+	Request        *Request // what its annotations ask for; nil is refused
 }
 
 // Namespace is what a decision needs to know of a namespace.
@@ -231,7 +231,7 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 		}
 	}
 	e.file, e.entry = file, limit
-	s, err := r.keys.parse(e, pod.Annotations)
+	s, err := pod.Request.Settings()
 	if err != nil {
 		return Grant{}, err
 	}
@@ -263,8 +263,7 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	}
 	tags := s.SessionTags
 	if file != nil {
-		_, said := pod.Annotations[r.names.duration]
-		if err := limit.allow(e, ns.Name, role, arn, s, said); err != nil {
+		if err := limit.allow(e, ns.Name, role, arn, s, pod.Request.setsDuration); err != nil {
 			return Grant{}, err
 		}
 		if limit.maxDuration != 0 {

@@ -64,8 +64,6 @@ const (
 	maxTags        = 50
 	maxTagKey      = 128
 	maxTagValue    = 256
-	// tagCost is how many bytes a tag takes besides its text.
-	tagCost = 32
 	// maxPolicy is the plain-text limit of the inline policy and the managed policies' ARNs
 	// together. The packed limit beside it is known to STS alone.
 	maxPolicy = 2048
@@ -114,15 +112,9 @@ type Settings struct {
 	Sidecar        Sidecar
 }
 
-// Parse reads the annotations of a pod. It refuses keys under the prefix that it does not know and
-// values that do not parse, with an [*credential.Error] of kind credential.ErrInvalid whose message
-// names the annotation; nothing is ignored.
-func (k Keys) Parse(annotations map[string]string) (Settings, error) {
-	return k.parse(nil, annotations)
-}
-
-// parse is Parse with what the evaluation has cached.
-func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, error) {
+// parse reads the annotations of a pod. It refuses unknown keys under the prefix and values that do not parse, with an
+// [*credential.Error] of kind credential.ErrInvalid whose message names the annotation; nothing is ignored.
+func (k Keys) parse(annotations map[string]string) (Settings, error) {
 	// One pass over what the pod has: it is mostly less than there are keys, and needs no full names.
 	var values [len(podKeys)]string
 	var said [len(podKeys)]bool
@@ -147,7 +139,7 @@ func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, err
 		if !said[at] {
 			continue
 		}
-		if err := s.set(e, podKeys[at], strings.TrimSpace(value)); err != nil {
+		if err := s.set(podKeys[at], strings.TrimSpace(value)); err != nil {
 			return Settings{}, &credential.Error{
 				Kind: credential.ErrInvalid, Reason: credential.ReasonAnnotationInvalid,
 				Message: fmt.Sprintf("annotation %q: %v", k.Name(podKeys[at]), err),
@@ -175,7 +167,7 @@ func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, err
 
 // set parses the value of one key. What it says of a value quotes at most 100 characters: Kubernetes
 // bounds annotations only after admission has run.
-func (s *Settings) set(e *evaluation, key Key, value string) (err error) {
+func (s *Settings) set(key Key, value string) (err error) {
 	switch key {
 	case Role:
 		s.Role = value
@@ -184,9 +176,9 @@ func (s *Settings) set(e *evaluation, key Key, value string) (err error) {
 	case ExternalID:
 		s.ExternalID, err = parseText(value, isExternalID, minExternalID, maxExternalID, "letters, digits and any of _+=,.@:/-")
 	case SessionTags:
-		s.SessionTags, err = meaning(e, sessionTagsText, value, parseTags)
+		s.SessionTags, err = parseTags(value)
 	case SessionPolicy:
-		s.SessionPolicy, err = meaning(e, policyText, value, compactPolicy)
+		s.SessionPolicy, err = compactPolicy(value)
 	case PolicyARNs:
 		s.PolicyARNs, err = parsePolicyARNs(value)
 	case SessionScope:
@@ -264,35 +256,35 @@ func parseList(value string, most int) ([]string, error) {
 	return list, nil
 }
 
-// parseTags returns the tags of a text, sorted by key, and about how many bytes they take.
-func parseTags(value string) ([]Tag, int, error) {
+// parseTags returns the tags of a text, sorted by key.
+func parseTags(value string) ([]Tag, error) {
 	pairs, err := parseList(value, maxTags)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	var tags []Tag
 	var keys []string
 	for _, pair := range pairs {
 		key, val, ok := strings.Cut(pair, "=")
 		if !ok {
-			return nil, 0, fmt.Errorf("%.100q is not key=value", pair)
+			return nil, fmt.Errorf("%.100q is not key=value", pair)
 		}
 		// Blanks are legal within keys, so those around one would make another key of it.
 		key, val = strings.TrimSpace(key), strings.TrimSpace(val)
 		if err := checkTagKey(key, keys); err != nil {
-			return nil, 0, err
+			return nil, err
 		}
 		if slices.ContainsFunc(reservedTags, func(r string) bool { return strings.EqualFold(r, key) }) {
-			return nil, 0, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
+			return nil, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
 		}
 		if !isTagText(val, 0, maxTagValue) {
-			return nil, 0, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
+			return nil, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
 		}
 		keys = append(keys, key)
 		tags = append(tags, Tag{Key: key, Value: val})
 	}
 	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
-	return tags, tagCost*len(tags) + len(value), nil
+	return tags, nil
 }
 
 // checkTagKey refuses what STS takes for no tag's key, and one that is among before.
@@ -341,29 +333,29 @@ func onlyOf(s, marks string) bool {
 	return true
 }
 
-// compactPolicy returns a policy without blanks, and about how many bytes it takes.
-func compactPolicy(value string) (string, int, error) {
+// compactPolicy returns a policy without blanks.
+func compactPolicy(value string) (string, error) {
 	if len(value) > maxPolicyText {
-		return "", 0, fmt.Errorf("has %d characters with its blanks, the limit is %d", len(value), maxPolicyText)
+		return "", fmt.Errorf("has %d characters with its blanks, the limit is %d", len(value), maxPolicyText)
 	}
 	// The characters that STS takes in a policy; invalid UTF-8 comes out as one that it does not.
 	for _, r := range value {
 		if r > 0xFF {
-			return "", 0, fmt.Errorf("has the character %q, and STS takes none above U+00FF: write it as an escape of JSON", r)
+			return "", fmt.Errorf("has the character %q, and STS takes none above U+00FF: write it as an escape of JSON", r)
 		}
 	}
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal([]byte(value), &object); err != nil {
-		return "", 0, fmt.Errorf("is not a JSON object: %w", err)
+		return "", fmt.Errorf("is not a JSON object: %w", err)
 	}
 	if _, ok := object["Statement"]; !ok {
-		return "", 0, fmt.Errorf("is not an IAM policy: it has no Statement")
+		return "", fmt.Errorf("is not an IAM policy: it has no Statement")
 	}
 	var compact bytes.Buffer
 	if err := json.Compact(&compact, []byte(value)); err != nil {
-		return "", 0, err
+		return "", err
 	}
-	return compact.String(), compact.Len(), nil
+	return compact.String(), nil
 }
 
 func parsePolicyARNs(value string) ([]string, error) {

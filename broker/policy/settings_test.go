@@ -351,7 +351,7 @@ func TestParse(t *testing.T) {
 			pairs := map[policy.Key]string{policy.Role: "", key: tt.value}
 			want := defaults()
 			tt.want(&want)
-			got, err := keys.Parse(annotations(pairs))
+			got, err := keys.Request(annotations(pairs)).Settings()
 			if err != nil {
 				t.Errorf("%s=%.80q: %v", key, tt.value, err)
 				continue
@@ -367,7 +367,7 @@ func TestParseRefuses(t *testing.T) {
 	keys := newKeys(t)
 	for key, values := range badValues {
 		for _, tt := range values {
-			got, err := keys.Parse(annotations(map[policy.Key]string{policy.Role: "reader", key: tt.value}))
+			got, err := keys.Request(annotations(map[policy.Key]string{policy.Role: "reader", key: tt.value})).Settings()
 			what := fmt.Sprintf("%s=%.80q", key, tt.value)
 			mustRefuse(t, what, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"`+keys.Name(key)+`"`, tt.want)
 			if !reflect.ValueOf(got).IsZero() {
@@ -375,22 +375,22 @@ func TestParseRefuses(t *testing.T) {
 			}
 		}
 	}
-	_, err := keys.Parse(nil)
+	_, err := keys.Request(nil).Settings()
 	mustRefuse(t, "no annotations", err, credential.ErrInvalid, credential.ReasonRoleMissing, `set "iam.amazonaws.com/role"`, `"iam.amazonaws.com/default-role"`)
-	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Region: "eu-central-1"}))
+	_, err = keys.Request(annotations(map[policy.Key]string{policy.Region: "eu-central-1"})).Settings()
 	mustRefuse(t, "a region alone", err, credential.ErrInvalid, credential.ReasonRoleMissing, "no role")
-	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.Containers: "a", policy.SkipContainers: "b"}))
+	_, err = keys.Request(annotations(map[policy.Key]string{policy.Role: "r", policy.Containers: "a", policy.SkipContainers: "b"})).Settings()
 	mustRefuse(t, "both lists", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/containers"`, `"iam.amazonaws.com/skip-containers"`, "exclude each other")
-	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: "49m"}))
+	_, err = keys.Request(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: "49m"})).Settings()
 	mustRefuse(t, "limit below request", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/sidecar-cpu-limit"`, `"iam.amazonaws.com/sidecar-cpu-request"`, "49m is below 50m", "raise it")
 	for _, limit := range []string{"50m", "0"} {
-		if _, err := keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: limit})); err != nil {
+		if _, err := keys.Request(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: limit})).Settings(); err != nil {
 			t.Errorf("limit %s: %v", limit, err)
 		}
 	}
-	_, err = keys.Parse(annotations(map[policy.Key]string{
+	_, err = keys.Request(annotations(map[policy.Key]string{
 		policy.Role: "r", policy.SessionPolicy: `{"Statement":"` + strings.Repeat("x", 2000) + `"}`, policy.PolicyARNs: "arn:aws:iam::aws:policy/ReadOnlyAccess",
-	}))
+	})).Settings()
 	mustRefuse(t, "policies too long together", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/session-policy"`, `"iam.amazonaws.com/policy-arns"`, "STS takes 2048")
 }
 
@@ -400,11 +400,11 @@ func TestParseWithAnotherPrefix(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := keys.Parse(map[string]string{"aws.example.com/role": "reader", "iam.amazonaws.com/duration": "nonsense"})
+	got, err := keys.Request(map[string]string{"aws.example.com/role": "reader", "iam.amazonaws.com/duration": "nonsense"}).Settings()
 	if err != nil || got.Role != "reader" {
-		t.Errorf("Parse = %+v, %v", got, err)
+		t.Errorf("Settings = %+v, %v", got, err)
 	}
-	_, err = keys.Parse(map[string]string{"aws.example.com/role": "reader", "aws.example.com/duration": "nonsense"})
+	_, err = keys.Request(map[string]string{"aws.example.com/role": "reader", "aws.example.com/duration": "nonsense"}).Settings()
 	mustRefuse(t, "duration", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"aws.example.com/duration"`)
 }
 
@@ -421,7 +421,7 @@ func FuzzParse(f *testing.F) {
 	}
 	keys := newKeys(f)
 	f.Fuzz(func(t *testing.T, key, value, role string) {
-		got, err := keys.Parse(map[string]string{keys.Name(policy.Role): role, keys.Name(policy.Key(key)): value})
+		got, err := keys.Request(map[string]string{keys.Name(policy.Role): role, keys.Name(policy.Key(key)): value}).Settings()
 		if err != nil {
 			if !reflect.ValueOf(got).IsZero() {
 				t.Errorf("an error (%v) comes with %+v", err, got)

@@ -191,7 +191,7 @@ func grantOf(t *testing.T, role string) policy.Grant {
 	must(t, err)
 	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
 	must(t, err)
-	g, err := rules.Grant(policy.Pod{Namespace: "shop", Name: "p", UID: "u", Annotations: map[string]string{keys.Name(policy.Role): role}}, policy.Namespace{
+	g, err := rules.Grant(policy.Pod{Namespace: "shop", Name: "p", UID: "u", Request: keys.Request(map[string]string{keys.Name(policy.Role): role})}, policy.Namespace{
 		Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled}, Annotations: map[string]string{keys.Name(policy.Permitted): ".*"},
 	})
 	must(t, err)

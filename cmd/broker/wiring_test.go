@@ -666,9 +666,9 @@ func owned(w *world, pods []*corev1.Pod, ready []netip.Addr, self string, owners
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	must(w, err)
 	for _, pod := range pods {
-		key, err := keys.RoutingKey(policy.Pod{
-			Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ServiceAccount: "default", Annotations: pod.Annotations,
-		})
+		key, err := policy.Pod{
+			Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ServiceAccount: "default", Request: keys.Request(pod.Annotations),
+		}.RoutingKey()
 		must(w, err)
 		rank := placement.Rank(string(key), ready)
 		if slices.Contains(rank[:min(owners, len(rank))], netip.MustParseAddr(self)) {

@@ -178,12 +178,17 @@ func makePods(key *rsa.PrivateKey) (podMap, []string, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		return nil, nil, err
+	}
+	request := keys.Request(map[string]string{keys.Name(policy.Role): "bench"})
 	pods := make(podMap)
 	var tokens []string
 	for i := range sidecars {
 		pod := policy.Pod{
 			Namespace: namespace, Name: fmt.Sprintf("bench-6d4cf56db6-%05d", i), UID: uid(1, i), ServiceAccount: "default",
-			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): "bench"},
+			Request: request,
 		}
 		token, err := podToken(signer, pod, uid(4, 0))
 		if err != nil {

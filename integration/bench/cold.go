@@ -100,11 +100,15 @@ func coldStart(ctx context.Context, pods, roles int, limit rate.Limit) (fleet, e
 	if err != nil {
 		return fleet{}, err
 	}
+	requests := make([]*policy.Request, roles)
+	for i := range requests {
+		requests[i] = rules.Keys().Request(map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): fmt.Sprintf("bench-%d", i)})
+	}
 	all := make(map[string]policy.Pod, pods)
 	for i := range pods {
 		pod := policy.Pod{
 			Namespace: fmt.Sprintf("ns-%d", i%namespaces), Name: fmt.Sprintf("pod-%d", i), ServiceAccount: "default",
-			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): fmt.Sprintf("bench-%d", i%roles)},
+			Request: requests[i%roles],
 		}
 		all[pod.Namespace+"/"+pod.Name] = pod
 	}

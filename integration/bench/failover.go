@@ -284,7 +284,7 @@ func (b *bench) sidecarsOf(t trust, s *brokers) ([]*client.Client, error) {
 	for i := range failoverClients {
 		role := i % failoverRoles
 		m := madePod(i/failoverRoles*podRoles + role)
-		pod := policy.Pod{Namespace: m.Namespace, Name: m.Name, UID: string(m.UID), ServiceAccount: accountName(role), Annotations: m.Annotations}
+		pod := policy.Pod{Namespace: m.Namespace, Name: m.Name, UID: string(m.UID), ServiceAccount: accountName(role), Request: keys.Request(m.Annotations)}
 		account := madeAccount(role*podNamespaces + role%podNamespaces)
 		token, err := podToken(signer, pod, string(account.UID))
 		if err != nil {
@@ -294,7 +294,7 @@ func (b *bench) sidecarsOf(t trust, s *brokers) ([]*client.Client, error) {
 		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
 			return nil, fmt.Errorf("writing a token: %w", err)
 		}
-		key, err := keys.RoutingKey(pod)
+		key, err := pod.RoutingKey()
 		if err != nil {
 			return nil, err
 		}

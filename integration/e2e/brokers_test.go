@@ -162,7 +162,7 @@ func TestBrokersComeAndGo(t *testing.T) {
 			pod.Spec.Containers[0].Image = "localhost/credence-pause:1"
 		}
 		stored := create(t, ns, pod)
-		key, err := keys.RoutingKey(policy.Pod{Namespace: ns, Name: name, UID: string(stored.UID), ServiceAccount: "default", Annotations: stored.Annotations})
+		key, err := policy.Pod{Namespace: ns, Name: name, UID: string(stored.UID), ServiceAccount: "default", Request: keys.Request(stored.Annotations)}.RoutingKey()
 		if err != nil {
 			t.Fatal(err)
 		}

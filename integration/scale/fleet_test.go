@@ -279,7 +279,7 @@ func (f *fleet) add(spec, node int, asks time.Duration) {
 	p.Name = fmt.Sprintf("pod-%d", n)
 	p.UID = fmt.Sprintf("uid-%d", n)
 	p.key = p.Namespace + "/" + p.Name
-	routing, err := f.keysOf.RoutingKey(p.Pod)
+	routing, err := p.RoutingKey()
 	fatal(f.t, err)
 	p.routing = string(routing)
 	f.podsMu.Lock()
@@ -342,7 +342,8 @@ func (f *fleet) namespacesOf() int { return max(20, f.grants()/(maxGrants*4/5)) 
 // specified is what a Deployment or the like says of a pod.
 func (f *fleet) specified(spec int) policy.Pod {
 	role := spec % f.roles
-	p := policy.Pod{ServiceAccount: "default", Annotations: map[string]string{f.keysOf.Name(policy.Role): fmt.Sprintf("role-%d", role)}}
+	p := policy.Pod{ServiceAccount: "default"}
+	annotations := map[string]string{f.keysOf.Name(policy.Role): fmt.Sprintf("role-%d", role)}
 	switch f.scope {
 	case policy.ScopePod:
 		p.Namespace = fmt.Sprintf("ns-%d", spec%f.namespacesOf())
@@ -353,11 +354,12 @@ func (f *fleet) specified(spec int) policy.Pod {
 		p.Namespace = fmt.Sprintf("ns-%d", role%f.namespacesOf())
 	}
 	if f.scope != "" {
-		p.Annotations[f.keysOf.Name(policy.SessionScope)] = string(f.scope)
+		annotations[f.keysOf.Name(policy.SessionScope)] = string(f.scope)
 	}
 	if f.life != time.Hour {
-		p.Annotations[f.keysOf.Name(policy.Duration)] = f.life.String()
+		annotations[f.keysOf.Name(policy.Duration)] = f.life.String()
 	}
+	p.Request = f.keysOf.Request(annotations)
 	return p
 }
 

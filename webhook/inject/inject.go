@@ -181,12 +181,12 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, room
 		Name:           p.Metadata.Name,
 		UID:            p.Metadata.UID,
 		ServiceAccount: defaultServiceAccount,
-		Annotations:    p.Metadata.Annotations,
+		Request:        i.cfg.Keys.Request(p.Metadata.Annotations),
 	}
 	if n := length(p.Metadata.Annotations); n > maxAnnotations {
 		return result, unsupported("the pod's annotations have %d bytes together, and Kubernetes takes %d: make them shorter", n, maxAnnotations)
 	}
-	settings, err := i.cfg.Keys.Parse(p.Metadata.Annotations)
+	settings, err := result.Pod.Request.Settings()
 	if err != nil {
 		return result, err
 	}

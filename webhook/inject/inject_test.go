@@ -384,7 +384,7 @@ func TestRoutingKey(t *testing.T) {
 		if own {
 			got = got.ForPod("uid-1")
 		}
-		want, err := keys.RoutingKey(policy.Pod{Namespace: namespace, Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Annotations: pod.Annotations})
+		want, err := policy.Pod{Namespace: namespace, Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Request: keys.Request(pod.Annotations)}.RoutingKey()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -605,7 +605,8 @@ func TestPlatformUser(t *testing.T) {
 
 func TestResult(t *testing.T) {
 	raw := []byte(`{"metadata":{"generateName":"app-","annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"serviceAccount":"old-name","hostNetwork":true,"containers":[{"name":"app"}]}}`)
-	got, err := newInjector(t).Inject(raw, namespace)
+	injector := newInjector(t)
+	got, err := injector.Inject(raw, namespace)
 	if err == nil {
 		t.Fatal("a pod with hostNetwork was injected")
 	}
@@ -614,10 +615,10 @@ func TestResult(t *testing.T) {
 		Name:      "app-",
 		Pod: policy.Pod{
 			Namespace: namespace, ServiceAccount: "old-name",
-			Annotations: map[string]string{"iam.amazonaws.com/role": "r"},
+			Request: injector.Keys().Request(map[string]string{"iam.amazonaws.com/role": "r"}),
 		},
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(policy.Request{})); diff != "" {
 		t.Errorf("result (-want +got):\n%s", diff)
 	}
 }
