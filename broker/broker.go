@@ -58,27 +58,15 @@ type Config struct {
 	Rules *policy.Rules
 	// Sessions answers grants. Required.
 	Sessions Sessions
-	// Audit records every decision. Required.
+	// Audit records every decision. It is not one of Observers, because it can refuse: if it must record each decision and
+	// cannot, the pod gets no credentials. Required.
 	Audit *audit.Log
 	// Region is told to pods that ask for none themselves. Default: none is told.
 	Region string
-	// Notify is told of each refusal that a person must mend, of a live pod: also while the pod still gets
-	// the session that could not be renewed. It must not block. Default: nobody is told.
-	Notify func(policy.Pod, *credential.Error)
-	// Expects reports whether there is an injected pod as a verified token names it, without a wait. Default: none is,
-	// and Notify is not told of tokens for another audience.
-	Expects func(identity.Pod) bool
-	// Shadowed is told, at each call, of a live pod whose admission warned of something that outranks its role, and of
-	// the warnings. It must not block. Default: nobody is told.
-	Shadowed func(pod policy.Pod, warnings string)
+	// Observers are notified of each call, in order. Default: none.
+	Observers []Observer
 	// Logger is told of failures that are the broker's own. Required.
 	Logger *slog.Logger
-	// Observe is told of each call of GetCredentials, once: why it was refused, "" when it was not, and
-	// how long it took. It must not block. Default: nobody is told.
-	Observe func(reason credential.Reason, took time.Duration)
-	// Decided is told, on the call's context, of what the audit log is told. It must not block. Default:
-	// nobody is told.
-	Decided func(ctx context.Context, entry audit.Entry)
 }
 
 // Broker answers the one RPC; [Serve] puts it on a listener.
@@ -119,26 +107,25 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline.Add(-replyMargin))
 	defer cancel()
-	entry := audit.Entry{Decision: audit.Deny}
+	call := Call{Entry: audit.Entry{Decision: audit.Deny}}
+	entry := &call.Entry
 	if p, ok := peer.FromContext(ctx); ok {
 		entry.Peer = p.Addr.String()
 		if host, _, err := net.SplitHostPort(entry.Peer); err == nil {
 			ctx = identity.WithPeer(ctx, host)
 		}
 	}
-	lease, err := b.decide(ctx, &entry)
+	lease, err := b.decide(ctx, &call)
 	if err != nil {
 		entry.Reason, entry.Message = credential.ReasonOf(err), message(err)
 	}
-	// Queued before the answer leaves: a decision that cannot be recorded does not take effect.
-	if auditErr := b.cfg.Audit.Record(entry); err == nil && auditErr != nil {
+	// Queued before the response leaves: a decision that cannot be recorded does not take effect.
+	if auditErr := b.cfg.Audit.Record(*entry); err == nil && auditErr != nil {
 		err = auditErr
 	}
-	if b.cfg.Decided != nil {
-		b.cfg.Decided(ctx, entry)
-	}
-	if b.cfg.Observe != nil {
-		b.cfg.Observe(credential.ReasonOf(err), time.Since(began))
+	call.Err, call.Took = err, time.Since(began)
+	for _, observe := range b.cfg.Observers {
+		observe(ctx, call)
 	}
 	if err != nil {
 		if credential.ReasonOf(err) == credential.ReasonInternal {
@@ -158,9 +145,9 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	}, nil
 }
 
-// decide goes from the call's token to the session, and fills in entry as it learns. A panic on the way is an error, so
-// that the call has its audit line.
-func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credential.Lease, err error) {
+// decide goes from the call's token to the session, and fills in call on the way. It turns a panic into an error, so that
+// the call has its audit line.
+func (b *Broker) decide(ctx context.Context, call *Call) (lease credential.Lease, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			// The stack's arguments are addresses only.
@@ -173,9 +160,9 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 	}
 	id, err := b.cfg.Verifier.Verify(ctx, token)
 	if err != nil {
-		b.notifyAudience(err)
 		return credential.Lease{}, err
 	}
+	entry := &call.Entry
 	entry.Namespace, entry.Pod, entry.PodUID, entry.ServiceAccount = id.Namespace, id.Name, id.UID, id.ServiceAccount
 	if conn := connectionOf(ctx); conn != nil && !conn.Authenticated(id.Namespace, id.UID) {
 		return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonBrokerBusy,
@@ -185,12 +172,9 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 	if err != nil {
 		return credential.Lease{}, err
 	}
-	if warnings := pod.Request.Warnings(); warnings != "" && b.cfg.Shadowed != nil {
-		b.cfg.Shadowed(pod, warnings)
-	}
+	call.Pod = pod
 	grant, err := b.cfg.Rules.Decide(ctx, pod, ns)
 	if err != nil {
-		b.notify(pod, err)
 		return credential.Lease{}, err
 	}
 	entry.Role, entry.SessionName = grant.Role().String(), grant.SessionName()
@@ -200,41 +184,16 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 			"namespace %q has as many distinct sessions as one namespace may: let its pods share them, by equal annotations and a wider %q",
 			pod.Namespace, b.cfg.Rules.Keys().Name(policy.SessionScope))
 	}
-	if err == nil {
-		b.notify(pod, session.Failure)
-	} else {
-		b.notify(pod, err)
+	if err != nil {
 		return credential.Lease{}, err
 	}
+	call.RenewalErr = session.Failure
 	entry.Decision, entry.AccessKeyID, entry.Expiration = audit.Allow, session.AccessKeyID, session.Expiration
 	region := b.cfg.Region
 	if settings, err := pod.Request.Settings(); err == nil && settings.Region != "" {
 		region = settings.Region
 	}
 	return credential.Lease{Credential: session.Credential, Role: grant.Role(), Region: region, RefreshAfter: session.RefreshAfter}, nil
-}
-
-// notify passes on what a person must mend.
-func (b *Broker) notify(pod policy.Pod, err error) {
-	if b.cfg.Notify == nil || !errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) {
-		return
-	}
-	if e, ok := errors.AsType[*credential.Error](err); ok {
-		b.cfg.Notify(pod, e)
-	}
-}
-
-// notifyAudience passes on that a token is made for another audience, if nothing else is wrong with it: then its pod is
-// known, and the webhook and the broker disagree. Only a pod that the watch has is told. A service that pods show
-// tokens to could have this said of them, and no more.
-func (b *Broker) notifyAudience(err error) {
-	other, ok := errors.AsType[*identity.OtherAudienceError](err)
-	if !ok || b.cfg.Notify == nil || b.cfg.Expects == nil || !b.cfg.Expects(other.Pod) {
-		return
-	}
-	if e, ok := errors.AsType[*credential.Error](err); ok {
-		b.cfg.Notify(policy.Pod{Namespace: other.Pod.Namespace, Name: other.Pod.Name, UID: other.Pod.UID}, e)
-	}
 }
 
 // bearer takes the token out of the call's metadata.

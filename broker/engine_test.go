@@ -41,10 +41,10 @@ type engine struct {
 	prefetch *broker.Prefetch
 	keys     policy.Keys
 
-	mu     sync.Mutex
-	pods   map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
-	warned []string              // of pods, POD: WARNINGS; guarded by mu
-	told   []*credential.Error   // refusals that the engine notified; guarded by mu
+	mu      sync.Mutex
+	pods    map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
+	warned  []string              // reported, as POD: WARNINGS; guarded by mu
+	refused []*credential.Error   // reported; guarded by mu
 }
 
 // newEngine is an engine before an STS over HTTP, which it calls as the program does.
@@ -87,16 +87,7 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	fatal(t, err)
 	e.broker, err = broker.New(broker.Config{
 		Verifier: e, Binder: e, Rules: rules, Sessions: e.sessions, Audit: decisions, Logger: log,
-		Notify: func(_ policy.Pod, err *credential.Error) {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			e.told = append(e.told, err)
-		},
-		Shadowed: func(pod policy.Pod, warnings string) {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			e.warned = append(e.warned, pod.Name+": "+warnings)
-		},
+		Observers: []broker.Observer{broker.ReportTo(e, func(identity.Pod) bool { return false })},
 	})
 	fatal(t, err)
 	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Rules: rules, Sessions: e.sessions, Logger: log})
@@ -112,6 +103,20 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 		running.Wait()
 	})
 	return e
+}
+
+// Refused implements [broker.Events].
+func (e *engine) Refused(_ policy.Pod, refusal *credential.Error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.refused = append(e.refused, refusal)
+}
+
+// Shadowed implements [broker.Events].
+func (e *engine) Shadowed(pod policy.Pod, warnings string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.warned = append(e.warned, pod.Name+": "+warnings)
 }
 
 func fatal(t *testing.T, err error) {

@@ -50,7 +50,7 @@ func (s steps) Get(ctx context.Context, g policy.Grant, namespace string) (cache
 }
 
 // newStepped returns a broker with the given steps. Tests call it without a connection.
-func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (b *broker.Broker, end func()) {
+func newStepped(t *testing.T, s steps, w io.Writer, observe func(broker.Call)) (b *broker.Broker, end func()) {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	fatal(t, err)
@@ -61,11 +61,11 @@ func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (
 	fatal(t, err)
 	b, err = broker.New(broker.Config{
 		Verifier: s, Binder: s, Rules: rules, Sessions: s, Audit: decisions, Logger: log,
-		Decided: func(_ context.Context, e audit.Entry) {
-			if decided != nil {
-				decided(e)
+		Observers: []broker.Observer{func(_ context.Context, call broker.Call) {
+			if observe != nil {
+				observe(call)
 			}
-		},
+		}},
 	})
 	fatal(t, err)
 	return b, func() {
@@ -108,8 +108,8 @@ func TestAuditLineOfEachOutcome(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var audited lines
-			var decided []audit.Entry
-			b, end := newStepped(t, tt.steps, &audited, func(e audit.Entry) { decided = append(decided, e) })
+			var observed []broker.Call
+			b, end := newStepped(t, tt.steps, &audited, func(c broker.Call) { observed = append(observed, c) })
 			got, err := b.GetCredentials(bearing(t), &brokerpb.GetCredentialsRequest{})
 			if reason := credential.ReasonOf(brokerpb.FromError(err)); reason != tt.reason || (got != nil) != (tt.reason == "") {
 				t.Errorf("answered %v with reason %q, want %q", got != nil, reason, tt.reason)
@@ -132,8 +132,12 @@ func TestAuditLineOfEachOutcome(t *testing.T) {
 			if (e.Role != "") != tt.role || (e.SessionName != "") != tt.role || (tt.role && e.Pod != cart.Identity.Name) {
 				t.Errorf("audited role %q, session name %q, pod %q", e.Role, e.SessionName, e.Pod)
 			}
-			if len(decided) != 1 || decided[0].Decision != e.Decision || decided[0].Reason != e.Reason || decided[0].Message != e.Message {
-				t.Errorf("Decided was told %+v, and the log %+v", decided, e)
+			if len(observed) != 1 {
+				t.Fatalf("the observer was notified of %d calls, want 1", len(observed))
+			}
+			c := observed[0]
+			if c.Entry.Decision != e.Decision || c.Entry.Reason != e.Reason || c.Entry.Message != e.Message || credential.ReasonOf(c.Err) != tt.reason {
+				t.Errorf("the observer was notified of %+v, the audit log has %+v", c.Entry, e)
 			}
 		})
 	}

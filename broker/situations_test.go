@@ -356,8 +356,8 @@ func TestRefusedRenewalIsTold(t *testing.T) {
 		e.mustGet(pod)
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		if len(e.told) != 1 || e.told[0].Reason != credential.ReasonSTSDenied {
-			t.Errorf("told %v", e.told)
+		if len(e.refused) != 1 || e.refused[0].Reason != credential.ReasonSTSDenied {
+			t.Errorf("reported %v, want one refusal by STS", e.refused)
 		}
 	})
 }

@@ -9,8 +9,8 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/admin"
-	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/policy"
@@ -72,12 +72,15 @@ func (p *parts) traced(ctx context.Context, o options) (credential.Source[policy
 	return tracing.Source(p.traces, p.sts, func(g policy.Grant) string { return g.Role().String() }), nil
 }
 
-// decided is what the broker tells of each decision; nil where nobody asks.
-func (p parts) decided() func(context.Context, audit.Entry) {
-	if p.traces == nil {
-		return nil
+// observers are notified of each call: the metrics, and the trace of the call if calls are traced.
+func (p parts) observers() []broker.Observer {
+	all := []broker.Observer{func(_ context.Context, call broker.Call) { p.metrics.Answer(credential.ReasonOf(call.Err), call.Took) }}
+	if p.traces != nil {
+		all = append(all, func(ctx context.Context, call broker.Call) {
+			tracing.Describe(ctx, call.Entry.Namespace, call.Entry.Role)
+		})
 	}
-	return func(ctx context.Context, e audit.Entry) { tracing.Describe(ctx, e.Namespace, e.Role) }
+	return all
 }
 
 // interceptors are what calls go through; none where nothing is traced.

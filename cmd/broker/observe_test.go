@@ -59,7 +59,7 @@ func TestOneTrace(t *testing.T) {
 	})
 	source := tracing.Source(traces, credential.Source[policy.Grant](refusing), func(g policy.Grant) string { return g.Role().String() })
 	b := brokertest.Start(t, source.Credential, &sink{}, func(cfg *broker.Config, server *broker.ServerConfig) {
-		cfg.Observe, cfg.Decided, server.Interceptors = metrics.Answer, p.decided(), p.interceptors()
+		cfg.Observers, server.Interceptors = p.observers(), p.interceptors()
 	})
 	b.Set(brokertest.Pod{
 		Token: "cart-token", Identity: identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"},
@@ -107,10 +107,10 @@ func TestOneTrace(t *testing.T) {
 	}
 }
 
-// TestNothingIsTracedByDefault: the path of a call is then the one without tracing.
+// Without --trace-endpoint, calls pass no interceptor, and only the metrics observe them.
 func TestNothingIsTracedByDefault(t *testing.T) {
-	if p := (parts{}); p.decided() != nil || p.interceptors() != nil {
-		t.Error("calls go through tracing that is off")
+	if p := (parts{}); len(p.observers()) != 1 || p.interceptors() != nil {
+		t.Error("calls go through tracing, which is off")
 	}
 }
 

@@ -248,7 +248,7 @@ func (p parts) decide(o options, base credential.RoleBase) (d deciding, err erro
 	all() // for a change between the two
 	d.broker, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
-		Region: p.sts.Region(), Logger: p.log, Notify: p.events.Refused, Shadowed: p.events.Shadowed, Expects: p.directory.Expects, Observe: p.metrics.Answer, Decided: p.decided(),
+		Region: p.sts.Region(), Logger: p.log, Observers: append(p.observers(), broker.ReportTo(p.events, p.directory.Expects)),
 	})
 	return d, err
 }
