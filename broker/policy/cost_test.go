@@ -3,7 +3,6 @@ package policy_test
 import (
 	"context"
 	"fmt"
-	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -17,15 +16,6 @@ import (
 func longest(path string) string {
 	path = strings.Repeat(path, 512/len(path)+1)
 	return rolePrefix + strings.TrimRight(path[:510], "/") + "/" + strings.Repeat("a", 64)
-}
-
-// names joins n role names of some length.
-func names(n int) string {
-	var list []string
-	for i := range n {
-		list = append(list, fmt.Sprintf("%c-service-%03d", 'a'+i%26, i))
-	}
-	return strings.Join(list, "|")
 }
 
 // An expression that takes long to match with a role is refused for that role, and before it is matched.
@@ -48,72 +38,6 @@ func TestCostlyExpressions(t *testing.T) {
 		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: tt.role}), shop(map[policy.Key]string{policy.Permitted: tt.expression}))
 		mustRefuse(t, tt.expression, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid,
 			`annotation "iam.amazonaws.com/permitted" of namespace "shop"`, "takes more than 250000 steps, the limit", "instructions", "remove repetitions of repetitions")
-	}
-}
-
-// Expressions as namespaces have them pass with the longest ARN, and far from the limit.
-func TestOrdinaryExpressionsAreCheap(t *testing.T) {
-	for _, expression := range []string{
-		".*",
-		"arn:aws:iam::123456789012:role/team-.*",
-		".*/(a|b|c)",
-		".*role/.*cart.*",
-		"arn:aws:iam::.*:role/(" + names(250) + ")",
-		`arn:aws:iam::\d+:role/(` + names(250) + ")",
-		".*/(" + names(40) + ")",
-		rolePrefix + strings.Join(strings.Split(names(75), "|"), "|"+rolePrefix),
-		"arn:aws:iam::(123456789012|210987654321):role/[a-z]{1,64}(/[a-z]{1,64}){0,8}",
-		"(?i).*(cart|shop|admin|reader|writer).*",
-		"(?:[^:]*:){5}role/(.+/)?(cart|shop)-[a-z0-9]+",
-	} {
-		for _, path := range []string{"a", "a/", "cart/", "a-service-000/"} {
-			n, err := policy.Visits(expression, longest(path))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if n > policy.MaxVisits/10 {
-				t.Errorf("%.60s: %d visits for a role of path %q, more than a tenth of %d", expression, n, path, policy.MaxVisits)
-			}
-		}
-	}
-	for _, expression := range []string{"(?i).*(" + names(100) + ").*", ".*/(" + names(250) + ")"} {
-		for _, path := range []string{"a", "a/"} {
-			if n, err := policy.Visits(expression, longest(path)); err != nil || n > policy.MaxVisits {
-				t.Errorf("%.60s: %d visits, %v, for a role of path %q: the limit refuses it", expression, n, err, path)
-			}
-		}
-	}
-}
-
-// Visits are counted by what the engines do: each instruction once at each position that reaches it.
-func TestVisits(t *testing.T) {
-	for _, tt := range []struct {
-		expression, text string
-		want             int
-	}{
-		{"abc", "abc", 4},                  // three characters and the match
-		{"abc", "abd", 3},                  // ends where none is left
-		{"abc", "ab", 3},                   // likewise
-		{"", "a", 2},                       // nothing, and the match
-		{"a|b", "a", 2},                    // a class
-		{"ab|cd", "ab", 5},                 // alternative, a and c; b; match
-		{"a*", "aaa", 4 * 3},               // alternative, a and match, at each of four positions
-		{"(a)", "a", 4},                    // both ends of the group count
-		{"^a$", "a", 4},                    // so do assertions
-		{`\bb`, "a", 2},                    // whether they hold is not looked at
-		{"(?:a?){3}", "aa", 7 + 5 + 3},     // one part less at each position
-		{"(?:a*)*b", "a", 2 * 3},           // loops in loops end
-		{`[a-z]\pL(?s:.).`, "abc:", 4 + 1}, // each way to accept a character
-		{`[a-z]`, "A", 1},
-		{".", "\n", 1},
-	} {
-		if n, err := policy.Visits(tt.expression, tt.text); err != nil || n != tt.want {
-			t.Errorf("%q with %q: %d visits, %v, want %d", tt.expression, tt.text, n, err, tt.want)
-		}
-	}
-	// It stops where the limit is passed.
-	if n, err := policy.Visits("(.*){1000}", strings.Repeat("a", 1000)); err != nil || n != policy.MaxVisits+1 {
-		t.Errorf("%d visits, %v: the count goes beyond %d", n, err, policy.MaxVisits)
 	}
 }
 
@@ -201,55 +125,6 @@ func TestDecisionsAreCached(t *testing.T) {
 			t.Errorf("with a new rules file: %v", err)
 		}
 	})
-}
-
-// BenchmarkVisits is the time per visit of the expressions that are the most expensive for each engine of package
-// regexp, among the accepted expressions.
-func BenchmarkVisits(b *testing.B) {
-	role := longest("a")
-	for _, bench := range []struct{ name, expression string }{
-		{"onepass", "[a-z0-9:/]*B"},
-		{"backtracker", "(?:.*){190}Z"}, // at most 500 instructions
-		{"backtracker,groups", strings.Repeat("((((.*))))", 38) + "Z"},
-		{"nfa", "(?:.*){192}Z"},
-		{"nfa,classes", strings.Repeat(`[^B]*`, 192) + "Z"},
-		{"nfa,names", "(?i).*(" + names(170) + ").*"},
-		{"nfa,optional", "(?:.?){400}Z"},
-	} {
-		b.Run(bench.name, func(b *testing.B) {
-			visits, err := policy.Visits(bench.expression, role)
-			if err != nil || visits > policy.MaxVisits {
-				b.Fatal(visits, err)
-			}
-			re := regexp.MustCompile("^(?:" + bench.expression + ")$")
-			for b.Loop() {
-				re.MatchString(role)
-			}
-			b.ReportMetric(float64(visits), "visits/op")
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(visits), "ns/visit")
-		})
-	}
-}
-
-// BenchmarkCompile is the time to compile the accepted texts that take longest.
-func BenchmarkCompile(b *testing.B) {
-	fill := func(part string) string { return strings.Repeat(part, 4000/len(part)) }
-	for _, bench := range []struct{ name, expression string }{
-		{"groups", fill("(a)")},
-		{"optional", fill("a?b?|")},
-		{"stars", fill("(a?)*")},
-		{"repeats", fill("(?:.?){4}")},
-		{"folded", "(?i)[" + fill("!-~") + "]"},
-		{"alternatives", "(?i)" + names(250)},
-	} {
-		b.Run(bench.name, func(b *testing.B) {
-			for b.Loop() {
-				if err := policy.Compile(bench.expression); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
 }
 
 // BenchmarkCostlyNeighbor is what a decision of one namespace takes while 32 callers of another one need decisions that

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy/pattern"
 )
 
 // File is what the optional rules file says: the limits that the owner of the cluster sets to what
@@ -157,14 +158,14 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 	if len(n.Match) == 0 {
 		return entry{}, errors.New("match: is required, as a list of globs of namespaces")
 	}
-	for i, pattern := range n.Match {
-		if pattern == "" || len(pattern) > maxNamespaceGlob || !onlyOf(pattern, "-*") || strings.ToLower(pattern) != pattern {
-			return entry{}, fmt.Errorf("match[%d]: %.100q must be the name of a namespace, of lower-case letters, digits and -, with * for any characters", i, pattern)
+	for i, text := range n.Match {
+		if text == "" || len(text) > maxNamespaceGlob || !onlyOf(text, "-*") || strings.ToLower(text) != text {
+			return entry{}, fmt.Errorf("match[%d]: %.100q must be the name of a namespace, of lower-case letters, digits and -, with * for any characters", i, text)
 		}
 		// A * of the later glob can only be matched by a * of the earlier one, so the earlier glob
 		// matches all that the later one does.
-		if j := slices.IndexFunc(before, func(b string) bool { return matchGlob(b, pattern) }); j >= 0 {
-			return entry{}, fmt.Errorf("match[%d]: %q is never reached: %q stands before it, and the first entry that matches decides", i, pattern, before[j])
+		if j := slices.IndexFunc(before, func(b string) bool { return pattern.NewGlob(b).Match(text) }); j >= 0 {
+			return entry{}, fmt.Errorf("match[%d]: %q is never reached: %q stands before it, and the first entry that matches decides", i, text, before[j])
 		}
 	}
 	e.name = fmt.Sprintf("namespaces[%d], %q", at, n.Match[0])
@@ -174,7 +175,7 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 	for _, list := range []struct {
 		name  string
 		from  []string
-		to    *[]glob
+		to    *[]pattern.Glob
 		check func(string) error
 	}{
 		{"match", n.Match, &e.match, func(string) error { return nil }},
@@ -187,10 +188,10 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 			return entry{}, fmt.Errorf("%s: has %d entries, the limit is %d", list.name, len(list.from), maxListed)
 		}
 		for i, text := range list.from {
-			if err := cmp.Or(list.check(text), checkStars(text)); err != nil {
+			if err := cmp.Or(list.check(text), pattern.CheckStars(text)); err != nil {
 				return entry{}, fmt.Errorf("%s[%d]: %w", list.name, i, err)
 			}
-			*list.to = append(*list.to, newGlob(text))
+			*list.to = append(*list.to, pattern.NewGlob(text))
 		}
 	}
 	if d := n.MaxDuration; d != 0 && (d < MinDuration || d > MaxDuration || d%time.Second != 0) {

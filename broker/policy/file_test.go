@@ -18,6 +18,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/policy/pattern"
 )
 
 var all = []string{"*"}
@@ -540,9 +541,9 @@ func FuzzGrant(f *testing.F) {
 		switch {
 		case path == arn:
 			t.Errorf("%s is of another account", arn)
-		case !policy.MatchGlob(roleGlob, arn) && !policy.MatchGlob(roleGlob, path):
+		case !pattern.NewGlob(roleGlob).Match(arn) && !pattern.NewGlob(roleGlob).Match(path):
 			t.Errorf("%s is granted against glob %q", arn, roleGlob)
-		case grant.ExternalID() != "" && !policy.MatchGlob(textGlob, grant.ExternalID()):
+		case grant.ExternalID() != "" && !pattern.NewGlob(textGlob).Match(grant.ExternalID()):
 			t.Errorf("external id %q is granted against glob %q", grant.ExternalID(), textGlob)
 		case grant.SessionName() == value && key == string(policy.SessionName):
 			t.Errorf("session name %q is granted, and none is allowed", value)

@@ -8,6 +8,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy/pattern"
 )
 
 // limits are a [File] in the form that decisions are made by. They never change.
@@ -22,8 +23,8 @@ type limits struct {
 // entry is one of [NamespaceRules].
 type entry struct {
 	name                      string // where it stands, for messages
-	match, accounts, roles    []glob
-	externalIDs, sessionNames []glob
+	match, accounts, roles    []pattern.Glob
+	externalIDs, sessionNames []pattern.Glob
 	maxDuration               time.Duration // 0: no limit but STS's
 	forced                    []Tag         // sorted by key; values with placeholders
 }
@@ -31,7 +32,7 @@ type entry struct {
 // find returns the entry that decides on a namespace.
 func (l *limits) find(namespace string) (*entry, error) {
 	for i := range l.entries {
-		if matchAny(l.entries[i].match, namespace) {
+		if pattern.MatchAny(l.entries[i].match, namespace) {
 			return &l.entries[i], nil
 		}
 	}
@@ -42,7 +43,7 @@ func (l *limits) find(namespace string) (*entry, error) {
 // allow refuses what the entry does not allow of what the pod asks for.
 func (e *entry) allow(ev *evaluation, namespace string, role credential.RoleARN, arn string, s Settings, durationSaid bool) error {
 	keys := ev.rules.keys
-	if !matchAny(e.accounts, role.Account()) {
+	if !pattern.MatchAny(e.accounts, role.Account()) {
 		return e.refuse(credential.ReasonRulesAccount, "accounts", namespace, "a role of account "+role.Account(), keys.Name(Role))
 	}
 	if ok, _ := ev.ask(rulesRoles, ev.file.generation, arn, matchRulesRole); !ok {
@@ -69,20 +70,20 @@ func (e *entry) allow(ev *evaluation, namespace string, role credential.RoleARN,
 // that matches. The text that they are passed is the file's generation.
 func matchRulesRole(ev *evaluation, _, arn string) (bool, error) {
 	_, name, _ := strings.Cut(arn, ":role")
-	return slices.ContainsFunc(ev.entry.roles, func(g glob) bool {
-		if strings.HasPrefix(g.first, "arn:") {
-			return g.match(arn)
+	return slices.ContainsFunc(ev.entry.roles, func(g pattern.Glob) bool {
+		if strings.HasPrefix(g.First(), "arn:") {
+			return g.Match(arn)
 		}
-		return g.match(name)
+		return g.Match(name)
 	}), nil
 }
 
 func matchRulesExternalID(ev *evaluation, _, id string) (bool, error) {
-	return matchAny(ev.entry.externalIDs, id), nil
+	return pattern.MatchAny(ev.entry.externalIDs, id), nil
 }
 
 func matchRulesName(ev *evaluation, _, name string) (bool, error) {
-	return matchAny(ev.entry.sessionNames, name), nil
+	return pattern.MatchAny(ev.entry.sessionNames, name), nil
 }
 
 func (e *entry) refuse(reason credential.Reason, field, namespace, what, annotation string) error {
@@ -184,51 +185,3 @@ func (l *limits) sourceIdentity(pod Pod, sessionName string) (string, error) {
 	}
 	return "", nil
 }
-
-// glob is a pattern in which * stands for any characters, slashes too (kube2iam's form), and
-// everything else for itself.
-type glob struct {
-	first   string   // up to the first *, or all if there is none
-	middle  []string // between two *
-	last    string   // behind the last *
-	literal bool     // there is no *
-}
-
-func newGlob(text string) glob {
-	parts := strings.Split(text, "*")
-	if len(parts) == 1 {
-		return glob{first: text, literal: true}
-	}
-	return glob{first: parts[0], middle: parts[1 : len(parts)-1], last: parts[len(parts)-1]}
-}
-
-// match reports whether the whole of s matches.
-func (g glob) match(s string) bool {
-	if g.literal {
-		return g.first == s
-	}
-	rest, ok := strings.CutPrefix(s, g.first)
-	if !ok {
-		return false
-	}
-	for _, part := range g.middle {
-		at := strings.Index(rest, part)
-		if at < 0 {
-			return false
-		}
-		rest = rest[at+len(part):]
-	}
-	return strings.HasSuffix(rest, g.last)
-}
-
-func matchAny(globs []glob, s string) bool {
-	for _, g := range globs {
-		if g.match(s) {
-			return true
-		}
-	}
-	return false
-}
-
-// matchGlob is for globs that are asked once.
-func matchGlob(pattern, s string) bool { return newGlob(pattern).match(s) }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy/gate"
 )
 
 // Pod is what a decision needs to know of a pod.
@@ -139,7 +140,7 @@ type Rules struct {
 
 	generations atomic.Uint64 // how many rules files there were
 	cache       cache
-	gate        gate
+	gate        gate.Gate
 }
 
 // names are texts that each decision needs, made once.
@@ -199,13 +200,13 @@ func (r *Rules) decide(done <-chan struct{}, turn string, pod Pod, ns Namespace)
 	if grant, err := r.grant(&e, pod, ns); !e.lacks {
 		return grant, err
 	}
-	if !r.gate.enter(done, turn) {
+	if !r.gate.Enter(done, turn) {
 		return Grant{}, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonNamespaceBusy, RetryAfter: busyWait,
 			Message: fmt.Sprintf("namespace %q has too many pods that need a new decision at the same time; try again", ns.Name),
 		}
 	}
-	defer r.gate.leave(turn)
+	defer r.gate.Leave(turn)
 	e = evaluation{rules: r, namespace: ns.Name, mayWork: true}
 	return r.grant(&e, pod, ns)
 }

@@ -15,13 +15,15 @@ import (
 // exists.
 var floors = map[string]int{
 	// 0: the nouns. Standard library only.
-	"broker/clip":       0,
-	"broker/connlimit":  0,
-	"broker/credential": 0,
-	"broker/identity":   0,
-	"broker/typo":       0,
-	"certs":             0,
-	"sidecar/contract":  0,
+	"broker/clip":           0,
+	"broker/connlimit":      0,
+	"broker/credential":     0,
+	"broker/identity":       0,
+	"broker/policy/gate":    0,
+	"broker/policy/pattern": 0,
+	"broker/typo":           0,
+	"certs":                 0,
+	"sidecar/contract":      0,
 
 	// 1: pure mechanisms over the nouns, and the wire.
 	"broker/brokerpb":  1,
