@@ -90,12 +90,14 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 		Observers: []broker.Observer{broker.ReportTo(e, func(identity.Pod) bool { return false })},
 	})
 	fatal(t, err)
-	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Rules: rules, Sessions: e.sessions, Logger: log})
+	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Sessions: e.sessions, Logger: log})
 	fatal(t, err)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
-	for _, run := range []func(context.Context) error{e.sessions.Run, e.prefetch.Run, decisions.Run} {
+	for _, run := range []func(context.Context) error{
+		e.sessions.Run, func(ctx context.Context) error { return e.prefetch.Run(ctx, rules) }, decisions.Run,
+	} {
 		running.Go(func() { _ = run(ctx) })
 	}
 	t.Cleanup(func() {

@@ -59,6 +59,7 @@ func (k *keeper) want(t *testing.T, want map[string]int) {
 type pods struct {
 	t        *testing.T
 	prefetch *broker.Prefetch
+	rules    *policy.Rules
 
 	mu        sync.Mutex
 	roles     map[string]string // :: pod key → its role; guarded by mu
@@ -80,9 +81,9 @@ func newPods(t *testing.T, sessions broker.Retainer) *pods {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pods{t: t, roles: map[string]string{}, permitted: ".*", foreign: map[string]bool{}}
+	p := &pods{t: t, rules: rules, roles: map[string]string{}, permitted: ".*", foreign: map[string]bool{}}
 	p.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-		Rules: rules, Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
+		Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
 		Owns: func(key string) bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -109,7 +110,7 @@ func newPods(t *testing.T, sessions broker.Retainer) *pods {
 func (p *pods) run() {
 	ctx, cancel := context.WithCancel(p.t.Context())
 	p.t.Cleanup(cancel)
-	go func() { _ = p.prefetch.Run(ctx) }()
+	go func() { _ = p.prefetch.Run(ctx, p.rules) }()
 }
 
 // set gives a pod a role; an empty one ends the pod.
@@ -238,7 +239,7 @@ func TestPrefetchTakesNamespacesInTurn(t *testing.T) {
 		var looked []string // only Run calls Lookup
 		var prefetch *broker.Prefetch
 		prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-			Rules: rules, Sessions: &keeper{kept: map[string]int{}}, Logger: slog.New(slog.DiscardHandler),
+			Sessions: &keeper{kept: map[string]int{}}, Logger: slog.New(slog.DiscardHandler),
 			Lookup: func(key string) (policy.Pod, policy.Namespace, bool) {
 				if looked = append(looked, key); len(looked) == 4 {
 					prefetch.Changed("late/1", "hog/0") // hog/0 has been looked at, and is again
@@ -258,7 +259,7 @@ func TestPrefetchTakesNamespacesInTurn(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go func() { _ = prefetch.Run(ctx) }()
+		go func() { _ = prefetch.Run(ctx, rules) }()
 		synctest.Wait()
 		want := []string{"hog/0", "shop/1", "team/1", "hog/1", "shop/2", "hog/2", "late/1", "hog/3"}
 		if len(looked) != 105 || !slices.Equal(looked[:len(want)], want) {

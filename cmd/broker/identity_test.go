@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,7 +22,6 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 
-	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/assume/ststest"
@@ -41,7 +39,7 @@ type starting struct {
 	keys   string // the file with the broker's credentials
 	parts  parts
 	checks []admin.Check
-	proof  *proof
+	check  *identityCheck
 	noBase bool
 	logged *buffer
 	events *eventServer
@@ -71,14 +69,14 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	must(t, err)
 	events, err := kube.NewEvents(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
 	must(t, err)
-	s.parts = parts{log: log, own: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: events}
+	s.parts = parts{log: log, self: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: events}
 	began := time.Now()
-	s.checks, s.proof = s.parts.readiness(t.Context(), new(atomic.Pointer[broker.Prefetch]))
+	s.checks, s.check = s.parts.readiness(nil, nil)
 	s.checks = slices.DeleteFunc(s.checks, func(c admin.Check) bool { return c.Name != "AWS identity" }) // All others need a cluster.
-	s.proof.based = func() bool { return !s.noBase }
-	s.proof.warmed = func() bool {
+	s.check.deciding = func() bool { return !s.noBase }
+	s.check.warm = func() bool {
 		settled, kept := sessions.Settled()
-		return settled == kept || time.Since(began) >= warmTime
+		return settled == kept || time.Since(began) >= maxWarmTime
 	}
 	for i := range pods {
 		must(t, sessions.Retain(grantOf(t, fmt.Sprint("role-", i)), "shop"))
@@ -88,7 +86,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	for _, run := range []func(context.Context) error{
 		sessions.Run, events.Run,
 		func(ctx context.Context) error { source.AwaitIdentity(ctx, log); return nil },
-		func(ctx context.Context) error { return s.proof.run(ctx, s.parts.reportIdentity) },
+		func(ctx context.Context) error { return s.check.run(ctx, s.parts.reportIdentity) },
 	} {
 		running.Go(func() { _ = run(ctx) })
 	}
@@ -260,7 +258,7 @@ func TestShortTroubleIsNotReported(t *testing.T) {
 			s.rightKeys()
 			s.sts.SetOutage(ststest.Failing)
 		})
-		time.Sleep(identityLook + 500*time.Millisecond) // The next call comes within 8 s.
+		time.Sleep(identityInterval + 500*time.Millisecond) // The next call comes within 8 s.
 		s.want("in the outage", false, "STS")
 		s.sts.SetOutage(ststest.NoOutage)
 		time.Sleep(time.Minute)
@@ -323,7 +321,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 				s.rightKeys()
 				s.sts.SetDefault(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Message: "Access Denied.", Status: http.StatusForbidden}})
 			})
-			time.Sleep(warmTime)
+			time.Sleep(maxWarmTime)
 			s.want("refused", true)
 		})
 	})
@@ -373,7 +371,7 @@ func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
 		}
 		return false
 	})
-	b.Logged(t, "This broker is not ready, because STS has not confirmed who it is")
+	b.Logged(t, "This broker is not ready, STS has not confirmed its identity")
 	if code, _ := b.get(b.admin, "/healthz"); code != http.StatusOK || b.ready() {
 		t.Errorf("/healthz answers %d, and ready is %v", code, b.ready())
 	}

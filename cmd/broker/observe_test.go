@@ -114,7 +114,7 @@ func TestNothingIsTracedByDefault(t *testing.T) {
 	}
 }
 
-// TestDebugPagesAreOnLoopback: unless another address is given, on purpose.
+// The debug pages are on loopback unless a flag sets another address, and then the broker logs a warning.
 func TestDebugPagesAreOnLoopback(t *testing.T) {
 	for _, tt := range []struct {
 		args       []string
@@ -130,37 +130,42 @@ func TestDebugPagesAreOnLoopback(t *testing.T) {
 		f := flag.NewFlagSet("credence-broker", flag.ContinueOnError)
 		f.SetOutput(io.Discard)
 		finish := flags(f)
-		if err := f.Parse(tt.args); err != nil {
+		if err := f.Parse(append(tt.args, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")); err != nil {
 			t.Fatal(err)
 		}
 		o, err := finish(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var logged bytes.Buffer
-		p := parts{log: slog.New(slog.NewJSONHandler(&logged, nil))}
-		p.sessions, p.decisions = newSessions(t), newDecisions(t)
-		listener, handler, err := p.debugPages(t.Context(), o)
+		l, err := listen(t.Context(), o)
 		if tt.wantsError != "" {
 			if err == nil || !strings.Contains(err.Error(), tt.wantsError) {
-				t.Errorf("%v: %v", tt.args, err)
+				t.Errorf("%v: %v, want an error with %q", tt.args, err, tt.wantsError)
 			}
 			continue
 		}
-		if err != nil || (listener != nil) != tt.serves || (handler != nil) != tt.serves {
-			t.Errorf("%v: listener %v, handler %v, %v", tt.args, listener, handler, err)
+		must(t, err)
+		defer func() { _, _ = l.calls.Close(), l.admin.Close() }()
+		if (l.debug != nil) != tt.serves {
+			t.Errorf("%v: debug pages have the listener %v, want one: %t", tt.args, l.debug, tt.serves)
 		}
-		if listener != nil {
-			_ = listener.Close()
+		if l.debug == nil {
+			continue
+		}
+		defer func() { _ = l.debug.Close() }()
+		var logged bytes.Buffer
+		p := parts{log: slog.New(slog.NewJSONHandler(&logged, nil)), sessions: newSessions(t), decisions: newDecisions(t)}
+		if handler, err := p.debugPages(t.Context(), l.debug.Addr()); err != nil || handler == nil {
+			t.Errorf("%v: debug pages %v, %v", tt.args, handler, err)
 		}
 		if strings.Contains(logged.String(), "WARN") != tt.warns {
-			t.Errorf("%v: logged %q", tt.args, logged.String())
+			t.Errorf("%v: logged %q, want a warning: %t", tt.args, logged.String(), tt.warns)
 		}
 	}
 	f := flag.NewFlagSet("credence-broker", flag.ContinueOnError)
 	flags(f)
 	if value := f.Lookup("debug-listen").DefValue; !strings.HasPrefix(value, "127.0.0.1:") {
-		t.Errorf("by default they are on %s", value)
+		t.Errorf("the default of --debug-listen is %s, want a loopback address", value)
 	}
 }
 

@@ -117,12 +117,12 @@ func coldStart(ctx context.Context, pods, roles int, limit rate.Limit) (fleet, e
 			pod, ok := all[key]
 			return pod, optedIn(pod.Namespace), ok
 		},
-		Rules: rules, Sessions: sessions, Logger: discard,
+		Sessions: sessions, Logger: discard,
 	})
 	if err != nil {
 		return fleet{}, err
 	}
-	for _, run := range []func(context.Context) error{sessions.Run, prefetch.Run} {
+	for _, run := range []func(context.Context) error{sessions.Run, func(ctx context.Context) error { return prefetch.Run(ctx, rules) }} {
 		go func() { _ = run(ctx) }()
 	}
 	began := time.Now()

@@ -96,7 +96,9 @@ func (f *fleet) startAt(addr netip.Addr, zone int) {
 		b.set(answers)
 		b.hear(f.latest())
 		b.prefetch.Changed(f.keys()...)
-		for _, run := range []func(context.Context) error{b.sessions.Run, b.prefetch.Run, b.placement.Run} {
+		for _, run := range []func(context.Context) error{
+			b.sessions.Run, func(ctx context.Context) error { return b.prefetch.Run(ctx, f.rules) }, b.placement.Run,
+		} {
 			b.running.Go(func() { _ = run(ctx) })
 		}
 		b.warm(ctx)
@@ -118,7 +120,7 @@ func (b *instance) build(t *testing.T) {
 	fatal(t, err)
 	b.placement = placement.New(placement.DefaultSettleTime)
 	b.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-		Lookup: f.lookup, Owns: b.placement.Owns, Rules: f.rules, Sessions: b.sessions, Logger: log,
+		Lookup: f.lookup, Owns: b.placement.Owns, Sessions: b.sessions, Logger: log,
 	})
 	fatal(t, err)
 	b.placement.OnChange(func() {
