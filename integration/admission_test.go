@@ -115,7 +115,7 @@ func TestMisspeltAnnotationIsRefusedWithTheRightOne(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t, ".*")
 	_, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), stack.Pod("app", map[string]string{"iam.amazonaws.com/roel": "cart"}), metav1.CreateOptions{})
-	if err == nil || !strings.Contains(err.Error(), `"iam.amazonaws.com/roel" is unknown: did you mean "iam.amazonaws.com/role"`) {
+	if err == nil || !strings.Contains(err.Error(), `"iam.amazonaws.com/roel" is unknown; did you mean "iam.amazonaws.com/role"`) {
 		t.Errorf("answered %v", err)
 	}
 }

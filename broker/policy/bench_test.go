@@ -8,7 +8,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// BenchmarkGrant is the decision that each call of a sidecar costs the broker.
+// BenchmarkGrant is the time of the decision that the broker makes for each call of a sidecar.
 func BenchmarkGrant(b *testing.B) {
 	permitted := map[policy.Key]string{policy.Permitted: rolePrefix + "(reader|team/.*)"}
 	limited := policy.File{KubernetesTags: true, SourceIdentity: policy.SourceServiceAccount, Namespaces: []policy.NamespaceRules{

@@ -18,7 +18,7 @@ func longest(path string) string {
 	return rolePrefix + strings.TrimRight(path[:510], "/") + "/" + strings.Repeat("a", 64)
 }
 
-// An expression that takes long to match with a role is refused for that role, and before it is matched.
+// The rules refuse an expression that would take long to match a role, and do not match it.
 func TestCostlyExpressions(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	for _, tt := range []struct{ expression, role string }{
@@ -41,7 +41,7 @@ func TestCostlyExpressions(t *testing.T) {
 	}
 }
 
-// What makes package syntax slow is refused before it is parsed.
+// The rules refuse expressions that make package syntax slow, and do not parse them.
 func TestExpressionsBeyondASCII(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	for _, tt := range []struct{ expression, names string }{
@@ -73,7 +73,7 @@ func TestDecisionsAreCached(t *testing.T) {
 	})}})
 	ended, end := context.WithCancel(t.Context())
 	end()
-	hold := rules.Hold(t) // from here on, what needs an evaluation does not get its turn
+	hold := rules.Hold(t) // from now on, no decision gets a turn
 	for _, tt := range []struct {
 		name    string
 		pod, ns map[policy.Key]string
@@ -81,11 +81,11 @@ func TestDecisionsAreCached(t *testing.T) {
 	}{
 		{"permitted", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: ".*"}, ""},
 		{"not permitted", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: ".*/writer"}, credential.ReasonRoleNotPermitted},
-		{"no expression", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: "("}, credential.ReasonAnnotationInvalid},
+		{"invalid expression", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: "("}, credential.ReasonAnnotationInvalid},
 		{"too costly", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.Permitted: "(((.*)*)*){1000}Z"}, credential.ReasonAnnotationInvalid},
 		{"allowed", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["read*"]`}, ""},
 		{"not allowed", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: `["write*"]`}, credential.ReasonRoleNotPermitted},
-		{"no list", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: "["}, credential.ReasonAnnotationInvalid},
+		{"invalid list", map[policy.Key]string{policy.Role: "reader"}, map[policy.Key]string{policy.AllowedRoles: "["}, credential.ReasonAnnotationInvalid},
 		{"rules: role", map[policy.Key]string{policy.Role: "writer"}, anything, credential.ReasonRulesRole},
 		{"rules: external id", map[policy.Key]string{policy.Role: "team/a", policy.ExternalID: "ext-1"}, anything, ""},
 		{"rules: another external id", map[policy.Key]string{policy.Role: "team/a", policy.ExternalID: "other"}, anything, credential.ReasonRulesExternalID},
@@ -97,25 +97,25 @@ func TestDecisionsAreCached(t *testing.T) {
 			return credential.ReasonOf(err)
 		}
 		if got := decide(); got != credential.ReasonNamespaceBusy {
-			t.Errorf("%s: decided with %q without an evaluation", tt.name, got)
+			t.Errorf("%s: the decision without a turn is %q", tt.name, got)
 		}
 		hold.Pause(func() {
 			if got := decide(); got != tt.reason {
-				t.Errorf("%s: decided with %q, want %q", tt.name, got, tt.reason)
+				t.Errorf("%s: the decision is %q, want %q", tt.name, got, tt.reason)
 			}
 		})
 		if got := decide(); got != tt.reason {
-			t.Errorf("%s: decided with %q from the cache, want %q", tt.name, got, tt.reason)
+			t.Errorf("%s: the cached decision is %q, want %q", tt.name, got, tt.reason)
 		}
 		other := shop(tt.ns)
 		other.Name = "other"
 		pod := cart(tt.pod)
 		pod.Namespace = "other"
 		if _, err := rules.Decide(ended, pod, other); credential.ReasonOf(err) != credential.ReasonNamespaceBusy {
-			t.Errorf("%s: another namespace is answered from the cache of this one: %v", tt.name, err)
+			t.Errorf("%s: another namespace gets a cached decision of this one: %v", tt.name, err)
 		}
 	}
-	// A new rules file decides at once.
+	// A new rules file takes effect immediately.
 	pod, ns := cart(map[policy.Key]string{policy.Role: "reader"}), shop(anything)
 	use(t, rules, policy.File{Namespaces: []policy.NamespaceRules{edit("*", func(n *policy.NamespaceRules) {
 		n.Accounts, n.Roles = []string{"*"}, []string{"/other"}
@@ -127,9 +127,9 @@ func TestDecisionsAreCached(t *testing.T) {
 	})
 }
 
-// BenchmarkCostlyNeighbor is what a decision of one namespace takes while 32 callers of another one need decisions that
-// cost as much as they may. One that is cached is measured beside the same without these callers, and one that waits
-// for its turn beside one of their decisions, of which it waits for one.
+// BenchmarkCostlyNeighbor is the time of a decision for one namespace while 32 callers of another namespace need decisions of
+// the maximum cost. It compares a cached decision with the same decision without these callers, and a decision that waits for
+// its turn with one of their decisions, because it waits for one of them.
 func BenchmarkCostlyNeighbor(b *testing.B) {
 	for _, cached := range []bool{true, false} {
 		b.Run(fmt.Sprintf("cached=%v", cached), func(b *testing.B) {

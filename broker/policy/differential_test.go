@@ -9,8 +9,8 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Whatever was decided before, a decision is the one that rules without a cache make: the texts of pods, namespaces and
-// rules files change all the time, and some are more than the cache has room for.
+// Whatever the cache has, a decision is the same as that of rules without a cache. The texts of pods, namespaces and rules
+// files change all the time, and some do not fit into the cache.
 func TestCacheChangesNoDecision(t *testing.T) {
 	padding := func(n int) string { return fmt.Sprintf("%*s", n, "") }
 	values := map[policy.Key][]string{

@@ -5,13 +5,13 @@ import (
 	"testing"
 )
 
-// What the tests outside of the package look into.
+// Internals for the tests outside of the package.
 var (
 	PodKeys       = podKeys[:]
 	NamespaceKeys = namespaceKeys
 )
 
-// Cached is how many texts and answers r has cached for a namespace, and about how many bytes they take.
+// Cached returns how many texts and answers r has cached for a namespace, and about how many bytes they take.
 func (r *Rules) Cached(namespace string) (texts, answers, cost int) {
 	r.cache.mu.RLock()
 	defer r.cache.mu.RUnlock()
@@ -26,14 +26,14 @@ func (r *Rules) Cached(namespace string) (texts, answers, cost int) {
 	return texts, answers, n.cost
 }
 
-// CachedCost is about how many bytes all that r has cached takes.
+// CachedCost returns about how many bytes the whole cache of r takes.
 func (r *Rules) CachedCost() int {
 	r.cache.mu.RLock()
 	defer r.cache.mu.RUnlock()
 	return r.cache.cost
 }
 
-// Uncached returns rules that decide as r does, and have nothing cached.
+// Uncached returns rules that decide as r does, with an empty cache.
 func (r *Rules) Uncached() *Rules {
 	u := &Rules{keys: r.keys, base: r.base, cluster: r.cluster, chained: r.chained, names: r.names}
 	u.limits.Store(r.limits.Load())

@@ -10,7 +10,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Roles of every partition are matched as those of the first one, by allowed-roles and by the rules file.
+// Roles of all partitions match in the same way, in allowed-roles and in the rules file.
 func TestPartitions(t *testing.T) {
 	for _, partition := range []string{"aws", "aws-cn", "aws-us-gov", "aws-iso", "aws-iso-b", "aws-eusc"} {
 		role := "arn:" + partition + ":iam::123456789012:role/team/reader"
@@ -56,7 +56,7 @@ func TestPartitions(t *testing.T) {
 	}
 }
 
-// Lists of globs are bounded by what one decision takes to walk them.
+// The length of lists of globs is limited, because a decision tries each glob.
 func TestGlobBounds(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	stars := func(n int) string { return strings.Repeat("*r", n) }
@@ -76,7 +76,7 @@ func TestGlobBounds(t *testing.T) {
 		}
 	}
 
-	// A rules file with such a glob is refused as a whole, and the one before stays.
+	// Use refuses a rules file with such a glob, and the previous file stays in force.
 	use(t, rules, entries(open("*")))
 	for name, change := range map[string]func(*policy.NamespaceRules){
 		"match":        func(n *policy.NamespaceRules) { n.Match = []string{stars(33)} },
@@ -89,7 +89,7 @@ func TestGlobBounds(t *testing.T) {
 			t.Errorf("a glob with 33 * in %s: %v", name, err)
 		}
 		if _, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(anything)); err != nil {
-			t.Errorf("after a wrong file: %v", err)
+			t.Errorf("after an invalid file: %v", err)
 		}
 	}
 	use(t, rules, entries(edit("*", func(n *policy.NamespaceRules) { n.Roles = []string{"*" + stars(31)} })))

@@ -16,11 +16,11 @@ func (r *Rules) permit(e *evaluation, role string, ns Namespace) error {
 	allowed, hasAllowed := ns.Annotations[r.names.allowedRoles]
 	if !hasPermitted && !hasAllowed {
 		return credential.Errorf(credential.ErrDenied, credential.ReasonNothingPermitted,
-			"namespace %q permits no roles: annotate it with %q, a regular expression that matches %s",
+			"namespace %q permits no roles; annotate it with %q, a regular expression that matches %s",
 			ns.Name, r.names.permitted, role)
 	}
 	if hasPermitted {
-		if ok, err := e.ask(permittedText, permitted, role, matchExpression); err != nil {
+		if ok, err := e.answer(permittedText, permitted, role, matchExpression); err != nil {
 			return invalidNamespace(ns, r.names.permitted, err)
 		} else if ok {
 			return nil
@@ -28,7 +28,7 @@ func (r *Rules) permit(e *evaluation, role string, ns Namespace) error {
 	}
 	needsBase := false
 	if hasAllowed {
-		ok, err := e.ask(allowedText, allowed, role, matchAllowed)
+		ok, err := e.answer(allowedText, allowed, role, matchAllowed)
 		switch {
 		case ok:
 			return nil
@@ -41,23 +41,23 @@ func (r *Rules) permit(e *evaluation, role string, ns Namespace) error {
 	if needsBase {
 		return r.needsBase(fmt.Sprintf("annotation %q of namespace %q has names that are not full ARNs", r.names.allowedRoles, ns.Name))
 	}
-	var says []string
+	var reasons []string
 	if hasPermitted {
-		says = append(says, fmt.Sprintf("annotation %q is %s and must match the whole ARN", r.names.permitted, quote(permitted)))
+		reasons = append(reasons, fmt.Sprintf("annotation %q is %s and must match the whole ARN", r.names.permitted, quote(permitted)))
 	}
 	if hasAllowed {
-		says = append(says, fmt.Sprintf("annotation %q is %s and none of its globs matches the whole ARN", r.names.allowedRoles, quote(allowed)))
+		reasons = append(reasons, fmt.Sprintf("annotation %q is %s and none of its globs matches the whole ARN", r.names.allowedRoles, quote(allowed)))
 	}
 	return credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted,
 		"namespace %q does not permit role %s: its %s; change the namespace's annotation, or the pod's %q",
-		ns.Name, role, strings.Join(says, ", and its "), r.keys.Name(Role))
+		ns.Name, role, strings.Join(reasons, ", and its "), r.keys.Name(Role))
 }
 
-// maxQuoted bounds what a message quotes of a namespace's annotation, in bytes: a few ARNs.
+// maxQuoted is how much of a namespace's annotation a message quotes, in bytes: a few ARNs.
 const maxQuoted = 200
 
-// quote returns the beginning of a text for a message: in backquotes, so that expressions and JSON stay as they were
-// written, or in quotes with escapes if it has characters beyond printable ASCII.
+// quote returns the beginning of a text for a message: in backquotes, so that expressions and JSON appear as written, or in
+// quotes with escapes if it has characters beyond printable ASCII.
 func quote(text string) string {
 	more := ""
 	if len(text) > maxQuoted {
@@ -71,25 +71,25 @@ func quote(text string) string {
 
 // matchExpression reports whether a text of [Permitted] matches the role of that ARN.
 func matchExpression(e *evaluation, text, role string) (bool, error) {
-	compiled, err := meaning(e, permittedText, text, pattern.Compile)
+	compiled, err := compile(e, permittedText, text, pattern.Compile)
 	if err != nil {
 		return false, err
 	}
 	return compiled.Match(role)
 }
 
-// errNeedsBase says that no full ARN in [AllowedRoles] matches, and that its names need a base ARN.
+// errNeedsBase is the error if no full ARN in [AllowedRoles] matches, and its other names need a base ARN.
 var errNeedsBase = errors.New("names need a base ARN")
 
 // matchAllowed reports whether a text of [AllowedRoles] matches the role of that ARN.
 func matchAllowed(e *evaluation, text, role string) (bool, error) {
-	globs, err := meaning(e, allowedText, text, pattern.ParseGlobs)
+	globs, err := compile(e, allowedText, text, pattern.ParseGlobs)
 	if err != nil {
 		return false, err
 	}
 	r := e.rules
 	for _, g := range globs {
-		// What the base puts before a glob has no *, so the parts can be matched one by one.
+		// The part that the base ARN adds before a glob has no *, so both parts can be matched one after the other.
 		rest, ok := role, true
 		if !strings.HasPrefix(g.First(), "arn:") {
 			if r.base.IsZero() {
@@ -105,8 +105,8 @@ func matchAllowed(e *evaluation, text, role string) (bool, error) {
 	return false, err
 }
 
-// before is what completes a glob, in the way in which the names of roles are completed: a /PATH/NAME
-// stands in the base's account, without the base's own path.
+// before returns the text that completes a glob to an ARN, as the base completes names of roles: a /PATH/NAME is in the
+// base's account, without the base's own path.
 func (r *Rules) before(g pattern.Glob) string {
 	if strings.HasPrefix(g.First(), "/") {
 		return r.names.account
@@ -129,15 +129,14 @@ func (r *Rules) permitTags(tags []Tag, ns Namespace) error {
 	for _, tag := range tags {
 		if !slices.Contains(keys, tag.Key) {
 			return credential.Errorf(credential.ErrDenied, credential.ReasonTagNotPermitted,
-				"namespace %q does not permit pods to set session tag %q: add it to the namespace's %q",
+				"namespace %q does not permit pods to set session tag %q; add it to the namespace's %q",
 				ns.Name, tag.Key, r.keys.Name(PermittedTags))
 		}
 	}
 	return nil
 }
 
-// invalidNamespace refuses because the namespace's own annotation is wrong: what cannot be read
-// permits nothing.
+// invalidNamespace refuses because the namespace's own annotation is invalid: an invalid annotation permits nothing.
 func invalidNamespace(ns Namespace, name string, err error) error {
 	return &credential.Error{
 		Kind: credential.ErrInvalid, Reason: credential.ReasonAnnotationInvalid,

@@ -15,7 +15,7 @@ func routingKey(t *testing.T, pod policy.Pod) policy.RoutingKey {
 	return key
 }
 
-// Pods that share a session are asked for at the same brokers; what has no part in a session has none in its place.
+// Pods that share a session have the same owners. A setting that does not affect the session does not affect its owners.
 func TestRoutingKey(t *testing.T) {
 	type change func(pod *policy.Pod, pairs map[policy.Key]string)
 	with := func(key policy.Key, value string) change {
@@ -42,7 +42,7 @@ func TestRoutingKey(t *testing.T) {
 		{"its sidecar's port", nil, with(policy.SidecarPort, "9780"), true},
 		{"its sidecar's log", nil, with(policy.SidecarLogLevel, "debug"), true},
 		{"blanks", nil, with(policy.Role, " reader\n"), true},
-		{"the default said", nil, with(policy.Duration, "60m"), true},
+		{"the default, set", nil, with(policy.Duration, "60m"), true},
 		{"another role", nil, with(policy.Role, "writer"), false},
 		{"session name", nil, with(policy.SessionName, "mine"), false},
 		{"external id", nil, with(policy.ExternalID, "mine"), false},
@@ -95,7 +95,7 @@ func TestRoutingKeyOfWebhookAndBroker(t *testing.T) {
 	}
 }
 
-// A changed form moves every session once: no change for its own sake.
+// The key is the same in each version. Another form would move every session to other brokers once.
 func TestRoutingKeyIsTheSameInEveryVersion(t *testing.T) {
 	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Request: request(map[policy.Key]string{
 		policy.Role: "reader", policy.SessionTags: "b=2,a=1", policy.SessionScope: "pod", policy.Duration: "2h", policy.ExternalID: "id",
@@ -105,7 +105,7 @@ func TestRoutingKeyIsTheSameInEveryVersion(t *testing.T) {
 	}
 }
 
-func TestRoutingKeyOfWhatDoesNotParse(t *testing.T) {
+func TestRoutingKeyOfInvalidAnnotations(t *testing.T) {
 	pod := cart(map[policy.Key]string{policy.Role: "reader", policy.Duration: "long"})
 	if key, err := pod.RoutingKey(); err == nil || key != "" {
 		t.Errorf("RoutingKey = %q, %v", key, err)

@@ -41,7 +41,7 @@ func Compile(text string) (e Expression, cost int, err error) {
 		return Expression{}, 0, fmt.Errorf("has %d characters, the limit is %d", len(text), maxExpression)
 	}
 	if beyond := beyondASCII.FindString(text); beyond != "" {
-		return Expression{}, 0, fmt.Errorf("%.200q has %q, and a role's ARN has letters, digits and marks of ASCII only: write the characters themselves, or a class such as [a-z]", text, beyond)
+		return Expression{}, 0, fmt.Errorf("%.200q has %q, and a role's ARN has letters, digits and marks of ASCII only; write the characters themselves, or a class such as [a-z]", text, beyond)
 	}
 	// Compile parses the text alone first. An expression such as "a)|(?:.*" is invalid by itself, but inside a group it
 	// becomes a valid one that matches everything.

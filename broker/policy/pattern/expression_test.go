@@ -38,7 +38,7 @@ func names(n int) string {
 	return strings.Join(list, "|")
 }
 
-// Expressions as namespaces have them pass with the longest ARN, and far from the limit.
+// Expressions of real namespaces match the longest ARN with a tenth of the limit at most.
 func TestOrdinaryExpressionsAreCheap(t *testing.T) {
 	for _, expression := range []string{
 		".*",
@@ -72,14 +72,14 @@ func TestOrdinaryExpressionsAreCheap(t *testing.T) {
 	}
 }
 
-// Visits are counted by what the engines do: each instruction once at each position that reaches it.
+// visits counts as the engines do: each instruction once at each position that reaches it.
 func TestVisits(t *testing.T) {
 	for _, tt := range []struct {
 		expression, text string
 		want             int
 	}{
 		{"abc", "abc", 4},                  // three characters and the match
-		{"abc", "abd", 3},                  // ends where none is left
+		{"abc", "abd", 3},                  // ends when no instruction is left
 		{"abc", "ab", 3},                   // likewise
 		{"", "a", 2},                       // nothing, and the match
 		{"a|b", "a", 2},                    // a class
@@ -87,7 +87,7 @@ func TestVisits(t *testing.T) {
 		{"a*", "aaa", 4 * 3},               // alternative, a and match, at each of four positions
 		{"(a)", "a", 4},                    // both ends of the group count
 		{"^a$", "a", 4},                    // so do assertions
-		{`\bb`, "a", 2},                    // whether they hold is not looked at
+		{`\bb`, "a", 2},                    // whether they match is not checked
 		{"(?:a?){3}", "aa", 7 + 5 + 3},     // one part less at each position
 		{"(?:a*)*b", "a", 2 * 3},           // loops in loops end
 		{`[a-z]\pL(?s:.).`, "abc:", 4 + 1}, // each way to accept a character
@@ -98,14 +98,13 @@ func TestVisits(t *testing.T) {
 			t.Errorf("%q with %q: %d visits, %v, want %d", tt.expression, tt.text, n, err, tt.want)
 		}
 	}
-	// It stops where the limit is passed.
+	// It stops beyond the limit.
 	if n, err := countVisits("(.*){1000}", strings.Repeat("a", 1000)); err != nil || n != maxVisits+1 {
 		t.Errorf("%d visits, %v: the count goes beyond %d", n, err, maxVisits)
 	}
 }
 
-// BenchmarkVisits is the time per visit of the expressions that are the most expensive for each engine of package
-// regexp, among the accepted expressions.
+// BenchmarkVisits is the time per visit of the most expensive valid expressions, for each engine of package regexp.
 func BenchmarkVisits(b *testing.B) {
 	role := longest("a")
 	for _, bench := range []struct{ name, expression string }{
@@ -132,7 +131,7 @@ func BenchmarkVisits(b *testing.B) {
 	}
 }
 
-// BenchmarkCompile is the time to compile the accepted texts that take longest.
+// BenchmarkCompile is the time to compile the valid texts that take longest.
 func BenchmarkCompile(b *testing.B) {
 	fill := func(part string) string { return strings.Repeat(part, 4000/len(part)) }
 	for _, bench := range []struct{ name, expression string }{

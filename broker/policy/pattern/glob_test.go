@@ -7,8 +7,8 @@ import (
 	"unicode/utf8"
 )
 
-// A glob matches a whole text: what stands before the first * begins it, what stands behind the last * ends it, and
-// what stands between is found in that order, without overlap.
+// A glob matches a whole text: the text begins with the part before the first *, ends with the part behind the last *, and has
+// the other parts in between, in order and without overlap.
 func TestGlobs(t *testing.T) {
 	for _, tt := range []struct {
 		glob, text string
@@ -44,7 +44,7 @@ func TestGlobs(t *testing.T) {
 		{"a*c", "abc", true},
 		{"a*c", "abcd", false},
 		{"a*c", "babc", false},
-		{"a*a", "a", false}, // one a is not both
+		{"a*a", "a", false}, // one a does not match twice
 		{"a*a", "aa", true},
 		{"ab*ba", "aba", false},
 		{"ab*ba", "abba", true},
@@ -53,8 +53,8 @@ func TestGlobs(t *testing.T) {
 		{"*b*", "b", true},
 		{"*b*", "ac", false},
 		{"*a*b*", "ab", true},
-		{"*a*b*", "ba", false}, // in their order
-		{"*a*a*", "a", false},  // not twice the same
+		{"*a*b*", "ba", false}, // the order matters
+		{"*a*a*", "a", false},  // the same a does not match twice
 		{"*a*a*", "xaya", true},
 		{"*ab*b", "ab", false},
 		{"*ab*b", "abb", true},
@@ -79,7 +79,7 @@ func TestGlobs(t *testing.T) {
 	}
 }
 
-// FuzzGlob holds globs against the regular expressions that mean the same.
+// FuzzGlob compares globs with equivalent regular expressions.
 func FuzzGlob(f *testing.F) {
 	for _, pair := range [][2]string{{"a*", "abc"}, {"*", ""}, {"", ""}, {"a*a", "a"}, {"*a*b*", "xaxbx"}, {"a**b", "ab"}, {"ab*ba", "aba"}, {"a.c", "abc"}} {
 		f.Add(pair[0], pair[1])
