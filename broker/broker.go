@@ -1,10 +1,9 @@
-// Package broker exchanges a pod's identity for AWS credentials. It is the one place where the
-// parts meet: verify the token, bind it to the live pod, decide on the grant, answer from the
-// cache, and write down what was decided.
+// Package broker exchanges a pod's identity for AWS credentials. It connects the parts: verify the token, bind it to the live
+// pod, decide on the grant, get the session from the cache, and record the decision in the audit log. It also prefetches the
+// sessions that the broker owns.
 //
-// Its promise: no credential leaves without a valid token for our audience, a live pod, an opted-in
-// namespace and a permitted role; there is no fallback. It knows neither Kubernetes nor AWS: those
-// are behind the interfaces of [Config].
+// It guarantees: no credentials leave without a valid token for our audience, a live pod, an opted-in namespace and a
+// permitted role. There is no fallback. Kubernetes and AWS are behind the interfaces of [Config].
 package broker
 
 import (
@@ -31,45 +30,44 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Binder finds the live pod behind a verified identity.
+// Binder finds the live pod of a verified identity.
 //
-// Bind returns the pod and its namespace as they are now. It refuses with
-// credential.ErrNotFound or credential.ErrDenied a pod that is gone, was recreated, has finished or
-// was not injected, and answers credential.ErrUnavailable only when that could not be found out.
+// Bind returns the current pod and its namespace. It refuses a pod that is gone, was recreated, has finished or was not
+// injected, with credential.ErrNotFound or credential.ErrDenied. If it cannot find out, it returns credential.ErrUnavailable.
 type Binder interface {
 	Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error)
 }
 
-// Sessions answers grants.
+// Sessions has the sessions of grants.
 //
-// Get returns a valid session for the grant of a pod in the namespace, waiting no longer than ctx, or
-// cache.ErrTenantFull where the namespace has as many distinct grants as it may.
+// Get returns a valid session for the grant of a pod in the namespace. It waits until ctx ends at most. If the namespace has
+// its maximum of distinct grants, it returns cache.ErrTenantFull.
 type Sessions interface {
 	Get(ctx context.Context, grant policy.Grant, namespace string) (cache.Value, error)
 }
 
 // Config configures [New].
 type Config struct {
-	// Verifier proves tokens. Required.
+	// Verifier verifies tokens. Required.
 	Verifier identity.Verifier
 	// Binder finds pods. Required.
 	Binder Binder
 	// Rules decide on grants. Required.
 	Rules *policy.Rules
-	// Sessions answers grants. Required.
+	// Sessions has the sessions of grants. Required.
 	Sessions Sessions
 	// Audit records every decision. It is not one of Observers, because it can refuse: if it must record each decision and
 	// cannot, the pod gets no credentials. Required.
 	Audit *audit.Log
-	// Region is told to pods that ask for none themselves. Default: none is told.
+	// Region is the region in responses to pods that set none. Default: none.
 	Region string
 	// Observers are notified of each call, in order. Default: none.
 	Observers []Observer
-	// Logger is told of failures that are the broker's own. Required.
+	// Logger receives the broker's own failures. Required.
 	Logger *slog.Logger
 }
 
-// Broker answers the one RPC; [Serve] puts it on a listener.
+// Broker serves the one RPC. [Broker.Serve] serves it on a listener.
 type Broker struct {
 	brokerpb.UnimplementedBrokerServer
 	cfg         Config
@@ -82,7 +80,7 @@ func New(cfg Config) (*Broker, error) {
 		return nil, errors.New("a broker needs a Verifier, a Binder, Rules, Sessions, an Audit log and a Logger")
 	}
 	if !brokerpb.ValidRegion(cfg.Region) {
-		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens: sidecars take no other", cfg.Region)
+		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens, because sidecars accept no other", cfg.Region)
 	}
 	connections, err := newConnections()
 	if err != nil {
@@ -91,19 +89,18 @@ func New(cfg Config) (*Broker, error) {
 	return &Broker{cfg: cfg, connections: connections}, nil
 }
 
-// replyMargin is shaved off the caller's deadline, so that the caller hears from us what took so
-// long, and not from its own clock that something did.
+// replyMargin is how long before the caller's deadline the broker responds, so that the caller learns what took so long.
 const replyMargin = 50 * time.Millisecond
 
-// maxCall bounds a call whose caller sets no deadline, or a long one.
+// maxCall bounds a call whose caller sets no deadline or a late one.
 const maxCall = 30 * time.Second
 
 // GetCredentials implements brokerpb.BrokerServer.
 func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
 	began := time.Now()
 	deadline := began.Add(maxCall)
-	if asked, ok := ctx.Deadline(); ok && asked.Before(deadline) {
-		deadline = asked
+	if callers, ok := ctx.Deadline(); ok && callers.Before(deadline) {
+		deadline = callers
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline.Add(-replyMargin))
 	defer cancel()
@@ -129,7 +126,7 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	}
 	if err != nil {
 		if credential.ReasonOf(err) == credential.ReasonInternal {
-			b.cfg.Logger.ErrorContext(ctx, "Answering failed", "namespace", entry.Namespace, "pod", entry.Pod, "error", err)
+			b.cfg.Logger.ErrorContext(ctx, "Could not serve a call", "namespace", entry.Namespace, "pod", entry.Pod, "error", err)
 		}
 		return nil, brokerpb.ToStatus(err).Err()
 	}
@@ -166,7 +163,7 @@ func (b *Broker) decide(ctx context.Context, call *Call) (lease credential.Lease
 	entry.Namespace, entry.Pod, entry.PodUID, entry.ServiceAccount = id.Namespace, id.Name, id.UID, id.ServiceAccount
 	if conn := connectionOf(ctx); conn != nil && !conn.Authenticated(id.Namespace, id.UID) {
 		return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonBrokerBusy,
-			"this broker has too many calls at once, of this pod or of all in namespace %q; call another broker, or try again later", id.Namespace)
+			"this broker has too many calls at once from this pod or from namespace %q; call another broker, or try again later", id.Namespace)
 	}
 	pod, ns, err := b.cfg.Binder.Bind(ctx, id)
 	if err != nil {
@@ -181,7 +178,7 @@ func (b *Broker) decide(ctx context.Context, call *Call) (lease credential.Lease
 	session, err := b.cfg.Sessions.Get(ctx, grant, pod.Namespace)
 	if errors.Is(err, cache.ErrTenantFull) {
 		err = credential.Errorf(credential.ErrDenied, credential.ReasonTooManyGrants,
-			"namespace %q has as many distinct sessions as one namespace may: let its pods share them, by equal annotations and a wider %q",
+			"namespace %q has the maximum of distinct sessions; let its pods share them, by equal annotations and a wider %q",
 			pod.Namespace, b.cfg.Rules.Keys().Name(policy.SessionScope))
 	}
 	if err != nil {
@@ -196,7 +193,7 @@ func (b *Broker) decide(ctx context.Context, call *Call) (lease credential.Lease
 	return credential.Lease{Credential: session.Credential, Role: grant.Role(), Region: region, RefreshAfter: session.RefreshAfter}, nil
 }
 
-// bearer takes the token out of the call's metadata.
+// bearer returns the token of the call's metadata.
 func bearer(ctx context.Context) (identity.UnverifiedToken, error) {
 	values := metadata.ValueFromIncomingContext(ctx, "authorization")
 	if len(values) == 1 {
@@ -206,10 +203,10 @@ func bearer(ctx context.Context) (identity.UnverifiedToken, error) {
 		}
 	}
 	return identity.UnverifiedToken{}, credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenMissing,
-		`the call carries no service-account token: send exactly one "authorization: Bearer TOKEN"`)
+		`the call has no service-account token; send exactly one "authorization: Bearer TOKEN"`)
 }
 
-// message is the part of err that may leave the process.
+// message returns the part of err that may leave the process.
 func message(err error) string {
 	if e, ok := errors.AsType[*credential.Error](err); ok {
 		return e.Message

@@ -214,10 +214,10 @@ func (e *Events) room(now time.Time) bool {
 func (e *Events) share(namespace string) *rate.Limiter {
 	share := e.shares[namespace]
 	if share == nil {
-		if len(e.shares) >= maxShares {
+		if len(e.shares) >= maxLimiters {
 			maps.DeleteFunc(e.shares, func(_ string, s *rate.Limiter) bool { return s.Tokens() >= namespaceEventBurst })
 		}
-		if len(e.shares) >= maxShares {
+		if len(e.shares) >= maxLimiters {
 			return rate.NewLimiter(0, 0) // A thousand namespaces full of refusals have something to be read already.
 		}
 		share = rate.NewLimiter(namespaceEventsPerSecond, namespaceEventBurst)

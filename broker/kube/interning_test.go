@@ -26,7 +26,7 @@ func TestAnnotationsAreParsedOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	var parsed atomic.Int64
-	in := &interning{annotations: bears(keys), parse: func(annotations map[string]string) *policy.Request {
+	in := &interning{annotations: hasPrefix(keys), parse: func(annotations map[string]string) *policy.Request {
 		parsed.Add(1)
 		return keys.Request(annotations)
 	}}

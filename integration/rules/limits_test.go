@@ -36,7 +36,7 @@ var limits = []struct {
 	{"| anyone who is refused | audit lines", seconds, "broker/audit", []string{"Window"}},
 	{"| pods with a valid token | calls", number, "broker", []string{"maxPerPod", "maxAuthenticated"}},
 	{"| the same | audit lines", number, "broker/audit", []string{"buffered", "MaxLine"}},
-	{"| the same, if the watches", number, "broker/kube", []string{"liveReadsPerSecond", "liveReadBurst", "shareReadsPerSecond", "shareReadBurst"}},
+	{"| the same, if the watches", number, "broker/kube", []string{"liveReadsPerSecond", "liveReadBurst", "namespaceReadsPerSecond", "namespaceReadBurst"}},
 	{"| the same, if the watches", seconds, "broker/kube", []string{"liveReadTimeout"}},
 	{"| the same | refusals and warnings", number, "broker/kube", []string{"namespaceEventBurst", "eventBurst", "eventsPerSecond"}},
 	{"| anyone at port 9443 | connections, by", number, "webhook", []string{"maxConnections", "maxWaiting"}},
