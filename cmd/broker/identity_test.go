@@ -31,8 +31,8 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// starting is a broker that starts, as far as its readiness depends on AWS: the real STS client before a real STS, the real
-// cache, and Events that are written to an API server that takes nothing else.
+// starting is a starting broker, with the parts of its readiness that depend on AWS: the real STS client with an STS double, the
+// real cache, and Events in an API server that accepts nothing else.
 type starting struct {
 	t      *testing.T
 	sts    *ststest.Server
@@ -45,7 +45,7 @@ type starting struct {
 	events *eventServer
 }
 
-// start starts it. Its STS has no GetCallerIdentity if compatible is set. It runs in a synctest bubble, and has wrong keys.
+// start starts it with wrong keys, in a synctest bubble. If compatible is set, its STS has no GetCallerIdentity.
 func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *starting {
 	t.Helper()
 	server, err := ststest.StartInMemory(t.Context(), ststest.Config{})
@@ -98,13 +98,13 @@ func (s *starting) setKeys(id, secret string) {
 	must(s.t, os.WriteFile(s.keys, fmt.Appendf(nil, "[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret), 0o600))
 }
 
-// rightKeys are what an operator puts in the place of the wrong ones.
+// rightKeys replaces the wrong keys, as a cluster admin does.
 func (s *starting) rightKeys() {
 	id, secret := s.sts.Keys()
 	s.setKeys(id, secret.Reveal())
 }
 
-// ready returns what /readyz answers.
+// ready returns the response of /readyz.
 func (s *starting) ready() (ok bool, text string) {
 	synctest.Wait()
 	w := httptest.NewRecorder()
@@ -120,7 +120,7 @@ func (s *starting) want(what string, want bool, words ...string) {
 	}
 	for _, w := range words {
 		if !strings.Contains(text, w) {
-			s.t.Errorf("%s: /readyz does not say %q: %s", what, w, text)
+			s.t.Errorf("%s: /readyz does not have %q: %s", what, w, text)
 		}
 	}
 	if strings.Contains(text, "wrong-secret") || strings.Contains(s.logged.String(), "wrong-secret") {
@@ -128,7 +128,7 @@ func (s *starting) want(what string, want bool, words ...string) {
 	}
 }
 
-// buffer is a log that is read while it is written.
+// buffer is a log that tests read while the broker writes it.
 type buffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -146,7 +146,7 @@ func (b *buffer) String() string {
 	return b.buf.String()
 }
 
-// eventServer is an API server that takes Events.
+// eventServer is an API server that accepts Events.
 type eventServer struct {
 	mu    sync.Mutex
 	taken []eventsv1.Event
@@ -167,7 +167,7 @@ func (e *eventServer) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: http.StatusCreated, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader(`{"kind":"Event","apiVersion":"events.k8s.io/v1"}`))}, nil
 }
 
-// notes are those of the Events so far, which are warnings on the broker's own pod.
+// notes returns the notes of the Events so far, which must be warnings on the broker's own pod.
 func (e *eventServer) notes(t *testing.T) (all []string) {
 	t.Helper()
 	e.mu.Lock()
@@ -196,8 +196,9 @@ func grantOf(t *testing.T, role string) policy.Grant {
 	return g
 }
 
-// A broker with wrong keys never is in the place of one that works, and says why where an operator looks.
-func TestWrongKeysAreNotReady(t *testing.T) {
+// A broker with wrong keys does not become ready, so it replaces no broker that works. It reports why in /readyz, in the log and
+// in an Event.
+func TestBrokerWithWrongKeysIsNotReady(t *testing.T) {
 	for name, pods := range map[string]int{"no pods": 0, "with pods": 3} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -207,19 +208,19 @@ func TestWrongKeysAreNotReady(t *testing.T) {
 				s.want("wrong keys", false, problem, "Secret")
 				notes := s.events.notes(t)
 				if len(notes) != 1 || !strings.Contains(notes[0], problem) || !strings.Contains(notes[0], "not ready") {
-					t.Errorf("the Events say %q, want one with the problem", notes)
+					t.Errorf("the Events have %q, want one with the problem", notes)
 				}
 				if !strings.Contains(s.logged.String(), problem) {
-					t.Errorf("the log does not say %q:\n%.2000s", problem, s.logged)
+					t.Errorf("the log does not have %q:\n%.2000s", problem, s.logged)
 				}
-				// Another mistake is another Event, and the same one comes again when the first has expired.
+				// Another problem gets another Event. A lasting problem gets a new Event when the first has expired.
 				id, _ := s.sts.Keys()
 				s.setKeys(id, "wrong-secret")
 				time.Sleep(2 * time.Minute)
 				s.want("a wrong secret", false, "(SignatureDoesNotMatch)")
 				time.Sleep(time.Hour)
 				if notes := s.events.notes(t); len(notes) != 3 || !strings.Contains(notes[1], "SignatureDoesNotMatch") || notes[2] != notes[1] {
-					t.Errorf("after an hour the Events say %q", notes)
+					t.Errorf("after an hour the Events have %q", notes)
 				}
 				s.rightKeys()
 				time.Sleep(2 * time.Minute)
@@ -229,7 +230,7 @@ func TestWrongKeysAreNotReady(t *testing.T) {
 	}
 }
 
-// A broker that starts in an outage of STS leaves the work to the others, and is ready by itself as soon as STS answers.
+// A broker that starts in an outage of STS is not ready, so the other brokers serve. It becomes ready as soon as STS responds.
 func TestRestartInAnOutage(t *testing.T) {
 	for name, outage := range map[string]ststest.Outage{"failing": ststest.Failing, "unreachable": ststest.Refusing} {
 		t.Run(name, func(t *testing.T) {
@@ -241,7 +242,7 @@ func TestRestartInAnOutage(t *testing.T) {
 				time.Sleep(time.Hour)
 				s.want("in the outage", false, "STS")
 				if notes := s.events.notes(t); len(notes) == 0 {
-					t.Error("no Event says why")
+					t.Error("no Event has the reason")
 				}
 				s.sts.SetOutage(ststest.NoOutage)
 				time.Sleep(10 * time.Second)
@@ -251,7 +252,7 @@ func TestRestartInAnOutage(t *testing.T) {
 	}
 }
 
-// A call that is lost at the start is no news.
+// A lost call at the start makes no Event.
 func TestShortTroubleIsNotReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 0, func(s *starting) {
@@ -264,12 +265,12 @@ func TestShortTroubleIsNotReported(t *testing.T) {
 		time.Sleep(time.Minute)
 		s.want("after it", true)
 		if notes := s.events.notes(t); len(notes) != 0 {
-			t.Errorf("the Events say %q", notes)
+			t.Errorf("the Events have %q", notes)
 		}
 	})
 }
 
-// A ready broker stays ready, whatever happens to STS and to the broker's keys.
+// A ready broker stays ready if STS or the broker's keys fail later.
 func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 2, (*starting).rightKeys)
@@ -278,16 +279,16 @@ func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 		for _, outage := range []ststest.Outage{ststest.Failing, ststest.Refusing, ststest.NoOutage} {
 			s.sts.SetOutage(outage)
 			s.setKeys("AKIAWRONG", "wrong-secret")
-			time.Sleep(90 * time.Minute) // Every session has ended.
+			time.Sleep(90 * time.Minute) // Every session has expired.
 			s.want("when no session is left", true)
 		}
 		if notes := s.events.notes(t); len(notes) != 0 {
-			t.Errorf("the Events say %q", notes)
+			t.Errorf("the Events have %q", notes)
 		}
 	})
 }
 
-// A service without GetCallerIdentity, such as MinIO, does not say who the broker is. Its sessions do.
+// A service without GetCallerIdentity, such as MinIO, cannot confirm the broker's identity. A session confirms it.
 func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 	t.Run("a first installation has no pods", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -331,7 +332,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 			time.Sleep(5 * time.Minute)
 			s.want("wrong keys", false, "none of 2 sessions could be fetched", "--sts-endpoint")
 			if notes := s.events.notes(t); len(notes) != 1 {
-				t.Errorf("the Events say %q", notes)
+				t.Errorf("the Events have %q", notes)
 			}
 			s.rightKeys()
 			time.Sleep(2 * time.Minute)
@@ -340,7 +341,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 	})
 }
 
-// If STS does not respond to GetCallerIdentity, but does for a role that pods want, the broker can do its job.
+// If STS does not respond to GetCallerIdentity, but returns a session for a role that pods request, the broker is ready.
 func TestSessionProvesIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 1, func(s *starting) {
@@ -352,7 +353,7 @@ func TestSessionProvesIdentity(t *testing.T) {
 	})
 }
 
-// The program itself, with wrong keys: it lives, is not ready, and says why on its own pod.
+// The program with wrong keys is alive, is not ready, and writes an Event on its own pod.
 func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -373,6 +374,6 @@ func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
 	})
 	b.Logged(t, "This broker is not ready, STS has not confirmed its identity")
 	if code, _ := b.get(b.admin, "/healthz"); code != http.StatusOK || b.ready() {
-		t.Errorf("/healthz answers %d, and ready is %v", code, b.ready())
+		t.Errorf("/healthz returns %d, and ready is %v", code, b.ready())
 	}
 }

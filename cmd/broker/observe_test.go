@@ -40,8 +40,7 @@ func (s *sink) Write(p []byte) (int, error) {
 	return s.buf.Write(p)
 }
 
-// TestOneTrace: the sidecar's client, a broker with its cache, and STS are in one trace, of which the client
-// knows the id.
+// The sidecar's client, a broker with its cache, and STS are in one trace. The client has its id.
 func TestOneTrace(t *testing.T) {
 	collector := otlptest.Start(t)
 	log := slog.New(slog.DiscardHandler)
@@ -83,7 +82,7 @@ func TestOneTrace(t *testing.T) {
 	}
 	ended, end := context.WithCancel(t.Context())
 	end()
-	if err := traces.Run(ended); err != nil { // hands over what there is
+	if err := traces.Run(ended); err != nil { // sends all spans
 		t.Fatal(err)
 	}
 
@@ -171,7 +170,7 @@ func TestDebugPagesAreOnLoopback(t *testing.T) {
 
 func TestTraceFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"--trace-ratio=7":                                                           "", // of no effect, as nothing is traced
+		"--trace-ratio=7":                                                           "", // has no effect without --trace-endpoint
 		"--trace-endpoint=http://127.0.0.1:4317":                                    "",
 		"--trace-endpoint=127.0.0.1:4317":                                           "--trace-endpoint",
 		"--trace-endpoint=http://127.0.0.1:4317 --trace-ratio=1.5":                  "from 0 to 1",
