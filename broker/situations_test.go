@@ -135,7 +135,7 @@ func TestSTSAwayForLong(t *testing.T) {
 		begin time.Duration // when the first sessions fall due is after 24 minutes
 	}{
 		{"throttles", ststest.Throttling(), 24 * time.Minute},
-		{"is away", ststest.Unavailable(), 24 * time.Minute},
+		{"is unavailable", ststest.Unavailable(), 24 * time.Minute},
 		{"hangs up", ststest.Drop(), 33 * time.Minute},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -200,7 +200,7 @@ var wiring = []struct {
 			}
 		}
 	}},
-	{"region", "pods are told that region", func(w *world) {
+	{"region", "responses have that region", func(w *world) {
 		b := w.start("--region=ap-southeast-2")
 		if lease := b.mustServe(w.pod("cart-1", "cart")); lease.Region != "ap-southeast-2" {
 			w.Errorf("the region is %q", lease.Region)
