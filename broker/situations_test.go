@@ -345,7 +345,7 @@ func TestFinishedJobs(t *testing.T) {
 }
 
 // The broker reports that a role was withdrawn before the pod's session expires.
-func TestRefusedRenewalIsTold(t *testing.T) {
+func TestRefusedRenewalIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, ststest.Config{}, cacheConfig{})
 		pod := e.pod("shop", "cart", "role", "cart")

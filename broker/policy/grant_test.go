@@ -61,6 +61,23 @@ func TestZeroRulesRefuse(t *testing.T) {
 	}
 }
 
+// A pod that no door has read is refused, even if its namespace has a default role.
+func TestZeroRequestIsRefused(t *testing.T) {
+	rules, ns := newRules(t, rolePrefix), shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: "reader"})
+	for name, request := range map[string]*policy.Request{"zero": new(policy.Request), "nil": nil} {
+		pod := cart(nil)
+		pod.Request = request
+		grant, err := rules.Grant(pod, ns)
+		mustRefuse(t, name, err, credential.ErrInvalid, credential.ReasonRoleMissing, "requests no role")
+		if key, err := pod.RoutingKey(); !grant.IsZero() || key != "" || err == nil {
+			t.Errorf("%s: grant %s, routing key %q, %v", name, grant, key, err)
+		}
+		if request.Annotated() || request.Warnings() != "" || request.ServiceAccount() != "" {
+			t.Errorf("%s: the request has annotations", name)
+		}
+	}
+}
+
 func TestZeroGrant(t *testing.T) {
 	var zero policy.Grant
 	if zero.TransitiveTagKeys() != nil || zero.SourceIdentity() != "" {

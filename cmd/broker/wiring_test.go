@@ -51,7 +51,7 @@ var wiring = []struct {
 	flag, shows string
 	run         func(w *world)
 }{
-	{"listen", "gRPC is served there", func(w *world) {
+	{"listen", "the broker serves gRPC on it", func(w *world) {
 		address := freeAddress(w)
 		b := w.start("--listen=" + address)
 		if b.address != address {
@@ -59,7 +59,7 @@ var wiring = []struct {
 		}
 		b.mustServe(w.pod("cart-1", "cart"))
 	}},
-	{"admin-listen", "health, readiness and metrics are served there", func(w *world) {
+	{"admin-listen", "the broker serves health, readiness and metrics on it", func(w *world) {
 		address := freeAddress(w)
 		b := w.start("--admin-listen=" + address)
 		if b.admin != address || b.metric("ready") != 1 {
@@ -69,7 +69,7 @@ var wiring = []struct {
 			w.Errorf("/healthz returns %d", code)
 		}
 	}},
-	{"debug-listen", "the grants are shown there", func(w *world) {
+	{"debug-listen", "the broker shows its grants on it", func(w *world) {
 		address := freeAddress(w)
 		b := w.start("--debug-listen=" + address)
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -77,7 +77,7 @@ var wiring = []struct {
 			w.Errorf("/debug/grants returns %d: %s", code, text)
 		}
 	}},
-	{"trace-endpoint", "calls are traced, from the server to STS", func(w *world) {
+	{"trace-endpoint", "the broker traces calls, from the server to STS", func(w *world) {
 		collector := otlptest.Start(w)
 		b := w.start("--trace-endpoint="+collector.Endpoint(), "--trace-ratio=1")
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -92,7 +92,7 @@ var wiring = []struct {
 			}
 		}
 	}},
-	{"trace-ratio", "of none, no trace is recorded", func(w *world) {
+	{"trace-ratio", "with 0, no trace is recorded", func(w *world) {
 		collector := otlptest.Start(w)
 		b := w.start("--trace-endpoint="+collector.Endpoint(), "--trace-ratio=0")
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -101,7 +101,7 @@ var wiring = []struct {
 			w.Errorf("%d spans were recorded", n)
 		}
 	}},
-	{"tls-cert", "the certificate in that file is served, and one that replaces it", func(w *world) {
+	{"tls-cert", "the broker serves the certificate in that file, and one that replaces it", func(w *world) {
 		dir := w.TempDir()
 		leaf := w.ca.Leaf(brokerName)
 		certFile, keyFile := leaf.WriteTo(dir)
@@ -113,7 +113,7 @@ var wiring = []struct {
 		next.WriteTo(dir)
 		b.Await(w.T, "the replaced certificate is served", func() bool { return b.serial() == serialOf(next) })
 	}},
-	{"tls-key", "its key is read from that file", func(w *world) {
+	{"tls-key", "the broker reads the key from that file", func(w *world) {
 		leaf, file := w.ca.Leaf(brokerName), filepath.Join(w.TempDir(), "key.pem")
 		certFile, _ := w.ca.Leaf(brokerName).WriteTo(w.TempDir()) // with another key
 		certstest.WriteVolume(w, filepath.Dir(certFile), map[string][]byte{"tls.crt": leaf.CertPEM, "tls.key": w.ca.Leaf(brokerName).KeyPEM})
@@ -121,7 +121,7 @@ var wiring = []struct {
 		b := w.start("--tls-cert="+certFile, "--tls-key="+file, "--roots-file=")
 		b.mustServe(w.pod("cart-1", "cart"))
 	}},
-	{"kubeconfig", "pods, namespaces and service accounts are those of that API server", func(w *world) {
+	{"kubeconfig", "the broker watches the pods, namespaces and service accounts of that API server", func(w *world) {
 		w.start()
 		for _, resource := range []string{"pods", "namespaces", "serviceaccounts"} {
 			if w.api.Requests(http.MethodGet, resource, "") == 0 {
@@ -129,7 +129,7 @@ var wiring = []struct {
 			}
 		}
 	}},
-	{"annotation-prefix", "keys have that prefix, and no other", func(w *world) {
+	{"annotation-prefix", "annotation keys have that prefix, and no other", func(w *world) {
 		w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 			Name: "new", Labels: map[string]string{"aws.example.com/inject": "enabled"}, Annotations: map[string]string{"aws.example.com/permitted": ".*"},
 		}})
@@ -158,13 +158,13 @@ var wiring = []struct {
 		b.mustServe(pod, apitest.Token{Audience: "credentials.example"})
 		b.mustRefuse(pod, credential.ReasonTokenAudience)
 	}},
-	{"issuer", "tokens of any other issuer are refused, the API server's own included", func(w *world) {
+	{"issuer", "tokens of any other issuer are refused, also of the API server", func(w *world) {
 		b := w.start("--issuer=https://one.example,https://two.example")
 		pod := w.pod("cart-1", "cart")
 		b.mustServe(pod, apitest.Token{Issuer: "https://two.example"})
 		b.mustRefuse(pod, credential.ReasonTokenIssuer)
 	}},
-	{"issuer", "the same holds where the API server reviews tokens", func(w *world) {
+	{"issuer", "the same with token review", func(w *world) {
 		b := w.start("--issuer=https://one.example,https://two.example", "--token-verification=tokenreview")
 		pod := w.pod("cart-1", "cart")
 		b.mustServe(pod, apitest.Token{Issuer: "https://one.example"})
@@ -177,7 +177,7 @@ var wiring = []struct {
 			w.Errorf("the broker has created %d TokenReviews", n)
 		}
 	}},
-	{"token-verification", "tokenreview has the API server review the token", func(w *world) {
+	{"token-verification", "tokenreview sends the token to the API server", func(w *world) {
 		b := w.start("--token-verification=tokenreview")
 		before := w.api.Requests(http.MethodPost, "tokenreviews", "")
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -206,7 +206,7 @@ var wiring = []struct {
 			w.Errorf("the region is %q", lease.Region)
 		}
 	}},
-	{"sts-endpoint", "STS is called there", func(w *world) {
+	{"sts-endpoint", "the broker calls STS at that URL", func(w *world) {
 		b := w.start("--sts-endpoint=" + w.sts.URL())
 		b.mustServe(w.pod("cart-1", "cart"))
 		if len(w.calls("cart")) == 0 {
@@ -226,14 +226,14 @@ var wiring = []struct {
 		w.api.Put(long)
 		b.mustRefuse(long, credential.ReasonAnnotationInvalid) // AWS does not allow it with role chaining
 	}},
-	{"sts-rate", "it is the rate, which brokers share", func(w *world) {
+	{"sts-rate", "the brokers share that rate", func(w *world) {
 		w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
 		b := w.start("--sts-rate=100", "--service=credence-broker", "--pod-ips=10.0.0.1")
 		if share := b.metric("fetch_rate_share"); share != 25 {
 			w.Errorf("one of four brokers may make %v calls per second", share)
 		}
 	}},
-	{"sts-concurrency", "no more calls of STS are made at once", func(w *world) {
+	{"sts-concurrency", "the broker makes no more STS calls at a time", func(w *world) {
 		hold := make(chan struct{})
 		w.sts.SetDefault(ststest.Behavior{Hold: hold})
 		cart, till := w.pod("cart-1", "cart"), w.pod("till-1", "till")
@@ -248,8 +248,8 @@ var wiring = []struct {
 		b.mustServe(cart)
 		b.mustServe(till)
 	}},
-	{"max-token-life", "tokens that live longer are refused", func(w *world) { w.limitsLife() }},
-	{"max-token-life", "the same holds where the API server reviews tokens", func(w *world) { w.limitsLife("--token-verification=tokenreview") }},
+	{"max-token-life", "tokens with a longer lifetime are refused", func(w *world) { w.limitsLife() }},
+	{"max-token-life", "the same with token review", func(w *world) { w.limitsLife("--token-verification=tokenreview") }},
 	{"max-grants-per-namespace", "further sessions of a namespace are refused", func(w *world) {
 		pods := []*corev1.Pod{w.pod("cart-1", "cart"), w.pod("till-1", "till")}
 		b := w.start("--max-grants-per-namespace=1")
@@ -266,7 +266,7 @@ var wiring = []struct {
 			w.Errorf("%d of two sessions are refused", refused)
 		}
 	}},
-	{"service", "of the sessions, a broker keeps its own, and takes up others when brokers go", func(w *world) {
+	{"service", "a broker fetches the sessions that it owns, and others when brokers leave", func(w *world) {
 		pods := w.pods(24)
 		ready := w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
 		w.slice("another-service", "10.0.0.1")
@@ -276,19 +276,19 @@ var wiring = []struct {
 		w.mustFetch(b, owned(w, pods, ready[:1], "10.0.0.1", 1))
 		b.Await(w.T, "the broker takes the others' share of the rate", func() bool { return b.metric("fetch_rate_share") == 50 })
 	}},
-	{"pod-ips", "it says which of the brokers this one is", func(w *world) {
+	{"pod-ips", "it selects which of the brokers this one is", func(w *world) {
 		pods := w.pods(24)
 		ready := w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
 		b := w.start("--service=credence-broker", "--pod-ips=fd00::4,10.0.0.4", "--settle-time=1h")
 		w.mustFetch(b, owned(w, pods, ready, "10.0.0.4", 1))
 	}},
-	{"settle-time", "after it, a broker has the sessions that it is second for", func(w *world) {
+	{"settle-time", "after that time, a broker fetches the sessions of which it is the second owner", func(w *world) {
 		pods := w.pods(24)
 		ready := w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
 		b := w.start("--service=credence-broker", "--pod-ips=10.0.0.1", "--settle-time=1ms")
 		w.mustFetch(b, owned(w, pods, ready, "10.0.0.1", placement.Owners))
 	}},
-	{"audit", "required refuses when a line would be lost", func(w *world) {
+	{"audit", "required refuses a call whose line would be lost", func(w *world) {
 		w.stdout = w.unwritable()
 		b := w.start("--audit=required")
 		pod := w.pod("cart-1", "cart")
@@ -305,7 +305,7 @@ var wiring = []struct {
 		b.Await(w.T, "a lost line is counted", func() bool { return b.metric("audit_lines_lost_total") >= 1 })
 		b.mustServe(pod)
 	}},
-	{"rules-file", "it limits what pods get, a changed one too, and permitted sessions are still renewed", func(w *world) {
+	{"rules-file", "it limits pods, also after a change, and allowed sessions are still renewed", func(w *world) {
 		w.sts = w.startSTS(ststest.Config{SessionLife: func(time.Duration) time.Duration { return 4 * time.Second }})
 		file := filepath.Join(w.TempDir(), "rules.yaml")
 		rules := func(roles ...string) {
@@ -319,19 +319,19 @@ var wiring = []struct {
 		b.mustServe(till)
 		b.mustRefuse(other, credential.ReasonRulesRole)
 		if kept := b.metric("sessions_kept"); kept != 2 || b.metric("rules_file_ok") != 1 {
-			w.Errorf("%v sessions are kept, rules_file_ok is %v", kept, b.metric("rules_file_ok"))
+			w.Errorf("%v sessions are active, rules_file_ok is %v", kept, b.metric("rules_file_ok"))
 		}
 		rules(roleARN("cart"))
 		b.Await(w.T, "a role that is not permitted any more is refused", func() bool {
 			_, err := b.credentials(till)
 			return credential.ReasonOf(err) == credential.ReasonRulesRole
 		})
-		b.Await(w.T, "its session is kept no longer", func() bool { return b.metric("sessions_kept") == 1 })
+		b.Await(w.T, "its session is no longer active", func() bool { return b.metric("sessions_kept") == 1 })
 		renewed := len(w.calls("cart"))
 		b.Await(w.T, "the session that is permitted is renewed", func() bool { return len(w.calls("cart")) > renewed })
 		b.mustServe(cart)
 	}},
-	{"roots-file", "the roots in it are published in opted-in namespaces and in the broker's own", func(w *world) {
+	{"roots-file", "the broker publishes its roots in opted-in namespaces and in its own", func(w *world) {
 		w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "elsewhere"}})
 		b := w.start("--roots-file=" + w.rootsFile)
 		for _, namespace := range []string{"shop", "credence"} {
@@ -341,14 +341,14 @@ var wiring = []struct {
 			w.Error("the broker publishes roots in a namespace that is not opted in")
 		}
 	}},
-	{"roots-file", "without one nothing is published, and the broker does not ask to lead", func(w *world) {
+	{"roots-file", "without one, the broker publishes nothing and does not request the Lease", func(w *world) {
 		b := w.start("--roots-file=")
 		b.mustServe(w.pod("cart-1", "cart"))
 		if n := w.api.Requests("", "leases", "") + w.api.Requests("", "configmaps", ""); n > 0 {
 			w.Errorf("%d requests are about Leases and ConfigMaps", n)
 		}
 	}},
-	{"namespace", "it is where the Lease, the record of roots and the brokers' endpoints are", func(w *world) {
+	{"namespace", "it has the Lease, the trust record and the brokers' endpoints", func(w *world) {
 		w.namespace = "iam-system"
 		w.brokers("10.0.0.1", "10.0.0.2")
 		b := w.start("--namespace=iam-system", "--roots-file="+w.rootsFile, "--service=credence-broker", "--pod-ips=10.0.0.1", "--sts-rate=10")
@@ -362,7 +362,7 @@ var wiring = []struct {
 		b := w.start("--roots-file="+w.rootsFile, "--trust-config-map=brokers-roots")
 		b.Await(w.T, "roots are published", func() bool { return w.roots("shop", "brokers-roots") == string(w.ca.PEM) })
 	}},
-	{"trust-owner", "the ConfigMaps belong to that ClusterRole", func(w *world) {
+	{"trust-owner", "that ClusterRole owns the ConfigMaps", func(w *world) {
 		owner := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "credence-owner"}}
 		w.api.Put(owner)
 		b := w.start("--roots-file="+w.rootsFile, "--trust-owner=credence-owner")
@@ -372,7 +372,7 @@ var wiring = []struct {
 			w.Errorf("the owners are %+v, want %s with UID %s", owners, owner.Name, owner.UID)
 		}
 	}},
-	{"trust-propagation", "a certificate under a root that pods may not know is not served for that time", func(w *world) {
+	{"trust-propagation", "the broker does not serve a certificate under a new root for that time", func(w *world) {
 		w.stage("1h", func(b *running, next *certstest.Leaf) {
 			b.Await(w.T, "the new root is published, and said to be", func() bool {
 				return strings.Count(w.configMap("credence", "credence-trust").Data[trust.RecordKey], `"published":`) == 2
@@ -382,12 +382,12 @@ var wiring = []struct {
 			}
 		})
 	}},
-	{"trust-propagation", "0 serves it at once", func(w *world) {
+	{"trust-propagation", "0 serves it immediately", func(w *world) {
 		w.stage("0", func(b *running, next *certstest.Leaf) {
 			b.Await(w.T, "the new certificate is served", func() bool { return b.serial() == serialOf(next) })
 		})
 	}},
-	{"log-level", "error leaves out all but errors", func(w *world) {
+	{"log-level", "error logs errors only", func(w *world) {
 		b := &running{w: w, admin: freeAddress(w)}
 		b.Process = w.process("--log-level=error", "--admin-listen="+b.admin)
 		b.Await(w.T, "the broker is ready", b.ready)
@@ -395,7 +395,7 @@ var wiring = []struct {
 			w.Errorf("the log is %s", b.Stderr)
 		}
 	}},
-	{"log-level", "debug says why a session is not fetched ahead", func(w *world) {
+	{"log-level", "debug logs why a session is not prefetched", func(w *world) {
 		pod := w.pod("cart-1", "cart")
 		pod.Annotations["iam.amazonaws.com/duration"] = "soon"
 		w.api.Put(pod)
@@ -483,7 +483,7 @@ func TestMetricsAreWired(t *testing.T) {
 	b := w.start("--rules-file="+rules, "--token-verification=tokenreview", "--assume-role="+roleARN("hop"), "--trace-endpoint="+otlptest.Start(t).Endpoint(),
 		"--roots-file="+w.rootsFile, "--service=credence-broker", "--pod-ips=10.0.0.1")
 	b.mustServe(w.pod("cart-1", "cart"))
-	b.Await(t, "the session is kept", func() bool { return b.metric("sessions_warm") == 1 })
+	b.Await(t, "the session is warm", func() bool { return b.metric("sessions_warm") == 1 })
 	_, text := b.get(b.admin, "/metrics")
 	for _, metric := range documented {
 		if name := string(metric[1]); !regexp.MustCompile(`(?m)^` + name + `(_count)?[ {]`).MatchString(text) {
@@ -500,7 +500,7 @@ func TestPodsAreFollowed(t *testing.T) {
 	pod := w.pod("cart-1", "cart")
 	b.Await(t, "the session is warm", func() bool { return b.metric("sessions_warm") == 1 })
 	w.api.Delete(pod)
-	b.Await(t, "the session is kept no longer", func() bool { return b.metric("sessions_kept") == 0 })
+	b.Await(t, "the session is no longer active", func() bool { return b.metric("sessions_kept") == 0 })
 }
 
 // A broker that shuts down gives up the lead before it drains, so that another broker leads meanwhile.
@@ -692,7 +692,7 @@ func (w *world) limitsLife(args ...string) {
 // mustFetch waits until the broker has fetched the sessions of these roles, and no others.
 func (w *world) mustFetch(b *running, roles []string) {
 	w.Helper()
-	b.Await(w.T, fmt.Sprintf("the broker keeps %d sessions", len(roles)), func() bool {
+	b.Await(w.T, fmt.Sprintf("the broker has %d active sessions", len(roles)), func() bool {
 		return b.metric("sessions_kept") == float64(len(roles)) && b.metric("sessions_warm") == float64(len(roles))
 	})
 	fetched := make(map[string]bool)
