@@ -42,7 +42,7 @@ func serve(t testing.TB, cfg *tls.Config) string {
 			}
 			wg.Go(func() {
 				defer conn.Close()
-				// A write after the handshake lets the client see its session ticket.
+				// A write after the handshake sends the client its session ticket.
 				if _, err := tls.Server(conn, cfg).Write([]byte("hello")); err == nil {
 					_, _ = io.Copy(io.Discard, conn)
 				}
@@ -52,10 +52,10 @@ func serve(t testing.TB, cfg *tls.Config) string {
 	return l.Addr().String()
 }
 
-// dial connects once, reads what the server says, and returns the connection's state.
+// dial connects once, reads the server's text and returns the state of the connection.
 func dial(t testing.TB, addr string, cfg *tls.Config) (tls.ConnectionState, error) {
 	t.Helper()
-	// Long past any real handshake; it ends one that hangs.
+	// Much longer than a real handshake; it ends one that hangs.
 	raw, err := (&net.Dialer{Timeout: 30 * time.Second}).DialContext(t.Context(), "tcp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +89,7 @@ func newRoots(t testing.TB, file string, log *slog.Logger) *certs.Roots {
 	return roots
 }
 
-// served reports whether cs shows leaf.
+// served reports whether leaf was served on the connection.
 func served(cs tls.ConnectionState, leaf *certstest.Leaf) bool {
 	return len(cs.PeerCertificates) > 0 && cs.PeerCertificates[0].Equal(leaf.TLS().Leaf)
 }
@@ -153,7 +153,7 @@ func TestIntermediate(t *testing.T) {
 	}
 }
 
-// file is content that a test writes to one path; nil content means no file.
+// file is a file that a test writes; nil content means that it does not exist.
 type file struct {
 	name    string
 	content []byte
@@ -178,10 +178,10 @@ func put(t testing.TB, dir string, files ...file) {
 
 func half(data []byte) []byte { return data[:len(data)/2] }
 
-// long is harmless, but makes any file longer than 1 MiB.
+// long makes a file longer than 1 MiB and has no other effect.
 var long = bytes.Repeat([]byte("\n"), 1<<20)
 
-// badPairs are contents of tls.crt and tls.key that must not be served.
+// badPairs returns contents of tls.crt and tls.key that must not be served.
 func badPairs(t *testing.T) map[string][]file {
 	ca := certstest.NewCA(t)
 	leaf, other := ca.Intermediate().Leaf(name), ca.Leaf(name)
@@ -196,20 +196,20 @@ func badPairs(t *testing.T) map[string][]file {
 		"key of another":           {crt(leaf.CertPEM), key(other.KeyPEM)},
 		"swapped":                  {crt(leaf.KeyPEM), key(leaf.CertPEM)},
 		"no PEM":                   {crt([]byte("a\nb\n")), key([]byte("c"))},
-		"certificate away":         {crt(nil), key(leaf.KeyPEM)},
-		"key away":                 {crt(leaf.CertPEM), key(nil)},
+		"certificate missing":      {crt(nil), key(leaf.KeyPEM)},
+		"key missing":              {crt(leaf.CertPEM), key(nil)},
 		"certificate too long":     {crt(append(bytes.Clone(leaf.CertPEM), long...)), key(leaf.KeyPEM)},
 	}
 }
 
-func TestBadPairStopsStartUp(t *testing.T) {
+func TestBadPairStopsStartup(t *testing.T) {
 	for what, files := range badPairs(t) {
 		t.Run(what, func(t *testing.T) {
 			dir := t.TempDir()
 			put(t, dir, files...)
 			pair, err := certs.NewKeyPair(filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"), nil)
 			if err == nil || pair != nil {
-				t.Fatalf("got %v, %v; want an error alone", pair, err)
+				t.Fatalf("got %v and error %v; want only an error", pair, err)
 			}
 			if !strings.Contains(err.Error(), dir) {
 				t.Errorf("error %q does not name the file", err)
@@ -217,7 +217,7 @@ func TestBadPairStopsStartUp(t *testing.T) {
 		})
 	}
 	if _, err := certs.NewKeyPair("", "", nil); err == nil {
-		t.Error("no files were accepted")
+		t.Error("empty file names were accepted")
 	}
 }
 
@@ -237,11 +237,11 @@ func TestBadPairKeepsTheLastGood(t *testing.T) {
 			for range 3 {
 				cs, err := dial(t, addr, client)
 				if err != nil || !served(cs, good) {
-					t.Fatalf("while the files are bad: error %v; want the last good pair", err)
+					t.Fatalf("with bad files: error %v; want the last good pair", err)
 				}
 			}
 			if err := pair.Err(); err == nil || !strings.Contains(err.Error(), dir) {
-				t.Errorf("Err is %v, want a reason that names the file", err)
+				t.Errorf("Err is %v, want an error that names the file", err)
 			}
 			if got := strings.Count(log.String(), "level=WARN"); got != 1 {
 				t.Errorf("%d warnings for one bad content, want 1:\n%s", got, &log)
@@ -249,10 +249,10 @@ func TestBadPairKeepsTheLastGood(t *testing.T) {
 
 			put(t, dir, file{"tls.crt", better.CertPEM}, file{"tls.key", better.KeyPEM})
 			if cs, err := dial(t, addr, client); err != nil || !served(cs, better) {
-				t.Errorf("once the files are good again: error %v; want the new pair", err)
+				t.Errorf("with good files again: error %v; want the new pair", err)
 			}
 			if err := pair.Err(); err != nil {
-				t.Errorf("once the files are good again, Err is %v", err)
+				t.Errorf("with good files again, Err is %v", err)
 			}
 		})
 	}
@@ -275,16 +275,16 @@ func TestEachBadContentWarnsOnce(t *testing.T) {
 		}
 	}
 	if strings.Contains(log.String(), strings.Split(string(leaf.KeyPEM), "\n")[1]) {
-		t.Error("the log quotes the key")
+		t.Error("the log contains the key")
 	}
 }
 
-// badBundles are contents of a roots file that must not be trusted.
+// badBundles returns contents of a roots file that must not be trusted.
 func badBundles(t *testing.T) map[string][]byte {
 	a, b := certstest.NewCA(t), certstest.NewCA(t)
 	two := append(bytes.Clone(a.PEM), b.PEM...)
 	return map[string][]byte{
-		"away":               nil,
+		"missing":            nil,
 		"empty":              {},
 		"no PEM":             []byte("roots"),
 		"first half-written": append(half(a.PEM), b.PEM...),
@@ -295,14 +295,14 @@ func badBundles(t *testing.T) map[string][]byte {
 	}
 }
 
-func TestBadRootsStopStartUp(t *testing.T) {
+func TestBadRootsStopStartup(t *testing.T) {
 	for what, bundle := range badBundles(t) {
 		t.Run(what, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "ca.crt")
 			put(t, filepath.Dir(path), file{"ca.crt", bundle})
 			roots, err := certs.NewRoots(path, nil)
 			if err == nil || roots != nil {
-				t.Fatalf("got %v, %v; want an error alone", roots, err)
+				t.Fatalf("got %v and error %v; want only an error", roots, err)
 			}
 			if !strings.Contains(err.Error(), path) {
 				t.Errorf("error %q does not name the file", err)
@@ -310,7 +310,7 @@ func TestBadRootsStopStartUp(t *testing.T) {
 		})
 	}
 	if _, err := certs.NewRoots("", nil); err == nil {
-		t.Error("no file was accepted")
+		t.Error("an empty file name was accepted")
 	}
 }
 
@@ -328,11 +328,11 @@ func TestBadRootsKeepTheLastGood(t *testing.T) {
 			put(t, filepath.Dir(path), file{"ca.crt", bundle})
 			for range 3 {
 				if _, err := dial(t, addr, certs.ClientConfig(roots, name)); err != nil {
-					t.Fatalf("while the file is bad: %v", err)
+					t.Fatalf("with a bad file: %v", err)
 				}
 			}
 			if roots.Err() == nil {
-				t.Error("Err does not tell that the file is bad")
+				t.Error("Err does not report the bad file")
 			}
 			if got := strings.Count(log.String(), "level=WARN"); got != 1 {
 				t.Errorf("%d warnings for one bad content, want 1:\n%s", got, &log)
@@ -350,18 +350,18 @@ func TestClientRefuses(t *testing.T) {
 			return ok && invalid.Reason == want
 		}
 	}
-	is := func(err error) bool { _, ok := errors.AsType[x509.HostnameError](err); return ok }
+	otherName := func(err error) bool { _, ok := errors.AsType[x509.HostnameError](err); return ok }
 	unknown := func(err error) bool { _, ok := errors.AsType[x509.UnknownAuthorityError](err); return ok }
 
 	tests := []struct {
 		what string
 		leaf *certstest.Leaf
-		ask  string
+		dial string
 		want func(error) bool
 	}{
-		{"another name", ca.Leaf("webhook.credence.svc"), name, is},
-		{"no name in the certificate", ca.Leaf(), name, is},
-		{"another address", ca.Leaf("127.0.0.2"), "127.0.0.1", is},
+		{"another name", ca.Leaf("webhook.credence.svc"), name, otherName},
+		{"no name in the certificate", ca.Leaf(), name, otherName},
+		{"another address", ca.Leaf("127.0.0.2"), "127.0.0.1", otherName},
 		{"unknown root", certstest.NewCA(t).Leaf(name), name, unknown},
 		{"expired", ca.LeafWith(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }, name), name, reason(x509.Expired)},
 		{"not valid yet", ca.LeafWith(func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) }, name), name, reason(x509.Expired)},
@@ -373,12 +373,12 @@ func TestClientRefuses(t *testing.T) {
 		t.Run(test.what, func(t *testing.T) {
 			certFile, keyFile := test.leaf.WriteTo(t.TempDir())
 			addr := serve(t, certs.ServerConfig(keyPair(t, certFile, keyFile, nil)))
-			_, err := dial(t, addr, certs.ClientConfig(roots, test.ask))
+			_, err := dial(t, addr, certs.ClientConfig(roots, test.dial))
 			if !test.want(err) {
 				t.Errorf("got error %v", err)
 			}
 			if _, ok := errors.AsType[*tls.CertificateVerificationError](err); !ok {
-				t.Errorf("error %T is not the type that crypto/tls uses", err)
+				t.Errorf("the error has type %T, not the one of crypto/tls", err)
 			}
 		})
 	}
@@ -390,24 +390,24 @@ func TestServerName(t *testing.T) {
 	certFile, keyFile := ca.Leaf(name, "127.0.0.1").WriteTo(t.TempDir())
 	addr := serve(t, certs.ServerConfig(keyPair(t, certFile, keyFile, nil)))
 
-	// dialled is what a caller such as gRPC puts into its clone of the Config.
+	// dialed is the name that a caller such as gRPC sets in its clone of the Config.
 	tests := []struct {
-		given, dialled string
+		given, dialed string
 		ok             bool
 	}{
-		{given: name, dialled: name, ok: true},
-		{given: "127.0.0.1", dialled: "127.0.0.1", ok: true},
-		{given: "", dialled: name, ok: true},
-		{given: name, dialled: "10.0.0.7", ok: true}, // the given name decides
-		{given: "other.svc", dialled: name, ok: false},
-		{given: "", dialled: "other.svc", ok: false},
-		{given: "", dialled: "127.0.0.1", ok: false}, // crypto/tls does not tell it
-		{given: "", dialled: "", ok: false},
+		{given: name, dialed: name, ok: true},
+		{given: "127.0.0.1", dialed: "127.0.0.1", ok: true},
+		{given: "", dialed: name, ok: true},
+		{given: name, dialed: "10.0.0.7", ok: true}, // the given name decides
+		{given: "other.svc", dialed: name, ok: false},
+		{given: "", dialed: "other.svc", ok: false},
+		{given: "", dialed: "127.0.0.1", ok: false}, // crypto/tls provides no name for it
+		{given: "", dialed: "", ok: false},
 	}
 	for _, test := range tests {
-		t.Run(fmt.Sprintf("%q dialled as %q", test.given, test.dialled), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%q dialed as %q", test.given, test.dialed), func(t *testing.T) {
 			cfg := certs.ClientConfig(roots, test.given)
-			cfg.ServerName = test.dialled
+			cfg.ServerName = test.dialed
 			if _, err := dial(t, addr, cfg); (err == nil) != test.ok {
 				t.Errorf("got error %v, want success to be %v", err, test.ok)
 			}
@@ -426,10 +426,10 @@ func TestOnlyTLS13(t *testing.T) {
 	}
 	old := &tls.Config{RootCAs: ca.Pool(), ServerName: name, MaxVersion: tls.VersionTLS12, Certificates: []tls.Certificate{leaf.TLS()}}
 	if _, err := dial(t, serve(t, server), old); err == nil {
-		t.Error("the server spoke TLS 1.2")
+		t.Error("the server accepted TLS 1.2")
 	}
 	if _, err := dial(t, serve(t, old), client); err == nil {
-		t.Error("the client spoke TLS 1.2")
+		t.Error("the client accepted TLS 1.2")
 	}
 }
 
@@ -462,7 +462,7 @@ func TestResumption(t *testing.T) {
 		}
 	}
 
-	// A caller that turns resumption on is still safe from removed roots.
+	// If a caller enables resumption, removed roots are still not trusted.
 	addr, client := serve(t, resumable(server)), resumable(client)
 	for i, want := range []bool{false, true} {
 		if cs, err := dial(t, addr, client); err != nil || cs.DidResume != want {
@@ -471,7 +471,7 @@ func TestResumption(t *testing.T) {
 	}
 	certstest.NewCA(t).WriteTo(rootsDir)
 	if _, err := dial(t, addr, client); err == nil {
-		t.Error("a session was resumed into after its root had been removed")
+		t.Error("a session was resumed after its root had been removed")
 	}
 }
 
@@ -518,22 +518,22 @@ func TestZeroValuesRefuse(t *testing.T) {
 			t.Error("a server without a pair completed a handshake")
 		}
 		if pair.Err() == nil || !pair.NotAfter().IsZero() {
-			t.Error("a zero KeyPair claims to be good")
+			t.Error("a zero KeyPair reports no error")
 		}
 	}
 	for _, roots := range []*certs.Roots{nil, {}} {
-		// Not merely "unknown authority": the roots of the system must not be asked.
+		// "unknown authority" is not enough: the system's roots must not be used.
 		if _, err := dial(t, serve(t, server), certs.ClientConfig(roots, name)); err == nil || !strings.Contains(err.Error(), "NewRoots") {
 			t.Errorf("a client without roots: got error %v", err)
 		}
 		if roots.Err() == nil {
-			t.Error("zero Roots claim to be good")
+			t.Error("zero Roots report no error")
 		}
 	}
 }
 
-// TestRotationUnderLoad asks for what the kubelet promises: a reader that meets
-// a swap half-way never serves a pair that does not match, nor fails.
+// TestRotationUnderLoad replaces files as the kubelet does while clients connect. The server never fails and never serves a
+// key with another certificate.
 func TestRotationUnderLoad(t *testing.T) {
 	a, b := certstest.NewCA(t), certstest.NewCA(t)
 	pairDir := t.TempDir()
@@ -553,7 +553,7 @@ func TestRotationUnderLoad(t *testing.T) {
 				default:
 				}
 				if _, err := dial(t, addr, client); err != nil {
-					t.Errorf("during rotation: %v", err)
+					t.Errorf("during a rotation: %v", err)
 					return
 				}
 			}
@@ -571,8 +571,7 @@ func TestRotationUnderLoad(t *testing.T) {
 	wg.Wait()
 }
 
-// BenchmarkKeyPair is what a handshake pays for re-reading its pair. Beside it
-// stands the handshake itself.
+// BenchmarkKeyPair measures the read of the pair at each handshake, and the handshake itself.
 func BenchmarkKeyPair(b *testing.B) {
 	ca := certstest.NewCA(b)
 	certFile, keyFile := ca.Leaf(name).WriteTo(b.TempDir())
@@ -595,36 +594,36 @@ func BenchmarkKeyPair(b *testing.B) {
 	})
 }
 
-func TestHeldBackPair(t *testing.T) {
+func TestPendingPair(t *testing.T) {
 	ca := certstest.NewCA(t)
 	dir := t.TempDir()
 	first, second, third := ca.Leaf(name), ca.Leaf(name), ca.Leaf(name)
 	certFile, keyFile := first.WriteTo(dir)
 	var log bytes.Buffer
 	pair := keyPair(t, certFile, keyFile, slog.New(slog.NewTextHandler(&log, nil)))
-	notYet := errors.New("its root is not known everywhere")
-	why := notYet
+	notYet := errors.New("its root is not published everywhere")
+	reason := notYet
 	pair.SetGate(func(serving, next *tls.Certificate) error {
 		if !serving.Leaf.Equal(first.TLS().Leaf) || next.Leaf.Equal(first.TLS().Leaf) {
-			t.Error("judged is not what is served beside what appeared")
+			t.Error("the gate does not receive the served and the new pair")
 		}
-		return why
+		return reason
 	})
 	addr := serve(t, certs.ServerConfig(pair))
 	client := certs.ClientConfig(newRoots(t, ca.WriteTo(t.TempDir()), nil), name)
 	steps := []struct {
-		what  string
-		do    func()
-		serve *certstest.Leaf
-		held  bool
+		what    string
+		do      func()
+		serve   *certstest.Leaf
+		pending bool
 	}{
 		{"as started", func() {}, first, false},
-		{"a new pair that must wait", func() { second.WriteTo(dir) }, first, true},
+		{"a new pair", func() { second.WriteTo(dir) }, first, true},
 		{"another", func() { third.WriteTo(dir) }, first, true},
 		{"the first again", func() { first.WriteTo(dir) }, first, false},
-		{"the last once more", func() { third.WriteTo(dir) }, first, true},
-		{"files that are of no use", func() { put(t, dir, file{"tls.crt", nil}) }, first, false},
-		{"a pair whose time has come", func() { why = nil; certstest.WriteVolume(t, dir, nil); third.WriteTo(dir) }, third, false},
+		{"the last one again", func() { third.WriteTo(dir) }, first, true},
+		{"bad files", func() { put(t, dir, file{"tls.crt", nil}) }, first, false},
+		{"a pair that the gate allows", func() { reason = nil; certstest.WriteVolume(t, dir, nil); second.WriteTo(dir) }, second, false},
 	}
 	for _, step := range steps {
 		step.do()
@@ -634,11 +633,11 @@ func TestHeldBackPair(t *testing.T) {
 			}
 		}
 		err := pair.Err()
-		if errors.Is(err, certs.ErrPending) != step.held || errors.Is(err, notYet) != step.held {
-			t.Errorf("%s: Err is %v, want it to say held back: %v", step.what, err, step.held)
+		if errors.Is(err, certs.ErrPending) != step.pending || errors.Is(err, notYet) != step.pending {
+			t.Errorf("%s: Err is %v, want ErrPending: %v", step.what, err, step.pending)
 		}
 	}
-	if got := strings.Count(log.String(), "held back"); got != 3 {
-		t.Errorf("%d lines about pairs held back, want one for each of 3:\n%s", got, &log)
+	if got := strings.Count(log.String(), "that are pending"); got != 3 {
+		t.Errorf("%d lines about pending pairs, want one for each of 3:\n%s", got, &log)
 	}
 }

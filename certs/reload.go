@@ -13,41 +13,38 @@ import (
 	"sync"
 )
 
-// maxFile bounds one file, in bytes: the API server accepts no more than 1 MiB
-// as the data of a Secret or a ConfigMap, and these files are mounted from them.
+// maxFile bounds one file, in bytes. These files are mounted from a Secret or ConfigMap, for which the API server accepts at
+// most 1 MiB of data.
 const maxFile = 1 << 20
 
-// digest identifies the content of all files of a reloader. It is kept in
-// place of the content, so that no second copy of a private key stays in memory.
+// digest identifies the content of all files of a reloader. Storing it instead of the content avoids a second copy of a
+// private key in memory.
 type digest [sha256.Size]byte
 
-// reloader holds the last good value that parse made of its files.
-// The zero value has none, and says so.
+// reloader stores the last good value that parse made from its files. The zero value has no value and returns an error.
 type reloader[T any] struct {
 	what  string // for logs and errors: "key pair", "roots"
 	files []string
 	parse func(contents [][]byte) (*T, error)
 	log   *slog.Logger
 
-	mu      sync.Mutex                // guards all below; concurrent handshakes read one after the other
-	judge   func(good, next *T) error // why next must not replace good yet; nil if nothing is held back
-	good    *T
-	goodSum digest // of the content that good was made of
-	held    *T     // what judge refused last, so that it is parsed once; nil if nothing is held back
-	heldSum digest
-	err     error // why good is not what the files held when last read; nil if it is
-	warned  failure
+	mu         sync.Mutex                // guards all below; concurrent handshakes read the files one at a time
+	allow      func(good, next *T) error // returns why next must not replace good yet; nil allows all
+	good       *T
+	goodSum    digest // of the content that good was made from
+	pending    *T     // the value that allow refused last, so that it is parsed once; nil if there is none
+	pendingSum digest
+	err        error // why the last read of the files did not give good; nil if it did
+	warned     failure
 }
 
-// failure tells one logged failure from the next. sum is zero if the files
-// could not be read.
+// failure identifies a logged failure. sum is zero if the files could not be read.
 type failure struct {
 	sum digest
 	err string
 }
 
-// newReloader reads the files for the first time, when an error may still stop
-// the program.
+// newReloader reads the files for the first time. Its error should stop the program.
 func newReloader[T any](what string, files []string, log *slog.Logger, parse func([][]byte) (*T, error)) (*reloader[T], error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -61,9 +58,8 @@ func newReloader[T any](what string, files []string, log *slog.Logger, parse fun
 	return r, nil
 }
 
-// current returns what the files hold now, or, while that is of no use, the
-// last good value. It returns nil only if there never was one; stale says why
-// the value is not what the files hold.
+// current returns the value of the files now, or the last good value if the files are bad. It returns nil only from the zero
+// value. stale is the reason why v is not the value of the files.
 func (r *reloader[T]) current() (v *T, stale error) {
 	if r == nil {
 		return nil, errors.New("certs: zero value: use NewKeyPair or NewRoots")
@@ -73,39 +69,38 @@ func (r *reloader[T]) current() (v *T, stale error) {
 
 	v, sum, err := r.load()
 	if err != nil {
-		// The kubelet may have swapped all files between the reads of two:
-		// the next read then shows them whole.
+		// The kubelet may have replaced all files between the reads of two of them. A second read sees only new files.
 		v, sum, err = r.load()
 	}
 	if err != nil {
 		r.err = fmt.Errorf("reloading %s: %w", r.what, err)
 		if f := (failure{sum, err.Error()}); f != r.warned {
 			r.warned = f
-			r.log.Warn("keeping the last good certificates: the files changed to something unusable",
+			r.log.Warn("Could not reload certificates, keeping the last good ones",
 				"what", r.what, "files", r.files, "error", err)
 		}
 		return r.good, r.err
 	}
-	if sum != r.goodSum && r.judge != nil {
-		if why := r.judge(r.good, v); why != nil {
-			r.held, r.heldSum = v, sum
-			r.err = fmt.Errorf("reloading %s: %w: %w", r.what, ErrPending, why)
-			if f := (failure{sum, ErrPending.Error()}); f != r.warned { // once, though why may count the minutes
+	if sum != r.goodSum && r.allow != nil {
+		if reason := r.allow(r.good, v); reason != nil {
+			r.pending, r.pendingSum = v, sum
+			r.err = fmt.Errorf("reloading %s: %w: %w", r.what, ErrPending, reason)
+			if f := (failure{sum, ErrPending.Error()}); f != r.warned { // once, although the text of reason may change with time
 				r.warned = f
-				r.log.Info("keeping the present certificates for a while: the new ones are held back",
-					"what", r.what, "files", r.files, "why", why)
+				r.log.Info("Found new certificates that are pending, keeping the present ones",
+					"what", r.what, "files", r.files, "reason", reason)
 			}
 			return r.good, r.err
 		}
 	}
 	if sum != r.goodSum || r.err != nil {
-		r.log.Info("certificates reloaded", "what", r.what, "files", r.files)
+		r.log.Info("Reloaded certificates", "what", r.what, "files", r.files)
 	}
-	r.good, r.goodSum, r.held, r.err, r.warned = v, sum, nil, nil, failure{}
+	r.good, r.goodSum, r.pending, r.err, r.warned = v, sum, nil, nil, failure{}
 	return r.good, nil
 }
 
-// load reads the files, and parses them unless they hold what good or held was made of.
+// load reads the files. It parses them only if good and pending were made from other content.
 func (r *reloader[T]) load() (*T, digest, error) {
 	contents := make([][]byte, len(r.files))
 	hash := sha256.New()
@@ -115,8 +110,7 @@ func (r *reloader[T]) load() (*T, digest, error) {
 			return nil, digest{}, err
 		}
 		contents[i] = data
-		// The length keeps a byte that moved from one file to the next from
-		// giving the same digest.
+		// With the length, a byte that moves from one file to the next changes the digest.
 		hash.Write(binary.BigEndian.AppendUint64(nil, uint64(len(data))))
 		hash.Write(data)
 	}
@@ -124,8 +118,8 @@ func (r *reloader[T]) load() (*T, digest, error) {
 	if r.good != nil && sum == r.goodSum {
 		return r.good, sum, nil
 	}
-	if r.held != nil && sum == r.heldSum {
-		return r.held, sum, nil
+	if r.pending != nil && sum == r.pendingSum {
+		return r.pending, sum, nil
 	}
 	for i, data := range contents {
 		if err := whole(data); err != nil {
@@ -136,9 +130,9 @@ func (r *reloader[T]) load() (*T, digest, error) {
 	return v, sum, err
 }
 
-// readFile is os.ReadFile with a bound.
+// readFile is os.ReadFile with a limit.
 func readFile(name string) ([]byte, error) {
-	f, err := os.Open(name) //nolint:gosec // G304: the operator names these files by flags
+	f, err := os.Open(name) //nolint:gosec // G304: flags name these files
 	if err != nil {
 		return nil, err
 	}
@@ -148,14 +142,13 @@ func readFile(name string) ([]byte, error) {
 		return nil, fmt.Errorf("reading %s: %w", name, err)
 	}
 	if len(data) > maxFile {
-		return nil, fmt.Errorf("reading %s: longer than %d bytes, the most that a Secret or ConfigMap can hold", name, maxFile)
+		return nil, fmt.Errorf("reading %s: longer than %d bytes, the maximum of a Secret or ConfigMap", name, maxFile)
 	}
 	return data, nil
 }
 
-// whole refuses a file that was caught half-written. The decoder of encoding/pem
-// passes over a block without an end as if it were a comment: a bundle cut in
-// the middle would otherwise be a good bundle of fewer roots.
+// whole refuses a partly written file. The decoder of encoding/pem skips a block without an end like a comment, so that a
+// bundle cut in the middle would be a good bundle with fewer roots.
 func whole(data []byte) error {
 	begun := bytes.Count(data, []byte("-----BEGIN "))
 	for rest := data; ; begun-- {
@@ -165,7 +158,7 @@ func whole(data []byte) error {
 		}
 	}
 	if begun != 0 {
-		return errors.New("holds a PEM block that is malformed or cut short")
+		return errors.New("a PEM block is malformed or incomplete")
 	}
 	return nil
 }

@@ -9,8 +9,7 @@ import (
 	"testing"
 )
 
-// TestSwapBetweenTwoReads is white-box: only a parse function can change a file
-// at the one moment that matters, after it was read.
+// TestSwapBetweenTwoReads needs the inside of the package: only a parse function can change a file right after it was read.
 func TestSwapBetweenTwoReads(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	write := func(content string) {
@@ -34,9 +33,9 @@ func TestSwapBetweenTwoReads(t *testing.T) {
 	}
 	write("torn")
 	if got, err := r.current(); err != nil || *got != "new" {
-		t.Errorf("got %q, error %v; want what a second read shows", *got, err)
+		t.Errorf("got %q, error %v; want the value of a second read", *got, err)
 	}
 	if bytes.Contains(log.Bytes(), []byte("WARN")) {
-		t.Errorf("a swap that was met half-way was reported as a failure:\n%s", &log)
+		t.Errorf("a swap between two reads was logged as a failure:\n%s", &log)
 	}
 }

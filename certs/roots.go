@@ -9,23 +9,20 @@ import (
 	"log/slog"
 )
 
-// Roots are the certificates that servers are verified against, followed on
-// disk. Make them with [NewRoots]; the zero value trusts nobody. The methods may
-// be called concurrently.
+// Roots are the root certificates that a client trusts, followed on disk. Make them with [NewRoots]; the zero value trusts
+// none. The methods may be called concurrently.
 type Roots struct {
 	files *reloader[x509.CertPool]
 }
 
-// NewRoots loads a file of PEM certificates. It returns an error if the file
-// cannot be read, is larger than 1 MiB, holds no certificate, or holds anything
-// that is not a certificate or does not parse: a bundle is trusted whole or
-// not at all. Text between the certificates is allowed.
+// NewRoots loads a file of PEM certificates. It returns an error if the file cannot be read, is larger than 1 MiB, has no
+// certificate, or has a block that is malformed or not a certificate: a client trusts all of a bundle or nothing. Text between
+// the certificates is allowed.
 //
-// log gets one record for each content that was loaded later, and one for each
-// that could not be; nil discards them.
+// log receives one line for each content that is loaded later and one for each bad content. If log is nil, nothing is logged.
 func NewRoots(file string, log *slog.Logger) (*Roots, error) {
 	if file == "" {
-		return nil, errors.New("loading roots: a file of PEM certificates is needed")
+		return nil, errors.New("loading roots: a file of PEM certificates is required")
 	}
 	files, err := newReloader("roots", []string{file}, log,
 		func(contents [][]byte) (*x509.CertPool, error) {
@@ -53,8 +50,8 @@ func parsePool(data []byte) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// ParseRoots parses a bundle of PEM certificates by the rules of [NewRoots]: it
-// holds at least one, and nothing else but text between them.
+// ParseRoots parses a bundle of PEM certificates by the rules of [NewRoots]: at least one certificate, and nothing else except
+// text between them.
 func ParseRoots(data []byte) ([]*x509.Certificate, error) {
 	if err := whole(data); err != nil {
 		return nil, err
@@ -75,13 +72,13 @@ func ParseRoots(data []byte) ([]*x509.Certificate, error) {
 		roots = append(roots, cert)
 	}
 	if len(roots) == 0 {
-		return nil, errors.New("holds no PEM certificate")
+		return nil, errors.New("no PEM certificate found")
 	}
 	return roots, nil
 }
 
-// Err returns nil if what is trusted is what the file holds at this moment, and
-// otherwise why it is an earlier bundle.
+// Err returns nil if the trusted bundle is the one that the file contains now, and otherwise the reason why it is an earlier
+// one.
 func (r *Roots) Err() error {
 	_, stale := r.current()
 	return stale
@@ -94,15 +91,15 @@ func (r *Roots) current() (*x509.CertPool, error) {
 	return r.files.current()
 }
 
-// verify does what crypto/tls does for a client with fixed RootCAs: chain to a
-// root, validity now, use as a server, and name.
+// verify checks the same as crypto/tls does for a client with fixed RootCAs: the chain to a root, the validity period, the use
+// as a server, and the name.
 func (r *Roots) verify(cs tls.ConnectionState, name string) error {
 	pool, stale := r.current()
-	if pool == nil { // to x509, a nil pool means the roots of the system
+	if pool == nil { // x509 would use the system's roots instead of a nil pool
 		return stale
 	}
 	if name == "" {
-		return errors.New("certs: no server name to verify: dial a DNS name, or give ClientConfig one")
+		return errors.New("certs: no server name to verify; dial a DNS name, or pass one to ClientConfig")
 	}
 	if len(cs.PeerCertificates) == 0 {
 		return errors.New("certs: the server presented no certificate")
@@ -117,30 +114,26 @@ func (r *Roots) verify(cs tls.ConnectionState, name string) error {
 		opts.Intermediates.AddCert(cert)
 	}
 	if _, err := cs.PeerCertificates[0].Verify(opts); err != nil {
-		// The type that crypto/tls itself uses, so that callers need not care.
+		// crypto/tls returns the same type, so callers need not distinguish.
 		return &tls.CertificateVerificationError{UnverifiedCertificates: cs.PeerCertificates, Err: err}
 	}
 	return nil
 }
 
-// ClientConfig returns the TLS configuration of a client that verifies servers
-// against roots as they are at the time of each handshake.
+// ClientConfig returns the TLS configuration of a client that verifies servers with the roots at the time of each handshake.
 //
-// serverName is the DNS name, or IP address, that the server's certificate must
-// be valid for, whatever address is dialled. If it is empty, the name that is
-// dialled must match; that has to be a DNS name, because for an IP address
-// crypto/tls tells no name to verify, and the handshake is refused.
+// serverName is the DNS name or IP address that the server's certificate must have, whatever address the client dials. If
+// serverName is empty, the certificate must have the dialed name. That must be a DNS name: for an IP address crypto/tls
+// provides no name to verify, and the handshake fails.
 //
-// The result may be given to gRPC's credentials.NewTLS, which adds ALPN and,
-// where serverName is empty, takes the name from the target.
+// The result may be passed to gRPC's credentials.NewTLS, which adds ALPN. If serverName is empty, gRPC takes the name from the
+// target.
 func ClientConfig(roots *Roots, serverName string) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		ServerName: serverName,
-		// tls.Config.RootCAs is fixed when a Config is made, and clients have
-		// no counterpart of GetConfigForClient. So the built-in verification is
-		// off and VerifyConnection does all of it, on every connection,
-		// resumed ones included.
+		// tls.Config.RootCAs cannot change later, and clients have nothing like GetConfigForClient. So the built-in
+		// verification is off, and VerifyConnection verifies every connection, resumed ones included.
 		InsecureSkipVerify: true, //nolint:gosec // G402: replaced by VerifyConnection, see above
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			name := serverName
@@ -149,9 +142,8 @@ func ClientConfig(roots *Roots, serverName string) *tls.Config {
 			}
 			return roots.verify(cs, name)
 		},
-		// A resumed session rests on a proof of the server's key that can be
-		// seven days old (RFC 8446, section 4.6.1). A full handshake is cheap
-		// enough to ask for a new one.
+		// A resumed session relies on a proof of the server's key that can be seven days old (RFC 8446, section 4.6.1). A
+		// full handshake is cheap enough.
 		SessionTicketsDisabled: true,
 	}
 }

@@ -4,106 +4,98 @@ package integration
 
 import (
 	"encoding/json"
-	"log/slog"
+	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/stack"
+	"github.com/credence-iam/credence/integration/webhooktest"
 )
-
-func logger(t *testing.T) *slog.Logger {
-	return slog.New(slog.NewTextHandler(t.Output(), nil))
-}
 
 func TestAnnotatedPodGetsExactlyOneSidecarFirst(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t, ".*")
-	pod := stack.Pod("shop", map[string]string{roleKey: "cart"})
+	pod := stack.Pod("shop", role("cart"))
 	pod.Spec.InitContainers = []corev1.Container{{Name: "migrate", Image: "migrate:1"}}
+	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "PASSWORD", Value: "in-the-environment"}}
 	stored, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), pod, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	var names []string
-	for _, c := range stored.Spec.InitContainers {
-		names = append(names, c.Name)
+	if want := []string{stack.SidecarName, "migrate"}; !slices.Equal(initNames(stored), want) {
+		t.Fatalf("the init containers are %q, want %q", initNames(stored), want)
 	}
-	if want := []string{stack.SidecarName, "migrate"}; !slices.Equal(names, want) {
-		t.Fatalf("init containers are %q, want %q", names, want)
+	if err := injected(stored); err != nil {
+		t.Error(err)
 	}
 	sidecar := stored.Spec.InitContainers[0]
 	if sidecar.RestartPolicy == nil || *sidecar.RestartPolicy != corev1.ContainerRestartPolicyAlways {
 		t.Errorf("the sidecar's restart policy is %v: it is no native sidecar", sidecar.RestartPolicy)
 	}
-	// The API server's own ServiceAccount admission ran after us and must not have given the sidecar
-	// the pod's API token.
-	for _, m := range sidecar.VolumeMounts {
-		if strings.HasPrefix(m.Name, "kube-api-access") {
-			t.Errorf("the sidecar mounts the API token from volume %s", m.Name)
-		}
+	// The ServiceAccount admission of the API server runs after the webhook. It must not mount the pod's API token in
+	// the sidecar.
+	if len(sidecar.VolumeMounts) != 1 || strings.HasPrefix(sidecar.VolumeMounts[0].Name, "kube-api-access") {
+		t.Errorf("the sidecar has mounts %v, want its own only", sidecar.VolumeMounts)
 	}
-	if len(sidecar.VolumeMounts) != 1 {
-		t.Errorf("the sidecar has mounts %v, want its own alone", sidecar.VolumeMounts)
+	// Cluster admins read the webhook's log. It names the decision, but no value of the pod's environment.
+	log, err := os.ReadFile(credence.WebhookLog())
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, c := range []corev1.Container{stored.Spec.InitContainers[1], stored.Spec.Containers[0]} {
-		if !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "AWS_CONTAINER_CREDENTIALS_FULL_URI" }) {
-			t.Errorf("container %s has no AWS_CONTAINER_CREDENTIALS_FULL_URI", c.Name)
-		}
+	if !strings.Contains(string(log), ns) || strings.Contains(string(log), "in-the-environment") {
+		t.Error("the webhook's log does not name the pod's namespace, or has a value of the pod's environment")
 	}
 }
 
-func TestOtherPodsAreLeftByteForByteAlone(t *testing.T) {
+func TestOtherPodsAreUnchanged(t *testing.T) {
 	t.Parallel()
-	optedIn := namespace(t, ".*")
-	plain := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: optedIn + "-plain"}}
-	if err := credence.MakeNamespace(t.Context(), plain); err != nil {
-		t.Fatal(err)
-	}
-	// What the API server itself makes of a pod, where no webhook is called.
-	untouched := stored(t, plain.Name, stack.Pod("app", nil))
+	optedIn, plain := namespace(t, ".*"), namespaceWith(t, nil, nil)
+	untouched := stored(t, plain, stack.Pod("app", nil)) // no webhook is called here
 	if got := stored(t, optedIn, stack.Pod("app", nil)); got != untouched {
 		t.Errorf("a pod without annotations was changed:\n%s", cmp.Diff(untouched, got))
 	}
-	annotated := stack.Pod("annotated", map[string]string{roleKey: "cart"})
-	if got := stored(t, plain.Name, annotated); got != strings.ReplaceAll(untouched, `"name":"NAME"`, `"annotations":{"`+roleKey+`":"cart"},"name":"NAME"`) {
-		t.Errorf("an annotated pod of a namespace that is not opted in was changed:\n%s", cmp.Diff(untouched, got))
+	want := strings.ReplaceAll(untouched, `"name":"NAME"`, `"annotations":{"`+roleKey+`":"cart"},"name":"NAME"`)
+	if got := stored(t, plain, stack.Pod("annotated", role("cart"))); got != want {
+		t.Errorf("an annotated pod of a namespace that is not opted in was changed:\n%s", cmp.Diff(want, got))
 	}
 }
 
-// stored makes the pod and returns what the API server stored, without what differs between any two
-// pods.
+// stored creates the pod and returns it as the API server stores it, without what differs between any two pods.
 func stored(t *testing.T, namespace string, pod *corev1.Pod) string {
 	t.Helper()
-	created, err := credence.Client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{})
+	raw, err := credence.Client.CoreV1().RESTClient().Post().Namespace(namespace).Resource("pods").Body(pod).
+		SetHeader("Accept", "application/json").Do(t.Context()).Raw()
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw, err := credence.Client.CoreV1().RESTClient().Get().Namespace(namespace).Resource("pods").Name(created.Name).Do(t.Context()).Raw()
-	if err != nil {
+	var created corev1.Pod
+	var object struct {
+		Metadata map[string]any `json:"metadata"`
+		Spec     map[string]any `json:"spec"`
+	}
+	if err := errors.Join(json.Unmarshal(raw, &created), json.Unmarshal(raw, &object)); err != nil {
 		t.Fatal(err)
 	}
-	var object map[string]any
-	if err := json.Unmarshal(raw, &object); err != nil {
-		t.Fatal(err)
-	}
-	metadata := object["metadata"].(map[string]any)
 	for _, key := range []string{"uid", "resourceVersion", "creationTimestamp", "managedFields", "namespace", "generation"} {
-		delete(metadata, key)
+		delete(object.Metadata, key)
 	}
-	metadata["name"] = "NAME"
-	delete(object, "status")
+	object.Metadata["name"] = "NAME"
 	text, err := json.Marshal(object)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The API token's volume has a random name.
-	for _, v := range created.Spec.Volumes {
+	for _, v := range created.Spec.Volumes { // the volume of the API token has a random name
 		if strings.HasPrefix(v.Name, "kube-api-access-") {
 			text = []byte(strings.ReplaceAll(string(text), v.Name, "kube-api-access"))
 		}
@@ -111,66 +103,139 @@ func stored(t *testing.T, namespace string, pod *corev1.Pod) string {
 	return string(text)
 }
 
-func TestMisspeltAnnotationIsRefusedWithTheRightOne(t *testing.T) {
+func TestPodsAreRefusedAtCreation(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t, ".*")
-	_, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), stack.Pod("app", map[string]string{"iam.amazonaws.com/roel": "cart"}), metav1.CreateOptions{})
-	if err == nil || !strings.Contains(err.Error(), `"iam.amazonaws.com/roel" is unknown; did you mean "iam.amazonaws.com/role"`) {
-		t.Errorf("answered %v", err)
+	optedIn := map[string]string{injectLabel: "enabled"}
+	for name, tc := range map[string]struct {
+		permitted   map[string]string
+		annotations map[string]string
+		want        []string // parts of the message; nil: the pod is created
+	}{
+		"a misspelt key": {map[string]string{permittedKey: ".*"}, map[string]string{"iam.amazonaws.com/roel": "cart"},
+			[]string{`"iam.amazonaws.com/roel" is unknown; did you mean "iam.amazonaws.com/role"`}},
+		"nothing is permitted": {nil, role("cart"), []string{`annotate it with "iam.amazonaws.com/permitted"`, arn("cart")}},
+		// This expression would match all roles if it were wrapped before it is compiled.
+		"an expression that escapes": {map[string]string{permittedKey: arn("a") + ")|(?:.*"}, role("b"), []string{"is not a regular expression"}},
+		// Each alternative is anchored on both sides.
+		"the first alternative":  {map[string]string{permittedKey: arn("a") + "|" + arn("b")}, role("a"), nil},
+		"the second alternative": {map[string]string{permittedKey: arn("a") + "|" + arn("b")}, role("b"), nil},
+		"the first and more":     {map[string]string{permittedKey: arn("a") + "|" + arn("b")}, role("ab"), []string{"does not permit"}},
+		"the second and more":    {map[string]string{permittedKey: arn("a") + "|" + arn("b")}, role("bc"), []string{"does not permit"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := credence.Client.CoreV1().Pods(namespaceWith(t, optedIn, tc.permitted)).Create(t.Context(), stack.Pod("app", tc.annotations), metav1.CreateOptions{})
+			if (err == nil) != (tc.want == nil) {
+				t.Errorf("got %v, want %q", err, tc.want)
+			}
+			for _, part := range tc.want {
+				if err != nil && !strings.Contains(err.Error(), part) {
+					t.Errorf("got %v, want %q in it", err, part)
+				}
+			}
+		})
 	}
 }
 
-func TestNamespaceWithoutPermittedGetsNothing(t *testing.T) {
+// TestAnotherWebhook runs a webhook that adds a container and an init container, before ours and after it. In both cases
+// all containers get the environment, there is one sidecar, and the other webhook's containers are unchanged.
+func TestAnotherWebhook(t *testing.T) {
 	t.Parallel()
-	ns := strings.ToLower(t.Name())
-	if err := credence.Namespace(t.Context(), ns, nil); err != nil {
-		t.Fatal(err)
-	}
-	_, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), stack.Pod("app", map[string]string{roleKey: "cart"}), metav1.CreateOptions{})
-	if err == nil || !strings.Contains(err.Error(), `annotate it with "iam.amazonaws.com/permitted"`) || !strings.Contains(err.Error(), arn("cart")) {
-		t.Errorf("answered %v", err)
+	for _, tc := range []struct {
+		name  string // of the configuration; ours is named credence
+		order []string
+	}{
+		{"a-mesh", []string{stack.SidecarName, "mesh-init", "own-init"}},
+		{"z-mesh", []string{"mesh-init", stack.SidecarName, "own-init"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			ns := namespace(t, ".*")
+			var calls, sawSidecar atomic.Int64
+			webhooktest.Start(t, credence.Client, webhooktest.Config{
+				Name: tc.name, Namespace: ns, Reinvocation: admissionregistrationv1.IfNeededReinvocationPolicy,
+				Operations: []admissionregistrationv1.OperationType{admissionregistrationv1.Create},
+				Patch: func(pod *corev1.Pod) string {
+					calls.Add(1)
+					sawSidecar.Add(int64(sidecars(pod)))
+					if slices.ContainsFunc(pod.Spec.Containers, func(c corev1.Container) bool { return c.Name == "mesh" }) {
+						return ""
+					}
+					return `[{"op":"add","path":"/spec/containers/0","value":{"name":"mesh","image":"mesh:1","env":[{"name":"A","value":"b"}]}},` +
+						`{"op":"add","path":"/spec/initContainers/0","value":{"name":"mesh-init","image":"mesh:1"}}]`
+				},
+			})
+			pod := stack.Pod("app", role("cart"))
+			pod.Spec.InitContainers = []corev1.Container{{Name: "own-init", Image: "init:1"}}
+			await.Until(t, "the API server calls the other webhook", func() error {
+				_, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), pod, dryRun)
+				if err == nil && calls.Load() == 0 {
+					err = errors.New("no call")
+				}
+				return err
+			})
+			calls.Store(0)
+			sawSidecar.Store(0)
+			stored, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), pod, metav1.CreateOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := injected(stored); err != nil {
+				t.Error(err)
+			}
+			if !slices.Equal(initNames(stored), tc.order) {
+				t.Errorf("the init containers are %q, want %q", initNames(stored), tc.order)
+			}
+			if mesh := stored.Spec.Containers[0]; mesh.Name != "mesh" || mesh.Env[0] != (corev1.EnvVar{Name: "A", Value: "b"}) {
+				t.Errorf("the other webhook's container is %+v", mesh)
+			}
+			// The order of the calls is what the two cases are about.
+			if first := calls.Load() > sawSidecar.Load(); first != (tc.name == "a-mesh") {
+				t.Errorf("the other webhook got %d calls, %d of them with our sidecar", calls.Load(), sawSidecar.Load())
+			}
+		})
 	}
 }
 
-func TestPermittedCannotBeEscaped(t *testing.T) {
-	t.Parallel()
-	// Wrapped before it is compiled, this would match every role.
-	ns := namespace(t, arn("a")+")|(?:.*")
-	_, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), stack.Pod("app", map[string]string{roleKey: "b"}), metav1.CreateOptions{})
-	if err == nil || !strings.Contains(err.Error(), "is not a regular expression") {
-		t.Errorf("answered %v", err)
-	}
-	// An alternative is anchored on both sides.
-	other := ns + "-or"
-	if err := credence.Namespace(t.Context(), other, map[string]string{permittedKey: arn("a") + "|" + arn("b")}); err != nil {
-		t.Fatal(err)
-	}
-	for role, permitted := range map[string]bool{"a": true, "b": true, "ab": false, "bc": false} {
-		_, err := credence.Client.CoreV1().Pods(other).Create(t.Context(), stack.Pod("app-"+role, map[string]string{roleKey: role}), metav1.CreateOptions{})
-		if (err == nil) != permitted {
-			t.Errorf("role %s: answered %v", role, err)
+// TestSettingsFileIsFollowed shows that an injected pod has the settings of the file, also after a change, and that an
+// invalid file changes nothing. It restarts the webhook, so it does not run in parallel.
+func TestSettingsFileIsFollowed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "settings.yaml")
+	write := func(text string) {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(file+".new", []byte(text), 0o600), os.Rename(file+".new", file)); err != nil {
+			t.Fatal(err)
 		}
 	}
-}
-
-// The webhook's log is read by operators; it must say what was decided, and nothing of the pod's
-// environment.
-func TestWebhookLogsNoEnvironment(t *testing.T) {
-	t.Parallel()
+	write("memory: 64Mi\ncpu: {request: 50m, limit: 0}\nport: 9780\nrunAsUser: 1000\nimagePullSecrets: [registry]\npodAnnotations: {sidecar.example/ports: '9443'}\n")
+	restartWebhook(t, "--sidecar-settings-file="+file, "--sidecar-log-level=warn")
 	ns := namespace(t, ".*")
-	pod := stack.Pod("app", map[string]string{roleKey: "cart"})
-	pod.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "PASSWORD", Value: "in-the-environment"}}
-	if _, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), pod, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
+	// check compares the sidecar and the metric of the file's state.
+	check := func(want, ok string) error {
+		pod, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), stack.Pod("app", role("cart")), dryRun)
+		if err != nil {
+			return err
+		}
+		sidecar := pod.Spec.InitContainers[0]
+		got := fmt.Sprint(resourcesOf(sidecar), " ", *sidecar.SecurityContext.RunAsUser, " ", pod.Spec.ImagePullSecrets, " ", pod.Annotations["sidecar.example/ports"],
+			" ", value(sidecar, "CREDENCE_LISTEN"), " ", value(sidecar, "CREDENCE_LOG_LEVEL"), " ", value(pod.Spec.Containers[0], "AWS_CONTAINER_CREDENTIALS_FULL_URI"))
+		if got != want {
+			return fmt.Errorf("the pod has %s, want %s", got, want)
+		}
+		metrics, err := credence.WebhookMetrics(t.Context())
+		if err == nil && !strings.Contains(metrics, "\ncredence_webhook_sidecar_settings_file_ok "+ok+"\n") {
+			err = fmt.Errorf("credence_webhook_sidecar_settings_file_ok is not %s", ok)
+		}
+		return errors.Join(err, injected(pod))
 	}
-	log, err := os.ReadFile(credence.WebhookLog())
-	if err != nil {
-		t.Fatal(err)
+	const first = "50m 0 64Mi 64Mi 1000 [{registry}] 9443 127.0.0.1:9780 warn http://127.0.0.1:9780/v1/credentials"
+	if err := check(first, "1"); err != nil {
+		t.Error(err)
 	}
-	if !strings.Contains(string(log), ns) {
-		t.Errorf("the webhook's log does not mention the pod of namespace %s", ns)
-	}
-	if strings.Contains(string(log), "in-the-environment") {
-		t.Error("the webhook's log holds a value of the pod's environment")
-	}
+	write("memory: 64MB\n")
+	await.Until(t, "the invalid file is reported and has no effect", func() error { return check(first, "0") })
+	write("memory: 128Mi\ncpu: {request: 50m}\nrunAsUser: 1000\n")
+	await.Until(t, "the next file is in force", func() error {
+		return check("50m 100m 128Mi 128Mi 1000 []  127.0.0.1:9779 warn http://127.0.0.1:9779/v1/credentials", "1")
+	})
 }

@@ -10,22 +10,22 @@ import (
 	"slices"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/integration/stack"
 )
 
-// object is JSON in the making.
+// object is a JSON object.
 type object = map[string]any
 
-// generator makes pods of most of what a pod can have. Nearly all are such as the API server takes; which are not, it
-// says itself.
+// generator makes random pods with most fields that a pod can have. The API server accepts nearly all of them.
 type generator struct{ *rand.Rand }
 
 func (g generator) some(percent int) bool { return g.IntN(100) < percent }
 
 func one[T any](g generator, choices ...T) T { return choices[g.IntN(len(choices))] }
 
-// put sets a field in some of all cases.
+// put sets a field with a probability in percent.
 func (g generator) put(into object, percent int, key string, value func() any) {
 	if g.some(percent) {
 		into[key] = value()
@@ -201,10 +201,10 @@ func (g generator) pod() object {
 				object{"sysctls": []any{object{"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"}}})
 		},
 	}
-	for _, key := range slices.Sorted(maps.Keys(settings)) { // a seed is to make the same pod again
+	for _, key := range slices.Sorted(maps.Keys(settings)) { // so that a seed always makes the same pod
 		g.put(spec, 12, key, settings[key])
 	}
-	if g.some(5) { // no room is left beside its containers
+	if g.some(5) { // the resources of the pod leave no room for the sidecar
 		whole := object{"cpu": "1", "memory": "1Gi"}
 		spec["resources"], spec["initContainers"], spec["containers"] = object{"requests": whole, "limits": whole}, nil, containers[:1]
 		containers[0].(object)["resources"] = one(g, object{"limits": whole}, object{"requests": whole}, object{"requests": whole, "limits": whole})
@@ -212,22 +212,10 @@ func (g generator) pod() object {
 	return object{"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 }
 
-// What the API server takes without injection, it takes injected.
+// TestGeneratedPodsAreAccepted shows that the API server accepts each pod injected that it accepts without injection.
 func TestGeneratedPodsAreAccepted(t *testing.T) {
 	t.Parallel()
-	injectedIn := scratch(t, ".*")
-	plain := injectedIn + "-plain"
-	if err := credence.MakeNamespace(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: plain}}); err != nil {
-		t.Fatal(err)
-	}
-	discard(t, plain)
-	try := func(ns string, raw []byte) (*corev1.Pod, error) {
-		var made corev1.Pod
-		err := credence.Client.CoreV1().RESTClient().Post().Namespace(ns).Resource("pods").
-			Param("dryRun", metav1.DryRunAll).Param("fieldValidation", metav1.FieldValidationStrict).
-			SetHeader("Content-Type", "application/json").Body(raw).Do(t.Context()).Into(&made)
-		return &made, err
-	}
+	injectedIn, plain := namespace(t, ".*"), namespaceWith(t, nil, nil)
 	const seeds = 400
 	accepted := 0
 	for seed := range uint64(seeds) {
@@ -235,22 +223,21 @@ func TestGeneratedPodsAreAccepted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := try(plain, raw); err != nil {
-			t.Logf("seed %d is no pod: %v", seed, err)
+		if _, err := tryRaw(t, plain, raw, metav1.FieldValidationStrict); err != nil {
+			t.Logf("seed %d is no valid pod: %v", seed, err)
 			continue
 		}
 		accepted++
-		made, err := try(injectedIn, raw)
+		made, err := tryRaw(t, injectedIn, raw, metav1.FieldValidationStrict)
 		if err != nil {
 			t.Errorf("seed %d: %v\n%s", seed, err, raw)
 			continue
 		}
-		if made.Spec.InitContainers[0].Name != "credence-sidecar" {
+		if made.Spec.InitContainers[0].Name != stack.SidecarName {
 			t.Errorf("seed %d: the first init container is %s", seed, made.Spec.InitContainers[0].Name)
 		}
 	}
 	if accepted < seeds/2 {
-		t.Errorf("the API server takes %d of %d generated pods: too few to show anything", accepted, seeds)
+		t.Errorf("the API server accepts %d of %d generated pods: too few to show anything", accepted, seeds)
 	}
-	t.Logf("%d of %d are pods", accepted, seeds)
 }

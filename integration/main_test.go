@@ -1,20 +1,23 @@
 //go:build unix
 
-// Package integration tests Credence end to end on a real control plane: real webhook and broker
-// programs, the injected sidecar run as its pod's spec says, unmodified AWS SDKs, and a real object
-// store behind the credentials. Nothing here knows how the parts work inside.
+// Package integration tests Credence end to end on a real control plane: the real webhook and broker programs, the
+// injected sidecar started as its pod's spec says, unmodified AWS SDKs, and a real object store behind the credentials.
+//
+// The tests see Credence only from outside. There are no nodes: package e2e has them. Each package's own tests and the
+// wiring tests of the programs hold the details, such as flags, metrics and the kinds of tokens.
 package integration
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -34,7 +37,7 @@ import (
 	"github.com/credence-iam/credence/integration/stack"
 )
 
-// What all tests share: one control plane, one Credence on it, one object store.
+// All tests share one control plane, one Credence on it, and one object store.
 var (
 	control   *cluster.Cluster
 	credence  *stack.Stack
@@ -43,18 +46,20 @@ var (
 )
 
 const (
-	// bucket is what the role "shelf" may read and write, and no other role may.
+	// bucket may be read and written by the role "shelf" only.
 	bucket = "shelf"
-	// annotation keys, as users write them.
+	// The keys that users write.
 	roleKey      = "iam.amazonaws.com/role"
 	permittedKey = "iam.amazonaws.com/permitted"
 	durationKey  = "iam.amazonaws.com/duration"
 	injectLabel  = "iam.amazonaws.com/inject"
 )
 
-// shortLife is what a session asked for 15 minutes, the shortest that STS gives, really lasts here:
-// long enough that the least RefreshAfter, 30 s, comes before half of it.
+// shortLife is the real duration of a session that was requested for 15 minutes, the minimum of STS. It is long enough
+// that the minimum RefreshAfter, 30 s, is less than half of it.
 const shortLife = 70 * time.Second
+
+var dryRun = metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -78,11 +83,11 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// A result that Go's test cache holds is of the programs as they are.
+// TestSourcesAreRead makes Go's test cache depend on the sources of the programs that the tests run.
 func TestSourcesAreRead(t *testing.T) {
 	t.Parallel()
 	if n, err := stack.ReadSources(t.Context()); err != nil || n < 50 {
-		t.Errorf("%d sources were read: %v", n, err)
+		t.Errorf("read %d sources: %v", n, err)
 	}
 }
 
@@ -96,7 +101,7 @@ func setUp(ctx context.Context) (err error) {
 		Credentials: awscredentials.NewStaticCredentialsProvider(accessKey, secretKey, ""),
 	})
 	if _, err := admin.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: aws.String(bucket)}); err != nil {
-		return fmt.Errorf("making a bucket: %w", err)
+		return fmt.Errorf("creating a bucket: %w", err)
 	}
 	allow, err := json.Marshal(map[string]any{"Version": "2012-10-17", "Statement": []any{map[string]any{
 		"Effect": "Allow", "Action": []string{"s3:*"}, "Resource": []string{"arn:aws:s3:::" + bucket, "arn:aws:s3:::" + bucket + "/*"},
@@ -127,22 +132,50 @@ func setUp(ctx context.Context) (err error) {
 	return nil
 }
 
-// arn is the ARN of a role of the broker's account.
+func logger(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
+
+// arn is the ARN of a role in the broker's account.
 func arn(role string) string { return "arn:aws:iam::" + stack.Account + ":role/" + role }
 
-// namespace makes an opted-in namespace that permits what the expression matches, named after the
-// test.
-func namespace(t *testing.T, permitted string) string {
-	t.Helper()
-	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
-	name = name[:min(len(name), 63)]
-	if err := credence.Namespace(t.Context(), name, map[string]string{permittedKey: permitted}); err != nil {
-		t.Fatal(err)
-	}
-	return name
+// assumed is the ARN that STS gives a session of role with the default session name.
+func assumed(role string) string {
+	return "arn:aws:sts::" + stack.Account + ":assumed-role/" + role + "/credence"
 }
 
-// create makes a pod with these annotations and returns it as stored.
+// role annotates a pod with a role.
+func role(name string) map[string]string { return map[string]string{roleKey: name} }
+
+// namespaceWith creates a namespace named after the test, deletes it when the test ends, and returns its name.
+func namespaceWith(t *testing.T, labels, annotations map[string]string) string {
+	t.Helper()
+	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name[:min(len(name), 60)], Labels: labels, Annotations: annotations}}
+	for n := 1; ; n++ { // a test can have several
+		_, err := credence.Client.CoreV1().Namespaces().Get(t.Context(), ns.Name, metav1.GetOptions{})
+		if err != nil {
+			break
+		}
+		ns.Name = fmt.Sprint(name[:min(len(name), 60)], "-", n)
+	}
+	if err := credence.MakeNamespace(t.Context(), ns); err != nil {
+		t.Fatal(err)
+	}
+	// The test of replaced certificates waits for all opted-in namespaces, so a test leaves none.
+	t.Cleanup(func() {
+		if err := credence.Client.CoreV1().Namespaces().Delete(context.WithoutCancel(t.Context()), ns.Name, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	return ns.Name
+}
+
+// namespace creates an opted-in namespace that permits the roles that the expression matches.
+func namespace(t *testing.T, permitted string) string {
+	t.Helper()
+	return namespaceWith(t, map[string]string{injectLabel: "enabled"}, map[string]string{permittedKey: permitted})
+}
+
+// create creates a pod with these annotations and returns it as stored.
 func create(t *testing.T, namespace, name string, annotations map[string]string) *corev1.Pod {
 	t.Helper()
 	pod, err := credence.Client.CoreV1().Pods(namespace).Create(t.Context(), stack.Pod(name, annotations), metav1.CreateOptions{})
@@ -152,17 +185,50 @@ func create(t *testing.T, namespace, name string, annotations map[string]string)
 	return pod
 }
 
-// remove deletes a pod and returns when it is gone.
-func remove(t *testing.T, pod *corev1.Pod) {
-	t.Helper()
-	now := int64(0)
-	if err := credence.Client.CoreV1().Pods(pod.Namespace).Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
-		t.Fatal(err)
+// injected returns what an injected pod lacks, or nil.
+func injected(pod *corev1.Pod) error {
+	if n := sidecars(pod); n != 1 {
+		return fmt.Errorf("pod %s has %d sidecars", pod.Name, n)
 	}
+	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		if c.Name != stack.SidecarName && value(c, "AWS_CONTAINER_CREDENTIALS_FULL_URI") == "" {
+			return fmt.Errorf("container %s of pod %s has no AWS_CONTAINER_CREDENTIALS_FULL_URI", c.Name, pod.Name)
+		}
+	}
+	if pod.Labels["iam.amazonaws.com/injected"] != "true" {
+		return fmt.Errorf("pod %s has labels %v", pod.Name, pod.Labels)
+	}
+	return nil
 }
 
-// run runs the sidecar of a pod until the test ends.
-func run(t *testing.T, pod *corev1.Pod) *stack.Sidecar {
+func sidecars(pod *corev1.Pod) (n int) {
+	for _, c := range pod.Spec.InitContainers {
+		if c.Name == stack.SidecarName {
+			n++
+		}
+	}
+	return n
+}
+
+func initNames(pod *corev1.Pod) (names []string) {
+	for _, c := range pod.Spec.InitContainers {
+		names = append(names, c.Name)
+	}
+	return names
+}
+
+func value(c corev1.Container, name string) string {
+	for _, v := range c.Env {
+		if v.Name == name {
+			return v.Value
+		}
+	}
+	return ""
+}
+
+// app runs the pod's sidecar until the test ends, and returns the environment of the pod's application. The endpoints of
+// AWS are those of the test's STS and object store.
+func app(t *testing.T, pod *corev1.Pod) ([]string, *stack.Sidecar) {
 	t.Helper()
 	sidecar, err := credence.RunSidecar(t.Context(), pod)
 	if err != nil {
@@ -171,23 +237,18 @@ func run(t *testing.T, pod *corev1.Pod) *stack.Sidecar {
 	t.Cleanup(func() {
 		sidecar.Stop(10 * time.Second)
 		if err := sidecar.Err(); err != nil {
-			t.Errorf("the sidecar did not end well: %v", err)
+			t.Errorf("the sidecar failed: %v", err)
 		}
 	})
-	return sidecar
-}
-
-// app is the environment of the pod's application, with the endpoints of the STS and the object store
-// of this test in the place of AWS's own.
-func app(t *testing.T, sidecar *stack.Sidecar) []string {
-	t.Helper()
 	env, err := sidecar.AppEnv()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return append(append(env, stack.NoAWSFiles()...), "HOME="+t.TempDir(), "PATH="+os.Getenv("PATH"),
-		"AWS_REGION="+stack.Region, "AWS_DEFAULT_REGION="+stack.Region,
-		"AWS_ENDPOINT_URL_STS="+credence.STS.URL(), "AWS_ENDPOINT_URL_S3="+store.Endpoint())
+	return slices.Concat(env, stack.NoAWSFiles(), []string{
+		"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH"),
+		"AWS_REGION=" + stack.Region, "AWS_DEFAULT_REGION=" + stack.Region,
+		"AWS_ENDPOINT_URL_STS=" + credence.STS.URL(), "AWS_ENDPOINT_URL_S3=" + store.Endpoint(),
+	}), sidecar
 }
 
 // command runs a program with that environment and returns its output.
@@ -202,7 +263,7 @@ func command(t *testing.T, env []string, stdin, name string, args ...string) (st
 	return strings.TrimSpace(string(out)), err
 }
 
-// token requests a token of the pod for the broker.
+// token requests the pod's token for the broker.
 func token(t *testing.T, pod *corev1.Pod) string {
 	t.Helper()
 	text, err := credence.Token(t.Context(), pod, stack.Audience, stack.TokenSeconds)
@@ -212,42 +273,56 @@ func token(t *testing.T, pod *corev1.Pod) string {
 	return text
 }
 
-// ask asks the broker for credentials as whoever the token says, over the client that sidecars use.
-func ask(t *testing.T, token string) (credential.Lease, error) {
+// call requests credentials from the broker with a pod's token, through the client that sidecars use.
+func call(t *testing.T, token string) (credential.Lease, error) {
 	t.Helper()
-	c := dial(t, token)
+	file := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	roots, err := certs.NewRoots(credence.WriteRoots(t.TempDir()), logger(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := client.New(client.Config{Target: credence.BrokerAddress(), TLS: certs.ClientConfig(roots, ""), TokenFile: file})
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	return c.Credentials(ctx)
 }
 
-func dial(t *testing.T, token string) *client.Client {
-	t.Helper()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "token")
-	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c, err := client.New(client.Config{Target: credence.BrokerAddress(), TLS: brokerTLS(t), TokenFile: file})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func brokerTLS(t *testing.T) *tls.Config {
-	t.Helper()
-	roots, err := certs.NewRoots(credence.WriteRoots(t.TempDir()), logger(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return certs.ClientConfig(roots, "")
-}
-
-// refused checks that err is a refusal of that reason, and that there is nothing beside it.
-func refused(t *testing.T, lease credential.Lease, err error, reason credential.Reason) {
-	t.Helper()
+// refused returns nil if the broker refused a call with that reason and sent no credentials.
+func refused(lease credential.Lease, err error, reason credential.Reason) error {
 	if credential.ReasonOf(err) != reason || lease.AccessKeyID != "" {
-		t.Errorf("answered %v with reason %q (%v), want a refusal with %q", lease.AccessKeyID, credential.ReasonOf(err), err, reason)
+		return fmt.Errorf("got access key %q, reason %q (%s), want a refusal with %q", lease.AccessKeyID, credential.ReasonOf(err), fmt.Sprint(err), reason)
+	}
+	return nil
+}
+
+// restartWebhook restarts the webhook with more flags until the test ends.
+func restartWebhook(t *testing.T, flags ...string) {
+	t.Helper()
+	restart(t, credence.StopWebhook, credence.StartWebhook, flags)
+}
+
+// restartBroker restarts the broker with more flags until the test ends.
+func restartBroker(t *testing.T, flags ...string) {
+	t.Helper()
+	restart(t, credence.StopBroker, credence.StartBroker, flags)
+}
+
+func restart(t *testing.T, stop func(), start func(context.Context, ...string) error, flags []string) {
+	t.Helper()
+	stop()
+	t.Cleanup(func() {
+		stop()
+		if err := start(context.WithoutCancel(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if err := start(t.Context(), flags...); err != nil {
+		t.Fatal(err)
 	}
 }

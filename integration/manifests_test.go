@@ -15,12 +15,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-
-	"github.com/credence-iam/credence/integration/stack"
 )
 
-// manifests are what users keep in Git: one file of many documents.
-const manifests = `# Everything of the shop.
+// manifests is a file of many documents, as users keep it in Git.
+const manifests = `# All of the shop.
 apiVersion: v1
 kind: ConfigMap
 metadata: {name: settings}
@@ -94,7 +92,7 @@ spec:
     spec: {containers: [{name: app, image: "app:1"}]}
 `
 
-// templates are the places of pods and pod templates in the objects of manifests.
+// templates are the paths of the pods and pod templates in manifests, by object.
 var templates = map[string][]string{
 	"deployments.apps/deployment": {"spec", "template"},
 	"deployments.apps/other":      {"spec", "template"},
@@ -103,25 +101,25 @@ var templates = map[string][]string{
 	"pods/pod":                    {},
 }
 
-// What "credence inject" makes of manifests, the API server takes, and their pods come out of admission as those of the
-// manifests as they were: the webhook adds all to these and nothing to those.
+// TestInjectedManifests shows that the API server accepts the output of "credence inject", and that its pods leave
+// admission equal to those of the original manifests: the webhook adds everything to these and nothing to those.
 func TestInjectedManifests(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "credence")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../cmd/credence").CombinedOutput(); err != nil {
 		t.Fatalf("building credence: %v\n%s", err, out)
 	}
-	var injectedManifests, said bytes.Buffer
+	var injectedManifests, messages bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), program, append([]string{"inject"}, credence.InjectFlags()...)...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(manifests), &injectedManifests, &said
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(manifests), &injectedManifests, &messages
 	if err := cmd.Run(); err != nil {
-		t.Fatalf("credence inject: %v\n%s", err, said.String())
+		t.Fatalf("credence inject: %v\n%s", err, messages.String())
 	}
-	pods := make(map[string]map[string]*corev1.Pod) // by text, and then by object
-	for name, text := range map[string]string{"injected": injectedManifests.String(), "as they were": manifests} {
-		ns := scratchNamed(t, strings.ReplaceAll(name, " ", "-"))
+	pods := make(map[string]map[string]*corev1.Pod) // by variant and object
+	for name, text := range map[string]string{"injected": injectedManifests.String(), "original": manifests} {
+		ns := namespace(t, ".*")
 		if out, err := kubectl(t, text, "apply", "--server-side", "--validate=strict", "--namespace="+ns, "-f", "-"); err != nil {
-			t.Fatalf("manifests, %s: %v\n%s", name, err, out)
+			t.Fatalf("applying the %s manifests: %v\n%s", name, err, out)
 		}
 		pods[name] = make(map[string]*corev1.Pod)
 		for object, path := range templates {
@@ -129,35 +127,18 @@ func TestInjectedManifests(t *testing.T) {
 		}
 	}
 	for object := range templates {
-		made, want := pods["injected"][object], pods["as they were"][object]
+		made, want := pods["injected"][object], pods["original"][object]
 		if diff := cmp.Diff(want, made); diff != "" {
 			t.Errorf("%s: the pod of the injected manifest differs from what the webhook makes (- webhook, + credence inject):\n%s", object, diff)
 		}
-		sidecars := 0
-		for _, c := range made.Spec.InitContainers {
-			if c.Name == stack.SidecarName {
-				sidecars++
-			}
-		}
-		if want := map[bool]int{true: 0, false: 1}[object == "deployments.apps/other"]; sidecars != want {
-			t.Errorf("%s: its pod has %d sidecars, want %d", object, sidecars, want)
+		if n, want := sidecars(made), map[bool]int{true: 0, false: 1}[object == "deployments.apps/other"]; n != want {
+			t.Errorf("%s: its pod has %d sidecars, want %d", object, n, want)
 		}
 	}
 }
 
-// scratchNamed is scratch, for one of several namespaces of a test.
-func scratchNamed(t *testing.T, suffix string) string {
-	t.Helper()
-	ns := strings.ToLower(t.Name()) + "-" + suffix
-	if err := credence.Namespace(t.Context(), ns, map[string]string{permittedKey: ".*"}); err != nil {
-		t.Fatal(err)
-	}
-	discard(t, ns)
-	return ns
-}
-
-// podOf makes the pod of a stored object, as its controller would, in a dry run. What differs between any two pods is
-// taken out.
+// podOf creates the pod of a stored object in a dry run, as its controller would. The result lacks what differs between
+// any two pods.
 func podOf(t *testing.T, ns, object string, path []string) *corev1.Pod {
 	t.Helper()
 	out, err := kubectl(t, "", "get", object, "--namespace="+ns, "-o", "json")
@@ -181,15 +162,15 @@ func podOf(t *testing.T, ns, object string, path []string) *corev1.Pod {
 		t.Fatal(err)
 	}
 	if len(path) > 0 {
-		pod.GenerateName = "made-"
+		pod.GenerateName = "created-"
 		made, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), &pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 		if err != nil {
 			t.Fatalf("a pod of %s: %v", object, err)
 		}
 		pod = *made
 	}
-	// The API server's own token is mounted before webhooks are called, by a random name, where none is mounted yet: its place
-	// among the volumes tells who came first.
+	// The API server mounts its own token before it calls webhooks, under a random name, unless one is mounted already. So
+	// the token's position depends on the order.
 	token := func(name string) bool { return strings.HasPrefix(name, "kube-api-access-") }
 	pod.Spec.Volumes = slices.DeleteFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return token(v.Name) })
 	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
@@ -198,7 +179,7 @@ func podOf(t *testing.T, ns, object string, path []string) *corev1.Pod {
 		}
 	}
 	for _, key := range []string{"batch.kubernetes.io/controller-uid", "controller-uid"} {
-		delete(pod.Labels, key) // each Job has its own
+		delete(pod.Labels, key) // differs for each Job
 	}
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: pod.Labels, Annotations: pod.Annotations}, Spec: pod.Spec}
 }

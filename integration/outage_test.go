@@ -3,48 +3,52 @@
 package integration
 
 import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
 	"strings"
 	"testing"
-	"time"
+
+	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/process"
 )
 
-// The tests of this file take away what all others use, so they do not run in parallel.
+// The tests of this file stop or restart what all tests share, so they do not run in parallel.
 
-func TestSidecarServesWhileTheBrokerIsAway(t *testing.T) {
-	ns := namespace(t, ".*")
-	env := app(t, run(t, create(t, ns, "app", map[string]string{roleKey: "cart"})))
+func TestSidecarServesWhileTheBrokerIsUnavailable(t *testing.T) {
+	env, _ := app(t, create(t, namespace(t, ".*"), "app", role("cart")))
 	credence.StopBroker()
 	got, err := command(t, env, "", awsclient, "whoami")
 	if startErr := credence.StartBroker(t.Context()); startErr != nil {
 		t.Fatal(startErr)
 	}
 	if got != assumed("cart") {
-		t.Errorf("while the broker was away an SDK saw %q, %v", got, err)
+		t.Errorf("while the broker was stopped an SDK saw %q, %v", got, err)
 	}
 }
 
-func TestBrokerAnswersWhileTheAPIServerIsAway(t *testing.T) {
-	ns := namespace(t, ".*")
-	text := token(t, create(t, ns, "app", map[string]string{roleKey: "cart"}))
-	if _, err := ask(t, text); err != nil {
+func TestBrokerServesWhileTheAPIServerIsUnavailable(t *testing.T) {
+	text := token(t, create(t, namespace(t, ".*"), "app", role("cart")))
+	if _, err := call(t, text); err != nil {
 		t.Fatal(err)
 	}
 	control.StopAPIServer()
-	lease, err := ask(t, text)
+	lease, err := call(t, text)
 	if startErr := control.StartAPIServer(t.Context()); startErr != nil {
 		t.Fatal(startErr)
 	}
 	if err != nil || lease.Role.String() != arn("cart") {
-		t.Errorf("while the API server was away a running pod was answered %s, %v", lease.Role, err)
+		t.Errorf("while the API server was stopped a running pod got %s, %v", lease.Role, err)
 	}
 }
 
 func TestReplacedCertificatesAreServedAndTrustedWithoutRestart(t *testing.T) {
 	ns := namespace(t, ".*")
-	// Short sessions, so that the running sidecar must call the broker again within the test.
-	pod := create(t, ns, "app", map[string]string{roleKey: "rotating", durationKey: "15m"})
-	sidecar := run(t, pod)
-	env := app(t, sidecar)
+	// With a short session, the running sidecar calls the broker again within the test.
+	env, sidecar := app(t, create(t, ns, "app", map[string]string{roleKey: "rotating", durationKey: "15m"}))
 	before, err := command(t, env, "", awsclient, "watch", "0.1s")
 	if err != nil {
 		t.Fatal(err)
@@ -56,29 +60,56 @@ func TestReplacedCertificatesAreServedAndTrustedWithoutRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, address := range []string{credence.BrokerAddress(), credence.WebhookAddress()} {
-		for range 200 { // files are looked at once a second
+		await.Until(t, address+" serves the new certificate", func() error {
 			newest, err := credence.ServedBy(t.Context(), address)
-			if err != nil {
-				t.Fatal(err)
+			if err == nil && !newest {
+				err = errors.New("it serves the old one")
 			}
-			if newest {
-				break
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
-		if newest, err := credence.ServedBy(t.Context(), address); !newest {
-			t.Errorf("%s still serves the old certificate (%v)", address, err)
-		}
+			return err
+		})
 	}
-	// The API server reaches the webhook.
-	create(t, ns, "next", map[string]string{roleKey: "cart"})
-	// The sidecar, which has not been restarted, renews: it comes back when 0.45 of the session's life
-	// remain at the latest.
+	create(t, ns, "next", role("cart")) // the API server reaches the webhook
+	// The sidecar was not restarted. It renews when 0.45 of the session are left at the latest.
 	out, err := command(t, env, "", awsclient, "watch", (shortLife * 6 / 10).String())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if keys := strings.Fields(out); keys[len(keys)-1] == before {
-		t.Errorf("the sidecar still has session %s of before the rotation", before)
+		t.Errorf("the sidecar still has session %s from before the rotation", before)
+	}
+}
+
+func TestSessionsOfOneRoleAreDroppedOnRequest(t *testing.T) {
+	port, err := process.FreePort(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	debug := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+	restartBroker(t, "--debug-listen="+debug)
+	ns := namespace(t, ".*")
+	key := func(token string) string {
+		t.Helper()
+		lease, err := call(t, token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return lease.AccessKeyID
+	}
+	dropped, other := token(t, create(t, ns, "dropped", role("dropped"))), token(t, create(t, ns, "other", role("other")))
+	droppedKey, otherKey := key(dropped), key(other)
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+debug+"/debug/grants/drop?role="+url.QueryEscape(arn("dropped")), http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(response.Body)
+	if err := errors.Join(err, response.Body.Close()); err != nil || response.StatusCode != http.StatusOK {
+		t.Fatalf("the broker responded %s: %s (%v)", response.Status, body, err)
+	}
+	if key(dropped) == droppedKey || key(other) != otherKey {
+		t.Error("the dropped role still has its session, or the other role has another one")
 	}
 }

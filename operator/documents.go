@@ -9,27 +9,29 @@ import (
 	"io"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/credence-iam/credence/operator/yamledit"
 )
 
-// A document is one of those in a file, with all the text up to the next one: its separator and the comments
-// around it are a part of it, so that the texts of all documents are the text of the file.
+// document is one document of a file, with all text up to the next document: its separator and the comments around it. So the
+// texts of all documents together are the text of the file.
 type document struct {
 	file   string
-	number int // from 1 on, among those that hold anything; 0 for comments alone
-	line   int // of the file where text begins, from 1 on
+	number int // counts from 1 the documents with content; 0 for comments only
+	line   int // of the file at which text begins; counts from 1
 	text   []byte
-	head   int        // where the JSON value begins, with white space around it; 0 in YAML
-	json   bool       // one JSON value, and not YAML
-	root   *yaml.Node // nil for comments alone
-	// objects are those of root that concern us, and passed those of kinds that are not known here.
+	head   int        // offset of the JSON value, with white space around it; 0 in YAML
+	json   bool       // text is one JSON value, not YAML
+	root   *yaml.Node // nil for comments only
+	// objects and passed are the results of the function objects.
 	objects, passed []object
 }
 
-// maxSize bounds what is read, in bytes, all files together. It is far more than the manifests of a large
-// cluster have, 10,000 of 6 kB, and keeps a log or an image that was named by mistake from filling memory.
+// maxSize is the maximum size of all files together, in bytes. The manifests of a large cluster are smaller: 10,000 manifests of
+// 6 kB. It keeps a log or an image, named by mistake, from filling the memory.
 const maxSize = 64 << 20
 
-// parseDocuments takes a file apart, and parses what it holds.
+// parseDocuments splits a file into documents and parses them.
 func parseDocuments(ctx context.Context, file string, text []byte) ([]*document, error) {
 	var all []*document
 	number, line := 0, 1
@@ -43,9 +45,9 @@ func parseDocuments(ctx context.Context, file string, text []byte) ([]*document,
 			head = 0
 			var err error
 			if isJSON {
-				d.root, err = parseJSON(value[d.head:])
+				d.root, err = yamledit.ParseJSON(value[d.head:])
 			} else {
-				d.root, err = parseYAML(value)
+				d.root, err = yamledit.Parse(value)
 			}
 			if err == nil {
 				d.objects, d.passed, err = objects(d.root)
@@ -53,7 +55,7 @@ func parseDocuments(ctx context.Context, file string, text []byte) ([]*document,
 				err = d.unreadable(err)
 			}
 			if err != nil {
-				return nil, fmt.Errorf("%s: document %d, which begins in line %d, cannot be read: %w", file, number+1, line, err)
+				return nil, fmt.Errorf("%s: cannot read document %d, which begins in line %d: %w", file, number+1, line, err)
 			}
 			if d.root != nil {
 				number++
@@ -66,8 +68,8 @@ func parseDocuments(ctx context.Context, file string, text []byte) ([]*document,
 	return all, nil
 }
 
-// split parts a text where YAML does: before a line that begins with ---, but for one below directives, and
-// behind one that begins with "...". No text of a document can have such a line, not even a quoted one.
+// split splits a text as YAML does: before a line that begins with "---", except one below directives, and after a line that
+// begins with "...". No text inside a document can have such a line, not even a quoted one.
 func split(text []byte) [][]byte {
 	var parts [][]byte
 	begin, directives := 0, false
@@ -98,13 +100,13 @@ func split(text []byte) [][]byte {
 	return parts
 }
 
-// marks reports whether a line begins with a marker that nothing but white space follows directly.
+// marks reports whether a line is the marker, or begins with the marker and white space.
 func marks(line []byte, marker string) bool {
 	rest, ok := bytes.CutPrefix(line, []byte(marker))
 	return ok && (len(rest) == 0 || bytes.IndexByte([]byte(" \t\r\n"), rest[0]) >= 0)
 }
 
-// allBlank reports whether lines hold nothing but comments and directives.
+// allBlank reports whether all lines are empty, comments or directives.
 func allBlank(text []byte) bool {
 	for line := range bytes.Lines(text) {
 		if line = bytes.TrimSpace(line); len(line) > 0 && line[0] != '#' && line[0] != '%' {
@@ -114,8 +116,8 @@ func allBlank(text []byte) bool {
 	return true
 }
 
-// splitJSON takes a part of a file apart that holds JSON values, one or several one after the other, each with
-// the white space before it. The first begins at head, behind a separator. Anything else is one YAML document.
+// splitJSON splits a part of a file that has one JSON value or several. Each result has the white space before its value. The
+// first value begins at offset head, after a separator. Any other part is one YAML document.
 func splitJSON(part []byte) (values [][]byte, head int, isJSON bool) {
 	yaml := [][]byte{part}
 	if marks(part, "---") {

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// FuzzInject: whatever comes in is refused, or comes out so that injecting it again changes no byte; and what
-// has no key of ours in it comes out as it is.
+// FuzzInject: the command refuses any input, or injecting its output again changes no byte. Input without a key of ours
+// stays unchanged.
 func FuzzInject(f *testing.F) {
 	for _, pattern := range []string{"testdata/*.in.*", "../webhook/inject/testdata/*.in.yaml"} {
 		files, err := filepath.Glob(pattern)
@@ -50,8 +50,8 @@ func FuzzInject(f *testing.F) {
 	})
 }
 
-// FuzzStyles writes one pod in all styles that YAML and JSON have, by chance; each is injected in place, with
-// all of its lines kept but for those in brackets.
+// FuzzStyles writes one pod in all styles of YAML and JSON, by chance. The command injects each in place and keeps all of its
+// lines, except those in brackets.
 func FuzzStyles(f *testing.F) {
 	for seed := range uint64(150) {
 		f.Add(seed)
@@ -60,16 +60,16 @@ func FuzzStyles(f *testing.F) {
 		w := writer{rand.New(rand.NewPCG(seed, 1))}
 		text := w.document()
 		out, said := must(t, text)
-		if strings.Contains(said, "written anew") {
-			t.Errorf("seed %d was written anew:\n%s", seed, text)
+		if strings.Contains(said, "rewritten") {
+			t.Errorf("seed %d was rewritten:\n%s", seed, text)
 		}
 		if strings.Contains(text, "\r\n") && strings.Count(out, "\n") != strings.Count(out, "\r\n") {
-			t.Errorf("seed %d: lines end in different ways:\n%q", seed, out)
+			t.Errorf("seed %d: line breaks differ:\n%q", seed, out)
 		}
 		if n := strings.Count(out, "/credence-sidecar:v1"); n != 1 {
 			t.Errorf("seed %d: %d sidecars in\n%s\nof\n%s", seed, n, out, text)
 		}
-		// Every line of before is there, in order, but for those that something was added to.
+		// Each old line is there, in order, except lines with an addition.
 		rest := strings.Split(strings.ReplaceAll(out, "\r", ""), "\n")
 		for line := range strings.Lines(text) {
 			line = strings.TrimRight(line, "\r\n")
@@ -94,10 +94,10 @@ func FuzzStyles(f *testing.F) {
 			t.Fatal(err)
 		}
 		if seed%10 != 0 {
-			return // each starts a process
+			return // Each call of patch starts a process.
 		}
 		if got := patch(t, text, diff); got != out {
-			t.Errorf("seed %d: the difference comes to\n%s\nwant\n%s", seed, got, out)
+			t.Errorf("seed %d: the difference results in\n%s\nwant\n%s", seed, got, out)
 		}
 	})
 }
@@ -107,7 +107,7 @@ type writer struct{ *rand.Rand }
 
 func (w writer) one(choices ...string) string { return choices[w.IntN(len(choices))] }
 
-// field is a key and its value: a string of YAML, []field, or []any of either.
+// field is a key and its value: a YAML string, []field, or []any of either.
 type field struct {
 	key   string
 	value any
@@ -192,7 +192,7 @@ func (w writer) block(lines *[]string, white string, fields []field, indent, lis
 				if fields, ok := element.([]field); ok {
 					var item []string
 					w.block(&item, at+"  ", fields, indent, lists)
-					for i, line := range item { // comments come before the dash
+					for i, line := range item { // Comments stand before the dash.
 						if rest := strings.TrimSpace(line); rest != "" && rest[0] != '#' {
 							item[i] = at + "- " + line[len(at)+2:]
 							break
@@ -222,6 +222,6 @@ func flow(v any) string {
 		}
 		return "[ " + strings.Join(parts, " , ") + " ]"
 	default:
-		return v.(string) //nolint:forcetypeassert // there are no others
+		return v.(string) //nolint:forcetypeassert // There is no other type.
 	}
 }

@@ -15,10 +15,11 @@ import (
 	sigsyaml "sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/operator/yamledit"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// templates says where in an object of a kind the pod is that it stands for, or makes.
+// templates has the API groups of each kind that has a pod, and the path of the pod in the object.
 var templates = map[string]struct {
 	groups []string
 	path   []string
@@ -34,33 +35,33 @@ var templates = map[string]struct {
 	"CronJob":               {[]string{"batch"}, []string{"spec", "jobTemplate", "spec", "template"}},
 }
 
-// object is one object of a document: all of it, or an item of a list.
+// object is one object of a document: the whole document, or an item of a list.
 type object struct {
 	kind string
 	path []string // in the document
 	node *yaml.Node
 }
 
-// objects returns those of a document that concern us, and passed, those of kinds that are not known here.
+// objects returns the objects of a document that have a pod or are a Namespace, and in passed the objects of other kinds.
 func objects(root *yaml.Node) (all, passed []object, err error) {
-	left := maxNodes
+	left := yamledit.MaxNodes
 	var walk func(n *yaml.Node, path []string, group, kind string, depth int) error
 	walk = func(n *yaml.Node, path []string, group, kind string, depth int) error {
 		if left--; left < 0 {
-			return fmt.Errorf("its lists hold more than %d objects, with those that aliases stand for", maxNodes)
+			return fmt.Errorf("its lists have more than %d objects, aliases resolved; split the document", yamledit.MaxNodes)
 		}
-		n = value(n)
-		if k := text(n, "kind"); k != "" {
-			kind, group = k, groupOf(text(n, "apiVersion"))
+		n = yamledit.Value(n)
+		if k := yamledit.Text(n, "kind"); k != "" {
+			kind, group = k, groupOf(yamledit.Text(n, "apiVersion"))
 		}
 		if t, ok := templates[kind]; ok && slices.Contains(t.groups, group) || kind == "Namespace" && group == "" {
 			all = append(all, object{kind, path, n})
 			return nil
 		}
-		// The items of a list of one kind need not say which. Lists in lists are taken as kubectl does.
+		// The items of a list of one kind may omit their kind. kubectl accepts lists in lists, too.
 		of, isList := strings.CutSuffix(kind, "List")
-		items, _ := child(n, "items")
-		if items = value(items); !isList || items == nil || items.Kind != yaml.SequenceNode || depth > 8 {
+		items, _ := yamledit.Child(n, "items")
+		if items = yamledit.Value(items); !isList || items == nil || items.Kind != yaml.SequenceNode || depth > 8 {
 			if kind != "" && n != nil && n.Kind == yaml.MappingNode {
 				passed = append(passed, object{kind, path, n})
 			}
@@ -88,22 +89,22 @@ func groupOf(apiVersion string) string {
 	return group
 }
 
-// injection is the webhook's function on documents.
+// injection applies the webhook's function to documents.
 type injection struct {
 	injector   *inject.Injector
 	rules      *policy.Rules
-	namespace  string // of objects that name none
+	namespace  string // for objects without one
 	namespaces map[string]policy.Namespace
 }
 
-// result is what became of a document.
+// result is the outcome for one document.
 type result struct {
-	edits   []edit
-	said    []string // lines for whoever runs the command
-	refused bool
+	edits    []yamledit.Edit
+	messages []string // lines for the user
+	refused  bool
 }
 
-// metadata is what is read of an object.
+// metadata has the fields of an object's metadata that the command reads.
 type metadata struct {
 	Name         string            `json:"name"`
 	GenerateName string            `json:"generateName"`
@@ -112,8 +113,7 @@ type metadata struct {
 	Annotations  map[string]string `json:"annotations"`
 }
 
-// learn takes up the facts of the namespaces among documents. Of two of one name the later counts, as it does
-// when they are applied.
+// learn stores the Namespace objects of documents. If two have the same name, the later one counts, as for kubectl apply.
 func (in *injection) learn(ctx context.Context, documents []*document) error {
 	for _, d := range documents {
 		var whole any
@@ -132,7 +132,7 @@ func (in *injection) learn(ctx context.Context, documents []*document) error {
 				err = utiljson.Unmarshal(raw, &ns)
 			}
 			if err != nil || raw == nil {
-				return fmt.Errorf("%s: the namespace cannot be read: %w", d.where(), d.misread(o.path, raw, err))
+				return fmt.Errorf("%s: cannot read the Namespace: %w", d.where(), d.misread(o.path, raw, err))
 			}
 			in.namespaces[ns.Metadata.Name] = policy.Namespace{
 				Name: ns.Metadata.Name, Labels: ns.Metadata.Labels, Annotations: ns.Metadata.Annotations,
@@ -151,15 +151,15 @@ func (d *document) where() string {
 	return fmt.Sprintf("%s: document %d (line %d)", d.file, d.number, line)
 }
 
-// asJSON returns the document as the API server gets it from kubectl.
+// asJSON returns the document as kubectl sends it to the API server.
 func (d *document) asJSON() ([]byte, error) {
 	if d.json {
 		return d.text[d.head:], nil
 	}
-	return sigsyaml.YAMLToJSON(terminated(d.text))
+	return sigsyaml.YAMLToJSON(yamledit.Terminated(d.text))
 }
 
-// at returns the JSON of what is at path. It keeps the decoded document in whole.
+// at returns the JSON of the value at path. It caches the decoded document in whole.
 func (d *document) at(whole *any, path []string) ([]byte, error) {
 	if *whole == nil {
 		raw, err := d.asJSON()
@@ -193,13 +193,13 @@ func (d *document) at(whole *any, path []string) ([]byte, error) {
 	return json.Marshal(v)
 }
 
-// placed is an operation and the template that it is for.
+// placed has the operations for the template at a path.
 type placed struct {
 	template []string
 	ops      []inject.Operation
 }
 
-// document injects one document. Its error is that of ctx.
+// document injects one document. It returns only errors of ctx.
 func (in *injection) document(ctx context.Context, d *document) (r result, err error) {
 	var (
 		whole any
@@ -212,16 +212,16 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 		if o.kind == "Namespace" {
 			continue
 		}
-		add, said, err := in.object(d, &whole, o)
+		add, messages, err := in.object(d, &whole, o)
 		who := d.where() + ", " + o.name() + ": "
-		for _, line := range said {
-			r.said = append(r.said, who+line)
+		for _, line := range messages {
+			r.messages = append(r.messages, who+line)
 		}
 		if err != nil {
-			r.said = append(r.said, who+"refused: "+err.Error())
+			r.messages = append(r.messages, who+"refused: "+err.Error())
 			r.refused = true
 			if whole == nil {
-				break // none of it can be read: once is enough to try it and to say so
+				break // The document cannot be read, so all other objects would have the same message.
 			}
 		}
 		if len(add.ops) > 0 {
@@ -233,30 +233,30 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 			return result{}, err
 		}
 		if note := in.passedBy(d, o); note != "" {
-			r.said = append(r.said, d.where()+", "+o.name()+": note: "+note)
+			r.messages = append(r.messages, d.where()+", "+o.name()+": note: "+note)
 		}
 	}
 	if r.refused || len(adds) == 0 {
 		return r, nil
 	}
-	edits, anew, err := in.edit(ctx, d, adds)
+	edits, rewritten, err := in.edit(ctx, d, adds)
 	if ended := ctx.Err(); ended != nil {
 		return result{}, ended
 	}
 	if err != nil {
-		r.said = append(r.said, d.where()+": refused: cannot be edited: "+err.Error())
+		r.messages = append(r.messages, d.where()+": refused: cannot add the sidecar to the text: "+err.Error())
 		r.refused = true
 		return r, nil
 	}
-	if anew {
-		r.said = append(r.said, d.where()+": note: written anew, because there is no place to add something to what several parts share (anchors, aliases); white space may differ")
+	if rewritten {
+		r.messages = append(r.messages, d.where()+": note: rewritten without anchors and aliases, because the additions belong to a part that they share; white space may differ")
 	}
 	r.edits = edits
 	return r, nil
 }
 
-// passedBy returns a note about an object of a kind that is not known here, if it has annotations of ours that its
-// controller may give to pods, as the templates of Argo's Rollout and Knative's Service have; otherwise "".
+// passedBy returns a note about an object of an unknown kind, if it has annotations of ours that its controller may copy to
+// pods, as Argo's Rollout and Knative's Service do. Otherwise it returns "".
 func (in *injection) passedBy(d *document, o object) string {
 	keys := in.injector.Keys()
 	path, n := annotationsOf(o.node, keys.Prefix()+"/")
@@ -264,12 +264,12 @@ func (in *injection) passedBy(d *document, o object) string {
 		return ""
 	}
 	kind := o.kind
-	if version := text(o.node, "apiVersion"); version != "" {
+	if version := yamledit.Text(o.node, "apiVersion"); version != "" {
 		kind += " of " + version
 	}
-	note := fmt.Sprintf("left as it is, because credence inject does not know pods of kind %s; the webhook injects its pods when they are created, "+
+	note := fmt.Sprintf("unchanged, because credence inject does not know the kind %s; the webhook injects its pods at their creation, "+
 		"if they get the annotations of line %d, %s", kind, d.fileLine(n), keyName(path))
-	namespace := text(o.node, "metadata", "namespace")
+	namespace := yamledit.Text(o.node, "metadata", "namespace")
 	if namespace == "" {
 		namespace = in.namespace
 	}
@@ -278,13 +278,13 @@ func (in *injection) passedBy(d *document, o object) string {
 	case !known:
 		return note + ", and their namespace is opted in"
 	case !keys.OptedIn(ns.Labels):
-		return note + fmt.Sprintf(", and namespace %q is opted in, which it is not: label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)
+		return note + fmt.Sprintf(", but namespace %q is not opted in; label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)
 	}
 	return note
 }
 
-// annotationsOf returns the first annotations below n, and their path, that have a key with the prefix. It leaves out the
-// object's own, which are not annotations of pods. It does not follow aliases: their content is written elsewhere in the
+// annotationsOf returns the path and the node of the first annotations below n that have a key with the prefix. It skips the
+// object's own annotations, because they are not those of pods, and aliases, because their node stands elsewhere in the
 // document.
 func annotationsOf(n *yaml.Node, prefix string) (path []string, found *yaml.Node) {
 	var look func(n *yaml.Node, at []string) bool
@@ -299,7 +299,7 @@ func annotationsOf(n *yaml.Node, prefix string) (path []string, found *yaml.Node
 			}
 			below := append(slices.Clip(at), token)
 			own := len(below) == 2 && below[0] == "metadata"
-			if n.Kind == yaml.MappingNode && strings.HasSuffix(strings.ToLower(token), "annotations") && !own && hasPrefix(value(c), prefix, 0) {
+			if n.Kind == yaml.MappingNode && strings.HasSuffix(strings.ToLower(token), "annotations") && !own && hasPrefix(yamledit.Value(c), prefix, 0) {
 				path, found = below, n.Content[i-1]
 				return true
 			}
@@ -313,7 +313,7 @@ func annotationsOf(n *yaml.Node, prefix string) (path []string, found *yaml.Node
 	return path, found
 }
 
-// hasPrefix reports whether a mapping, or one that is merged into it, has a key with the prefix.
+// hasPrefix reports whether a mapping, or a mapping merged into it, has a key with the prefix.
 func hasPrefix(n *yaml.Node, prefix string, depth int) bool {
 	if n == nil || depth > 8 {
 		return false
@@ -322,11 +322,11 @@ func hasPrefix(n *yaml.Node, prefix string, depth int) bool {
 		c := n.Content[i]
 		switch {
 		case n.Kind == yaml.SequenceNode: // a list of merged mappings
-			if hasPrefix(value(c), prefix, depth+1) {
+			if hasPrefix(yamledit.Value(c), prefix, depth+1) {
 				return true
 			}
 		case n.Kind == yaml.MappingNode && i%2 == 0:
-			if strings.HasPrefix(c.Value, prefix) || c.Tag == "!!merge" && hasPrefix(value(n.Content[i+1]), prefix, depth+1) {
+			if strings.HasPrefix(c.Value, prefix) || c.Tag == "!!merge" && hasPrefix(yamledit.Value(n.Content[i+1]), prefix, depth+1) {
 				return true
 			}
 		}
@@ -334,22 +334,22 @@ func hasPrefix(n *yaml.Node, prefix string, depth int) bool {
 	return false
 }
 
-// name is how messages name an object.
+// name names an object in messages.
 func (o object) name() string {
-	name := text(o.node, "metadata", "name")
+	name := yamledit.Text(o.node, "metadata", "name")
 	if name == "" {
-		if name = text(o.node, "metadata", "generateName"); name != "" {
+		if name = yamledit.Text(o.node, "metadata", "generateName"); name != "" {
 			name += "*"
 		}
 	}
-	if ns := text(o.node, "metadata", "namespace"); ns != "" {
+	if ns := yamledit.Text(o.node, "metadata", "namespace"); ns != "" {
 		name = ns + "/" + name
 	}
 	return strings.TrimSpace(o.kind + " " + name)
 }
 
-// object decides on one object.
-func (in *injection) object(d *document, whole *any, o object) (add placed, said []string, err error) {
+// object decides on one object. It returns the additions and messages for the user.
+func (in *injection) object(d *document, whole *any, o object) (add placed, messages []string, err error) {
 	raw, err := d.at(whole, o.path)
 	var meta struct {
 		Metadata struct {
@@ -361,7 +361,7 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 		err = utiljson.Unmarshal(raw, &meta)
 	}
 	if err != nil || raw == nil {
-		return placed{}, nil, fmt.Errorf("it cannot be read: %w", d.misread(o.path, raw, err))
+		return placed{}, nil, fmt.Errorf("cannot read it: %w", d.misread(o.path, raw, err))
 	}
 	template := append(slices.Clone(o.path), templates[o.kind].path...)
 	pod, err := d.at(whole, template)
@@ -382,47 +382,47 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, said
 		if o.kind != "Pod" && err == nil {
 			for name := range meta.Metadata.Annotations {
 				if strings.HasPrefix(name, keys.Prefix()+"/") {
-					said = append(said, fmt.Sprintf("note: annotation %q is on the %s itself, and counts on its pod template only", name, o.kind))
+					messages = append(messages, fmt.Sprintf("note: annotation %q is on the %s itself and has no effect there; move it to the pod template", name, o.kind))
 				}
 			}
-			slices.Sort(said)
+			slices.Sort(messages)
 		}
-		return placed{}, said, err
+		return placed{}, messages, err
 	}
 	if err := d.templated(template, keys.Prefix()+"/"); err != nil {
 		return placed{}, nil, err
 	}
 	if known && !keys.OptedIn(ns.Labels) {
-		// The API server would not call the webhook.
-		return placed{}, []string{fmt.Sprintf("note: left alone, because namespace %q is not opted in: label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)}, nil
+		// The API server does not call the webhook for it.
+		return placed{}, []string{fmt.Sprintf("note: unchanged, because namespace %q is not opted in; label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)}, nil
 	}
 	if err != nil {
 		return placed{}, nil, err
 	}
 	for _, warning := range result.Warnings {
-		said = append(said, "warning: "+warning)
+		messages = append(messages, "warning: "+warning)
 	}
 	if firstPullSecrets(pod, result.Patch) {
-		said = append(said, "note: it has imagePullSecrets now, so that Kubernetes no longer adds those of its service account: add what it needs of them")
+		messages = append(messages, "note: it now has imagePullSecrets, so Kubernetes does not add those of its service account; add the ones that it needs")
 	}
 	switch {
 	case namespace == "":
-		said = append(said, "note: its role is not judged, because its namespace is not known: give --namespace")
+		messages = append(messages, "note: its role is not checked, because its namespace is not known; set --namespace")
 	case !known:
-		said = append(said, fmt.Sprintf("note: its role is not judged, because nothing is known of namespace %q: give --namespaces", namespace))
+		messages = append(messages, fmt.Sprintf("note: its role is not checked, because namespace %q is not known; set --namespaces", namespace))
 	default:
 		_, err := in.rules.Grant(result.Pod, ns)
 		if errors.Is(err, policy.ErrNoBase) {
-			said = append(said, "note: its role is not judged, because names are not full ARNs: give --base-arn")
+			messages = append(messages, "note: its role is not checked, because it is not a full ARN; set --base-arn")
 		} else if err != nil {
-			return placed{}, said, err
+			return placed{}, messages, err
 		}
 	}
-	return placed{template, result.Patch}, said, nil
+	return placed{template, result.Patch}, messages, nil
 }
 
-// firstPullSecrets reports whether ops give imagePullSecrets to a pod that has none. Kubernetes adds those of the service
-// account to such pods alone, and does so before it calls webhooks, but after manifests are written.
+// firstPullSecrets reports whether ops add imagePullSecrets to a pod without any. Kubernetes adds those of the service account
+// only to pods without any. It does so before it calls webhooks, but after the manifest is written.
 func firstPullSecrets(pod []byte, ops []inject.Operation) bool {
 	if !slices.ContainsFunc(ops, func(op inject.Operation) bool { return strings.HasPrefix(op.Path, "/spec/imagePullSecrets") }) {
 		return false
@@ -435,75 +435,69 @@ func firstPullSecrets(pod []byte, ops []inject.Operation) bool {
 	return utiljson.Unmarshal(pod, &before) == nil && len(before.Spec.ImagePullSecrets) == 0
 }
 
-// edit returns the edits that make the operations in the text of a document, and whether it had to be written
-// anew for them. It checks that they come to what the operations do, that nothing else has changed, and that
-// the webhook would add nothing more.
-func (in *injection) edit(ctx context.Context, d *document, adds []placed) (edits []edit, anew bool, err error) {
+// edit returns the edits that apply adds to the text of a document, and whether they rewrite the whole document. It checks
+// that the result has the additions and no other change, and that the webhook would add nothing to it.
+func (in *injection) edit(ctx context.Context, d *document, adds []placed) (edits []yamledit.Edit, rewritten bool, err error) {
 	edits, err = in.splice(ctx, d, adds)
 	if err == nil || d.json || ctx.Err() != nil {
 		return edits, false, err
 	}
-	text, expandErr := expand(d.root)
+	text, expandErr := yamledit.Expand(d.root)
 	if expandErr != nil {
 		return nil, false, expandErr
 	}
 	expanded := &document{file: d.file, text: text}
-	if expanded.root, err = parseYAML(text); err != nil {
+	if expanded.root, err = yamledit.Parse(text); err != nil {
 		return nil, false, err
 	}
 	if err := sameJSON(ctx, d, expanded, nil); err != nil {
 		return nil, false, err
 	}
-	// What is being injected was decided by the aliased document; the places are the same.
+	// The additions were decided for the aliased document. The paths are the same.
 	if edits, err = in.splice(ctx, expanded, adds); err != nil {
 		return nil, false, err
 	}
-	whole := apply(text, edits)
+	whole := yamledit.Apply(text, edits)
 	if marks(d.text, "---") {
 		whole = append([]byte("---\n"), whole...)
 	}
 	for line := range bytes.Lines(d.text) {
-		if marks(line, "...") { // what comes next may not begin with ---
+		if marks(line, "...") { // The next document may begin without "---".
 			whole = append(whole, "...\n"...)
 		}
 	}
-	return []edit{{0, len(d.text), string(whole)}}, true, nil
+	return []yamledit.Edit{{End: len(d.text), Text: string(whole)}}, true, nil
 }
 
-// splice is edit for a document that stays as it is written.
-func (in *injection) splice(ctx context.Context, d *document, adds []placed) ([]edit, error) {
-	// The tree of the document stays as it is: another is patched.
-	parse := parseYAML
+// splice is edit for a document that keeps its form.
+func (in *injection) splice(ctx context.Context, d *document, adds []placed) ([]yamledit.Edit, error) {
+	// Patch a second tree, because d.root must not change.
+	parse := yamledit.Parse
 	if d.json {
-		parse = parseJSON
+		parse = yamledit.ParseJSON
 	}
 	root, err := parse(d.text[d.head:])
 	if err != nil {
 		return nil, err
 	}
-	tree := newPatched(root)
-	if err := tree.addAll(ctx, adds); err != nil {
-		return nil, err
-	}
-	text := d.text[d.head:]
-	if !d.json {
-		text = terminated(text)
-	}
-	edits, err := splice(text, tree, d.json)
+	tree, err := patched(ctx, root, adds)
 	if err != nil {
 		return nil, err
 	}
-	edits = beforeEnd(edits, d.text[d.head:])
+	edits, err := yamledit.Splice(d.text[d.head:], tree, d.json)
+	if err != nil {
+		return nil, err
+	}
 	for i := range edits {
-		edits[i].start += d.head
-		edits[i].end += d.head
+		edits[i].Start += d.head
+		edits[i].End += d.head
 	}
-	out := &document{file: d.file, text: apply(d.text, edits), head: d.head, json: d.json}
+	out := &document{file: d.file, text: yamledit.Apply(d.text, edits), head: d.head, json: d.json}
 	if out.root, err = parse(out.text[out.head:]); err != nil {
-		return nil, fmt.Errorf("what comes of it cannot be read: %w", err)
+		return nil, fmt.Errorf("reading the result: %w", err)
 	}
-	if out.root == nil || !same(tree.root, out.root, false) {
-		return nil, errShape
+	if out.root == nil || !yamledit.Same(tree.Root, out.root, false) {
+		return nil, yamledit.ErrShape
 	}
 	if err := sameJSON(ctx, d, out, adds); err != nil {
 		return nil, err
@@ -519,16 +513,16 @@ func (in *injection) splice(ctx context.Context, d *document, adds []placed) ([]
 		}
 		again, err := in.injector.Inject(pod, in.namespace)
 		if err != nil {
-			return nil, fmt.Errorf("the webhook would refuse what comes of it: %w", err)
+			return nil, fmt.Errorf("the webhook would refuse the result: %w", err)
 		}
 		if again.Patch != nil {
-			return nil, errors.New("the webhook would add to what comes of it")
+			return nil, errors.New("the webhook would add to the result")
 		}
 	}
 	return edits, nil
 }
 
-// sameJSON returns an error unless the JSON of b is that of a with the operations applied.
+// sameJSON returns an error unless the JSON of b equals the JSON of a with adds applied.
 func sameJSON(ctx context.Context, a, b *document, adds []placed) error {
 	rawA, err := a.asJSON()
 	if err != nil {
@@ -538,20 +532,43 @@ func sameJSON(ctx context.Context, a, b *document, adds []placed) error {
 	if err != nil {
 		return err
 	}
-	rootA, err := parseJSON(rawA)
+	rootA, err := yamledit.ParseJSON(rawA)
 	if err != nil {
 		return err
 	}
-	rootB, err := parseJSON(rawB)
+	rootB, err := yamledit.ParseJSON(rawB)
 	if err != nil {
 		return err
 	}
-	tree := newPatched(rootA)
-	if err := tree.addAll(ctx, adds); err != nil {
+	tree, err := patched(ctx, rootA, adds)
+	if err != nil {
 		return err
 	}
-	if !same(tree.root, rootB, true) {
-		return errAliased
+	if !yamledit.Same(tree.Root, rootB, true) {
+		return yamledit.ErrAliased
 	}
 	return nil
+}
+
+// patched returns the tree of root with adds applied.
+func patched(ctx context.Context, root *yaml.Node, adds []placed) (*yamledit.Tree, error) {
+	tree := yamledit.NewTree(root)
+	for _, add := range adds {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		for _, op := range add.ops {
+			if op.Op != "add" {
+				return nil, fmt.Errorf("unknown operation %q", op.Op)
+			}
+			path := slices.Clone(add.template)
+			for token := range strings.SplitSeq(strings.TrimPrefix(op.Path, "/"), "/") {
+				path = append(path, strings.NewReplacer("~1", "/", "~0", "~").Replace(token))
+			}
+			if err := tree.Add(path, op.Value); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return tree, nil
 }

@@ -16,12 +16,13 @@ import (
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 
 	"github.com/credence-iam/credence/broker/clip"
+	"github.com/credence-iam/credence/operator/yamledit"
 )
 
-// This file makes messages for input that cannot be read: they name the line of the file and the key, and say what to
-// write instead. It runs after something failed, and changes no decision.
+// This file makes messages about input that cannot be read. They name the line of the file and the key, and say what to
+// write instead. It runs after a failure and changes no decision.
 
-// fileLine returns the line of the file on which n is written, from 1 on.
+// fileLine returns the line of n in the file, counted from 1.
 func (d *document) fileLine(n *yaml.Node) int {
 	line := d.line + n.Line - 1
 	if d.json {
@@ -30,18 +31,18 @@ func (d *document) fileLine(n *yaml.Node) int {
 	return line
 }
 
-// relativeLine is the line that package yaml names in an error. It counts from the beginning of the document.
+// relativeLine matches the line that package yaml names in an error. It counts from the start of the document.
 var relativeLine = regexp.MustCompile(`^line (\d+): `)
 
-// unknownAnchor is the error of package yaml for an alias whose anchor is not written before it in the document. It names no line.
+// unknownAnchor matches package yaml's error about an alias without an anchor before it. The error names no line.
 var unknownAnchor = regexp.MustCompile(`^unknown anchor '(.+)' referenced$`)
 
-// unreadable returns err, an error of a YAML or JSON parser, with the line of the file, and with the line of the first Helm
-// template if there is one: such a file becomes YAML by "helm template" only.
+// unreadable returns err, an error of a YAML or JSON parser, with the line of the file. It adds a hint if the document has a
+// Helm template: such a file becomes YAML only by "helm template".
 func (d *document) unreadable(err error) error {
 	message := strings.TrimPrefix(strings.Join(strings.Fields(err.Error()), " "), "yaml: ")
 	if match := relativeLine.FindStringSubmatch(message); match != nil {
-		// Package yaml names the line of the mistake or the one before it.
+		// Package yaml names the line of the mistake or the line before it.
 		if line, err := strconv.Atoi(match[1]); err == nil {
 			message = fmt.Sprintf("near line %d: %s", d.line+line-1, message[len(match[0]):])
 		}
@@ -51,7 +52,7 @@ func (d *document) unreadable(err error) error {
 			message = fmt.Sprintf("line %d: %s", d.line+bytes.Count(d.text[:at[0]+1], []byte("\n")), message)
 		}
 	} else if strings.HasPrefix(err.Error(), "yaml: ") && d.root == nil {
-		message = fmt.Sprintf("near line %d: %s", d.line, message) // package yaml names no first line
+		message = fmt.Sprintf("near line %d: %s", d.line, message) // Package yaml does not name the first line.
 	}
 	if n := mappingAsKey(d.root); n != nil {
 		message = fmt.Sprintf("line %d: a mapping cannot be a key", d.fileLine(n))
@@ -59,7 +60,7 @@ func (d *document) unreadable(err error) error {
 	return errors.New(clip.Bytes(message, 500) + d.helmHint())
 }
 
-// helmHint says where the first Helm template of the document is, in the form of a continued sentence, or "".
+// helmHint returns a hint about the first Helm template of the document, which continues an error, or "".
 func (d *document) helmHint() string {
 	line := d.line
 	for text := range bytes.Lines(d.text) {
@@ -72,7 +73,7 @@ func (d *document) helmHint() string {
 	return ""
 }
 
-// mappingAsKey returns the first mapping that is written where a key belongs, as an unquoted {{ … }} is, or nil.
+// mappingAsKey returns the first mapping in the place of a key, such as an unquoted {{ … }}, or nil.
 func mappingAsKey(n *yaml.Node) *yaml.Node {
 	if n == nil {
 		return nil
@@ -88,8 +89,8 @@ func mappingAsKey(n *yaml.Node) *yaml.Node {
 	return nil
 }
 
-// misread returns the error for raw, the JSON of the value at path in the document, which could not be decoded because of err.
-// If a value has the wrong type, it names the line, the key, the value and what to write.
+// misread returns the error for raw, the JSON of the value at path, which could not be decoded because of err. If a value has
+// the wrong type, the error names the line, the key, the value and what to write.
 func (d *document) misread(path []string, raw []byte, err error) error {
 	if raw == nil && err == nil {
 		n := find(d.root, path)
@@ -107,8 +108,8 @@ func (d *document) misread(path []string, raw []byte, err error) error {
 	n := find(d.root, full)
 	where := fmt.Sprintf("line %d: %s must be %s", d.fileLine(n), keyName(full), typeName(wrong.Type))
 	written := fmt.Sprint(got)
-	if v := value(n); v != nil && v.Kind == yaml.ScalarNode {
-		written = v.Value // as it is in the file: off, and not false
+	if v := yamledit.Value(n); v != nil && v.Kind == yaml.ScalarNode {
+		written = v.Value // as in the file: off, not false
 	}
 	wantString := wrong.Type.Kind() == reflect.String
 	switch got := got.(type) {
@@ -119,12 +120,12 @@ func (d *document) misread(path []string, raw []byte, err error) error {
 		}
 		where += fmt.Sprintf(", but %.100s is the boolean %t%s", written, got, reader)
 		if wantString {
-			where += "; write " + quote(written)
+			where += "; write " + yamledit.Quote(written)
 		}
 	case json.Number:
 		where += fmt.Sprintf(", but %.100s is a number", written)
 		if wantString {
-			where += "; write " + quote(written)
+			where += "; write " + yamledit.Quote(written)
 		}
 	case string:
 		where += fmt.Sprintf(", but %.100q is a string", got)
@@ -140,8 +141,8 @@ func (d *document) misread(path []string, raw []byte, err error) error {
 	return errors.New(where)
 }
 
-// misreadPod is misread for an error of the injector about the pod at path, whose own words name no line. Any other refusal
-// is returned as it is.
+// misreadPod is misread for an error of the injector about the pod at path, which names no line. It returns any other refusal
+// unchanged.
 func (d *document) misreadPod(path []string, pod []byte, err error) error {
 	var typed corev1.Pod
 	var wrong *json.UnmarshalTypeError
@@ -153,15 +154,15 @@ func (d *document) misreadPod(path []string, pod []byte, err error) error {
 	return err
 }
 
-// templated returns an error if an annotation with the prefix, of the pod at path, has a Helm template as its value: nothing can
-// be decided by it.
+// templated returns an error if the pod at path has an annotation with the prefix whose value is a Helm template, because
+// such a value decides nothing.
 func (d *document) templated(path []string, prefix string) error {
-	annotations := value(find(d.root, append(slices.Clone(path), "metadata", "annotations")))
+	annotations := yamledit.Value(find(d.root, append(slices.Clone(path), "metadata", "annotations")))
 	if annotations == nil || annotations.Kind != yaml.MappingNode {
 		return nil
 	}
 	for i := 0; i+1 < len(annotations.Content); i += 2 {
-		key, v := annotations.Content[i], value(annotations.Content[i+1])
+		key, v := annotations.Content[i], yamledit.Value(annotations.Content[i+1])
 		if strings.HasPrefix(key.Value, prefix) && v.Kind == yaml.ScalarNode && strings.Contains(v.Value, "{{") {
 			return fmt.Errorf("line %d: annotation %q is a Helm template, %.60q; run \"helm template\" and give its output to credence inject",
 				d.fileLine(key), key.Value, v.Value)
@@ -170,8 +171,8 @@ func (d *document) templated(path []string, prefix string) error {
 	return nil
 }
 
-// locate finds the value of raw that wrong is about: its path and its first token. It is not found where wrong comes from a
-// type that decodes itself, whose offsets begin elsewhere.
+// locate returns the path and the first token of the value in raw that wrong is about. It finds nothing if wrong comes from a
+// type that decodes itself, because its offsets start elsewhere.
 func locate(raw []byte, wrong *json.UnmarshalTypeError) (path []string, got json.Token, found bool) {
 	type level struct {
 		isMap, keyRead bool
@@ -179,7 +180,7 @@ func locate(raw []byte, wrong *json.UnmarshalTypeError) (path []string, got json
 		index          int
 	}
 	var levels []level
-	done := func() { // with a value of the last level
+	done := func() { // ends a value of the last level
 		if last := len(levels) - 1; last >= 0 {
 			levels[last].keyRead = false
 			levels[last].index++
@@ -189,7 +190,7 @@ func locate(raw []byte, wrong *json.UnmarshalTypeError) (path []string, got json
 	decoder.UseNumber()
 	for {
 		token, err := decoder.Token()
-		if err != nil { // io.EOF, for raw was decoded before
+		if err != nil { // io.EOF, because raw was decoded before
 			return nil, nil, false
 		}
 		if token == json.Delim('}') || token == json.Delim(']') {
@@ -221,7 +222,7 @@ func locate(raw []byte, wrong *json.UnmarshalTypeError) (path []string, got json
 	}
 }
 
-// tokenKind returns the word that encoding/json has for a value in its errors.
+// tokenKind returns the word of encoding/json for a value in its errors.
 func tokenKind(token json.Token) string {
 	switch token := token.(type) {
 	case bool:
@@ -239,7 +240,7 @@ func tokenKind(token json.Token) string {
 	return "null"
 }
 
-// typeName says what a value of type t is in YAML.
+// typeName names a value of type t in YAML's words.
 func typeName(t reflect.Type) string {
 	switch k := t.Kind(); {
 	case k == reflect.String:
@@ -279,19 +280,19 @@ func keyName(path []string) string {
 	return b.String()
 }
 
-// find returns the node at path. If merge keys or aliases put it where it has no place of its own, it is the deepest node
-// on the way that has one.
+// find returns the node at path. If merge keys or aliases provide the value, find returns the deepest node on the path that
+// has a place of its own.
 func find(n *yaml.Node, path []string) *yaml.Node {
 	for _, token := range path {
 		var next *yaml.Node
-		switch v := value(n); v.Kind {
+		switch v := yamledit.Value(n); v.Kind {
 		case yaml.MappingNode:
-			next, _ = child(v, token)
+			next, _ = yamledit.Child(v, token)
 		case yaml.SequenceNode:
 			if i, err := strconv.Atoi(token); err == nil && i >= 0 && i < len(v.Content) {
 				next = v.Content[i]
 			}
-		default: // a scalar has nothing below
+		default: // A scalar has nothing below it.
 		}
 		if next == nil {
 			return n

@@ -12,7 +12,7 @@ const (
 	inPod   = "standard input: document 2 (line 3), Pod p: refused: "
 )
 
-// unreadable are inputs that cannot be read, with their messages.
+// unreadable has inputs that cannot be read, with their messages.
 var unreadable = []struct{ name, text, said string }{
 	{"a numeric role", podHead + "  annotations:\n    iam.amazonaws.com/role: 123\n" + podTail,
 		inPod + `line 8: metadata.annotations["iam.amazonaws.com/role"] must be a string, but 123 is a number; write "123"`},
@@ -42,16 +42,16 @@ var unreadable = []struct{ name, text, said string }{
 	{"no template", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\nspec: {template: x}\n",
 		`line 4: spec.template must be a mapping, but "x" is a string`},
 	{"a namespace's label", "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: x\n  labels:\n    iam.amazonaws.com/inject: yes\n",
-		`standard input: document 1 (line 1): the namespace cannot be read: line 6: metadata.labels["iam.amazonaws.com/inject"] must be a string, but yes is the boolean true in YAML 1.1, which kubectl reads; write "yes"`},
+		`standard input: document 1 (line 1): cannot read the Namespace: line 6: metadata.labels["iam.amazonaws.com/inject"] must be a string, but yes is the boolean true in YAML 1.1, which kubectl reads; write "yes"`},
 	{"an empty namespace", "apiVersion: v1\nkind: NamespaceList\nitems:\n- metadata: {name: x}\n- # nothing\n",
-		"standard input: document 1 (line 1): the namespace cannot be read: line 5: items[1] is empty; write the object, or remove it"},
+		"standard input: document 1 (line 1): cannot read the Namespace: line 5: items[1] is empty; write the object, or remove it"},
 	{"an empty pod", "apiVersion: v1\nkind: PodList\nitems:\n-\n", "line 4: items[0] is empty; write the object, or remove it"},
 	{"no spec", podHead + roleR, inPod + "the pod has no spec"},
-	{"a tab", "a: b\n---\na:\n\tb: c\n", "standard input: document 2, which begins in line 2, cannot be read: near line 4: found "},
-	{"in the first line", "a: b: c\n", "standard input: document 1, which begins in line 1, cannot be read: near line 1: mapping values are not allowed in this context"},
+	{"a tab", "a: b\n---\na:\n\tb: c\n", "standard input: cannot read document 2, which begins in line 2: near line 4: found "},
+	{"in the first line", "a: b: c\n", "standard input: cannot read document 1, which begins in line 1: near line 1: mapping values are not allowed in this context"},
 	{"an anchor of another document", "x: &n r\n---\n" + strings.TrimPrefix(podHead, "a: b\n---\n") + "  annotations:\n    iam.amazonaws.com/role: *n\n" + podTail,
-		"standard input: document 2, which begins in line 2, cannot be read: line 8: there is no anchor &n before the alias *n in this document"},
-	{"half of JSON", "a: b\n---\n{\"kind\":\"Pod\",", "standard input: document 2, which begins in line 2, cannot be read: near line 3: did not find expected node content"},
+		"standard input: cannot read document 2, which begins in line 2: line 8: there is no anchor &n before the alias *n in this document"},
+	{"half of JSON", "a: b\n---\n{\"kind\":\"Pod\",", "standard input: cannot read document 2, which begins in line 2: near line 3: did not find expected node content"},
 	{"a Helm condition", "a: b\n---\n{{- if .Values.x }}\na: b\n{{- end }}\n",
 		`did not find expected node content; line 3 has a Helm template, "{{- if .Values.x }}"; run "helm template" and give its output to credence inject`},
 	{"a Helm value", podHead + "  # not {{ here }}\n  namespace: {{ .Values.ns }}\n" + roleR + podTail,
@@ -60,19 +60,19 @@ var unreadable = []struct{ name, text, said string }{
 		inPod + `line 8: annotation "iam.amazonaws.com/role" is a Helm template, "{{ .Values.role }}"; run "helm template" and give its output to credence inject`},
 }
 
-// TestUnreadable: of what cannot be read the file, the line and the key are said, and what to write.
+// TestUnreadable: the message about unreadable input names the file, the line, the key and the fix.
 func TestUnreadable(t *testing.T) {
 	for _, tt := range unreadable {
 		_, said, err := run(t, tt.text)
 		if err == nil {
-			t.Errorf("%s: it is taken: %s", tt.name, said)
+			t.Errorf("%s: accepted: %s", tt.name, said)
 			continue
 		}
-		if said += err.Error(); !strings.Contains(said, tt.said) || !strings.Contains(said, "standard input: document ") {
-			t.Errorf("%s: it says\n%s\nwant\n%s", tt.name, said, tt.said)
+		if said += err.Error(); !strings.Contains(said, tt.said) || !strings.Contains(said, "standard input: ") || !strings.Contains(said, "document ") {
+			t.Errorf("%s: messages\n%s\nwant\n%s", tt.name, said, tt.said)
 		}
 		if strings.Contains(said, "unexpected end of JSON") || strings.Contains(said, "Go struct") || strings.Contains(said, "yaml: ") {
-			t.Errorf("%s: it speaks of our code: %s", tt.name, said)
+			t.Errorf("%s: the message shows our code: %s", tt.name, said)
 		}
 	}
 }

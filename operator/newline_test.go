@@ -10,7 +10,7 @@ import (
 	kubeyaml "k8s.io/apimachinery/pkg/util/yaml"
 )
 
-// unterminated are pods that lack the last newline and end in a block scalar, in all forms that one has.
+// unterminated has pods without a last newline that end in a block scalar, in all of its forms.
 func unterminated() (texts []string) {
 	befores := []string{"", "\ufeff", "a: b\n---\n", "# first\n"}
 	for _, header := range []string{"|", "|-", "|+", ">", ">-", ">+", "|2", "| # said"} {
@@ -23,13 +23,13 @@ func unterminated() (texts []string) {
 	return texts
 }
 
-// TestUnterminated: a file without its last newline keeps its lines, and what kubectl reads of it is the same but for what
-// is injected.
+// TestUnterminated: a file without its last newline keeps its lines. For kubectl its value is the same, except for the
+// additions.
 func TestUnterminated(t *testing.T) {
 	for _, text := range unterminated() {
 		out, said := must(t, text)
-		if strings.Contains(said, "written anew") {
-			t.Errorf("%q is written anew", text)
+		if strings.Contains(said, "rewritten") {
+			t.Errorf("%q is rewritten", text)
 		}
 		before, after := argument(t, text), argument(t, out)
 		if before != after {
@@ -44,10 +44,10 @@ func TestUnterminated(t *testing.T) {
 			rest = behind
 		}
 		if strings.Contains(text, "\r") && strings.Count(out, "\r\n") != strings.Count(out, "\n") {
-			t.Errorf("%q: lines end in different ways:\n%q", text, out)
+			t.Errorf("%q: line breaks differ:\n%q", text, out)
 		}
 	}
-	// Each starts a process.
+	// Each call of patch starts a process.
 	for _, text := range unterminated()[:8] {
 		out, _ := must(t, text)
 		diff, _, err := run(t, text, withDiff)
@@ -55,7 +55,7 @@ func TestUnterminated(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := patch(t, text, diff); got != out {
-			t.Errorf("the difference comes to something else (-written +patched):\n%s", cmp.Diff(out, got))
+			t.Errorf("the difference has another result (-written +patched):\n%s", cmp.Diff(out, got))
 		}
 	}
 }

@@ -1,14 +1,11 @@
-// Package operator is what the credence command does, for those who write manifests and those who run a
-// cluster: so far [Inject], which does to files what the webhook does to pods.
+// Package operator implements the credence command for manifest authors and cluster admins: so far [Inject], which changes
+// files as the webhook changes pods. It guarantees:
+//   - the webhook's result, because it runs the webhook's code and checks that the webhook would add nothing to the output;
+//   - an unchanged document stays byte-identical, and other documents only gain lines: comments, order, numbers and quotes
+//     stay;
+//   - if one document is refused, none is written.
 //
-// It promises that
-//   - it comes to the webhook's results, because it decides by the webhook's own code, and checks of all that
-//     it writes that the webhook would add nothing to it;
-//   - what it does not add to comes out byte for byte as it came in, and to the rest it adds lines: comments,
-//     order, numbers and quotes stay as somebody wrote them;
-//   - it writes all or nothing: when one document is refused, no other is written.
-//
-// It asks no cluster. What it is not told of namespaces it does not judge, and says so.
+// It contacts no cluster. It does not check roles against namespaces that it has no data for, and reports that.
 package operator
 
 import (
@@ -23,35 +20,36 @@ import (
 
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
+	"github.com/credence-iam/credence/operator/yamledit"
 	"github.com/credence-iam/credence/webhook/inject"
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
 // InjectConfig configures [Inject].
 type InjectConfig struct {
-	// Files are read in this order; - is Stdin. Required.
+	// Files are read in this order. The file "-" is Stdin. Required.
 	Files []string
-	// Namespace is that of documents that name none. Empty: it is not known.
+	// Namespace is the namespace of objects without one. Default: it is not known.
 	Namespace string
-	// NamespacesFile has Namespace documents, besides those in Files, which count more. Empty: there is none.
+	// NamespacesFile has Namespace objects. Those in Files have precedence. Default: none.
 	NamespacesFile string
 	// Injector injects. Required.
 	Injector *inject.Injector
-	// Rules judge, with the keys of Injector. Required.
+	// Rules decide on roles, with the annotation keys of Injector. Required.
 	Rules *policy.Rules
-	// RulesFile is loaded into Rules. Empty: there is none.
+	// RulesFile is loaded into Rules. Default: none.
 	RulesFile string
-	// SettingsFile is loaded into Injector. Empty: there is none.
+	// SettingsFile is loaded into Injector. Default: none.
 	SettingsFile string
-	// Diff asks for the difference between the files and what would become of them, instead of the latter.
+	// Diff writes the difference between the files and the output, instead of the output.
 	Diff bool
 
-	Stdin          io.Reader // read for the file -
-	Stdout, Stderr io.Writer // what was made; and what is to be said of it, a line each
+	Stdin          io.Reader // the file "-"
+	Stdout, Stderr io.Writer // the output; and messages, one per line
 }
 
-// Inject reads files, injects the pods and the templates of pods that they hold, and writes what has come of it.
-// Refusals are written to Stderr, and make it fail without any output.
+// Inject reads files, injects their pods and pod templates, and writes the result. If it refuses a document, it writes the
+// reason to Stderr, writes no output and returns an error.
 func Inject(ctx context.Context, cfg InjectConfig) error {
 	if cfg.RulesFile != "" {
 		_, err := rulesfile.New(rulesfile.Config{Path: cfg.RulesFile, Rules: cfg.Rules, Logger: slog.New(slog.DiscardHandler)})
@@ -66,13 +64,13 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 		}
 	}
 	in := injection{injector: cfg.Injector, rules: cfg.Rules, namespace: cfg.Namespace, namespaces: map[string]policy.Namespace{}}
-	left := int64(maxSize)
+	remaining := int64(maxSize)
 	read := func(name string) ([]*document, error) {
-		text, err := readFile(ctx, name, cfg.Stdin, left)
+		text, err := readFile(ctx, name, cfg.Stdin, remaining)
 		if err != nil {
 			return nil, err
 		}
-		left -= int64(len(text))
+		remaining -= int64(len(text))
 		return parseDocuments(ctx, shown(name), text)
 	}
 	if cfg.NamespacesFile != "" {
@@ -81,7 +79,7 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 			err = in.learn(ctx, documents)
 		}
 		if err == nil && len(in.namespaces) == 0 {
-			err = fmt.Errorf("%s holds no Namespace", cfg.NamespacesFile)
+			err = fmt.Errorf("%s has no Namespace", cfg.NamespacesFile)
 		}
 		if err != nil {
 			return fmt.Errorf("--namespaces: %w", err)
@@ -102,7 +100,7 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 	total, refused := 0, 0
 	for _, documents := range files {
 		var before, after bytes.Buffer
-		var edits []edit
+		var edits []yamledit.Edit
 		for _, d := range documents {
 			if err := ctx.Err(); err != nil {
 				return err
@@ -111,8 +109,8 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 			if err != nil {
 				return err
 			}
-			for _, line := range result.said {
-				_, _ = fmt.Fprintln(cfg.Stderr, line) // where nobody listens, nobody is to be told
+			for _, line := range result.messages {
+				_, _ = fmt.Fprintln(cfg.Stderr, line) // Without a reader, there is nobody to report the error to.
 			}
 			if d.root != nil {
 				total++
@@ -121,29 +119,29 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 				refused++
 			}
 			for _, e := range result.edits {
-				edits = append(edits, edit{e.start + before.Len(), e.end + before.Len(), e.text})
+				edits = append(edits, yamledit.Edit{Start: e.Start + before.Len(), End: e.End + before.Len(), Text: e.Text})
 			}
 			before.Write(d.text)
-			after.Write(apply(d.text, result.edits))
+			after.Write(yamledit.Apply(d.text, result.edits))
 		}
 		if cfg.Diff {
 			if len(documents) > 0 {
-				writeDiff(&out, documents[0].file, before.Bytes(), edits)
+				yamledit.WriteDiff(&out, documents[0].file, before.Bytes(), edits)
 			}
 			continue
 		}
 		join(&out, after.Bytes())
 	}
 	if refused > 0 {
-		return fmt.Errorf("%d of %d documents refused: nothing is written", refused, total)
+		return fmt.Errorf("%d of %d documents refused; nothing is written", refused, total)
 	}
 	if _, err := cfg.Stdout.Write(out.Bytes()); err != nil {
-		return fmt.Errorf("writing what was made: %w", err)
+		return fmt.Errorf("writing the output: %w", err)
 	}
 	return nil
 }
 
-// join writes the text of one more file, as documents of their own.
+// join appends the text of one more file as separate documents.
 func join(out *bytes.Buffer, text []byte) {
 	if written := out.Bytes(); len(written) > 0 && len(text) > 0 {
 		if written[len(written)-1] != '\n' {
@@ -156,7 +154,7 @@ func join(out *bytes.Buffer, text []byte) {
 	out.Write(text)
 }
 
-// shown is how messages name a file.
+// shown names a file in messages.
 func shown(name string) string {
 	if name == "-" {
 		return "standard input"
@@ -164,18 +162,18 @@ func shown(name string) string {
 	return name
 }
 
-// readFile reads a file, or all of stdin, of at most limit bytes. It waits no longer than ctx lasts: nobody may
-// ever write to a terminal or a pipe.
+// readFile reads a file, or all of stdin, up to limit bytes. It returns when ctx ends, because a terminal or a pipe may never
+// deliver anything.
 func readFile(ctx context.Context, name string, stdin io.Reader, limit int64) ([]byte, error) {
 	type result struct {
 		text []byte
 		err  error
 	}
 	done := make(chan result, 1)
-	go func() { // it ends with the process, should ctx end first
+	go func() { // If ctx ends first, it ends with the process.
 		reader := stdin
 		if name != "-" {
-			file, err := os.Open(name) //nolint:gosec // G304: whoever runs the command names this file
+			file, err := os.Open(name) //nolint:gosec // G304: the user of the command names this file.
 			if err != nil {
 				done <- result{err: err}
 				return
@@ -194,7 +192,7 @@ func readFile(ctx context.Context, name string, stdin io.Reader, limit int64) ([
 		case r.err != nil:
 			return nil, r.err
 		case int64(len(r.text)) > limit:
-			return nil, fmt.Errorf("%s: the input is longer than %d MiB, far more than the manifests of a cluster", shown(name), maxSize>>20)
+			return nil, fmt.Errorf("%s: the input is longer than %d MiB, much more than the manifests of a cluster; split it", shown(name), maxSize>>20)
 		case !utf8.Valid(r.text):
 			return nil, errors.New(shown(name) + " is not UTF-8 text")
 		}

@@ -27,11 +27,11 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-var update = flag.Bool("update", false, "write the results of golden tests as what is wanted")
+var update = flag.Bool("update", false, "update the golden files")
 
 const namespace = "team-a"
 
-// config returns what all tests share: the settings of the webhook's own golden tests.
+// config returns the settings of the webhook's golden tests, which all tests use.
 func config(t testing.TB) operator.InjectConfig {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -55,7 +55,7 @@ func config(t testing.TB) operator.InjectConfig {
 	return operator.InjectConfig{Files: []string{"-"}, Namespace: namespace, Injector: injector, Rules: rules}
 }
 
-// run injects text, as standard input.
+// run injects text as standard input.
 func run(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out, said string, err error) {
 	t.Helper()
 	cfg := config(t)
@@ -71,7 +71,7 @@ func run(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out
 	return stdout.String(), stderr.String(), err
 }
 
-// must is run for what is not refused. Injecting the result once more must change no byte.
+// must is run for input that is not refused. Injecting the result again must change no byte.
 func must(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out, said string) {
 	t.Helper()
 	out, said, err := run(t, text, change...)
@@ -90,8 +90,7 @@ func must(t testing.TB, text string, change ...func(*operator.InjectConfig)) (ou
 
 func withDiff(cfg *operator.InjectConfig) { cfg.Diff = true }
 
-// TestGolden compares what comes of files, and what is said of them, with files; and has git apply the
-// difference, which must come to the same.
+// TestGolden compares output and messages with files. git apply of the difference must have the same result.
 func TestGolden(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.in.*")
 	if err != nil || len(files) == 0 {
@@ -111,7 +110,7 @@ func TestGolden(t *testing.T) {
 			}
 			checkPlaces(t, diff, out)
 			if got := patch(t, text, diff); got != out {
-				t.Errorf("the difference comes to something else (-written +patched):\n%s", cmp.Diff(out, got))
+				t.Errorf("the difference has another result (-written +patched):\n%s", cmp.Diff(out, got))
 			}
 			if again, _, err := run(t, out, withDiff); err != nil || again != "" {
 				t.Errorf("the difference to itself: %q, %v", again, err)
@@ -143,7 +142,7 @@ func compare(t *testing.T, file, got string) {
 
 var hunk = regexp.MustCompile(`^@@ -[0-9,]+ \+(\d+)`)
 
-// checkPlaces asks that the lines of each part of a difference are where it says; git apply looks for them nearby.
+// checkPlaces checks the line numbers of each hunk of a difference, because git apply also looks nearby.
 func checkPlaces(t *testing.T, diff, out string) {
 	t.Helper()
 	lines := strings.Split(out, "\n")
@@ -166,7 +165,7 @@ func checkPlaces(t *testing.T, diff, out string) {
 	}
 }
 
-// patch has git apply a difference to text.
+// patch applies a difference to text by git apply.
 func patch(t *testing.T, text, diff string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -187,7 +186,7 @@ func patch(t *testing.T, text, diff string) string {
 	return read(t, file)
 }
 
-// TestWebhooksGolden: what the webhook makes of the pods of its own golden files is what comes of the files.
+// TestWebhooksGolden: the command has the webhook's result for the pods of the webhook's golden files.
 func TestWebhooksGolden(t *testing.T) {
 	files, err := filepath.Glob("../webhook/inject/testdata/*.in.yaml")
 	if err != nil || len(files) == 0 {
@@ -209,7 +208,7 @@ func TestWebhooksGolden(t *testing.T) {
 			}
 			for line := range strings.Lines(want) {
 				if warning, ok := strings.CutPrefix(line, "# warning: "); ok && !strings.Contains(said, "warning: "+warning) {
-					t.Errorf("it does not say %q, but\n%s", warning, said)
+					t.Errorf("no message %q in\n%s", warning, said)
 				}
 			}
 		})
@@ -238,7 +237,7 @@ const podSpec = `{"containers":[{"name":"app"}]}`
 // template is a pod's template, or all of a pod but its kind.
 const template = `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r"}},"spec":` + podSpec + `}`
 
-// TestKinds: the template of each kind gets all that the webhook would add to its pods, alone and in lists.
+// TestKinds: the template of each kind gets all that the webhook adds to its pods, alone and in lists.
 func TestKinds(t *testing.T) {
 	for _, tt := range []struct{ apiVersion, kind, before, after string }{
 		{"v1", "Pod", "", ""},
@@ -282,10 +281,10 @@ func TestKinds(t *testing.T) {
 				}
 			})
 		}
-		// A kind of that name which is somebody else's is left alone, with a note where pods may come of it.
+		// A kind of this name in another API group stays unchanged, with a note if it may have pods.
 		other := strings.Replace(whole, tt.apiVersion, "example.org/v1", 1)
-		if out, said := must(t, other); out != other || strings.Contains(said, "note: left as it is") != (tt.before != "") {
-			t.Errorf("of another group: %s\n%s", out, said)
+		if out, said := must(t, other); out != other || strings.Contains(said, "note: unchanged") != (tt.before != "") {
+			t.Errorf("another group: %s\n%s", out, said)
 		}
 	}
 }
@@ -299,7 +298,7 @@ func toYAML(t testing.TB, text string) string {
 	return string(b)
 }
 
-// findPods returns what has containers, wherever it is.
+// findPods returns all objects with containers.
 func findPods(v any) (pods []any) {
 	switch v := v.(type) {
 	case map[string]any:
@@ -317,7 +316,7 @@ func findPods(v any) (pods []any) {
 	return pods
 }
 
-// untouched are documents that come out as they came in.
+// untouched has documents that stay unchanged.
 var untouched = []string{
 	"# nothing\n",
 	"\n\n",
@@ -342,7 +341,7 @@ var untouched = []string{
 	"apiVersion: example.org/v1\nkind: Pod\nmetadata: {annotations: {iam.amazonaws.com/role: x}}\n",
 }
 
-// TestUntouched: what is not injected comes out byte for byte, alone and between what is.
+// TestUntouched: a document that is not injected stays byte-identical, alone and between injected ones.
 func TestUntouched(t *testing.T) {
 	pod := "apiVersion: v1\nkind: Pod\nmetadata: {annotations: {iam.amazonaws.com/role: x}}\nspec:\n  containers:\n  - name: app\n"
 	for _, text := range untouched {
@@ -360,10 +359,10 @@ func TestUntouched(t *testing.T) {
 		}
 	}
 	if out, _ := must(t, ""); out != "" {
-		t.Errorf("nothing became %q", out)
+		t.Errorf("empty input results in %q", out)
 	}
 	if out, _ := must(t, strings.TrimSuffix(untouched[2], "\n")); out != strings.TrimSuffix(untouched[2], "\n") {
-		t.Errorf("without a newline it became %q", out)
+		t.Errorf("without a newline: output %q", out)
 	}
 }
 
@@ -372,7 +371,7 @@ const (
 	aPod    = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations: {iam.amazonaws.com/role: r}\nspec:\n  containers: [{name: app}]\n"
 )
 
-// TestJudgement has what is said, and whether it is refused.
+// TestJudgement has the messages, and whether the command refuses.
 func TestJudgement(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) string {
@@ -396,19 +395,19 @@ func TestJudgement(t *testing.T) {
 		name, text string
 		change     func(*operator.InjectConfig)
 		refused    bool
-		same       bool // it comes out as it came in
+		same       bool // the output equals the input
 		said       string
 	}{
 		{"permitted", optedIn + aPod, nil, false, false, ""},
 		{"permitted by file", aPod, func(c *operator.InjectConfig) { c.NamespacesFile = open }, false, false, ""},
 		{"the input counts more", optedIn + aPod, func(c *operator.InjectConfig) { c.NamespacesFile = closed }, false, false, ""},
-		{"unknown", aPod, nil, false, false, where + `1 (line 1), Pod p: note: its role is not judged, because nothing is known of namespace "team-a": give --namespaces` + "\n"},
+		{"unknown", aPod, nil, false, false, where + `1 (line 1), Pod p: note: its role is not checked, because namespace "team-a" is not known; set --namespaces` + "\n"},
 		{"no namespace", aPod, func(c *operator.InjectConfig) { c.Namespace = "" }, false, false,
-			where + "1 (line 1), Pod p: note: its role is not judged, because its namespace is not known: give --namespace\n"},
+			where + "1 (line 1), Pod p: note: its role is not checked, because its namespace is not known; set --namespace\n"},
 		{"no base", optedIn + aPod, func(c *operator.InjectConfig) { c.Rules = noBase }, false, false,
-			where + "2 (line 8), Pod p: note: its role is not judged, because names are not full ARNs: give --base-arn\n"},
+			where + "2 (line 8), Pod p: note: its role is not checked, because it is not a full ARN; set --base-arn\n"},
 		{"not opted in", aPod, func(c *operator.InjectConfig) { c.NamespacesFile = closed }, false, true,
-			where + `1 (line 1), Pod p: note: left alone, because namespace "team-a" is not opted in: label it iam.amazonaws.com/inject=enabled` + "\n"},
+			where + `1 (line 1), Pod p: note: unchanged, because namespace "team-a" is not opted in; label it iam.amazonaws.com/inject=enabled` + "\n"},
 		{"not permitted", optedIn + strings.ReplaceAll(aPod, "role: r", "role: s"), nil, true, false,
 			where + `2 (line 8), Pod p: refused: namespace "team-a" does not permit role arn:aws:iam::123456789012:role/s: its annotation "iam.amazonaws.com/permitted" is ` +
 				"`.*:role/r` and must match the whole ARN; change the namespace's annotation, or the pod's \"iam.amazonaws.com/role\"\n"},
@@ -417,9 +416,9 @@ func TestJudgement(t *testing.T) {
 		{"misspelt, of one of two", aPod + "---\n# second\n" + strings.ReplaceAll(aPod, "role", "rloe"), nil, true, false,
 			where + `2 (line 10), Pod p: refused: annotation "iam.amazonaws.com/rloe" is unknown; did you mean "iam.amazonaws.com/role"?` + "\n"},
 		{"on the wrong object", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {namespace: x, name: d, annotations: {iam.amazonaws.com/role: r}}\nspec: {template: {spec: " + podSpec + "}}\n", nil, false, true,
-			where + `1 (line 1), Deployment x/d: note: annotation "iam.amazonaws.com/role" is on the Deployment itself, and counts on its pod template only` + "\n"},
+			where + `1 (line 1), Deployment x/d: note: annotation "iam.amazonaws.com/role" is on the Deployment itself and has no effect there; move it to the pod template` + "\n"},
 		{"an own namespace", optedIn + strings.Replace(aPod, "name: p", "generateName: p-\n  namespace: other", 1), nil, false, false,
-			where + `2 (line 8), Pod other/p-*: note: its role is not judged, because nothing is known of namespace "other": give --namespaces` + "\n"},
+			where + `2 (line 8), Pod other/p-*: note: its role is not checked, because namespace "other" is not known; set --namespaces` + "\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			out, said, err := run(t, tt.text, func(c *operator.InjectConfig) {
@@ -427,20 +426,20 @@ func TestJudgement(t *testing.T) {
 					tt.change(c)
 				}
 			})
-			if (err != nil) != tt.refused || err != nil && !strings.HasSuffix(err.Error(), "documents refused: nothing is written") {
-				t.Errorf("error is %v", err)
+			if (err != nil) != tt.refused || err != nil && !strings.HasSuffix(err.Error(), "documents refused; nothing is written") {
+				t.Errorf("error %v", err)
 			}
 			if (out == tt.text) != tt.same && err == nil {
-				t.Errorf("it became\n%s", out)
+				t.Errorf("output\n%s", out)
 			}
 			if !strings.Contains(said, tt.said) || tt.said == "" && said != "" {
-				t.Errorf("it said\n%s\nwant\n%s", said, tt.said)
+				t.Errorf("messages\n%s\nwant\n%s", said, tt.said)
 			}
 		})
 	}
 }
 
-// TestErrors: what cannot be read is said, and nothing is written.
+// TestErrors: the command reports unreadable input and writes nothing.
 func TestErrors(t *testing.T) {
 	dir := t.TempDir()
 	none := filepath.Join(dir, "none.yaml")
@@ -452,26 +451,26 @@ func TestErrors(t *testing.T) {
 		change func(*operator.InjectConfig)
 		want   string
 	}{
-		{"a: b\n---\na: {b\n", func(*operator.InjectConfig) {}, "standard input: document 2, which begins in line 2, cannot be read: "},
+		{"a: b\n---\na: {b\n", func(*operator.InjectConfig) {}, "standard input: cannot read document 2, which begins in line 2: "},
 		{"a: b\x85---\na: c\n", func(*operator.InjectConfig) {}, "standard input is not UTF-8 text"},
-		{"a: b\u0085---\na: c\n", func(*operator.InjectConfig) {}, "documents are not parted by lines that begin with ---"},
+		{"a: b\u0085---\na: c\n", func(*operator.InjectConfig) {}, "it has several documents; separate them by lines that begin with ---"},
 		{"", func(c *operator.InjectConfig) { c.Files = []string{filepath.Join(dir, "absent")} }, "no such file"},
-		{"", func(c *operator.InjectConfig) { c.NamespacesFile = none }, "--namespaces: " + none + " holds no Namespace"},
+		{"", func(c *operator.InjectConfig) { c.NamespacesFile = none }, "--namespaces: " + none + " has no Namespace"},
 		{"", func(c *operator.InjectConfig) { c.RulesFile = none }, "--rules-file: "},
-		{"apiVersion: v1\nkind: Namespace\nmetadata: {name: x, labels: {a: 1}}\n", func(*operator.InjectConfig) {}, "standard input: document 1 (line 1): the namespace cannot be read: "},
+		{"apiVersion: v1\nkind: Namespace\nmetadata: {name: x, labels: {a: 1}}\n", func(*operator.InjectConfig) {}, "standard input: document 1 (line 1): cannot read the Namespace: "},
 	} {
 		if _, _, err := run(t, tt.text, tt.change); err == nil || !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("%q: error is %v, want %s", tt.text, err, tt.want)
+			t.Errorf("%q: error %v, want %s", tt.text, err, tt.want)
 		}
 	}
 	cfg := config(t)
 	cfg.Stdin, cfg.Stdout, cfg.Stderr = endless{}, io.Discard, io.Discard
 	if err := operator.Inject(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "longer than 64 MiB") {
-		t.Errorf("of endless input the error is %v", err)
+		t.Errorf("endless input: error %v", err)
 	}
 	cfg.Stdin, cfg.Stdout = strings.NewReader("a: b"), broken{}
 	if err := operator.Inject(t.Context(), cfg); !errors.Is(err, io.ErrClosedPipe) {
-		t.Errorf("of output that nobody reads the error is %v", err)
+		t.Errorf("output without a reader: error %v", err)
 	}
 }
 
@@ -483,7 +482,7 @@ type broken struct{}
 
 func (broken) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
-// TestCancel: who ends the command does not wait for input that never comes.
+// TestCancel: an interrupted command does not wait for its input.
 func TestCancel(t *testing.T) {
 	reader, writer := io.Pipe()
 	defer writer.Close()
@@ -496,10 +495,10 @@ func TestCancel(t *testing.T) {
 	select {
 	case err := <-ended:
 		if !errors.Is(err, context.Canceled) {
-			t.Errorf("error is %v", err)
+			t.Errorf("error %v", err)
 		}
-	case <-time.After(time.Minute): // only of what hangs
-		t.Error("it goes on waiting")
+	case <-time.After(time.Minute): // only if it hangs
+		t.Error("it still waits")
 	}
 }
 
@@ -515,11 +514,11 @@ func TestFiles(t *testing.T) {
 	}
 	out, _ := must(t, "", func(c *operator.InjectConfig) { c.Files = files })
 	if want := "a: 1\n---\nb: 2\n---\n" + `{"c":3}`; out != want {
-		t.Errorf("it is %q, want %q", out, want)
+		t.Errorf("output %q, want %q", out, want)
 	}
 }
 
-// TestSettingsFile: manifests are injected by the webhook's file with settings, and its errors are told.
+// TestSettingsFile: the command uses the webhook's settings file and reports its errors.
 func TestSettingsFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "settings.yaml")
 	write := func(text string) {
@@ -546,15 +545,15 @@ func TestSettingsFile(t *testing.T) {
 		out, said := must(t, pod(tt.spec), bySettings)
 		for _, want := range []string{"memory: 64Mi", "127.0.0.1:9780", "name: registry", "sidecar.example/ports: \"9443\""} {
 			if !strings.Contains(out, want) {
-				t.Errorf("there is no %s in\n%s", want, out)
+				t.Errorf("no %s in\n%s", want, out)
 			}
 		}
 		if strings.Contains(said, note) != tt.note {
-			t.Errorf("with %q it says %s", tt.spec, said)
+			t.Errorf("with %q: messages %s", tt.spec, said)
 		}
 	}
 	write("memory: 64Mi\nport: 80\n")
 	if _, _, err := run(t, pod(""), bySettings); err == nil || !strings.Contains(err.Error(), "--sidecar-settings-file: reading the sidecar settings file "+file+": port: 80 is out of bounds") {
-		t.Errorf("a wrong file: %v", err)
+		t.Errorf("an invalid file: error %v", err)
 	}
 }

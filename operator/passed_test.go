@@ -8,18 +8,18 @@ import (
 	"github.com/credence-iam/credence/operator"
 )
 
-// TestPassedBy: of annotated templates of kinds that are not known here there is a note, and they come out as they came in.
+// TestPassedBy: an annotated template of an unknown kind stays unchanged, and a note names it.
 func TestPassedBy(t *testing.T) {
 	const rollout = "apiVersion: argoproj.io/v1alpha1\nkind: Rollout\nmetadata:\n  name: r\nspec:\n  template:\n    metadata:\n      annotations:\n        iam.amazonaws.com/role: r\n    spec:\n      containers: [{name: a}]\n"
 	note := func(document, line int, name, kind, at string, key string) string {
-		return fmt.Sprintf("standard input: document %d (line %d), %s: note: left as it is, because credence inject does not know pods of kind %s; "+
-			"the webhook injects its pods when they are created, if they get the annotations of line %s, %s", document, line, name, kind, at, key)
+		return fmt.Sprintf("standard input: document %d (line %d), %s: note: unchanged, because credence inject does not know the kind %s; "+
+			"the webhook injects its pods at their creation, if they get the annotations of line %s, %s", document, line, name, kind, at, key)
 	}
 	for name, tt := range map[string]struct{ text, said string }{
 		"Rollout":  {"a: b\n---\n" + rollout, note(2, 3, "Rollout r", "Rollout of argoproj.io/v1alpha1", "10", "spec.template.metadata.annotations, and their namespace is opted in\n")},
 		"opted in": {optedIn + rollout, note(2, 8, "Rollout r", "Rollout of argoproj.io/v1alpha1", "15", "spec.template.metadata.annotations\n")},
 		"not opted in": {strings.Replace(optedIn, ": enabled", ": disabled", 1) + rollout,
-			note(2, 8, "Rollout r", "Rollout of argoproj.io/v1alpha1", "15", `spec.template.metadata.annotations, and namespace "team-a" is opted in, which it is not: label it iam.amazonaws.com/inject=enabled`+"\n")},
+			note(2, 8, "Rollout r", "Rollout of argoproj.io/v1alpha1", "15", `spec.template.metadata.annotations, but namespace "team-a" is not opted in; label it iam.amazonaws.com/inject=enabled`+"\n")},
 		"Knative, in a list": {"apiVersion: v1\nkind: List\nitems:\n- apiVersion: serving.knative.dev/v1\n  kind: Service\n  metadata: {name: s, namespace: x}\n  spec:\n    template:\n      metadata: {annotations: {iam.amazonaws.com/role: r}}\n",
 			note(1, 1, "Service x/s", "Service of serving.knative.dev/v1", "9", "spec.template.metadata.annotations, and their namespace is opted in\n")},
 		"kruise, JSON": {`{"apiVersion":"apps.kruise.io/v1alpha1","kind":"CloneSet","metadata":{"name":"c"},` + "\n" + `"spec":{"template":` + template + "}}\n",
@@ -36,15 +36,15 @@ func TestPassedBy(t *testing.T) {
 	} {
 		out, said := must(t, tt.text)
 		if out != tt.text {
-			t.Errorf("%s: it became\n%s", name, out)
+			t.Errorf("%s: output\n%s", name, out)
 		}
 		if !strings.HasPrefix(said, tt.said) || tt.said == "" && said != "" {
-			t.Errorf("%s: it says\n%s\nwant\n%s", name, said, tt.said)
+			t.Errorf("%s: messages\n%s\nwant\n%s", name, said, tt.said)
 		}
 	}
-	// Where nobody says which namespace it is, there is none to judge.
+	// Without a namespace, the command cannot check whether it is opted in.
 	_, said := must(t, rollout, func(c *operator.InjectConfig) { c.Namespace = "" })
 	if !strings.HasSuffix(said, "and their namespace is opted in\n") {
-		t.Errorf("without a namespace it says\n%s", said)
+		t.Errorf("without a namespace: messages\n%s", said)
 	}
 }

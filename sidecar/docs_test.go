@@ -14,7 +14,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Every code that the sidecar answers by itself is in docs/errors.md, and every path that it serves in docs/sidecar.md.
+// docs/errors.md has each code that the sidecar itself sends, and docs/sidecar.md has each path that it serves.
 func TestDocs(t *testing.T) {
 	errorsPage, page := read(t, "errors.md"), read(t, "sidecar.md")
 	files, err := filepath.Glob("*.go")
@@ -55,10 +55,10 @@ func TestDocs(t *testing.T) {
 		})
 	}
 	if codes < 10 || paths < 8 {
-		t.Errorf("%d codes and %d paths were found: this looks at something else", codes, paths)
+		t.Errorf("found %d codes and %d paths, want at least 10 and 8: the test reads the wrong files", codes, paths)
 	}
 	if !strings.Contains(errorsPage, string(credential.ReasonInternal)) {
-		t.Error("docs/errors.md is another page")
+		t.Errorf("docs/errors.md does not contain %s: the test reads the wrong page", credential.ReasonInternal)
 	}
 }
 

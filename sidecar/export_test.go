@@ -5,9 +5,8 @@ import (
 	"time"
 )
 
-// SuspendFor does to s what d of suspension of the machine does: the wall clock went on, and the
-// timers did not. It waits until the renewal loop sleeps, which is then the only one not to read
-// what is changed here.
+// SuspendFor simulates a machine that is suspended for d: the wall clock moves, but the timers do not. It waits until the
+// renewal loop sleeps, so that it changes the state alone.
 func (s *Sidecar) SuspendFor(d time.Duration) {
 	synctest.Wait()
 	st := s.state.Load()
@@ -15,17 +14,17 @@ func (s *Sidecar) SuspendFor(d time.Duration) {
 	st.lease.Expiration = st.lease.Expiration.Add(-d)
 }
 
-// SetClockBack does to s what setting the clock back by d does: the wall clock is farther from the times that s has
-// got, and timers go on. It waits as SuspendFor does.
+// SetClockBack simulates a clock that is set back by d: the wall clock is farther from the times in the state, but timers
+// do not change.
 func (s *Sidecar) SetClockBack(d time.Duration) { s.SuspendFor(-d) }
 
-// Limit is limit.
+// Limit exports limit for tests.
 var Limit = limit
 
-// Bounds of the server.
+// These are the limits of the server.
 const (
 	MaxConnections = maxConnections
-	Crowd          = crowd
+	KeepAliveLimit = keepAliveLimit
 	ReadTimeout    = readTimeout
 	WriteTimeout   = writeTimeout
 	IdleTimeout    = idleTimeout

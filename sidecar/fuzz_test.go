@@ -20,8 +20,8 @@ import (
 	"github.com/credence-iam/credence/sidecar"
 )
 
-// holding runs a sidecar that holds credentials, and returns it and its address.
-func holding(f *testing.F, metadata policy.Metadata, log io.Writer) (*sidecar.Sidecar, string) {
+// ready runs a sidecar until it has credentials, and returns it and its address.
+func ready(f *testing.F, metadata policy.Metadata, log io.Writer) (*sidecar.Sidecar, string) {
 	f.Helper()
 	s, err := sidecar.New(sidecar.Config{
 		Source: yields(f, time.Hour, time.Hour), Authorization: authorization, Metadata: metadata, Zone: "eu-central-1a",
@@ -41,19 +41,19 @@ func holding(f *testing.F, metadata policy.Metadata, log io.Writer) (*sidecar.Si
 			f.Errorf("Run = %v", err)
 		}
 	}()
-	f.Cleanup(func() { <-ended }) // f.Context ends before
+	f.Cleanup(func() { <-ended }) // f.Context ends first
 	if err := sidecar.Probe(f.Context(), listener.Addr().String()); err != nil {
 		f.Fatal(err)
 	}
 	return s, listener.Addr().String()
 }
 
-func tellsSecret(body string) bool {
+func containsSecret(body string) bool {
 	return strings.Contains(body, secretText) || strings.Contains(body, tokenText) || strings.Contains(body, authorization)
 }
 
-// The container-credentials endpoint: whatever is sent, a secret goes to who knows the authorization and asks a
-// loopback address, and to nobody else.
+// Whatever a client sends to the container-credentials endpoint, it gets a secret only with the authorization and a
+// loopback address as Host.
 func FuzzCredentials(f *testing.F) {
 	for _, seed := range []struct{ method, path, host, authorization string }{
 		{"GET", "/v1/credentials", "127.0.0.1:9779", "Bearer x"},
@@ -66,7 +66,7 @@ func FuzzCredentials(f *testing.F) {
 	} {
 		f.Add(seed.method, seed.path, seed.host, seed.authorization)
 	}
-	s, _ := holding(f, policy.MetadataOff, io.Discard)
+	s, _ := ready(f, policy.MetadataOff, io.Discard)
 	handler := s.Handler()
 	f.Fuzz(func(t *testing.T, method, path, host, value string) {
 		request := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
@@ -83,14 +83,14 @@ func FuzzCredentials(f *testing.F) {
 		}
 		address, err := netip.ParseAddr(strings.Trim(name, "[]"))
 		ours := strings.EqualFold(name, "localhost") || err == nil && address.IsLoopback()
-		if tellsSecret(w.Body.String()) && (value != authorization || !ours || method != http.MethodGet) {
-			t.Errorf("%q %q of %q told a secret to %q", method, path, host, value)
+		if containsSecret(w.Body.String()) && (value != authorization || !ours || method != http.MethodGet) {
+			t.Errorf("%q %q of host %q gave a secret to authorization %q", method, path, host, value)
 		}
 	})
 }
 
-// Instance metadata, version 2: a secret goes to who has a token, a token goes to no proxy, and is good for as long as
-// was asked.
+// In mode v2, a client gets a secret only with a token. It gets no token through a proxy. A token is valid as long as the
+// client requested.
 func FuzzMetadata(f *testing.F) {
 	for _, seed := range []struct{ method, path, name, value string }{
 		{"PUT", tokenPath, headerTTL, "21600"},
@@ -103,9 +103,9 @@ func FuzzMetadata(f *testing.F) {
 	} {
 		f.Add(seed.method, seed.path, seed.name, seed.value)
 	}
-	s, _ := holding(f, policy.MetadataV2, io.Discard)
+	s, _ := ready(f, policy.MetadataV2, io.Discard)
 	handler := s.Handler()
-	ask := func(ctx context.Context, method, path, name, value string) *httptest.ResponseRecorder {
+	send := func(ctx context.Context, method, path, name, value string) *httptest.ResponseRecorder {
 		request := httptest.NewRequestWithContext(ctx, http.MethodGet, "/", http.NoBody)
 		request.Method, request.URL.Path, request.Host = method, path, "127.0.0.1:9779"
 		request.Header.Set(headerTTL, "60")
@@ -115,30 +115,30 @@ func FuzzMetadata(f *testing.F) {
 		return w
 	}
 	f.Fuzz(func(t *testing.T, method, path, name, value string) {
-		w := ask(t.Context(), method, path, name, value)
-		if tellsSecret(w.Body.String()) && value != authorization {
-			t.Errorf("%q %q told a secret", method, path)
+		w := send(t.Context(), method, path, name, value)
+		if containsSecret(w.Body.String()) && value != authorization {
+			t.Errorf("%q %q gave a secret", method, path)
 		}
 		if w.Code != http.StatusOK || strings.TrimSuffix(path, "/") != tokenPath {
 			return
 		}
-		asked := "60"
+		ttl := "60"
 		switch http.CanonicalHeaderKey(name) {
 		case http.CanonicalHeaderKey(headerTTL):
-			asked = value
+			ttl = value
 		case "X-Forwarded-For":
-			t.Errorf("%q got a token", name)
+			t.Errorf("a request with %q got a token", name)
 		}
-		if seconds, err := strconv.Atoi(asked); err != nil || seconds < 1 || seconds > 21600 || w.Header().Get(headerTTL) != strconv.Itoa(seconds) {
-			t.Errorf("%q was answered a token for %q seconds", asked, w.Header().Get(headerTTL))
+		if seconds, err := strconv.Atoi(ttl); err != nil || seconds < 1 || seconds > 21600 || w.Header().Get(headerTTL) != strconv.Itoa(seconds) {
+			t.Errorf("the response to a TTL of %q has the TTL %q", ttl, w.Header().Get(headerTTL))
 		}
-		if got := ask(t.Context(), http.MethodGet, rolesPath, headerToken, w.Body.String()); got.Code != http.StatusOK {
-			t.Errorf("the token is not taken: %d", got.Code)
+		if got := send(t.Context(), http.MethodGet, rolesPath, headerToken, w.Body.String()); got.Code != http.StatusOK {
+			t.Errorf("a new token is refused: status %d", got.Code)
 		}
 	})
 }
 
-// syncBuffer is a log that may be read while it is written.
+// syncBuffer is a log that can be read while it is written.
 type syncBuffer struct {
 	mu sync.Mutex // guards buffer
 	bytes.Buffer
@@ -156,7 +156,7 @@ func (b *syncBuffer) String() string {
 	return b.Buffer.String()
 }
 
-// The server: whatever bytes arrive, it answers HTTP or closes the connection, tells no secret, and goes on serving.
+// Whatever bytes arrive, the server responds with HTTP or closes the connection, reveals no secret, and keeps serving.
 func FuzzConnection(f *testing.F) {
 	for _, seed := range []string{
 		"", "\r\n\r\n", "GET", "GET / HTTP/1.1\r\n\r\n", "GET / HTTP/1.0\r\n\r\n",
@@ -168,7 +168,7 @@ func FuzzConnection(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	var log syncBuffer
-	_, address := holding(f, policy.MetadataV2, &log)
+	_, address := ready(f, policy.MetadataV2, &log)
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", address)
 		if err != nil {
@@ -176,19 +176,19 @@ func FuzzConnection(f *testing.F) {
 		}
 		defer conn.Close()
 		_, _ = conn.Write(sent)
-		_ = conn.(*net.TCPConn).CloseWrite() // there is no more
+		_ = conn.(*net.TCPConn).CloseWrite() // no more bytes follow
 		got, _ := io.ReadAll(conn)
-		if tellsSecret(string(got)) && !bytes.Contains(sent, []byte(authorization)) {
-			t.Errorf("%q was told a secret", sent)
+		if containsSecret(string(got)) && !bytes.Contains(sent, []byte(authorization)) {
+			t.Errorf("%q got a secret", sent)
 		}
 		if len(got) > 0 {
 			response, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(got)), nil)
 			if err != nil {
-				t.Fatalf("%q was answered %q: %v", sent, got, err)
+				t.Fatalf("%q got the response %q: %v", sent, got, err)
 			}
 			response.Body.Close()
 		}
-		if tellsSecret(log.String()) {
+		if containsSecret(log.String()) {
 			t.Error("a secret was logged")
 		}
 		if err := sidecar.Probe(t.Context(), address); err != nil {

@@ -18,15 +18,14 @@ import (
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
-// readyPath answers [Probe]. It reports whether there are credentials, never which.
+// readyPath is the path that [Probe] requests. The response says whether there are credentials, but has none.
 const readyPath = "/v1/ready"
 
-// Handler returns what Run serves. It answers only what is asked of a loopback address by that
-// address or as localhost.
+// Handler returns the handler that Run serves. It refuses requests whose Host is neither localhost nor a loopback address.
 func (s *Sidecar) Handler() http.Handler {
 	router := mux.NewRouter()
-	// Without it mux redirects //v1/credentials to the clean path: an SDK would follow, and whoever
-	// can make one ask a wrong path should get a 404.
+	// Otherwise mux would redirect //v1/credentials to the clean path, and an SDK would follow. A client that was made to
+	// request a wrong path should get a 404.
 	router.SkipClean(true)
 	router.NotFoundHandler = http.HandlerFunc(notFound)
 	router.MethodNotAllowedHandler = http.HandlerFunc(methodNotAllowed)
@@ -36,12 +35,11 @@ func (s *Sidecar) Handler() http.Handler {
 	if s.metadata != policy.MetadataOff {
 		s.routeMetadata(router)
 	}
-	return requireLoopback(s.quick(oneSlash(router)))
+	return requireLoopback(s.fastPath(stripSlash(router)))
 }
 
-// quick answers the request that SDKs make before others have a look at it: finding a route takes longer than
-// answering.
-func (s *Sidecar) quick(next http.Handler) http.Handler {
+// fastPath handles the request that SDKs make before the router, because finding a route takes longer than responding.
+func (s *Sidecar) fastPath(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == contract.CredentialsPath && r.Method == http.MethodGet {
 			s.serveCredentials(w, r)
@@ -51,9 +49,9 @@ func (s *Sidecar) quick(next http.Handler) http.Handler {
 	})
 }
 
-// oneSlash takes //latest for /latest: AWS_EC2_METADATA_SERVICE_ENDPOINT ends in a slash, and the paths that some SDKs
+// stripSlash handles //latest as /latest. AWS_EC2_METADATA_SERVICE_ENDPOINT ends in a slash, and the paths that some SDKs
 // append to it begin with one.
-func oneSlash(next http.Handler) http.Handler {
+func stripSlash(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "//latest/") {
 			address := *r.URL
@@ -65,27 +63,26 @@ func oneSlash(next http.Handler) http.Handler {
 	})
 }
 
-// route registers a path with and without a slash at its end: SDKs differ.
+// route registers a path with and without a final slash, because SDKs differ.
 func (s *Sidecar) route(router *mux.Router, method, path string, handler http.HandlerFunc) {
 	for _, p := range []string{path, path + "/"} {
 		router.HandleFunc(p, handler).Methods(method)
 	}
 }
 
-// requireLoopback refuses requests whose Host is a name other than localhost. A web page whose name
-// was made to resolve to 127.0.0.1 reaches this server, but cannot choose that header.
+// requireLoopback refuses a request whose Host is another name than localhost. A web page whose name resolves to 127.0.0.1
+// can reach this server, but cannot choose that header.
 func requireLoopback(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !isLoopback(r.Host) {
-			writeError(w, http.StatusForbidden, "HOST_NOT_LOOPBACK", "ask for 127.0.0.1, not for another name of it")
+			writeError(w, http.StatusForbidden, "HOST_NOT_LOOPBACK", "the Host header must be localhost or a loopback address; use 127.0.0.1")
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// isLoopback reports whether host, the value of a Host header, is localhost or a loopback address,
-// with or without a port.
+// isLoopback reports whether host, a Host header, is localhost or a loopback address, with or without a port.
 func isLoopback(host string) bool {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
@@ -99,15 +96,15 @@ func isLoopback(host string) bool {
 	return err == nil && addr.IsLoopback() && addr.Zone() == ""
 }
 
-// serveCredentials is the container-credentials endpoint.
+// serveCredentials serves the container-credentials endpoint.
 func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
-	// The length is no secret: it is that of a pod's UID.
+	// The length is not secret: it is the length of a pod's UID.
 	if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), s.authorization) != 1 {
 		writeError(w, http.StatusForbidden, "AUTHORIZATION_INVALID",
 			"the Authorization header must be the value of AWS_CONTAINER_AUTHORIZATION_TOKEN")
 		return
 	}
-	st, err := s.await(r.Context(), patience)
+	st, err := s.await(r.Context(), maxWait)
 	if err != nil {
 		writeFailure(w, err)
 		return
@@ -115,12 +112,12 @@ func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, st.body)
 }
 
-// readyPoll is how long a request for readiness waits. The probe asks again; a longer wait would need
-// other time limits than the rest of the server.
+// readyPoll is how long a request for readiness waits. Then the probe repeats it. A longer wait would need longer timeouts
+// of the server.
 const readyPoll = 5 * time.Second
 
-// serveReady answers 204 once a credential is held, the start timeout has passed or the broker has said that the pod was
-// not injected, and 503 when none of these happens within readyPoll.
+// serveReady responds with 204 when there is a session, when the start timeout has passed, or when the broker has said that
+// the pod was not injected. It responds with 503 if none of these happens within readyPoll.
 func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 	started := s.startTimeout > 0 && time.Since(s.started) >= s.startTimeout
 	if st := s.state.Load(); started || st.valid(time.Now()) || st.uninjected() {
@@ -130,13 +127,13 @@ func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 	select {
 	case s.waiting <- struct{}{}:
 		defer func() { <-s.waiting }()
-	default: // not the probe, which is one
-		writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "too many wait")
+	default: // the kubelet runs only one probe
+		writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "too many requests wait for credentials; try again")
 		return
 	}
 	poll := time.NewTimer(readyPoll)
 	defer poll.Stop()
-	var start <-chan time.Time // never, for a start timeout of 0
+	var start <-chan time.Time // nil if there is no start timeout
 	if s.startTimeout > 0 {
 		timer := time.NewTimer(time.Until(s.started.Add(s.startTimeout)))
 		defer timer.Stop()
@@ -154,22 +151,21 @@ func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(http.StatusNoContent)
 			return
 		case <-poll.C:
-			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet")
+			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet; try again")
 			return
 		case <-r.Context().Done():
-			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet")
+			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet; try again")
 			return
 		}
 	}
 }
 
-// timeForm is RFC 3339 in UTC with whole seconds: botocore parses no other form on the metadata path,
-// and passes over a fraction's credential silently.
-const timeForm = "2006-01-02T15:04:05Z"
+// timeFormat is RFC 3339 in UTC with whole seconds. On the metadata path, botocore parses no other form, and silently
+// ignores credentials whose time has a fraction.
+const timeFormat = "2006-01-02T15:04:05Z"
 
-// containerCredentials is the answer of the container-credentials endpoint. JavaScript, botocore and
-// Rust refuse it when one of the first four is missing; some SDKs take the account from one of the
-// last two.
+// containerCredentials is the response of the container-credentials endpoint. JavaScript, botocore and Rust refuse it if
+// one of the first four fields is missing. Some SDKs read the account from one of the last two.
 type containerCredentials struct {
 	AccessKeyID     string `json:"AccessKeyId"`
 	SecretAccessKey string
@@ -186,14 +182,13 @@ func credentialsOf(lease credential.Lease) containerCredentials {
 		AccessKeyID:     lease.AccessKeyID,
 		SecretAccessKey: lease.SecretAccessKey.Reveal(),
 		Token:           lease.SessionToken.Reveal(),
-		Expiration:      lease.Expiration.UTC().Format(timeForm),
+		Expiration:      lease.Expiration.UTC().Format(timeFormat),
 		RoleArn:         lease.Role.String(),
 		AccountID:       lease.Role.Account(),
 	}
 }
 
-// failure is an error as SDKs read it: Go v1 and Java look for the lower-case names, JavaScript for
-// the capitalized ones.
+// failure is an error response. The SDKs for Go v1 and Java read the lower-case names, JavaScript the capitalized ones.
 type failure struct {
 	LowerCode    string `json:"code"`
 	LowerMessage string `json:"message"`
@@ -201,13 +196,13 @@ type failure struct {
 	Message      string
 }
 
-// writeFailure answers with the reason why no credential is held. SDKs retry a 503 and give up on
-// most 4xx, so a 4xx is for what will not change by itself.
+// writeFailure responds with the reason why there is no session. SDKs retry a 503 and give up on most 4xx, so a refusal
+// is a 4xx.
 func writeFailure(w http.ResponseWriter, err error) {
 	e, ok := errors.AsType[*credential.Error](err)
 	if !ok {
 		e = credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal,
-			"credentials cannot be had at the moment; the sidecar's log says why")
+			"cannot get credentials now; see the sidecar's log for the cause")
 	}
 	code := http.StatusServiceUnavailable
 	switch {
@@ -218,13 +213,15 @@ func writeFailure(w http.ResponseWriter, err error) {
 	}
 	message := e.Message
 	if e.Cause != nil {
-		message += "; the sidecar's log says more" // The cause is for the log alone, which must not point to itself.
+		// Only package client sets a Cause, with a message that ends in "the sidecar keeps retrying". The log has the cause
+		// itself, so it does not get this hint.
+		message += ", see its log for the cause"
 	}
 	writeError(w, code, string(e.Reason), message)
 }
 
 func notFound(w http.ResponseWriter, _ *http.Request) {
-	writeError(w, http.StatusNotFound, "NOT_FOUND", "nothing is served at this path")
+	writeError(w, http.StatusNotFound, "NOT_FOUND", "this path does not exist")
 }
 
 func methodNotAllowed(w http.ResponseWriter, r *http.Request) {
@@ -233,17 +230,17 @@ func methodNotAllowed(w http.ResponseWriter, r *http.Request) {
 		allow = http.MethodPut
 	}
 	w.Header().Set("Allow", allow) // RFC 9110, section 15.5.6
-	writeError(w, http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "this path takes "+allow)
+	writeError(w, http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "this path requires "+allow)
 }
 
 func writeError(w http.ResponseWriter, status int, code, message string) {
 	writeJSON(w, status, mustJSON(failure{code, message, code, message}))
 }
 
-// Shared by all answers, which do not change them.
+// All responses share these values, and do not change them.
 var (
 	noStore = []string{"no-store"}
-	// The Go SDK reads an error's message only if the type has no charset.
+	// The SDK for Go reads an error's message only if the type has no charset.
 	typeJSON = []string{"application/json"}
 	typeText = []string{"text/plain"}
 )
@@ -254,10 +251,10 @@ func write(w http.ResponseWriter, status int, contentType []string, body []byte)
 	h := w.Header()
 	h["Content-Type"] = contentType
 	h["Cache-Control"] = noStore
-	// Without it net/http sends in chunks what is longer than 2 kB, as with a long session token.
+	// Without it, net/http sends a body over 2 kB in chunks, as with a long session token.
 	h["Content-Length"] = []string{strconv.Itoa(len(body))}
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // the client has gone: nobody is left to tell
+	_, _ = w.Write(body) // it fails if the client has closed the connection
 }
 
 // mustJSON encodes a struct of strings, which cannot fail.

@@ -17,8 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Names of the EC2 instance metadata service, from "Use the Instance Metadata Service to access
-// instance metadata" in the EC2 user guide.
+// These names are from "Use the Instance Metadata Service to access instance metadata" in the EC2 user guide.
 const (
 	metadataTokenPath = "/latest/api/token"
 	metadataRolesPath = "/latest/meta-data/iam/security-credentials"
@@ -27,37 +26,36 @@ const (
 	headerToken    = "X-Aws-Ec2-Metadata-Token"
 	headerTokenTTL = "X-Aws-Ec2-Metadata-Token-Ttl-Seconds"
 
-	// maxTokenTTL is EC2's own bound, six hours.
+	// maxTokenTTL is EC2's limit, six hours.
 	maxTokenTTL = 21600 * time.Second
 )
 
-// metadataEarly is how much before its real end a credential is said to expire on the metadata path.
-// The Go SDK uses what it got there to the last second, and several SDKs use it longer still when
-// they cannot renew, because EC2 forgives that; STS does not.
+// metadataEarly is how long before its expiration a session expires on the metadata path. The SDK for Go uses such a
+// session to its last second. Several SDKs use it even longer if they cannot renew it: EC2 tolerates that, STS does not.
 const metadataEarly = 5 * time.Minute
 
-// routeMetadata serves the metadata service. Other paths of it are 404, security-credentials-extended
-// too: SDKs that know that one fall back to the path served here on exactly that status.
+// routeMetadata registers the metadata service. Its other paths give 404, also security-credentials-extended: SDKs that try
+// it fall back to the path served here only after a 404.
 func (s *Sidecar) routeMetadata(router *mux.Router) {
 	s.route(router, http.MethodPut, metadataTokenPath, s.serveMetadataToken)
 	s.route(router, http.MethodGet, metadataRolesPath+"/{role}", s.requireToken(s.serveRoleCredentials))
-	for path, answer := range map[string]func(http.ResponseWriter, *state){
+	for path, handle := range map[string]func(http.ResponseWriter, *state){
 		metadataRolesPath:                            serveRoleName,
 		"/latest/meta-data/iam/info":                 serveIAMInfo,
 		"/latest/meta-data/placement/region":         serveRegion,
 		metadataZonePath:                             s.serveZone,
 		"/latest/dynamic/instance-identity/document": s.serveIdentityDocument,
 	} {
-		s.route(router, http.MethodGet, path, s.requireToken(s.withFacts(answer)))
+		s.route(router, http.MethodGet, path, s.requireToken(s.withLease(handle)))
 	}
 	s.route(router, http.MethodGet, "/latest/meta-data/instance-id", s.requireToken(s.serveInstanceID))
 }
 
-// serveMetadataToken begins a session of IMDSv2.
+// serveMetadataToken starts a session of IMDSv2.
 func (s *Sidecar) serveMetadataToken(w http.ResponseWriter, r *http.Request) {
-	// EC2's rule: a request that came through a proxy may have been made for somebody outside.
+	// As on EC2: a proxy may have forwarded the request for a client outside.
 	if _, forwarded := r.Header["X-Forwarded-For"]; forwarded {
-		writeError(w, http.StatusForbidden, "FORWARDED", "requests with X-Forwarded-For get no token")
+		writeError(w, http.StatusForbidden, "FORWARDED", "requests with X-Forwarded-For get no token; call without a proxy")
 		return
 	}
 	header := r.Header.Get(headerTokenTTL)
@@ -67,28 +65,28 @@ func (s *Sidecar) serveMetadataToken(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, "TTL_INVALID", headerTokenTTL+" must be from 1 to 21600")
 		return
 	}
-	// Who wants a token asks for credentials next, and many SDKs ask once: they wait here, and then there.
-	if s.state.Load().got.IsZero() {
-		_, _ = s.awaitFor(r)
+	// A client requests credentials after the token, and many SDKs try once. So both requests wait for the first session.
+	if s.state.Load().receivedAt.IsZero() {
+		_, _ = s.awaitForSDK(r)
 	}
-	// The Go and Rust SDKs refuse a token without it.
+	// The SDKs for Go and Rust refuse a token without it.
 	w.Header().Set(headerTokenTTL, strconv.FormatUint(seconds, 10))
 	writeText(w, s.metadataToken(time.Now().Add(ttl)))
 }
 
-// A session token is the second at which it ends and a signature of that, so that nothing has to be
-// remembered of tokens given out, however many. The key dies with the process; SDKs get a new token on 401.
+// A session token is its expiration in seconds and a signature of that. So the sidecar stores no tokens, however many it
+// issues. The key lasts as long as the process. SDKs request a new token after a 401.
 const (
 	tokenTimeBytes = 8
 	tokenBytes     = tokenTimeBytes + sha256.Size
 )
 
 func (s *Sidecar) metadataToken(end time.Time) string {
-	message, _ := binary.Append(nil, binary.BigEndian, end.Unix()) // an int64 always has a binary form
+	message, _ := binary.Append(nil, binary.BigEndian, end.Unix()) // never fails for an int64
 	return base64.RawURLEncoding.EncodeToString(s.sign(message))
 }
 
-// sign appends the signature of message to it.
+// sign returns message followed by its signature.
 func (s *Sidecar) sign(message []byte) []byte {
 	mac := hmac.New(sha256.New, s.metadataKey)
 	mac.Write(message)
@@ -100,10 +98,10 @@ func (s *Sidecar) metadataTokenValid(token string, now time.Time) bool {
 		return false
 	}
 	raw, err := base64.RawURLEncoding.DecodeString(token)
-	if err != nil || len(raw) != tokenBytes { // the decoder passes over line breaks
+	if err != nil || len(raw) != tokenBytes { // the decoder ignores line breaks
 		return false
 	}
-	message := raw[:tokenTimeBytes:tokenTimeBytes] // the second bound keeps sign from writing into raw
+	message := raw[:tokenTimeBytes:tokenTimeBytes] // the capacity keeps sign from writing into raw
 	var end int64
 	if _, err := binary.Decode(message, binary.BigEndian, &end); err != nil {
 		return false
@@ -111,8 +109,8 @@ func (s *Sidecar) metadataTokenValid(token string, now time.Time) bool {
 	return hmac.Equal(raw, s.sign(message)) && now.Unix() < end
 }
 
-// requireToken lets requests of a session of IMDSv2 pass and, in v1 mode, those without any; a wrong
-// token is refused in both, as EC2 does.
+// requireToken passes requests with a session token of IMDSv2 and, in v1 mode, those without any. A wrong token is refused
+// in both modes, as on EC2.
 func (s *Sidecar) requireToken(next http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		token := r.Header.Get(headerToken)
@@ -124,27 +122,27 @@ func (s *Sidecar) requireToken(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// awaitFor is await with the patience of whoever sent r.
-func (s *Sidecar) awaitFor(r *http.Request) (*state, error) {
+// awaitForSDK calls await with the time limit of the SDK that sent r.
+func (s *Sidecar) awaitForSDK(r *http.Request) (*state, error) {
 	if strings.Contains(r.UserAgent(), "aws-sdk-go-v2/") {
-		return s.await(r.Context(), shortPatience)
+		return s.await(r.Context(), maxWaitShort)
 	}
-	return s.await(r.Context(), patience)
+	return s.await(r.Context(), maxWait)
 }
 
-// withFacts hands what is known to answer, or says why nothing is. What a lease tells beside its keys stays true when
-// it has ended: an SDK that is told no region complains of that, and not of the outage, and may remember it.
-func (s *Sidecar) withFacts(answer func(http.ResponseWriter, *state)) http.HandlerFunc {
+// withLease calls handle with the last lease, even if it has expired: role, account and region do not expire. An SDK
+// without a region would report that as the problem, instead of the outage, and may cache it.
+func (s *Sidecar) withLease(handle func(http.ResponseWriter, *state)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		st := s.state.Load()
-		if st.got.IsZero() {
+		if st.receivedAt.IsZero() {
 			var err error
-			if st, err = s.awaitFor(r); err != nil {
+			if st, err = s.awaitForSDK(r); err != nil {
 				writeFailure(w, err)
 				return
 			}
 		}
-		answer(w, st)
+		handle(w, st)
 	}
 }
 
@@ -152,8 +150,8 @@ func serveRoleName(w http.ResponseWriter, st *state) {
 	writeText(w, st.lease.Role.Name())
 }
 
-// metadataCredentials is the metadata service's form of a credential. The Go, PHP and .NET SDKs want
-// Code to be "Success". EC2 has no account here; the JavaScript SDK takes it where it is.
+// metadataCredentials is a session in the format of the metadata service. The SDKs for Go, PHP and .NET require that Code
+// is "Success". EC2 sends no account; the SDK for JavaScript reads it if it is there.
 type metadataCredentials struct {
 	Code        string
 	LastUpdated string
@@ -162,24 +160,24 @@ type metadataCredentials struct {
 }
 
 func (s *Sidecar) serveRoleCredentials(w http.ResponseWriter, r *http.Request) {
-	st, err := s.awaitFor(r)
+	st, err := s.awaitForSDK(r)
 	if err != nil {
 		writeFailure(w, err)
 		return
 	}
 	if mux.Vars(r)["role"] != st.lease.Role.Name() {
-		writeError(w, http.StatusNotFound, "ROLE_UNKNOWN", "this pod's role has another name: "+metadataRolesPath+" tells it")
+		writeError(w, http.StatusNotFound, "ROLE_UNKNOWN", "this is not the name of this pod's role; see "+metadataRolesPath)
 		return
 	}
 	credentials := credentialsOf(st.lease)
-	credentials.Expiration = metadataExpiration(st.lease.Credential, time.Now()).UTC().Format(timeForm)
+	credentials.Expiration = metadataExpiration(st.lease.Credential, time.Now()).UTC().Format(timeFormat)
 	writeJSON(w, http.StatusOK, mustJSON(metadataCredentials{
-		Code: "Success", LastUpdated: st.lease.Issued.UTC().Format(timeForm), Type: "AWS-HMAC", containerCredentials: credentials,
+		Code: "Success", LastUpdated: st.lease.Issued.UTC().Format(timeFormat), Type: "AWS-HMAC", containerCredentials: credentials,
 	}))
 }
 
-// metadataExpiration is early, but not past: an SDK that is told of an expired credential makes up
-// an expiration of its own, later than the real one.
+// metadataExpiration returns an earlier expiration, but not one in the past. An SDK that gets a past expiration invents one
+// that is later than the real one.
 func metadataExpiration(c credential.Credential, now time.Time) time.Time {
 	if early := c.Expiration.Add(-metadataEarly); early.After(now) {
 		return early
@@ -187,10 +185,10 @@ func metadataExpiration(c credential.Credential, now time.Time) time.Time {
 	return c.Expiration
 }
 
-// serveIAMInfo names no instance profile, because the pod has none.
+// serveIAMInfo reports no instance profile, because the pod has none.
 func serveIAMInfo(w http.ResponseWriter, st *state) {
 	writeJSON(w, http.StatusOK, mustJSON(struct{ Code, LastUpdated string }{
-		"Success", st.lease.Issued.UTC().Format(timeForm),
+		"Success", st.lease.Issued.UTC().Format(timeFormat),
 	}))
 }
 
@@ -202,8 +200,8 @@ func serveRegion(w http.ResponseWriter, st *state) {
 	writeText(w, st.lease.Region)
 }
 
-// zoneOf is the zone to tell beside region, or empty: region and one letter, since SDKs make a region of it by cutting
-// one off. Programs take it for where to put replicas, so none is made up: all would be put into the same.
+// zoneOf returns the zone to report beside region, or "". A zone must be region and one letter, because SDKs derive the
+// region by removing one. Programs use it to place replicas, so an invented zone would put all replicas into the same.
 func (s *Sidecar) zoneOf(region string) string {
 	letter, ok := strings.CutPrefix(s.zone, region)
 	if region == "" || !ok || len(letter) != 1 || letter < "a" || letter > "z" {
@@ -215,13 +213,13 @@ func (s *Sidecar) zoneOf(region string) string {
 func (s *Sidecar) serveZone(w http.ResponseWriter, st *state) {
 	zone := s.zoneOf(st.lease.Region)
 	if zone == "" {
-		writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is not known here: ask for placement/region, or set AWS_REGION")
+		writeError(w, http.StatusNotFound, "ZONE_UNKNOWN", "the availability zone is unknown; use placement/region, or set AWS_REGION")
 		return
 	}
 	writeText(w, zone)
 }
 
-// serveIdentityDocument tells what SDKs read of it. The account is the role's.
+// serveIdentityDocument serves the fields that SDKs read. The account is the role's.
 func (s *Sidecar) serveIdentityDocument(w http.ResponseWriter, st *state) {
 	if st.lease.Region == "" {
 		regionUnknown(w)
@@ -235,11 +233,11 @@ func (s *Sidecar) serveIdentityDocument(w http.ResponseWriter, st *state) {
 }
 
 func regionUnknown(w http.ResponseWriter) {
-	writeError(w, http.StatusNotFound, "REGION_UNKNOWN", "the broker told no region: set AWS_REGION, or the pod's region annotation")
+	writeError(w, http.StatusNotFound, "REGION_UNKNOWN", "the broker sent no region; set AWS_REGION, or the pod's region annotation")
 }
 
-// serveInstanceID answers with the form of an instance id that belongs to no instance and stays the
-// same for the pod's life. It comes from the authorization, which must not be found out from it.
+// serveInstanceID serves an ID in the form of an instance ID. It belongs to no instance, and stays the same for the pod's
+// life. It is derived from the authorization, which it must not reveal.
 func (s *Sidecar) serveInstanceID(w http.ResponseWriter, _ *http.Request) {
 	sum := sha256.Sum256(append([]byte("instance-id "), s.authorization...))
 	writeText(w, "i-"+hex.EncodeToString(sum[:])[:17])

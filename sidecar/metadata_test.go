@@ -26,7 +26,7 @@ const (
 	regionPath = "/latest/meta-data/placement/region"
 )
 
-// metadataToken begins a session of the length that most SDKs ask for.
+// metadataToken requests a token with the TTL that most SDKs use.
 func (w *world) metadataToken() string {
 	w.t.Helper()
 	a := w.do(http.MethodPut, tokenPath, headerTTL, "21600")
@@ -40,17 +40,17 @@ func metadataMode(mode policy.Metadata) func(*sidecar.Config) {
 
 func TestMetadataCredentials(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := start(t, yields(t, time.Hour, 27*time.Minute)) // at midnight: synctest begins there
+		w := start(t, yields(t, time.Hour, 27*time.Minute)) // at midnight, when a synctest bubble begins
 		time.Sleep(10 * time.Minute)
 		token := w.metadataToken()
 		for _, path := range []string{rolesPath, strings.TrimSuffix(rolesPath, "/")} {
 			a := w.do(http.MethodGet, path, headerToken, token)
 			a.want(t, http.StatusOK, "")
 			if a.body != "app" || a.header.Get("Content-Type") != "text/plain" {
-				t.Errorf("%s = %q as %s, want the role's name", path, a.body, a.header.Get("Content-Type"))
+				t.Errorf("%s = %q of type %s, want the role's name as text", path, a.body, a.header.Get("Content-Type"))
 			}
 		}
-		// SDKs for Java and .NET put the endpoint, which ends in a slash, and the path, which begins with one, together.
+		// The SDKs for Java and .NET join the endpoint, which ends in a slash, and the path, which begins with one.
 		for _, path := range []string{rolesPath + "app", rolesPath + "app/", "/" + rolesPath + "app"} {
 			a := w.do(http.MethodGet, path, headerToken, token)
 			a.want(t, http.StatusOK, "")
@@ -65,12 +65,12 @@ func TestMetadataCredentials(t *testing.T) {
 	})
 }
 
-// An expiration that is past makes SDKs invent one that is later than the real one.
+// If SDKs get a past expiration, they invent one that is later than the real one.
 func TestMetadataExpirationIsNeverPast(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
 		synctest.Wait()
-		w.broker.set(fails(errAway))
+		w.broker.set(fails(errUnavailable))
 		token := w.metadataToken()
 		end := time.Now().Add(time.Hour)
 		for time.Now().Before(end) {
@@ -82,7 +82,7 @@ func TestMetadataExpirationIsNeverPast(t *testing.T) {
 			}
 			early := time.Until(end) > 5*time.Minute
 			if early && !body.Expiration.Equal(end.Add(-5*time.Minute)) || !early && !body.Expiration.Equal(end) {
-				t.Fatalf("%v before the end, Expiration is %v before it", time.Until(end), end.Sub(body.Expiration))
+				t.Fatalf("%v before the real expiration, the reported one is %v before it", time.Until(end), end.Sub(body.Expiration))
 			}
 			time.Sleep(30 * time.Second)
 		}
@@ -100,14 +100,14 @@ func TestMetadataSession(t *testing.T) {
 		w.do(http.MethodPut, tokenPath, headerTTL, "60", "X-Forwarded-For", "").want(t, http.StatusForbidden, "FORWARDED")
 		w.do(http.MethodPut, tokenPath, headerTTL, "60", "X-Forwarded-For", "10.0.0.1").want(t, http.StatusForbidden, "FORWARDED")
 
-		// The Go and Rust SDKs want the TTL back.
+		// The SDKs for Go and Rust require the TTL in the response.
 		a := w.do(http.MethodPut, tokenPath+"/", headerTTL, "300")
 		a.want(t, http.StatusOK, "")
 		if got := a.header.Get(headerTTL); got != "300" {
-			t.Errorf("TTL in the answer = %q, want 300", got)
+			t.Errorf("TTL in the response = %q, want 300", got)
 		}
 		if !regexp.MustCompile(`^[\w-]{40,100}$`).MatchString(a.body) {
-			t.Errorf("token %q cannot be a header's value", a.body)
+			t.Errorf("token %q cannot be the value of a header", a.body)
 		}
 		time.Sleep(299 * time.Second)
 		w.do(http.MethodGet, regionPath, headerToken, a.body).want(t, http.StatusOK, "")
@@ -140,7 +140,7 @@ func TestMetadataV1(t *testing.T) {
 	})
 }
 
-// metadataPaths is all of the emulation.
+// metadataPaths are all paths of the emulated metadata service.
 var metadataPaths = []string{
 	rolesPath, rolesPath + "app", "/latest/meta-data/iam/info", regionPath, "/latest/meta-data/placement/availability-zone",
 	"/latest/dynamic/instance-identity/document", "/latest/meta-data/instance-id",
@@ -186,45 +186,45 @@ func TestMetadataFacts(t *testing.T) {
 		id := w.do(http.MethodGet, "/latest/meta-data/instance-id", headerToken, token)
 		id.want(t, http.StatusOK, "")
 		if !regexp.MustCompile(`^i-[0-9a-f]{17}$`).MatchString(id.body) {
-			t.Errorf("instance id %q is not of EC2's form", id.body)
+			t.Errorf("instance ID %q does not have EC2's form", id.body)
 		}
 		again := start(t, hangs)
 		if got := again.do(http.MethodGet, "/latest/meta-data/instance-id", headerToken, again.metadataToken()); got.body != id.body {
-			t.Errorf("instance id after a restart = %q, was %q", got.body, id.body)
+			t.Errorf("instance ID after a restart = %q, want %q", got.body, id.body)
 		}
 	})
 }
 
-// A region and a role's name do not expire.
+// The region and the role's name do not expire with the session.
 func TestMetadataFactsOutliveTheLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
 		synctest.Wait()
-		w.broker.set(fails(errAway))
+		w.broker.set(fails(errUnavailable))
 		time.Sleep(2 * time.Hour)
 		token := w.metadataToken()
 		for path, want := range map[string]string{regionPath: "eu-central-1", rolesPath: "app"} {
 			if a := w.do(http.MethodGet, path, headerToken, token); a.status != http.StatusOK || a.body != want || a.took != 0 {
-				t.Errorf("%s is %d %q after %v", path, a.status, a.body, a.took)
+				t.Errorf("%s = %d %q after %v, want 200 %q immediately", path, a.status, a.body, a.took, want)
 			}
 		}
 		w.do(http.MethodGet, rolesPath+"app", headerToken, token).want(t, http.StatusServiceUnavailable, "INTERNAL")
 	})
 }
 
-// A zone is told as it is, where it is one of the region, and none is made up: botocore and C++ make a region of it by
-// cutting the end off.
+// The zone is reported only if it is a region and one letter. botocore and the SDK for C++ derive the region by removing
+// the letter.
 func TestMetadataZone(t *testing.T) {
 	const zonePath, documentPath = "/latest/meta-data/placement/availability-zone", "/latest/dynamic/instance-identity/document"
-	for zone, told := range map[string]bool{
-		"eu-central-1a": true, "eu-central-1-ham-1a": false, // a local zone, of which SDKs would make a region
+	for zone, reported := range map[string]bool{
+		"eu-central-1a": true, "eu-central-1-ham-1a": false, // a local zone, from which SDKs would derive a wrong region
 		"": false, "eu-central-1A": false, "eu-central-1ab": false, "eu-central-1-": false, "eu-central-10a": false, "eu-central-1": false, "us-east-1a": false, "rack-7": false, "zone-eu-central-1a": false,
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			w := start(t, yields(t, time.Hour, 27*time.Minute), func(c *sidecar.Config) { c.Zone = zone })
 			token := w.metadataToken()
 			document := `{"accountId":"123456789012","region":"eu-central-1"}`
-			if told {
+			if reported {
 				document = `{"accountId":"123456789012","region":"eu-central-1","availabilityZone":"` + zone + `"}`
 			}
 			if a := w.do(http.MethodGet, documentPath, headerToken, token); a.body != document {
@@ -232,17 +232,17 @@ func TestMetadataZone(t *testing.T) {
 			}
 			for _, path := range []string{zonePath, zonePath + "/"} {
 				a := w.do(http.MethodGet, path, headerToken, token)
-				if !told {
+				if !reported {
 					a.want(t, http.StatusNotFound, "ZONE_UNKNOWN")
 				} else if a.want(t, http.StatusOK, ""); a.body != zone {
-					t.Errorf("%s is %q, want %q", path, a.body, zone)
+					t.Errorf("%s = %q, want %q", path, a.body, zone)
 				}
 			}
 		})
 	}
 }
 
-// What the broker does not know is not made up.
+// If the broker sends no region, the sidecar reports none.
 func TestMetadataUnknownRegion(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, func(ctx context.Context) (credential.Lease, error) {

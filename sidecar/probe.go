@@ -9,19 +9,18 @@ import (
 	"time"
 )
 
-// probeInterval is the time between two tries to reach a sidecar that does not listen yet. It is part of
-// the delay that the application's start sees.
+// probeInterval is the time between two attempts to reach a sidecar that does not listen yet. It delays the start of the
+// application.
 const probeInterval = 50 * time.Millisecond
 
-// Probe waits until the sidecar at address, HOST:PORT, holds its first credential, or listens and its
-// start timeout has passed, and returns nil then. It waits inside the call, because a startup probe
-// that fails makes the kubelet count the pod as not ready though its containers run. The sidecar
-// keeps the time, so a probe that the kubelet cuts off and starts again does not begin anew.
+// Probe waits until the sidecar at address, HOST:PORT, has its first session or its start timeout has passed, and then
+// returns nil. It waits inside the call: if a startup probe fails, the kubelet counts the pod as not ready even when its
+// containers run. The sidecar measures the start timeout, so it does not restart if the kubelet kills and restarts a probe.
 //
-// It returns an error when ctx ends, or when something else answers at address.
+// Probe returns an error if ctx ends, or if another program responds at address.
 func Probe(ctx context.Context, address string) error {
 	client := &http.Client{
-		// Not http.DefaultTransport: a pod's HTTP_PROXY is not for its loopback.
+		// Not http.DefaultTransport, because a pod's HTTP_PROXY must not apply to its loopback.
 		Transport: &http.Transport{DisableKeepAlives: true},
 		Timeout:   2 * readyPoll,
 	}
@@ -43,7 +42,7 @@ func Probe(ctx context.Context, address string) error {
 	}
 }
 
-var errNotSidecar = errors.New("not a sidecar: does another program of the pod use its port?")
+var errNotSidecar = errors.New("not a sidecar; check whether another program in the pod uses its port")
 
 func probeOnce(ctx context.Context, client *http.Client, address string) (ready bool, err error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+readyPath, nil)
@@ -52,16 +51,16 @@ func probeOnce(ctx context.Context, client *http.Client, address string) (ready 
 	}
 	response, err := client.Do(request)
 	if err != nil {
-		return false, err // it does not listen yet, or has just gone
+		return false, err // it does not listen yet, or has just stopped
 	}
 	defer response.Body.Close()
-	_, _ = io.Copy(io.Discard, io.LimitReader(response.Body, 4<<10)) // an error's body is far smaller
+	_, _ = io.Copy(io.Discard, io.LimitReader(response.Body, 4<<10)) // an error's body is much smaller
 	switch response.StatusCode {
 	case http.StatusNoContent:
 		return true, nil
 	case http.StatusServiceUnavailable:
 		return false, errPending
 	default:
-		return false, fmt.Errorf("probing %s: answered %s: %w", address, response.Status, errNotSidecar)
+		return false, fmt.Errorf("probing %s: status %s: %w", address, response.Status, errNotSidecar)
 	}
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/credence-iam/credence/sidecar"
 )
 
-// freeAddress returns an address nobody listens on yet.
+// freeAddress returns a free loopback address.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -29,7 +29,7 @@ func freeAddress(t *testing.T) string {
 	return listener.Addr().String()
 }
 
-// The probe is started before the sidecar listens, and outlasts the time until there are credentials.
+// A probe that starts before the sidecar listens waits until there are credentials.
 func TestProbeWaits(t *testing.T) {
 	address := freeAddress(t)
 	probed := make(chan error, 1)
@@ -50,7 +50,7 @@ func TestProbeWaits(t *testing.T) {
 	}
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
-		t.Skipf("the port that was free has been taken: %v", err)
+		t.Skipf("not run: another program uses the port that was free: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
@@ -69,17 +69,17 @@ func TestProbeWaits(t *testing.T) {
 	}
 }
 
-func TestProbeAsksAgain(t *testing.T) {
-	var asked atomic.Int32
+func TestProbeRetries(t *testing.T) {
+	var requests atomic.Int32
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(map[bool]int{true: http.StatusNoContent, false: http.StatusServiceUnavailable}[asked.Add(1) == 3])
+		w.WriteHeader(map[bool]int{true: http.StatusNoContent, false: http.StatusServiceUnavailable}[requests.Add(1) == 3])
 	}))
 	defer server.Close()
 	if err := sidecar.Probe(t.Context(), server.Listener.Addr().String()); err != nil {
 		t.Errorf("Probe = %v", err)
 	}
-	if n := asked.Load(); n != 3 {
-		t.Errorf("asked %d times, want 3", n)
+	if n := requests.Load(); n != 3 {
+		t.Errorf("the probe sent %d requests, want 3", n)
 	}
 }
 
@@ -106,7 +106,7 @@ func TestProbeFails(t *testing.T) {
 	})
 }
 
-// TestUninjectedPodStartsWhileItsProbeWaits: the request of the probe that waits is the one that is answered.
+// TestUninjectedPodStartsWhileItsProbeWaits: the waiting request of the probe gets the response.
 func TestUninjectedPodStartsWhileItsProbeWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, sourceFunc(func(context.Context) (credential.Lease, error) {
@@ -115,13 +115,13 @@ func TestUninjectedPodStartsWhileItsProbeWaits(t *testing.T) {
 		}), func(c *sidecar.Config) { c.StartTimeout = time.Hour })
 		began := time.Now()
 		if status := w.do(http.MethodGet, "/v1/ready").status; status != http.StatusNoContent || time.Since(began) != time.Second {
-			t.Errorf("the answer is %d after %v, want 204 after a second", status, time.Since(began))
+			t.Errorf("status %d after %v, want 204 after a second", status, time.Since(began))
 		}
 	})
 }
 
-// TestUninjectedPodStarts: a copy of a pod made by kubectl debug has the sidecar, and no annotations. Its containers are not
-// held back, whatever its start timeout is. Other refusals, and brokers that cannot say, are waited for.
+// TestUninjectedPodStarts: a copy of a pod by kubectl debug has the sidecar, but no annotations. The probe does not delay its
+// containers, whatever its start timeout is. After another refusal or error, the probe waits.
 func TestUninjectedPodStarts(t *testing.T) {
 	errNotInjected := credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected, "no label")
 	sometimes := func(errs ...error) sourceFunc {
@@ -132,28 +132,28 @@ func TestUninjectedPodStarts(t *testing.T) {
 		}
 	}
 	for name, tt := range map[string]struct {
-		answer  sourceFunc
+		source  sourceFunc
 		timeout time.Duration
-		want    time.Duration // 0: within the wait between two attempts
+		want    time.Duration // 0: less than the longest wait between two attempts
 	}{
 		"at once":            {fails(errNotInjected), time.Hour, 0},
-		"wrapped":            {fails(fmt.Errorf("asking: %w", errNotInjected)), time.Hour, 0},
-		"waits for ever":     {fails(errNotInjected), 0, 0},
-		"after an outage":    {sometimes(errAway, errAway, errNotInjected), time.Hour, 0},
+		"wrapped":            {fails(fmt.Errorf("calling: %w", errNotInjected)), time.Hour, 0},
+		"no timeout":         {fails(errNotInjected), 0, 0},
+		"after an outage":    {sometimes(errUnavailable, errUnavailable, errNotInjected), time.Hour, 0},
 		"after a refusal":    {sometimes(errDenied, errNotInjected), time.Hour, 0},
 		"another refusal":    {fails(errDenied), time.Hour, time.Hour},
-		"an outage":          {fails(errAway), time.Hour, time.Hour},
+		"an outage":          {fails(errUnavailable), time.Hour, time.Hour},
 		"unavailable reason": {fails(credential.Errorf(credential.ErrUnavailable, credential.ReasonPodNotInjected, "?")), time.Hour, time.Hour},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := start(t, tt.answer, func(c *sidecar.Config) { c.StartTimeout = tt.timeout })
+				w := start(t, tt.source, func(c *sidecar.Config) { c.StartTimeout = tt.timeout })
 				began := time.Now()
 				for w.do(http.MethodGet, "/v1/ready").status != http.StatusNoContent && time.Since(began) < 2*time.Hour {
 				}
 				took := time.Since(began)
 				if tt.want == 0 && took > 11*time.Second || tt.want > 0 && took != tt.want {
-					t.Errorf("the pod's containers were held back for %v, want %v", took, tt.want)
+					t.Errorf("the probe delayed the pod's containers by %v, want %v", took, tt.want)
 				}
 				time.Sleep(10 * time.Minute)
 				want := 0
@@ -167,7 +167,7 @@ func TestUninjectedPodStarts(t *testing.T) {
 					}
 				}
 				if n != want {
-					t.Errorf("it was logged %d times, want %d", n, want)
+					t.Errorf("the start without credentials was logged %d times, want %d", n, want)
 				}
 			})
 		})

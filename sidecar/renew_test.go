@@ -24,12 +24,12 @@ func TestRenewsWhenTheBrokerSays(t *testing.T) {
 		}
 		want := []time.Duration{0, 27 * time.Minute, 54 * time.Minute, 81 * time.Minute, 108 * time.Minute}
 		if diff := cmp.Diff(want, at); diff != "" {
-			t.Errorf("asked at (-want +got):\n%s", diff)
+			t.Errorf("source was called at (-want +got):\n%s", diff)
 		}
 	})
 }
 
-// A broker whose answers leave no time must not be asked in a busy loop, and is asked before the end.
+// If a session ends before its refresh time, the source is called before the expiration, but not in a busy loop.
 func TestRenewsLeasesThatAreShorterThanTheirRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, 40*time.Second, time.Minute))
@@ -38,7 +38,7 @@ func TestRenewsLeasesThatAreShorterThanTheirRefresh(t *testing.T) {
 			w.credentials().want(t, http.StatusOK, "")
 		}
 		if n := len(w.broker.calls()); n < 4 || n > 5 {
-			t.Errorf("asked %d times in 130 s for sessions of 40 s", n)
+			t.Errorf("source was called %d times in 130 s for sessions of 40 s, want 4 or 5", n)
 		}
 
 		w.broker.set(yields(t, time.Millisecond, 0))
@@ -46,20 +46,20 @@ func TestRenewsLeasesThatAreShorterThanTheirRefresh(t *testing.T) {
 		w.broker.calls()
 		time.Sleep(time.Minute)
 		if n := len(w.broker.calls()); n > 61 {
-			t.Errorf("asked %d times in a minute for sessions that end at once", n)
+			t.Errorf("source was called %d times in a minute for sessions that expire immediately, want at most 61", n)
 		}
 	})
 }
 
-// One hour without broker: no error until the credential really ends, then a clear one, and
-// credentials with the next attempt once the broker is back.
+// During an outage of the broker, the session is served until it expires. Then there is a clear error, and credentials
+// again soon after the outage.
 func TestOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
 		const life = time.Hour
 		w := start(t, yields(t, life, 27*time.Minute))
 		synctest.Wait()
-		w.broker.set(fails(errAway))
+		w.broker.set(fails(errUnavailable))
 		w.broker.calls()
 
 		for time.Since(began) < life-time.Second {
@@ -71,20 +71,20 @@ func TestOutage(t *testing.T) {
 		a := w.credentials()
 		a.want(t, http.StatusServiceUnavailable, string(credential.ReasonInternal))
 
-		// From 27 to 60 minutes, first quickly, then every 15.5 s in the mean.
+		// From minute 27 to 60, first quickly, then every 15.5 s on average.
 		if n := len(w.broker.calls()); n < 70 || n > 260 {
-			t.Errorf("asked %d times in 33 minutes", n)
+			t.Errorf("source was called %d times in 33 minutes, want 70 to 260", n)
 		}
 		time.Sleep(10 * time.Minute)
 		w.broker.set(yields(t, life, 27*time.Minute))
-		time.Sleep(5 * time.Second) // the longest wait of a pod that holds nothing
+		time.Sleep(5 * time.Second) // the longest wait without a session
 		w.credentials().want(t, http.StatusOK, "")
 
 		want := []string{
-			"listening", "got credentials",
-			"cannot renew credentials: serving those held",
-			"cannot renew credentials: those held have expired",
-			"got credentials",
+			"Listening", "Received credentials",
+			"Could not renew credentials, serving the current ones",
+			"Could not renew credentials, the current ones have expired",
+			"Received credentials",
 		}
 		if diff := cmp.Diff(want, w.messages()); diff != "" {
 			t.Errorf("logged (-want +got):\n%s", diff)
@@ -92,42 +92,42 @@ func TestOutage(t *testing.T) {
 	})
 }
 
-// Attempts are spread at random and grow rarer.
-func TestPace(t *testing.T) {
+// Waits between attempts are random and grow.
+func TestBackoff(t *testing.T) {
 	tests := map[string]struct {
-		err         error
-		holding     bool
-		first, most time.Duration // bounds of one wait: at least first, below most
+		err          error
+		valid        bool          // a valid session is cached
+		lower, upper time.Duration // each wait is in [lower, upper)
 	}{
-		"nothing held": {err: errAway, first: 200 * time.Millisecond, most: 5 * time.Second},
-		"held":         {err: errAway, holding: true, first: time.Second, most: 30 * time.Second},
-		"refused":      {err: errDenied, first: 5 * time.Second, most: time.Minute},
-		"refused now":  {err: errDenied, holding: true, first: 5 * time.Second, most: time.Minute},
-		"told to wait": {
+		"no session":      {err: errUnavailable, lower: 200 * time.Millisecond, upper: 5 * time.Second},
+		"valid session":   {err: errUnavailable, valid: true, lower: time.Second, upper: 30 * time.Second},
+		"refused":         {err: errDenied, lower: 5 * time.Second, upper: time.Minute},
+		"refused renewal": {err: errDenied, valid: true, lower: 5 * time.Second, upper: time.Minute},
+		"retry after": {
 			err: &credential.Error{
 				Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled,
 				Message: "slow down", RetryAfter: 2 * time.Minute,
 			},
-			first: 2*time.Minute + 200*time.Millisecond, most: 2*time.Minute + 5*time.Second,
+			lower: 2*time.Minute + 200*time.Millisecond, upper: 2*time.Minute + 5*time.Second,
 		},
-		"told to wait for hours": {
+		"retry after hours": {
 			err: &credential.Error{
 				Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled,
 				Message: "slow down", RetryAfter: 24 * time.Hour,
 			},
-			first: 5*time.Minute + 200*time.Millisecond, most: 5*time.Minute + 5*time.Second,
+			lower: 5*time.Minute + 200*time.Millisecond, upper: 5*time.Minute + 5*time.Second,
 		},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				answer := fails(test.err)
-				if test.holding {
-					answer = yields(t, 12*time.Hour, time.Minute)
+				source := fails(test.err)
+				if test.valid {
+					source = yields(t, 12*time.Hour, time.Minute)
 				}
-				w := start(t, answer)
+				w := start(t, source)
 				synctest.Wait()
-				if test.holding {
+				if test.valid {
 					w.broker.set(fails(test.err))
 					w.broker.calls()
 				}
@@ -137,32 +137,32 @@ func TestPace(t *testing.T) {
 				equal := 0
 				for i := range len(calls) - 1 {
 					wait := calls[i+1].Sub(calls[i])
-					if wait < test.first || wait >= test.most {
-						t.Fatalf("wait %d is %v, want [%v, %v)", i, wait, test.first, test.most)
+					if wait < test.lower || wait >= test.upper {
+						t.Fatalf("wait %d is %v, want [%v, %v)", i, wait, test.lower, test.upper)
 					}
 					if i > 0 && wait == calls[i].Sub(calls[i-1]) {
 						equal++
 					}
 					longest = max(longest, wait)
 				}
-				// The first wait is below twice the base, beside what was asked for.
-				base := test.first % time.Minute
-				if wait := calls[1].Sub(calls[0]); wait >= test.first+base {
-					t.Errorf("the first wait is %v, want below %v", wait, test.first+base)
+				// The first wait is less than twice the base, apart from RetryAfter.
+				base := test.lower % time.Minute
+				if wait := calls[1].Sub(calls[0]); wait >= test.lower+base {
+					t.Errorf("the first wait is %v, want less than %v", wait, test.lower+base)
 				}
-				if longest < test.most-(test.most-test.first)/4 {
-					t.Errorf("the longest of %d waits is %v, never near %v", len(calls), longest, test.most)
+				if longest < test.upper-(test.upper-test.lower)/4 {
+					t.Errorf("the longest of %d waits is %v, want nearly %v", len(calls), longest, test.upper)
 				}
 				if equal > len(calls)/10 {
-					t.Errorf("%d of %d waits are equal: no jitter", equal, len(calls))
+					t.Errorf("%d of %d waits are equal, want random ones", equal, len(calls))
 				}
 			})
 		})
 	}
 }
 
-// What a user mends takes effect within a minute.
-func TestRefusalHeals(t *testing.T) {
+// The user's fix of a refusal takes effect within a minute.
+func TestRefusalIsFixed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, fails(errDenied))
 		time.Sleep(time.Hour)
@@ -170,13 +170,13 @@ func TestRefusalHeals(t *testing.T) {
 		w.broker.set(yields(t, time.Hour, 27*time.Minute))
 		time.Sleep(time.Minute)
 		w.credentials().want(t, http.StatusOK, "")
-		if diff := cmp.Diff([]string{"listening", "cannot get credentials", "got credentials"}, w.messages()); diff != "" {
+		if diff := cmp.Diff([]string{"Listening", "Could not get credentials", "Received credentials"}, w.messages()); diff != "" {
 			t.Errorf("logged (-want +got):\n%s", diff)
 		}
 	})
 }
 
-// An answer that is no use is a failure like any other, and does not replace what is held.
+// An invalid lease is a failure, and does not replace a valid one.
 func TestUselessLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
@@ -189,7 +189,7 @@ func TestUselessLease(t *testing.T) {
 	})
 }
 
-// Timers stand still while a machine sleeps; the first request afterwards makes up for it.
+// Timers stop while a machine is suspended. The first request after that triggers the missed renewal.
 func TestSuspend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
@@ -200,21 +200,21 @@ func TestSuspend(t *testing.T) {
 		w.credentials().want(t, http.StatusOK, "")
 		synctest.Wait()
 		if n := len(w.broker.calls()); n != 1 {
-			t.Errorf("asked %d times after a sleep that outlasted the time to renew, want 1", n)
+			t.Errorf("source was called %d times after a suspension longer than the time to renewal, want 1", n)
 		}
 
 		w.SuspendFor(2 * time.Hour)
 		a := w.credentials()
 		a.want(t, http.StatusOK, "")
 		if a.took != 0 {
-			t.Errorf("the answer took %v", a.took)
+			t.Errorf("the response took %v, want 0", a.took)
 		}
 		if n := len(w.broker.calls()); n != 1 {
-			t.Errorf("asked %d times after a sleep that outlasted the credential, want 1", n)
+			t.Errorf("source was called %d times after a suspension longer than the session, want 1", n)
 		}
 
-		// While the broker is away, requests do not drive the attempts.
-		w.broker.set(fails(errAway))
+		// During an outage, requests do not trigger attempts.
+		w.broker.set(fails(errUnavailable))
 		w.SuspendFor(2 * time.Hour)
 		w.credentials()
 		w.broker.calls()
@@ -222,16 +222,16 @@ func TestSuspend(t *testing.T) {
 			w.credentials()
 		}
 		if n := len(w.broker.calls()); n > 600 {
-			t.Errorf("1000 requests in 15 minutes caused %d attempts", n)
+			t.Errorf("1000 requests in 15 minutes triggered %d attempts, want at most 600", n)
 		}
 	})
 }
 
-// At the end of what is held the broker is asked, however long the last wait is: it may be well again.
-func TestAsksAtTheEndOfWhatIsHeld(t *testing.T) {
+// When the session expires, the broker is called, however long the current wait is: it may be available again.
+func TestCallsAtExpiration(t *testing.T) {
 	for name, failure := range map[string]error{
-		"away": errAway,
-		"told to wait": &credential.Error{
+		"unavailable": errUnavailable,
+		"retry after": &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "slow down", RetryAfter: 5 * time.Minute,
 		},
 		"refused": errDenied,
@@ -251,8 +251,8 @@ func TestAsksAtTheEndOfWhatIsHeld(t *testing.T) {
 	}
 }
 
-// A machine that sleeps while the broker is away wakes without credentials, and the next request has them fetched.
-func TestSuspendWhileTheBrokerIsAway(t *testing.T) {
+// If a machine is suspended during an outage, the first request after that triggers an attempt.
+func TestSuspendDuringAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
 		synctest.Wait()
@@ -263,46 +263,46 @@ func TestSuspendWhileTheBrokerIsAway(t *testing.T) {
 		w.SuspendFor(2 * time.Hour)
 		w.broker.set(yields(t, time.Hour, 27*time.Minute))
 		if a := w.credentials(); a.status != http.StatusOK || a.took != 0 {
-			t.Errorf("answered %d after %v", a.status, a.took)
+			t.Errorf("status %d after %v, want 200 immediately", a.status, a.took)
 		}
 	})
 }
 
-// A clock that is set back makes no session last longer than AWS accepts it, and does not put off its renewal.
+// After the clock is set back, a session is neither served longer than AWS accepts it, nor renewed later.
 func TestClockSetBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, time.Hour, 27*time.Minute))
 		synctest.Wait()
 		w.SetClockBack(3 * time.Hour)
 		w.broker.calls()
-		w.broker.set(fails(errAway))
+		w.broker.set(fails(errUnavailable))
 		time.Sleep(time.Hour - time.Second)
 		w.credentials().want(t, http.StatusOK, "")
 		if n := len(w.broker.calls()); n == 0 {
-			t.Error("the session was not renewed when it was time to")
+			t.Error("the session was not renewed in time")
 		}
 		time.Sleep(time.Second)
 		w.credentials().want(t, http.StatusServiceUnavailable, string(credential.ReasonInternal))
 	})
 }
 
-// Where the node's clock is hours ahead no session looks valid, and who reads the error is told to look at the clock.
+// If the node's clock is hours ahead, no session seems valid. The error says to check the clock.
 func TestClockAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, yields(t, -time.Hour, 27*time.Minute))
 		synctest.Wait()
 		a := w.credentials()
 		a.want(t, http.StatusServiceUnavailable, string(credential.ReasonInternal))
-		if !strings.Contains(a.body, "ended at 1999-12-31T23:00:00Z, and it is 2000-01-01T00:00:00Z by this node's clock") {
-			t.Errorf("the error does not name the times: %s", a.body)
+		if !strings.Contains(a.body, "expired at 1999-12-31T23:00:00Z, but it is 2000-01-01T00:00:00Z by this node's clock") {
+			t.Errorf("the error does not contain the times: %s", a.body)
 		}
 	})
 }
 
-// A pod that has an hour to end in is renewed until then: its token is good for as long, and after it what is held.
+// A pod that takes an hour to terminate has credentials for that hour: first its token is valid, then its session.
 func TestTermination(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const token = 2 * time.Hour / 5 // what is left of the least life when the kubelet stops renewing it, at worst
+		const token = 2 * time.Hour / 5 // the shortest remaining time of a token when the kubelet stops renewing it
 		began := time.Now()
 		session := yields(t, time.Hour, 27*time.Minute)
 		w := start(t, func(ctx context.Context) (credential.Lease, error) {
@@ -318,7 +318,7 @@ func TestTermination(t *testing.T) {
 	})
 }
 
-func TestTheSameSessionAgainIsNoNews(t *testing.T) {
+func TestTheSameSessionIsLoggedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		same, err := yields(t, time.Hour, time.Minute)(t.Context())
 		if err != nil {
@@ -326,13 +326,13 @@ func TestTheSameSessionAgainIsNoNews(t *testing.T) {
 		}
 		w := start(t, func(context.Context) (credential.Lease, error) { return same, nil })
 		time.Sleep(30 * time.Minute)
-		if diff := cmp.Diff([]string{"listening", "got credentials"}, w.messages()); diff != "" {
+		if diff := cmp.Diff([]string{"Listening", "Received credentials"}, w.messages()); diff != "" {
 			t.Errorf("logged (-want +got):\n%s", diff)
 		}
 	})
 }
 
-// The text of network errors holds port numbers that differ each time.
+// Network errors contain port numbers, so their text changes at each attempt.
 func TestChangingTextIsLoggedOnceAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
@@ -342,34 +342,34 @@ func TestChangingTextIsLoggedOnceAMinute(t *testing.T) {
 		})
 		time.Sleep(time.Hour)
 		if got := len(w.messages()); got < 30 || got > 62 {
-			t.Errorf("%d lines in an hour for %d attempts", got, n)
+			t.Errorf("%d log lines in an hour for %d attempts, want 30 to 62", got, n)
 		}
 	})
 }
 
-// Troubles that take turns are logged once a minute, too.
-func TestTroublesThatTakeTurns(t *testing.T) {
+// Alternating failures are also logged once a minute.
+func TestAlternatingFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
 		w := start(t, func(context.Context) (credential.Lease, error) {
 			n++
 			if n%2 == 0 {
-				return credential.Lease{}, errAway
+				return credential.Lease{}, errUnavailable
 			}
 			return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSThrottled, "slow down")
 		})
 		time.Sleep(time.Hour)
 		if got := len(w.messages()); got < 30 || got > 62 {
-			t.Errorf("%d lines in an hour for %d attempts", got, n)
+			t.Errorf("%d log lines in an hour for %d attempts, want 30 to 62", got, n)
 		}
 	})
 }
 
 func TestStops(t *testing.T) {
-	for name, answer := range map[string]sourceFunc{"broker hangs": hangs, "renewed": yields(t, time.Hour, time.Minute)} {
+	for name, source := range map[string]sourceFunc{"broker hangs": hangs, "renewed": yields(t, time.Hour, time.Minute)} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := start(t, answer)
+				w := start(t, source)
 				time.Sleep(time.Second)
 				statuses := make(chan int)
 				go func() { statuses <- w.credentials().status }()
@@ -381,30 +381,30 @@ func TestStops(t *testing.T) {
 					}
 				}()
 				if status := <-statuses; name == "broker hangs" && status != http.StatusServiceUnavailable {
-					t.Errorf("the request that waited got %d", status)
+					t.Errorf("the waiting request got status %d, want 503", status)
 				}
 				_ = w.stop()
 				if took := time.Since(began); took > 100*time.Millisecond {
-					t.Errorf("stopping took %v: the request that waits must be let go", took)
+					t.Errorf("stopping took %v: waiting requests must return immediately", took)
 				}
 			})
 		})
 	}
 }
 
-// tracedError stands for the failure of a call that the broker has a trace of.
+// tracedError is the error of a call with a trace.
 type tracedError struct{ error }
 
 func (tracedError) TraceID() string { return "0af7651916cd43dd8448eb211c80319c" }
 func (e tracedError) Unwrap() error { return e.error }
 
-// The broker's operator finds a call by the id in the sidecar's log.
+// The trace ID in the sidecar's log finds the call in the broker's traces.
 func TestFailureNamesItsTrace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := start(t, fails(tracedError{errDenied}))
 		synctest.Wait()
 		if text := w.log.String(); !strings.Contains(text, `"trace_id":"0af7651916cd43dd8448eb211c80319c"`) {
-			t.Errorf("logged %s", text)
+			t.Errorf("the log does not contain the trace ID: %s", text)
 		}
 		w.credentials().want(t, http.StatusForbidden, string(credential.ReasonRoleNotPermitted))
 	})

@@ -8,60 +8,58 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// repeatAfter is how long a trouble that goes on stays unmentioned, whatever it turns into meanwhile: of two that
-// take turns each is in the log, and a port number differs at each attempt.
+// repeatAfter is how long a failure stays out of the log after another one. Two alternating failures both reach the log
+// in time. The text of one failure can differ at each attempt, because it contains a port number.
 const repeatAfter = time.Minute
 
-// reporter logs what changed, not what was tried. The zero reporter has reported nothing. It belongs
-// to the renewal loop.
+// reporter logs changes, not attempts. The zero reporter has logged nothing. Only the renewal loop uses it.
 type reporter struct {
-	accessKey string // the session that was last reported as held
+	accessKey string // the session that was last logged
 	failing   bool
 	reason    credential.Reason
-	holding   bool
+	valid     bool
 	text      string
 	at        time.Time
-	released  bool // it was reported that the pod's other containers are not held back
+	released  bool // uninjected has logged
 }
 
-// held reports a lease that was got. The broker yields the same session again when it has no newer
-// one; that is no news.
-func (r *reporter) held(log *slog.Logger, lease credential.Lease, renewAt time.Time) {
+// received logs a new lease. If the broker has no newer session, it returns the same one, which is not logged again.
+func (r *reporter) received(log *slog.Logger, lease credential.Lease, renewAt time.Time) {
 	if !r.failing && r.accessKey == lease.AccessKeyID {
 		return
 	}
 	*r = reporter{accessKey: lease.AccessKeyID, released: r.released}
-	log.Info("got credentials",
+	log.Info("Received credentials",
 		"role", lease.Role.String(), "access_key_id", lease.AccessKeyID,
 		"expiration", lease.Expiration.UTC(), "renews_at", renewAt.UTC())
 }
 
-// failed reports why there is no new lease, and whether that of old still serves.
+// failed logs why there is no new lease, and whether the lease of old is still valid.
 func (r *reporter) failed(log *slog.Logger, err error, old *state, now time.Time) {
-	reason, holding, text := credential.ReasonOf(err), old.valid(now), err.Error()
-	if r.failing && r.holding == holding && (r.reason == reason && r.text == text || now.Sub(r.at) < repeatAfter) {
+	reason, valid, text := credential.ReasonOf(err), old.valid(now), err.Error()
+	if r.failing && r.valid == valid && (r.reason == reason && r.text == text || now.Sub(r.at) < repeatAfter) {
 		return
 	}
-	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, holding: holding, text: text, at: now, released: r.released}
+	*r = reporter{accessKey: r.accessKey, failing: true, reason: reason, valid: valid, text: text, at: now, released: r.released}
 	if traced, ok := errors.AsType[interface {
 		error
 		TraceID() string
 	}](err); ok {
-		log = log.With("trace_id", traced.TraceID()) // by which the broker's operator finds this call
+		log = log.With("trace_id", traced.TraceID()) // finds the call in the broker's traces
 	}
 	switch {
-	case holding:
-		log.Warn("cannot renew credentials: serving those held", "reason", string(reason), "error", text,
+	case valid:
+		log.Warn("Could not renew credentials, serving the current ones", "reason", string(reason), "error", text,
 			"expiration", old.lease.Expiration.UTC())
 	case old.lease.AccessKeyID != "":
-		log.Error("cannot renew credentials: those held have expired", "reason", string(reason), "error", text,
+		log.Error("Could not renew credentials, the current ones have expired", "reason", string(reason), "error", text,
 			"expiration", old.lease.Expiration.UTC())
 	default:
-		log.Error("cannot get credentials", "reason", string(reason), "error", text)
+		log.Error("Could not get credentials", "reason", string(reason), "error", text)
 	}
 }
 
-// uninjected reports, once, that the pod's containers start though there are no credentials.
+// uninjected logs, once, that the pod's containers start without credentials.
 func (r *reporter) uninjected(log *slog.Logger) {
 	if !r.released {
 		r.released = true

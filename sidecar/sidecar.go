@@ -1,21 +1,19 @@
-// Package sidecar hands a pod's AWS credentials to the SDKs in that pod. It serves, on loopback, the
-// container-credentials endpoint that every AWS SDK knows, and emulates the part of the EC2 instance
-// metadata service that SDKs ask for credentials and region; behind both, one loop keeps the
-// credential fresh.
+// Package sidecar gives a pod's AWS credentials to the SDKs in that pod. On loopback, it serves the container-credentials
+// endpoint that all AWS SDKs know, and the part of the EC2 instance metadata service that SDKs read for credentials and
+// region. One loop renews the session for both.
 //
-// It promises that
-//   - it listens before it has credentials, and goes on while they cannot be had: nothing but its
-//     context or its listener ends [Sidecar.Run];
-//   - while it holds a credential that is valid it answers with it, whatever the last attempt to
-//     renew it came to; what has expired is never served;
-//   - an answer begins within 900 ms, because many SDKs give up after a second;
-//   - only a program that can reach the pod's loopback and knows what the webhook told it, or speaks
-//     the handshake of IMDSv2, gets a credential. Browsers that were sent here by a foreign name
-//     (DNS rebinding) and programs that fetch URLs for others do neither;
-//   - secrets are in the answers that carry them, and nowhere else.
+// It guarantees:
+//   - It listens before it has credentials, and continues while it cannot get any. Only the end of its context or a
+//     failure of its listener ends [Sidecar.Run].
+//   - It serves a valid session, even if its renewal has failed. It never serves an expired one.
+//   - A response begins within 900 ms, because many SDKs time out after a second.
+//   - Only a program that reaches the pod's loopback gets credentials, and only with the authorization that the webhook
+//     put into the pod, or after the handshake of IMDSv2. Browsers that reach it by DNS rebinding, and programs that
+//     fetch URLs for others, can do neither.
+//   - Secrets are only in the responses for them.
 //
-// It does not shield containers of one pod from each other: they share its loopback. It keeps
-// nothing on disk, so after a restart it needs its source once.
+// It does not isolate containers of one pod from each other, because they share its loopback. It stores nothing on disk,
+// so it needs its source once after a restart.
 package sidecar
 
 import (
@@ -31,33 +29,31 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Source yields the credentials of this pod.
+// Source gets the credentials of this pod.
 //
-// Credentials returns a valid lease, or an error that is or wraps a [*credential.Error] where the
-// user is to be told why. It must bound its own time, and return soon after ctx ends. It is called
-// by one goroutine.
+// Credentials returns a valid lease or an error. The error is or wraps a [*credential.Error] if the user should see the
+// reason. Credentials must limit its own time, and return soon after ctx ends. One goroutine calls it.
 type Source interface {
 	Credentials(ctx context.Context) (credential.Lease, error)
 }
 
-// Config says what to serve and to whom.
+// Config configures [New].
 type Config struct {
-	// Source yields the credentials. Required.
+	// Source gets the credentials. Required.
 	Source Source
-	// Authorization is what requests for container credentials must carry as their Authorization
-	// header, as SDKs send AWS_CONTAINER_AUTHORIZATION_TOKEN: raw. Required.
+	// Authorization is the exact Authorization header that a request for container credentials must have. SDKs send
+	// AWS_CONTAINER_AUTHORIZATION_TOKEN unchanged. Required.
 	Authorization string
-	// Metadata says how instance metadata is emulated. Required.
+	// Metadata is the mode of the emulated instance metadata. Required.
 	Metadata policy.Metadata
-	// Zone is the availability zone that the pod runs in, as the labels of nodes have it; empty when
-	// unknown. It is told only where it is one of the region that the source tells: a zone of another
-	// region, or of a data center, would mislead SDKs that make a region of it.
+	// Zone is the availability zone of the pod, from the labels of its node. The sidecar reports it only if it is a zone of
+	// the source's region. SDKs derive the region from the zone, so a zone of another region or of a data center would
+	// mislead them. Empty: unknown.
 	Zone string
-	// StartTimeout is how long [Probe] waits for the first credential, counted from [New]. Zero: for
-	// ever. A pod that was not injected is not waited for.
+	// StartTimeout is how long [Probe] waits for the first credentials, counted from [New]. It does not wait for a pod that
+	// was not injected. Zero: no limit.
 	StartTimeout time.Duration
-	// Logger gets a record when credentials are got, and when they can no longer be got; none per
-	// request, and no secret. Nil discards them.
+	// Logger logs received credentials and failures to get them, but no requests and no secrets. Nil: no log.
 	Logger *slog.Logger
 }
 
@@ -72,47 +68,46 @@ type Sidecar struct {
 	started       time.Time
 	log           *slog.Logger
 
-	// state is replaced as a whole by the renewal loop alone, and read by every request.
+	// state is the current state. Only the renewal loop replaces it. Each request reads it.
 	state atomic.Pointer[state]
 	// wake tells the renewal loop that a request found the renewal overdue.
 	wake chan struct{}
-	// waiting has an element for each request that waits.
+	// waiting has one element for each waiting request.
 	waiting chan struct{}
 }
 
-// state is what is known at one moment. It does not change once it is published, but for changed,
-// which is closed when a newer state takes its place.
+// state is immutable after it is published, except that changed is closed when the next state replaces it.
 type state struct {
-	// lease is the last one that was got; zero before the first.
+	// lease is the last received lease; zero before the first.
 	lease credential.Lease
-	// body is lease in the form of the container-credentials endpoint.
+	// body is lease as the response of the container-credentials endpoint.
 	body []byte
-	// got is when lease was got, with a monotonic reading, and left how long it was valid from then on.
-	got  time.Time
-	left time.Duration
-	// renewAt is when lease should be renewed, by the wall clock; zero before the first.
+	// receivedAt is when lease was received, with a monotonic reading. validFor is how long it was valid then.
+	receivedAt time.Time
+	validFor   time.Duration
+	// renewAt is when to renew lease, by the wall clock; zero before the first lease.
 	renewAt time.Time
-	// err says why the latest attempt failed; nil when lease came from it, and before the first.
+	// err is the error of the latest attempt; nil if it succeeded, and before the first.
 	err error
-	// holding: the latest attempt failed while lease was valid.
-	holding bool
-	changed chan struct{}
+	// failedWhileValid is set if the latest attempt failed while lease was valid.
+	failedWhileValid bool
+	changed          chan struct{}
 }
 
-// New checks cfg. It starts nothing but the clock of [Config.StartTimeout].
+// New returns a sidecar. It starts nothing but the clock of [Config.StartTimeout].
 func New(cfg Config) (*Sidecar, error) {
 	switch {
 	case cfg.Source == nil:
-		return nil, errors.New("making sidecar: no source of credentials")
+		return nil, errors.New("creating sidecar: no source of credentials")
 	case cfg.Authorization == "":
-		return nil, errors.New("making sidecar: no authorization: without it every URL fetcher in the pod could read the credentials")
+		return nil, errors.New("creating sidecar: no authorization; without it every URL fetcher in the pod could read the credentials")
 	case cfg.StartTimeout < 0:
-		return nil, fmt.Errorf("making sidecar: the start timeout %v is negative (0 waits for ever)", cfg.StartTimeout)
+		return nil, fmt.Errorf("creating sidecar: the start timeout %v is negative; use 0 for no limit", cfg.StartTimeout)
 	}
 	switch cfg.Metadata {
 	case policy.MetadataV2, policy.MetadataV1, policy.MetadataOff:
 	default:
-		return nil, fmt.Errorf("making sidecar: metadata %q is none of %q, %q and %q",
+		return nil, fmt.Errorf("creating sidecar: metadata %q is none of %q, %q and %q",
 			cfg.Metadata, policy.MetadataV2, policy.MetadataV1, policy.MetadataOff)
 	}
 	s := &Sidecar{
@@ -130,26 +125,25 @@ func New(cfg Config) (*Sidecar, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	_, _ = rand.Read(s.metadataKey) // never fails: crypto/rand ends the program instead
+	_, _ = rand.Read(s.metadataKey) // never fails: crypto/rand crashes the program instead
 	s.state.Store(&state{changed: make(chan struct{})})
 	return s, nil
 }
 
-// How long a request waits for a credential while none is held. Most SDKs give up after a second. The SDK for Go v2
-// gives a metadata service half of one until it begins to answer, and asks again; botocore's metadata client asks
-// once, and is without credentials for its life if that fails.
+// How long a request waits if there is no session. Most SDKs time out after a second. The SDK for Go v2 gives a metadata
+// service half a second until the response begins, and retries. botocore's metadata client tries once; if that fails, it
+// has no credentials until it is recreated.
 const (
-	patience      = 900 * time.Millisecond
-	shortPatience = 400 * time.Millisecond
-	// maxWaiting is how many may wait at a time. The connections that are left are for those who need not, and further
-	// ones hear at once that there is nothing yet.
+	maxWait      = 900 * time.Millisecond
+	maxWaitShort = 400 * time.Millisecond
+	// maxWaiting is how many requests may wait at once. The remaining connections are for requests that need not wait. If
+	// more requests would wait, they get an error immediately.
 	maxWaiting = maxConnections / 2
 )
 
-// await returns a state whose lease is valid now. While there is none it waits for one, unless the
-// latest attempt was refused: then waiting is idle, and the refusal is what the user should see.
-// The error is nil only with a state; it may be one that says no more than "not yet".
-func (s *Sidecar) await(ctx context.Context, patience time.Duration) (*state, error) {
+// await returns a state whose lease is valid. If there is none, it waits for one, unless the latest attempt was refused:
+// then waiting is useless, and the user should see the refusal. The error may only say that there is no response yet.
+func (s *Sidecar) await(ctx context.Context, limit time.Duration) (*state, error) {
 	var timeout <-chan time.Time
 	for {
 		st, now := s.state.Load(), time.Now()
@@ -170,58 +164,57 @@ func (s *Sidecar) await(ctx context.Context, patience time.Duration) (*state, er
 			case s.waiting <- struct{}{}:
 				defer func() { <-s.waiting }()
 			default:
-				return nil, st.why()
+				return nil, st.failure()
 			}
-			timer := time.NewTimer(patience)
+			timer := time.NewTimer(limit)
 			defer timer.Stop()
 			timeout = timer.C
 		}
 		select {
 		case <-st.changed:
 		case <-timeout:
-			return nil, st.why()
+			return nil, st.failure()
 		case <-ctx.Done():
-			return nil, st.why()
+			return nil, st.failure()
 		}
 	}
 }
 
-// valid reports whether st has a lease that AWS still accepts. The wall clock decides, and a clock that
-// was set back since does not lengthen a lease: then it is time that has passed that counts. (The other
-// way round, time that passed does not tell of a machine's sleep, and the wall clock does.)
+// valid reports whether AWS still accepts the lease of st. The wall clock decides, because it continues while a machine is
+// suspended. But if the clock was set back, the lease is no longer valid after validFor, by the monotonic clock.
 func (st *state) valid(now time.Time) bool {
-	return st.lease.Valid(now) && now.Sub(st.got) < st.left
+	return st.lease.Valid(now) && now.Sub(st.receivedAt) < st.validFor
 }
 
-// errPending is the answer while the first attempt is still under way.
+// errPending is the error before the first attempt has finished.
 var errPending = credential.Errorf(credential.ErrUnavailable, "CREDENTIALS_PENDING",
-	"the broker has not answered yet; try again")
+	"the broker has not responded yet; try again")
 
-// why returns the reason for which st has no valid lease.
-func (st *state) why() error {
+// failure returns the reason why st has no valid lease.
+func (st *state) failure() error {
 	if st.err == nil {
 		return errPending
 	}
 	return st.err
 }
 
-// overdue reports whether the time to renew has passed though the latest attempt went well, or the end of what was
-// held then though it did not. Timers stand still while a machine is suspended and the wall clock does not, so the
-// renewal loop can sleep through the end of a credential; the next request notices, at no cost while there is none.
+// overdue reports whether a renewal was missed: after a success, when renewAt has passed; after a failure that left a
+// valid lease, when that lease has expired. Timers stop while a machine is suspended, the wall clock does not: renewal
+// can sleep past an expiration. The next request detects that, at no cost when idle.
 func (st *state) overdue(now time.Time) bool {
 	if st.err != nil {
-		return st.holding && !st.valid(now)
+		return st.failedWhileValid && !st.valid(now)
 	}
 	return !st.renewAt.IsZero() && now.After(st.renewAt)
 }
 
-// uninjected reports whether the latest attempt found that the pod was not injected, as a copy made by kubectl debug is.
-// Brokers say so of what a pod has had from its creation on, so it has no credentials to wait for.
+// uninjected reports whether the latest attempt found that the pod was not injected, for example a copy by kubectl debug.
+// Injection happens only at creation, so such a pod never gets credentials.
 func (st *state) uninjected() bool {
 	return refused(st.err) && credential.ReasonOf(st.err) == credential.ReasonPodNotInjected
 }
 
-// refused reports whether err says that asking again will not help until somebody mends something.
+// refused reports whether err is a refusal: a retry fails until a user fixes the cause.
 func refused(err error) bool {
 	return errors.Is(err, credential.ErrDenied) || errors.Is(err, credential.ErrInvalid) ||
 		errors.Is(err, credential.ErrUnauthenticated) || errors.Is(err, credential.ErrNotFound)

@@ -29,43 +29,43 @@ const (
 	tokenText     = "session/token+text=="
 )
 
-// sourceFunc is a [sidecar.Source] that is a function.
+// sourceFunc is a function that implements [sidecar.Source].
 type sourceFunc func(ctx context.Context) (credential.Lease, error)
 
 func (f sourceFunc) Credentials(ctx context.Context) (credential.Lease, error) { return f(ctx) }
 
-// broker is a source whose behaviour can be changed while a sidecar runs, and that remembers when it
-// was asked.
+// broker is a source whose behavior the test can change while a sidecar runs. It records the times of its
+// calls.
 type broker struct {
-	mu     sync.Mutex // guards what follows
-	answer sourceFunc
-	asked  []time.Time
+	mu     sync.Mutex // guards the following fields
+	source sourceFunc
+	called []time.Time
 }
 
 func (b *broker) Credentials(ctx context.Context) (credential.Lease, error) {
 	b.mu.Lock()
-	b.asked = append(b.asked, time.Now())
-	answer := b.answer
+	b.called = append(b.called, time.Now())
+	source := b.source
 	b.mu.Unlock()
-	return answer(ctx)
+	return source(ctx)
 }
 
-func (b *broker) set(answer sourceFunc) {
+func (b *broker) set(source sourceFunc) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.answer = answer
+	b.source = source
 }
 
-// calls returns when the broker was asked, and forgets it.
+// calls returns the times of the calls since the last calls.
 func (b *broker) calls() []time.Time {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	asked := b.asked
-	b.asked = nil
-	return asked
+	called := b.called
+	b.called = nil
+	return called
 }
 
-// yields gives sessions of length life, to be renewed after refresh.
+// yields returns a source of sessions with duration life and refresh time refresh.
 func yields(t testing.TB, life, refresh time.Duration) sourceFunc {
 	role, err := credential.ParseRoleARN("arn:aws:iam::123456789012:role/team/app")
 	if err != nil {
@@ -86,23 +86,23 @@ func yields(t testing.TB, life, refresh time.Duration) sourceFunc {
 	}
 }
 
-// fails gives err each time.
+// fails returns a source that always returns err.
 func fails(err error) sourceFunc {
 	return func(context.Context) (credential.Lease, error) { return credential.Lease{}, err }
 }
 
-// hangs never answers.
+// hangs is a source that returns only when ctx ends.
 func hangs(ctx context.Context) (credential.Lease, error) {
 	<-ctx.Done()
 	return credential.Lease{}, ctx.Err()
 }
 
 var (
-	errAway   = credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "broker away")
-	errDenied = credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "annotate the namespace")
+	errUnavailable = credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "the broker is unavailable")
+	errDenied      = credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "annotate the namespace")
 )
 
-// world is a running sidecar, a broker behind it and an HTTP client before it.
+// world has a running sidecar, its broker and an HTTP client.
 type world struct {
 	*sidecar.Sidecar
 	*http.Client
@@ -110,14 +110,14 @@ type world struct {
 	broker *broker
 	dial   func() net.Conn
 	log    *bytes.Buffer
-	stop   func() error // ends Run and returns its error
+	stop   func() error // stops Run and returns its error
 }
 
-// start runs a sidecar in a synctest bubble: its network is in memory, so that time passes as soon
-// as everybody waits.
-func start(t *testing.T, answer sourceFunc, change ...func(*sidecar.Config)) *world {
+// start runs a sidecar in a synctest bubble. Its network is in memory, so that virtual time passes when all goroutines
+// wait.
+func start(t *testing.T, source sourceFunc, change ...func(*sidecar.Config)) *world {
 	t.Helper()
-	w := &world{t: t, broker: &broker{answer: answer}, log: new(bytes.Buffer)}
+	w := &world{t: t, broker: &broker{source: source}, log: new(bytes.Buffer)}
 	cfg := sidecar.Config{
 		Source: w.broker, Authorization: authorization, Metadata: policy.MetadataV2,
 		StartTimeout: 2 * time.Minute, Logger: slog.New(slog.NewJSONHandler(w.log, nil)),
@@ -150,16 +150,16 @@ func start(t *testing.T, answer sourceFunc, change ...func(*sidecar.Config)) *wo
 	return w
 }
 
-// answer is what came back of a request, and how long it took.
-type answer struct {
+// result is the response to a request, and how long it took.
+type result struct {
 	status int
 	header http.Header
 	body   string
 	took   time.Duration
 }
 
-// do sends a request with the given header fields, names and values in turn.
-func (w *world) do(method, path string, header ...string) answer {
+// do sends a request with header fields: a name, its value, and so on.
+func (w *world) do(method, path string, header ...string) result {
 	w.t.Helper()
 	request, err := http.NewRequestWithContext(w.t.Context(), method, "http://127.0.0.1:9779"+path, http.NoBody)
 	if err != nil {
@@ -178,17 +178,17 @@ func (w *world) do(method, path string, header ...string) answer {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return answer{response.StatusCode, response.Header, string(body), time.Since(began)}
+	return result{response.StatusCode, response.Header, string(body), time.Since(began)}
 }
 
-// credentials asks the container-credentials endpoint as SDKs do.
-func (w *world) credentials() answer {
+// credentials sends the request of SDKs to the container-credentials endpoint.
+func (w *world) credentials() result {
 	w.t.Helper()
 	return w.do(http.MethodGet, contract.CredentialsPath, "Authorization", authorization)
 }
 
-// want checks a status and, for errors, that every SDK finds the reason.
-func (a answer) want(t *testing.T, status int, code string) {
+// want checks the status and, for an error, that all SDKs find the reason.
+func (a result) want(t *testing.T, status int, code string) {
 	t.Helper()
 	if a.status != status {
 		t.Fatalf("status = %d, want %d; body %s", a.status, status, a.body)
@@ -207,15 +207,15 @@ func (a answer) want(t *testing.T, status int, code string) {
 		t.Errorf("message = %q, Message = %q, want the same text", fields["message"], fields["Message"])
 	}
 	if got := a.header.Get("Content-Type"); got != "application/json" {
-		t.Errorf("Content-Type = %q, the Go SDK wants application/json alone", got)
+		t.Errorf("Content-Type = %q, the SDK for Go accepts only application/json", got)
 	}
 	if strings.Contains(a.body, secretText) || strings.Contains(a.body, tokenText) || strings.Contains(a.body, authorization) {
-		t.Error("an error tells a secret")
+		t.Error("an error contains a secret")
 	}
 }
 
-// messages returns the messages that were logged, and forgets them. It fails the test if a secret is
-// among what was logged.
+// messages returns the logged messages since the last call. It fails the test if a log line contains a
+// secret.
 func (w *world) messages() []string {
 	w.t.Helper()
 	synctest.Wait()
@@ -236,12 +236,12 @@ func (w *world) messages() []string {
 	return messages
 }
 
-// pipeListener is a loopback listener in memory.
+// pipeListener is an in-memory listener with a loopback address.
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}
 	once   sync.Once
-	fail   error // what Accept returns once closed; net.ErrClosed if nil
+	fail   error // returned by Accept after Close; nil: net.ErrClosed
 }
 
 func (l *pipeListener) dial() net.Conn {
@@ -291,7 +291,7 @@ func TestNewRefuses(t *testing.T) {
 			test.change(&cfg)
 			s, err := sidecar.New(cfg)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("New = %v, want an error with %q", err, test.want)
+				t.Errorf("New = %v, want an error that contains %q", err, test.want)
 			}
 			if s != nil {
 				t.Error("New returned a sidecar with its error")
@@ -314,36 +314,36 @@ func TestRunRefusesOtherThanLoopback(t *testing.T) {
 		t.Errorf("Run = %v", err)
 	}
 	if !listener.closed {
-		t.Error("the listener was left open")
+		t.Error("Run did not close the listener")
 	}
 }
 
-// What the system lacks for a moment ends nothing.
-func TestRunGoesOnWhenTheSystemIsShort(t *testing.T) {
+// A temporary lack of kernel memory does not end Run.
+func TestRunSurvivesAcceptErrors(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})
 		if err != nil {
 			t.Fatal(err)
 		}
-		listener := &shortListener{pipeListener: pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}}
+		listener := &failingListener{pipeListener: pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}}
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(time.Minute, cancel)
 		if err := s.Run(ctx, listener); err != nil {
 			t.Errorf("Run = %v", err)
 		}
 		if listener.failed < 10 {
-			t.Errorf("connections were accepted %d times", listener.failed)
+			t.Errorf("Accept was called %d times, want at least 10", listener.failed)
 		}
 	})
 }
 
-// shortListener has no memory for a connection.
-type shortListener struct {
+// failingListener has no memory for connections.
+type failingListener struct {
 	pipeListener
 	failed int
 }
 
-func (l *shortListener) Accept() (net.Conn, error) {
+func (l *failingListener) Accept() (net.Conn, error) {
 	select {
 	case <-l.closed:
 		return nil, net.ErrClosed
@@ -353,7 +353,7 @@ func (l *shortListener) Accept() (net.Conn, error) {
 	}
 }
 
-// anyListener claims to listen on every address, and must not be asked to accept.
+// anyListener listens on all addresses. Its Accept must not be called.
 type anyListener struct {
 	net.Listener
 	closed bool

@@ -31,6 +31,11 @@ const (
 	refused   decision = "refused"
 )
 
+// Decisions returns the values of [Observation.Decision].
+func Decisions() []string {
+	return []string{string(untouched), string(injected), string(complete), string(refused)}
+}
+
 // verdict is a decision and what led to it.
 type verdict struct {
 	decision decision
@@ -61,7 +66,7 @@ func (s *Server) respond(ctx context.Context, request *admissionv1.AdmissionRequ
 
 	if s.cfg.Observe != nil {
 		s.cfg.Observe(Observation{
-			Decision: string(v.decision), Reason: credential.ReasonOf(err), Took: time.Since(began), PatchBytes: len(response.Patch),
+			Decision: string(v.decision), Reason: credential.ReasonOf(err), Duration: time.Since(began), PatchBytes: len(response.Patch),
 		})
 	}
 	role, reason := v.grant.Role().String(), string(credential.ReasonOf(err))

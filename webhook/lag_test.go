@@ -53,7 +53,7 @@ func TestNamespaceAnnotatedAMomentAgo(t *testing.T) {
 			if l.reads != 1 {
 				t.Errorf("the API server was read %d times, want once", l.reads)
 			}
-			if len(seen) != 1 || seen[0].Reason != tt.reason || seen[0].Took <= 0 || (seen[0].PatchBytes > 0) != tt.allowed ||
+			if len(seen) != 1 || seen[0].Reason != tt.reason || seen[0].Duration <= 0 || (seen[0].PatchBytes > 0) != tt.allowed ||
 				seen[0].Decision != map[bool]string{true: "injected", false: "refused"}[tt.allowed] {
 				t.Errorf("observed %+v", seen)
 			}

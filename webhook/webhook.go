@@ -74,12 +74,12 @@ type Config struct {
 
 // Observation is what metrics are made of.
 type Observation struct {
-	// Decision is one of untouched, injected, complete (had all of it before) and refused.
+	// Decision is one of [Decisions].
 	Decision string
 	// Reason is why it was refused; empty when it was not.
 	Reason credential.Reason
-	// Took is the time from when the review was read to its answer.
-	Took time.Duration
+	// Duration is the time from the arrival of the review to its response.
+	Duration time.Duration
 	// PatchBytes is the length of the patch; 0 without one.
 	PatchBytes int
 }

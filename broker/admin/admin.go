@@ -1,10 +1,8 @@
-// Package admin serves what operators, Prometheus and kubelet ask of a broker: whether it lives,
-// whether it is ready, its metrics, and, on a listener of its own, the state of each grant. It has the webhook's
-// metrics, too.
+// Package admin serves health, readiness and metrics of a broker, and debug pages on a listener of its own. The webhook
+// uses it for its health, readiness and metrics too.
 //
-// It shows no credential, and decides nothing. Its metrics have few series, whatever pods do. The
-// debug pages take orders, to renew or drop the sessions of a role, from whoever can reach their
-// listener; so that is to be on loopback.
+// It guarantees: no page shows credentials; its metrics have few series, whatever pods do. It decides nothing. The debug
+// pages renew or drop the sessions of a role for every client that reaches their listener, so that should be on loopback.
 package admin
 
 import (
@@ -22,14 +20,13 @@ import (
 
 // Check is one condition of readiness.
 type Check struct {
-	// Name stands in the answer of /readyz.
+	// Name of the condition in the response of /readyz.
 	Name string
-	// Err is nil when the condition holds, and otherwise says why not.
+	// Err returns nil if the condition holds, otherwise the reason why it does not.
 	Err func() error
 }
 
-// Ready returns nil when every check passes, and otherwise an error with a line for each that does
-// not.
+// Ready returns nil if every check passes, otherwise an error with a line for each that fails.
 func Ready(checks []Check) error {
 	var errs []error
 	for _, check := range checks {
@@ -40,8 +37,8 @@ func Ready(checks []Check) error {
 	return errors.Join(errs...)
 }
 
-// Handler serves /healthz, which answers 200 while the process runs, /readyz, which answers 200 when
-// every check passes and otherwise 503 and why, and /metrics, unless metrics is nil.
+// Handler serves /healthz (200 while the process runs), /readyz (200 if every check passes, otherwise 503 and the reasons)
+// and /metrics, unless metrics is nil.
 func Handler(metrics http.Handler, checks ...Check) http.Handler {
 	router := mux.NewRouter()
 	router.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -64,27 +61,27 @@ func writeText(w http.ResponseWriter, status int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	_, _ = w.Write([]byte(text + "\n")) //nolint:gosec // G705: no browser takes plain text that must not be sniffed for a page.
+	_, _ = w.Write([]byte(text + "\n")) //nolint:gosec // G705: with nosniff, no browser renders plain text as a page.
 }
 
-// Bounds of a request: probes are small and their callers near.
+// Limits of a request. Probes and scrapes are small, and their clients are near.
 const (
 	readTimeout = 5 * time.Second
-	// writeTimeout is above what a scrape may take, and what a debug page needs over a slow port-forward.
+	// writeTimeout is longer than a scrape, and enough for a debug page over a slow port-forward.
 	writeTimeout = 30 * time.Second
-	// maxHeaders is what probes and scrapers send, with much to spare. net/http takes 4 kB more.
+	// maxHeaders is several times what probes and scrapers send. net/http adds 4 kB.
 	maxHeaders = 1 << 10
 	drainTime  = 2 * time.Second
-	// maxConnections is how many connections may be open, and maxWaiting how many more may wait for room. Kubelets,
-	// Prometheus and a person need a handful. Each holds 140 kB at most, so that all take 5 MB.
+	// maxConnections is how many connections may be open, and maxWaiting how many more may wait for a place. Kubelets,
+	// Prometheus and a person need a handful. Each takes at most 140 kB, so all of them take 5 MB.
 	maxConnections = 32
 	maxWaiting     = 128
-	// socketBuffer is what the kernel may keep of a connection, either way. A scrape is sent in parts.
+	// socketBuffer limits each of a connection's kernel buffers. A scrape is sent in parts.
 	socketBuffer = 32 << 10
 )
 
-// Serve serves handler on listener until ctx ends. The listener is on the pod's IP, so that anybody may connect: if there
-// are too many connections, the address that holds the most loses one.
+// Serve serves handler on listener until ctx ends. The listener is on the pod's IP, so every pod may connect. If there are
+// too many connections, the address with the most loses one.
 func Serve(ctx context.Context, listener net.Listener, handler http.Handler) error {
 	connections, err := connlimit.New(connlimit.Config{
 		Max: maxConnections, MaxWaiting: maxWaiting, RequestTime: readTimeout, IdleTime: readTimeout, SocketBuffer: socketBuffer,

@@ -13,7 +13,7 @@ import (
 	"github.com/credence-iam/credence/broker/admin"
 )
 
-func TestReadinessNamesWhatIsMissing(t *testing.T) {
+func TestReadyzListsFailedChecks(t *testing.T) {
 	missing := errors.New("not listed yet")
 	var informers, keys error
 	handler := admin.Handler(nil,
@@ -37,13 +37,13 @@ func TestReadinessNamesWhatIsMissing(t *testing.T) {
 		t.Errorf("not ready for two reasons: %q", text)
 	}
 	if code, _ := get(http.MethodGet, "/healthz"); code != http.StatusOK {
-		t.Errorf("alive while not ready: %d", code)
+		t.Errorf("healthz while not ready: %d", code)
 	}
 	if code, _ := get(http.MethodPost, "/healthz"); code != http.StatusMethodNotAllowed {
 		t.Errorf("POST: %d", code)
 	}
 	if code, _ := get(http.MethodGet, "/debug/pprof/"); code != http.StatusNotFound {
-		t.Errorf("a page that is not served: %d", code)
+		t.Errorf("a path without a page: %d", code)
 	}
 }
 
@@ -66,10 +66,10 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	body, err := io.ReadAll(response.Body)
 	_ = response.Body.Close()
 	if err != nil || string(body) != "ok\n" {
-		t.Errorf("answered %q, %v", body, err)
+		t.Errorf("response %q, %v", body, err)
 	}
 	cancel()
 	if err := <-ended; err != nil {
-		t.Errorf("ended with %v", err)
+		t.Errorf("Serve returned %v", err)
 	}
 }

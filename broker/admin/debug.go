@@ -26,11 +26,10 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// State is what the cache knows of one grant. It has no secret.
+// State is the state of one grant in the cache. It contains no secret.
 type State = cache.State[policy.Grant]
 
-// Sessions is what the debug pages show and command: the cache, whose methods of these names say what
-// they do.
+// Sessions is the cache, as far as the debug pages use it.
 type Sessions interface {
 	States(match func(policy.Grant) bool) []State
 	Renew(match func(policy.Grant) bool) int
@@ -39,34 +38,33 @@ type Sessions interface {
 
 // DebugConfig configures [Debug].
 type DebugConfig struct {
-	// Sessions is shown and commanded. Required.
+	// Sessions are shown and changed. Required.
 	Sessions Sessions
-	// Audit is told of each order before it is carried out. Required.
+	// Audit records each command before it takes effect. Required.
 	Audit interface{ Record(audit.Entry) error }
-	// Logger is told of each order. Required.
+	// Logger receives each command. Required.
 	Logger *slog.Logger
-	// AnyAddress is for a listener that is not on loopback, on purpose: hosts that are addresses are
-	// then taken. Names are not, for a browser can be led to a name.
+	// AnyAddress accepts any address as Host, for a listener that is deliberately not on loopback. Names other than
+	// localhost are still refused, because a web page can make a browser use a name.
 	AnyAddress bool
 }
 
-// Bounds of one page of grants. A grant takes some 600 bytes of JSON.
+// Limits of one page of grants. A grant takes some 600 bytes of JSON.
 const (
 	defaultGrants = 500
 	maxGrants     = 10_000
 )
 
-// Debug serves
+// Debug returns a handler that serves
 //
 //	GET  /debug/grants                  the state of each grant
-//	POST /debug/grants/renew?role=ARN   has the sessions of one role fetched anew
-//	POST /debug/grants/drop?role=ARN    forgets them first
+//	POST /debug/grants/renew?role=ARN   renew the sessions of one role
+//	POST /debug/grants/drop?role=ARN    drop them, then fetch new ones
 //	GET  /debug/pprof/                  profiles of the process
 //
-// Grants are shown as JSON, or as a table with ?format=table or Accept: text/plain. ?role=ARN shows
-// those of one role, ?failing=true those whose last fetch failed, ?limit=N&offset=N a part. It answers
-// whoever reaches it, for it knows no users. What a browser sends on behalf of a web page is
-// refused, by its Host and Origin.
+// Grants are JSON, or a table with ?format=table or Accept: text/plain. ?role=ARN selects those of one role, ?failing=true
+// those whose last fetch failed, ?limit=N&offset=N a page. The pages serve every client that reaches them, without
+// authentication. They refuse requests that a browser sends on behalf of a web page, by Host and Origin.
 func Debug(cfg DebugConfig) (http.Handler, error) {
 	if cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
 		return nil, errors.New("debug pages need Sessions, an Audit log and a Logger")
@@ -75,41 +73,40 @@ func Debug(cfg DebugConfig) (http.Handler, error) {
 	router := mux.NewRouter()
 	router.HandleFunc("/debug/grants", d.grants).Methods(http.MethodGet)
 	router.HandleFunc("/debug/grants/renew", func(w http.ResponseWriter, r *http.Request) {
-		d.order(w, r, audit.Renew, cfg.Sessions.Renew)
+		d.command(w, r, audit.Renew, cfg.Sessions.Renew)
 	}).Methods(http.MethodPost)
 	router.HandleFunc("/debug/grants/drop", func(w http.ResponseWriter, r *http.Request) {
-		d.order(w, r, audit.Drop, cfg.Sessions.Drop)
+		d.command(w, r, audit.Drop, cfg.Sessions.Drop)
 	}).Methods(http.MethodPost)
-	// Its package puts these into http.DefaultServeMux as well, which nothing here serves.
+	// Package pprof also registers these in http.DefaultServeMux, which nothing here serves.
 	for path, handler := range map[string]http.HandlerFunc{
 		"/debug/pprof/cmdline": pprof.Cmdline, "/debug/pprof/profile": pprof.Profile, "/debug/pprof/symbol": pprof.Symbol, "/debug/pprof/trace": pprof.Trace,
 	} {
-		router.HandleFunc(path, unhurried(handler)).Methods(http.MethodGet)
+		router.HandleFunc(path, withoutDeadline(handler)).Methods(http.MethodGet)
 	}
-	router.PathPrefix("/debug/pprof/").HandlerFunc(unhurried(pprof.Index)).Methods(http.MethodGet)
+	router.PathPrefix("/debug/pprof/").HandlerFunc(withoutDeadline(pprof.Index)).Methods(http.MethodGet)
 	return d.guard(router), nil
 }
 
 type debug struct{ cfg DebugConfig }
 
-// unhurried lifts the time limit on requests, at whose end net/http gives up a profile that is being
-// taken.
-func unhurried(handler http.HandlerFunc) http.HandlerFunc {
+// withoutDeadline lifts the read deadline, at which net/http would cut off a running profile.
+func withoutDeadline(handler http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // where there is none, none is to be lifted
+		_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // An error means that there is no deadline.
 		handler(w, r)
 	}
 }
 
-// guard refuses what web pages make browsers send: those that were led here by a name of their own
-// (DNS rebinding) have it as their Host, and those that know the address say where they come from.
+// guard refuses requests that a web page makes a browser send. If the page used a name of its own for our address (DNS
+// rebinding), Host is that name. If it knows our address, the browser says where the request comes from.
 func (d debug) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
-		case !d.own(r.Host):
-			writeText(w, http.StatusForbidden, "the Host of the request must be 127.0.0.1, [::1] or localhost")
+		case !d.trustedHost(r.Host):
+			writeText(w, http.StatusForbidden, "the Host header must be 127.0.0.1, [::1] or localhost")
 		case r.Header.Get("Origin") != "" || !slices.Contains([]string{"", "none", "same-origin"}, r.Header.Get("Sec-Fetch-Site")):
-			writeText(w, http.StatusForbidden, "requests of web pages are not answered")
+			writeText(w, http.StatusForbidden, "requests from web pages are refused")
 		default:
 			w.Header().Set("X-Content-Type-Options", "nosniff")
 			w.Header().Set("Cache-Control", "no-store")
@@ -118,8 +115,8 @@ func (d debug) guard(next http.Handler) http.Handler {
 	})
 }
 
-// own reports whether a browser that sends this Host cannot have been led here by a foreign name.
-func (d debug) own(host string) bool {
+// trustedHost reports whether no foreign name can have led a browser that sends this Host here.
+func (d debug) trustedHost(host string) bool {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
 	}
@@ -130,9 +127,9 @@ func (d debug) own(host string) bool {
 	return ip != nil && (ip.IsLoopback() || d.cfg.AnyAddress)
 }
 
-// grant is State as it is shown. Times are in UTC, and durations in seconds.
+// grant is the form of a State on the pages. Times are in UTC, durations in seconds.
 type grant struct {
-	Grant            string     `json:"grant"` // role, session name, and who shares it
+	Grant            string     `json:"grant"` // role, session name and scope
 	Role             string     `json:"role"`
 	SessionName      string     `json:"session_name"`
 	Duration         float64    `json:"duration_seconds"`
@@ -140,8 +137,8 @@ type grant struct {
 	SessionPolicy    bool       `json:"session_policy"`
 	PolicyARNs       int        `json:"policy_arns"`
 	Tags             int        `json:"tags"`
-	Pods             int        `json:"pods"`                 // live ones that want it
-	Namespaces       []string   `json:"namespaces,omitempty"` // whose pods have asked for it
+	Pods             int        `json:"pods"`                 // live pods that use it
+	Namespaces       []string   `json:"namespaces,omitempty"` // whose pods requested it
 	AccessKeyID      string     `json:"access_key_id,omitempty"`
 	Issued           *time.Time `json:"issued,omitempty"`
 	Expiration       *time.Time `json:"expiration,omitempty"`
@@ -155,7 +152,7 @@ type grant struct {
 	NotBefore        *time.Time `json:"not_before,omitempty"`
 }
 
-// page is an answer of /debug/grants.
+// page is a response of /debug/grants.
 type page struct {
 	Time    time.Time `json:"time"`
 	Matched int       `json:"matched"`
@@ -172,8 +169,8 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 	}
 	now := time.Now()
 	var matched []State
-	asked := func(g policy.Grant) bool { return query.role == "" || g.Role().String() == query.role }
-	for _, s := range d.cfg.Sessions.States(asked) {
+	selected := func(g policy.Grant) bool { return query.role == "" || g.Role().String() == query.role }
+	for _, s := range d.cfg.Sessions.States(selected) {
 		if !query.failing || s.Failure != nil {
 			matched = append(matched, s)
 		}
@@ -196,7 +193,7 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, p)
 }
 
-// query is what was asked of /debug/grants.
+// query holds the parameters of /debug/grants.
 type query struct {
 	role, format  string
 	failing       bool
@@ -207,7 +204,7 @@ func parse(values url.Values) (q query, err error) {
 	q.limit = defaultGrants
 	for key, all := range values {
 		if len(all) != 1 {
-			return query{}, fmt.Errorf("%.20q is given %d times", key, len(all))
+			return query{}, fmt.Errorf("parameter %.20q occurs %d times; use it once", key, len(all))
 		}
 		value := all[0]
 		switch key {
@@ -230,7 +227,7 @@ func parse(values url.Values) (q query, err error) {
 				err = fmt.Errorf("offset=%.20q: must be a number of grants", value)
 			}
 		default:
-			err = fmt.Errorf("%.20q is unknown: there are role, failing, format, limit and offset", key)
+			err = fmt.Errorf("unknown parameter %.20q; use role, failing, format, limit or offset", key)
 		}
 		if err != nil {
 			return query{}, err
@@ -239,11 +236,11 @@ func parse(values url.Values) (q query, err error) {
 	return q, nil
 }
 
-// roleOf takes the ARN of a role, in exactly the form that grants have it.
+// roleOf parses a role ARN, and returns it in the form that grants use.
 func roleOf(text string) (string, error) {
 	role, err := credential.ParseRoleARN(text)
 	if err != nil {
-		return "", fmt.Errorf("role must be the whole ARN of one role: %w", err)
+		return "", fmt.Errorf("role must be the full ARN of one role: %w", err)
 	}
 	return role.String(), nil
 }
@@ -252,15 +249,15 @@ func show(s State, now time.Time) grant {
 	g := grant{
 		Grant: s.Key.String(), Role: s.Key.Role().String(), SessionName: s.Key.SessionName(), Duration: s.Key.Duration().Seconds(),
 		ExternalID: s.Key.ExternalID() != "", SessionPolicy: s.Key.SessionPolicy() != "", PolicyARNs: len(s.Key.PolicyARNs()), Tags: len(s.Key.Tags()),
-		Pods: s.Active, Namespaces: slices.Sorted(slices.Values(s.Tenants)), AccessKeyID: s.AccessKeyID, Issued: known(s.Issued), Expiration: known(s.Expiration),
-		NextLook: known(s.NextLook), Fetching: s.Fetching, Waiters: s.Waiters, Failures: s.Failures, NotBefore: known(s.NotBefore),
+		Pods: s.Active, Namespaces: slices.Sorted(slices.Values(s.Tenants)), AccessKeyID: s.AccessKeyID, Issued: timeOrNil(s.Issued), Expiration: timeOrNil(s.Expiration),
+		NextLook: timeOrNil(s.NextLook), Fetching: s.Fetching, Waiters: s.Waiters, Failures: s.Failures, NotBefore: timeOrNil(s.NotBefore),
 	}
 	if !s.Expiration.IsZero() {
 		g.RemainingSeconds = max(s.Expiration.Sub(now), 0).Round(time.Second).Seconds()
 	}
 	if s.Failure != nil {
 		g.Reason = string(credential.ReasonOf(s.Failure))
-		// The message is for users. Of other errors, and of causes, the log knows more.
+		// Messages are for users. Other errors, and causes, are only in the log.
 		if e, ok := errors.AsType[*credential.Error](s.Failure); ok {
 			g.Message = e.Message
 		}
@@ -268,8 +265,8 @@ func show(s State, now time.Time) grant {
 	return g
 }
 
-// known is t for JSON, nil when it is zero.
-func known(t time.Time) *time.Time {
+// timeOrNil returns t for JSON, nil for a zero t.
+func timeOrNil(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
 	}
@@ -277,7 +274,7 @@ func known(t time.Time) *time.Time {
 	return &t
 }
 
-// table writes p for people. The message comes last, because it is long.
+// table writes p as a table. The message comes last, because it is long.
 func (p page) table(w io.Writer, now time.Time) {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	_, _ = fmt.Fprintln(table, "GRANT\tNAMESPACES\tPODS\tACCESS KEY\tREMAINING\tNEXT\tWAITERS\tFAILURES\tREASON\tMESSAGE")
@@ -292,28 +289,28 @@ func (p page) table(w io.Writer, now time.Time) {
 		case g.NextLook != nil:
 			next = g.NextLook.Sub(now).Round(time.Second).String()
 		}
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n", plain(g.Grant), plain(namespaces(g.Namespaces)), g.Pods, plain(cmp.Or(g.AccessKeyID, "-")), remaining, next,
-			g.Waiters, g.Failures, plain(cmp.Or(g.Reason, "-")), plain(g.Message))
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n", printable(g.Grant), printable(namespaces(g.Namespaces)), g.Pods, printable(cmp.Or(g.AccessKeyID, "-")), remaining, next,
+			g.Waiters, g.Failures, printable(cmp.Or(g.Reason, "-")), printable(g.Message))
 	}
-	_ = table.Flush() // to a caller who may have gone
-	_, _ = fmt.Fprintf(w, "\n%d of %d grants, from %d on; %d left out", len(p.Grants), p.Matched, p.Offset, p.LeftOut)
+	_ = table.Flush() // A client that has gone does not matter.
+	_, _ = fmt.Fprintf(w, "\n%d of %d grants, from offset %d; %d left out", len(p.Grants), p.Matched, p.Offset, p.LeftOut)
 	if p.LeftOut > 0 {
-		_, _ = fmt.Fprintf(w, ": ask with offset=%d, or for one role", p.Offset+len(p.Grants))
+		_, _ = fmt.Fprintf(w, ": use offset=%d, or one role", p.Offset+len(p.Grants))
 	}
 	_, _ = fmt.Fprintln(w, ".")
 }
 
-// namespaces names the first few: a role can be that of all.
+// namespaces returns the first names and how many more there are: all namespaces may use a role.
 func namespaces(names []string) string {
-	const most = 3
-	if len(names) > most {
-		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ","), len(names)-most)
+	const limit = 3
+	if len(names) > limit {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:limit], ","), len(names)-limit)
 	}
 	return cmp.Or(strings.Join(names, ","), "-")
 }
 
-// plain keeps what users wrote from moving the cursor of whoever reads it.
-func plain(text string) string {
+// printable replaces characters with which users could move the reader's cursor.
+func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r
@@ -322,19 +319,19 @@ func plain(text string) string {
 	}, text)
 }
 
-// ordered is the answer to an order.
-type ordered struct {
+// commandResult is the response to a command.
+type commandResult struct {
 	Role     string         `json:"role"`
 	Order    audit.Decision `json:"order"`
 	Sessions int            `json:"sessions"`
 }
 
-// order carries out an order on the sessions of the one role that is named. What cannot be audited,
-// where audit is required, is not done.
-func (d debug) order(w http.ResponseWriter, r *http.Request, what audit.Decision, do func(func(policy.Grant) bool) int) {
+// command runs a command on the sessions of one role. If it cannot be audited although audit is required, it has no
+// effect.
+func (d debug) command(w http.ResponseWriter, r *http.Request, what audit.Decision, do func(func(policy.Grant) bool) int) {
 	values := r.URL.Query()
 	if len(values) != 1 || len(values["role"]) != 1 {
-		writeText(w, http.StatusBadRequest, "say which role, and nothing else: ?role=ARN")
+		writeText(w, http.StatusBadRequest, "exactly one parameter is required: ?role=ARN")
 		return
 	}
 	role, err := roleOf(values.Get("role"))
@@ -347,18 +344,18 @@ func (d debug) order(w http.ResponseWriter, r *http.Request, what audit.Decision
 		return
 	}
 	n := do(func(g policy.Grant) bool { return g.Role().String() == role })
-	d.cfg.Logger.InfoContext(r.Context(), "Operator's order carried out", "order", what, "role", role, "sessions", n, "peer", r.RemoteAddr)
-	writeJSON(w, ordered{role, what, n})
+	d.cfg.Logger.InfoContext(r.Context(), "Carried out a command", "order", what, "role", role, "sessions", n, "peer", r.RemoteAddr)
+	writeJSON(w, commandResult{role, what, n})
 }
 
 func writeJSON(w http.ResponseWriter, value any) {
 	w.Header().Set("Content-Type", "application/json")
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
-	_ = encoder.Encode(value) // to a caller who may have gone
+	_ = encoder.Encode(value) // A client that has gone does not matter.
 }
 
-// Loopback reports whether only this host, or this pod, can reach addr.
+// Loopback reports whether only this host or this pod can reach addr.
 func Loopback(addr net.Addr) bool {
 	tcp, ok := addr.(*net.TCPAddr)
 	return ok && tcp.IP.IsLoopback()

@@ -22,12 +22,12 @@ import (
 )
 
 const (
-	cartRole  = "arn:aws:iam::123456789012:role/cart"
-	ordersARN = "arn:aws:iam::123456789012:role/orders"
-	planted   = "very/secret+key"
+	cartRole     = "arn:aws:iam::123456789012:role/cart"
+	ordersARN    = "arn:aws:iam::123456789012:role/orders"
+	secretMarker = "very/secret+key"
 )
 
-// grantOf is what a pod with these annotations may have.
+// grantOf returns the grant of a pod with these annotations.
 func grantOf(t *testing.T, annotations ...string) policy.Grant {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -53,10 +53,10 @@ func grantOf(t *testing.T, annotations ...string) policy.Grant {
 	return g
 }
 
-// sessions stands for the cache.
+// sessions is a double of the cache.
 type sessions struct {
 	states []admin.State
-	done   []string // orders: "renew 2"
+	done   []string // commands with their number of sessions: "renew 2"
 }
 
 func (s *sessions) States(match func(policy.Grant) bool) (all []admin.State) {
@@ -82,7 +82,7 @@ func (s *sessions) count(order string, match func(policy.Grant) bool) int {
 func (s *sessions) Renew(match func(policy.Grant) bool) int { return s.count("renew", match) }
 func (s *sessions) Drop(match func(policy.Grant) bool) int  { return s.count("drop", match) }
 
-// auditor keeps entries, or fails.
+// auditor stores entries, or fails.
 type auditor struct {
 	entries []audit.Entry
 	err     error
@@ -90,7 +90,7 @@ type auditor struct {
 
 func (a *auditor) Record(e audit.Entry) error { a.entries = append(a.entries, e); return a.err }
 
-// desk is the debug pages with what is behind them.
+// desk is a handler of debug pages with doubles.
 type desk struct {
 	sessions
 	auditor
@@ -133,16 +133,16 @@ func states(t *testing.T) []admin.State {
 		{
 			Key: grantOf(t, "role", ordersARN), Active: 0, Fetching: true, Waiters: 3, Failures: 2, NotBefore: now.Add(20 * time.Second),
 			Failure: &credential.Error{
-				Kind: credential.ErrDenied, Reason: credential.ReasonSTSDenied, Message: "AWS refuses the role\x1b[2J", Cause: errors.New("because of " + planted),
+				Kind: credential.ErrDenied, Reason: credential.ReasonSTSDenied, Message: "AWS refuses the role\x1b[2J", Cause: errors.New("because of " + secretMarker),
 			},
 		},
 		{
-			Key: grantOf(t, "role", cartRole, "session-name", "shop-cart", "external-id", planted), Active: 4, Tenants: []string{"shop", "pay", "b", "a"},
+			Key: grantOf(t, "role", cartRole, "session-name", "shop-cart", "external-id", secretMarker), Active: 4, Tenants: []string{"shop", "pay", "b", "a"},
 			AccessKeyID: "ASIACART2", Issued: now.Add(-10 * time.Minute), Expiration: now.Add(50 * time.Minute), NextLook: now.Add(17 * time.Minute),
 		},
 		{
 			Key: grantOf(t, "role", cartRole), Active: 1, AccessKeyID: "ASIACART1", Issued: now.Add(-61 * time.Minute), Expiration: now.Add(-time.Minute),
-			Failures: 1, Failure: errors.New("panic with " + planted),
+			Failures: 1, Failure: errors.New("panic with " + secretMarker),
 		},
 	}
 }
@@ -166,7 +166,7 @@ type shown struct {
 func decode(t *testing.T, w *httptest.ResponseRecorder) (p shown) {
 	t.Helper()
 	if w.Code != http.StatusOK || w.Header().Get("Content-Type") != "application/json" {
-		t.Fatalf("answered %d %s: %s", w.Code, w.Header().Get("Content-Type"), w.Body)
+		t.Fatalf("response %d %s: %s", w.Code, w.Header().Get("Content-Type"), w.Body)
 	}
 	if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
 		t.Fatal(err)
@@ -174,34 +174,34 @@ func decode(t *testing.T, w *httptest.ResponseRecorder) (p shown) {
 	return p
 }
 
-func TestGrantsAreShown(t *testing.T) {
+func TestGrants(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDesk(t, false, states(t)...)
 		w := d.do(t, http.MethodGet, "/debug/grants")
 		p := decode(t, w)
 		if p.Matched != 3 || len(p.Grants) != 3 || p.LeftOut != 0 {
-			t.Fatalf("shown: %+v", p)
+			t.Fatalf("the page is %+v", p)
 		}
 		expired, cart, orders := p.Grants[0], p.Grants[1], p.Grants[2]
 		if expired.Remaining != 0 || expired.Reason != "INTERNAL" || expired.Message != "" || expired.AccessKeyID != "ASIACART1" {
-			t.Errorf("the expired one is %+v", expired)
+			t.Errorf("the grant with an expired session is %+v", expired)
 		}
 		if cart.Role != cartRole || cart.Grant != cartRole+" as shop-cart" || !cart.ExternalID || cart.Remaining != 3000 || cart.Pods != 4 || strings.Join(cart.Namespaces, " ") != "a b pay shop" ||
 			!cart.NextLook.Equal(time.Now().Add(17*time.Minute)) || !cart.Issued.Equal(time.Now().Add(-10*time.Minute)) {
-			t.Errorf("the one that is held is %+v", cart)
+			t.Errorf("the grant with a valid session is %+v", cart)
 		}
 		if orders.Reason != "STS_ACCESS_DENIED" || !strings.HasPrefix(orders.Message, "AWS refuses") || !orders.Fetching || orders.Waiters != 3 || orders.Failures != 2 {
-			t.Errorf("the refused one is %+v", orders)
+			t.Errorf("the refused grant is %+v", orders)
 		}
-		if strings.Contains(w.Body.String(), planted) {
-			t.Errorf("a cause or an external id is shown: %s", w.Body)
+		if strings.Contains(w.Body.String(), secretMarker) {
+			t.Errorf("the page contains a cause or an external ID: %s", w.Body)
 		}
 		for target, want := range map[string]int{
 			"?role=" + url.QueryEscape(cartRole): 2, "?failing=true": 2, "?failing=true&role=" + url.QueryEscape(cartRole): 1,
 			"?role=arn:aws:iam::123456789012:role/car": 0,
 		} {
 			if p := decode(t, d.do(t, http.MethodGet, "/debug/grants"+target)); p.Matched != want || len(p.Grants) != want {
-				t.Errorf("%s shows %d of %d, want %d", target, len(p.Grants), p.Matched, want)
+				t.Errorf("%s returns %d of %d grants, want %d", target, len(p.Grants), p.Matched, want)
 			}
 		}
 	})
@@ -212,7 +212,7 @@ func TestTable(t *testing.T) {
 		d := newDesk(t, false, states(t)...)
 		want := []string{
 			"GRANT", "PODS", "ACCESS KEY", "REMAINING", "NEXT",
-			cartRole + " as shop-cart", "a,b,pay and 1 more", "ASIACART2", "50m0s", "17m0s", "STS_ACCESS_DENIED", "AWS refuses the role?[2J", "now", "\n3 of 3 grants, from 0 on; 0 left out.\n",
+			cartRole + " as shop-cart", "a,b,pay and 1 more", "ASIACART2", "50m0s", "17m0s", "STS_ACCESS_DENIED", "AWS refuses the role?[2J", "now", "\n3 of 3 grants, from offset 0; 0 left out.\n",
 		}
 		for name, w := range map[string]*httptest.ResponseRecorder{
 			"format": d.do(t, http.MethodGet, "/debug/grants?format=table"),
@@ -221,10 +221,10 @@ func TestTable(t *testing.T) {
 			text := w.Body.String()
 			for _, part := range want {
 				if !strings.Contains(text, part) {
-					t.Errorf("%s: the table has no %q:\n%s", name, part, text)
+					t.Errorf("%s: the table lacks %q:\n%s", name, part, text)
 				}
 			}
-			if strings.ContainsAny(text, "\x1b") || strings.Contains(text, planted) || !strings.HasPrefix(w.Header().Get("Content-Type"), "text/plain") {
+			if strings.ContainsAny(text, "\x1b") || strings.Contains(text, secretMarker) || !strings.HasPrefix(w.Header().Get("Content-Type"), "text/plain") {
 				t.Errorf("%s: the table is %q", name, text)
 			}
 		}
@@ -232,7 +232,7 @@ func TestTable(t *testing.T) {
 	})
 }
 
-func TestGrantsArePaged(t *testing.T) {
+func TestPages(t *testing.T) {
 	var many []admin.State
 	for i := range 1203 {
 		many = append(many, admin.State{Key: grantOf(t, "role", fmt.Sprintf("arn:aws:iam::123456789012:role/r%04d", i))})
@@ -242,16 +242,16 @@ func TestGrantsArePaged(t *testing.T) {
 	for offset, want := range map[int]int{0: 500, 500: 500, 1000: 203, 5000: 0} {
 		p := decode(t, d.do(t, http.MethodGet, fmt.Sprintf("/debug/grants?offset=%d", offset)))
 		if len(p.Grants) != want || p.Offset+len(p.Grants)+p.LeftOut != 1203 || p.Matched != 1203 {
-			t.Errorf("from %d on: %d are shown, %d left out", offset, len(p.Grants), p.LeftOut)
+			t.Errorf("offset %d: %d grants, %d left out", offset, len(p.Grants), p.LeftOut)
 		}
 		for _, g := range p.Grants {
 			seen[g.Role] = true
 		}
 	}
 	if len(seen) != 1203 {
-		t.Errorf("the pages together show %d grants", len(seen))
+		t.Errorf("all pages have %d grants", len(seen))
 	}
-	if text := d.do(t, http.MethodGet, "/debug/grants?format=table&limit=2").Body.String(); !strings.Contains(text, "2 of 1203 grants, from 0 on; 1201 left out: ask with offset=2") {
+	if text := d.do(t, http.MethodGet, "/debug/grants?format=table&limit=2").Body.String(); !strings.Contains(text, "2 of 1203 grants, from offset 0; 1201 left out: use offset=2, or one role") {
 		t.Errorf("the table ends with %q", text[max(len(text)-100, 0):])
 	}
 	for _, bad := range []string{"limit=0", "limit=10001", "limit=x", "offset=-1", "format=xml", "failing=perhaps", "role=cart", "rloe=x", "limit=1&limit=2"} {
@@ -261,30 +261,30 @@ func TestGrantsArePaged(t *testing.T) {
 	}
 }
 
-func TestOrders(t *testing.T) {
-	for _, order := range []audit.Decision{audit.Renew, audit.Drop} {
+func TestCommands(t *testing.T) {
+	for _, command := range []audit.Decision{audit.Renew, audit.Drop} {
 		d := newDesk(t, false, states(t)...)
-		w := d.do(t, http.MethodPost, "/debug/grants/"+string(order)+"?role="+url.QueryEscape(cartRole))
-		var answer struct {
+		w := d.do(t, http.MethodPost, "/debug/grants/"+string(command)+"?role="+url.QueryEscape(cartRole))
+		var result struct {
 			Role, Order string
 			Sessions    int
 		}
-		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || w.Code != http.StatusOK || answer.Role != cartRole || answer.Order != string(order) || answer.Sessions != 2 {
-			t.Errorf("%s: %d %s", order, w.Code, w.Body)
+		if err := json.Unmarshal(w.Body.Bytes(), &result); err != nil || w.Code != http.StatusOK || result.Role != cartRole || result.Order != string(command) || result.Sessions != 2 {
+			t.Errorf("%s: %d %s", command, w.Code, w.Body)
 		}
-		if len(d.done) != 1 || d.done[0] != string(order)+" 2" {
-			t.Errorf("%s: done: %v", order, d.done)
+		if len(d.done) != 1 || d.done[0] != string(command)+" 2" {
+			t.Errorf("%s: carried out: %v", command, d.done)
 		}
-		if len(d.entries) != 1 || d.entries[0].Decision != order || d.entries[0].Role != cartRole || d.entries[0].Peer == "" {
-			t.Errorf("%s: audited: %+v", order, d.entries)
+		if len(d.entries) != 1 || d.entries[0].Decision != command || d.entries[0].Role != cartRole || d.entries[0].Peer == "" {
+			t.Errorf("%s: audit entries: %+v", command, d.entries)
 		}
-		if text := d.log.String(); !strings.Contains(text, `"level":"INFO"`) || !strings.Contains(text, cartRole) || !strings.Contains(text, `"sessions":2`) || !strings.Contains(text, `"order":"`+string(order)) {
-			t.Errorf("%s: logged: %s", order, text)
+		if text := d.log.String(); !strings.Contains(text, `"level":"INFO"`) || !strings.Contains(text, cartRole) || !strings.Contains(text, `"sessions":2`) || !strings.Contains(text, `"order":"`+string(command)) {
+			t.Errorf("%s: log: %s", command, text)
 		}
 	}
 }
 
-func TestOrdersThatAreRefused(t *testing.T) {
+func TestRefusedCommands(t *testing.T) {
 	role := "?role=" + url.QueryEscape(cartRole)
 	for name, tt := range map[string]struct {
 		method, target string
@@ -311,18 +311,18 @@ func TestOrdersThatAreRefused(t *testing.T) {
 		d := newDesk(t, false, states(t)...)
 		w := d.do(t, tt.method, tt.target, tt.header...)
 		if w.Code != tt.code || len(d.done) > 0 || len(d.entries) > 0 {
-			t.Errorf("%s: %d %s, done %v", name, w.Code, w.Body, d.done)
+			t.Errorf("%s: %d %s, carried out: %v", name, w.Code, w.Body, d.done)
 		}
 		if tt.code == http.StatusForbidden {
 			if w := d.do(t, http.MethodGet, "/debug/grants", tt.header...); w.Code != http.StatusForbidden || strings.Contains(w.Body.String(), "ASIA") {
-				t.Errorf("%s: grants are shown: %d", name, w.Code)
+				t.Errorf("%s: GET /debug/grants: %d", name, w.Code)
 			}
 		}
 	}
 	d := newDesk(t, false, states(t)...)
 	d.err = credential.Errorf(credential.ErrUnavailable, credential.ReasonAuditUnavailable, "no audit")
 	if w := d.do(t, http.MethodPost, "/debug/grants/drop"+role); w.Code != http.StatusServiceUnavailable || len(d.done) > 0 {
-		t.Errorf("not audited: %d, done %v", w.Code, d.done)
+		t.Errorf("without audit: %d, carried out: %v", w.Code, d.done)
 	}
 }
 
@@ -369,9 +369,9 @@ func TestLoopback(t *testing.T) {
 		}
 	}
 	if admin.Loopback(&net.UnixAddr{}) {
-		t.Error("what is no TCP address is taken for loopback")
+		t.Error("an address that is not TCP counts as loopback")
 	}
 	if _, err := admin.Debug(admin.DebugConfig{}); err == nil {
-		t.Error("debug pages are made of nothing")
+		t.Error("Debug accepts an empty configuration")
 	}
 }

@@ -16,31 +16,30 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Buckets, in seconds. Prometheus' older form, because every server takes it.
+// Buckets in seconds, in Prometheus' classic form, which every server accepts.
 var (
-	// An answer comes from memory, within a millisecond, or waits: for a new pod to be heard of 2 s, for
-	// STS a second or two, and for anything 30 s.
+	// A response comes from memory within a millisecond, or waits: up to 2 s for the watch of a new pod, a second or two for
+	// STS, and 30 s at most.
 	answerBuckets = []float64{0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30}
-	// STS answers in some 50 ms within its region, and the cache gives up after 30 s.
+	// STS responds within some 50 ms in its Region. The cache cancels a call after 30 s.
 	stsBuckets = []float64{0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30}
 )
 
-// scrapeTimeout is what Prometheus itself waits for by default.
+// scrapeTimeout is Prometheus' own default.
 const scrapeTimeout = 10 * time.Second
 
-// stsActions are the calls that the broker makes.
+// stsActions are the STS calls of the broker.
 var stsActions = []string{"AssumeRole", "GetCallerIdentity", "OwnCredentials"}
 
-// other stands for an action that is not in stsActions.
+// other replaces an action that is not in stsActions.
 const other = "other"
 
-// outcomeOK is the outcome of an STS call that did what it was to do.
+// outcomeOK is the outcome of a successful STS call.
 const outcomeOK = "ok"
 
-// Metrics counts what happens, and asks its sources for the rest when it is scraped. Labels hold
-// actions, outcomes, kinds and reasons, of which there are few; never a role, a namespace or a pod,
-// of which there can be any number. Make it with [NewMetrics]. Its methods may be called
-// concurrently.
+// Metrics counts events, and reads its sources at each scrape. Labels hold actions, outcomes, kinds and reasons, which are
+// few, but never a role, a namespace or a pod, whose number is unlimited. Make it with [NewMetrics]. Its methods are safe
+// for concurrent use.
 type Metrics struct {
 	registry *prometheus.Registry
 	log      *slog.Logger
@@ -53,7 +52,7 @@ type Metrics struct {
 	stsTook  *prometheus.HistogramVec
 }
 
-// NewMetrics returns metrics of a program of that version, with what is known of the process itself.
+// NewMetrics returns the metrics of a program of the given version, including those of its process.
 func NewMetrics(version string, log *slog.Logger) (*Metrics, error) {
 	if log == nil {
 		return nil, errors.New("metrics need a Logger")
@@ -62,29 +61,29 @@ func NewMetrics(version string, log *slog.Logger) (*Metrics, error) {
 		registry: prometheus.NewRegistry(), log: log,
 		answers: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "credence_broker_answer_duration_seconds", Buckets: answerBuckets,
-			Help: "Time from the arrival of a call of GetCredentials to its answer, refusals included.",
+			Help: "Time from the arrival of a GetCredentials call to its response, refusals included.",
 		}),
 		refusals: make(map[credential.Reason]prometheus.Counter),
 		stsCalls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "credence_broker_sts_calls_total",
-			Help: "Calls of STS that ended, by action and outcome: ok, or a reason of docs/errors.md.",
+			Help: "STS calls that ended, by action and outcome: ok, or a reason of docs/errors.md.",
 		}, []string{"action", "outcome"}),
 		stsTook: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "credence_broker_sts_call_duration_seconds", Buckets: stsBuckets,
-			Help: "Time that calls of STS took, by action, failures included.",
+			Help: "Duration of STS calls by action, failures included.",
 		}, []string{"action"}),
 	}
 	answers := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "credence_broker_answers_total",
-		Help: "Calls of GetCredentials that were answered: allowed with credentials, or refused.",
+		Help: "GetCredentials calls by outcome: allowed (with credentials) or refused.",
 	}, []string{"outcome"})
 	refusals := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "credence_broker_refusals_total",
-		Help: "Calls of GetCredentials that were refused, by the reason of docs/errors.md.",
+		Help: "Refused GetCredentials calls, by reason of docs/errors.md.",
 	}, []string{"reason"})
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "credence_broker_build_info",
-		Help: "Always 1. The labels tell the version of this broker and of Go.",
+		Help: "Always 1. The labels are the versions of this broker and of Go.",
 	}, []string{"version", "goversion"})
 	for _, c := range []prometheus.Collector{
 		m.answers, m.stsCalls, m.stsTook, answers, refusals, build,
@@ -94,8 +93,7 @@ func NewMetrics(version string, log *slog.Logger) (*Metrics, error) {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}
 	}
-	// All series are there from the start, at zero: an alert on a rate does not see the first increase
-	// of a series that was not there before.
+	// All series exist from the start, at zero: an alert on a rate misses the first increase of a new series.
 	m.allowed, m.refused = answers.WithLabelValues("allowed"), answers.WithLabelValues("refused")
 	for _, reason := range credential.Reasons() {
 		m.refusals[reason] = refusals.WithLabelValues(string(reason))
@@ -108,8 +106,8 @@ func NewMetrics(version string, log *slog.Logger) (*Metrics, error) {
 	return m, nil
 }
 
-// Answer counts a call of GetCredentials: why it was refused, "" when it was not, and how long it
-// took. It has the form of broker.Config.Observe.
+// Answer counts a call of GetCredentials: the reason of its refusal, "" if it was allowed, and its duration. It has the
+// form of broker.Config.Observe.
 func (m *Metrics) Answer(reason credential.Reason, took time.Duration) {
 	m.answers.Observe(took.Seconds())
 	if reason == "" {
@@ -119,12 +117,12 @@ func (m *Metrics) Answer(reason credential.Reason, took time.Duration) {
 	m.refused.Inc()
 	counter, known := m.refusals[reason]
 	if !known {
-		counter = m.refusals[credential.ReasonInternal] // A reason that is not declared is a fault of ours.
+		counter = m.refusals[credential.ReasonInternal] // An undeclared reason is our bug.
 	}
 	counter.Inc()
 }
 
-// STSCall counts a call of STS that ended. outcome is "ok" or the text of a credential.Reason.
+// STSCall counts an STS call that ended. outcome is "ok" or the text of a credential.Reason.
 func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
 	if !slices.Contains(stsActions, action) {
 		action = other
@@ -136,13 +134,14 @@ func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
 	m.stsTook.WithLabelValues(action).Observe(took.Seconds())
 }
 
-// Handler serves the metrics in the forms that Prometheus asks for.
-func (m *Metrics) Handler() http.Handler { return serve(m.registry, m.log) }
+// Handler returns a handler that serves the metrics.
+func (m *Metrics) Handler() http.Handler { return MetricsHandler(m.registry, m.log) }
 
-// serve lets scrapes wait for each other: each counts all sessions under the lock that answers need. It refuses none, or one
-// client that scrapes all the time would keep Prometheus out. As many wait as there are connections, of which addresses
-// have equal shares. A client that reads slowly makes nobody wait: http.TimeoutHandler keeps its response for it.
-func serve(registry *prometheus.Registry, log *slog.Logger) http.Handler {
+// MetricsHandler serves the metrics of registry. Only one scrape runs at a time, because each counts all sessions under
+// the lock that requests need. The others wait: if they were refused, a client that scrapes all the time would keep
+// Prometheus out. As many can wait as there are connections, which addresses share equally. A client that reads slowly
+// delays no other, because http.TimeoutHandler buffers its response.
+func MetricsHandler(registry *prometheus.Registry, log *slog.Logger) http.Handler {
 	handler := promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)})
 	one := make(chan struct{}, 1)
 	return http.TimeoutHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -26,7 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-var update = flag.Bool("update", false, "write the table of docs/metrics.md anew, keeping its last column")
+var update = flag.Bool("update", false, "regenerate the table of docs/metrics.md, except its last column")
 
 const (
 	metricsPage    = "../../docs/metrics.md"
@@ -42,27 +42,27 @@ func newMetrics(t *testing.T) *admin.Metrics {
 	return m
 }
 
-// scrape returns what Prometheus gets.
+// scrape returns what Prometheus reads.
 func scrape(t *testing.T, m *admin.Metrics) string {
 	t.Helper()
 	w := httptest.NewRecorder()
 	admin.Handler(m.Handler()).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
 	if w.Code != http.StatusOK {
-		t.Fatalf("/metrics answers %d %s", w.Code, w.Body)
+		t.Fatalf("GET /metrics: %d %s", w.Code, w.Body)
 	}
 	return w.Body.String()
 }
 
-// Scrapes wait for each other. One client that scrapes all the time does not have those of Prometheus refused.
-func TestScrapesAtOnce(t *testing.T) {
+// Only one scrape runs at a time, and the others wait. A client that scrapes all the time does not keep Prometheus out.
+func TestScrapesWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMetrics(t)
 		sources := everything()
-		var under, most atomic.Int32
+		var inFlight, peak atomic.Int32
 		sources.Audit = func() admin.AuditStats {
-			most.Store(max(most.Load(), under.Add(1)))
+			peak.Store(max(peak.Load(), inFlight.Add(1)))
 			time.Sleep(time.Second)
-			under.Add(-1)
+			inFlight.Add(-1)
 			return admin.AuditStats{}
 		}
 		if err := m.Watch(sources); err != nil {
@@ -83,15 +83,15 @@ func TestScrapesAtOnce(t *testing.T) {
 		}
 		time.Sleep(5500 * time.Millisecond)
 		if mu.Lock(); len(codes) != 5 || slices.ContainsFunc(codes, func(code int) bool { return code != http.StatusOK }) {
-			t.Errorf("after 5.5 s, of scrapes of a second each, these were answered: %v", codes)
+			t.Errorf("after 5.5 s of scrapes that take a second each, the responses are %v", codes)
 		}
 		mu.Unlock()
 		scrapes.Wait()
-		if n := most.Load(); n != 1 {
-			t.Errorf("%d scrapes counted at once", n)
+		if n := peak.Load(); n != 1 {
+			t.Errorf("%d scrapes ran at a time", n)
 		}
 		if slices.Sort(codes); len(codes) != 12 || codes[8] != http.StatusOK || codes[11] != http.StatusServiceUnavailable {
-			t.Errorf("of scrapes that wait for at most 10 s, the codes are %v", codes)
+			t.Errorf("of scrapes that wait for at most 10 s, the responses are %v", codes)
 		}
 	})
 }
@@ -104,7 +104,7 @@ var stats = cache.Stats{
 
 var connectionStats = connlimit.Stats{Unauthenticated: 31, Authenticated: 32, Waiting: 33, Closed: [3]uint64{34, 35, 36}}
 
-// everything is all sources there are.
+// everything returns all sources.
 func everything() admin.Sources {
 	at := time.Unix(1_800_000_000, 500_000_000)
 	return admin.Sources{
@@ -112,7 +112,7 @@ func everything() admin.Sources {
 		Audit:           func() admin.AuditStats { return admin.AuditStats{Queued: 7, Capacity: 8192, Lost: 8} },
 		Ready:           func() bool { return true },
 		LiveReads:       func() (made, refused uint64) { return 20, 21 },
-		TokenReviews:    func() (now, most int) { return 22, 23 },
+		TokenReviews:    func() (inFlight, limit int) { return 22, 23 },
 		TokensWaiting:   func() int { return 24 },
 		Events:          func() admin.EventStats { return admin.EventStats{Queued: 9, Written: 10, Suppressed: 18, Dropped: 11} },
 		PodsQueued:      func() int { return 12 },
@@ -127,7 +127,7 @@ func everything() admin.Sources {
 	}
 }
 
-func TestEverySourceIsShown(t *testing.T) {
+func TestSourcesAreScraped(t *testing.T) {
 	m := newMetrics(t)
 	if err := m.Watch(everything()); err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestEverySourceIsShown(t *testing.T) {
 	m.STSCall("AssumeRole", "STS_THROTTLED", 40*time.Millisecond)
 	m.STSCall("GetCallerIdentity", "ok", 40*time.Millisecond)
 	m.STSCall("OwnCredentials", "BROKER_CREDENTIALS", 40*time.Millisecond)
-	m.STSCall("SomethingElse", "what a stranger wrote", 40*time.Millisecond)
+	m.STSCall("SomethingElse", "unknown text", 40*time.Millisecond)
 	text := scrape(t, m)
 	for _, want := range []string{
 		`fetches_queued{kind="waiting"} 1`, `fetches_queued{kind="renewing"} 2`, `fetches_queued{kind="ahead"} 3`,
@@ -167,29 +167,29 @@ func TestEverySourceIsShown(t *testing.T) {
 		`build_info{goversion="go`,
 	} {
 		if !strings.Contains(text, "\ncredence_broker_"+want) {
-			t.Errorf("there is no %s", want)
+			t.Errorf("the scrape lacks %s", want)
 		}
 	}
 	for _, want := range []string{"\ngo_goroutines ", "\nprocess_open_fds "} {
 		if !strings.Contains(text, want) {
-			t.Errorf("there is no %s", want)
+			t.Errorf("the scrape lacks %s", want)
 		}
 	}
-	if strings.Contains(text, "stranger") || strings.Contains(text, "NOT_DECLARED") {
-		t.Error("a label holds what is not known beforehand")
+	if strings.Contains(text, "unknown text") || strings.Contains(text, "NOT_DECLARED") {
+		t.Error("a label has an undeclared value")
 	}
 	if t.Failed() {
 		t.Log(text)
 	}
 }
 
-// TestUnknownIsLeftOut: a source that is not there, or does not know, has no metric; 0 would be a value.
-func TestUnknownIsLeftOut(t *testing.T) {
+// A source that is nil or does not know its value has no metric, because 0 would be a value.
+func TestUnknownValuesAreAbsent(t *testing.T) {
 	m := newMetrics(t)
 	before := scrape(t, m)
 	for _, name := range []string{"sessions_kept", "audit_lines", "events", "pods_queued", "expiry", "clock_skew", "age_seconds", "rules_file", "spans"} {
 		if strings.Contains(before, "credence_broker_"+name) {
-			t.Errorf("%s is there without a source", name)
+			t.Errorf("%s is present without a source", name)
 		}
 	}
 	if err := m.Watch(admin.Sources{
@@ -204,22 +204,22 @@ func TestUnknownIsLeftOut(t *testing.T) {
 	text := scrape(t, m)
 	for _, name := range []string{"expiry", "clock_skew", "rules_file", "stalest"} {
 		if regexp.MustCompile(`(?m)^credence_broker_[a-z_]*` + name).MatchString(text) {
-			t.Errorf("%s is there though it is not known", name)
+			t.Errorf("%s is present although its value is unknown", name)
 		}
 	}
 	if !strings.Contains(text, "credence_broker_sessions_kept 0\n") {
-		t.Error("a value of 0 is left out")
+		t.Error("a value of 0 is absent")
 	}
 	if err := m.Watch(admin.Sources{Cache: func() cache.Stats { return cache.Stats{} }}); err == nil {
-		t.Error("a source is taken twice")
+		t.Error("Watch accepts a source twice")
 	}
 	if err := m.Watch(admin.Sources{}); err == nil {
-		t.Error("no source is taken for some")
+		t.Error("Watch accepts no source")
 	}
 }
 
-// TestSeriesAreBounded: no label depends on what pods are called or ask for.
-func TestSeriesAreBounded(t *testing.T) {
+// No label depends on the names or requests of pods.
+func TestNumberOfSeriesIsLimited(t *testing.T) {
 	m := newMetrics(t)
 	if err := m.Watch(everything()); err != nil {
 		t.Fatal(err)
@@ -237,12 +237,12 @@ func TestSeriesAreBounded(t *testing.T) {
 		series++
 		for _, match := range labels.FindAllStringSubmatch(line, -1) {
 			if !slices.Contains([]string{"action", "outcome", "kind", "cause", "reason", "state", "le", "version", "goversion"}, match[1]) {
-				t.Errorf("the label %s is not known to have few values: %s", match[1], line)
+				t.Errorf("the label %s may have many values: %s", match[1], line)
 			}
 		}
 	}
 	if series < 50 || series > 300 {
-		t.Errorf("there are %d series", series)
+		t.Errorf("the scrape has %d series", series)
 	}
 }
 
@@ -269,7 +269,7 @@ func TestMetricsAreWellNamed(t *testing.T) {
 // family is one metric of a scrape.
 type family struct{ name, kind, labels, help string }
 
-// families reads a scrape.
+// families parses a scrape.
 func families(t *testing.T, text string) []family {
 	t.Helper()
 	var all []family
@@ -290,12 +290,12 @@ func families(t *testing.T, text string) []family {
 		all = append(all, family{name, kind, strings.Join(labels, ", "), help})
 	}
 	if len(all) < 8 {
-		t.Fatalf("a scrape has %d metrics: the test reads it wrongly", len(all))
+		t.Fatalf("the scrape has only %d metrics", len(all))
 	}
 	return all
 }
 
-// TestPage: docs/metrics.md has a row for each metric there is, with its help, and none for another.
+// docs/metrics.md has exactly the metrics of a scrape, with their HELP texts.
 func TestPage(t *testing.T) {
 	m := newMetrics(t)
 	if err := m.Watch(everything()); err != nil {
@@ -303,13 +303,12 @@ func TestPage(t *testing.T) {
 	}
 	m.STSCall("AssumeRole", "ok", time.Second)
 	comparePage(t, "metrics", families(t, scrape(t, m)))
-	comparePage(t, "metrics of the webhook", families(t, scrapeWebhook(t, newWebhookMetrics(t))))
 }
 
-// comparePage compares the table that stands between comments of that name with what is measured.
-func comparePage(t *testing.T, name string, measured []family) {
+// comparePage compares the page's table between the comments of that name with a scrape.
+func comparePage(t *testing.T, name string, scraped []family) {
 	t.Helper()
-	begin := "<!-- " + name + ": made by go test ./broker/admin -update, but for the last column -->\n"
+	begin := "<!-- " + name + ": generated by go test ./broker/admin -update, except the last column -->\n"
 	end := "<!-- end of " + name + " -->\n"
 	text, err := os.ReadFile(filepath.FromSlash(metricsPage))
 	if err != nil {
@@ -318,7 +317,7 @@ func comparePage(t *testing.T, name string, measured []family) {
 	before, rest, ok := strings.Cut(string(text), begin)
 	table, after, ok2 := strings.Cut(rest, end)
 	if !ok || !ok2 {
-		t.Fatalf("%s has no place for the metrics, between %q and %q", metricsPage, begin, end)
+		t.Fatalf("%s has no table between %q and %q", metricsPage, begin, end)
 	}
 	advice := map[string]string{}
 	for line := range strings.Lines(table) {
@@ -328,17 +327,17 @@ func comparePage(t *testing.T, name string, measured []family) {
 	}
 	var want strings.Builder
 	want.WriteString("\n| metric | type | labels | what it is | when to worry |\n|---|---|---|---|---|\n")
-	for _, f := range measured {
-		said := advice[f.name]
-		if len(said) < 3 || !strings.HasSuffix(said, ".") {
-			t.Errorf("%s: the page does not say when to worry, but %q", f.name, said)
+	for _, f := range scraped {
+		when := advice[f.name]
+		if len(when) < 3 || !strings.HasSuffix(when, ".") {
+			t.Errorf("%s: the page does not say when to worry, only %q", f.name, when)
 		}
 		delete(advice, f.name)
-		_, _ = fmt.Fprintf(&want, "| `%s` | %s | %s | %s | %s |\n", f.name, f.kind, f.labels, f.help, said)
+		_, _ = fmt.Fprintf(&want, "| `%s` | %s | %s | %s | %s |\n", f.name, f.kind, f.labels, f.help, when)
 	}
 	want.WriteString("\n")
 	for name := range advice {
-		t.Errorf("the page has %s, which is no metric", name)
+		t.Errorf("the page has %s, which no scrape has", name)
 	}
 	if *update {
 		if err := os.WriteFile(filepath.FromSlash(metricsPage), []byte(before+begin+want.String()+end+after), 0o600); err != nil {
@@ -347,12 +346,12 @@ func comparePage(t *testing.T, name string, measured []family) {
 		return
 	}
 	if table != want.String() {
-		t.Errorf("the table of %s is not what is measured: go test ./broker/admin -update makes it anew. Want:\n%s", metricsPage, want.String())
+		t.Errorf("the table of %s differs from a scrape; run go test ./broker/admin -update. Want:\n%s", metricsPage, want.String())
 	}
 }
 
-// TestAlertRules: the rules of docs/metrics.md ask for metrics and label values that there are, and
-// docs/operations.md says for each what to do.
+// The alert rules of docs/metrics.md use existing metrics and label values, and docs/operations.md has a section for each
+// alert.
 func TestAlertRules(t *testing.T) {
 	m := newMetrics(t)
 	if err := m.Watch(everything()); err != nil {
@@ -360,8 +359,6 @@ func TestAlertRules(t *testing.T) {
 	}
 	m.STSCall("AssumeRole", string(credential.ReasonSTSThrottled), time.Second)
 	scraped := scrape(t, m)
-	webhooks := scrapeWebhook(t, newWebhookMetrics(t))
-	scraped += webhooks
 	known := map[string]bool{}
 	for _, f := range families(t, scraped) {
 		known[f.name] = true
@@ -373,6 +370,10 @@ func TestAlertRules(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A test of package webhook/metrics checks the webhook's rows.
+	for _, row := range regexp.MustCompile("(?m)^\\| `(credence_webhook_[a-z_]+)` \\|").FindAllSubmatch(page, -1) {
+		known[string(row[1])], known[string(row[1])+"_bucket"] = true, true
+	}
 	operations, err := os.ReadFile(filepath.FromSlash(operationsPage))
 	if err != nil {
 		t.Fatal(err)
@@ -380,13 +381,13 @@ func TestAlertRules(t *testing.T) {
 	names := regexp.MustCompile(`credence_(?:broker|webhook)_[a-z_]+[a-z]`)
 	for _, name := range names.FindAllString(string(page)+string(operations), -1) {
 		if !known[name] {
-			t.Errorf("%s is no metric", name)
+			t.Errorf("%s is not a metric", name)
 		}
 	}
 	_, rules, ok := strings.Cut(string(page), "```yaml\n")
 	rules, _, ok2 := strings.Cut(rules, "```")
 	if !ok || !ok2 {
-		t.Fatal("there are no rules on the page")
+		t.Fatal("the page has no rules")
 	}
 	for _, match := range regexp.MustCompile(`(?:outcome|kind|reason|action|decision)=~?"([^"]*)"`).FindAllStringSubmatch(rules, -1) {
 		for value := range strings.SplitSeq(match[1], "|") {
@@ -399,20 +400,20 @@ func TestAlertRules(t *testing.T) {
 	for _, match := range regexp.MustCompile(`(?m)^ *- alert: (\w+)$`).FindAllStringSubmatch(rules, -1) {
 		alerts[match[1]] = true
 		if !strings.Contains(string(operations), "\n### "+match[1]+"\n") {
-			t.Errorf("%s does not say what to do on %s", operationsPage, match[1])
+			t.Errorf("%s has no section %s", operationsPage, match[1])
 		}
 	}
 	if len(alerts) < 8 || strings.Count(rules, "expr:") != len(alerts) {
-		t.Errorf("there are %d alerts and %d expressions", len(alerts), strings.Count(rules, "expr:"))
+		t.Errorf("the page has %d alerts and %d expressions", len(alerts), strings.Count(rules, "expr:"))
 	}
 	for _, match := range regexp.MustCompile(`(?m)^### (Credence\w+)$`).FindAllStringSubmatch(string(operations), -1) {
 		if !alerts[match[1]] {
-			t.Errorf("%s speaks of %s, which is no alert", operationsPage, match[1])
+			t.Errorf("%s has a section %s, which is not an alert", operationsPage, match[1])
 		}
 	}
 }
 
-// TestMetricsOverHTTP: Prometheus reads them compressed too.
+// Prometheus can read compressed metrics.
 func TestMetricsOverHTTP(t *testing.T) {
 	server := httptest.NewServer(admin.Handler(newMetrics(t).Handler()))
 	defer server.Close()
@@ -420,7 +421,7 @@ func TestMetricsOverHTTP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	response, err := server.Client().Do(request) // asks for gzip by itself
+	response, err := server.Client().Do(request) // which accepts gzip
 	if err != nil {
 		t.Fatal(err)
 	}

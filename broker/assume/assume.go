@@ -1,11 +1,12 @@
-// Package assume turns grants into AWS sessions by calling STS AssumeRole. It is the only package
-// that imports the AWS SDK.
+// Package assume turns grants into AWS sessions by calling STS AssumeRole. Only this package imports the AWS SDK.
 //
-// Its promise: exactly what the grant says is sent, nothing else, and what STS answers is told apart
-// into refusals (a person must change something), throttling and outages (ask again), and failures
-// of the broker's own credentials (an operator must act). It caches nothing but those credentials,
-// which it renews ahead and reads again when STS takes them no longer. What answers and is not STS
-// gives no credential, and nothing of what it said is passed on.
+// It guarantees:
+//   - it sends exactly the inputs of the grant;
+//   - its errors tell refusals (a user must change something) from throttling and outages (a retry may help) and from
+//     failures of the broker's own credentials (a cluster admin must act);
+//   - a response that is not from STS gives no session, and no error passes on its content.
+//
+// It caches only the broker's own credentials. It renews them before they expire, and loads them again if STS refuses them.
 package assume
 
 import (
@@ -35,60 +36,55 @@ import (
 
 // Config configures [New].
 type Config struct {
-	// Region is the region whose STS endpoint is used. Default: the SDK's (AWS_REGION, profile). One
-	// of the two is required.
+	// Region selects the STS endpoint. Required, unless the SDK finds one (AWS_REGION, profile).
 	Region string
 	// Endpoint replaces the regional STS endpoint, for STS-compatible services. Default: AWS's own.
 	Endpoint string
-	// FirstHop is a role to assume before any other, with the broker's own credentials. Default:
-	// none. AWS limits sessions to one hour whenever the caller is itself an assumed role, as it is
-	// behind this hop (role chaining).
+	// FirstHop is a role that the broker assumes first; it then signs all other calls. Default: none. AWS limits sessions to
+	// one hour if the caller is itself an assumed role (role chaining).
 	FirstHop credential.RoleARN
-	// Observe is told of each call when it has ended, by whoever made it, and must not block.
-	// Default: nobody is told.
+	// Observe gets each call after it finished, on the goroutine of the call. It must not block. Default: none.
 	Observe func(Call)
-	// Logger is told of own credentials that cannot be renewed and of a clock that is wrong. Default:
-	// nobody is told.
+	// Logger gets failures to renew the broker's own credentials, and a wrong clock. Default: none.
 	Logger *slog.Logger
-	// Dial opens connections to STS, and to sources of the broker's own credentials, instead of the network. Default: TCP.
+	// Dial opens connections to STS and to sources of the broker's own credentials. Default: TCP.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// Call is one call that was made, for metrics: all its values are from small sets.
+// Call describes one finished call for metrics. All its values are from small sets.
 type Call struct {
 	// Action is AssumeRole, GetCallerIdentity, or [ActionOwnCredentials].
 	Action string
 	// Outcome is "ok", or the text of the [credential.Reason] of the failure.
 	Outcome string
-	// Took is from the first byte to the verdict.
+	// Took is the duration of the call.
 	Took time.Duration
 }
 
-// ActionOwnCredentials is a question to the source of the broker's own credentials: a file, instance
-// metadata, or STS by a web identity token.
+// ActionOwnCredentials is a call to the source of the broker's own credentials: a file, instance metadata, or STS with a
+// web identity token.
 const ActionOwnCredentials = "OwnCredentials"
 
 // STS assumes roles. It implements credential.Source for grants.
 type STS struct {
-	client  *sts.Client // signs with what each call brings
+	client  *sts.Client // signs with the credentials of each call
 	own     *own
 	clock   *clock
 	region  string
 	observe func(Call)
-	proof   proof
+	proof   identityState
 }
 
 var _ credential.Source[policy.Grant] = (*STS)(nil)
 
-// callTimeout bounds one HTTP exchange with STS. It answers in 50 to 300 ms; one that takes 10 s is
-// better given up, and its slot used for another role.
+// callTimeout bounds one HTTP exchange with STS. STS responds in 50 to 300 ms. After 10 s, the slot serves another role better.
 const callTimeout = 10 * time.Second
 
-// maxIdleConns is how many connections to STS are kept for the next calls: as many as package cache
-// makes at once by default, so that a wave of renewals does not begin with handshakes.
+// maxIdleConns is the number of idle connections to STS. It equals the default concurrency of package cache, so that a burst
+// of renewals needs no handshakes.
 const maxIdleConns = 64
 
-// New loads the broker's own AWS configuration from the SDK's default chain. It calls nobody.
+// New loads the broker's own AWS configuration from the SDK's default chain. It makes no call.
 func New(ctx context.Context, cfg Config) (*STS, error) {
 	log := cfg.Logger
 	if log == nil {
@@ -104,15 +100,15 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 		}
 	})
 	options := []func(*config.LoadOptions) error{
-		// One attempt: package cache decides when to try again, with the whole picture.
+		// One attempt, because package cache schedules retries over all roles.
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }),
-		// The SDK's own kind of client: with another one it refuses AWS_CA_BUNDLE.
+		// The SDK refuses AWS_CA_BUNDLE with any other type of client.
 		config.WithHTTPClient(client),
-		// EKS Pod Identity and the like would be asked by a client without these bounds.
+		// Without this option, calls to EKS Pod Identity and similar endpoints have no bounds.
 		config.WithEndpointCredentialOptions(func(o *endpointcreds.Options) { o.HTTPClient = client }),
-		// Its own lines are about connections, and would go to stderr as they are.
+		// By default, the SDK writes its messages about connections to stderr, unformatted.
 		config.WithLogger(logging.LoggerFunc(func(_ logging.Classification, format string, v ...any) {
-			log.Debug("The AWS SDK reports", "text", fmt.Sprintf(format, v...))
+			log.Debug("The AWS SDK logged a message", "text", fmt.Sprintf(format, v...))
 		})),
 		config.WithAPIOptions([]func(*middleware.Stack) error{wire{s.clock}.add, proxied{http.ProxyFromEnvironment}.add}),
 	}
@@ -124,7 +120,7 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 		return nil, fmt.Errorf("loading the AWS configuration: %w", err)
 	}
 	if loaded.Region == "" {
-		return nil, errors.New("no AWS region is known: set --region, or AWS_REGION")
+		return nil, errors.New("no AWS region is configured; set --region or AWS_REGION")
 	}
 	s.region = loaded.Region
 	s.client = sts.NewFromConfig(loaded, func(o *sts.Options) {
@@ -133,27 +129,26 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 			o.BaseEndpoint = aws.String(cfg.Endpoint)
 		}
 	})
-	s.own = &own{clock: s.clock, log: log, ask: func(ctx context.Context) (aws.Credentials, error) { return s.load(ctx, options) }}
+	s.own = &own{clock: s.clock, log: log, load: func(ctx context.Context) (aws.Credentials, error) { return s.load(ctx, options) }}
 	if !cfg.FirstHop.IsZero() {
 		base := s.own
-		s.own = &own{clock: s.clock, log: log, ask: func(ctx context.Context) (aws.Credentials, error) { return s.hop(ctx, base, cfg.FirstHop) }}
+		s.own = &own{clock: s.clock, log: log, load: func(ctx context.Context) (aws.Credentials, error) { return s.hop(ctx, base, cfg.FirstHop) }}
 	}
 	return s, nil
 }
 
-// Region returns the region whose STS is used.
+// Region returns the region of the STS that New configured.
 func (s *STS) Region() string { return s.region }
 
-// ClockSkew returns how far AWS's clock is ahead of ours, to the second, by the last answer; known is
-// false before the first one.
+// ClockSkew returns how far AWS's clock is ahead of ours, to the second, by the last response. known is false before the
+// first response.
 func (s *STS) ClockSkew() (skew time.Duration, known bool) { return s.clock.read() }
 
-// BaseExpiration returns when the credentials that sign the broker's calls expire, by AWS's clock;
-// false while there are none, and for credentials without an end.
+// BaseExpiration returns when the broker's own credentials expire, by AWS's clock. It returns false if there are none, or
+// if they do not expire.
 func (s *STS) BaseExpiration() (time.Time, bool) { return s.own.expiration() }
 
-// Base asks STS who the broker is, and returns the base that completes role names to roles of the
-// broker's own account.
+// Base calls GetCallerIdentity, and returns the base that completes role names to ARNs of the broker's own account.
 func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
 	var out *sts.GetCallerIdentityOutput
 	err := s.signed(ctx, s.own, "GetCallerIdentity", func(sign func(*sts.Options)) (err error) {
@@ -164,7 +159,7 @@ func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
 		if ctx.Err() == nil {
 			s.proof.fail(s.problem(err), unsupported(err))
 		}
-		return credential.RoleBase{}, fmt.Errorf("asking STS for the broker's own account: %w", cause(err))
+		return credential.RoleBase{}, fmt.Errorf("calling STS for the broker's own account: %w", cause(err))
 	}
 	caller, err := arn.Parse(aws.ToString(out.Arn))
 	if err != nil {
@@ -177,10 +172,10 @@ func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
 	return base, nil
 }
 
-// Credential assumes the grant's role. Its errors are of type [*credential.Error].
+// Credential assumes the role of the grant. Its errors are of type [*credential.Error].
 func (s *STS) Credential(ctx context.Context, g policy.Grant) (credential.Credential, error) {
 	if g.IsZero() {
-		return credential.Credential{}, credential.Errorf(credential.ErrDenied, credential.ReasonRoleMissing, "nothing is granted")
+		return credential.Credential{}, credential.Errorf(credential.ErrDenied, credential.ReasonRoleMissing, "the grant is empty")
 	}
 	input := inputFor(g)
 	var cred credential.Credential
@@ -199,7 +194,7 @@ func (s *STS) Credential(ctx context.Context, g policy.Grant) (credential.Creden
 	return cred, nil
 }
 
-// inputFor is the one place where a grant becomes a request: what is not put here is not sent.
+// inputFor is the only place that turns a grant into a request.
 func inputFor(g policy.Grant) *sts.AssumeRoleInput {
 	input := &sts.AssumeRoleInput{
 		RoleArn:         aws.String(g.Role().String()),
@@ -225,33 +220,31 @@ func inputFor(g policy.Grant) *sts.AssumeRoleInput {
 	return input
 }
 
-// session makes a credential of an answer.
+// session makes a session of a response.
 //
-// The expiration that AWS states is told to pods as it is, because they compare it with clocks that
-// need not be ours. Renewal is paced by our clock, though, and must not suffer when it is wrong. AWS
-// gives exactly the duration that was asked for, or fails; so where the stated end seems further off
-// than that, our clock is behind, and the session counts as ending when what was asked for has passed
-// here: renewal keeps its pace, and pods whose clocks are right are told a little too early an end,
-// which costs them a question and no more. Where our clock is ahead, sessions seem shorter than they
-// are, so they are renewed early, and what pods are told is true. Moving the end back by the skew would
-// pace renewal better, and tell pods with right clocks to use a session that has expired.
+// Pods get the expiration that AWS states, because they compare it with clocks other than ours. The broker schedules renewals
+// by its own clock, which may be wrong. AWS gives exactly the requested duration or fails. So if the stated end is later than
+// the requested duration allows, our clock is behind. Then the session ends, for us and for pods, when the requested duration
+// has passed here. Renewals stay in time, and pods with correct clocks renew a little early. If our clock is ahead, sessions
+// seem shorter, so the broker renews them early, and pods get the true end. Correcting the end by the skew would schedule
+// renewals better. But pods with correct clocks would then use an expired session.
 func (s *STS) session(g policy.Grant, out *sts.AssumeRoleOutput, issued time.Time) (credential.Credential, error) {
 	c := out.Credentials
 	if !complete(c) {
 		return credential.Credential{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable,
-			"STS answered without complete credentials for %s", g.Role())
+			"STS returned incomplete credentials for %s", g.Role())
 	}
 	expiration := *c.Expiration
 	if longest := issued.Add(g.Duration()).Round(0); expiration.Sub(longest) > maxSkew {
 		expiration = longest
 	}
 	if !time.Now().Before(expiration) {
-		why := "which an STS-compatible service may do whose clock is wrong"
+		why := "the clock of an STS-compatible service may be wrong"
 		if skew, known := s.clock.read(); known && -skew > maxSkew {
-			why = fmt.Sprintf("because the broker's clock is %s ahead of AWS's; its operator must set it", -skew)
+			why = fmt.Sprintf("the broker's clock is %s ahead of AWS's; a cluster admin must set the node's clock", -skew)
 		}
 		return credential.Credential{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable,
-			"STS answered with a session for %s that has expired already, %s", g.Role(), why)
+			"STS returned a session for %s that has already expired: %s", g.Role(), why)
 	}
 	return credential.Credential{
 		AccessKeyID:     *c.AccessKeyId,
@@ -262,34 +255,33 @@ func (s *STS) session(g policy.Grant, out *sts.AssumeRoleOutput, issued time.Tim
 	}, nil
 }
 
-// complete reports whether an answer holds all that a session needs.
+// complete reports whether a response has all parts of a session.
 func complete(c *types.Credentials) bool {
 	return c != nil && aws.ToString(c.AccessKeyId) != "" && aws.ToString(c.SecretAccessKey) != "" &&
 		aws.ToString(c.SessionToken) != "" && c.Expiration != nil && !c.Expiration.IsZero()
 }
 
-// signed makes a call with own credentials. Where STS takes those for expired or wrong, they are read
-// again and the call is made once more: a second refusal is final. The second try also mends a wrong
-// clock: from the first answer the SDK has learned by how much to correct the date that it signs.
+// signed makes a call with credentials from keys. If STS refuses these as expired or wrong, it loads them again and repeats the
+// call once. The repeated call also solves a wrong clock: from the first response, the SDK learned to correct the date.
 func (s *STS) signed(ctx context.Context, keys *own, action string, call func(sign func(*sts.Options)) error) error {
-	for again := false; ; again = true {
+	for repeated := false; ; repeated = true {
 		creds, version, err := keys.get(ctx)
 		if err != nil {
 			return err
 		}
 		began := time.Now()
 		err = call(func(o *sts.Options) { o.Credentials = credentials.StaticCredentialsProvider{Value: creds} })
-		v := judge(err)
-		s.tell(action, v, began)
+		v := outcomeOf(err)
+		s.report(action, v, began)
 		if keys == s.own && knowsCaller(v, err) {
 			s.proof.confirm()
 		}
 		switch v {
 		case stale:
-			if again || !keys.refused(version) {
+			if repeated || !keys.refused(version) {
 				return err
 			}
-		case fine, denied, rejected:
+		case success, denied, rejected:
 			keys.accepted(version, v == denied)
 			return err
 		default:
@@ -298,17 +290,17 @@ func (s *STS) signed(ctx context.Context, keys *own, action string, call func(si
 	}
 }
 
-// tell reports a call that has ended.
-func (s *STS) tell(action string, v verdict, began time.Time) {
+// report passes a finished call to Config.Observe.
+func (s *STS) report(action string, v outcome, began time.Time) {
 	if s.observe != nil {
-		s.observe(Call{Action: action, Outcome: v.outcome(), Took: time.Since(began)})
+		s.observe(Call{Action: action, Outcome: v.label(), Took: time.Since(began)})
 	}
 }
 
-// load obtains own credentials from the SDK's default chain. The chain is made anew each time: it reads
-// files once, and keeps what it got. A web identity token that STS does not take is read once more.
+// load loads the broker's own credentials through the SDK's default chain. It builds the chain each time, because a chain reads
+// files once and caches the result. If STS refuses a web identity token, load reads the token once more.
 func (s *STS) load(ctx context.Context, options []func(*config.LoadOptions) error) (aws.Credentials, error) {
-	for again := false; ; again = true {
+	for repeated := false; ; repeated = true {
 		began := time.Now()
 		var creds aws.Credentials
 		cfg, err := config.LoadDefaultConfig(ctx, options...)
@@ -316,20 +308,20 @@ func (s *STS) load(ctx context.Context, options []func(*config.LoadOptions) erro
 			creds, err = cfg.Credentials.Retrieve(ctx)
 		}
 		if err == nil {
-			s.tell(ActionOwnCredentials, fine, began)
+			s.report(ActionOwnCredentials, success, began)
 			return creds, nil
 		}
-		s.tell(ActionOwnCredentials, ownFault, began) // whatever it is: there are no credentials
-		if v := judge(err); again || v != stale && v != identity {
+		s.report(ActionOwnCredentials, ownFault, began) // For each cause, there are no credentials.
+		if v := outcomeOf(err); repeated || v != stale && v != identity {
 			return aws.Credentials{}, err
 		}
 	}
 }
 
-// hopDuration is the most that AWS gives to a role that assumes a role, and every role allows it.
+// hopDuration is the maximum session duration for role chaining. Every role allows it.
 const hopDuration = time.Hour
 
-// hop assumes the first role with the base credentials.
+// hop assumes the role of Config.FirstHop with credentials from base.
 func (s *STS) hop(ctx context.Context, base *own, role credential.RoleARN) (aws.Credentials, error) {
 	var out *sts.AssumeRoleOutput
 	err := s.signed(ctx, base, "AssumeRole", func(sign func(*sts.Options)) (err error) {
@@ -339,7 +331,7 @@ func (s *STS) hop(ctx context.Context, base *own, role credential.RoleARN) (aws.
 			DurationSeconds: aws.Int32(int32(hopDuration / time.Second)),
 		}, sign)
 		if err == nil && !complete(out.Credentials) {
-			err = errors.New("STS answered without complete credentials")
+			err = errors.New("STS returned incomplete credentials")
 		}
 		return err
 	})

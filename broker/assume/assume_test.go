@@ -36,8 +36,7 @@ const (
 	hopARN  = "arn:aws:iam::123456789012:role/hop"
 )
 
-// isolate hides the AWS configuration of whoever runs the tests, and gives the SDK these keys. Empty
-// ones are none.
+// isolate hides the AWS configuration of the user who runs the tests, and gives the SDK these keys. An empty key is not set.
 func isolate(t *testing.T, id, secret, token string) {
 	t.Helper()
 	for _, variable := range os.Environ() {
@@ -81,13 +80,13 @@ func newSTS(t *testing.T, cfg assume.Config) *assume.STS {
 	return sts
 }
 
-// grant is what a pod with these annotations is granted.
+// grant returns the grant of a pod with these annotations.
 func grant(t *testing.T, pairs map[policy.Key]string) policy.Grant {
 	t.Helper()
 	return grantBy(t, nil, pairs)
 }
 
-// grantBy is grant under a rules file.
+// grantBy is grant with a rules file.
 func grantBy(t *testing.T, file *policy.File, pairs map[policy.Key]string) policy.Grant {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -120,7 +119,7 @@ func grantBy(t *testing.T, file *policy.File, pairs map[policy.Key]string) polic
 	return g
 }
 
-// recorder keeps the forms of the requests that pass through it.
+// recorder stores the forms of the requests that pass through it.
 type recorder struct {
 	http.Handler
 	mu    sync.Mutex
@@ -145,7 +144,7 @@ func (r *recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.Handler.ServeHTTP(w, req)
 }
 
-// Exactly what the grant says is sent, and nothing else.
+// TestSendsTheGrant: the request has exactly the inputs of the grant.
 func TestSendsTheGrant(t *testing.T) {
 	server, err := ststest.New(ststest.Config{})
 	if err != nil {
@@ -238,7 +237,7 @@ func TestSendsTheGrant(t *testing.T) {
 		if !cred.Valid(time.Now()) || cred.SecretAccessKey.Equal(cred.SessionToken) {
 			t.Errorf("%s: %s is not complete", name, cred)
 		}
-		// Issued is no later than the call, so that age is never underestimated.
+		// Issued is not later than the call, so that the age is never underestimated.
 		if cred.Issued.Before(began) || cred.Issued.After(ended) {
 			t.Errorf("%s: issued %s, called from %s to %s", name, cred.Issued, began, ended)
 		}
@@ -258,7 +257,7 @@ func TestZeroGrant(t *testing.T) {
 	}
 }
 
-// check asks that err is of one kind and reason, says these things, and tells none of the secrets.
+// check tests the kind and reason of err, that it has all of these texts, and that it has none of the secrets.
 func check(t *testing.T, what string, err error, kind error, reason credential.Reason, fragments []string, secrets ...string) {
 	t.Helper()
 	e, ok := errors.AsType[*credential.Error](err)
@@ -276,23 +275,23 @@ func check(t *testing.T, what string, err error, kind error, reason credential.R
 	}
 	for _, secret := range secrets {
 		if secret == "" {
-			t.Fatalf("%s: there is no secret to look for", what)
+			t.Fatalf("%s: there is no secret to search for", what)
 		}
 		for _, form := range []string{"%v", "%+v", "%#v", "%q"} {
 			if text := fmt.Sprintf(form, err); strings.Contains(text, secret) || strings.Contains(text, url.QueryEscape(secret)) {
-				t.Errorf("%s: the error tells a secret", what)
+				t.Errorf("%s: the error has a secret", what)
 			}
 		}
 	}
 }
 
-// call makes one call that must fail, and be tried once only.
+// call makes one call that must fail without a retry.
 func call(t *testing.T, sts *assume.STS, g policy.Grant, count func() int) error {
 	t.Helper()
 	return calls(t, 1, sts, g, count)
 }
 
-// calls is call with another number of tries.
+// calls is call with another number of attempts.
 func calls(t *testing.T, want int, sts *assume.STS, g policy.Grant, count func() int) error {
 	t.Helper()
 	before := count()
@@ -315,17 +314,17 @@ func inMemory(t *testing.T, served ststest.Config, cfg assume.Config) (*ststest.
 	}
 	id, secret := server.Keys()
 	isolate(t, id, secret.Reveal(), "")
-	return server, dialled(t, server, cfg)
+	return server, dialed(t, server, cfg)
 }
 
-// dialled returns an STS that reaches server, over the SDK's own kind of client.
-func dialled(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS {
+// dialed returns an STS that reaches server, with the SDK's own type of client.
+func dialed(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS {
 	t.Helper()
 	cfg.Endpoint, cfg.Dial = server.URL(), server.Dial
 	return newSTS(t, cfg)
 }
 
-// Every code that means something of its own, as the service answers it.
+// TestClassification has each error code with a consequence of its own, as the service returns it.
 func TestClassification(t *testing.T) {
 	unavailable, denied, invalid := credential.ErrUnavailable, credential.ErrDenied, credential.ErrInvalid
 	throttled, own, away := credential.ReasonSTSThrottled, credential.ReasonBaseCredential, credential.ReasonSTSUnavailable
@@ -350,7 +349,7 @@ func TestClassification(t *testing.T) {
 		{400, "AccessDeniedException", "m", once, denied, credential.ReasonSTSDenied, nil},
 		{403, "AccessDenied", "is not authorized to perform: sts:TagSession on resource: r", once, denied, credential.ReasonSTSDenied, []string{"sts:TagSession", "EKS Pod Identity"}},
 		{403, "AccessDenied", "is not authorized to perform: sts:SetSourceIdentity on resource: r", once, denied, credential.ReasonSTSDenied, []string{"sts:SetSourceIdentity"}},
-		// MinIO's words for keys that it does not know, and for a wrong secret.
+		// MinIO's messages for unknown keys and for a wrong secret.
 		{403, "AccessDenied", "The Access Key Id you provided does not exist in our records.", twice, unavailable, own, nil},
 		{403, "AccessDenied", "The request signature we calculated does not match the signature you provided.", twice, unavailable, own, nil},
 
@@ -366,7 +365,7 @@ func TestClassification(t *testing.T) {
 
 		{403, "RegionDisabledException", "m", once, unavailable, own, []string{"eu-central-1", "--region", "another"}},
 
-		{403, "ExpiredToken", "", twice, unavailable, own, []string{"broker's own AWS credentials", "operator"}},
+		{403, "ExpiredToken", "", twice, unavailable, own, []string{"broker's own AWS credentials", "cluster admin"}},
 		{400, "ExpiredTokenException", "", twice, unavailable, own, nil},
 		{403, "InvalidClientTokenId", "", twice, unavailable, own, nil},
 		{403, "UnrecognizedClientException", "", twice, unavailable, own, nil},
@@ -378,7 +377,7 @@ func TestClassification(t *testing.T) {
 		{403, "IDPRejectedClaim", "", once, unavailable, own, nil},
 		{400, "IDPCommunicationError", "", once, unavailable, own, nil},
 
-		{503, "ServiceUnavailable", "", once, unavailable, away, []string{"STS cannot be reached or fails"}},
+		{503, "ServiceUnavailable", "", once, unavailable, away, []string{"STS is unavailable"}},
 		{500, "InternalFailure", "", once, unavailable, away, nil},
 		{500, "InternalError", "", once, unavailable, away, nil},
 		{502, "Bad", "", once, unavailable, away, nil},
@@ -391,8 +390,8 @@ func TestClassification(t *testing.T) {
 	} {
 		what := fmt.Sprintf("%s with status %d, %q", tt.code, tt.status, tt.message)
 		synctest.Test(t, func(t *testing.T) {
-			var told []assume.Call
-			server, sts := inMemory(t, ststest.Config{}, assume.Config{Observe: func(c assume.Call) { told = append(told, c) }})
+			var observed []assume.Call
+			server, sts := inMemory(t, ststest.Config{}, assume.Config{Observe: func(c assume.Call) { observed = append(observed, c) }})
 			_, secret := server.Keys()
 			g := grant(t, nil)
 			server.SetRole(roleARN, ststest.Behavior{Latency: 2 * time.Second, Fault: &ststest.Fault{Code: tt.code, Message: tt.message, Status: tt.status}})
@@ -400,7 +399,7 @@ func TestClassification(t *testing.T) {
 			check(t, what, err, tt.kind, tt.reason, tt.fragments, secret.Reveal())
 			e, _ := errors.AsType[*credential.Error](err)
 			if is := tt.reason == throttled; e != nil && (e.RetryAfter >= time.Second) != is {
-				t.Errorf("%s: to be tried again after %s", what, e.RetryAfter)
+				t.Errorf("%s: RetryAfter is %s", what, e.RetryAfter)
 			}
 			// The cause is for the broker's own log.
 			if e != nil && (e.Cause == nil || !strings.Contains(e.Cause.Error(), tt.code)) {
@@ -410,11 +409,11 @@ func TestClassification(t *testing.T) {
 			if tt.calls == twice {
 				want = append(want, want...)
 			}
-			if diff := cmp.Diff(want, told); diff != "" {
-				t.Errorf("%s: Observe was told (-want +got):\n%s", what, diff)
+			if diff := cmp.Diff(want, observed); diff != "" {
+				t.Errorf("%s: Observe got (-want +got):\n%s", what, diff)
 			}
 
-			// It was the fault's, and nothing sticks.
+			// After the fault, calls succeed again.
 			server.SetRole(roleARN, ststest.Behavior{})
 			if _, err := sts.Credential(t.Context(), g); err != nil {
 				t.Errorf("%s: afterwards: %v", what, err)
@@ -423,7 +422,7 @@ func TestClassification(t *testing.T) {
 	}
 }
 
-// What of the service's own words is passed on is bounded, and whole letters.
+// TestRejectionIsBounded: the part of STS's message that is passed on is bounded, in whole characters.
 func TestRejectionIsBounded(t *testing.T) {
 	server := start(t, ststest.Config{})
 	sts := newSTS(t, assume.Config{Endpoint: server.URL()})
@@ -435,7 +434,7 @@ func TestRejectionIsBounded(t *testing.T) {
 	}
 }
 
-// A trust policy asks for more than the broker's role. The message says what this grant brings.
+// TestDeniedSaysWhatTheTrustPolicyNeeds: the message names the conditions of a trust policy that this grant needs.
 func TestDeniedSaysWhatTheTrustPolicyNeeds(t *testing.T) {
 	server := start(t, ststest.Config{Roles: map[string]ststest.Behavior{roleARN: {ExternalID: "right"}}})
 	sts := newSTS(t, assume.Config{Endpoint: server.URL()})
@@ -458,9 +457,9 @@ func TestDeniedSaysWhatTheTrustPolicyNeeds(t *testing.T) {
 		check(t, tt.want, err, credential.ErrDenied, credential.ReasonSTSDenied, []string{tt.want})
 		e, ok := errors.AsType[*credential.Error](err)
 		if ok && strings.Contains(e.Message, "wrong") {
-			t.Errorf("the message tells the external id: %s", e.Message)
+			t.Errorf("the message has the external ID: %s", e.Message)
 		}
-		// A pod without one is told of external ids; one that has one is told that it may be the wrong one.
+		// The message mentions external IDs to a pod without one. To a pod with one, it says that it may be wrong.
 		const asks = "; if its trust policy requires an external id (sts:ExternalId), set the annotation external-id"
 		if _, has := tt.pairs[policy.ExternalID]; ok && has == strings.Contains(e.Message, asks) {
 			t.Errorf("with an external id: %v, the message is: %s", has, e.Message)
@@ -476,7 +475,7 @@ func TestConnectionFaults(t *testing.T) {
 	sts := newSTS(t, assume.Config{Endpoint: server.URL()})
 	_, secret := server.Keys()
 	g := grant(t, nil)
-	away := []string{"STS cannot be reached or fails"}
+	away := []string{"STS is unavailable"}
 
 	server.SetRole(roleARN, ststest.Behavior{Fault: ststest.Drop()})
 	_, err := sts.Credential(t.Context(), g)
@@ -494,7 +493,7 @@ func TestConnectionFaults(t *testing.T) {
 	_, err = sts.Credential(ctx, g)
 	check(t, "hang", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, away, secret.Reveal())
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("a cancelled call gives %v", err)
+		t.Errorf("a canceled call gives %v", err)
 	}
 
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -511,7 +510,7 @@ const goodAnswer = `<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/201
 	`<AccessKeyId>ASIAEXAMPLE</AccessKeyId><SecretAccessKey>planted-secret</SecretAccessKey><SessionToken>planted-token</SessionToken>` +
 	`<Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`
 
-// What is no answer of STS gives no credential, and what is in it is not passed on.
+// TestNonsense: a response that is not from STS gives no session, and its content is not passed on.
 func TestNonsense(t *testing.T) {
 	var answer atomic.Pointer[func(w http.ResponseWriter)]
 	var calls atomic.Int64
@@ -567,15 +566,15 @@ func TestNonsense(t *testing.T) {
 		err := call(t, sts, g, func() int { return int(calls.Load()) })
 		check(t, name, err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, nil, "own-secret")
 		if e, ok := errors.AsType[*credential.Error](err); ok && strings.Contains(e.Message, "planted") {
-			t.Errorf("%s: the message passes on what was answered: %s", name, e.Message)
+			t.Errorf("%s: the message passes on the response: %s", name, e.Message)
 		}
 	}
-	// An answer that parses has its secrets in the log under no circumstances.
+	// The secrets of a response never reach the log.
 	for _, element := range []string{"AccessKeyId", "SessionToken", "Expiration"} {
 		write := func(w http.ResponseWriter) { _, _ = io.WriteString(w, without(element)) }
 		answer.Store(&write)
 		check(t, "without "+element, call(t, sts, g, func() int { return int(calls.Load()) }),
-			credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"without complete credentials", roleARN}, "planted-secret", "own-secret")
+			credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"incomplete credentials", roleARN}, "planted-secret", "own-secret")
 	}
 }
 
@@ -583,11 +582,11 @@ func TestOwnCredentials(t *testing.T) {
 	server := start(t, ststest.Config{})
 	id, secret := server.Keys()
 	g := grant(t, nil)
-	operator := []string{"the broker's own AWS credentials", "operator"}
+	admin := []string{"the broker's own AWS credentials", "cluster admin"}
 
 	isolate(t, "", "", "")
 	_, err := newSTS(t, assume.Config{Endpoint: server.URL()}).Credential(t.Context(), g)
-	check(t, "none", err, credential.ErrUnavailable, credential.ReasonBaseCredential, operator)
+	check(t, "none", err, credential.ErrUnavailable, credential.ReasonBaseCredential, admin)
 	if n := server.Count("", ""); n != 0 {
 		t.Errorf("%d calls were made without credentials", n)
 	}
@@ -603,10 +602,10 @@ func TestOwnCredentials(t *testing.T) {
 		if own[2] != "" {
 			secrets = append(secrets, own[2])
 		}
-		check(t, name, err, credential.ErrUnavailable, credential.ReasonBaseCredential, operator, secrets...)
+		check(t, name, err, credential.ErrUnavailable, credential.ReasonBaseCredential, admin, secrets...)
 	}
 
-	// They may come from a file, as they do with a mounted Secret.
+	// They may come from a file, such as a mounted Secret.
 	isolate(t, "", "", "")
 	file := filepath.Join(t.TempDir(), "credentials")
 	content := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret.Reveal())
@@ -641,18 +640,18 @@ func TestFirstHop(t *testing.T) {
 	}
 	for _, call := range calls[1:] {
 		if call.RoleARN != roleARN || call.AccessKeyID != calls[0].IssuedAccessKeyID {
-			t.Errorf("behind the first hop, %s is assumed by %s, not by %s", call.RoleARN, call.AccessKeyID, calls[0].IssuedAccessKeyID)
+			t.Errorf("after the first hop, %s is assumed by %s, not by %s", call.RoleARN, call.AccessKeyID, calls[0].IssuedAccessKeyID)
 		}
 	}
 
-	// AWS limits what is behind a role to one hour, and says so.
+	// AWS limits role chaining to one hour, and its message says so.
 	_, err = sts.Credential(t.Context(), grant(t, map[policy.Key]string{policy.Duration: "2h"}))
 	check(t, "two hours", err, credential.ErrInvalid, credential.ReasonSTSRejected, []string{"1 hour", "role chaining"}, secret.Reveal())
 
-	// A hop that is refused is the operator's matter, not the pod's.
+	// A refused first hop is for a cluster admin to fix, not for the pod's user.
 	server.SetRole(hopARN, ststest.Behavior{Deny: true})
 	_, err = newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop}).Credential(t.Context(), grant(t, nil))
-	check(t, "a refused hop", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"}, secret.Reveal())
+	check(t, "a refused hop", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, secret.Reveal())
 	if !strings.Contains(err.Error(), hopARN) {
 		t.Errorf("the cause does not name the hop: %v", err)
 	}
@@ -668,11 +667,11 @@ func TestBase(t *testing.T) {
 	}
 	server.SetIdentity(ststest.Behavior{Fault: ststest.Unavailable()})
 	base, err = sts.Base(t.Context())
-	if err == nil || !base.IsZero() || !strings.Contains(err.Error(), "asking STS for the broker's own account") || strings.Contains(err.Error(), secret.Reveal()) {
+	if err == nil || !base.IsZero() || !strings.Contains(err.Error(), "calling STS for the broker's own account") || strings.Contains(err.Error(), secret.Reveal()) {
 		t.Errorf("Base = %s, %v", base, err)
 	}
 
-	// Partition and account come from what is answered.
+	// Partition and account come from the response.
 	for answered, want := range map[string]string{
 		"arn:aws-cn:sts::123456789012:assumed-role/x/y":    "arn:aws-cn:iam::123456789012:role/",
 		"arn:aws-us-gov:iam::123456789012:user/x":          "arn:aws-us-gov:iam::123456789012:role/",
@@ -718,7 +717,7 @@ func TestRegion(t *testing.T) {
 	}
 }
 
-// The environment asks for more attempts, and gets one: the cache decides when to try again.
+// TestOneAttempt: the environment sets more attempts, but each call has one, because the cache schedules retries.
 func TestOneAttempt(t *testing.T) {
 	server := start(t, ststest.Config{Default: ststest.Behavior{Fault: ststest.Throttling()}})
 	t.Setenv("AWS_MAX_ATTEMPTS", "5")
@@ -728,7 +727,7 @@ func TestOneAttempt(t *testing.T) {
 	check(t, "throttled", err, credential.ErrUnavailable, credential.ReasonSTSThrottled, nil)
 }
 
-// An STS-compatible service may have a certificate of a private authority, which the SDK takes from
+// TestPrivateAuthority: an STS-compatible service may have a certificate of a private CA, which the SDK reads from
 // AWS_CA_BUNDLE.
 func TestPrivateAuthority(t *testing.T) {
 	server, err := ststest.New(ststest.Config{})
@@ -754,7 +753,7 @@ func TestPrivateAuthority(t *testing.T) {
 	}
 }
 
-// Waves of calls share connections.
+// TestConnectionsAreReused: bursts of calls share connections.
 func TestConnectionsAreReused(t *testing.T) {
 	const wave = 32
 	server, err := ststest.New(ststest.Config{})
@@ -763,7 +762,7 @@ func TestConnectionsAreReused(t *testing.T) {
 	}
 	id, secret := server.Keys()
 	isolate(t, id, secret.Reveal(), "")
-	// A request is answered once its whole wave has come, so that a wave needs as many connections.
+	// The server responds after all requests of a burst have arrived, so each request needs a connection.
 	var mu sync.Mutex
 	var waiting []chan struct{}
 	front := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -802,9 +801,9 @@ func TestConnectionsAreReused(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	// Some slack: a connection is idle again a moment after its answer was read.
+	// A few more are allowed, because a connection becomes idle a moment after the read of its response.
 	if n := connections.Load(); n < wave || n > 2*wave {
-		t.Errorf("%d waves of %d calls made %d connections", waves, wave, n)
+		t.Errorf("%d bursts of %d calls made %d connections", waves, wave, n)
 	}
 }
 

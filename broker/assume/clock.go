@@ -8,14 +8,14 @@ import (
 )
 
 const (
-	// maxSkew is how far our clock may be from AWS's before it is reported: a tenth of the five
-	// minutes at which AWS begins to refuse signatures, and three per cent of the shortest session.
+	// maxSkew is the skew above which the clock is reported. It is a tenth of the five minutes at which AWS starts to refuse
+	// signatures, and three percent of the shortest session.
 	maxSkew = 30 * time.Second
-	// goodSkew is how near it must come to count as right again. It is less, so that a clock on the
-	// edge, measured to within seconds, is not reported with every answer.
+	// goodSkew is the skew below which the clock counts as correct again. It is lower than maxSkew, because the skew is
+	// measured in seconds: a clock at the limit would be reported with every response.
 	goodSkew = 20 * time.Second
-	// maxExchange is the longest exchange that tells the time. An answer is dated when it begins to be
-	// sent, but one that took long may have waited on its way, and the wait would count as skew.
+	// maxExchange is the maximum duration of an exchange that updates the skew. STS dates a response when it sends it. A delay
+	// in the network would count as skew.
 	maxExchange = 5 * time.Second
 )
 
@@ -26,37 +26,37 @@ type clock struct {
 	mu    sync.Mutex
 	skew  time.Duration // AWS's clock less ours
 	known bool
-	wrong bool // was reported, and is not right again
+	wrong bool // reported, and not correct again since
 }
 
-// saw learns from an answer that AWS dated, to the second, shortly before we had it.
+// saw learns from a response with AWS's date, which has whole seconds.
 func (c *clock) saw(ctx context.Context, date, began, ended time.Time) {
 	if ended.Sub(began) > maxExchange {
 		return
 	}
-	skew := date.Add(time.Second / 2).Sub(ended).Round(time.Second) // Date is cut, not rounded
+	skew := date.Add(time.Second / 2).Sub(ended).Round(time.Second) // The header Date is truncated, not rounded.
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.skew, c.known = skew, true
 	switch off := skew.Abs(); {
 	case !c.wrong && off > maxSkew:
 		c.wrong = true
-		c.log.WarnContext(ctx, "This machine's clock differs from AWS's: set it, with NTP or chrony on the node", "aws_is_ahead_by", skew)
+		c.log.WarnContext(ctx, "Detected clock skew against AWS, set the node's clock with NTP or chrony", "aws_is_ahead_by", skew)
 	case c.wrong && off < goodSkew:
 		c.wrong = false
-		c.log.InfoContext(ctx, "This machine's clock agrees with AWS's again", "aws_is_ahead_by", skew)
+		c.log.InfoContext(ctx, "Clock skew against AWS ended", "aws_is_ahead_by", skew)
 	}
 }
 
-// read returns how far AWS's clock is ahead of ours, and whether that is known.
+// read returns how far AWS's clock is ahead of ours. known is false before the first response.
 func (c *clock) read() (time.Duration, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.skew, c.known
 }
 
-// local returns when our clock will show a time that AWS stated. A difference too small to be
-// reported is one of measurement, and is left.
+// local returns the time of our clock at a time that AWS stated. It ignores a skew up to maxSkew, which may be an error of
+// measurement.
 func (c *clock) local(stated time.Time) time.Time {
 	if skew, _ := c.read(); skew.Abs() > maxSkew {
 		return stated.Add(-skew)

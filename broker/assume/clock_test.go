@@ -17,14 +17,14 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Skew is read off answers and errors alike, and reported when it begins and when it ends.
+// TestClockSkew: the skew is learned from successful and failed responses. Its start and its end are logged.
 func TestClockSkew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{Logger: slog.New(slog.NewTextHandler(&log, nil))})
 		g := grant(t, nil)
 		if skew, known := sts.ClockSkew(); known {
-			t.Errorf("before the first answer the skew is %v", skew)
+			t.Errorf("before the first response the skew is %v", skew)
 		}
 		for _, step := range []struct {
 			ahead, want    time.Duration // want: to within the second that Date is cut to
@@ -41,32 +41,31 @@ func TestClockSkew(t *testing.T) {
 			{0, 0, 2, 2},
 		} {
 			server.SetClock(step.ahead)
-			// The first refuses a signature that is off by more than five minutes, and the second takes the corrected one.
+			// The first call is refused, because the date is wrong by more than five minutes. The second has the corrected date.
 			for _, b := range []ststest.Behavior{{Latency: 2 * time.Second}, {Deny: true}, {Fault: ststest.Unavailable()}} {
 				server.SetRole(roleARN, b)
 				_, _ = sts.Credential(t.Context(), g)
 				if skew, known := sts.ClockSkew(); !known || (skew-step.want).Abs() > 2*time.Second {
 					t.Errorf("with AWS %v ahead, the skew is %v, %v", step.ahead, skew, known)
 				}
-				began, resumed := strings.Count(log.String(), "differs from AWS's"), strings.Count(log.String(), "agrees with AWS's again")
+				began, resumed := strings.Count(log.String(), "Detected clock skew"), strings.Count(log.String(), "Clock skew against AWS ended")
 				if began != step.began || resumed != step.resumed {
 					t.Errorf("with AWS %v ahead, %d and %d lines, want %d and %d:\n%s", step.ahead, began, resumed, step.began, step.resumed, &log)
 				}
 				time.Sleep(time.Minute)
 			}
 		}
-		// An exchange that took long tells no time.
+		// A long exchange does not update the skew.
 		server.SetClock(time.Hour)
 		server.SetRole(roleARN, ststest.Behavior{Latency: 6 * time.Second})
 		_, _ = sts.Credential(t.Context(), g)
 		if skew, _ := sts.ClockSkew(); skew > 2*time.Second {
-			t.Errorf("an answer that took six seconds gives skew %v", skew)
+			t.Errorf("a response after six seconds gives skew %v", skew)
 		}
 	})
 }
 
-// With a clock that AWS's signatures do not allow, the first call is refused, and made once more with a
-// corrected date.
+// TestWrongClockStillWorks: if AWS refuses signatures because of the clock, the call is repeated once with a corrected date.
 func TestWrongClockStillWorks(t *testing.T) {
 	for _, ahead := range []time.Duration{15 * time.Minute, -15 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
@@ -88,10 +87,9 @@ func TestWrongClockStillWorks(t *testing.T) {
 	}
 }
 
-// Renewal is paced by Issued and Expiration on our clock: it comes when the remainder, as our clock
-// shows it, falls to between 0.5 and 0.6 of the life. However wrong our clock is, within what signatures
-// can be corrected for, at least 0.45 of the session must then really be left; and pods must never be
-// told a later end than AWS's.
+// TestSkewDoesNotDelayRenewal: renewal follows Issued and Expiration on our clock: it is due when between 0.5 and 0.6 of the
+// session duration is left on our clock. For each skew that signatures can be corrected for, at least 0.45 of the session must
+// then really be left, and pods must never get an expiration later than AWS's.
 func TestSkewDoesNotDelayRenewal(t *testing.T) {
 	for _, ahead := range []time.Duration{-15 * time.Minute, -10 * time.Minute, -time.Minute, -10 * time.Second, 0, 10 * time.Second, time.Minute, 10 * time.Minute, 15 * time.Minute} {
 		for _, duration := range []string{"15m", "1h", "12h"} {
@@ -104,7 +102,7 @@ func TestSkewDoesNotDelayRenewal(t *testing.T) {
 				cred, err := sts.Credential(t.Context(), g)
 				asked := g.Duration()
 				if -ahead >= asked {
-					check(t, what, err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"expired already", "clock is 15m", "ahead of AWS's"})
+					check(t, what, err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"already expired", "clock is 15m", "ahead of AWS's"})
 					return
 				}
 				if err != nil {
@@ -127,14 +125,14 @@ func TestSkewDoesNotDelayRenewal(t *testing.T) {
 	}
 }
 
-// Who is not told the time guesses no skew; a session that has expired is refused all the same.
+// TestExpiredAnswer: without a date in responses, no skew is assumed. A session that has expired is refused nevertheless.
 func TestExpiredAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{SessionLife: func(time.Duration) time.Duration { return -time.Minute }}, assume.Config{})
 		err := call(t, sts, grant(t, nil), func() int { return server.Count("", "") })
-		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"expired already", "STS-compatible service", roleARN})
+		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"already expired", "STS-compatible service", roleARN})
 	})
-	// One that is said to last for years counts as long as was asked.
+	// A session with a stated end in years counts as the requested duration.
 	synctest.Test(t, func(t *testing.T) {
 		_, sts := inMemory(t, ststest.Config{SessionLife: func(time.Duration) time.Duration { return 1e5 * time.Hour }}, assume.Config{})
 		cred, err := sts.Credential(t.Context(), grant(t, nil))

@@ -14,7 +14,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume"
 )
 
-// docs/aws.md has a table of AWS's codes, which is this package's.
+// TestDocsListCodes: docs/aws.md has a table of this package's error codes.
 func TestDocsListCodes(t *testing.T) {
 	page, err := os.ReadFile(filepath.FromSlash("../../docs/aws.md"))
 	if err != nil {
@@ -38,7 +38,7 @@ func TestDocsListCodes(t *testing.T) {
 		"`STS_ACCESS_DENIED`":                      sorted(assume.DeniedCodes),
 		"`STS_REJECTED`":                           sorted(assume.RejectedCodes),
 	}
-	// The SDK's list has codes of other services; what the page names must be on it.
+	// The SDK's list also has codes of other services. Each code of the page must be on it.
 	for _, code := range listed["`STS_THROTTLED`"] {
 		if _, ok := retry.DefaultThrottleErrorCodes[code]; !ok {
 			t.Errorf("%s is not throttling", code)

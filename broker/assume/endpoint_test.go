@@ -9,7 +9,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume"
 )
 
-// Where calls go: to the region's own endpoint in every partition, whatever was asked of older SDKs.
+// TestEndpoint: calls go to the regional endpoint in every partition, also with settings of older SDKs.
 func TestEndpoint(t *testing.T) {
 	for _, tt := range []struct {
 		region string
@@ -38,22 +38,22 @@ func TestEndpoint(t *testing.T) {
 			for name, value := range tt.env {
 				t.Setenv(name, value)
 			}
-			var dialled []string
+			var dialed []string
 			cfg := assume.Config{Region: tt.region, Dial: func(_ context.Context, _, address string) (net.Conn, error) {
-				dialled = append(dialled, address)
+				dialed = append(dialed, address)
 				return nil, errors.New("this test calls nobody")
 			}}
 			_, err := newSTS(t, cfg).Credential(t.Context(), grant(t, nil))
-			if err == nil || len(dialled) != 1 || dialled[0] != tt.want {
-				t.Errorf("with %s, %v, calls go to %v, want %s (%v)", tt.region, tt.env, dialled, tt.want, err)
+			if err == nil || len(dialed) != 1 || dialed[0] != tt.want {
+				t.Errorf("with %s, %v, calls go to %v, want %s (%v)", tt.region, tt.env, dialed, tt.want, err)
 			}
-			// --sts-endpoint replaces all of it.
-			dialled = nil
+			// --sts-endpoint overrides the regional endpoint.
+			dialed = nil
 			if len(tt.env) == 0 {
 				cfg.Endpoint = "http://sts.example.com:8080"
 				_, _ = newSTS(t, cfg).Credential(t.Context(), grant(t, nil))
-				if len(dialled) != 1 || dialled[0] != "sts.example.com:8080" {
-					t.Errorf("with --sts-endpoint, calls go to %v", dialled)
+				if len(dialed) != 1 || dialed[0] != "sts.example.com:8080" {
+					t.Errorf("with --sts-endpoint, calls go to %v", dialed)
 				}
 			}
 		})

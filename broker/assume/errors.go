@@ -18,20 +18,19 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Codes by what they call for; STS API reference and the common errors of the Query API. Throttling
-// arrives as HTTP 400, so the code decides and not the status; retry.DefaultThrottleErrorCodes
-// lists that kind.
+// Error codes by their consequence, from the STS API reference and the common errors of the Query API. Throttling has HTTP
+// status 400, so the code decides, not the status. retry.DefaultThrottleErrorCodes has the codes for throttling.
 var (
-	// staleCodes say that what signed the call is expired, replaced or dated wrongly. Credentials that
-	// are read again, or a date that the SDK has learned to correct, may mend it.
+	// staleCodes: the credentials are expired or replaced, or the date is wrong. Loading the credentials again may help, and
+	// the SDK corrects the date after the first response.
 	staleCodes = []string{
 		"ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException",
 		"SignatureDoesNotMatch", "InvalidSignatureException", "RequestExpired", "RequestTimeTooSkewed", "AuthFailure",
 	}
-	// ownCodes blame the caller as well, and another try does not help.
+	// ownCodes: the credentials are wrong, and a retry does not help.
 	ownCodes = []string{"MissingAuthenticationToken", "IncompleteSignature", "OptInRequired", "InvalidAccessKeyId"}
-	// identityCodes are about the web identity token that the broker's own credentials come from. It may
-	// have been replaced since it was read, or be younger than what AWS knows of its issuer.
+	// identityCodes: STS refuses the web identity token for the broker's own credentials. The token may have been replaced
+	// since it was read, or AWS may not know the newest key of its issuer yet.
 	identityCodes = []string{
 		"InvalidIdentityToken", "InvalidIdentityTokenException", "IDPRejectedClaim", "IDPRejectedClaimException",
 		"IDPCommunicationError", "IDPCommunicationErrorException",
@@ -42,57 +41,57 @@ var (
 		"PackedPolicyTooLarge", "PackedPolicyTooLargeException", "InvalidParameterValue",
 		"InvalidParameterCombination", "MissingParameter",
 	}
-	// regionCodes are about the broker's region, which no pod chose.
+	// regionCodes: STS is not active in the broker's region, which no pod chose.
 	regionCodes = []string{"RegionDisabledException", "RegionDisabled"}
 )
 
-// foreignKeys are how MinIO words the refusal of a caller, for which it has no code but AccessDenied.
+// foreignKeys are MinIO's messages for a caller with wrong keys. MinIO has only the code AccessDenied for it.
 var foreignKeys = []string{"Access Key Id you provided does not exist", "request signature we calculated does not match"}
 
-// verdict is what an error of STS calls for.
-type verdict int
+// outcome classifies the result of a call by its consequence.
+type outcome int
 
 const (
-	fine     verdict = iota
-	throttle         // ask less
-	stale            // own credentials: read them again
-	identity         // own credentials: the web identity token behind them
-	ownFault         // own credentials: an operator must act
-	region           // an operator must choose another region
-	denied           // the role's trust, or the broker's permissions
-	rejected         // the session that was asked for
-	away             // everything else: ask again
+	success     outcome = iota
+	throttle            // slow down
+	stale               // own credentials: load them again
+	identity            // own credentials: read the web identity token again
+	ownFault            // own credentials: a cluster admin must act
+	region              // a cluster admin must choose another region
+	denied              // the role's trust policy, or the broker's permissions
+	rejected            // the parameters of the session
+	unavailable         // everything else: a retry may help
 )
 
-// answer is what STS said of an error, as far as it said anything.
-type answer struct {
+// stsError has the parts of an error response of STS. Parts that it lacks are zero.
+type stsError struct {
 	code, message string
-	status        int // 0: it did not answer
+	status        int // 0: STS did not respond
 }
 
-func answerOf(err error) answer {
-	var a answer
+func stsErrorOf(err error) stsError {
+	var a stsError
 	if e, ok := errors.AsType[smithy.APIError](err); ok {
 		a.code, a.message = e.ErrorCode(), e.ErrorMessage()
 	}
 	if e, ok := errors.AsType[*smithyhttp.ResponseError](err); ok {
 		a.status = e.HTTPStatusCode()
 	}
-	if e, ok := errors.AsType[*unread](err); ok {
+	if e, ok := errors.AsType[*unreadable](err); ok {
 		a.status = e.status
 	}
 	return a
 }
 
-// judge tells errors apart, of any call of STS.
-func judge(err error) verdict {
+// outcomeOf classifies the error of any call of STS.
+func outcomeOf(err error) outcome {
 	if err == nil {
-		return fine
+		return success
 	}
 	if _, ok := errors.AsType[*ownError](err); ok {
 		return ownFault
 	}
-	a := answerOf(err)
+	a := stsErrorOf(err)
 	_, throttled := retry.DefaultThrottleErrorCodes[a.code]
 	switch {
 	case throttled || a.status == http.StatusTooManyRequests:
@@ -113,11 +112,11 @@ func judge(err error) verdict {
 	case slices.Contains(rejectedCodes, a.code):
 		return rejected
 	}
-	return away
+	return unavailable
 }
 
-// reason is the verdict's name on the outside.
-func (v verdict) reason() credential.Reason {
+// reason returns the reason code of the outcome.
+func (v outcome) reason() credential.Reason {
 	switch v {
 	case throttle:
 		return credential.ReasonSTSThrottled
@@ -132,41 +131,41 @@ func (v verdict) reason() credential.Reason {
 	}
 }
 
-// outcome is the verdict in [Call].
-func (v verdict) outcome() string {
-	if v == fine {
+// label returns the outcome as in [Call].
+func (v outcome) label() string {
+	if v == success {
 		return "ok"
 	}
 	return string(v.reason())
 }
 
-// maxWords bounds what is passed on of STS's own words, in bytes.
+// maxWords bounds the part of STS's messages that is passed on, in bytes.
 const maxWords = 500
 
-// throttledWait is the least time before a throttled call is made again.
+// throttledWait is the minimum wait before a throttled call is repeated.
 const throttledWait = time.Second
 
-// classify says what err of AssumeRole means for the pod that waits.
+// classify returns the error of AssumeRole in the form for the waiting pod.
 func (s *STS) classify(g policy.Grant, err error) error {
 	if e, ok := errors.AsType[*credential.Error](err); ok {
-		return e // said already
+		return e // already in its final form
 	}
-	v, a := judge(err), answerOf(err)
+	v, a := outcomeOf(err), stsErrorOf(err)
 	e := &credential.Error{Kind: credential.ErrUnavailable, Reason: v.reason(), Cause: cause(err)}
 	switch v {
 	case throttle:
 		e.RetryAfter = throttledWait
-		e.Message = "STS throttles this account; the broker asks again by itself"
+		e.Message = "STS throttles this account; the broker retries by itself"
 	case stale, identity, ownFault:
-		e.Message = "the broker's own AWS credentials do not work; its operator must see to it"
+		e.Message = "the broker's own AWS credentials do not work; a cluster admin must check them"
 		if own, ok := errors.AsType[*ownError](err); ok {
 			e.RetryAfter = own.wait
-			if inner := judge(own.err); inner == throttle || inner == away && answerOf(own.err).status != 0 {
-				e.Message = "the broker's own AWS credentials cannot be had at the moment; it asks again by itself, and its operator must see to it if this lasts"
+			if inner := outcomeOf(own.err); inner == throttle || inner == unavailable && stsErrorOf(own.err).status != 0 {
+				e.Message = "the broker cannot load its own AWS credentials now; it retries by itself; a cluster admin must check them if this lasts"
 			}
 		}
 	case region:
-		e.Message = fmt.Sprintf("STS is not active in region %s, which is the broker's; its operator must choose another one with --region, or activate this one in the account", s.region)
+		e.Message = fmt.Sprintf("STS is not active in the broker's region %s; a cluster admin must choose another region with --region, or activate this one in the account", s.region)
 	case denied:
 		e.Kind = credential.ErrDenied
 		e.Message = fmt.Sprintf("STS refuses role %s: %s", g.Role(), denial(g, a.message))
@@ -174,22 +173,22 @@ func (s *STS) classify(g policy.Grant, err error) error {
 		e.Kind = credential.ErrInvalid
 		e.Message = fmt.Sprintf("STS rejects the session for role %s (%s): %s", g.Role(), a.code, clip.Bytes(a.message, maxWords)) + rejection(a)
 	default:
-		e.Message = "STS cannot be reached or fails; the broker asks again by itself"
+		e.Message = "STS is unavailable; the broker retries by itself"
 	}
 	return e
 }
 
-// denial says what to check when STS denies a role. Its words name the action that was not allowed,
-// and are not passed on: they tell a pod who the broker is.
+// denial returns the conditions to check if STS denies a role. STS's own message names the denied action. It is not passed on,
+// because it tells a pod the broker's identity.
 func denial(g policy.Grant, words string) string {
 	switch {
 	case strings.Contains(words, "sts:SetSourceIdentity"):
 		return "its trust policy must allow the broker's role sts:SetSourceIdentity as well, and so must the permissions of the broker's role"
 	case strings.Contains(words, "sts:TagSession") && len(g.Tags()) == 0:
-		// Transitive tags of the broker's own session are set anew on each one behind it.
-		return "its trust policy must allow the broker's role sts:TagSession as well: this pod asks for no tags, but the broker's own session carries some, as with EKS Pod Identity"
+		// Each session of role chaining also gets the transitive tags of the broker's own session.
+		return "its trust policy must allow the broker's role sts:TagSession as well: this pod requests no tags, but the broker's own session has some, as with EKS Pod Identity"
 	case strings.Contains(words, "sts:TagSession"):
-		return "its trust policy must allow the broker's role sts:TagSession as well, and so must the permissions of the broker's role: the session is to carry tags"
+		return "its trust policy must allow the broker's role sts:TagSession as well, and so must the permissions of the broker's role, because the session has tags"
 	}
 	check := fmt.Sprintf("check that it exists, that its trust policy names the broker's role%s, and that the broker may assume it", conditions(g))
 	if g.ExternalID() == "" {
@@ -198,7 +197,7 @@ func denial(g policy.Grant, words string) string {
 	return check
 }
 
-// conditions names what a trust policy may ask for besides the broker's role.
+// conditions names the conditions of a trust policy, besides the broker's role, that the grant needs.
 func conditions(g policy.Grant) string {
 	var also []string
 	if g.ExternalID() != "" {
@@ -220,38 +219,38 @@ func conditions(g policy.Grant) string {
 	}
 }
 
-// rejection adds what to change, where STS's own words leave that open.
-func rejection(a answer) string {
+// rejection returns the fix if STS's message has none.
+func rejection(a stsError) string {
 	switch {
 	case strings.Contains(a.message, "role chaining"):
-		return "; AWS gives one hour at most here, because the broker itself is a role: set the annotation duration to 1h or less"
+		return "; AWS limits role chaining to one hour, because the broker itself is a role; set the annotation duration to 1h or less"
 	case strings.Contains(a.message, "MaxSessionDuration"):
 		return "; lower the annotation duration, or raise the role's maximum session duration in IAM"
 	case strings.HasPrefix(a.code, "PackedPolicyTooLarge"):
-		return "; shorten the session policy, or name fewer policy ARNs or session tags: they share one space"
+		return "; shorten the session policy, or set fewer policy ARNs or session tags, because they share one limit"
 	}
 	return ""
 }
 
-// cause returns err as it may stand in our own log. What could not be read as an answer may hold
-// anything, a session's keys among it, and the SDK quotes parts of it.
+// cause returns err in the form for our own log. An unreadable response may contain anything, even a session's keys, and the SDK
+// quotes parts of it.
 func cause(err error) error {
-	_, said := errors.AsType[*credential.Error](err)
-	_, done := errors.AsType[*unread](err)
-	_, own := errors.AsType[*ownError](err) // its own cause was made so
-	if said || done || own {
+	_, final := errors.AsType[*credential.Error](err)
+	_, done := errors.AsType[*unreadable](err)
+	_, own := errors.AsType[*ownError](err) // The function made its cause.
+	if final || done || own {
 		return err
 	}
 	_, parsed := errors.AsType[smithy.APIError](err)
 	_, broken := errors.AsType[*smithy.DeserializationError](err)
-	status := answerOf(err).status
+	status := stsErrorOf(err).status
 	switch {
 	case parsed:
 		return bounded{err}
 	case status == 0 && !broken:
-		return err // no answer: a connection, the context, or a source that makes none
+		return err // There is no response: a connection, the context, or a source without responses failed.
 	}
-	u := &unread{status: status}
+	u := &unreadable{status: status}
 	if p, ok := errors.AsType[*proxyError](err); ok {
 		u.proxy = p.host
 	}
@@ -266,18 +265,18 @@ func cause(err error) error {
 	return u
 }
 
-// unread is an answer that was none, without what it said.
-type unread struct {
+// unreadable is a response that is not from STS, without its content.
+type unreadable struct {
 	call   string
 	status int
-	proxy  string // that it came through; empty: none
+	proxy  string // of the connection; empty: none
 	err    error  // why it was not read to its end; nil: it was
 }
 
-func (u *unread) Error() string {
-	text := fmt.Sprintf("%s: what came back, with status %d, is no answer of its", u.call, u.status)
+func (u *unreadable) Error() string {
+	text := fmt.Sprintf("%s: the response with status %d is not from STS", u.call, u.status)
 	if u.proxy != "" {
-		text += ", and came through the proxy " + u.proxy
+		text += "; it came through the proxy " + u.proxy
 	}
 	if u.err != nil {
 		text += ": " + u.err.Error()
@@ -285,12 +284,12 @@ func (u *unread) Error() string {
 	return text
 }
 
-func (u *unread) Unwrap() error { return u.err }
+func (u *unreadable) Unwrap() error { return u.err }
 
-// bounded is an error with a bound on its words.
+// bounded bounds the message of an error.
 type bounded struct{ error }
 
-// Error keeps the beginning, which says what was called, and as much again for STS's words.
+// Error returns the start of the message, which names the call, and as many bytes of STS's own message.
 func (b bounded) Error() string {
 	text := b.error.Error()
 	return strings.ToValidUTF8(text[:min(len(text), 2*maxWords)], "")

@@ -1,12 +1,12 @@
 package assume
 
-// Bounds that tests need to know.
+// Bounds for tests.
 const (
 	MaxAnswer = maxAnswer
 	MaxSkew   = maxSkew
 )
 
-// The codes of each kind, for the table in docs/aws.md.
+// The error codes of the table in docs/aws.md.
 var (
 	StaleCodes    = staleCodes
 	OwnCodes      = append(append(append([]string{}, ownCodes...), regionCodes...), identityCodes...)

@@ -15,7 +15,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Whatever answers, there is a whole credential or an error, and the error passes on no secret.
+// FuzzAnswer: any response gives a complete session or an error, and the error has no secret.
 func FuzzAnswer(f *testing.F) {
 	const planted, token = "planted-secret", "planted-token"
 	for _, body := range []string{
@@ -42,7 +42,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(uint16(403), "", "not a date", []byte(goodAnswer))
 
 	var answer atomic.Pointer[http.HandlerFunc]
-	// Not isolate: the environment of a fuzz test is set once, before its body runs.
+	// isolate does not work here, because the environment of a fuzz test is set once, before its body runs.
 	for _, variable := range os.Environ() {
 		if name, _, _ := strings.Cut(variable, "="); strings.HasPrefix(name, "AWS_") {
 			f.Setenv(name, "")
@@ -86,14 +86,14 @@ func FuzzAnswer(f *testing.F) {
 		if len(e.Message) > 2000 || len(err.Error()) > 4000 {
 			t.Errorf("the message has %d bytes, with its cause %d", len(e.Message), len(err.Error()))
 		}
-		// An error document is AWS's to word; what it says there is passed on, and it says no secret.
+		// The message of an AWS error document is passed on. AWS writes no secrets there.
 		if strings.Contains(strings.ToLower(string(body)), "<error>") {
 			return
 		}
 		for _, form := range []string{"%v", "%+v", "%#v", "%q"} {
 			for _, secret := range []string{planted, token} {
 				if strings.Contains(fmt.Sprintf(form, err), secret) {
-					t.Errorf("the error tells a secret: %v", err)
+					t.Errorf("the error has a secret: %v", err)
 				}
 			}
 		}

@@ -17,7 +17,7 @@ import (
 
 var secretElements = regexp.MustCompile(`<(?:SecretAccessKey|SessionToken)>([^<]+)`)
 
-// What a half-broken service answers makes no credential, is retried by whoever asked, and is not passed on.
+// TestGarbage: an invalid response gives no session, may be retried by the caller, and is not passed on.
 func TestGarbage(t *testing.T) {
 	for name, fault := range map[string]*ststest.Fault{
 		"a page":                 ststest.HTMLPage(),
@@ -63,7 +63,7 @@ func TestGarbage(t *testing.T) {
 			}
 			id, own := server.Keys()
 			isolate(t, id, own.Reveal(), "")
-			// The secret that lies in the answer is seen before the fault spoils it.
+			// The test reads the secret before the fault changes the response.
 			var secrets []string
 			inner := fault.Garble
 			server.SetDefault(ststest.Behavior{Fault: &ststest.Fault{Garble: func(a *ststest.Answer) {
@@ -77,20 +77,20 @@ func TestGarbage(t *testing.T) {
 			sts := newSTS(t, assume.Config{Endpoint: front.URL})
 			err = call(t, sts, grant(t, nil), func() int { return server.Count("", "") })
 			if len(secrets) != 2 {
-				t.Fatalf("there are %d secrets to look for", len(secrets))
+				t.Fatalf("there are %d secrets to search for", len(secrets))
 			}
 			for _, secret := range secrets[:2] {
 				secrets = append(secrets, strings.NewReplacer("/", "", "+", "", "=", "").Replace(secret), strings.Trim(secret, "="), secret[:20])
 			}
 			check(t, name, err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, nil, append(secrets, own.Reveal())...)
 			if n := server.Answered("Garbled"); n != 1 {
-				t.Errorf("%d answers were spoilt", n)
+				t.Errorf("%d responses were changed", n)
 			}
 		})
 	}
 }
 
-// An answer may be as large as the bound, and what is beyond is not read.
+// TestAnswerIsBounded: a response may have the maximum size. The rest is not read.
 func TestAnswerIsBounded(t *testing.T) {
 	const huge = 64 << 20
 	for size, fits := range map[int]bool{
@@ -98,8 +98,8 @@ func TestAnswerIsBounded(t *testing.T) {
 		assume.MaxAnswer + 1000: false, // what comes after the result is not needed
 		huge:                    false,
 	} {
-		// In memory, and late: over a real network the SDK ends a request whose answer is there before
-		// it has noticed that all of the request was sent, and what is left of the answer is lost.
+		// The response comes from memory and late. Over a real network, net/http may get the response before the request is
+		// completely sent. It then ends the request, and the rest of the response is lost.
 		synctest.Test(t, func(t *testing.T) {
 			server, sts := inMemory(t, ststest.Config{}, assume.Config{})
 			server.SetDefault(ststest.Behavior{Latency: time.Second, Fault: &ststest.Fault{Garble: func(a *ststest.Answer) {
@@ -109,17 +109,17 @@ func TestAnswerIsBounded(t *testing.T) {
 			_, err := sts.Credential(t.Context(), grant(t, nil))
 			if fits {
 				if err != nil {
-					t.Errorf("an answer of %d bytes gives %v", size, err)
+					t.Errorf("a response of %d bytes gives %v", size, err)
 				}
 				return
 			}
 			check(t, "too large", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, nil)
 			if err == nil || !strings.Contains(err.Error(), "larger than 64 KiB") {
-				t.Errorf("an answer of %d bytes gives %v", size, err)
+				t.Errorf("a response of %d bytes gives %v", size, err)
 			}
 		})
 	}
-	// A header is bounded too, though the answer below it be right.
+	// The header is bounded, too, also with a valid body.
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{})
 		server.SetDefault(ststest.Behavior{Latency: time.Second, Fault: &ststest.Fault{Garble: func(a *ststest.Answer) {
@@ -132,7 +132,7 @@ func TestAnswerIsBounded(t *testing.T) {
 	})
 }
 
-// An outage is told from a refusal, and ends by itself.
+// TestOutage: an outage is distinguished from a refusal, and ends without a restart.
 func TestOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{})
@@ -144,7 +144,7 @@ func TestOutage(t *testing.T) {
 			server.SetOutage(outage)
 			for range 2 { // on the connection that is open, and on a new one
 				_, err := sts.Credential(t.Context(), g)
-				check(t, fmt.Sprint(outage), err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"cannot be reached or fails"})
+				check(t, fmt.Sprint(outage), err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"is unavailable"})
 			}
 			server.SetOutage(ststest.NoOutage)
 		}
@@ -152,7 +152,7 @@ func TestOutage(t *testing.T) {
 			t.Error(err)
 		}
 
-		// A call in progress is cut by the outage; one that hangs is given up in time.
+		// The outage interrupts a call in progress. A call that hangs ends after its timeout.
 		server.SetRole(roleARN, ststest.Behavior{Fault: ststest.Hang()})
 		began := time.Now()
 		go func() {
@@ -171,7 +171,7 @@ func TestOutage(t *testing.T) {
 		if d := time.Since(began); d != 10*time.Second {
 			t.Errorf("a hanging call was given up after %v", d)
 		}
-		// Nothing of it was a matter of the broker's own credentials.
+		// None of it concerns the broker's own credentials.
 		if e, ok := errors.AsType[*credential.Error](err); !ok || e.RetryAfter != 0 {
 			t.Errorf("got %v", err)
 		}

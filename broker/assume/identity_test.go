@@ -18,12 +18,12 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// form is an error as services word it that speak STS's form.
+// form is an error response in the form of STS.
 func form(code, message string) string {
 	return fmt.Sprintf(`<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type></Type><Code>%s</Code><Message>%s</Message></Error><RequestId>18EC3C10FE2E4612</RequestId></ErrorResponse>`, code, message)
 }
 
-// What STS says decides whether it knows the broker, and what its operator reads.
+// TestIdentityByAnswer: the response of STS decides whether the broker's identity is confirmed, and which problem is reported.
 func TestIdentityByAnswer(t *testing.T) {
 	const confirmed, unsupported = "confirmed", "unsupported"
 	user := "User: arn:aws:iam::123456789012:user/broker is not authorized to perform: "
@@ -38,23 +38,23 @@ func TestIdentityByAnswer(t *testing.T) {
 		"unknown key":                {403, form("InvalidClientTokenId", "The security token included in the request is invalid."), "", []string{"InvalidClientTokenId", "access key does not exist", "Secret"}},
 		"wrong secret":               {403, form("SignatureDoesNotMatch", "The request signature we calculated does not match"), "", []string{"SignatureDoesNotMatch", "secret access key"}},
 		"unknown key, MinIO":         {403, form("AccessDenied", "The Access Key Id you provided does not exist in our records."), "", []string{"access key does not exist"}},
-		"expired":                    {400, form("ExpiredToken", "The security token included in the request is expired"), "", []string{"have expired", "Replace"}},
+		"expired":                    {400, form("ExpiredToken", "The security token included in the request is expired"), "", []string{"have expired", "replace"}},
 		"clock":                      {400, form("RequestExpired", "Request has expired"), "", []string{"clock"}},
 		"no account":                 {403, form("OptInRequired", "The AWS Access Key Id needs a subscription for the service"), "", []string{"subscribed"}},
 		"region":                     {403, form("RegionDisabledException", "STS is not activated in this region"), "", []string{"eu-central-1", "--region"}},
 		"throttled":                  {400, form("Throttling", "Rate exceeded"), "", []string{"throttles", "keeps trying"}},
 		"failing":                    {503, form("ServiceUnavailable", "try later"), "", []string{"ServiceUnavailable", "status 503", "keeps trying"}},
 		"a denial that names nobody": {403, form("AccessDenied", "Access Denied."), "", []string{"denies the broker", "VPC endpoint"}},
-		// An endpoint policy that lets AssumeRole alone pass. STS knew the caller.
+		// An endpoint policy allows only AssumeRole. STS knew the caller.
 		"a policy against the action": {403, form("AccessDenied", user+"sts:GetCallerIdentity because no VPC endpoint policy allows the sts:GetCallerIdentity action"), confirmed, nil},
-		// As a real MinIO answers, whatever the keys are.
+		// A real MinIO responds so, whatever the keys are.
 		"MinIO":                      {400, form("InvalidParameterValue", "Unsupported action GetCallerIdentity"), unsupported, []string{"no GetCallerIdentity", "--base-arn"}},
 		"unknown action":             {400, form("InvalidAction", "Could not find operation GetCallerIdentity for version 2011-06-15"), unsupported, nil},
 		"not implemented":            {501, form("NotImplemented", "A header you provided implies functionality that is not implemented"), unsupported, nil},
 		"not allowed, as S3 says it": {405, `<?xml version="1.0" encoding="UTF-8"?><Error><Code>MethodNotAllowed</Code><RequestId>tx1</RequestId></Error>`, unsupported, nil},
 		"a web server":               {404, "<html><title>404 Not Found</title></html>", "", []string{"status 404", "--sts-endpoint"}},
-		"a proxy":                    {403, "<html><title>Forbidden by your company</title></html>", "", []string{"status 403", "proxy"}},
-		"a page":                     {200, "<html>Sign in to the guest network</html>", "", []string{"status 200", "proxy"}},
+		"a proxy":                    {403, "<html><title>Forbidden by your company</title></html>", "", []string{"status 403", "prox"}},
+		"a page":                     {200, "<html>Sign in to the guest network</html>", "", []string{"status 200", "prox"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			isolate(t, "AKIAEXAMPLE", "own-secret", "")
@@ -74,7 +74,7 @@ func TestIdentityByAnswer(t *testing.T) {
 			}
 			for _, words := range tt.words {
 				if !strings.Contains(is.Problem, words) {
-					t.Errorf("the problem does not say %q: %s", words, is.Problem)
+					t.Errorf("the problem lacks %q: %s", words, is.Problem)
 				}
 			}
 			for _, never := range []string{"own-secret", "18EC3C10FE2E4612", "arn:", "<html>"} {
@@ -86,7 +86,8 @@ func TestIdentityByAnswer(t *testing.T) {
 	}
 }
 
-// Any call that STS answers as one of a caller that it knows confirms the identity, and nothing takes that back.
+// TestIdentityIsConfirmedByAnyCallAndStays: any response of STS to a caller that it knows confirms the identity. Nothing
+// revokes that.
 func TestIdentityIsConfirmedByAnyCallAndStays(t *testing.T) {
 	server := start(t, ststest.Config{})
 	server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidParameterValue", Message: "Unsupported action GetCallerIdentity"}})
@@ -106,13 +107,13 @@ func TestIdentityIsConfirmedByAnyCallAndStays(t *testing.T) {
 		}
 	}
 
-	// A role that does not trust the broker does, too: STS says whom it refuses.
+	// A role that does not trust the broker confirms it, too: STS names the caller that it denies.
 	server = start(t, ststest.Config{Default: ststest.Behavior{Deny: true}})
 	s = newSTS(t, assume.Config{Endpoint: server.URL()})
 	if _, err := s.Credential(t.Context(), grant(t, nil)); err == nil || !s.Identity().Confirmed {
 		t.Errorf("a role that is refused (%v): %+v", err, s.Identity())
 	}
-	// What fails otherwise does not.
+	// Other failures do not.
 	server.SetDefault(ststest.Behavior{Fault: ststest.Throttling()})
 	s = newSTS(t, assume.Config{Endpoint: server.URL()})
 	if _, err := s.Credential(t.Context(), grant(t, nil)); err == nil || s.Identity().Confirmed {
@@ -120,7 +121,7 @@ func TestIdentityIsConfirmedByAnyCallAndStays(t *testing.T) {
 	}
 }
 
-// With --assume-role the first hop must work too.
+// TestIdentityBehindAHop: with --assume-role, the first hop must work, too.
 func TestIdentityBehindAHop(t *testing.T) {
 	hop, err := credential.ParseRoleARN(hopARN)
 	if err != nil {
@@ -144,7 +145,7 @@ func TestIdentityBehindAHop(t *testing.T) {
 		}
 		for _, words := range tt.words {
 			if !strings.Contains(is.Problem, words) || strings.Contains(is.Problem, "arn:") {
-				t.Errorf("%s: the problem does not say %q, or too much: %s", name, words, is.Problem)
+				t.Errorf("%s: the problem lacks %q, or has an ARN: %s", name, words, is.Problem)
 			}
 		}
 	}
@@ -160,7 +161,7 @@ func TestIdentityWithoutCredentials(t *testing.T) {
 	isolate(t, "", "", "")
 	s := newSTS(t, assume.Config{Endpoint: server.URL()})
 	_, _ = s.Base(t.Context())
-	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "obtains no AWS credentials") || !strings.Contains(is.Problem, "docs/aws.md") {
+	if is := s.Identity(); is.Confirmed || !strings.Contains(is.Problem, "has no AWS credentials") || !strings.Contains(is.Problem, "docs/aws.md") {
 		t.Errorf("without credentials: %+v", is)
 	}
 
@@ -185,7 +186,7 @@ func TestIdentityWithoutCredentials(t *testing.T) {
 	}
 }
 
-// One mistake is one problem, whatever port a connection has of its own: each text is an Event.
+// TestProblemsHaveNoPorts: one mistake has one text, whatever the local port, because each text is an Event.
 func TestProblemsHaveNoPorts(t *testing.T) {
 	isolate(t, "AKIAEXAMPLE", "own-secret", "")
 	port := 40_000
@@ -199,15 +200,15 @@ func TestProblemsHaveNoPorts(t *testing.T) {
 		_, _ = s.Base(t.Context())
 		problems[s.Identity().Problem] = true
 	}
-	const want = "the broker cannot reach STS: check egress, DNS, --region and any proxy on the way; the broker keeps trying (request send failed, " +
+	const want = "the broker cannot reach STS; it keeps trying; check egress, DNS, --region and proxies (request send failed, " +
 		`Post "https://sts.eu-central-1.amazonaws.com/": read udp 10.96.0.10:53: i/o timeout)`
 	if len(problems) != 1 || !problems[want] {
 		t.Errorf("the problems are %v, want %s", problems, want)
 	}
 }
 
-// A broker that waits for STS is confirmed within seconds of the end of an outage, however long that was. It sends no burst
-// of calls.
+// TestAwaitIdentity: the identity is confirmed within seconds after the end of an outage, however long it was. The broker sends
+// no burst of calls.
 func TestAwaitIdentity(t *testing.T) {
 	for name, outage := range map[string]ststest.Outage{"failing": ststest.Failing, "refusing": ststest.Refusing} {
 		t.Run(name, func(t *testing.T) {
@@ -224,7 +225,7 @@ func TestAwaitIdentity(t *testing.T) {
 				}
 				time.Sleep(time.Minute)
 				if again := s.Identity(); again != first {
-					t.Errorf("the problem changes its words from %q to %q", first.Problem, again.Problem)
+					t.Errorf("the text of the problem changes from %q to %q", first.Problem, again.Problem)
 				}
 				server.SetOutage(ststest.NoOutage)
 				began := time.Now()
@@ -244,9 +245,9 @@ func TestAwaitIdentity(t *testing.T) {
 			server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidAction"}})
 			s.AwaitIdentity(t.Context(), slog.New(slog.DiscardHandler)) // returns
 			if n := server.Count("GetCallerIdentity", ""); n != 1 || !s.Identity().Unsupported {
-				t.Errorf("%d calls of what is not there: %+v", n, s.Identity())
+				t.Errorf("%d calls of an unsupported action: %+v", n, s.Identity())
 			}
-			// A base needs an answer, so that is asked for until there is one.
+			// A base needs a response, so the call is repeated until there is one.
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			if base, err := s.AwaitBase(ctx, slog.New(slog.DiscardHandler)); err == nil || !base.IsZero() || server.Count("GetCallerIdentity", "") < 5 {

@@ -12,66 +12,65 @@ import (
 )
 
 const (
-	// askTimeout bounds one question to the source of the broker's own credentials: two exchanges
-	// with STS, or what the SDK spends on instance metadata. It leaves a caller of package cache,
-	// whose fetches end after 30 s, the time for its own call.
-	askTimeout = 20 * time.Second
-	// renewAhead is how long before they expire own credentials are renewed, as the SDK does it.
+	// loadTimeout bounds one load of the broker's own credentials: two exchanges with STS, or the SDK's attempts at instance
+	// metadata. Fetches of package cache end after 30 s, so the caller still has time for its own call.
+	loadTimeout = 20 * time.Second
+	// renewAhead is the time left at which the credentials are renewed. It equals the SDK's.
 	renewAhead = 5 * time.Minute
-	// reread is how often credentials without an end are read again: a rotated file is taken up
-	// while its predecessor still works. It is a read of a file.
+	// reread is the interval at which credentials that do not expire are read again. It costs the read of a file, and picks
+	// up a rotated key while the old one still works.
 	reread = 5 * time.Minute
-	// Waits between questions to a source that fails, doubled each time, and between questions that
-	// come of credentials that STS refuses. The second keeps a broken source's log readable, and is
-	// no longer than an operator waits for a mended one.
-	minAskWait, maxAskWait = time.Second, time.Minute
+	// minLoadWait and maxLoadWait bound the wait between loads from a source that fails, or whose credentials STS refuses. The
+	// wait doubles each time. The maximum keeps the log of a broken source readable, and a cluster admin who repaired the
+	// source waits no longer.
+	minLoadWait, maxLoadWait = time.Second, time.Minute
 )
 
-// own keeps the broker's own credentials, which sign its calls. However many calls want them, the
-// source is asked by one of them at a time, and is left alone for a while after it failed; while it
-// fails, what is held is used until it expires.
+// own caches the broker's own credentials, which sign its calls. One caller at a time loads them from their source, however
+// many callers wait. After a failure it waits before the next load. Until then it uses the current credentials until they
+// expire.
 type own struct {
-	ask   func(context.Context) (aws.Credentials, error)
+	load  func(context.Context) (aws.Credentials, error)
 	clock *clock
 	log   *slog.Logger
 
 	mu      sync.Mutex
-	held    aws.Credentials
-	version int       // of held: how often the source has yielded
-	until   time.Time // when held ends, by our clock; zero: nothing is held
+	creds   aws.Credentials
+	version int       // of creds: counts successful loads
+	until   time.Time // when creds expire, by our clock; zero: there are none
 	renewAt time.Time
-	asking  chan struct{} // closed when the question under way has ended; nil: there is none
+	loading chan struct{} // closed when the current load has finished; nil: none runs
 
-	failure   error // why the last question failed; nil: it did not
+	failure   error // of the last load; nil: it succeeded
 	failures  int   // in a row
 	notBefore time.Time
 
-	doubted  time.Time // until, of before STS refused what is held
-	refusals int       // by STS, since it last took what was held
-	reloadAt time.Time
-	denials  int // in a row
+	refusedUntil time.Time // the value of until before STS refused creds
+	refusals     int       // by STS, since it last accepted creds
+	reloadAt     time.Time
+	denials      int // in a row
 }
 
-// manyDenials in a row, whatever the roles, may mean that the broker's own session was revoked: IAM's policy for
-// that denies it everything, in the same words as a role does that does not trust it.
+// manyDenials is how many denials in a row, for any roles, make own load credentials again. The broker's own session may have been
+// revoked: IAM does that by a policy that denies everything, with the message of a role that does not trust the caller.
 const manyDenials = 20
 
 // forEver is longer than any process runs.
 const forEver = 100 * 365 * 24 * time.Hour
 
-// get returns credentials and their version. It asks the source when it has to, and ahead of that
-// without waiting. The error is an *ownError.
+// get returns credentials and their version. If they have expired, it waits for a load. If their renewal time has passed, it
+// starts a load and does not wait. Its errors are of type *ownError.
 func (o *own) get(ctx context.Context) (aws.Credentials, int, error) {
 	for {
 		o.mu.Lock()
 		now := time.Now()
 		usable := now.Before(o.until)
-		if o.asking == nil && !now.Before(o.notBefore) && (!usable || !now.Before(o.renewAt)) {
-			o.asking = make(chan struct{})
-			// Not on this caller's time: others wait for the same answer.
-			go o.fetch(context.WithoutCancel(ctx), o.asking)
+		if o.loading == nil && !now.Before(o.notBefore) && (!usable || !now.Before(o.renewAt)) {
+			o.loading = make(chan struct{})
+			// It must not end with this caller, because others wait for the same load.
+			go o.fetch(context.WithoutCancel(ctx), o.loading)
 		}
-		held, version, asking, failure, wait := o.held, o.version, o.asking, o.failure, o.notBefore.Sub(now)
+		held, version, asking, failure, wait := o.creds, o.version, o.loading, o.failure, o.notBefore.Sub(now)
 		o.mu.Unlock()
 		switch {
 		case usable:
@@ -87,47 +86,47 @@ func (o *own) get(ctx context.Context) (aws.Credentials, int, error) {
 	}
 }
 
-// fetch asks the source once, and closes done.
+// fetch loads credentials once, and closes done.
 func (o *own) fetch(ctx context.Context, done chan struct{}) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	ctx, cancel := context.WithTimeout(ctx, loadTimeout)
 	defer cancel()
-	creds, err := o.ask(ctx)
+	creds, err := o.load(ctx)
 	if err == nil && !creds.HasKeys() {
-		err = errors.New("the source yields no keys")
+		err = errors.New("the source returned no keys")
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	defer close(done)
-	o.asking = nil
+	o.loading = nil
 	now := time.Now()
 	if err != nil {
-		o.notBefore = now.Add(min(minAskWait<<min(o.failures, 10), maxAskWait))
+		o.notBefore = now.Add(min(minLoadWait<<min(o.failures, 10), maxLoadWait))
 		o.failures++
 		o.failure = cause(err)
 		if o.until.IsZero() {
-			o.until, o.doubted = o.doubted, time.Time{} // Nothing better is to be had.
+			o.until, o.refusedUntil = o.refusedUntil, time.Time{} // No other credentials are available.
 		}
-		o.log.WarnContext(ctx, "Obtaining the broker's own AWS credentials failed; asking again", "error", o.failure,
+		o.log.WarnContext(ctx, "Could not load the broker's own AWS credentials, retrying", "error", o.failure,
 			"retry_in", o.notBefore.Sub(now), "held_until", o.until)
 		return
 	}
-	o.held, o.failure, o.failures, o.notBefore = creds, nil, 0, time.Time{}
+	o.creds, o.failure, o.failures, o.notBefore = creds, nil, 0, time.Time{}
 	o.version++
 	if !creds.CanExpire {
 		o.until, o.renewAt = now.Add(forEver), now.Add(reread)
 		return
 	}
-	// What a source yields is tried though it seem expired: instance metadata hands out old
-	// credentials in an outage, which AWS then accepts, and our clock may be the one that is wrong.
+	// Use the credentials even if they seem expired. In an outage, instance metadata returns old credentials, and AWS accepts
+	// them then. Or our clock may be wrong.
 	o.until = o.clock.local(creds.Expires)
-	if least := now.Add(minAskWait); o.until.Before(least) {
+	if least := now.Add(minLoadWait); o.until.Before(least) {
 		o.until = least
 	}
 	o.renewAt = o.until.Add(-min(renewAhead, o.until.Sub(now)/2))
 }
 
-// refused hears that STS takes a version for wrong or expired, and reports whether another try is
-// worth while: because the source is to be asked anew, or has been since.
+// refused records that STS refuses the credentials of a version as wrong or expired. It reports whether another call may
+// succeed, because the credentials are loaded again or have been since.
 func (o *own) refused(version int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -136,18 +135,18 @@ func (o *own) refused(version int) bool {
 	}
 	now := time.Now()
 	if o.until.IsZero() {
-		return true // another caller heard it first
+		return true // Another caller recorded it first.
 	}
 	if now.Before(o.reloadAt) {
 		return false
 	}
-	o.reloadAt = now.Add(min(minAskWait<<min(o.refusals, 10), maxAskWait))
+	o.reloadAt = now.Add(min(minLoadWait<<min(o.refusals, 10), maxLoadWait))
 	o.refusals++
-	o.doubted, o.until = o.until, time.Time{}
+	o.refusedUntil, o.until = o.until, time.Time{}
 	return true
 }
 
-// accepted hears that STS knew the caller, and whether it denied what was asked for.
+// accepted records that STS knows the caller, and whether it denied the action.
 func (o *own) accepted(version int, denied bool) {
 	o.mu.Lock()
 	o.refusals = 0
@@ -166,24 +165,24 @@ func (o *own) accepted(version int, denied bool) {
 	}
 }
 
-// expiration is when what is held expires, by AWS's clock.
+// expiration returns when the current credentials expire, by AWS's clock.
 func (o *own) expiration() (time.Time, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.until.IsZero() || !o.held.CanExpire {
+	if o.until.IsZero() || !o.creds.CanExpire {
 		return time.Time{}, false
 	}
-	return o.held.Expires, true
+	return o.creds.Expires, true
 }
 
-// ownError is a failure to obtain the broker's own credentials.
+// ownError is a failure to load the broker's own credentials.
 type ownError struct {
 	err  error
-	wait time.Duration // until the source is asked again; zero when that is not known
+	wait time.Duration // until the next load; zero if not known
 }
 
 func (e *ownError) Error() string {
-	return fmt.Sprintf("obtaining the broker's own AWS credentials: %v", e.err)
+	return fmt.Sprintf("loading the broker's own AWS credentials: %v", e.err)
 }
 
 func (e *ownError) Unwrap() error { return e.err }

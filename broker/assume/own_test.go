@@ -31,7 +31,7 @@ const baseARN = "arn:aws:iam::123456789012:role/credence-broker"
 
 func write(t *testing.T, file, content string) {
 	t.Helper()
-	// As kubelet does it: the new file takes the old one's place.
+	// The kubelet replaces the file, too.
 	if err := os.WriteFile(file+".new", []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func keysFile(id, secret string) string {
 	return fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret)
 }
 
-// webIdentity makes own credentials come from STS, by a token in a file.
+// webIdentity makes the broker's own credentials come from STS, with a token in a file.
 func webIdentity(t *testing.T, server *ststest.Server, token string) (file string) {
 	t.Helper()
 	isolate(t, "", "", "")
@@ -57,7 +57,7 @@ func webIdentity(t *testing.T, server *ststest.Server, token string) (file strin
 	return file
 }
 
-// A rotated file is taken up: at once when the old keys are refused, and soon while they still work.
+// TestCredentialsFileChanges: a rotated file is used at once if the old keys are refused, and soon if they still work.
 func TestCredentialsFileChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{})
@@ -74,13 +74,13 @@ func TestCredentialsFileChanges(t *testing.T) {
 		t.Setenv("AWS_SHARED_CREDENTIALS_FILE", file)
 		write(t, file, keysFile(otherID, otherSecret.Reveal())) // which server does not know
 		check(t, "wrong keys", calls(t, 2, sts, g, func() int { return server.Count("", "") }),
-			credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"}, otherSecret.Reveal())
+			credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, otherSecret.Reveal())
 
-		// Refused again within the wait: the source is left alone.
+		// Refused again within the wait: the source is not called.
 		check(t, "refused again", call(t, sts, g, func() int { return server.Count("", "") }), credential.ErrUnavailable, credential.ReasonBaseCredential, nil)
 		time.Sleep(2 * time.Second)
 
-		// The call whose old keys are refused takes the new ones.
+		// The call with the refused old keys uses the new ones.
 		write(t, file, keysFile(id, secret.Reveal()))
 		if _, err := sts.Credential(t.Context(), g); err != nil {
 			t.Errorf("with keys replaced on disk: %v", err)
@@ -89,7 +89,7 @@ func TestCredentialsFileChanges(t *testing.T) {
 			t.Errorf("the calls are %+v", log)
 		}
 
-		// Nothing is refused, and the new keys are used all the same.
+		// STS refuses nothing, and the new keys are used nevertheless.
 		write(t, file, keysFile(otherID, otherSecret.Reveal()))
 		time.Sleep(6 * time.Minute)
 		for range 2 { // the first starts reading, and does not wait for it
@@ -103,7 +103,7 @@ func TestCredentialsFileChanges(t *testing.T) {
 	})
 }
 
-// Each session of the base is asked for with the token that the file holds by then.
+// TestWebIdentityTokenChanges: each load reads the token that the file has at that time.
 func TestWebIdentityTokenChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{Roles: map[string]ststest.Behavior{baseARN: {WebIdentityToken: "token-1"}}}, assume.Config{})
@@ -120,7 +120,7 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 			t.Errorf("own credentials expire at %v, %v, want %v", at, ok, began.Add(time.Hour))
 		}
 
-		// Renewed ahead, with the new token and without a call that waits for it.
+		// Renewed before expiration, with the new token. No call waits.
 		server.SetRole(baseARN, ststest.Behavior{WebIdentityToken: "token-2", Latency: 3 * time.Second})
 		write(t, file, "token-2")
 		time.Sleep(56 * time.Minute)
@@ -130,13 +130,13 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		if n := server.Count("AssumeRoleWithWebIdentity", baseARN); n != 2 {
-			t.Errorf("own credentials were asked for %d times, want 2", n)
+			t.Errorf("own credentials were loaded %d times, want 2", n)
 		}
 		if end, _ := sts.BaseExpiration(); !end.Equal(at.Add(time.Hour + 3*time.Second)) {
 			t.Errorf("the new ones expire at %v, asked for at %v", end, at)
 		}
 
-		// A token that is not taken any more is an operator's matter. Until the session ends nobody feels it.
+		// A cluster admin must fix a refused token. Until the session expires, it has no effect.
 		server.SetRole(baseARN, ststest.Behavior{WebIdentityToken: "token-3"})
 		time.Sleep(58 * time.Minute)
 		if _, err := sts.Credential(t.Context(), g); err != nil {
@@ -144,7 +144,7 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 		}
 		time.Sleep(3 * time.Minute)
 		_, err := sts.Credential(t.Context(), g)
-		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"}, "token-2")
+		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, "token-2")
 		if !strings.Contains(err.Error(), "InvalidIdentityToken") {
 			t.Errorf("the cause does not say why: %v", err)
 		}
@@ -156,25 +156,25 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 	})
 }
 
-// What STS says to the web identity behind own credentials.
+// TestWebIdentityErrors has STS's errors for the web identity of the broker's own credentials.
 func TestWebIdentityErrors(t *testing.T) {
 	for _, tt := range []struct {
 		fault *ststest.Fault
 		asked int // by one call
 		words string
 	}{
-		{&ststest.Fault{Code: "IDPCommunicationError", Status: 400}, 2, "operator must see to it"},
-		{&ststest.Fault{Code: "InvalidIdentityToken", Status: 400}, 2, "operator must see to it"},
-		{&ststest.Fault{Code: "IDPRejectedClaim", Status: 403}, 2, "operator must see to it"},
-		{&ststest.Fault{Code: "ExpiredTokenException", Status: 400}, 2, "operator must see to it"},
-		{&ststest.Fault{Code: "AccessDenied", Status: 403}, 1, "operator must see to it"},
-		{&ststest.Fault{Code: "ValidationError", Status: 400}, 1, "operator must see to it"},
-		{ststest.Throttling(), 1, "cannot be had at the moment"},
-		{ststest.Unavailable(), 1, "cannot be had at the moment"},
-		{ststest.StatusPage(502), 1, "cannot be had at the moment"},
-		{ststest.Drop(), 1, "operator must see to it"},
-		{ststest.EmptyBody(), 1, "operator must see to it"},
-		{ststest.WithElement("Expiration", "planted-secret"), 1, "cannot be had at the moment"},
+		{&ststest.Fault{Code: "IDPCommunicationError", Status: 400}, 2, "a cluster admin must check them"},
+		{&ststest.Fault{Code: "InvalidIdentityToken", Status: 400}, 2, "a cluster admin must check them"},
+		{&ststest.Fault{Code: "IDPRejectedClaim", Status: 403}, 2, "a cluster admin must check them"},
+		{&ststest.Fault{Code: "ExpiredTokenException", Status: 400}, 2, "a cluster admin must check them"},
+		{&ststest.Fault{Code: "AccessDenied", Status: 403}, 1, "a cluster admin must check them"},
+		{&ststest.Fault{Code: "ValidationError", Status: 400}, 1, "a cluster admin must check them"},
+		{ststest.Throttling(), 1, "cannot load its own AWS credentials now"},
+		{ststest.Unavailable(), 1, "cannot load its own AWS credentials now"},
+		{ststest.StatusPage(502), 1, "cannot load its own AWS credentials now"},
+		{ststest.Drop(), 1, "a cluster admin must check them"},
+		{ststest.EmptyBody(), 1, "a cluster admin must check them"},
+		{ststest.WithElement("Expiration", "planted-secret"), 1, "cannot load its own AWS credentials now"},
 	} {
 		what := fmt.Sprintf("%+v", *tt.fault)
 		synctest.Test(t, func(t *testing.T) {
@@ -184,12 +184,12 @@ func TestWebIdentityErrors(t *testing.T) {
 			_, err := sts.Credential(t.Context(), grant(t, nil))
 			check(t, what, err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{tt.words}, "planted-secret", "planted-token")
 			if n := server.Count("AssumeRoleWithWebIdentity", ""); n != tt.asked {
-				t.Errorf("%s: STS was asked %d times, want %d", what, n, tt.asked)
+				t.Errorf("%s: STS was called %d times, want %d", what, n, tt.asked)
 			}
 			if n := server.Count("AssumeRole", ""); n != 0 {
 				t.Errorf("%s: %d calls were made without credentials", what, n)
 			}
-			// It passes, and a second try of the first call is enough for what passes quickly.
+			// The fault ends. A second attempt of the first call is enough for a short fault.
 			once := *tt.fault
 			once.Times = 1
 			server.SetRole(baseARN, ststest.Behavior{Fault: &once})
@@ -202,7 +202,7 @@ func TestWebIdentityErrors(t *testing.T) {
 	}
 }
 
-// counting is a source of credentials as containers have it, which counts.
+// counting is a source of container credentials that counts its requests.
 type counting struct {
 	asked, at, most atomic.Int64 // at: answering now
 	answer          atomic.Pointer[func() (int, map[string]string)]
@@ -224,8 +224,8 @@ func (c *counting) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(body)
 }
 
-// However many grants want a session, a source that is away is asked by one of them.
-func TestSourceIsAskedByOne(t *testing.T) {
+// TestSourceIsCalledByOne: one caller at a time calls an unavailable source, however many grants need a session.
+func TestSourceIsCalledByOne(t *testing.T) {
 	server := start(t, ststest.Config{})
 	id, secret := server.Keys()
 	source := &counting{wait: make(chan struct{})}
@@ -245,7 +245,7 @@ func TestSourceIsAskedByOne(t *testing.T) {
 			wg.Go(func() {
 				if _, err := sts.Credential(t.Context(), g); err != nil {
 					n.Add(1)
-					check(t, "failing source", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"})
+					check(t, "failing source", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"})
 				}
 			})
 		}
@@ -256,10 +256,9 @@ func TestSourceIsAskedByOne(t *testing.T) {
 	if n := all(); n != callers {
 		t.Errorf("%d of %d calls failed", n, callers)
 	}
-	// One question, and those that came after its end found it on its wait. The race for a question
-	// more is one that a machine stopped for a second would make.
+	// There is one load, and later callers find the wait. Only a machine that stops for a second could cause another load.
 	if asked, most := source.asked.Load(), source.most.Load(); asked > 2 || most != 1 {
-		t.Errorf("the source was asked %d times by %d calls, by %d at once", asked, callers, most)
+		t.Errorf("the source was called %d times by %d calls, by %d at once", asked, callers, most)
 	}
 	working := func() (int, map[string]string) {
 		return 200, map[string]string{"AccessKeyId": id, "SecretAccessKey": secret.Reveal()}
@@ -270,7 +269,7 @@ func TestSourceIsAskedByOne(t *testing.T) {
 	}
 }
 
-// The waits between questions to a source that fails, in virtual time, and who is told of them.
+// TestSourceIsLeftAlone: the waits between loads from a failing source, in virtual time, and their log lines.
 func TestSourceIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
@@ -296,12 +295,12 @@ func TestSourceIsLeftAlone(t *testing.T) {
 			want[i] *= time.Second
 		}
 		if diff := cmp.Diff(want, asked); diff != "" {
-			t.Errorf("the source was asked at (-want +got):\n%s", diff)
+			t.Errorf("the source was called at (-want +got):\n%s", diff)
 		}
-		if n := strings.Count(log.String(), "Obtaining the broker's own AWS credentials failed"); n != len(want) || strings.Contains(log.String(), "planted-token") {
+		if n := strings.Count(log.String(), "Could not load the broker's own AWS credentials"); n != len(want) || strings.Contains(log.String(), "planted-token") {
 			t.Errorf("%d lines in the log:\n%s", n, &log)
 		}
-		// A mended source is found within the longest wait, and the count begins anew.
+		// A repaired source is found within the maximum wait, and the count restarts.
 		server.SetRole(baseARN, ststest.Behavior{})
 		time.Sleep(time.Minute)
 		if _, err := sts.Credential(t.Context(), g); err != nil {
@@ -310,7 +309,7 @@ func TestSourceIsLeftAlone(t *testing.T) {
 	})
 }
 
-// A caller that leaves takes nothing from the others.
+// TestSourceIsNotTheCallers: a caller that gives up does not affect other callers.
 func TestSourceIsNotTheCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{Roles: map[string]ststest.Behavior{baseARN: {Latency: 5 * time.Second}}}, assume.Config{})
@@ -330,29 +329,29 @@ func TestSourceIsNotTheCallers(t *testing.T) {
 		synctest.Wait()
 		wg.Go(func() {
 			if _, err := sts.Credential(t.Context(), g); err != nil {
-				t.Errorf("the patient one: %v", err)
+				t.Errorf("the caller that waits: %v", err)
 			}
 		})
 		wg.Wait()
 		if n := server.Count("AssumeRoleWithWebIdentity", ""); n != 1 {
-			t.Errorf("the source was asked %d times", n)
+			t.Errorf("the source was called %d times", n)
 		}
 	})
 }
 
-// The first hop is called once per its life, and ahead of its end.
+// TestFirstHopIsRenewedAhead: the first hop is called once per session, before the session expires.
 func TestFirstHopIsRenewedAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hop, err := credential.ParseRoleARN(hopARN)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var told []assume.Call
+		var observed []assume.Call
 		var mu sync.Mutex
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop, Observe: func(c assume.Call) {
 			mu.Lock()
 			defer mu.Unlock()
-			told = append(told, c)
+			observed = append(observed, c)
 		}})
 		g := grant(t, nil)
 		began := time.Now()
@@ -374,7 +373,7 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 			t.Errorf("own credentials expire at %v, %v", end, ok)
 		}
 
-		// It fails: the old session is used to its end, and then it is the operator's matter.
+		// It fails: the old session is used until it expires. Then a cluster admin must act.
 		server.SetRole(hopARN, ststest.Behavior{Fault: ststest.Unavailable()})
 		time.Sleep(40 * time.Minute)
 		if _, err := sts.Credential(t.Context(), g); err != nil {
@@ -386,7 +385,7 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 			time.Sleep(2 * time.Minute)
 			before := server.Count("AssumeRole", roleARN)
 			_, err := sts.Credential(t.Context(), g)
-			check(t, fmt.Sprintf("%+v", *fault), err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"})
+			check(t, fmt.Sprintf("%+v", *fault), err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"})
 			if server.Count("AssumeRole", roleARN) != before {
 				t.Error("a role was assumed without the first hop")
 			}
@@ -394,14 +393,14 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		for _, outcome := range []credential.Reason{"ok", credential.ReasonSTSUnavailable, credential.ReasonSTSThrottled, credential.ReasonSTSDenied} {
-			if !slices.ContainsFunc(told, func(c assume.Call) bool { return c.Action == "AssumeRole" && c.Outcome == string(outcome) }) {
-				t.Errorf("Observe was not told of %s", outcome)
+			if !slices.ContainsFunc(observed, func(c assume.Call) bool { return c.Action == "AssumeRole" && c.Outcome == string(outcome) }) {
+				t.Errorf("Observe did not get %s", outcome)
 			}
 		}
 	})
 }
 
-// What STS doubted once is used again while nothing better is to be had.
+// TestDoubtedCredentialsAreBetterThanNone: credentials that STS refused once are used again if no others are available.
 func TestDoubtedCredentialsAreBetterThanNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hop, err := credential.ParseRoleARN(hopARN)
@@ -416,13 +415,13 @@ func TestDoubtedCredentialsAreBetterThanNone(t *testing.T) {
 		server.SetRole(roleARN, ststest.Behavior{Fault: &ststest.Fault{Code: "ExpiredToken", Status: 403, Times: 1}})
 		_, _ = sts.Credential(t.Context(), grant(t, nil)) // finds out that there is nothing else
 		if _, err := sts.Credential(t.Context(), grant(t, nil)); err != nil {
-			t.Errorf("with credentials that STS takes, and a source that is away: %v", err)
+			t.Errorf("with credentials that STS accepts, and an unavailable source: %v", err)
 		}
 	})
 }
 
-// IAM revokes sessions by a policy that denies them everything, in the words in which a role is denied. The broker's
-// own is replaced after a while of that; one role that denies does not make it.
+// TestRevokedByPolicy: IAM revokes sessions by a policy that denies everything, with the message of a role that denies. After many
+// denials, the broker loads its own credentials again. One role that denies does not cause that.
 func TestRevokedByPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hop, err := credential.ParseRoleARN(hopARN)
@@ -445,16 +444,16 @@ func TestRevokedByPolicy(t *testing.T) {
 			server.SetRole(roleARN, ststest.Behavior{Deny: true})
 		}
 		if n := hops(); n != 1 {
-			t.Errorf("the hop was made %d times, though others were let in", n)
+			t.Errorf("%d first hops, though STS accepted other calls", n)
 		}
 		call(21)
 		if n := hops(); n != 2 {
-			t.Errorf("after nothing but denials the hop was made %d times", n)
+			t.Errorf("after denials only: %d first hops", n)
 		}
 	})
 }
 
-// A session of the first hop that is revoked is replaced by the call that finds out.
+// TestRevokedHop: the call that detects a revoked session of the first hop replaces it.
 func TestRevokedHop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hop, err := credential.ParseRoleARN(hopARN)
@@ -474,13 +473,13 @@ func TestRevokedHop(t *testing.T) {
 		if diff := cmp.Diff([]string{hopARN, roleARN, hopARN, roleARN}, roles); diff != "" {
 			t.Errorf("the calls (-want +got):\n%s", diff)
 		}
-		// Behind a role AWS gives one hour.
+		// AWS limits role chaining to one hour.
 		_, err = sts.Credential(t.Context(), grant(t, map[policy.Key]string{policy.Duration: "2h"}))
 		check(t, "two hours", err, credential.ErrInvalid, credential.ReasonSTSRejected, []string{"because the broker itself is a role", "1h or less"})
 	})
 }
 
-// An operator corrects the secret of a key that has been refused, and leaves its id.
+// TestCorrectedSecretOfTheSameKey: a cluster admin corrects the secret of a refused key and keeps its ID.
 func TestCorrectedSecretOfTheSameKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{})
@@ -491,7 +490,7 @@ func TestCorrectedSecretOfTheSameKey(t *testing.T) {
 		write(t, file, keysFile(id, "wrong-secret"))
 		g := grant(t, nil)
 		_, err := sts.Credential(t.Context(), g)
-		check(t, "a wrong secret", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"operator"}, "wrong-secret")
+		check(t, "a wrong secret", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, "wrong-secret")
 		write(t, file, keysFile(id, secret.Reveal()))
 		time.Sleep(time.Minute)
 		if _, err := sts.Credential(t.Context(), g); err != nil {

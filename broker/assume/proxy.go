@@ -12,10 +12,10 @@ import (
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 )
 
-// proxied names the proxy in the error of a call that went through one. Otherwise users easily take the proxy's message for
-// one of STS, and a connection that the proxy refuses for an outage of STS.
+// proxied adds the proxy to the error of a call that went through one. Otherwise users may think that the proxy's message comes
+// from STS, or that STS is unavailable when the proxy refuses a connection.
 type proxied struct {
-	of func(*http.Request) (*url.URL, error) // the proxy for a request; nil: none
+	of func(*http.Request) (*url.URL, error) // the proxy of a request; nil: none
 }
 
 // ID implements middleware.DeserializeMiddleware.
@@ -28,10 +28,10 @@ func (p proxied) HandleDeserialize(ctx context.Context, in middleware.Deserializ
 		return out, metadata, nil
 	}
 	if e, parsed := errors.AsType[smithy.APIError](err); parsed && e.ErrorCode() != "UnknownError" {
-		return out, metadata, err // STS's own words
+		return out, metadata, err // The message comes from STS.
 	}
 	if request, ok := in.Request.(*smithyhttp.Request); ok {
-		// Its error is of variables that are no proxy's address, and so of no proxy.
+		// It returns an error if the variables have no valid address. Then no proxy was used.
 		if proxy, wrong := p.of(request.Request); wrong == nil && proxy != nil {
 			err = &proxyError{host: proxy.Host, err: err}
 		}
@@ -39,7 +39,7 @@ func (p proxied) HandleDeserialize(ctx context.Context, in middleware.Deserializ
 	return out, metadata, err
 }
 
-// add puts p around all that reads an answer.
+// add puts p around everything that reads a response.
 func (p proxied) add(stack *middleware.Stack) error {
 	return stack.Deserialize.Add(p, middleware.Before)
 }
@@ -54,8 +54,7 @@ func (e *proxyError) Error() string { return fmt.Sprintf("through the proxy %s: 
 
 func (e *proxyError) Unwrap() error { return e.err }
 
-// proxyRefused has the form of http.Transport.OnProxyConnectResponse. The transport's own error for a proxy that refuses is
-// the text of its status alone.
+// proxyRefused implements http.Transport.OnProxyConnectResponse. The transport's own error has only the text of the status.
 func proxyRefused(_ context.Context, proxy *url.URL, connect *http.Request, answer *http.Response) error {
 	if answer.StatusCode == http.StatusOK {
 		return nil

@@ -11,13 +11,13 @@ import (
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 )
 
-// signer signs as the SDK does, with one difference. The SDK derives a signing key from a secret access key, and caches it for
-// the rest of the day by the access key's id alone. If an operator corrects the secret of the same key, the SDK keeps signing
-// with the wrong one.
+// signer signs like the SDK, with one difference. The SDK derives a signing key from a secret access key, and caches it for the
+// rest of the day by the access key ID alone. If a cluster admin corrects the secret of the same key, the SDK still signs with
+// the wrong one.
 type signer struct {
 	mu     sync.Mutex
 	secret string     // guarded by mu
-	signer *v4.Signer // that has seen no secret but that; guarded by mu
+	signer *v4.Signer // used with this secret only; guarded by mu
 }
 
 // SignHTTP implements sts.HTTPSignerV4.

@@ -13,18 +13,17 @@ import (
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 )
 
-// maxAnswer bounds what is read of one answer, which the SDK reads to its end. STS answers about
-// 2 kB. It gives session tokens no bound, but the strictest client of container credentials takes
-// 10,000 bytes altogether, so a session that does not fit in this could not be used. 64 answers at
-// once, as many as package cache asks for, stay within 4 MiB.
+// maxAnswer bounds one response body, which the SDK reads to its end. STS sends about 2 kB. It does not limit session tokens, but
+// the strictest SDK accepts 10,000 bytes of container credentials, so no SDK could use a session beyond this bound. 64 responses
+// at once, the concurrency of package cache, use at most 4 MiB.
 const maxAnswer = 64 << 10
 
-// maxAnswerHeader bounds the header of an answer, which is under 1 kB from STS. The default is 10 MiB.
+// maxAnswerHeader bounds the header of a response, which is under 1 kB from STS. The default of net/http is 10 MiB.
 const maxAnswerHeader = 16 << 10
 
-var errTooLarge = errors.New("the answer is larger than 64 KiB")
+var errTooLarge = errors.New("the response is larger than 64 KiB")
 
-// wire stands between the SDK and its HTTP client: it bounds answers, and reads AWS's clock off them.
+// wire sits between the SDK and its HTTP client. It bounds responses, and reads AWS's clock from them.
 type wire struct{ clock *clock }
 
 // ID implements middleware.DeserializeMiddleware.
@@ -35,8 +34,8 @@ func (w wire) HandleDeserialize(ctx context.Context, in middleware.DeserializeIn
 	began := time.Now()
 	out, metadata, err := next.HandleDeserialize(ctx, in)
 	if resp, ok := out.RawResponse.(*smithyhttp.Response); ok && resp.Body != nil {
-		resp.Body = &boundedBody{ReadCloser: resp.Body, left: maxAnswer}
-		// Only STS: what answers for instance metadata has its own clock. A cache's answer (Age) is old.
+		resp.Body = &boundedBody{ReadCloser: resp.Body, remaining: maxAnswer}
+		// Use only dates of STS, because instance metadata has another clock. A response from an HTTP cache (Age) is old.
 		if awsmiddleware.GetServiceID(ctx) == sts.ServiceID && resp.Header.Get("Age") == "" {
 			if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
 				w.clock.saw(ctx, date, began, time.Now())
@@ -46,23 +45,23 @@ func (w wire) HandleDeserialize(ctx context.Context, in middleware.DeserializeIn
 	return out, metadata, err
 }
 
-// add puts w next to the HTTP client, so that it sees an answer before all others do.
+// add puts w next to the HTTP client, so that it is the first to see a response.
 func (w wire) add(stack *middleware.Stack) error {
 	return stack.Deserialize.Add(w, middleware.After)
 }
 
-// boundedBody fails instead of going on for ever.
+// boundedBody returns errTooLarge after remaining bytes.
 type boundedBody struct {
 	io.ReadCloser
-	left int
+	remaining int
 }
 
 func (b *boundedBody) Read(p []byte) (int, error) {
-	// One byte more than allowed is asked for, which tells an answer of just this size from a longer one.
-	n, err := b.ReadCloser.Read(p[:min(len(p), b.left+1)])
-	if n > b.left {
-		n, err = b.left, errTooLarge
+	// Reading one byte more distinguishes a response of exactly this size from a longer one.
+	n, err := b.ReadCloser.Read(p[:min(len(p), b.remaining+1)])
+	if n > b.remaining {
+		n, err = b.remaining, errTooLarge
 	}
-	b.left -= n
+	b.remaining -= n
 	return n, err
 }

@@ -1,13 +1,12 @@
-// Package audit writes one JSON line for each decision of the broker, whatever its outcome: who
-// asked, what was decided, and the id of the access key that joins the line to AWS CloudTrail.
+// Package audit writes one JSON line for each decision of the broker: the pod, the decision, and the access key ID that
+// joins the line to AWS CloudTrail.
 //
-// Its promise: a line is written, or the loss is counted, or (when audit is required) the decision
-// is refused; while the process lives nothing is lost silently. What is queued when it is killed is
-// lost. An entry is one line of at most [MaxLine] bytes, whatever is
-// in its fields. An [Entry] has no field that could hold a secret.
+// It guarantees: a line is written, or its loss is counted, or (if audit is required) the decision is refused. While the
+// process lives, no line is lost silently; if it is killed, the queued lines are lost. An entry is one line of at most
+// [MaxLine] bytes, whatever its fields contain. An [Entry] has no field for a secret.
 //
-// A client that reaches the broker can cause denials as fast as it can call. So denials that repeat share a line for
-// each [Window], and all other lines are written first.
+// Any client that reaches the broker can cause denials as fast as it can call. So repeated denials share one line per
+// [Window], and all other lines are written first.
 package audit
 
 import (
@@ -25,10 +24,10 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Decision is the outcome that an entry records.
+// Decision is the result that an entry records.
 type Decision string
 
-// The decisions: two on a pod that asked, and two by an operator on all sessions of a role.
+// The decisions: two about a pod's request, and two of a cluster admin about all sessions of a role.
 const (
 	Allow Decision = "allow"
 	Deny  Decision = "deny"
@@ -36,7 +35,7 @@ const (
 	Drop  Decision = "drop"
 )
 
-// Entry is one decision. Empty fields are left out of its line. docs/audit.md describes each.
+// Entry is one decision. Its line omits empty fields. docs/audit.md describes each field.
 type Entry struct {
 	Time           time.Time         `json:"time"`
 	Decision       Decision          `json:"decision"`
@@ -51,33 +50,32 @@ type Entry struct {
 	AccessKeyID    string            `json:"access_key_id,omitempty"`
 	Expiration     time.Time         `json:"expiration,omitzero"`
 	Peer           string            `json:"peer,omitempty"`
-	// Count is how many denials the line stands for, and Since the time of the first of them. Record sets both.
+	// Count is how many denials the line stands for. Since is the time of the first of them. Record sets both.
 	Count int       `json:"count,omitempty"`
 	Since time.Time `json:"since,omitzero"`
 }
 
-// buffered is how many entries wait for a slow writer: at 10,000 decisions a second, over which no
-// broker has been driven, it bridges 0.8 s, and it takes about 4 MB when full, and never more than
-// MaxLine for each.
+// buffered is how many entries wait for a slow writer. At 10,000 decisions per second, more than any broker was measured
+// at, it bridges 0.8 s. It takes about 4 MB when full, and never more than MaxLine for each entry.
 const buffered = 8 << 10
 
-// bufferedDenials is how many denials wait. Those that find no room are counted, and written when the [Window] ends.
+// bufferedDenials is how many denials wait. Further ones are counted, and written when the [Window] ends.
 const bufferedDenials = 1 << 10
 
-// retryWait is the pause before a required line that could not be written is tried again.
+// retryWait is the pause before a failed write of required lines is repeated.
 const retryWait = time.Second
 
 // Config configures [New].
 type Config struct {
 	// Writer receives the lines. Required.
 	Writer io.Writer
-	// Required makes Record fail when a line would be lost. Default: the loss is counted and logged.
+	// Required makes Record fail if a line would be lost. Default: the loss is counted and logged.
 	Required bool
-	// Logger is told of losses and of write errors. Required.
+	// Logger receives losses and write errors. Required.
 	Logger *slog.Logger
 }
 
-// Log records decisions. Run must be running for lines to be written.
+// Log records decisions. It writes nothing until Run is called. Its methods are safe for concurrent use.
 type Log struct {
 	cfg     Config
 	entries chan Entry // all but denials
@@ -87,7 +85,7 @@ type Log struct {
 	broken  atomic.Bool // the last write failed
 }
 
-// New checks cfg and returns a log that writes nothing until Run is called.
+// New checks cfg and returns a Log.
 func New(cfg Config) (*Log, error) {
 	if cfg.Writer == nil || cfg.Logger == nil {
 		return nil, errors.New("an audit log needs a Writer and a Logger")
@@ -95,10 +93,9 @@ func New(cfg Config) (*Log, error) {
 	return &Log{cfg: cfg, entries: make(chan Entry, buffered), denied: make(chan Entry, bufferedDenials), denials: newDenials()}, nil
 }
 
-// Record queues an entry, without waiting. Where audit is required it returns an error of kind
-// credential.ErrUnavailable when the entry could not be queued or the writer is failing; the
-// decision must then not take effect. A denial takes effect anyway, so it returns nil for each, and lines of denials take
-// no room from others.
+// Record queues an entry. It does not block. If audit is required, and the queue is full or the last write failed, it
+// returns an error of kind credential.ErrUnavailable, and the decision must not take effect. It returns nil for every
+// denial: a denial takes effect anyway. Lines of denials take no space from others.
 func (l *Log) Record(e Entry) error {
 	if e.Time.IsZero() {
 		e.Time = time.Now()
@@ -123,10 +120,10 @@ func (l *Log) Record(e Entry) error {
 		return nil
 	}
 	return credential.Errorf(credential.ErrUnavailable, credential.ReasonAuditUnavailable,
-		"the broker cannot write its audit log, and it is required to")
+		"the broker cannot write its audit log, which is required")
 }
 
-// queueDenial queues a denial, and reports whether there was room.
+// queueDenial queues a denial, and reports whether there was space.
 func (l *Log) queueDenial(e Entry) bool {
 	select {
 	case l.denied <- e:
@@ -136,8 +133,8 @@ func (l *Log) queueDenial(e Entry) bool {
 	}
 }
 
-// lose counts lines that will not be written, and says so each time their number has doubled: a writer
-// that hangs must not hide its losses, nor fill the log with them.
+// lose counts lines that will not be written. It logs the number each time that it has doubled: a writer that hangs must
+// neither hide its losses nor fill the log with them.
 func (l *Log) lose(n int) {
 	lost := l.lost.Add(uint64(n))                                           //nolint:gosec // Never negative.
 	if before := lost - uint64(n); bits.Len64(lost) != bits.Len64(before) { //nolint:gosec // Likewise.
@@ -145,26 +142,26 @@ func (l *Log) lose(n int) {
 	}
 }
 
-// Lost counts the entries that were not written.
+// Lost returns how many entries were not written.
 func (l *Log) Lost() uint64 { return l.lost.Load() }
 
-// Queued returns how many entries wait to be written, and how many may; denials, which lose nothing when they are many,
-// are not among them.
+// Queued returns how many entries wait to be written, and the maximum. It does not count denials, which lose nothing if
+// there are many.
 func (l *Log) Queued() (n, capacity int) { return len(l.entries), cap(l.entries) }
 
-// Run writes lines until ctx ends, and then those that are still queued or counted. A required line is tried
-// until it is written or ctx ends; meanwhile Record refuses.
+// Run writes lines until ctx ends, and then those that are queued or counted. If audit is required, a failed write is
+// repeated until it succeeds or ctx ends, and Record refuses meanwhile.
 func (l *Log) Run(ctx context.Context) error {
 	var (
 		b       batch
-		repeats []Entry // lines of the last window, which wait for all others
+		repeats []Entry // lines of the last window, written after all others
 	)
 	window := time.NewTicker(Window)
 	defer window.Stop()
 	for ctx.Err() == nil {
 		select {
 		case <-window.C:
-			if len(repeats) == 0 { // otherwise the writer is behind, and the broker keeps counting in this window
+			if len(repeats) == 0 { // otherwise the writer is slow, and this window continues
 				repeats = l.denials.end()
 			}
 		default:
@@ -204,7 +201,7 @@ func (l *Log) Run(ctx context.Context) error {
 	return nil
 }
 
-// next takes the entry that is to be written next: no denial while anything else is queued. ok is false when none is there.
+// next removes the entry to write next: a denial only if nothing else is queued. ok is false if there is none.
 func (l *Log) next(repeats *[]Entry) (e Entry, ok bool) {
 	select {
 	case e = <-l.entries:
@@ -223,7 +220,7 @@ func (l *Log) next(repeats *[]Entry) (e Entry, ok bool) {
 	return e, true
 }
 
-// write writes the batch, and leaves it empty.
+// write writes the batch, which is empty afterwards.
 func (l *Log) write(ctx context.Context, b *batch) {
 	for {
 		err := b.writeTo(l.cfg.Writer)
@@ -231,10 +228,10 @@ func (l *Log) write(ctx context.Context, b *batch) {
 		if err == nil {
 			return
 		}
-		l.cfg.Logger.ErrorContext(ctx, "Writing the audit log failed", "error", err)
+		l.cfg.Logger.ErrorContext(ctx, "Could not write the audit log", "error", err)
 		if l.cfg.Required {
 			select {
-			case <-time.After(retryWait): //nolint:forbidigo // Once a second at most, while nothing else can go on.
+			case <-time.After(retryWait): //nolint:forbidigo // At most once per second, while nothing else can happen.
 				continue
 			case <-ctx.Done():
 			}
@@ -244,18 +241,18 @@ func (l *Log) write(ctx context.Context, b *batch) {
 	}
 }
 
-// maxBatch is how much is written at once while more is queued: a page of the page cache.
+// maxBatch is how many bytes are written at a time while more entries are queued: a page of the page cache.
 const maxBatch = 4 << 10
 
-// batch is the lines that are to be written next.
+// batch holds the lines to write next.
 type batch struct {
 	text []byte
-	open bool // the writer has the beginning of a line, and text begins with its rest
+	open bool // the beginning of a line was written, and text begins with its rest
 }
 
 // add appends the entry's line.
 func (b *batch) add(e Entry) {
-	line, _ := json.Marshal(e) // Nothing of it can fail: strings, and times that bound has seen to.
+	line, _ := json.Marshal(e) // It cannot fail: strings, and times that bound has checked.
 	b.text = append(append(b.text, line...), '\n')
 }
 
@@ -280,11 +277,11 @@ func (b *batch) writeTo(w io.Writer) error {
 	return nil
 }
 
-// drop gives up what was not written, and returns how many lines that were.
+// drop removes what was not written, and returns how many lines it had.
 func (b *batch) drop() int {
 	lines := bytes.Count(b.text, []byte{'\n'})
 	b.text = nil
-	if b.open { // What comes next must not be glued to half a line.
+	if b.open { // The next line must not continue half a line.
 		b.text, b.open = []byte{'\n'}, false
 	}
 	return lines

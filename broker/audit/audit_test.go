@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// sink is a writer that can be broken.
+// sink is a writer that can fail.
 type sink struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -89,7 +89,7 @@ func TestEveryDecisionIsOneLine(t *testing.T) {
 	})
 }
 
-func TestQueuedLinesAreWrittenAtTheEnd(t *testing.T) {
+func TestRunWritesQueuedLinesAtTheEnd(t *testing.T) {
 	var out sink
 	l := newLog(t, &out, false)
 	if err := l.Record(audit.Entry{Decision: audit.Allow}); err != nil {
@@ -101,7 +101,7 @@ func TestQueuedLinesAreWrittenAtTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !strings.Contains(out.String(), "allow") {
-		t.Errorf("the queued line is missing: %q", out.String())
+		t.Errorf("the queued line was not written: %q", out.String())
 	}
 }
 
@@ -110,17 +110,17 @@ func TestLossIsCountedOrRefused(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			var out sink
 			l := newLog(t, &out, required)
-			// Nobody writes: the buffer fills up.
+			// Run is not called, so the buffer fills up.
 			var err error
 			n := 0
 			for ; n < 1<<20 && l.Lost() == 0; n++ {
 				err = l.Record(audit.Entry{Decision: audit.Allow})
 			}
 			if l.Lost() != 1 {
-				t.Fatalf("required=%v: after %d entries %d are lost", required, n, l.Lost())
+				t.Fatalf("required=%v: after %d entries %d are lost, want 1", required, n, l.Lost())
 			}
 			if refused := errors.Is(err, credential.ErrUnavailable); refused != required {
-				t.Errorf("required=%v: Record answered %v", required, err)
+				t.Errorf("required=%v: Record returned %v", required, err)
 			}
 		})
 	}
@@ -152,7 +152,7 @@ func TestRequiredAuditRefusesWhileTheWriterFails(t *testing.T) {
 	})
 }
 
-func TestOneFailedWriteLosesNothingUncounted(t *testing.T) {
+func TestFailedWriteLosesNoLineUncounted(t *testing.T) {
 	for _, required := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			out := &faulty{failures: 1, taken: 10}
@@ -167,20 +167,20 @@ func TestOneFailedWriteLosesNothingUncounted(t *testing.T) {
 			time.Sleep(5 * time.Second)
 			cancel()
 			running.Wait()
-			whole := 0
+			complete := 0
 			for line := range strings.SplitSeq(strings.TrimSuffix(out.buf.String(), "\n"), "\n") {
 				if json.Valid([]byte(line)) {
-					whole++
+					complete++
 				}
 			}
-			if lost := int(l.Lost()); whole+lost != lines || required != (lost == 0) {
-				t.Errorf("required=%v: %d whole lines and %d lost of %d", required, whole, lost, lines)
+			if lost := int(l.Lost()); complete+lost != lines || required != (lost == 0) {
+				t.Errorf("required=%v: %d complete lines and %d lost, of %d", required, complete, lost, lines)
 			}
 		})
 	}
 }
 
-// faulty takes a few bytes of its first writes and fails.
+// faulty writes a few bytes of its first writes and fails.
 type faulty struct {
 	failures, taken int
 	buf             bytes.Buffer

@@ -13,7 +13,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// written returns what l writes for e.
+// written returns the text that l writes for e.
 func written(t *testing.T, l *audit.Log, out *sink, e audit.Entry) string {
 	t.Helper()
 	if err := l.Record(e); err != nil {
@@ -31,11 +31,11 @@ func written(t *testing.T, l *audit.Log, out *sink, e audit.Entry) string {
 	return text
 }
 
-// checkLine asks that text is one line of JSON with e's fields, and within the bound.
+// checkLine checks that text is one line of JSON with e's fields, of at most MaxLine bytes.
 func checkLine(t *testing.T, text string, e audit.Entry) {
 	t.Helper()
 	if len(text) > audit.MaxLine {
-		t.Errorf("the line has %d bytes, more than %d", len(text), audit.MaxLine)
+		t.Errorf("the line has %d bytes, want at most %d", len(text), audit.MaxLine)
 	}
 	line, ok := strings.CutSuffix(text, "\n")
 	if !ok || strings.ContainsAny(line, "\n\r") {
@@ -59,19 +59,19 @@ func checkLine(t *testing.T, text string, e audit.Entry) {
 			continue
 		}
 		name, before, after := want.Type().Field(i).Name, want.Field(i).String(), found.Field(i).String()
-		// What encoding/json makes of invalid UTF-8, a character for each byte.
+		// encoding/json replaces each byte of invalid UTF-8 by one character.
 		before = string([]rune(before))
 		if before == after {
 			continue
 		}
-		// The shortest bound is 64 bytes, and a byte takes six at most.
+		// The lowest limit is 64 bytes, and a byte takes at most six.
 		if begin, was := strings.CutSuffix(after, "…[cut]"); !was || !strings.HasPrefix(before, begin) || len(before) < 10 {
 			t.Errorf("%s is %q, want %q", name, after, before)
 		}
 	}
 }
 
-// FuzzEntry: whatever is in an entry, it becomes one line of JSON with the same in it.
+// FuzzEntry checks that every entry becomes one line of JSON with the same content.
 func FuzzEntry(f *testing.F) {
 	f.Add("deny", "ROLE_NOT_PERMITTED", "role \"cart\"\nis not <permitted>", "shop", "cart-1", "u-1", "cart", "arn:aws:iam::1:role/a", "credence", "ASIA", "10.0.0.1:1", int64(0), int64(0))
 	f.Add("\x00", "\xff\xfe", "\u2028\u2029\u0085\r", "\xe2\x80", "\"\\", "\ufffd", "\x7f", "\xed\xa0\x80", "</script>", "…[cut]", "\t", int64(1)<<60, -int64(1)<<60)
@@ -91,8 +91,8 @@ func FuzzEntry(f *testing.F) {
 	})
 }
 
-// TestWhatFitsIsNotCut: fields of the greatest length that they can really have stay whole, all at once.
-func TestWhatFitsIsNotCut(t *testing.T) {
+// Fields of their real maximum length are not cut, even all at once.
+func TestRealFieldsAreNotCut(t *testing.T) {
 	var out sink
 	l := newLog(t, &out, false)
 	e := audit.Entry{
@@ -106,12 +106,16 @@ func TestWhatFitsIsNotCut(t *testing.T) {
 	line := written(t, l, &out, e)
 	checkLine(t, line, e)
 	if strings.Contains(line, "[cut]") {
-		t.Errorf("something was cut: %s", line)
+		t.Errorf("a field was cut: %s", line)
 	}
 	e.Message = strings.Repeat("x", 100_000)
 	line = written(t, l, &out, e)
 	checkLine(t, line, e)
+	var cut audit.Entry
+	if err := json.Unmarshal([]byte(line), &cut); err != nil || len(cut.Message) != 1500 {
+		t.Errorf("a message of 100 kB is cut to %d bytes, want its limit of 1500: %v", len(cut.Message), err)
+	}
 	if !strings.Contains(line, `x…[cut]"`) || bytes.Count([]byte(line), []byte("[cut]")) != 1 {
-		t.Errorf("a message of 100 kB is not cut alone, with the mark: %.200s", line)
+		t.Errorf("of a message of 100 kB, the message alone must be cut, with the mark: %.200s", line)
 	}
 }

@@ -1,6 +1,6 @@
-// Package brokerpb is the wire form of the broker's one call: broker.proto, the code generated from
-// it, and the mapping of [credential.Error] to and from gRPC statuses.
+// Package brokerpb is the wire format of the broker's only call: broker.proto, the code generated from it, and the
+// conversion of a [credential.Error] to a gRPC status and back.
 //
-// Wire types stop here: only this package, package client and the broker's RPC method see them.
-// Their String methods print every field, secrets included, so no message is ever logged.
+// Only this package, package client and the broker's RPC method use the wire types. Their String methods print every
+// field, secrets included, so no message may be logged.
 package brokerpb

@@ -15,22 +15,21 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// ErrorDomain is the domain of every google.rpc.ErrorInfo that the broker sends.
+// ErrorDomain is the domain in each google.rpc.ErrorInfo that the broker sends.
 const ErrorDomain = "credence"
 
-// Bounds of what a caller takes from an error: a message is shown to users and may end in an HTTP
-// body (the AWS common runtime refuses bodies over 10,000 bytes), and a delay that came from a
-// faulty or hostile broker must not silence a sidecar for hours.
+// Limits of what a caller accepts from an error. A message is shown to users and may become an HTTP body, and the AWS
+// common runtime refuses bodies over 10,000 bytes. A delay from a faulty or hostile broker must not silence a sidecar for
+// hours.
 const (
 	maxMessage    = 2 << 10
 	maxRetryAfter = time.Hour
 )
 
-// reasonForm is what a reason may be (AIP-193), so that one that came over the wire is safe as a
-// metric label.
+// reasonForm is the form of a reason (AIP-193). It makes a reason from the wire safe as a metric label.
 var reasonForm = regexp.MustCompile(`^[A-Z0-9_]{1,63}$`)
 
-// kinds pairs each kind of error with its gRPC code, both ways.
+// kinds maps each kind of error to its gRPC code, and back.
 var kinds = []struct {
 	kind error
 	code codes.Code
@@ -42,16 +41,16 @@ var kinds = []struct {
 	{credential.ErrUnavailable, codes.Unavailable},
 }
 
-// ToStatus turns err into the status that crosses the wire: code, message, ErrorInfo and, where a
-// later call may succeed, RetryInfo. An error that carries no [credential.Error] becomes INTERNAL
-// with no text of its own, so that causes stay inside. A nil err gives OK.
+// ToStatus converts err into the status that crosses the wire: code, message, ErrorInfo and, if the error says when to
+// retry, RetryInfo. An error without a [credential.Error] becomes INTERNAL without its text, so that causes stay in the
+// process. A nil err becomes OK.
 func ToStatus(err error) *status.Status {
 	if err == nil {
 		return status.New(codes.OK, "")
 	}
 	e, ok := errors.AsType[*credential.Error](err)
 	if !ok {
-		e = credential.Errorf(nil, credential.ReasonInternal, "the broker failed; its log says why")
+		e = credential.Errorf(nil, credential.ReasonInternal, "the broker failed; see its log for the cause")
 	}
 	code := codes.Internal
 	for _, k := range kinds {
@@ -66,14 +65,13 @@ func ToStatus(err error) *status.Status {
 	}
 	detailed, err := st.WithDetails(details...)
 	if err != nil {
-		return st // Marshalling of known messages fails for invalid UTF-8 only, which clip removes.
+		return st // Only invalid UTF-8 makes this fail, and clip removes it.
 	}
 	return detailed
 }
 
-// FromError turns the error of a call into a [*credential.Error]. Failures of the connection itself
-// and codes that the broker does not send become credential.ErrUnavailable, because they say nothing
-// about the pod. A nil err gives nil.
+// FromError converts the error of a call into a [*credential.Error]. Failures of the connection, and codes that the broker
+// does not send, become credential.ErrUnavailable, because they say nothing about the pod. A nil err gives nil.
 func FromError(err error) error {
 	if err == nil {
 		return nil
@@ -86,7 +84,7 @@ func FromError(err error) error {
 		}
 	}
 	if e.Message == "" {
-		e.Message = "the broker's answer is " + st.Code().String()
+		e.Message = "the broker responded with code " + st.Code().String()
 	}
 	for _, d := range st.Details() {
 		switch d := d.(type) {

@@ -28,7 +28,7 @@ var kinds = map[error]codes.Code{
 	credential.ErrUnavailable:     codes.Unavailable,
 }
 
-// across sends err over the wire and back.
+// across converts err to a status and back, as the wire does.
 func across(err error) error { return brokerpb.FromError(brokerpb.ToStatus(err).Err()) }
 
 func TestRoundTrip(t *testing.T) {
@@ -40,33 +40,33 @@ func TestRoundTrip(t *testing.T) {
 				sent := &credential.Error{
 					Kind: kind, Reason: reason, Message: "refused: süß", RetryAfter: retry, Cause: errors.New("a cause for our own log"),
 				}
-				// Wrapped, as it comes out of the layers above.
+				// Wrapped, as the layers above do.
 				st := brokerpb.ToStatus(fmt.Errorf("granting: %w", sent))
 				if st.Code() != code || st.Message() != sent.Message {
-					t.Errorf("%v, %s is sent as %s: %s", kind, name, st.Code(), st.Message())
+					t.Errorf("%v, %s becomes status %s: %s", kind, name, st.Code(), st.Message())
 				}
 				got, ok := errors.AsType[*credential.Error](across(sent))
 				if !ok || !errors.Is(got, kind) || got.Reason != reason || got.Message != sent.Message || got.RetryAfter != retry || got.Cause != nil {
-					t.Errorf("%v, %s, %s comes back as %#v", kind, name, retry, got)
+					t.Errorf("%v, %s, %s returns as %#v", kind, name, retry, got)
 				}
 			}
 		}
 	}
 	if tried < len(kinds)*20*4 {
-		t.Errorf("only %d combinations were tried", tried)
+		t.Errorf("%d combinations were tested, want at least %d", tried, len(kinds)*20*4)
 	}
 }
 
 func TestNil(t *testing.T) {
 	if st := brokerpb.ToStatus(nil); st.Code() != codes.OK || st.Err() != nil {
-		t.Errorf("no error is sent as %s", st)
+		t.Errorf("nil becomes %s", st)
 	}
 	if err := brokerpb.FromError(nil); err != nil {
-		t.Errorf("no error comes back as %v", err)
+		t.Errorf("OK becomes %v", err)
 	}
 }
 
-// What is sent is in ErrorInfo and RetryInfo, where tools other than ours look for it.
+// ErrorInfo and RetryInfo have the reason and the delay, because other tools read them there.
 func TestDetails(t *testing.T) {
 	st := brokerpb.ToStatus(&credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "m", RetryAfter: 2 * time.Second,
@@ -85,52 +85,52 @@ func TestDetails(t *testing.T) {
 				t.Errorf("RetryInfo is %v", d)
 			}
 		default:
-			t.Errorf("detail %v is sent", detail)
+			t.Errorf("status has the unexpected detail %v", detail)
 		}
 	}
 	if found != 2 {
-		t.Errorf("%d details are sent", found)
+		t.Errorf("status has %d details, want 2", found)
 	}
 	if details := brokerpb.ToStatus(credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "m")).Details(); len(details) != 1 {
-		t.Errorf("without a time to wait, %v is sent", details)
+		t.Errorf("without RetryAfter, status has the details %v", details)
 	}
 }
 
-// Causes and errors of our own stay inside: they name addresses, accounts and what went wrong.
+// Causes and internal errors never cross the wire: they contain addresses, accounts and details of failures.
 func TestInternalErrorsRevealNothing(t *testing.T) {
 	const private = "dialing 10.1.2.3"
 	for name, err := range map[string]error{
 		"plain":         errors.New(private),
 		"wrapped":       fmt.Errorf("%s: %w", private, io.ErrUnexpectedEOF),
-		"a kind alone":  fmt.Errorf("%s: %w", private, credential.ErrDenied),
+		"only a kind":   fmt.Errorf("%s: %w", private, credential.ErrDenied),
 		"a status":      status.Error(codes.Unauthenticated, private),
 		"a context's":   fmt.Errorf("%s: %w", private, context.Canceled),
-		"a cause":       &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Message: "away", Cause: errors.New(private)},
+		"a cause":       &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Message: "STS does not respond", Cause: errors.New(private)},
 		"wrapped again": fmt.Errorf("%s: %w", private, credential.Errorf(credential.ErrDenied, credential.ReasonRoleNotPermitted, "no")),
 	} {
 		st := brokerpb.ToStatus(err)
 		if strings.Contains(st.Proto().String(), private) || strings.Contains(across(err).Error(), private) {
-			t.Errorf("%s: sent as %s", name, st.Proto())
+			t.Errorf("%s: becomes %s, which contains the private text", name, st.Proto())
 		}
 		if _, ours := errors.AsType[*credential.Error](err); ours {
 			continue
 		}
 		if st.Code() != codes.Internal || st.Message() == "" {
-			t.Errorf("%s: sent as %s", name, st.Proto())
+			t.Errorf("%s: becomes %s", name, st.Proto())
 		}
-		// To the sidecar an internal error is an outage: it says nothing about the pod.
+		// To the sidecar an internal error is an outage, because it says nothing about the pod.
 		if got := across(err); !errors.Is(got, credential.ErrUnavailable) || credential.ReasonOf(got) != credential.ReasonInternal {
-			t.Errorf("%s: comes back as %v, %s", name, got, credential.ReasonOf(got))
+			t.Errorf("%s: returns as %v, %s", name, got, credential.ReasonOf(got))
 		}
 	}
-	// An Error without a kind fails closed, too.
+	// An Error without a kind becomes INTERNAL too.
 	if st := brokerpb.ToStatus(&credential.Error{Reason: credential.ReasonInternal, Message: "m"}); st.Code() != codes.Internal {
-		t.Errorf("an error without a kind is sent as %s", st.Code())
+		t.Errorf("an error without a kind becomes %s", st.Code())
 	}
 }
 
-// Codes that the broker does not send come from proxies and from gRPC itself. They say nothing about
-// the pod, so they must not look like refusals.
+// Proxies and gRPC itself send codes that the broker does not send. These say nothing about the pod, so they must not
+// become refusals.
 func TestForeignCodes(t *testing.T) {
 	known := map[codes.Code]error{}
 	for kind, code := range kinds {
@@ -154,8 +154,8 @@ func TestForeignCodes(t *testing.T) {
 	for name, err := range map[string]error{
 		"no status":      errors.New("transport is closing"),
 		"context":        context.DeadlineExceeded,
-		"wrapped":        fmt.Errorf("asking: %w", context.Canceled),
-		"wrapped status": fmt.Errorf("asking: %w", status.Error(codes.ResourceExhausted, "too large")),
+		"wrapped":        fmt.Errorf("calling: %w", context.Canceled),
+		"wrapped status": fmt.Errorf("calling: %w", status.Error(codes.ResourceExhausted, "too large")),
 		"no message":     status.Error(codes.Unknown, ""),
 	} {
 		got, ok := errors.AsType[*credential.Error](brokerpb.FromError(err))
@@ -165,12 +165,12 @@ func TestForeignCodes(t *testing.T) {
 	}
 }
 
-// Whatever a faulty or hostile broker sends, what is taken of it is bounded.
+// A message and a delay are limited, whatever a faulty or hostile broker sends.
 func TestBounds(t *testing.T) {
 	for name, message := range map[string]string{
 		"long":             strings.Repeat("m", 1<<20),
-		"long of two":      strings.Repeat("ü", 1<<20),
-		"cut in a letter":  "m" + strings.Repeat("ü", 1<<20),
+		"long, 2 bytes":    strings.Repeat("ü", 1<<20),
+		"cut in a rune":    "m" + strings.Repeat("ü", 1<<20),
 		"invalid":          "m\xff\xfe",
 		"invalid and long": strings.Repeat("\xff", 1000) + strings.Repeat("m", 1<<20),
 	} {
@@ -182,14 +182,14 @@ func TestBounds(t *testing.T) {
 				t.Errorf("%s message, %s: %d bytes, valid: %v", name, how, len(text), utf8.ValidString(text))
 			}
 			if strings.HasPrefix(message, "m") && text[0] != 'm' {
-				t.Errorf("%s message, %s, is another one", name, how)
+				t.Errorf("%s message, %s, has another text", name, how)
 			}
 		}
 		if len(st.Details()) != 2 {
-			t.Errorf("%s message: its details are lost", name)
+			t.Errorf("%s message: the status has %d details, want 2", name, len(st.Details()))
 		}
 		if got := across(sent); credential.ReasonOf(got) != credential.ReasonRoleNotPermitted || !errors.Is(got, credential.ErrDenied) {
-			t.Errorf("%s message: comes back as %v, %s", name, got, credential.ReasonOf(got))
+			t.Errorf("%s message: returns as %v, %s", name, got, credential.ReasonOf(got))
 		}
 	}
 	for _, tt := range []struct {
@@ -213,7 +213,7 @@ func TestBounds(t *testing.T) {
 		info *errdetails.ErrorInfo
 		want credential.Reason
 	}{
-		{&errdetails.ErrorInfo{Reason: "A_REASON_OF_2030", Domain: "credence"}, "A_REASON_OF_2030"}, // of a newer broker
+		{&errdetails.ErrorInfo{Reason: "A_REASON_OF_2030", Domain: "credence"}, "A_REASON_OF_2030"}, // from a newer broker
 		{&errdetails.ErrorInfo{Reason: strings.Repeat("R", 63), Domain: "credence"}, credential.Reason(strings.Repeat("R", 63))},
 		{&errdetails.ErrorInfo{Reason: strings.Repeat("R", 64), Domain: "credence"}, credential.ReasonInternal},
 		{&errdetails.ErrorInfo{Reason: "ROLE_MISSING", Domain: "googleapis.com"}, credential.ReasonInternal},

@@ -14,7 +14,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// reasons reads the Reason constants from their source, so that a new one cannot be forgotten here.
+// reasons reads the Reason constants from their source, so that no test can miss a new one.
 func reasons(t *testing.T) map[string]credential.Reason {
 	t.Helper()
 	file, err := parser.ParseFile(token.NewFileSet(), filepath.FromSlash("../credential/errors.go"), nil, 0)
@@ -28,7 +28,7 @@ func reasons(t *testing.T) map[string]credential.Reason {
 			return true
 		}
 		if typ, ok := spec.Type.(*ast.Ident); !ok || typ.Name != "Reason" {
-			t.Errorf("constant %s has no type Reason", spec.Names[0].Name)
+			t.Errorf("constant %s does not have type Reason", spec.Names[0].Name)
 		}
 		value, err := strconv.Unquote(spec.Values[0].(*ast.BasicLit).Value)
 		if err != nil {
@@ -38,7 +38,7 @@ func reasons(t *testing.T) map[string]credential.Reason {
 		return true
 	})
 	if len(found) < 20 {
-		t.Fatalf("found %d reasons: the test looks in the wrong place", len(found))
+		t.Fatalf("found %d reasons, want at least 20: the test reads the wrong file", len(found))
 	}
 	return found
 }
@@ -48,7 +48,7 @@ func TestReasonForm(t *testing.T) {
 	names := map[credential.Reason]string{}
 	for name, reason := range reasons(t) {
 		if !form.MatchString(string(reason)) {
-			t.Errorf("%s is %q: google.rpc.ErrorInfo takes at most 63 of A-Z, 0-9 and _", name, reason)
+			t.Errorf("%s is %q: google.rpc.ErrorInfo accepts at most 63 of A-Z, 0-9 and _", name, reason)
 		}
 		if other, taken := names[reason]; taken {
 			t.Errorf("%s and %s are both %q", name, other, reason)
@@ -57,8 +57,7 @@ func TestReasonForm(t *testing.T) {
 	}
 }
 
-// The kinds of error as docs/errors.md names them: the gRPC code, and the HTTP status that the
-// sidecar makes of it.
+// documentedKinds are the kinds of error in docs/errors.md: the gRPC code, and the HTTP status of the sidecar's response.
 var documentedKinds = map[string]struct {
 	kind         error
 	code, status string
@@ -71,7 +70,7 @@ var documentedKinds = map[string]struct {
 	"internal":        {nil, "`INTERNAL`", "503"},
 }
 
-// docs/errors.md has a row for every reason, and none for what is no reason.
+// docs/errors.md has one row for each reason, and no other rows.
 func TestReasonsAreDocumented(t *testing.T) {
 	page, err := os.ReadFile(filepath.FromSlash("../../docs/errors.md"))
 	if err != nil {
@@ -103,30 +102,30 @@ func TestReasonsAreDocumented(t *testing.T) {
 		documented[reason] = true
 		want, ok := documentedKinds[cells[1]]
 		if !ok {
-			t.Errorf("%s: %q is no kind of error", reason, cells[1])
+			t.Errorf("%s: %q is not a kind of error", reason, cells[1])
 		}
 		if cells[2] != want.code || cells[3] != want.status {
-			t.Errorf("%s: code %s and status %s do not belong to %s", reason, cells[2], cells[3], cells[1])
+			t.Errorf("%s: code %s and status %s do not belong to kind %s", reason, cells[2], cells[3], cells[1])
 		}
 		if len(cells[4]) < 40 || !strings.HasSuffix(cells[4], ".") {
-			t.Errorf("%s: %q is no sentence that says what it means and what to do", reason, cells[4])
+			t.Errorf("%s: %q is not a sentence that says what the reason means and how to fix it", reason, cells[4])
 		}
 	}
 	known := map[credential.Reason]bool{}
 	for name, reason := range reasons(t) {
 		known[reason] = true
 		if !documented[reason] {
-			t.Errorf("docs/errors.md does not explain %s (%s)", reason, name)
+			t.Errorf("docs/errors.md has no row for %s (%s)", reason, name)
 		}
 	}
 	for reason := range documented {
 		if !known[reason] {
-			t.Errorf("docs/errors.md explains %q, which is no reason", reason)
+			t.Errorf("docs/errors.md has a row for %q, which is not a reason", reason)
 		}
 	}
 }
 
-// The codes of the table are the ones that are sent.
+// The table has the gRPC codes that ToStatus sends.
 func TestDocumentedKinds(t *testing.T) {
 	upper := func(code string) string {
 		return "`" + strings.ToUpper(regexp.MustCompile(`([a-z])([A-Z])`).ReplaceAllString(code, "${1}_$2")) + "`"
@@ -138,10 +137,10 @@ func TestDocumentedKinds(t *testing.T) {
 		}
 		checked++
 		if got := upper(kinds[documented.kind].String()); got != documented.code {
-			t.Errorf("%s is sent as %s, documented as %s", name, got, documented.code)
+			t.Errorf("%s has the code %s, docs/errors.md says %s", name, got, documented.code)
 		}
 	}
 	if checked != len(kinds) {
-		t.Errorf("%d kinds are documented, there are %d", checked, len(kinds))
+		t.Errorf("docs/errors.md has %d kinds, want %d", checked, len(kinds))
 	}
 }

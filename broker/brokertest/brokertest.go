@@ -1,6 +1,5 @@
-// Package brokertest runs a real broker in memory, for tests of those who call it: real gRPC over
-// real TLS, real rules and a real cache, behind which the test sets who the pods are and what STS
-// answers.
+// Package brokertest runs a real broker in memory, for tests of its clients: real gRPC over real TLS, real rules and a
+// real cache. The test sets the pods, and the sessions of STS.
 package brokertest
 
 import (
@@ -28,7 +27,7 @@ import (
 // Name is the host name that the broker's certificate is for.
 const Name = "credence-broker.credence.svc"
 
-// STS stands in for STS: it answers grants as the test wants.
+// STS is a double of STS: it returns the sessions that the test chooses.
 type STS func(ctx context.Context, grant policy.Grant) (credential.Credential, error)
 
 // Credential implements credential.Source.
@@ -36,16 +35,16 @@ func (s STS) Credential(ctx context.Context, grant policy.Grant) (credential.Cre
 	return s(ctx, grant)
 }
 
-// Pod is a live pod and the token that proves it.
+// Pod is a live pod and its token.
 type Pod struct {
 	Token       string
 	Identity    identity.Pod
 	Annotations map[string]string
-	// Namespace defaults to one that is opted in and permits every role.
+	// Namespace defaults to an opted-in namespace that permits all roles.
 	Namespace policy.Namespace
 }
 
-// Broker is a broker that runs until the test ends.
+// Broker is a running broker. It stops when the test ends.
 type Broker struct {
 	listener *bufconn.Listener
 	served   *broker.Broker
@@ -59,8 +58,8 @@ type Broker struct {
 	panics bool           // guarded by mu
 }
 
-// Start runs a broker whose sessions come from sts. Role names are completed to roles of account
-// 123456789012. What adjust sets beside is in force too.
+// Start starts a broker whose sessions come from sts. It completes role names to roles of account 123456789012. adjust
+// may change the configuration.
 func Start(t testing.TB, sts STS, audited io.Writer, adjust ...func(*broker.Config, *broker.ServerConfig)) *Broker {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
@@ -92,7 +91,7 @@ func Start(t testing.TB, sts STS, audited io.Writer, adjust ...func(*broker.Conf
 	must(t, err)
 	b.served = served
 
-	// As in the program: first the server drains, then what it needs stops.
+	// As in the program, the server drains before its dependencies stop.
 	work, stopWork := context.WithCancel(context.WithoutCancel(t.Context()))
 	serving, stop := context.WithCancel(work)
 	b.stop, b.ended = stop, make(chan struct{})
@@ -113,13 +112,13 @@ func Start(t testing.TB, sts STS, audited io.Writer, adjust ...func(*broker.Conf
 	return b
 }
 
-// Stop tells the broker to end. The channel is closed when it has.
+// Stop shuts the broker down. The channel is closed when it has stopped.
 func (b *Broker) Stop() (ended <-chan struct{}) {
 	b.stop()
 	return b.ended
 }
 
-// Set makes p live: its token is accepted from now on.
+// Set makes p a live pod: from now on the broker accepts its token.
 func (b *Broker) Set(p Pod) {
 	if p.Namespace.Name == "" {
 		p.Namespace = policy.Namespace{
@@ -133,22 +132,22 @@ func (b *Broker) Set(p Pod) {
 	b.pods[p.Token] = p
 }
 
-// PanicOnBind makes every later call panic inside the broker.
+// PanicOnBind makes each later call panic inside the broker.
 func (b *Broker) PanicOnBind() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.panics = true
 }
 
-// Connections returns the state of the broker's connections.
+// Connections returns the statistics of the broker's connections.
 func (b *Broker) Connections() connlimit.Stats { return b.served.Connections() }
 
-// Dial connects to the broker, if the test has given it no other listener.
+// Dial connects to the broker. It does not work if adjust has set another listener.
 func (b *Broker) Dial(ctx context.Context, _ string) (net.Conn, error) {
 	return b.listener.DialContext(ctx)
 }
 
-// ClientTLS trusts the broker.
+// ClientTLS returns a TLS configuration that trusts the broker.
 func (b *Broker) ClientTLS() *tls.Config { return certs.ClientConfig(b.roots, Name) }
 
 // Verify implements identity.Verifier.
@@ -167,7 +166,7 @@ func (b *Broker) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Na
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.panics {
-		panic("the test asked for it")
+		panic("PanicOnBind was called")
 	}
 	for _, p := range b.pods {
 		if p.Identity == id {

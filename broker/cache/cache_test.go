@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,30 +22,30 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// life is the length of the sessions that a source issues unless told otherwise.
-const life = time.Hour
+// fullDuration is the default duration of the sessions that a source returns.
+const fullDuration = time.Hour
 
-// planted is the secret of every session. It must be found in no log.
-const planted = "QZQZQZQZ"
+// secretMarker is the secret of every session. No log may contain it.
+const secretMarker = "QZQZQZQZ"
 
-// fetch is one call that a source got.
+// fetch is one call of a source.
 type fetch struct {
 	key string
 	at  time.Time
 }
 
-// source is a credential.Source that remembers its calls.
+// source is a credential.Source that records its calls.
 type source struct {
-	// answer is asked for each call, if set. Otherwise sessions of length life come at once.
+	// answer handles each call, if set. Otherwise each call returns a session of duration fullDuration at once.
 	answer func(ctx context.Context, key string) (credential.Credential, error)
 
-	mu          sync.Mutex
-	calls       []fetch
-	running     map[string]int
-	most        int // fetches at once
-	mostPerKey  int
-	underWay    int
-	successions int
+	mu         sync.Mutex
+	calls      []fetch
+	running    map[string]int
+	most       int // calls at a time
+	mostPerKey int
+	inFlight   int
+	sessions   int
 }
 
 func (s *source) Credential(ctx context.Context, key string) (credential.Credential, error) {
@@ -54,55 +55,55 @@ func (s *source) Credential(ctx context.Context, key string) (credential.Credent
 		s.running = map[string]int{}
 	}
 	s.running[key]++
-	s.underWay++
-	s.most, s.mostPerKey = max(s.most, s.underWay), max(s.mostPerKey, s.running[key])
+	s.inFlight++
+	s.most, s.mostPerKey = max(s.most, s.inFlight), max(s.mostPerKey, s.running[key])
 	answer := s.answer
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.running[key]--
-		s.underWay--
+		s.inFlight--
 	}()
 	if answer == nil {
-		return s.session(life), nil
+		return s.session(fullDuration), nil
 	}
 	return answer(ctx, key)
 }
 
-// session makes the next session, of the given length.
-func (s *source) session(length time.Duration) credential.Credential {
+// session makes the next session, of the given duration.
+func (s *source) session(duration time.Duration) credential.Credential {
 	s.mu.Lock()
-	s.successions++
-	id := fmt.Sprintf("ASIA%d", s.successions)
+	s.sessions++
+	id := fmt.Sprintf("ASIA%d", s.sessions)
 	s.mu.Unlock()
 	now := time.Now()
 	return credential.Credential{
-		AccessKeyID: id, SecretAccessKey: credential.NewSecret(planted), SessionToken: credential.NewSecret(planted),
-		Issued: now, Expiration: now.Add(length),
+		AccessKeyID: id, SecretAccessKey: credential.NewSecret(secretMarker), SessionToken: credential.NewSecret(secretMarker),
+		Issued: now, Expiration: now.Add(duration),
 	}
 }
 
-// slow makes the source answer after d, or when the call's context ends.
+// slow makes the source respond after d, or when the call's context ends.
 func (s *source) slow(d time.Duration) *source {
-	s.become(func(ctx context.Context, _ string) (credential.Credential, error) {
+	s.respond(func(ctx context.Context, _ string) (credential.Credential, error) {
 		if err := sleep(ctx, d); err != nil {
 			return credential.Credential{}, err
 		}
-		return s.session(life), nil
+		return s.session(fullDuration), nil
 	})
 	return s
 }
 
-// become changes what the source answers from now on.
-func (s *source) become(answer func(context.Context, string) (credential.Credential, error)) {
+// respond makes answer handle all calls from now on.
+func (s *source) respond(answer func(context.Context, string) (credential.Credential, error)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.answer = answer
 }
 
 func (s *source) fail(err error) {
-	s.become(func(context.Context, string) (credential.Credential, error) { return credential.Credential{}, err })
+	s.respond(func(context.Context, string) (credential.Credential, error) { return credential.Credential{}, err })
 }
 
 func (s *source) recorded() []fetch {
@@ -111,8 +112,8 @@ func (s *source) recorded() []fetch {
 	return slices.Clone(s.calls)
 }
 
-// atOnce returns how many fetches ran at once at most, in all and for any one key.
-func (s *source) atOnce() (all, perKey int) {
+// maxAtOnce returns the maximum number of calls at a time, of all keys and of one key.
+func (s *source) maxAtOnce() (all, perKey int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.most, s.mostPerKey
@@ -141,15 +142,15 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func away() error {
-	return credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable, "STS is away")
+func unavailable() error {
+	return credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSUnavailable, "STS is unavailable")
 }
 
 func refusal() error {
 	return credential.Errorf(credential.ErrDenied, credential.ReasonSTSDenied, "STS refuses")
 }
 
-// start runs a cache over s until the test ends. cfg's Source and Logger may be left out.
+// start runs a cache over s until the test ends. cfg needs no Source and no Logger.
 func start(t testing.TB, s *source, cfg cache.Config[string]) *cache.Cache[string] {
 	t.Helper()
 	c, stop := startStoppable(t, s, cfg)
@@ -173,13 +174,13 @@ func startStoppable(t testing.TB, s *source, cfg cache.Config[string]) (c *cache
 	return c, sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
-			t.Errorf("Run ended with %v", err)
+			t.Errorf("Run returned %v", err)
 		}
 		if err := c.Check(); err != nil {
 			t.Error(err)
 		}
-		if _, n := s.atOnce(); n > 1 {
-			t.Errorf("%d fetches of one key ran at once", n)
+		if _, n := s.maxAtOnce(); n > 1 {
+			t.Errorf("%d fetches of one key ran at a time", n)
 		}
 	})
 }
@@ -191,21 +192,21 @@ func mustGet(t *testing.T, c *cache.Cache[string], key string) cache.Value {
 		t.Fatalf("Get(%s): %v", key, err)
 	}
 	if !v.Valid(time.Now()) {
-		t.Fatalf("Get(%s) gives a session that is not valid: %s", key, v)
+		t.Fatalf("Get(%s) returned a session that is not valid: %s", key, v)
 	}
 	return v
 }
 
-func keep(t testing.TB, c *cache.Cache[string], key string) {
+func retain(t testing.TB, c *cache.Cache[string], key string) {
 	t.Helper()
 	if err := c.Retain(key, ""); err != nil {
-		t.Errorf("Keep(%s): %v", key, err)
+		t.Errorf("Retain(%s): %v", key, err)
 	}
 }
 
 func within(d, low, high time.Duration) bool { return low <= d && d <= high }
 
-func part(f float64) time.Duration { return time.Duration(f * float64(life)) }
+func part(f float64) time.Duration { return time.Duration(f * float64(fullDuration)) }
 
 func TestNew(t *testing.T) {
 	logger := slog.New(slog.DiscardHandler)
@@ -218,7 +219,7 @@ func TestNew(t *testing.T) {
 		"negative timeout":     {Source: &source{}, Logger: logger, FetchTimeout: -1},
 	} {
 		if c, err := cache.New(cfg); err == nil || c != nil {
-			t.Errorf("%s: New gives %v, %v", name, c, err)
+			t.Errorf("%s: New returned %v, %v", name, c, err)
 		}
 	}
 }
@@ -238,15 +239,15 @@ func TestOneFetchForManyCallers(t *testing.T) {
 		}
 		ids.Range(func(id, _ any) bool {
 			if id != "ASIA1" {
-				t.Errorf("a caller got %s", id)
+				t.Errorf("a caller got %s, want ASIA1", id)
 			}
 			return true
 		})
 	})
 }
 
-// A caller who leaves takes nothing from the others.
-func TestFirstCallerLeaves(t *testing.T) {
+// A caller that gives up does not affect others.
+func TestFirstCallerGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
@@ -256,10 +257,10 @@ func TestFirstCallerLeaves(t *testing.T) {
 		wg.Go(func() {
 			_, err := c.Get(ctx, "a", "")
 			if !errors.Is(err, credential.ErrUnavailable) || !errors.Is(err, context.Canceled) {
-				t.Errorf("the one who left is told %v", err)
+				t.Errorf("the caller that gave up got %v", err)
 			}
 			if took := time.Since(began); took != 100*time.Millisecond {
-				t.Errorf("the one who left after 100 ms is answered after %s", took)
+				t.Errorf("the caller that gave up after 100 ms got its error after %s", took)
 			}
 		})
 		synctest.Wait()
@@ -273,12 +274,12 @@ func TestFirstCallerLeaves(t *testing.T) {
 			t.Errorf("the others waited %s", took)
 		}
 		if n := s.count(); n != 1 {
-			t.Errorf("%d fetches were made", n)
+			t.Errorf("%d fetches, want 1", n)
 		}
 	})
 }
 
-// A source that is slower than its callers' patience is not asked again and again.
+// A source that is slower than its callers' deadlines is not called again and again.
 func TestFetchOutlivesDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(1500 * time.Millisecond)
@@ -291,17 +292,17 @@ func TestFetchOutlivesDeadline(t *testing.T) {
 				t.Errorf("try %d: %v", try, err)
 			}
 			if try == 0 && (!errors.Is(err, credential.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded)) {
-				t.Errorf("the first is told %v", err)
+				t.Errorf("the first caller got %v", err)
 			}
 		}
 		if n := s.count(); n != 1 {
-			t.Errorf("%d fetches were made", n)
+			t.Errorf("%d fetches, want 1", n)
 		}
 	})
 }
 
-// Even if nobody waits any more, the answer of a fetch that has begun is there for the next one.
-func TestAbandonedFetchIsKept(t *testing.T) {
+// The result of a fetch that lost all callers is there for the next caller.
+func TestResultWithoutCallersIsCached(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
@@ -319,18 +320,19 @@ func TestAbandonedFetchIsKept(t *testing.T) {
 	})
 }
 
-// What has not begun when its last caller leaves is fetched only where it is kept: callers turn to another cache then.
-func TestAbandonedInTheQueue(t *testing.T) {
+// A fetch that has not begun when its last caller gives up is dropped, unless the key is active: its callers have moved to
+// another cache.
+func TestQueuedFetchWithoutCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{Concurrency: 1})
-		keep(t, c, "plug")
-		keep(t, c, "kept")
+		retain(t, c, "plug")
+		retain(t, c, "active")
 		synctest.Wait()
 		var callers sync.WaitGroup
-		for _, key := range []string{"kept", "not kept", "not kept", "waited for"} {
+		for _, key := range []string{"active", "inactive", "inactive", "awaited"} {
 			patience := 500 * time.Millisecond
-			if key == "waited for" {
+			if key == "awaited" {
 				patience = time.Minute
 			}
 			callers.Go(func() {
@@ -345,118 +347,65 @@ func TestAbandonedInTheQueue(t *testing.T) {
 		for _, f := range s.recorded() {
 			fetched = append(fetched, f.key)
 		}
-		if want := []string{"plug", "waited for", "kept"}; !slices.Equal(fetched, want) {
+		if want := []string{"plug", "awaited", "active"}; !slices.Equal(fetched, want) {
 			t.Errorf("fetched %q, want %q", fetched, want)
-		}
-	})
-}
-
-func TestRenewalIsEarlyAndSpread(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
-		const keys = 300 // few enough for none to be renewed earlier than that
-		for i := range keys {
-			keep(t, c, fmt.Sprint(i))
-		}
-		time.Sleep(part(0.55))
-		var tenths [10]int
-		renewed := 0
-		for i := range keys {
-			times := s.of(fmt.Sprint(i))
-			if len(times) == 1 {
-				continue // its time comes later
-			}
-			renewed++
-			remaining := life - times[1].Sub(times[0])
-			if !within(remaining, part(0.50), part(0.60)) {
-				t.Errorf("key %d is renewed with %s left", i, remaining)
-			}
-			tenths[min(int(10*(part(0.60)-remaining)/part(0.10)), 9)]++
-		}
-		if renewed != keys {
-			t.Errorf("with 0.45 of their lives left, %d of %d sessions have been renewed", renewed, keys)
-		}
-		for i, n := range tenths {
-			if n < keys/10/3 {
-				t.Errorf("the window's part %d of 10 has %d of %d renewals: they are not spread (%d)", i, n, keys, tenths)
-			}
-		}
-	})
-}
-
-// The renewal of a single key begins within the window, to the moment.
-func TestRenewalWindow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
-		time.Sleep(1000 * time.Hour)
-		times := s.of("a")
-		for i := range len(times) - 1 {
-			if remaining := life - times[i+1].Sub(times[i]); !within(remaining, part(0.50), part(0.60)) {
-				t.Errorf("a renewal began with %s left", remaining)
-			}
-		}
-		if len(times) < 1000 {
-			t.Errorf("%d fetches in 1000 hours", len(times))
 		}
 	})
 }
 
 func TestRefreshAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var length time.Duration
+		var duration time.Duration
 		s := new(source)
-		s.answer = func(context.Context, string) (credential.Credential, error) { return s.session(length), nil }
+		s.answer = func(context.Context, string) (credential.Credential, error) { return s.session(duration), nil }
 		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
-		for _, tt := range []struct{ length, low, high time.Duration }{
+		for _, tt := range []struct{ duration, low, high time.Duration }{
 			{time.Hour, 30 * time.Minute, 33 * time.Minute},
 			{15 * time.Minute, 450 * time.Second, 495 * time.Second},
-			{12 * time.Hour, time.Hour, time.Hour},                 // never over 1 h
-			{30 * time.Second, 30 * time.Second, 30 * time.Second}, // never under 30 s
+			{12 * time.Hour, time.Hour, time.Hour},                 // at most 1 h
+			{30 * time.Second, 30 * time.Second, 30 * time.Second}, // at least 30 s
 		} {
-			length = tt.length
+			duration = tt.duration
 			seen := map[time.Duration]bool{}
 			for i := range 100 {
-				v := mustGet(t, c, fmt.Sprintf("%s/%d", tt.length, i))
+				v := mustGet(t, c, fmt.Sprintf("%s/%d", tt.duration, i))
 				seen[v.RefreshAfter] = true
 				if !within(v.RefreshAfter, tt.low, tt.high) {
-					t.Errorf("a new session of %s is to be refreshed after %s", tt.length, v.RefreshAfter)
+					t.Errorf("RefreshAfter of a new session of %s is %s", tt.duration, v.RefreshAfter)
 				}
 			}
 			if tt.low != tt.high && len(seen) < 50 {
-				t.Errorf("100 holders of sessions of %s come back at %d different times", tt.length, len(seen))
+				t.Errorf("100 callers get %[2]d values of RefreshAfter for sessions of %[1]s", tt.duration, len(seen))
 			}
 		}
-		// Later holders of the same session come back no later than the first.
-		length = time.Hour
+		// Later callers of the same session return no later than the first.
+		duration = time.Hour
 		mustGet(t, c, "a")
 		time.Sleep(20 * time.Minute)
 		for range 100 {
 			v := mustGet(t, c, "a")
 			if left := v.Remaining(time.Now()) - v.RefreshAfter; !within(left, part(0.45), part(0.50)) {
-				t.Errorf("a holder comes back when %s are left", left)
+				t.Errorf("a caller returns when %s are left", left)
 			}
 		}
 	})
 }
 
-// A holder who comes back when told meets the renewed session, for ever.
-func TestHoldersMeetRenewedSessions(t *testing.T) {
+// A caller that returns after RefreshAfter always gets the renewed session.
+func TestReturningCallersGetRenewedSessions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(100 * time.Millisecond)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
+		retain(t, c, "a")
 		v := mustGet(t, c, "a")
 		for range 200 {
 			time.Sleep(v.RefreshAfter)
 			if left := v.Remaining(time.Now()); left < part(0.45) {
-				t.Errorf("the holder is left with %s", left)
+				t.Errorf("the caller serves a session with %s left", left)
 			}
 			next := mustGet(t, c, "a")
 			if next.AccessKeyID == v.AccessKeyID || next.Remaining(time.Now()) < part(0.85) {
-				t.Errorf("the holder meets %s after %s, with %s left", next, v, next.Remaining(time.Now()))
+				t.Errorf("the caller gets %s after %s, with %s left", next, v, next.Remaining(time.Now()))
 			}
 			v = next
 		}
@@ -467,38 +416,38 @@ func TestFailedRenewalKeepsTheOldSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
-		held := mustGet(t, c, "a")
-		s.fail(away())
-		for time.Now().Before(held.Expiration.Add(-time.Second)) {
+		retain(t, c, "a")
+		first := mustGet(t, c, "a")
+		s.fail(unavailable())
+		for time.Now().Before(first.Expiration.Add(-time.Second)) {
 			time.Sleep(time.Second)
-			if v := mustGet(t, c, "a"); v.AccessKeyID != held.AccessKeyID {
-				t.Fatalf("the old session gave way to %s", v)
+			if v := mustGet(t, c, "a"); v.AccessKeyID != first.AccessKeyID {
+				t.Fatalf("the old session was replaced by %s", v)
 			}
 		}
 		if s.count() < 10 {
-			t.Errorf("the renewal was tried %d times only", s.count())
+			t.Errorf("the renewal was tried only %d times", s.count())
 		}
 		time.Sleep(time.Second)
 		if _, err := c.Get(t.Context(), "a", ""); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonSTSUnavailable {
-			t.Errorf("at its expiration Get gives %v", err)
+			t.Errorf("after the expiration Get returns %v", err)
 		}
-		if warm, kept := c.Settled(); warm != 0 || kept != 1 {
-			t.Errorf("%d of %d are warm", warm, kept)
+		if warm, active := c.Settled(); warm != 0 || active != 1 {
+			t.Errorf("%d of %d keys are warm", warm, active)
 		}
-		s.become(nil)
-		time.Sleep(30 * time.Second) // the longest wait between tries
+		s.respond(nil)
+		time.Sleep(30 * time.Second) // the maximum wait between fetches
 		calls := s.count()
-		if v := mustGet(t, c, "a"); v.AccessKeyID == held.AccessKeyID || s.count() != calls {
-			t.Errorf("after the recovery Get gives %s, by itself: %v", v, s.count() != calls)
+		if v := mustGet(t, c, "a"); v.AccessKeyID == first.AccessKeyID || s.count() != calls {
+			t.Errorf("after the outage Get returns %s, which it fetched itself: %v", v, s.count() != calls)
 		}
-		if warm, kept := c.Settled(); warm != 1 || kept != 1 {
-			t.Errorf("%d of %d are warm", warm, kept)
+		if warm, active := c.Settled(); warm != 1 || active != 1 {
+			t.Errorf("%d of %d keys are warm", warm, active)
 		}
 	})
 }
 
-// waits are the times between successive calls for a key.
+// waits returns the times between successive calls.
 func waits(times []time.Time) (all []time.Duration) {
 	for i := range len(times) - 1 {
 		all = append(all, times[i+1].Sub(times[i]))
@@ -508,27 +457,27 @@ func waits(times []time.Time) (all []time.Duration) {
 
 func TestRetries(t *testing.T) {
 	throttled := &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "m", RetryAfter: 3 * time.Second}
-	rude := &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "m", RetryAfter: 24 * time.Hour}
+	tooLong := &credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "m", RetryAfter: 24 * time.Hour}
 	for name, tt := range map[string]struct {
 		err                            error
 		firstLow, firstHigh, low, high time.Duration
 	}{
-		"away":          {away(), 200 * time.Millisecond, 400 * time.Millisecond, 15 * time.Second, 30 * time.Second},
-		"plain":         {errors.New("broken"), 200 * time.Millisecond, 400 * time.Millisecond, 15 * time.Second, 30 * time.Second},
-		"refused":       {refusal(), 10 * time.Second, 20 * time.Second, 30 * time.Second, 60 * time.Second},
-		"invalid":       {credential.Errorf(credential.ErrInvalid, credential.ReasonSTSRejected, "m"), 10 * time.Second, 20 * time.Second, 30 * time.Second, 60 * time.Second},
-		"asks to wait":  {throttled, 3 * time.Second, 6 * time.Second, 15 * time.Second, 30 * time.Second},
-		"asks for ever": {rude, 30 * time.Second, 30 * time.Second, 30 * time.Second, 30 * time.Second},
+		"unavailable":         {unavailable(), 200 * time.Millisecond, 400 * time.Millisecond, 15 * time.Second, 30 * time.Second},
+		"plain":               {errors.New("broken"), 200 * time.Millisecond, 400 * time.Millisecond, 15 * time.Second, 30 * time.Second},
+		"refused":             {refusal(), 10 * time.Second, 20 * time.Second, 30 * time.Second, 60 * time.Second},
+		"invalid":             {credential.Errorf(credential.ErrInvalid, credential.ReasonSTSRejected, "m"), 10 * time.Second, 20 * time.Second, 30 * time.Second, 60 * time.Second},
+		"wait requested":      {throttled, 3 * time.Second, 6 * time.Second, 15 * time.Second, 30 * time.Second},
+		"long wait requested": {tooLong, 30 * time.Second, 30 * time.Second, 30 * time.Second, 30 * time.Second},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s := new(source)
 			s.fail(tt.err)
 			c := start(t, s, cache.Config[string]{})
-			keep(t, c, "a")
+			retain(t, c, "a")
 			time.Sleep(time.Hour)
 			all := waits(s.of("a"))
 			if len(all) < 50 {
-				t.Fatalf("%s: tried %d times in an hour", name, len(all))
+				t.Fatalf("%s: %d fetches in an hour", name, len(all)+1)
 			}
 			seen := map[time.Duration]bool{}
 			for i, wait := range all {
@@ -541,23 +490,23 @@ func TestRetries(t *testing.T) {
 				seen[wait] = true
 			}
 			if tt.low != tt.high && len(seen) < len(all)/2 {
-				t.Errorf("%s: %d waits of %d lengths are not spread", name, len(all), len(seen))
+				t.Errorf("%s: %d waits have only %d lengths", name, len(all), len(seen))
 			}
 		})
 	}
 }
 
-// A refusal is given again to those who ask, without another call, and the time until that changes.
+// A refusal is cached: callers get it without another call, with the time until the next fetch.
 func TestRefusalsAreCached(t *testing.T) {
-	for _, kept := range []bool{true, false} {
+	for _, active := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			s := new(source)
 			s.fail(refusal())
 			c := start(t, s, cache.Config[string]{})
-			if kept {
-				keep(t, c, "a")
+			if active {
+				retain(t, c, "a")
 			}
-			// A sidecar that asks far too often.
+			// a sidecar that calls far too often
 			for range 600 {
 				_, err := c.Get(t.Context(), "a", "")
 				e, ok := errors.AsType[*credential.Error](err)
@@ -565,7 +514,7 @@ func TestRefusalsAreCached(t *testing.T) {
 					t.Fatalf("Get = %v", err)
 				}
 				if !within(e.RetryAfter, 0, 60*time.Second) {
-					t.Errorf("the caller is to wait %s", e.RetryAfter)
+					t.Errorf("RetryAfter is %s", e.RetryAfter)
 				}
 				time.Sleep(time.Second)
 			}
@@ -576,21 +525,21 @@ func TestRefusalsAreCached(t *testing.T) {
 					low = 30 * time.Second
 				}
 				if !within(wait, low, 61*time.Second) {
-					t.Errorf("kept %v: wait %d is %s", kept, i, wait)
+					t.Errorf("active %v: wait %d is %s", active, i, wait)
 				}
 			}
 			if len(all) < 9 {
-				t.Errorf("kept %v: %d waits in ten minutes", kept, len(all))
+				t.Errorf("active %v: %d waits in ten minutes", active, len(all))
 			}
-			// Mended, it works within a minute.
-			s.become(nil)
+			// Once the cause is fixed, the key works within a minute.
+			s.respond(nil)
 			time.Sleep(60 * time.Second)
 			mustGet(t, c, "a")
 		})
 	}
 }
 
-// The error that is handed out again is the caller's own: it says when to come back, and the
+// Callers get a copy of a cached error with RetryAfter. The source's error does not change.
 // source's error stays as it was.
 func TestCachedRefusalIsACopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -605,9 +554,9 @@ func TestCachedRefusalIsACopy(t *testing.T) {
 			t.Errorf("first %v, second %v, original %#v", first, second, original)
 		}
 		if s.count() != 1 {
-			t.Errorf("%d fetches were made", s.count())
+			t.Errorf("%d fetches, want 1", s.count())
 		}
-		// An error of another type is handed out as it is.
+		// An error of another type is returned as it is.
 		s.fail(context.DeadlineExceeded)
 		for range 2 {
 			if _, err := c.Get(t.Context(), "b", ""); !errors.Is(err, context.DeadlineExceeded) {
@@ -615,22 +564,22 @@ func TestCachedRefusalIsACopy(t *testing.T) {
 			}
 		}
 		if len(s.of("b")) != 1 {
-			t.Errorf("%d fetches were made of b", len(s.of("b")))
+			t.Errorf("%d fetches of b, want 1", len(s.of("b")))
 		}
 	})
 }
 
-func TestKeptKeysAreRenewedForEver(t *testing.T) {
+func TestActiveKeysAreRenewedForEver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(50 * time.Millisecond)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
-		keep(t, c, "a")
+		retain(t, c, "a")
+		retain(t, c, "a")
 		const week = 7 * 24 * time.Hour
 		for range 7 * 24 * 6 {
 			time.Sleep(10 * time.Minute)
-			if warm, kept := c.Settled(); warm != 1 || kept != 1 {
-				t.Fatalf("%d of %d keys are warm", warm, kept)
+			if warm, active := c.Settled(); warm != 1 || active != 1 {
+				t.Fatalf("%d of %d keys are warm", warm, active)
 			}
 		}
 		calls := s.count()
@@ -638,9 +587,9 @@ func TestKeptKeysAreRenewedForEver(t *testing.T) {
 			t.Errorf("%d fetches in a week", calls)
 		}
 		if v := mustGet(t, c, "a"); v.Remaining(time.Now()) < part(0.49) || s.count() != calls {
-			t.Errorf("Get gives %s, with %s left", v, v.Remaining(time.Now()))
+			t.Errorf("Get returns %s, with %s left", v, v.Remaining(time.Now()))
 		}
-		// Two kept it; when one lets go, the other still does.
+		// It was retained twice. After one Release it is still active.
 		c.Release("a", "")
 		time.Sleep(week)
 		if s.count() < calls+int(week/part(0.5))-1 {
@@ -651,33 +600,33 @@ func TestKeptKeysAreRenewedForEver(t *testing.T) {
 		calls = s.count()
 		time.Sleep(v.Remaining(time.Now()) - time.Second)
 		if c.Len() != 1 {
-			t.Error("the key was forgotten before its session expired")
+			t.Error("the key was removed before its session expired")
 		}
 		time.Sleep(2 * time.Second)
 		if c.Len() != 0 {
-			t.Error("the key is remembered after its session expired")
+			t.Error("the key is still there after its session expired")
 		}
 		time.Sleep(week)
 		if s.count() != calls {
-			t.Errorf("%d fetches were made for a key that nobody keeps", s.count()-calls)
+			t.Errorf("%d fetches for an inactive key", s.count()-calls)
 		}
-		c.Release("a", "") // more than were kept: no harm
+		c.Release("a", "") // more often than retained: no effect
 		c.Release("never seen", "")
 		if c.Len() != 0 {
-			t.Error("Release made an entry")
+			t.Error("Release added an entry")
 		}
 	})
 }
 
-// Release of a key whose fetch waits in the queue takes it out; one that has a caller stays.
+// Release of a key whose fetch is queued drops the fetch, unless a caller waits for it.
 func TestReleaseWhileQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{Concurrency: 1})
-		keep(t, c, "plug")
+		retain(t, c, "plug")
 		synctest.Wait()
-		keep(t, c, "unwanted")
-		keep(t, c, "awaited")
+		retain(t, c, "unwanted")
+		retain(t, c, "awaited")
 		var wg sync.WaitGroup
 		wg.Go(func() { mustGet(t, c, "awaited") })
 		synctest.Wait()
@@ -692,60 +641,59 @@ func TestReleaseWhileQueued(t *testing.T) {
 			t.Errorf("a released key was fetched %d times", n)
 		}
 		if n := len(s.of("awaited")); n != 1 {
-			t.Errorf("an awaited key was fetched %d times", n)
+			t.Errorf("a key with a caller was fetched %d times", n)
 		}
 		if c.Len() != 2 {
-			t.Errorf("%d keys are remembered", c.Len())
+			t.Errorf("the cache has %d keys, want 2", c.Len())
 		}
 	})
 }
 
-// Failures of keys that nobody keeps do not stay for ever.
-func TestFailuresAreForgotten(t *testing.T) {
+// Failures of inactive keys are removed in the end.
+func TestFailuresAreRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		s.fail(refusal())
 		c := start(t, s, cache.Config[string]{})
 		for i := range 100 {
 			if _, err := c.Get(t.Context(), fmt.Sprint(i), ""); err == nil {
-				t.Error("Get gives no error")
+				t.Error("Get returns no error")
 			}
 		}
 		time.Sleep(2 * time.Minute)
 		if c.Len() != 0 || s.count() != 100 {
-			t.Errorf("%d keys are remembered, after %d fetches", c.Len(), s.count())
+			t.Errorf("the cache has %d keys after %d fetches", c.Len(), s.count())
 		}
 	})
 }
 
-// Thousands of sessions that were made together are renewed in time, with the bounds that the broker
-// has by default.
+// Thousands of sessions that begin together are renewed in time, with the broker's default limits.
 func TestManyKeysFallDueTogether(t *testing.T) {
-	for _, length := range []time.Duration{2 * time.Minute, 15 * time.Minute} {
+	for _, duration := range []time.Duration{2 * time.Minute, 15 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
 			const keys = 5000
 			issued := time.Now().Add(time.Minute)
 			s := new(source)
-			// All first sessions have the same times, however long it took to get them.
+			// All first sessions begin and end at the same time, however long their fetches took.
 			s.answer = func(ctx context.Context, _ string) (credential.Credential, error) {
 				if err := sleep(ctx, 100*time.Millisecond); err != nil {
 					return credential.Credential{}, err
 				}
-				cred := s.session(length)
+				cred := s.session(duration)
 				if time.Now().Before(issued) {
-					cred.Issued, cred.Expiration = issued, issued.Add(length)
+					cred.Issued, cred.Expiration = issued, issued.Add(duration)
 				}
 				return cred, nil
 			}
 			c := start(t, s, cache.Config[string]{})
 			for i := range keys {
-				keep(t, c, fmt.Sprint(i))
+				retain(t, c, fmt.Sprint(i))
 			}
 			time.Sleep(time.Until(issued))
-			if warm, kept := c.Settled(); warm != keys || kept != keys || s.count() != keys {
-				t.Fatalf("%d of %d keys are warm after %d fetches", warm, kept, s.count())
+			if warm, active := c.Settled(); warm != keys || active != keys || s.count() != keys {
+				t.Fatalf("%d of %d keys are warm after %d fetches", warm, active, s.count())
 			}
-			time.Sleep(time.Duration(0.55 * float64(length)))
+			time.Sleep(time.Duration(0.55 * float64(duration)))
 			fetches := map[string]int{}
 			for _, call := range s.recorded() {
 				fetches[call.key]++
@@ -754,50 +702,47 @@ func TestManyKeysFallDueTogether(t *testing.T) {
 				t.Errorf("%d of %d keys were fetched", len(fetches), keys)
 			}
 			for key, n := range fetches {
-				if n != 2 && n != 3 { // 3: the first renewal was an early one, to keep them even
-					t.Errorf("with 0.45 of its session left, key %s had %d fetches", key, n)
+				if n != 2 && n != 3 { // 3: the first renewal was early, to keep renewals even
+					t.Errorf("with 0.45 of its session duration left, key %s had %d fetches", key, n)
 				}
 			}
 			for i := range keys {
-				if v := mustGet(t, c, fmt.Sprint(i)); v.Expiration.Equal(issued.Add(length)) {
+				if v := mustGet(t, c, fmt.Sprint(i)); v.Expiration.Equal(issued.Add(duration)) {
 					t.Errorf("key %d still has its first session", i)
 				}
 			}
-			if n, _ := s.atOnce(); n > 64 {
-				t.Errorf("%d fetches ran at once", n)
+			if n, _ := s.maxAtOnce(); n > 64 {
+				t.Errorf("%d fetches ran at a time", n)
 			}
 		})
 	}
 }
 
-// The order of the queue: callers who wait, then what expires first, then what nobody needs yet.
-func TestPriority(t *testing.T) {
+// The store puts each fetch into its place: those with waiting callers, then renewals by expiration, then prefetches.
+func TestOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
-		lengths := map[string]time.Duration{"expires later": 10 * time.Minute, "expires sooner": 9 * time.Minute, "plug": 20 * time.Hour}
+		durations := map[string]time.Duration{"expires later": 20 * time.Minute, "dropped": 18 * time.Minute, "expires sooner": 9 * time.Minute}
 		s.answer = func(ctx context.Context, key string) (credential.Credential, error) {
-			d := time.Millisecond
-			if key == "plug" {
-				d = 2 * time.Minute
+			if key == "plug" { // occupies the only fetch from minute 7 to minute 11
+				if err := sleep(ctx, 4*time.Minute); err != nil {
+					return credential.Credential{}, err
+				}
 			}
-			if err := sleep(ctx, d); err != nil {
-				return credential.Credential{}, err
-			}
-			length, ok := lengths[key]
-			if !ok {
-				length = life
-			}
-			return s.session(length), nil
+			return s.session(cmp.Or(durations[key], fullDuration)), nil
 		}
 		c := start(t, s, cache.Config[string]{Concurrency: 1, FetchTimeout: time.Hour})
-		keep(t, c, "expires later")
-		keep(t, c, "expires sooner")
-		time.Sleep(210 * time.Second) // before either is due
-		keep(t, c, "plug")
-		time.Sleep(100 * time.Second) // after both are
-		keep(t, c, "ahead 1")
-		keep(t, c, "ahead, then awaited")
-		keep(t, c, "ahead, then left")
+		retain(t, c, "expires later") // renewed between minutes 8 and 10
+		retain(t, c, "dropped")       // renewed between minutes 7.2 and 9
+		time.Sleep(6 * time.Minute)
+		retain(t, c, "expires sooner") // renewed after minute 9.6
+		time.Sleep(time.Minute)
+		retain(t, c, "plug")
+		synctest.Wait()
+		retain(t, c, "ahead 1")
+		retain(t, c, "ahead, then awaited")
+		retain(t, c, "ahead, then left")
+		time.Sleep(220 * time.Second)
 		var wg sync.WaitGroup
 		get := func(key string, patience time.Duration) {
 			wg.Go(func() {
@@ -810,22 +755,23 @@ func TestPriority(t *testing.T) {
 		get("ahead, then left", time.Second)
 		get("ahead, then awaited", time.Minute)
 		get("caller", time.Minute)
+		c.Drop(only("dropped"))
 		if err := c.Check(); err != nil {
 			t.Error(err)
 		}
 		wg.Wait()
 		time.Sleep(time.Second)
 		var order []string
-		for _, call := range s.recorded()[3:] {
+		for _, call := range s.recorded()[4:] {
 			order = append(order, call.key)
 		}
-		if len(order) != 6 {
+		if len(order) != 7 {
 			t.Fatalf("the order is %q", order)
 		}
 		// Within the first and the last group the order does not matter.
 		slices.Sort(order[:2])
 		slices.Sort(order[4:])
-		want := []string{"ahead, then awaited", "caller", "expires sooner", "expires later", "ahead 1", "ahead, then left"}
+		want := []string{"ahead, then awaited", "caller", "expires sooner", "expires later", "ahead 1", "ahead, then left", "dropped"}
 		if !slices.Equal(order, want) {
 			t.Errorf("the order is %q, want %q", order, want)
 		}
@@ -838,15 +784,15 @@ func TestConcurrencyBound(t *testing.T) {
 			s := new(source).slow(time.Second)
 			c := start(t, s, cache.Config[string]{Concurrency: bound, Rate: rate.Inf})
 			for i := range 200 {
-				keep(t, c, fmt.Sprint(i))
+				retain(t, c, fmt.Sprint(i))
 			}
 			want := bound
 			if want == 0 {
 				want = 64
 			}
 			time.Sleep(time.Duration(200/want+1)*time.Second + time.Millisecond)
-			if n, _ := s.atOnce(); n != want {
-				t.Errorf("with a bound of %d, %d fetches ran at once", bound, n)
+			if n, _ := s.maxAtOnce(); n != want {
+				t.Errorf("with a concurrency of %d, %d fetches ran at a time", bound, n)
 			}
 			if warm, _ := c.Settled(); warm != 200 {
 				t.Errorf("%d of 200 keys are warm", warm)
@@ -855,47 +801,17 @@ func TestConcurrencyBound(t *testing.T) {
 	}
 }
 
-func TestRateBound(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{Concurrency: 4, Rate: 10})
-		for i := range 104 {
-			keep(t, c, fmt.Sprint(i))
-		}
-		time.Sleep(time.Minute)
-		calls := s.recorded()
-		if len(calls) != 104 {
-			t.Fatalf("%d fetches", len(calls))
-		}
-		for i := range calls {
-			n := 0
-			for _, other := range calls[i:] {
-				if other.at.Sub(calls[i].at) < time.Second {
-					n++
-				}
-			}
-			if n > 4+10 {
-				t.Errorf("%d fetches began within a second", n)
-			}
-		}
-		// 4 at once, and 100 at 10 per second: no slower than allowed either.
-		if took := calls[103].at.Sub(calls[0].at); !within(took, 9900*time.Millisecond, 10100*time.Millisecond) {
-			t.Errorf("104 fetches took %s", took)
-		}
-	})
-}
-
 func TestFetchTimeout(t *testing.T) {
 	for configured, want := range map[time.Duration]time.Duration{0: 30 * time.Second, time.Second: time.Second} {
 		synctest.Test(t, func(t *testing.T) {
-			s := new(source).slow(life)
+			s := new(source).slow(fullDuration)
 			c := start(t, s, cache.Config[string]{FetchTimeout: configured})
 			began := time.Now()
 			if _, err := c.Get(t.Context(), "a", ""); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("Get = %v", err)
 			}
 			if took := time.Since(began); took != want {
-				t.Errorf("a source that hangs was given up after %s", took)
+				t.Errorf("a source that hangs was cut off after %s, want %s", took, want)
 			}
 		})
 	}
@@ -905,69 +821,69 @@ func TestShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c, stop := startStoppable(t, s, cache.Config[string]{Concurrency: 1})
-		mustGet(t, c, "held")
+		mustGet(t, c, "cached")
 		stale := mustGet(t, c, "stale")
 		time.Sleep(part(0.55))
 		mustGet(t, c, "fresh")
-		s.slow(life)
+		s.slow(fullDuration)
 		began := time.Now()
 		var wg sync.WaitGroup
 		for _, key := range []string{"running", "queued", "running", "queued"} {
 			wg.Go(func() {
 				_, err := c.Get(t.Context(), key, "")
 				if !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonShuttingDown {
-					t.Errorf("who waits for %s is told %v", key, err)
+					t.Errorf("a caller that waits for %s got %v", key, err)
 				}
 				if took := time.Since(began); took != 100*time.Millisecond {
-					t.Errorf("who waits for %s is told after %s", key, took)
+					t.Errorf("a caller that waits for %s got its error after %s", key, took)
 				}
 			})
 			synctest.Wait()
 		}
 		wg.Go(func() {
 			if v, err := c.Get(t.Context(), "stale", ""); err != nil || v.AccessKeyID != stale.AccessKeyID {
-				t.Errorf("who has waited for a renewal gets %s, %v", v, err)
+				t.Errorf("a caller that waits for a renewal got %s, %v", v, err)
 			}
 		})
 		time.Sleep(100 * time.Millisecond)
 		stop()
 		wg.Wait()
 		calls := s.count()
-		for _, key := range []string{"fresh", "held", "running", "unknown"} {
+		for _, key := range []string{"fresh", "cached", "running", "unknown"} {
 			if _, err := c.Get(t.Context(), key, ""); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonShuttingDown {
-				t.Errorf("after the end, Get(%s) = %v", key, err)
+				t.Errorf("after Run, Get(%s) = %v", key, err)
 			}
 		}
-		keep(t, c, "late")
+		retain(t, c, "late")
 		c.Release("late", "")
 		if s.count() != calls || time.Since(began) != 100*time.Millisecond {
-			t.Errorf("after the end, %d fetches were made in %s", s.count()-calls, time.Since(began))
+			t.Errorf("after Run, %d fetches began in %s", s.count()-calls, time.Since(began))
 		}
 	})
 }
 
-// Run returns when the last fetch has, so that nothing of the source is used after it.
+// Run returns after the last fetch, so that nothing uses the source any more.
 func TestRunWaitsForFetches(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var ended atomic.Bool
 		s := new(source)
 		s.answer = func(ctx context.Context, _ string) (credential.Credential, error) {
 			<-ctx.Done()
-			time.Sleep(time.Second) // an HTTP client that takes its time
+			time.Sleep(time.Second) // a slow HTTP client
 			ended.Store(true)
 			return credential.Credential{}, ctx.Err()
 		}
 		c, stop := startStoppable(t, s, cache.Config[string]{})
-		keep(t, c, "a")
+		retain(t, c, "a")
 		synctest.Wait()
 		stop()
 		if !ended.Load() {
-			t.Error("Run returned while a fetch was under way")
+			t.Error("Run returned during a fetch")
 		}
 	})
 }
 
-// Before Run, callers wait as long as they like, and are answered once it runs.
+// Before Run, callers wait until their context ends. They get a session once it runs.
 func TestGetBeforeRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
@@ -975,7 +891,7 @@ func TestGetBeforeRun(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		keep(t, c, "kept")
+		retain(t, c, "active")
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		if _, err := c.Get(ctx, "a", ""); !errors.Is(err, context.DeadlineExceeded) || s.count() != 0 {
@@ -989,119 +905,118 @@ func TestGetBeforeRun(t *testing.T) {
 		stop()
 		wg.Wait()
 		if s.count() != 2 {
-			t.Errorf("%d fetches were made", s.count())
+			t.Errorf("%d fetches, want 2", s.count())
 		}
 	})
 }
 
 func TestStaleSessions(t *testing.T) {
-	const stale = 0.6 // of the life has passed
+	const stale = 0.6 // of the session duration has passed
 	for name, tt := range map[string]struct {
 		become  func(s *source)
 		renewed bool
 		took    time.Duration
-		calls   int // for the first two callers
+		calls   int // of the first two callers
 	}{
-		"renewed before the answer":      {func(s *source) { s.slow(100 * time.Millisecond) }, true, 100 * time.Millisecond, 1},
-		"renewed after a while":          {func(s *source) { s.slow(4900 * time.Millisecond) }, true, 4900 * time.Millisecond, 1},
-		"the old where the source fails": {func(s *source) { s.fail(away()) }, false, 0, 1},
-		"the old where it refuses":       {func(s *source) { s.fail(refusal()) }, false, 0, 1},
-		"the old where the source hangs": {func(s *source) { s.slow(10 * time.Second) }, false, 5 * time.Second, 1},
+		"renewed at once":       {func(s *source) { s.slow(100 * time.Millisecond) }, true, 100 * time.Millisecond, 1},
+		"renewed after a while": {func(s *source) { s.slow(4900 * time.Millisecond) }, true, 4900 * time.Millisecond, 1},
+		"the source fails":      {func(s *source) { s.fail(unavailable()) }, false, 0, 1},
+		"the source refuses":    {func(s *source) { s.fail(refusal()) }, false, 0, 1},
+		"the source hangs":      {func(s *source) { s.slow(10 * time.Second) }, false, 5 * time.Second, 1},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s := new(source)
 			c := start(t, s, cache.Config[string]{})
-			held := mustGet(t, c, "a")
+			first := mustGet(t, c, "a")
 			time.Sleep(part(0.49))
 			mustGet(t, c, "a")
 			if s.count() != 1 {
-				t.Fatalf("%s: a session with more than half of its life left was renewed", name)
+				t.Fatalf("%s: a session with more than half of its duration left was renewed", name)
 			}
 			time.Sleep(part(stale) - part(0.49))
 			tt.become(s)
 			began := time.Now()
 			v := mustGet(t, c, "a")
-			if took := time.Since(began); (v.AccessKeyID != held.AccessKeyID) != tt.renewed || took != tt.took {
-				t.Errorf("%s: got %s instead of %s after %s", name, v, held, took)
+			if took := time.Since(began); (v.AccessKeyID != first.AccessKeyID) != tt.renewed || took != tt.took {
+				t.Errorf("%s: got %s instead of %s after %s", name, v, first, took)
 			}
 			if failed := tt.took == 0; (v.Failure != nil) != failed {
-				t.Errorf("%s: it is told that the renewal failed with %v", name, v.Failure)
+				t.Errorf("%s: Failure is %v", name, v.Failure)
 			}
 			if !tt.renewed && v.RefreshAfter != 30*time.Second {
-				t.Errorf("%s: the holder of an old session is to come back after %s", name, v.RefreshAfter)
+				t.Errorf("%s: RefreshAfter of an old session is %s", name, v.RefreshAfter)
 			}
 			if s.count() != 1+tt.calls {
 				t.Errorf("%s: %d fetches", name, s.count())
 			}
-			// The next caller, right behind, makes no further call.
+			// The next caller makes no further call.
 			mustGet(t, c, "a")
 			if s.count() != 1+tt.calls {
 				t.Errorf("%s: %d fetches for the next caller", name, s.count())
 			}
 		})
 	}
-	// Who asks for a key that is kept does not wait out why its renewal is late.
+	// A caller of an active key does not wait long for an overdue renewal.
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
-		c := start(t, s, cache.Config[string]{FetchTimeout: life})
-		keep(t, c, "a")
-		held := mustGet(t, c, "a")
-		s.slow(life)
+		c := start(t, s, cache.Config[string]{FetchTimeout: fullDuration})
+		retain(t, c, "a")
+		first := mustGet(t, c, "a")
+		s.slow(fullDuration)
 		time.Sleep(part(stale))
 		began := time.Now()
-		if v := mustGet(t, c, "a"); v.AccessKeyID != held.AccessKeyID || time.Since(began) != 200*time.Millisecond || s.count() != 2 {
+		if v := mustGet(t, c, "a"); v.AccessKeyID != first.AccessKeyID || time.Since(began) != 200*time.Millisecond || s.count() != 2 {
 			t.Errorf("got %s after %s and %d fetches", v, time.Since(began), s.count())
 		}
 	})
-	// Nor does one wait in vain for a key whose last keeper lets go of it meanwhile.
+	// A caller is not forgotten if the key becomes inactive while it waits.
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{Concurrency: 1})
-		held := mustGet(t, c, "a")
+		first := mustGet(t, c, "a")
 		time.Sleep(part(stale))
 		s.slow(time.Second)
-		keep(t, c, "plug")
+		retain(t, c, "plug")
 		synctest.Wait()
 		var caller sync.WaitGroup
 		caller.Go(func() {
-			if v := mustGet(t, c, "a"); v.AccessKeyID == held.AccessKeyID {
-				t.Error("the caller is given the old session")
+			if v := mustGet(t, c, "a"); v.AccessKeyID == first.AccessKeyID {
+				t.Error("the caller got the old session")
 			}
 		})
 		synctest.Wait()
-		keep(t, c, "a")
+		retain(t, c, "a")
 		c.Release("a", "")
 		caller.Wait()
 	})
-	// A caller in a hurry is given what is held when its time is up.
+	// A caller with a short deadline gets the current session at its deadline.
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{})
-		held := mustGet(t, c, "a")
+		first := mustGet(t, c, "a")
 		time.Sleep(part(stale))
-		s.slow(life)
+		s.slow(fullDuration)
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		defer cancel()
-		if v, err := c.Get(ctx, "a", ""); err != nil || v.AccessKeyID != held.AccessKeyID {
+		if v, err := c.Get(ctx, "a", ""); err != nil || v.AccessKeyID != first.AccessKeyID {
 			t.Errorf("Get = %s, %v", v, err)
 		}
 	})
-	// One that expires while its caller waits is not given out.
+	// A session that expires while its caller waits is not returned.
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{})
-		held := mustGet(t, c, "a")
-		time.Sleep(held.Remaining(time.Now()) - 100*time.Millisecond)
-		s.slow(life)
+		first := mustGet(t, c, "a")
+		time.Sleep(first.Remaining(time.Now()) - 100*time.Millisecond)
+		s.slow(fullDuration)
 		if v, err := c.Get(t.Context(), "a", ""); !errors.Is(err, credential.ErrUnavailable) {
 			t.Errorf("Get = %s, %v", v, err)
 		}
 	})
 }
 
-// What a source yields must be usable; otherwise it is an outage, whatever is held stays, and the
-// source is not asked in a busy loop.
-func TestUnusableAnswers(t *testing.T) {
+// An unusable session counts as an outage: the current session stays, and the source is not called in a busy loop.
+func TestUnusableSessions(t *testing.T) {
 	for name, spoil := range map[string]func(*credential.Credential){
 		"expired":         func(c *credential.Credential) { c.Expiration = time.Now().Add(-time.Hour) },
 		"just expired":    func(c *credential.Credential) { c.Expiration = time.Now() },
@@ -1111,10 +1026,10 @@ func TestUnusableAnswers(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s := new(source)
 			c := start(t, s, cache.Config[string]{})
-			held := mustGet(t, c, "held")
-			keep(t, c, "held")
-			s.become(func(context.Context, string) (credential.Credential, error) {
-				cred := s.session(life)
+			first := mustGet(t, c, "cached")
+			retain(t, c, "cached")
+			s.respond(func(context.Context, string) (credential.Credential, error) {
+				cred := s.session(fullDuration)
 				spoil(&cred)
 				return cred, nil
 			})
@@ -1123,23 +1038,23 @@ func TestUnusableAnswers(t *testing.T) {
 				t.Errorf("%s: Get = %s, %v", name, v, err)
 			}
 			time.Sleep(part(0.9))
-			if v := mustGet(t, c, "held"); v.AccessKeyID != held.AccessKeyID {
-				t.Errorf("%s: the session held gave way to %s", name, v)
+			if v := mustGet(t, c, "cached"); v.AccessKeyID != first.AccessKeyID {
+				t.Errorf("%s: the current session was replaced by %s", name, v)
 			}
-			if n := len(s.of("held")); n < 2 || n > 200 {
-				t.Errorf("%s: %d tries in half an hour", name, n)
+			if n := len(s.of("cached")); n < 2 || n > 200 {
+				t.Errorf("%s: %d fetches in half an hour", name, n)
 			}
 		})
 	}
 }
 
-// What is logged names the key and the reason, and no secret.
+// The log names the key and the reason, and contains no secret.
 func TestLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer
 		s := new(source)
 		c, stop := startStoppable(t, s, cache.Config[string]{Logger: slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{Level: slog.LevelDebug}))})
-		keep(t, c, "the-key")
+		retain(t, c, "the-key")
 		mustGet(t, c, "the-key")
 		s.fail(&credential.Error{Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSThrottled, Message: "m", Cause: errors.New("the cause")})
 		time.Sleep(part(0.6))
@@ -1149,14 +1064,14 @@ func TestLog(t *testing.T) {
 				t.Errorf("the log lacks %q: %s", want, out.String())
 			}
 		}
-		if strings.Contains(out.String(), planted) {
-			t.Errorf("the log holds a secret: %s", out.String())
+		if strings.Contains(out.String(), secretMarker) {
+			t.Errorf("the log contains a secret: %s", out.String())
 		}
 	})
 }
 
-// Random callers, keepers and failures, for days: what is valid is never dropped, no key is forgotten
-// or fetched twice at once, and the bookkeeping stays whole.
+// Random requests and failures for days: a valid session is never dropped, no key is lost or fetched twice at a time, and
+// the bookkeeping stays consistent.
 func TestRandomDays(t *testing.T) {
 	for seed := range uint64(10) {
 		synctest.Test(t, func(t *testing.T) {
@@ -1173,20 +1088,20 @@ func TestRandomDays(t *testing.T) {
 				}
 				switch outcome {
 				case 0, 1:
-					return credential.Credential{}, away()
+					return credential.Credential{}, unavailable()
 				case 2:
 					return credential.Credential{}, refusal()
 				case 3:
-					return credential.Credential{}, sleep(ctx, life) // hangs, until the fetch is given up
+					return credential.Credential{}, sleep(ctx, fullDuration) // hangs until its timeout
 				}
-				cred := s.session(life)
+				cred := s.session(fullDuration)
 				mu.Lock()
 				best[key] = cred.Expiration
 				mu.Unlock()
 				return cred, nil
 			}
 			c := start(t, s, cache.Config[string]{Concurrency: 3, Rate: 5})
-			kept := map[string]int{}
+			refs := map[string]int{}
 			var callers sync.WaitGroup
 			for range 3000 {
 				mu.Lock()
@@ -1195,11 +1110,11 @@ func TestRandomDays(t *testing.T) {
 				mu.Unlock()
 				switch {
 				case what < 2:
-					keep(t, c, key)
-					kept[key]++
-				case what < 4 && kept[key] > 0:
+					retain(t, c, key)
+					refs[key]++
+				case what < 4 && refs[key] > 0:
 					c.Release(key, "")
-					kept[key]--
+					refs[key]--
 				default:
 					callers.Go(func() {
 						mu.Lock()
@@ -1210,13 +1125,13 @@ func TestRandomDays(t *testing.T) {
 						v, err := c.Get(ctx, key, "")
 						now := time.Now()
 						if err == nil && !v.Valid(now) {
-							t.Errorf("Get gives a session that is not valid: %s", v)
+							t.Errorf("Get returned a session that is not valid: %s", v)
 						}
 						if err == nil && v.Expiration.Before(until) {
-							t.Errorf("Get gives a session of %s, and one of %s was there before", v.Expiration, until)
+							t.Errorf("Get returned a session that expires at %s, although one that expires at %s was there before", v.Expiration, until)
 						}
 						if err != nil && now.Before(until) {
-							t.Errorf("Get fails (%v) while a valid session is there until %s", err, until)
+							t.Errorf("Get failed with %v, although a session is valid until %s", err, until)
 						}
 					})
 				}
@@ -1226,25 +1141,25 @@ func TestRandomDays(t *testing.T) {
 				}
 			}
 			callers.Wait()
-			// Once the source works, every kept key becomes warm, and nothing else stays.
-			s.become(nil)
-			time.Sleep(2 * life)
+			// Once the source works, every active key becomes warm, and no other key stays.
+			s.respond(nil)
+			time.Sleep(2 * fullDuration)
 			want := 0
-			for _, n := range kept {
+			for _, n := range refs {
 				want += min(n, 1)
 			}
 			if warm, n := c.Settled(); warm != want || n != want || c.Len() != want {
-				t.Errorf("%d of %d keys are warm, %d are remembered, %d are kept", warm, n, c.Len(), want)
+				t.Errorf("%d of %d active keys are warm, the cache has %d; want %d", warm, n, c.Len(), want)
 			}
 		})
 	}
 }
 
-// The same under the real clock and the race detector, with sessions that live for moments.
+// The same with the real clock and the race detector, and with very short sessions.
 func TestStress(t *testing.T) {
-	const length = 100 * time.Millisecond
+	const duration = 100 * time.Millisecond
 	s := new(source)
-	s.answer = func(context.Context, string) (credential.Credential, error) { return s.session(length), nil }
+	s.answer = func(context.Context, string) (credential.Credential, error) { return s.session(duration), nil }
 	c, stop := startStoppable(t, s, cache.Config[string]{Concurrency: 4, Rate: rate.Inf})
 	defer stop()
 	var wg sync.WaitGroup
@@ -1256,10 +1171,10 @@ func TestStress(t *testing.T) {
 				key := fmt.Sprint(random.IntN(20))
 				switch random.IntN(4) {
 				case 0:
-					keep(t, c, key)
+					retain(t, c, key)
 					defer c.Release(key, "")
 				case 1:
-					keep(t, c, key)
+					retain(t, c, key)
 					c.Release(key, "")
 				default:
 					began := time.Now()
@@ -1285,14 +1200,14 @@ func TestStress(t *testing.T) {
 	})
 	wg.Wait()
 	if gets.Load() == 0 {
-		t.Error("nobody asked")
+		t.Error("no caller called Get")
 	}
-	if warm, kept := c.Settled(); kept != 0 || warm != 0 {
-		t.Errorf("%d keys are kept after all were released", kept)
+	if warm, active := c.Settled(); active != 0 || warm != 0 {
+		t.Errorf("%d keys are active after all were released", active)
 	}
 }
 
-// Shutting down while many ask must leave nobody waiting.
+// No caller is left waiting if the cache shuts down under load.
 func TestStressShutdown(t *testing.T) {
 	for range 20 {
 		s := new(source)
@@ -1327,56 +1242,15 @@ func BenchmarkGetWarm(b *testing.B) {
 	})
 }
 
-// TestOldTenantsAreNotStarved: after an outage that outlasted a session, its callers wait no longer
-// than those who came with new keys before them, however many keep coming.
-func TestOldTenantsAreNotStarved(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := &source{}
-		c := start(t, s, cache.Config[string]{Rate: 10, Concurrency: 1})
-		keep(t, c, "old")
-		mustGet(t, c, "old")
-		s.fail(away())
-		time.Sleep(life + time.Minute)
-		s.become(nil)
-
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		var flood sync.WaitGroup
-		flood.Go(func() { // twice as many new keys as may be fetched
-			for i := 0; ctx.Err() == nil; i++ {
-				flood.Go(func() { _, _ = c.Get(ctx, fmt.Sprint("new", i), "") })
-				_ = sleep(ctx, 50*time.Millisecond)
-			}
-		})
-		// The wait after the last failure is up to 30 s, and as long is the queue of those who came then.
-		recovered := time.Now()
-		for {
-			attempt, stop := context.WithTimeout(ctx, 3*time.Minute)
-			_, err := c.Get(attempt, "old", "")
-			stop()
-			if err == nil {
-				break
-			}
-			if time.Since(recovered) > 2*time.Minute {
-				t.Error("the caller of an old key still waits behind new ones")
-				break
-			}
-			time.Sleep(time.Second)
-		}
-		cancel()
-		flood.Wait()
-	})
-}
-
 func TestPanicIsAFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{}
-		s.become(func(context.Context, string) (credential.Credential, error) { panic("odd answer") })
+		s.respond(func(context.Context, string) (credential.Credential, error) { panic("odd answer") })
 		c := start(t, s, cache.Config[string]{})
 		if _, err := c.Get(t.Context(), "a", ""); credential.ReasonOf(err) != credential.ReasonInternal {
-			t.Errorf("answered %v", err)
+			t.Errorf("Get returned %v", err)
 		}
-		s.become(nil)
+		s.respond(nil)
 		time.Sleep(time.Minute)
 		mustGet(t, c, "a")
 	})

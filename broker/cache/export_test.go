@@ -4,127 +4,86 @@ import (
 	"fmt"
 	"maps"
 	"time"
-
-	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Len is how many keys the cache knows of.
+// Len returns how many keys the cache has.
 func (c *Cache[K]) Len() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.entries)
 }
 
-// Planned is how many renewals the cache has counted, and in how many slots.
-func (c *Cache[K]) Planned() (renewals, slots int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, n := range c.renewals.planned {
-		renewals += n
-	}
-	return renewals, len(c.renewals.planned)
-}
-
-// PlanRenewal is when a session is renewed if it is looked at now, and how many slots have a count when that is taken
-// back.
-func PlanRenewal(cred credential.Credential, now time.Time) (at time.Time, left int) {
-	r, e := newRenewals(), renewal{}
-	r.want(&e, cred.Life())
-	at = r.plan(&e, cred, now)
-	r.cancel(&e)
-	r.want(&e, 0)
-	if r.perSecond() != 0 {
-		left++
-	}
-	return at, left + len(r.planned)
-}
-
-// Check says what is wrong with the cache's own bookkeeping.
+// Check returns what is wrong with the cache's own bookkeeping.
 func (c *Cache[K]) Check() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	inFlight, perClass, idle := 0, map[string]int{}, map[string]int{}
-	planned, demand := map[slot]int{}, [64]int64{}
+	due, queued, running, demand := 0, 0, 0, 0.0
+	tenants := map[string]tenantKeys{}
 	for key, e := range c.entries {
+		isDue, isQueued := !c.schedule.DueAt(e.item).IsZero(), c.schedule.Queued(e.item)
 		switch {
-		case e.key != key:
-			return fmt.Errorf("entry of %v stands under %v", e.key, key)
-		case e.flight == nil && e.dueIndex < 0 && !c.stopped:
+		case e.key != key || e.item.Value != e:
+			return fmt.Errorf("the entry of %v is found under %v", e.key, key)
+		case e.fetch == nil && !isDue && !c.stopped:
 			return fmt.Errorf("nothing will ever look at %v again", key)
-		case e.queued >= 0 && (e.queued >= len(c.queue.heap) || c.queue.heap[e.queued] != e):
-			return fmt.Errorf("%v is not at its place in the queue", key)
-		case e.dueIndex >= 0 && (e.dueIndex >= len(c.due) || c.due[e.dueIndex] != e):
-			return fmt.Errorf("%v is not at its place in the heap of what is due", key)
-		case e.queued >= 0 && e.flight == nil:
-			return fmt.Errorf("%v is queued without a flight", key)
-		case e.kept < 0 || e.flight != nil && e.flight.waiters < 0:
-			return fmt.Errorf("%v is kept or awaited by less than nobody", key)
-		case e.renewal.at && (e.dueIndex < 0 || e.kept == 0):
-			return fmt.Errorf("the renewal of %v is counted and not due", key)
-		case e.renewal.share > 0 && (e.kept == 0 || e.held.Expiration.IsZero()):
-			return fmt.Errorf("%v has part in the demand without being kept and held", key)
+		case e.fetch != nil && isDue:
+			return fmt.Errorf("%v is due during a fetch", key)
+		case e.fetch == nil && isQueued:
+			return fmt.Errorf("%v is queued without a fetch", key)
+		case e.refs < 0 || e.fetch != nil && (e.fetch.waiters < 0 || e.fetch.callers < e.fetch.waiters):
+			return fmt.Errorf("%v has negative counts", key)
 		}
-		if e.renewal.at {
-			planned[e.renewal.slot]++
+		switch {
+		case isDue:
+			due++
+		case isQueued:
+			queued++
+		case e.fetch != nil:
+			running++
 		}
-		demand[e.renewal.octave] += e.renewal.share
-		kept := 0
-		for _, u := range e.classes {
-			perClass[u.class]++
-			if u.kept == 0 {
-				idle[u.class]++
+		if e.refs > 0 && !e.session.Expiration.IsZero() {
+			demand += 1 / (0.45 * e.session.Life().Seconds())
+		}
+		refs := 0
+		for _, u := range e.usages {
+			n := tenants[u.tenant]
+			n.all++
+			if u.refs == 0 {
+				n.inactive++
 			}
-			kept += u.kept
+			tenants[u.tenant] = n
+			refs += u.refs
 		}
-		if kept != e.kept {
-			return fmt.Errorf("%v is kept by %d, and by the classes' account by %d", key, e.kept, kept)
-		}
-		if e.flight != nil && e.queued < 0 {
-			inFlight++
+		if refs != e.refs {
+			return fmt.Errorf("%v is retained %d times, its tenants retain it %d times", key, e.refs, refs)
 		}
 	}
-	for _, e := range c.due {
-		if c.entries[e.key] != e {
-			return fmt.Errorf("%v is due and not known", e.key)
-		}
+	if !maps.Equal(tenants, c.tenants) {
+		return fmt.Errorf("counted keys of tenants %v, want %v", c.tenants, tenants)
 	}
-	for i, e := range c.queue.heap {
-		if c.entries[e.key] != e {
-			return fmt.Errorf("%v is queued and not known", e.key)
-		}
-		if i > 0 && c.queue.heap.Less(i, (i-1)/2) {
-			return fmt.Errorf("the queue is out of order at %v", e.key)
-		}
+	s := c.schedule.Stats()
+	if s.Due != due || s.Queued != queued || s.Running != running {
+		return fmt.Errorf("the schedule has %d entries due, %d queued and %d running, want %d, %d and %d", s.Due, s.Queued, s.Running, due, queued, running)
 	}
-	if !maps.Equal(perClass, c.perClass) {
-		return fmt.Errorf("the classes have %v, counted are %v", perClass, c.perClass)
-	}
-	maps.DeleteFunc(c.idle, func(_ string, n int) bool { return n == 0 })
-	if !maps.Equal(idle, c.idle) {
-		return fmt.Errorf("the classes do not keep %v, counted are %v", idle, c.idle)
-	}
-	if !maps.Equal(planned, c.renewals.planned) {
-		return fmt.Errorf("renewals are planned in %d slots, counted in %d, or not as many", len(planned), len(c.renewals.planned))
-	}
-	if demand != c.renewals.demand {
-		return fmt.Errorf("the demand is %v, counted is %v", demand, c.renewals.demand)
-	}
-	if inFlight != c.running {
-		return fmt.Errorf("%d fetches are under way, %d are counted", inFlight, c.running)
+	// An expired session may be counted until its entry is rescheduled. A session shorter than 3 s counts as less.
+	if s.Demand > 1.001*demand+1e-6 {
+		return fmt.Errorf("the demand is %v, want at most %v", s.Demand, demand)
 	}
 	return nil
 }
 
-// Suspend is what a machine that was suspended for d finds: its timers stood still, and by the wall clock all that the cache
-// knows is older by d.
+// Suspend simulates that the machine was suspended for d: timers stopped, and by the wall clock everything is older by d.
 func (c *Cache[K]) Suspend(d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
-		for _, at := range []*time.Time{&e.held.Issued, &e.held.Expiration, &e.dueAt, &e.notBefore} {
+		for _, at := range []*time.Time{&e.session.Issued, &e.session.Expiration, &e.notBefore} {
 			if !at.IsZero() {
 				*at = at.Add(-d)
 			}
+		}
+		if at := c.schedule.DueAt(e.item); !at.IsZero() {
+			c.schedule.At(e.item, at.Add(-d))
 		}
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-func every(string) bool { return true }
+func all(string) bool { return true }
 
 func only(key string) func(string) bool { return func(k string) bool { return k == key } }
 
@@ -30,70 +30,70 @@ func stateOf(t *testing.T, c *cache.Cache[string], key string) cache.State[strin
 	return states[0]
 }
 
-func TestDropForgetsAtOnce(t *testing.T) {
+func TestDrop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "kept")
-		first := mustGet(t, c, "kept")
-		mustGet(t, c, "asked")
+		retain(t, c, "active")
+		first := mustGet(t, c, "active")
+		mustGet(t, c, "requested")
 		mustGet(t, c, "other")
 		if n := c.Drop(func(key string) bool { return key != "other" }); n != 2 {
 			t.Errorf("%d keys were dropped", n)
 		}
-		for _, key := range []string{"kept", "asked"} {
+		for _, key := range []string{"active", "requested"} {
 			for _, state := range c.States(only(key)) {
 				if state.AccessKeyID != "" {
-					t.Errorf("%s is still held after it was dropped: %s", key, state.AccessKeyID)
+					t.Errorf("%s still has session %s after Drop", key, state.AccessKeyID)
 				}
 			}
 		}
 		if stateOf(t, c, "other").AccessKeyID == "" {
-			t.Error("a key that was not to be dropped is gone")
+			t.Error("Drop removed the session of a key that does not match")
 		}
-		// What is kept is fetched without anybody asking.
+		// An active key is fetched again without a caller.
 		time.Sleep(1100 * time.Millisecond)
-		if again := mustGet(t, c, "kept"); again.AccessKeyID == first.AccessKeyID || len(s.of("kept")) != 2 {
-			t.Errorf("after a drop %s is served, %d fetches", again, len(s.of("kept")))
+		if again := mustGet(t, c, "active"); again.AccessKeyID == first.AccessKeyID || len(s.of("active")) != 2 {
+			t.Errorf("after Drop Get returns %s, with %d fetches", again, len(s.of("active")))
 		}
-		if n := len(s.of("asked")); n != 1 {
-			t.Errorf("a key that nobody wants was fetched %d times", n)
+		if n := len(s.of("requested")); n != 1 {
+			t.Errorf("an inactive key was fetched %d times", n)
 		}
 	})
 }
 
-func TestRenewServesTheOldMeanwhile(t *testing.T) {
+func TestRenewServesTheCurrentSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(time.Second)
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
+		retain(t, c, "a")
 		first := mustGet(t, c, "a")
-		mustGet(t, c, "nobody's")
-		if n := c.Renew(every); n != 1 {
-			t.Errorf("%d keys are renewed, one is wanted", n)
+		mustGet(t, c, "inactive")
+		if n := c.Renew(all); n != 1 {
+			t.Errorf("%d keys are renewed, want the active one", n)
 		}
 		synctest.Wait()
 		if v := mustGet(t, c, "a"); v.AccessKeyID != first.AccessKeyID {
-			t.Errorf("meanwhile %s is served", v)
+			t.Errorf("during the renewal Get returns %s", v)
 		}
 		time.Sleep(1100 * time.Millisecond)
 		if v := mustGet(t, c, "a"); v.AccessKeyID == first.AccessKeyID {
-			t.Error("it was not renewed")
+			t.Error("the session was not renewed")
 		}
 	})
 }
 
-// A session that STS made before an operator revoked the role's sessions must not be served after.
-func TestDropOutdatesFetchesUnderWay(t *testing.T) {
+// The result of a fetch that was in flight when the role's sessions were revoked is not used.
+func TestDropOutdatesFetchesInFlight(t *testing.T) {
 	for name, again := range map[string]func(*cache.Cache[string]) int{
-		"drop":  func(c *cache.Cache[string]) int { return c.Drop(every) },
-		"renew": func(c *cache.Cache[string]) int { return c.Renew(every) },
+		"drop":  func(c *cache.Cache[string]) int { return c.Drop(all) },
+		"renew": func(c *cache.Cache[string]) int { return c.Renew(all) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := new(source)
 				s.answer = func(ctx context.Context, _ string) (credential.Credential, error) {
-					issued := s.session(life) // and then travels for a second
+					issued := s.session(fullDuration) // and a slow response
 					return issued, sleep(ctx, time.Second)
 				}
 				c := start(t, s, cache.Config[string]{})
@@ -117,14 +117,14 @@ func TestDropOutdatesFetchesUnderWay(t *testing.T) {
 	}
 }
 
-// Nor must one that was held when its caller came.
-func TestDropReachesWhoWaitsForARenewal(t *testing.T) {
+// Nor is a session that was cached when its caller came.
+func TestDropReachesWaitingCallers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
 		c := start(t, s, cache.Config[string]{})
 		first := mustGet(t, c, "a")
 		s.slow(time.Hour)
-		time.Sleep(part(0.55)) // past half of its life a caller waits a little for the next
+		time.Sleep(part(0.55)) // the caller waits for the renewal
 		var caller sync.WaitGroup
 		caller.Go(func() {
 			v, err := c.Get(t.Context(), "a", "")
@@ -133,7 +133,7 @@ func TestDropReachesWhoWaitsForARenewal(t *testing.T) {
 			}
 		})
 		time.Sleep(100 * time.Millisecond)
-		c.Drop(every)
+		c.Drop(all)
 		caller.Wait()
 	})
 }
@@ -143,13 +143,13 @@ func TestRenewForgetsRefusals(t *testing.T) {
 		s := new(source)
 		s.fail(refusal())
 		c := start(t, s, cache.Config[string]{})
-		keep(t, c, "a")
+		retain(t, c, "a")
 		synctest.Wait()
 		if state := stateOf(t, c, "a"); !errors.Is(state.Failure, credential.ErrDenied) || state.Failures != 1 || !state.NotBefore.After(time.Now()) {
 			t.Errorf("state %+v", state)
 		}
-		s.slow(time.Second) // a person has mended it, and does not want to wait
-		c.Renew(every)
+		s.slow(time.Second) // the user fixed the cause, and does not want to wait
+		c.Renew(all)
 		mustGet(t, c, "a")
 		if state := stateOf(t, c, "a"); state.Failure != nil || state.Failures != 0 {
 			t.Errorf("state %+v", state)
@@ -166,9 +166,9 @@ func TestStatsAndStates(t *testing.T) {
 			synctest.Wait()
 			got := c.Stats()
 			want.Rate, want.Share = cache.DefaultRate, cache.DefaultRate
-			// Sessions are renewed every 0.45 of their lives.
-			if demand := float64(want.Warm) / (0.45 * life.Seconds()); math.Abs(got.Demand-demand) > demand/1000 {
-				t.Errorf("the demand is %v, of %d sessions", got.Demand, want.Warm)
+			// Sessions are renewed after 0.45 of their durations on average.
+			if demand := float64(want.Warm) / (0.45 * fullDuration.Seconds()); math.Abs(got.Demand-demand) > demand/1000 {
+				t.Errorf("the demand of %[2]d sessions is %[1]v", got.Demand, want.Warm)
 			}
 			want.Demand = got.Demand
 			if got != want {
@@ -176,16 +176,16 @@ func TestStatsAndStates(t *testing.T) {
 			}
 		}
 		want(cache.Stats{})
-		keep(t, c, "held")
-		mustGet(t, c, "held")
-		want(cache.Stats{Entries: 1, Active: 1, Warm: 1, Stalest: life, Misses: 1, Fetched: 1, ForCallers: 1})
+		retain(t, c, "cached")
+		mustGet(t, c, "cached")
+		want(cache.Stats{Entries: 1, Active: 1, Warm: 1, Stalest: fullDuration, Misses: 1, Fetched: 1, ForCallers: 1})
 
 		time.Sleep(time.Minute)
 		s.fail(refusal())
-		keep(t, c, "refused")
-		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: life - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
-		if settled, kept := c.Settled(); settled != 2 || kept != 2 {
-			t.Errorf("%d of %d are settled", settled, kept)
+		retain(t, c, "refused")
+		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: fullDuration - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
+		if settled, active := c.Settled(); settled != 2 || active != 2 {
+			t.Errorf("%d of %d are settled", settled, active)
 		}
 
 		time.Sleep(time.Second)
@@ -196,38 +196,38 @@ func TestStatsAndStates(t *testing.T) {
 			callers.Go(func() { _, _ = c.Get(ctx, key, "shop") })
 			synctest.Wait()
 		}
-		keep(t, c, "ahead")
-		c.Renew(only("held"))
-		mustGet(t, c, "held")
+		retain(t, c, "ahead")
+		c.Renew(only("cached"))
+		mustGet(t, c, "cached")
 		want(cache.Stats{
 			Entries: 5, Active: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1,
-			Stalest: life - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
+			Stalest: fullDuration - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
 		})
-		if settled, kept := c.Settled(); settled != 2 || kept != 3 {
-			t.Errorf("%d of %d are settled", settled, kept)
+		if settled, active := c.Settled(); settled != 2 || active != 3 {
+			t.Errorf("%d of %d are settled", settled, active)
 		}
 		if state := stateOf(t, c, "waits"); !state.Fetching || state.Waiters != 1 || len(state.Tenants) != 1 || state.Tenants[0] != "shop" || !state.NextLook.IsZero() {
 			t.Errorf("state %+v", state)
 		}
-		if state := stateOf(t, c, "held"); state.AccessKeyID != "ASIA1" || state.Active != 1 || !state.Fetching {
+		if state := stateOf(t, c, "cached"); state.AccessKeyID != "ASIA1" || state.Active != 1 || !state.Fetching {
 			t.Errorf("state %+v", state)
 		}
-		if state := fmt.Sprintf("%+v", c.States(every)); strings.Contains(state, planted) {
-			t.Errorf("the states hold a secret: %s", state)
+		if state := fmt.Sprintf("%+v", c.States(all)); strings.Contains(state, secretMarker) {
+			t.Errorf("the states contain a secret: %s", state)
 		}
 		cancel()
 		callers.Wait()
 	})
 }
 
-// What is later than promised shows, and so does why fetches begin.
+// Stats shows overdue renewals, and why fetches began.
 func TestStatsOfLateRenewals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
-		c := start(t, s, cache.Config[string]{FetchTimeout: life})
-		keep(t, c, "kept")
-		mustGet(t, c, "kept")
-		mustGet(t, c, "not kept")
+		c := start(t, s, cache.Config[string]{FetchTimeout: fullDuration})
+		retain(t, c, "active")
+		mustGet(t, c, "active")
+		mustGet(t, c, "inactive")
 		s.slow(part(0.3))
 		time.Sleep(part(0.549))
 		if stats := c.Stats(); stats.Late != 0 || stats.Renewals != 1 {
@@ -237,13 +237,13 @@ func TestStatsOfLateRenewals(t *testing.T) {
 		if stats := c.Stats(); stats.Late != 1 || stats.Warm != 1 {
 			t.Errorf("late: %+v", stats)
 		}
-		mustGet(t, c, "not kept") // which begins a renewal, and does not wait for it
+		mustGet(t, c, "inactive") // begins a renewal, and waits for a part of it
 		time.Sleep(part(0.3))
 		if stats := c.Stats(); stats.Late != 0 || stats.Renewals != 2 || stats.ForCallers+stats.Prefetches != 2 {
 			t.Errorf("renewed: %+v", stats)
 		}
 		time.Sleep(part(2))
-		c.Release("kept", "")
+		c.Release("active", "")
 		if stats := c.Stats(); stats.Demand != 0 || stats.Late != 0 {
 			t.Errorf("released: %+v", stats)
 		}
@@ -264,7 +264,7 @@ func TestFetchHasTheFirstCallersValues(t *testing.T) {
 			if err := sleep(ctx, time.Second); err != nil {
 				return credential.Credential{}, err
 			}
-			return s.session(life), nil
+			return s.session(fullDuration), nil
 		}
 		c := start(t, s, cache.Config[string]{Rate: rate.Inf})
 		ctx, cancel := context.WithCancel(context.WithValue(t.Context(), name{}, "first"))
@@ -273,9 +273,9 @@ func TestFetchHasTheFirstCallersValues(t *testing.T) {
 		synctest.Wait()
 		callers.Go(func() { mustGet(t, c, "a") })
 		synctest.Wait()
-		cancel() // takes its values along, not the fetch
+		cancel() // The fetch continues.
 		callers.Wait()
-		keep(t, c, "b")
+		retain(t, c, "b")
 		time.Sleep(2 * time.Second)
 		mu.Lock()
 		defer mu.Unlock()
@@ -285,167 +285,22 @@ func TestFetchHasTheFirstCallersValues(t *testing.T) {
 	})
 }
 
-func TestClassesAreBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{MaxPerTenant: 500})
-		served := 0
-		for i := range 10_000 {
-			err := c.Retain(fmt.Sprint(i), "greedy")
-			switch {
-			case err == nil:
-				served++
-			case !errors.Is(err, cache.ErrTenantFull):
-				t.Fatal(err)
-			}
-		}
-		if served != 500 || c.Len() != 500 {
-			t.Errorf("of 10,000 keys of one class %d are kept, %d are known", served, c.Len())
-		}
-		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("a full class's caller is told %v", err)
-		}
-		if _, err := c.Get(t.Context(), "9999", "modest"); err != nil {
-			t.Errorf("another class is told %v", err)
-		}
-		// A key that another class has brought in counts all the same.
-		if _, err := c.Get(t.Context(), "9999", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("a full class's caller for a key that is held is told %v", err)
-		}
-		// What it has it may ask for, and what it gives back it may have again.
-		if _, err := c.Get(t.Context(), "0", "greedy"); err != nil {
-			t.Error(err)
-		}
-		c.Release("0", "greedy")
-		if err := c.Retain("9999", "greedy"); err != nil {
-			t.Error(err)
-		}
-		if err := c.Retain("9998", "greedy"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("one more than may be: %v", err)
-		}
-		// A release that was not preceded by a keep changes nothing.
-		c.Release("1", "modest")
-		c.Release("9999", "modest")
-		if err := c.Check(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// What a class has given back counts until its place is wanted: however fast it changes its mind, it has no more.
-func TestReleasedKeysAreBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := new(source)
-		c := start(t, s, cache.Config[string]{MaxPerTenant: 10, Rate: rate.Inf})
-		for i := range 1000 {
-			key := fmt.Sprint(i)
-			if err := c.Retain(key, "fickle"); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(time.Millisecond)
-			c.Release(key, "fickle")
-		}
-		if n := c.Len(); n > 10 {
-			t.Errorf("%d keys are known", n)
-		}
-		// Nor does what was only asked for shut out what is to be kept, though another class keeps it.
-		for i := range 10 {
-			key := fmt.Sprint("shared-", i)
-			if err := c.Retain(key, "other"); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := c.Get(t.Context(), key, "fickle"); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for i := range 10 {
-			if err := c.Retain(fmt.Sprint("own-", i), "fickle"); err != nil {
-				t.Errorf("key %d: %v", i, err)
-			}
-		}
-		if err := c.Retain("one more", "fickle"); !errors.Is(err, cache.ErrTenantFull) {
-			t.Errorf("one more: %v", err)
-		}
-		if err := c.Check(); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
-// A key whose fetch is queued or under way is no room for another one, whether a caller still waits for it or not: its
-// session would be lost, and the fetch's end would meet an entry that is not known.
-func TestFetchesUnderWayAreNoRoom(t *testing.T) {
-	for name, tt := range map[string]struct{ concurrency, callers int }{
-		"under way, with callers":  {64, 1},
-		"under way, all have left": {64, 0},
-		"one is queued":            {1, 1},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := (&source{}).slow(10 * time.Second)
-				c := start(t, s, cache.Config[string]{MaxPerTenant: 2, Concurrency: tt.concurrency})
-				ctx, leave := context.WithCancel(t.Context())
-				defer leave()
-				got := make(chan error, 2)
-				for _, key := range []string{"a", "b"} {
-					go func() { _, err := c.Get(ctx, key, "shop"); got <- err }()
-					synctest.Wait()
-				}
-				if tt.callers == 0 {
-					leave()
-				}
-				synctest.Wait()
-				for range 3 {
-					if _, err := c.Get(t.Context(), "c", "shop"); !errors.Is(err, cache.ErrTenantFull) {
-						t.Errorf("a third key was answered %v, want %v", err, cache.ErrTenantFull)
-					}
-					if err := c.Retain("d", "shop"); !errors.Is(err, cache.ErrTenantFull) {
-						t.Errorf("a fourth key is kept: %v", err)
-					}
-				}
-				if err := c.Check(); err != nil {
-					t.Error(err)
-				}
-				time.Sleep(time.Minute)
-				synctest.Wait()
-				for range 2 {
-					if err := <-got; err != nil && tt.callers > 0 {
-						t.Errorf("a caller whose fetch was under way got %v", err)
-					}
-				}
-				// The fetched sessions are cached, and give room now.
-				mustGet(t, c, "a")
-				mustGet(t, c, "b")
-				if n := s.count(); n != 2 {
-					t.Errorf("%d fetches, want 2: a session was lost", n)
-				}
-				if _, err := c.Get(t.Context(), "c", "shop"); err != nil {
-					t.Errorf("when nothing is under way, a third key was answered %v", err)
-				}
-				if err := c.Check(); err != nil {
-					t.Error(err)
-				}
-			})
-		})
-	}
-}
-
-// Timers stand still while a machine is suspended, and sessions go on expiring. What fell due meanwhile is renewed soon after.
+// Timers stop while a machine is suspended, and sessions expire. Sessions that are due then are renewed soon after.
 func TestRenewalAfterASuspend(t *testing.T) {
-	for _, length := range []time.Duration{15 * time.Minute, time.Hour, 12 * time.Hour} {
-		for _, part := range []float64{0.6, 1.5} { // past its renewal, past its end
-			t.Run(fmt.Sprintf("%s, for %v of it", length, part), func(t *testing.T) {
+	for _, duration := range []time.Duration{15 * time.Minute, time.Hour, 12 * time.Hour} {
+		for _, part := range []float64{0.6, 1.5} { // after its renewal time, after its expiration
+			t.Run(fmt.Sprintf("%s, for %v of it", duration, part), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					s := &source{}
-					s.become(func(context.Context, string) (credential.Credential, error) { return s.session(length), nil })
+					s.respond(func(context.Context, string) (credential.Credential, error) { return s.session(duration), nil })
 					c := start(t, s, cache.Config[string]{})
-					keep(t, c, "a")
+					retain(t, c, "a")
 					time.Sleep(10 * time.Second)
 					synctest.Wait()
 					if n := s.count(); n != 1 {
 						t.Fatalf("%d fetches at the start", n)
 					}
-					c.Suspend(time.Duration(part * float64(length)))
+					c.Suspend(time.Duration(part * float64(duration)))
 					time.Sleep(time.Minute)
 					synctest.Wait()
 					if n := s.count(); n != 2 {

@@ -16,102 +16,100 @@ import (
 )
 
 const (
-	// maxAddresses bounds what is taken of an answer, which is kept: more brokers than the largest cluster
-	// has use for.
+	// maxAddresses limits how many addresses of a DNS response are kept. The largest cluster needs fewer brokers.
 	maxAddresses = 64
-	// maxLookup bounds a look-up, which may outlive the call that began it. Go's resolver sends a query that got no
-	// answer again after 5 s, and three search domains then take it 15 s.
+	// maxLookup limits a look-up, which may outlive its call. Go's resolver repeats a query without response after 5 s, so
+	// three search domains can take 15 s.
 	maxLookup = 30 * time.Second
 	// maxFullName is the part of maxLookup after which the next name is looked up. A query for a full name with a wrong
-	// domain leaves the cluster, and a server there may respond with an error or not at all.
+	// domain leaves the cluster. A server there may respond with an error, or not at all.
 	maxFullName = maxLookup / 2
-	// knownAfter is how long a call waits for a look-up if it knows the addresses of an earlier one.
+	// knownAfter is how long a call waits for a look-up if it knows addresses of an earlier one.
 	knownAfter = 3 * time.Second
-	// unusedFor is how long the result of a look-up that no call waited for counts as current. It covers the pause
-	// between two calls of a pod that starts.
+	// unusedFor is how long the result of a look-up counts as current if no call waited for it. It covers the pause
+	// between two calls of a starting pod.
 	unusedFor = 30 * time.Second
-	// familyAfter is how long the A record may take before AAAA is looked up as well. A cluster's DNS answers within
-	// milliseconds.
-	familyAfter = 300 * time.Millisecond
-	// graceAfter is how long the A record may take once AAAA is there.
+	// ipv6After is how long the A query may take before AAAA is queried too. A cluster's DNS responds within milliseconds.
+	ipv6After = 300 * time.Millisecond
+	// graceAfter is how long the A query may still take after AAAA records have arrived.
 	graceAfter = time.Second
-	// againAfter is how long both may take before they are looked up again, because a query or its answer was lost. The
-	// pauses after that are 1, 2, 4 and 8 s. A resolver that takes 1.1 s per answer is not asked twice.
-	againAfter = 2 * time.Second
+	// repeatAfter is how long both queries may take before they are sent again, because a packet may be lost. The pauses
+	// after that are 1, 2, 4 and 8 s. A resolver that responds in 1.1 s is not queried twice.
+	repeatAfter = 2 * time.Second
 )
 
-// addresses finds the brokers' addresses.
+// addresses looks up the brokers' addresses.
 type addresses struct {
 	lookup func(ctx context.Context, network, host string) ([]netip.Addr, error)
 
 	mu      sync.Mutex // guards what follows
-	names   []string   // of the brokers, in the order in which they are looked up: the next one if one does not exist
+	names   []string   // of the brokers: the next one is looked up if one does not exist
 	last    []netip.Addr
-	flight  *flight   // the look-up under way, nil without one
-	foundAt time.Time // when last was found, if no call has used it since
+	pending *pendingLookup // nil if none runs
+	foundAt time.Time      // when a look-up found last; zero if a call has used it
 }
 
-// flight is one look-up, which several calls may wait for. found and err are set once done is closed.
-type flight struct {
+// pendingLookup is one look-up, for which several calls may wait. found and err are set when done is closed.
+type pendingLookup struct {
 	done    chan struct{}
-	waiting int // calls; guarded by the mu of its addresses
+	waiting int // number of calls; guarded by addresses.mu
 	found   []netip.Addr
 	err     error
 }
 
-// find returns the addresses, at least one. They are current if a look-up has just found them. If DNS does not answer,
-// find returns those of the last look-up that found any: brokers can be called without DNS. A look-up that takes longer
-// than the call continues, and its result serves the next call.
+// find returns at least one address. The addresses are current if a look-up has just found them. If DNS does not respond,
+// find returns the result of the last successful look-up, because brokers can be called without DNS. If a look-up takes
+// longer than the call, it continues, and the next call uses its result.
 func (a *addresses) find(ctx context.Context) (found []netip.Addr, current bool, err error) {
 	a.mu.Lock()
 	if literal, err := netip.ParseAddr(a.names[0]); err == nil {
 		a.mu.Unlock()
 		return []netip.Addr{literal}, true, nil
 	}
-	known := a.last
+	previous := a.last
 	if !a.foundAt.IsZero() && time.Since(a.foundAt) < unusedFor {
 		a.foundAt = time.Time{}
 		a.mu.Unlock()
-		return known, false, nil
+		return previous, false, nil
 	}
-	name, f := a.names[0], a.flight
-	if f == nil {
-		f = &flight{done: make(chan struct{})}
-		a.flight = f
-		go a.fly(context.WithoutCancel(ctx), f)
+	name, p := a.names[0], a.pending
+	if p == nil {
+		p = &pendingLookup{done: make(chan struct{})}
+		a.pending = p
+		go a.runLookup(context.WithoutCancel(ctx), p)
 	}
-	f.waiting++
+	p.waiting++
 	a.mu.Unlock()
 	defer func() {
 		a.mu.Lock()
-		f.waiting--
+		p.waiting--
 		a.mu.Unlock()
 	}()
 
-	var patience <-chan time.Time
-	if len(known) > 0 {
+	var timeout <-chan time.Time
+	if len(previous) > 0 {
 		timer := time.NewTimer(knownAfter)
 		defer timer.Stop()
-		patience = timer.C
+		timeout = timer.C
 	}
-	err = errors.New("no answer in time")
+	err = errors.New("no response in time")
 	select {
-	case <-f.done:
-		if f.err == nil {
-			return f.found, true, nil
+	case <-p.done:
+		if p.err == nil {
+			return p.found, true, nil
 		}
-		err = f.err
-	case <-patience:
+		err = p.err
+	case <-timeout:
 	case <-ctx.Done():
 	}
-	if len(known) > 0 {
-		return known, false, nil
+	if len(previous) > 0 {
+		return previous, false, nil
 	}
-	return nil, false, unreachable(fmt.Errorf("DNS gave no address of the broker's host %s: %w", name, err))
+	return nil, false, unreachable(fmt.Errorf("DNS has no address for the broker's host %s: %w", name, err))
 }
 
-// fly looks the brokers up, and publishes the result.
-func (a *addresses) fly(ctx context.Context, f *flight) {
+// runLookup looks the brokers up, and publishes the result in p.
+func (a *addresses) runLookup(ctx context.Context, p *pendingLookup) {
 	ctx, cancel := context.WithTimeout(ctx, maxLookup)
 	defer cancel()
 	a.mu.Lock()
@@ -126,97 +124,99 @@ func (a *addresses) fly(ctx context.Context, f *flight) {
 		if at < len(names)-1 {
 			limit = maxFullName
 		}
-		var failed error
-		if found, failed = a.race(ctx, name, limit); failed == nil {
+		var failure error
+		if found, failure = a.lookupName(ctx, name, limit); failure == nil {
 			names, err = names[:at+1], nil
 			break
 		}
 		if err == nil || isNotFound(err) {
-			err = failed // The one that tells more: that a name does not exist is expected of all but one.
+			err = failure // All names but one are expected not to exist, so another error tells more.
 		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.flight = nil
-	f.found, f.err = found, err
+	a.pending = nil
+	p.found, p.err = found, err
 	if err == nil {
 		a.last = found
-		a.names = names // If this one is gone for a while, the ones behind it are not needed.
-		if f.waiting == 0 {
+		a.names = names // The names after this one are not needed, even if this one disappears for a while.
+		if p.waiting == 0 {
 			a.foundAt = time.Now()
 		}
 	}
-	close(f.done)
+	close(p.done)
 }
 
-// family holds the known records of one type of a name.
+// family has the records of one address family of a name.
 type family struct {
-	network string // as [net.Resolver.LookupNetIP] has it
-	open    int    // look-ups under way
-	asked   bool
-	found   []netip.Addr
-	err     error // of the last look-up that ended without an address; it is final if no such record exists
+	network  string // "ip4" or "ip6", as in [net.Resolver.LookupNetIP]
+	inFlight int    // running queries
+	started  bool
+	found    []netip.Addr
+	err      error // of the last query that found no address; final if it is a not-found error
 }
 
-// ended reports whether no look-up of the family can bring an address any more.
-func (f *family) ended() bool { return isNotFound(f.err) || f.asked && f.open == 0 && f.err != nil }
+// failed reports whether no query of the family can find an address any more.
+func (f *family) failed() bool {
+	return isNotFound(f.err) || f.started && f.inFlight == 0 && f.err != nil
+}
 
-// race looks one name up, for as long as limit. It returns the addresses of the A record as soon as it is there, and otherwise those of AAAA.
-// It does not use LookupNetIP of both families at once, which waits for both answers, and fails if one is missing
+// lookupName looks one name up, for at most limit. It returns the A records as soon as they arrive, and otherwise the
+// AAAA records. It does not use LookupNetIP for both families, which waits for both responses and fails if one is missing
 // (golang/go#43398).
-func (a *addresses) race(ctx context.Context, name string, limit time.Duration) ([]netip.Addr, error) {
+func (a *addresses) lookupName(ctx context.Context, name string, limit time.Duration) ([]netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	type answer struct {
-		of    *family
-		found []netip.Addr
-		err   error
+	type response struct {
+		family *family
+		found  []netip.Addr
+		err    error
 	}
 	v4, v6 := &family{network: "ip4"}, &family{network: "ip6"}
-	answers := make(chan answer)
-	ask := func(f *family) {
-		f.asked = true
-		f.open++
+	responses := make(chan response)
+	start := func(f *family) {
+		f.started = true
+		f.inFlight++
 		go func() {
 			found, err := a.lookup(ctx, f.network, name)
-			found = usable(found)
+			found = normalize(found)
 			if err == nil && len(found) == 0 {
-				err = &net.DNSError{Err: "there is none", Name: name, IsNotFound: true}
+				err = &net.DNSError{Err: "no such record", Name: name, IsNotFound: true}
 			}
 			select {
-			case answers <- answer{f, found, err}:
+			case responses <- response{f, found, err}:
 			case <-ctx.Done():
 			}
 		}()
 	}
-	ask(v4)
+	start(v4)
 	var (
-		second, again = time.NewTimer(familyAfter), time.NewTimer(againAfter)
-		grace         <-chan time.Time
-		pause         = againAfter / 2
+		second, repeat = time.NewTimer(ipv6After), time.NewTimer(repeatAfter)
+		grace          <-chan time.Time
+		pause          = repeatAfter / 2
 	)
 	defer second.Stop()
-	defer again.Stop()
+	defer repeat.Stop()
 	for {
 		select {
-		case got := <-answers:
-			got.of.open--
-			if got.err == nil {
-				got.of.found = got.found
-			} else if !isNotFound(got.of.err) {
-				got.of.err = got.err
+		case r := <-responses:
+			r.family.inFlight--
+			if r.err == nil {
+				r.family.found = r.found
+			} else if !isNotFound(r.family.err) {
+				r.family.err = r.err
 			}
 		case <-second.C:
-			if !v6.asked {
-				ask(v6)
+			if !v6.started {
+				start(v6)
 			}
-		case <-again.C:
+		case <-repeat.C:
 			for _, f := range []*family{v4, v6} {
-				if f.asked && f.found == nil && !isNotFound(f.err) {
-					ask(f)
+				if f.started && f.found == nil && !isNotFound(f.err) {
+					start(f)
 				}
 			}
-			again.Reset(pause)
+			repeat.Reset(pause)
 			pause *= 2
 		case <-grace:
 			return v6.found, nil
@@ -226,13 +226,13 @@ func (a *addresses) race(ctx context.Context, name string, limit time.Duration) 
 		switch {
 		case v4.found != nil:
 			return v4.found, nil
-		case v4.ended() && !v6.asked:
-			ask(v6)
-		case v4.ended() && v6.found != nil:
+		case v4.failed() && !v6.started:
+			start(v6)
+		case v4.failed() && v6.found != nil:
 			return v6.found, nil
-		case v4.ended() && v6.ended():
+		case v4.failed() && v6.failed():
 			if isNotFound(v4.err) {
-				return nil, v6.err // Not found, or why that is not certain.
+				return nil, v6.err // Either not found, or the reason for the doubt.
 			}
 			return nil, v4.err
 		case v6.found != nil && grace == nil:
@@ -243,22 +243,22 @@ func (a *addresses) race(ctx context.Context, name string, limit time.Duration) 
 	}
 }
 
-// isNotFound reports whether err says that a name has no such record. It is nil safe.
+// isNotFound reports whether err says that a name has no such record. err may be nil.
 func isNotFound(err error) bool {
 	e, ok := errors.AsType[*net.DNSError](err)
 	return ok && e.IsNotFound
 }
 
-// lookup asks Go's resolver. One [net.Resolver] joins look-ups of the same name, so that a query that got lost would not
-// be sent again: each look-up has its own.
+// lookup uses Go's resolver. One [net.Resolver] merges look-ups of the same name, so it would not send a lost query again.
+// So each look-up has its own resolver.
 func lookup(ctx context.Context, network, host string) ([]netip.Addr, error) {
 	return new(net.Resolver).LookupNetIP(ctx, network, host)
 }
 
-// usable makes one set of what DNS said, the same in every sidecar and broker whatever the order: the owners of
-// a key must not depend on who asked. Two families would be two addresses of one broker, which may own
-// a key by one of them and be asked for it twice.
-func usable(found []netip.Addr) []netip.Addr {
+// normalize returns the addresses of a DNS response in a fixed form, whatever their order. All sidecars and brokers must
+// compute the same owners of a key. If there are IPv4 addresses, normalize drops IPv6: a broker with two addresses could
+// own a key with one of them, and be called twice.
+func normalize(found []netip.Addr) []netip.Addr {
 	var all []netip.Addr
 	for _, a := range found {
 		all = append(all, a.Unmap())
@@ -271,7 +271,7 @@ func usable(found []netip.Addr) []netip.Addr {
 	return slices.Clip(all[:min(len(all), maxAddresses)])
 }
 
-// order returns the addresses in the order in which to ask them.
+// order returns the addresses in the order in which to call them.
 func (c *Client) order(found []netip.Addr) []netip.Addr {
 	if c.key != "" {
 		return placement.Rank(string(c.key), found)

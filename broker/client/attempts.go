@@ -21,166 +21,166 @@ import (
 )
 
 const (
-	// hedgeAfter is how long the first broker may be silent. One that holds the session answers in some
-	// milliseconds, with its handshake; SDKs wait for a second.
+	// hedgeAfter is how long the first broker may take before the second is called. A broker with the session cached
+	// responds within milliseconds, handshake included. SDKs wait for a second.
 	hedgeAfter = 250 * time.Millisecond
-	// laterAfter is how long those after it may be silent, where none has taken the call: they seem to be lost. One
-	// that has taken it waits for something, such as a slow STS, which another would have to wait for as well; and
-	// no other than the first two holds the session, so that the third would ask STS once more.
-	laterAfter = time.Second
-	// reluctantAfter is how long the first may be silent when the budget of hedges is spent, and any before addresses
-	// are looked up again. It is above what a pod's first call takes when STS is quick, and four such times fit
-	// into a call: a node that swallows packets does not cost all of it.
-	reluctantAfter = 2500 * time.Millisecond
-	// few addresses can all have been replaced while DNS answers were cached. Of more, one at least will be there.
-	few = 3
+	// nextAfter is how long each later broker may take before the next is called, if none has accepted the call: they
+	// seem to be down. A broker that has accepted it waits for something, such as a slow STS, for which another broker
+	// would wait too. Besides, only the first two have the session cached, so a third would call STS once more.
+	nextAfter = time.Second
+	// fallbackAfter is how long the first broker may take if the hedge budget is spent, and how long any broker may take
+	// before addresses are looked up again. It is longer than a pod's first call if STS is fast. Four such times fit
+	// into a call, so a node that drops packets does not use all of it.
+	fallbackAfter = 2500 * time.Millisecond
+	// fewAddresses brokers may all have been replaced while DNS responses were cached. Of more, at least one still exists.
+	fewAddresses = 3
 )
 
-// shared are the reasons for which another broker is likely to fail alike: what is away is what all of them depend on.
-// An owner of the key may still hold the session. Others do not, and to ask them would make each sidecar's call
-// as many calls to STS as there are brokers, of which it has too many already. It may also be these two alone, though,
-// by their node or zone; so that one more is asked while the budget of hedges lasts. Throttling is of the whole account.
-var shared = []credential.Reason{
+// sharedReasons point to a dependency of all brokers, so another broker would probably fail too. An owner may still have
+// the session cached. Others do not: calling them turns each sidecar request into one STS call per broker, when STS has
+// too many already. But perhaps only the owners fail, with their node or zone, so one more is called while the hedge
+// budget lasts. Throttling applies to the whole account.
+var sharedReasons = []credential.Reason{
 	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
 }
 
-// call is one call of [Client.Credentials]. It is used by one goroutine; attempts and the second look-up run
-// in others, which end with it.
+// call is one call of [Client.Credentials]. One goroutine uses it. Attempts and the second look-up run in other
+// goroutines, which end with the call.
 type call struct {
 	*Client
 
 	token identity.UnverifiedToken
 	began time.Time
 
-	left  []netip.Addr // in the order in which to ask them
-	asked []attempt
-	open  int // how many of those asked are silent
-	most  int // how many may be asked; 0: all
-	// lookable is set while addresses may be looked up again, and looking while they are.
-	lookable, looking bool
+	remaining   []netip.Addr // brokers not called yet, in order
+	attempts    []attempt
+	inFlight    int // attempts without an outcome
+	maxAttempts int // 0: no limit
+	// mayLookUp permits one more look-up of the addresses; lookingUp is set while it runs.
+	mayLookUp, lookingUp bool
 
-	running sync.WaitGroup
-	answers chan answer
-	found   chan []netip.Addr
+	running  sync.WaitGroup
+	outcomes chan outcome
+	found    chan []netip.Addr
 
-	silence   *time.Timer   // ends the patience with whoever was asked last
-	patience  time.Duration // how long silence was set for
-	reluctant bool          // it was set again, since no hedge was to be had
-	hedged    bool          // somebody was asked for whom the budget paid
+	timer    *time.Timer   // fires when the last attempt has taken too long
+	wait     time.Duration // what timer was first set to for the last attempt
+	extended bool          // timer was set again for the last attempt, because no hedge was available
+	hedged   bool          // a hedge of the budget was used
 }
 
-// attempt is one broker asked.
+// attempt is the call of one broker.
 type attempt struct {
-	addr  netip.Addr
-	taken *atomic.Bool // it has been verified, and has the call
-	err   error        // nil while it is silent
-	says  int          // how much err tells
+	addr     netip.Addr
+	accepted *atomic.Bool // the broker is verified and has the call
+	err      error        // nil while in flight
+	detail   int          // how much err tells the user
 }
 
-// answer is what came of attempt at.
-type answer struct {
-	at    int
-	lease credential.Lease
-	err   error
-	says  int
+// outcome is the result of attempt number index.
+type outcome struct {
+	index  int
+	lease  credential.Lease
+	err    error
+	detail int
 }
 
 func (c *Client) newCall(token identity.UnverifiedToken, began time.Time, found []netip.Addr, current bool) *call {
 	return &call{
 		Client: c, token: token, began: began,
-		left: c.order(found), lookable: !current || len(found) <= few,
-		answers: make(chan answer), found: make(chan []netip.Addr),
+		remaining: c.order(found), mayLookUp: !current || len(found) <= fewAddresses,
+		outcomes: make(chan outcome), found: make(chan []netip.Addr),
 	}
 }
 
-// run asks until there is an answer, or nobody left.
+// run calls brokers until one gives a lease or a refusal, or none remains.
 func (c *call) run(ctx context.Context) (credential.Lease, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer c.running.Wait()
 	defer cancel()
-	c.silence = time.NewTimer(CallTimeout)
-	defer c.silence.Stop()
+	c.timer = time.NewTimer(CallTimeout)
+	defer c.timer.Stop()
 
-	for c.next(ctx); c.open > 0 || c.looking; {
+	for c.callNext(ctx); c.inFlight > 0 || c.lookingUp; {
 		select {
-		case a := <-c.answers:
-			if c.final(a) {
-				return c.settled(a)
+		case o := <-c.outcomes:
+			if c.isFinal(o) {
+				return c.finish(o)
 			}
-			c.failed(a)
-			c.next(ctx)
-		case <-c.silence.C:
-			c.silent(ctx)
+			c.recordFailure(o)
+			c.callNext(ctx)
+		case <-c.timer.C:
+			c.onTimeout(ctx)
 		case found := <-c.found:
-			c.looking = false
-			c.left = slices.DeleteFunc(c.order(found), func(a netip.Addr) bool {
-				return slices.ContainsFunc(c.asked, func(asked attempt) bool { return asked.addr == a })
+			c.lookingUp = false
+			c.remaining = slices.DeleteFunc(c.order(found), func(addr netip.Addr) bool {
+				return slices.ContainsFunc(c.attempts, func(a attempt) bool { return a.addr == addr })
 			})
-			c.next(ctx)
+			c.callNext(ctx)
 		case <-ctx.Done():
-			return credential.Lease{}, c.verdict(ctx)
+			return credential.Lease{}, c.finalError(ctx)
 		}
 	}
-	return credential.Lease{}, c.verdict(ctx)
+	return credential.Lease{}, c.finalError(ctx)
 }
 
-// final reports whether the answer ends the call: it is a lease, or a refusal that all brokers would make. That a token
-// has expired is by the broker's own clock, which may be wrong, so it takes two brokers to say so.
-func (c *call) final(a answer) bool {
+// isFinal reports whether o ends the call: it is a lease, or a refusal that all brokers would give. A broker finds that a
+// token has expired by its own clock, which may be wrong, so two brokers must agree.
+func (c *call) isFinal(o outcome) bool {
 	switch {
-	case a.err == nil:
+	case o.err == nil:
 		return true
-	case errors.Is(a.err, credential.ErrUnavailable):
+	case errors.Is(o.err, credential.ErrUnavailable):
 		return false
 	default:
-		return !expired(a.err) || slices.ContainsFunc(c.asked, func(other attempt) bool { return expired(other.err) })
+		return !tokenExpired(o.err) || slices.ContainsFunc(c.attempts, func(other attempt) bool { return tokenExpired(other.err) })
 	}
 }
 
-// expired reports whether a broker said that the token has expired.
-func expired(err error) bool { return credential.ReasonOf(err) == credential.ReasonTokenExpired }
+// tokenExpired reports whether err is a broker's response that the token has expired.
+func tokenExpired(err error) bool { return credential.ReasonOf(err) == credential.ReasonTokenExpired }
 
-// settled ends the call with a lease or a refusal.
-func (c *call) settled(a answer) (credential.Lease, error) {
+// finish returns the lease or the refusal of o.
+func (c *call) finish(o outcome) (credential.Lease, error) {
 	if !c.hedged {
 		c.hedges.refund()
 	}
-	if a.err != nil {
-		return credential.Lease{}, fmt.Errorf("asking broker %s at %s: %w", c.target, c.asked[a.at].addr, a.err)
+	if o.err != nil {
+		return credential.Lease{}, fmt.Errorf("calling broker %s at %s: %w", c.target, c.attempts[o.index].addr, o.err)
 	}
-	return a.lease, nil
+	return o.lease, nil
 }
 
-func (c *call) failed(a answer) {
-	c.open--
-	c.asked[a.at].err, c.asked[a.at].says = a.err, a.says
-	reason := credential.ReasonOf(a.err)
+func (c *call) recordFailure(o outcome) {
+	c.inFlight--
+	c.attempts[o.index].err, c.attempts[o.index].detail = o.err, o.detail
+	reason := credential.ReasonOf(o.err)
 	switch {
-	case !slices.Contains(shared, reason):
+	case !slices.Contains(sharedReasons, reason):
 	case reason == credential.ReasonSTSThrottled:
-		c.most, c.lookable = placement.Owners, false
-	case c.most == 0:
-		c.most, c.lookable = placement.Owners, false
-		if len(c.left) > 0 && c.hedges.take() {
+		c.maxAttempts, c.mayLookUp = placement.Owners, false
+	case c.maxAttempts == 0:
+		c.maxAttempts, c.mayLookUp = placement.Owners, false
+		if len(c.remaining) > 0 && c.hedges.take() {
 			c.hedged = true
-			c.most++
+			c.maxAttempts++
 		}
 	}
 }
 
-// exhausted reports whether there is nobody to turn to, now or after another look-up.
+// exhausted reports whether no broker remains, even after another look-up.
 func (c *call) exhausted() bool {
-	return c.most > 0 && len(c.asked) >= c.most || len(c.left) == 0 && !c.lookable
+	return c.maxAttempts > 0 && len(c.attempts) >= c.maxAttempts || len(c.remaining) == 0 && !c.mayLookUp
 }
 
-// next asks the next broker, or looks for one where none is left.
-func (c *call) next(ctx context.Context) {
+// callNext calls the next broker, or looks addresses up again if none remains.
+func (c *call) callNext(ctx context.Context) {
 	switch {
 	case c.exhausted():
-	case len(c.left) == 0:
-		c.lookable, c.looking = false, true
+	case len(c.remaining) == 0:
+		c.mayLookUp, c.lookingUp = false, true
 		c.running.Go(func() {
-			// Where it fails, it yields what is known already, and that is no news.
+			// If it fails, it returns the known addresses, which have all been called.
 			found, _, _ := c.addresses.find(ctx)
 			select {
 			case c.found <- found:
@@ -188,126 +188,126 @@ func (c *call) next(ctx context.Context) {
 			}
 		})
 	default:
-		c.start(ctx)
+		c.startAttempt(ctx)
 	}
 }
 
-func (c *call) start(ctx context.Context) {
-	at, addr := len(c.asked), c.left[0]
-	c.left = c.left[1:]
-	taken := new(atomic.Bool)
-	c.asked = append(c.asked, attempt{addr: addr, taken: taken})
-	c.open++
+func (c *call) startAttempt(ctx context.Context) {
+	index, addr := len(c.attempts), c.remaining[0]
+	c.remaining = c.remaining[1:]
+	accepted := new(atomic.Bool)
+	c.attempts = append(c.attempts, attempt{addr: addr, accepted: accepted})
+	c.inFlight++
 	c.running.Go(func() {
-		a := c.ask(ctx, addr, taken)
-		a.at = at
+		o := c.callBroker(ctx, addr, accepted)
+		o.index = index
 		select {
-		case c.answers <- a:
+		case c.outcomes <- o:
 		case <-ctx.Done():
 		}
 	})
-	c.patience, c.reluctant = hedgeAfter, false
-	if at > 0 {
-		c.patience = laterAfter
+	c.wait, c.extended = hedgeAfter, false
+	if index > 0 {
+		c.wait = nextAfter
 	}
-	c.silence.Reset(c.patience)
+	c.timer.Reset(c.wait)
 }
 
-// silent deals with a broker that says nothing for longer than patience.
-func (c *call) silent(ctx context.Context) {
-	second := len(c.asked) < placement.Owners
-	if c.exhausted() || !second && c.taken() {
+// onTimeout handles a last attempt that has taken too long.
+func (c *call) onTimeout(ctx context.Context) {
+	second := len(c.attempts) < placement.Owners
+	if c.exhausted() || !second && c.anyAccepted() {
 		return
 	}
-	if !c.reluctant && (len(c.left) == 0 || second && !c.hedges.take()) {
-		c.reluctant = true
-		c.silence.Reset(reluctantAfter - c.patience)
+	if !c.extended && (len(c.remaining) == 0 || second && !c.hedges.take()) {
+		c.extended = true
+		c.timer.Reset(fallbackAfter - c.wait)
 		return
 	}
 	c.hedged = c.hedged || second
-	c.next(ctx)
+	c.callNext(ctx)
 }
 
-// taken reports whether one of those who are silent has the call.
-func (c *call) taken() bool {
-	return slices.ContainsFunc(c.asked, func(a attempt) bool { return a.err == nil && a.taken.Load() })
+// anyAccepted reports whether a broker in flight has accepted the call.
+func (c *call) anyAccepted() bool {
+	return slices.ContainsFunc(c.attempts, func(a attempt) bool { return a.err == nil && a.accepted.Load() })
 }
 
-// How much an error tells whoever has to mend something, see [call.verdict].
+// How much an error tells the user who must fix the cause. [call.finalError] returns the error with the most detail.
 const (
-	saysNothing = iota // of the broker's: no connection, or no answer
-	saysLittle         // the broker has a fault of its own, or is leaving
-	saysReason
+	detailNone   = iota // no broker's error: no connection, or no response
+	detailLow           // a failure of the broker itself, or it is shutting down
+	detailReason        // a broker's reason
 )
 
-// ask asks one broker, and sets has once it has the call.
-func (c *call) ask(ctx context.Context, addr netip.Addr, has *atomic.Bool) answer {
+// callBroker calls one broker, and sets accepted when the broker has the call.
+func (c *call) callBroker(ctx context.Context, addr netip.Addr, accepted *atomic.Bool) outcome {
 	conn, err := grpc.NewClient("passthrough:///"+netip.AddrPortFrom(addr, c.port).String(), c.options...)
 	if err != nil {
-		return answer{err: unreachable(fmt.Errorf("making a connection: %w", err))}
+		return outcome{err: unreachable(fmt.Errorf("creating a connection: %w", err))}
 	}
 	defer conn.Close()
 	response, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx,
-		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token, func() { has.Store(true) }}))
+		&brokerpb.GetCredentialsRequest{}, grpc.PerRPCCredentials(bearer{c.token, func() { accepted.Store(true) }}))
 	if err != nil {
-		a := answer{err: brokerpb.FromError(err)}
-		own := len(status.Convert(err).Details()) == 0 // gRPC's own errors have none
-		switch reason := credential.ReasonOf(a.err); {
-		case own && (status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled) && has.Load():
-			a.err = unanswered(err)
-		case own && (status.Code(err) == codes.Unavailable || status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled):
-			a.err = unreachable(errors.New(status.Convert(err).Message()))
-		case own:
-			// Something answers there, and it is no broker.
+		o := outcome{err: brokerpb.FromError(err), detail: detailNone}
+		fromGRPC := len(status.Convert(err).Details()) == 0 // a broker's errors have details
+		switch reason := credential.ReasonOf(o.err); {
+		case fromGRPC && (status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled) && accepted.Load():
+			o.err = timedOut(err)
+		case fromGRPC && (status.Code(err) == codes.Unavailable || status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled):
+			o.err = unreachable(errors.New(status.Convert(err).Message()))
+		case fromGRPC:
+			// The server at this address is not a broker.
 		case reason != credential.ReasonInternal && reason != credential.ReasonShuttingDown:
-			a.says = saysReason
+			o.detail = detailReason
 		default:
-			a.says = saysLittle
+			o.detail = detailLow
 		}
-		return a
+		return o
 	}
 	lease, err := leaseOf(response, c.began)
 	if err != nil {
-		return answer{says: saysLittle, err: credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal,
-			"the answer is of no use: %v", err)}
+		return outcome{detail: detailLow, err: credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal,
+			"the broker's response is invalid: %v", err)}
 	}
-	return answer{lease: lease}
+	return outcome{lease: lease}
 }
 
-// unreachable is the error of a call that no broker has taken. Users of an SDK get its message, the sidecar's log the
-// cause as well.
+// unreachable returns the error of a call that no broker has accepted. SDKs show its message to users. The sidecar logs
+// the cause too.
 func unreachable(cause error) error {
 	return &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonBrokerUnreachable, Cause: cause,
-		Message: "no broker can be reached, which the sidecar goes on trying",
+		Message: "cannot reach any broker; the sidecar keeps retrying",
 	}
 }
 
-// unanswered is the error of a call that a broker has taken and not answered in time. What it waits for, its log says.
-func unanswered(cause error) error {
+// timedOut returns the error of a call that a broker has accepted but not finished in time. The broker logs why.
+func timedOut(cause error) error {
 	return &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Cause: fmt.Errorf("no answer: %w", cause),
-		Message: "the broker has not answered in time, and is asked again",
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonInternal, Cause: fmt.Errorf("no response: %w", cause),
+		Message: "the broker did not respond in time; the sidecar keeps retrying",
 	}
 }
 
-// verdict is the error of a call that nobody has answered: the one that tells most, and of those the first in rank.
-func (c *call) verdict(ctx context.Context) error {
-	for i := range c.asked {
-		if c.asked[i].err == nil {
-			c.asked[i].err = unreachable(fmt.Errorf("no answer: %w", ctx.Err()))
-			if c.asked[i].taken.Load() {
-				c.asked[i].err = unanswered(ctx.Err())
+// finalError returns the error of a call without lease and refusal: the one with the most detail, and of those the first.
+func (c *call) finalError(ctx context.Context) error {
+	for i := range c.attempts {
+		if c.attempts[i].err == nil {
+			c.attempts[i].err = unreachable(fmt.Errorf("no response: %w", ctx.Err()))
+			if c.attempts[i].accepted.Load() {
+				c.attempts[i].err = timedOut(ctx.Err())
 			}
 		}
 	}
-	most := slices.MaxFunc(c.asked, func(a, b attempt) int { return a.says - b.says })
-	if e, ok := errors.AsType[*credential.Error](most.err); ok && expired(e) && len(c.asked) > 1 {
-		// No other broker has confirmed it. A refusal would make SDKs give up because of one wrong clock.
-		most.err = &credential.Error{
+	best := slices.MaxFunc(c.attempts, func(a, b attempt) int { return a.detail - b.detail })
+	if e, ok := errors.AsType[*credential.Error](best.err); ok && tokenExpired(e) && len(c.attempts) > 1 {
+		// No second broker agreed. A refusal would make SDKs give up because of one wrong clock.
+		best.err = &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: e.Reason, RetryAfter: e.RetryAfter, Cause: e.Cause,
-			Message: e.Message + "; no second broker could be asked, so the sidecar tries again",
+			Message: e.Message + "; no second broker has confirmed it, so the sidecar keeps retrying",
 		}
 	}
-	return fmt.Errorf("asking broker %s at %s (%d asked, %d not): %w", c.target, most.addr, len(c.asked), len(c.left), most.err)
+	return fmt.Errorf("calling broker %s at %s (%d called, %d not): %w", c.target, best.addr, len(c.attempts), len(c.remaining), best.err)
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -38,7 +39,7 @@ const (
 	key  = "00112233445566778899aabbccddeeff"
 )
 
-// network is a DNS with one host, and the brokers at its addresses, in memory.
+// network is an in-memory DNS with one host, and the brokers at its addresses.
 type network struct {
 	t         *testing.T
 	ca        *certstest.CA
@@ -52,7 +53,7 @@ type network struct {
 	began   time.Time
 }
 
-// dialed is one connection: the address, and the time since the call began.
+// dialed is one dialed connection: the address, and the time since the call began.
 type dialed struct {
 	Addr  netip.Addr
 	After time.Duration
@@ -67,7 +68,7 @@ func newNetwork(t *testing.T) *network {
 	return n
 }
 
-// brokers makes DNS answer with n addresses, and returns them in the order in which they are to be asked.
+// brokers makes DNS return n addresses, and returns them in the order in which the client should call them.
 func (n *network) brokers(count byte) []netip.Addr {
 	var all []netip.Addr
 	for i := range count {
@@ -91,7 +92,7 @@ func (n *network) unresolve() {
 	}
 }
 
-// lookup counts those of A records: each look-up begins with one.
+// lookup counts A queries, because each look-up begins with one.
 func (n *network) lookup(_ context.Context, family, name string) ([]netip.Addr, error) {
 	if name != host {
 		n.t.Errorf("%q was looked up", name)
@@ -127,13 +128,13 @@ func (n *network) dial(ctx context.Context, address string) (net.Conn, error) {
 	return node(ctx)
 }
 
-// serve lets a broker answer at an address. It checks the token, and that calls of it are ended with the call.
-func (n *network) serve(at netip.Addr, answer func(context.Context) (*brokerpb.GetCredentialsResponse, error)) *server {
-	s := &server{answer: func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
+// serve runs a broker at an address. It checks the token of each call.
+func (n *network) serve(at netip.Addr, respond func(context.Context) (*brokerpb.GetCredentialsResponse, error)) *server {
+	s := &server{respond: func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
 		if got := metadata.ValueFromIncomingContext(ctx, "authorization"); !slices.Equal(got, []string{"Bearer " + token}) {
 			n.t.Errorf("the broker at %s got the authorization %q", at, got)
 		}
-		return answer(ctx)
+		return respond(ctx)
 	}}
 	listener := bufconn.Listen(1 << 16)
 	s.serve(n.t, listener, serverTLS(n.ca.Leaf(host)))
@@ -147,7 +148,7 @@ func serverTLS(leaf *certstest.Leaf) credentials.TransportCredentials {
 	return credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{leaf.TLS()}})
 }
 
-// mute lets whoever is at an address accept connections, and say nothing.
+// mute makes addresses accept connections but never respond.
 func (n *network) mute(all ...netip.Addr) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -176,14 +177,14 @@ func (n *network) client(change ...func(*client.Config)) *client.Client {
 	return c
 }
 
-// call calls, and returns what was dialed meanwhile.
+// call calls Credentials, and returns what was dialed meanwhile.
 func (n *network) call(c *client.Client) ([]dialed, error) {
 	n.mu.Lock()
 	n.dialed, n.began = nil, time.Now()
 	n.mu.Unlock()
 	lease, err := c.Credentials(n.t.Context())
 	if (err == nil) != (lease.AccessKeyID != "") {
-		n.t.Errorf("the lease %q came with the error %v", lease.AccessKeyID, err)
+		n.t.Errorf("lease %q was returned with error %v", lease.AccessKeyID, err)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -194,11 +195,11 @@ func (n *network) took() time.Duration { return time.Since(n.began) }
 
 func refuse(kind error, reason credential.Reason) func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
 	return func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
-		return nil, brokerpb.ToStatus(credential.Errorf(kind, reason, "the broker says %s", reason)).Err()
+		return nil, brokerpb.ToStatus(credential.Errorf(kind, reason, "the broker refuses with %s", reason)).Err()
 	}
 }
 
-// slow answers after a time, if the call is still there.
+// slow responds after a time, unless the call ends first.
 func slow(after time.Duration) func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
 	return func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
 		select {
@@ -224,30 +225,30 @@ func succeeded(t *testing.T, err error) {
 	}
 }
 
-// unavailable checks an error and each text that it must have.
+// unavailable checks the reason of an error, and that it contains the texts.
 func unavailable(t *testing.T, err error, reason credential.Reason, texts ...string) {
 	t.Helper()
 	if !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != reason {
-		t.Fatalf("the call ended with %v (%s), want %s of kind unavailable", err, credential.ReasonOf(err), reason)
+		t.Fatalf("error %v (%s), want reason %s of kind unavailable", err, credential.ReasonOf(err), reason)
 	}
 	for _, text := range texts {
 		if !strings.Contains(err.Error(), text) {
-			t.Errorf("the error %q does not say %q", err, text)
+			t.Errorf("error %q does not contain %q", err, text)
 		}
 	}
 }
 
-// in runs a test on a network of its own, in virtual time.
+// in runs a test on a new network, in virtual time.
 func in(t *testing.T, test func(t *testing.T, n *network)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) { test(t, newNetwork(t)) })
 }
 
-func TestOwnerIsAsked(t *testing.T) {
+func TestFirstOwnerIsCalled(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(5)
 		for _, at := range ranked {
-			n.serve(at, answering(good()))
+			n.serve(at, responding(good()))
 		}
 		c := n.client()
 		for range 3 {
@@ -256,43 +257,43 @@ func TestOwnerIsAsked(t *testing.T) {
 			want(t, got, dialed{ranked[0], 0})
 		}
 		if n.lookups != 3 {
-			t.Errorf("%d look-ups in 3 calls", n.lookups)
+			t.Errorf("%d look-ups in 3 calls, want 3", n.lookups)
 		}
 	})
 }
 
-// Without a key nobody is first.
+// Without a routing key the order is random.
 func TestNoRoutingKey(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		for _, at := range n.brokers(3) {
-			n.serve(at, answering(good()))
+			n.serve(at, responding(good()))
 		}
 		c := n.client(func(cfg *client.Config) { cfg.RoutingKey = "" })
-		asked := map[netip.Addr]bool{}
-		for range 60 { // after which one of three is missing once in 10^10 times
+		called := map[netip.Addr]bool{}
+		for range 60 { // the chance that one of three brokers is never first is 1 in 10^10
 			got, err := n.call(c)
 			succeeded(t, err)
 			if len(got) != 1 {
 				t.Fatalf("dialed %v", got)
 			}
-			asked[got[0].Addr] = true
+			called[got[0].Addr] = true
 		}
-		if len(asked) != 3 {
-			t.Errorf("only %v were asked", asked)
+		if len(called) != 3 {
+			t.Errorf("only %v were called, want all 3", called)
 		}
 	})
 }
 
-// What says nothing about the pod, and has a cause of the one broker's own, is answered by the next at once.
+// If a broker fails for a reason of its own and says nothing about the pod, the next one is called immediately.
 func TestNextAtOnce(t *testing.T) {
 	useless := good()
 	useless.SecretAccessKey = ""
 	for name, first := range map[string]func(context.Context) (*brokerpb.GetCredentialsResponse, error){
 		"refused":       nil,
 		"shutting down": refuse(credential.ErrUnavailable, credential.ReasonShuttingDown),
-		"audit away":    refuse(credential.ErrUnavailable, credential.ReasonAuditUnavailable),
+		"audit fails":   refuse(credential.ErrUnavailable, credential.ReasonAuditUnavailable),
 		"internal":      refuse(nil, credential.ReasonInternal),
-		"useless":       answering(useless),
+		"useless":       responding(useless),
 	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
@@ -301,7 +302,7 @@ func TestNextAtOnce(t *testing.T) {
 					n.serve(ranked[0], first)
 					n.serve(ranked[1], first)
 				}
-				n.serve(ranked[2], answering(good()))
+				n.serve(ranked[2], responding(good()))
 				got, err := n.call(n.client())
 				succeeded(t, err)
 				want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 0}, dialed{ranked[2], 0})
@@ -310,38 +311,38 @@ func TestNextAtOnce(t *testing.T) {
 	}
 }
 
-// A refusal is the same from every broker.
+// A refusal ends the call, because every broker would give the same one.
 func TestRefusalEndsTheCall(t *testing.T) {
 	for _, kind := range []error{credential.ErrDenied, credential.ErrInvalid, credential.ErrNotFound, credential.ErrUnauthenticated} {
 		in(t, func(t *testing.T, n *network) {
 			ranked := n.brokers(3)
 			n.serve(ranked[0], refuse(kind, credential.ReasonRoleNotPermitted))
-			n.serve(ranked[1], answering(good()))
+			n.serve(ranked[1], responding(good()))
 			got, err := n.call(n.client())
 			if !errors.Is(err, kind) || credential.ReasonOf(err) != credential.ReasonRoleNotPermitted {
-				t.Errorf("the call ended with %v, want %v", err, kind)
+				t.Errorf("error %v, want %v", err, kind)
 			}
 			want(t, got, dialed{ranked[0], 0})
 		})
 	}
 }
 
-// It ends the call also while others are asked.
-func TestRefusalBesideSilence(t *testing.T) {
+// A refusal ends the call even if another broker has not responded.
+func TestRefusalWhileAnotherHangs(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(3)
 		n.mute(ranked[0])
 		n.serve(ranked[1], refuse(credential.ErrDenied, credential.ReasonRoleNotPermitted))
 		got, err := n.call(n.client())
 		if !errors.Is(err, credential.ErrDenied) || n.took() != 250*time.Millisecond {
-			t.Errorf("after %v the call ended with %v", n.took(), err)
+			t.Errorf("after %v the call returned %v", n.took(), err)
 		}
 		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond})
 	})
 }
 
-// What is away for one broker is away for all, as a rule: who may have the session is asked, and while the budget lasts
-// one more, for it may be their own node.
+// If a dependency of all brokers is unavailable, only the owners are called, because they may have the session cached. One
+// more is called while the hedge budget lasts, because perhaps only the owners' node fails.
 func TestSharedOutage(t *testing.T) {
 	for reason, more := range map[credential.Reason]int{
 		credential.ReasonSTSThrottled: 0, credential.ReasonSTSUnavailable: 1, credential.ReasonBaseCredential: 1, credential.ReasonAPIServerAway: 1,
@@ -354,14 +355,14 @@ func TestSharedOutage(t *testing.T) {
 			c := n.client()
 			for range more {
 				got, err := n.call(c)
-				unavailable(t, err, reason, "3 asked, 2 not")
+				unavailable(t, err, reason, "3 called, 2 not")
 				want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 0}, dialed{ranked[2], 0})
 			}
 			got, err := n.call(c)
-			unavailable(t, err, reason, "2 asked, 3 not")
+			unavailable(t, err, reason, "2 called, 3 not")
 			want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 0})
 
-			n.serve(ranked[1], answering(good()))
+			n.serve(ranked[1], responding(good()))
 			_, err = n.call(c)
 			succeeded(t, err)
 		})
@@ -369,7 +370,7 @@ func TestSharedOutage(t *testing.T) {
 			ranked := n.brokers(5)
 			n.serve(ranked[0], refuse(credential.ErrUnavailable, reason))
 			n.serve(ranked[1], refuse(credential.ErrUnavailable, reason))
-			n.serve(ranked[2], answering(good()))
+			n.serve(ranked[2], responding(good()))
 			_, err := n.call(n.client())
 			if more > 0 {
 				succeeded(t, err)
@@ -380,7 +381,8 @@ func TestSharedOutage(t *testing.T) {
 	}
 }
 
-// Nor is the outage a reason to look for other brokers, or to ask them because one is silent; so no hedge is spent on it.
+// Throttling is no reason to look up more brokers, or to call more of them if one does not respond. No hedge is spent on
+// it.
 func TestSharedOutageAmongFew(t *testing.T) {
 	throttled := refuse(credential.ErrUnavailable, credential.ReasonSTSThrottled)
 	in(t, func(t *testing.T, n *network) {
@@ -388,14 +390,14 @@ func TestSharedOutageAmongFew(t *testing.T) {
 		_, err := n.call(n.client())
 		unavailable(t, err, credential.ReasonSTSThrottled)
 		if n.lookups != 1 {
-			t.Errorf("%d look-ups", n.lookups)
+			t.Errorf("%d look-ups, want 1", n.lookups)
 		}
 	})
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(3)
 		n.mute(ranked[0])
 		n.serve(ranked[1], throttled)
-		n.serve(ranked[2], answering(good()))
+		n.serve(ranked[2], responding(good()))
 		c := n.client()
 		for _, after := range []time.Duration{250 * time.Millisecond, 2500 * time.Millisecond} {
 			got, err := n.call(c)
@@ -405,12 +407,12 @@ func TestSharedOutageAmongFew(t *testing.T) {
 	})
 }
 
-// The second is asked while the first is silent, and whoever answers first is believed.
+// The second broker is called if the first does not respond, and the first response counts.
 func TestHedge(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(5)
 		n.mute(ranked[0])
-		n.serve(ranked[1], answering(good()))
+		n.serve(ranked[1], responding(good()))
 		got, err := n.call(n.client())
 		succeeded(t, err)
 		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond})
@@ -425,22 +427,22 @@ func TestHedge(t *testing.T) {
 			t.Errorf("the call took %v", n.took())
 		}
 		synctest.Wait()
-		if second.asked.Load() != 1 || second.open.Load() != 0 {
-			t.Errorf("the second was asked %d times, and %d connections to it are open", second.asked.Load(), second.open.Load())
+		if second.calls.Load() != 1 || second.open.Load() != 0 {
+			t.Errorf("the second broker was called %d times and has %d open connections, want 1 and 0", second.calls.Load(), second.open.Load())
 		}
 	})
 }
 
-// More than two are asked with more patience, and all within the time of one call. No budget is spent on them: those
-// that nobody reaches are not slow.
-func TestSilenceOfAll(t *testing.T) {
+// If no broker responds, the third and later ones are called after longer pauses, all within one call. They use no budget:
+// brokers that are down are not slow.
+func TestAllHang(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(20)
 		n.mute(ranked...)
 		c := n.client()
 		for _, second := range []time.Duration{250 * time.Millisecond, 2500 * time.Millisecond} {
 			got, err := n.call(c)
-			unavailable(t, err, credential.ReasonBrokerUnreachable, "no answer: context deadline exceeded", ranked[0].String())
+			unavailable(t, err, credential.ReasonBrokerUnreachable, "no response: context deadline exceeded", ranked[0].String())
 			if n.took() != client.CallTimeout {
 				t.Errorf("the call took %v, want %v", n.took(), client.CallTimeout)
 			}
@@ -453,8 +455,8 @@ func TestSilenceOfAll(t *testing.T) {
 	})
 }
 
-// Brokers that have taken the call wait for something that others would wait for as well, and have STS fetch again.
-func TestSlownessOfAll(t *testing.T) {
+// Brokers that have accepted the call wait for something. Other brokers would wait too, and fetch once more from STS.
+func TestAllSlow(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(5)
 		for _, at := range ranked {
@@ -464,25 +466,25 @@ func TestSlownessOfAll(t *testing.T) {
 		succeeded(t, err)
 		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond})
 	})
-	in(t, func(t *testing.T, n *network) { // until it fails
+	in(t, func(t *testing.T, n *network) { // until one of them fails
 		ranked := n.brokers(5)
 		n.serve(ranked[0], func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
 			time.Sleep(5 * time.Second)
-			return nil, status.Error(codes.Unavailable, "the broker has gone")
+			return nil, status.Error(codes.Unavailable, "the broker has crashed")
 		})
 		n.mute(ranked[1])
-		n.serve(ranked[2], answering(good()))
+		n.serve(ranked[2], responding(good()))
 		got, err := n.call(n.client())
 		succeeded(t, err)
 		want(t, got, dialed{ranked[0], 0}, dialed{ranked[1], 250 * time.Millisecond}, dialed{ranked[2], 5 * time.Second})
 	})
 }
 
-// Brokers that are slow for everybody are not asked twice by everybody; one that is silent still does not cost the call.
+// If brokers are slow for all sidecars, not every call is hedged. A broker that hangs still does not use up the call.
 func TestBudget(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(5)
-		n.serve(ranked[1], answering(good()))
+		n.serve(ranked[1], responding(good()))
 		c := n.client()
 		first := func() time.Duration {
 			n.mute(ranked[0])
@@ -499,8 +501,8 @@ func TestBudget(t *testing.T) {
 			}
 			return count
 		}
-		answered := func(calls int) {
-			n.serve(ranked[0], answering(good()))
+		unhedged := func(calls int) {
+			n.serve(ranked[0], responding(good()))
 			for range calls {
 				_, err := n.call(c)
 				succeeded(t, err)
@@ -510,33 +512,33 @@ func TestBudget(t *testing.T) {
 			t.Errorf("%d hedges in a row, want 1", got)
 		}
 		if after := first(); after != 2500*time.Millisecond {
-			t.Errorf("without budget, the second is asked after %v", after)
+			t.Errorf("without budget, the second broker was called after %v, want 2.5s", after)
 		}
-		answered(3)
+		unhedged(3)
 		if got := hedges(); got != 0 {
-			t.Errorf("%d hedges after three answers", got)
+			t.Errorf("%d hedges after three calls without one, want 0", got)
 		}
-		answered(1)
+		unhedged(1)
 		if got := hedges(); got != 1 {
-			t.Errorf("%d hedges after four answers, want 1", got)
+			t.Errorf("%d hedges after four calls without one, want 1", got)
 		}
-		answered(100)
+		unhedged(100)
 		if got := hedges(); got != 1 {
-			t.Errorf("%d hedges after a long time, want 1", got)
+			t.Errorf("%d hedges after many calls without one, want 1", got)
 		}
 	})
 }
 
-// The error is the one that helps most, whoever said it.
-func TestErrorThatTellsMost(t *testing.T) {
+// The error is the one with the most detail.
+func TestErrorWithMostDetail(t *testing.T) {
 	throttled := refuse(credential.ErrUnavailable, credential.ReasonSTSThrottled)
 	leaving := refuse(credential.ErrUnavailable, credential.ReasonShuttingDown)
 	audit := refuse(credential.ErrUnavailable, credential.ReasonAuditUnavailable)
 	broken := refuse(nil, credential.ReasonInternal)
 	for name, tt := range map[string]struct {
-		answers [2]func(context.Context) (*brokerpb.GetCredentialsResponse, error)
-		reason  credential.Reason
-		told    int
+		responses [2]func(context.Context) (*brokerpb.GetCredentialsResponse, error)
+		reason    credential.Reason
+		from      int // index of the broker in the error
 	}{
 		"no connection, reason":  {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){nil, throttled}, credential.ReasonSTSThrottled, 1},
 		"reason, no connection":  {[2]func(context.Context) (*brokerpb.GetCredentialsResponse, error){throttled, nil}, credential.ReasonSTSThrottled, 0},
@@ -549,19 +551,19 @@ func TestErrorThatTellsMost(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
 				ranked := n.brokers(2)
-				for i, answer := range tt.answers {
-					if answer != nil {
-						n.serve(ranked[i], answer)
+				for i, respond := range tt.responses {
+					if respond != nil {
+						n.serve(ranked[i], respond)
 					}
 				}
 				_, err := n.call(n.client())
-				unavailable(t, err, tt.reason, "2 asked, 0 not", ranked[tt.told].String(), host)
+				unavailable(t, err, tt.reason, "2 called, 0 not", ranked[tt.from].String(), host)
 			})
 		})
 	}
 }
 
-// All attempts are in one trace, whose id the error has.
+// All attempts are in one trace, and the error has its ID.
 func TestOneTraceOfAllAttempts(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		var seen []string
@@ -582,75 +584,71 @@ func TestOneTraceOfAllAttempts(t *testing.T) {
 	})
 }
 
-// A broker that has the call, and waits for something, was reached.
-func TestTakenAndNotAnswered(t *testing.T) {
+// A broker that has accepted the call was reachable.
+func TestAcceptedWithoutResponse(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		for _, addr := range n.brokers(2) {
 			n.serve(addr, slow(time.Minute))
 		}
 		_, err := n.call(n.client())
-		unavailable(t, err, credential.ReasonInternal, "has not answered in time", "no answer: ")
+		unavailable(t, err, credential.ReasonInternal, "did not respond in time", "no response: ")
 		if n.took() != client.CallTimeout {
 			t.Errorf("the call took %v", n.took())
 		}
 	})
 }
 
-// The caller's context ends all of it.
-func TestCallerLeaves(t *testing.T) {
+// The caller's context ends the call.
+func TestCallerCancels(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		n.mute(n.brokers(5)...)
 		ctx, cancel := context.WithTimeout(t.Context(), 700*time.Millisecond)
 		defer cancel()
 		_, err := n.client().Credentials(ctx)
-		unavailable(t, err, credential.ReasonBrokerUnreachable, "2 asked, 3 not")
+		unavailable(t, err, credential.ReasonBrokerUnreachable, "2 called, 3 not")
 		if n.took() != 700*time.Millisecond {
 			t.Errorf("the call took %v", n.took())
 		}
 	})
 }
 
-// TestOrder: whatever addresses DNS gives, in whatever order, as often as it likes, each broker is asked once and in
-// the order of its rank in what is left of them.
+// TestOrder: whatever addresses DNS returns, in any order, with any duplicates, each broker is called once, in the order of
+// its rank.
 func TestOrder(t *testing.T) {
 	for seed := range uint64(20) {
 		in(t, func(t *testing.T, n *network) {
 			random := rand.New(rand.NewPCG(seed, 1))
-			one := map[netip.Addr]bool{}
-			var said []netip.Addr
+			set := map[netip.Addr]bool{}
+			var returned []netip.Addr
 			family := 0
 			for range 1 + random.IntN(250) {
 				v4 := netip.AddrFrom4([4]byte{10, 0, 0, byte(random.IntN(250))})
 				v6 := netip.AddrFrom16([16]byte{0: 0xfd, 15: byte(random.IntN(250))})
 				switch a := random.IntN(3); {
 				case seed%2 == 0 || a == 0:
-					said = append(said, v6)
+					returned = append(returned, v6)
 				case a == 1:
-					said, family = append(said, v4), 4
+					returned, family = append(returned, v4), 4
 				default:
-					said, family = append(said, netip.AddrFrom16(v4.As16())), 4
+					returned, family = append(returned, netip.AddrFrom16(v4.As16())), 4
 				}
 			}
-			for _, a := range said {
+			for _, a := range returned {
 				if a = a.Unmap(); a.Is4() == (family == 4) {
-					one[a] = true
+					set[a] = true
 				}
 			}
-			var set []netip.Addr
-			for a := range one {
-				set = append(set, a)
-			}
-			slices.SortFunc(set, netip.Addr.Compare)
-			ranked := placement.Rank(key, set[:min(len(set), 64)])
-			n.resolve(said...)
+			addresses := slices.SortedFunc(maps.Keys(set), netip.Addr.Compare)
+			ranked := placement.Rank(key, addresses[:min(len(addresses), 64)])
+			n.resolve(returned...)
 			got, err := n.call(n.client())
-			unavailable(t, err, credential.ReasonBrokerUnreachable, fmt.Sprintf("%d asked, 0 not", len(ranked)))
+			unavailable(t, err, credential.ReasonBrokerUnreachable, fmt.Sprintf("%d called, 0 not", len(ranked)))
 			var order []netip.Addr
 			for _, d := range got {
 				order = append(order, d.Addr)
 			}
 			if !slices.Equal(order, ranked) {
-				t.Errorf("seed %d: of %v\nasked %v\nwant  %v", seed, said, order, ranked)
+				t.Errorf("seed %d: DNS returned %v\ncalled %v\nwant   %v", seed, returned, order, ranked)
 			}
 		})
 	}
@@ -666,11 +664,11 @@ func TestLookupFails(t *testing.T) {
 
 		n.resolve()
 		_, err = n.call(c)
-		unavailable(t, err, credential.ReasonBrokerUnreachable, host, "DNS", "there is none")
+		unavailable(t, err, credential.ReasonBrokerUnreachable, host, "DNS", "no such record")
 
-		// What was found once is good for the time of an outage.
+		// After a successful look-up, calls work during a DNS outage.
 		ranked := n.brokers(4)
-		n.serve(ranked[0], answering(good()))
+		n.serve(ranked[0], responding(good()))
 		for _, fail := range []func(){func() {}, n.unresolve, func() { n.resolve() }} {
 			fail()
 			got, err = n.call(c)
@@ -680,11 +678,11 @@ func TestLookupFails(t *testing.T) {
 	})
 }
 
-// A DNS that is silent is given up.
+// A look-up that hangs does not use up the call.
 func TestLookupHangs(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		ranked := n.brokers(4)
-		n.serve(ranked[0], answering(good()))
+		n.serve(ranked[0], responding(good()))
 		var hangs bool
 		c := n.client(func(cfg *client.Config) {
 			cfg.Lookup = func(ctx context.Context, family, name string) ([]netip.Addr, error) {
@@ -705,19 +703,19 @@ func TestLookupHangs(t *testing.T) {
 	})
 }
 
-// When all brokers that were known have gone, they are looked up once more.
+// If no known broker responds, the brokers are looked up once more.
 func TestNewBrokersAreFound(t *testing.T) {
 	before, after := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
 	for name, tt := range map[string]struct {
 		mute bool
 		at   time.Duration
-	}{"failed": {}, "silent": {true, 2500 * time.Millisecond}} {
+	}{"failed": {}, "hanging": {true, 2500 * time.Millisecond}} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
 				if tt.mute {
 					n.mute(before)
 				}
-				n.serve(after, answering(good()))
+				n.serve(after, responding(good()))
 				n.dns = func() ([]netip.Addr, error) {
 					if n.lookups == 1 {
 						return []netip.Addr{before}, nil
@@ -730,20 +728,20 @@ func TestNewBrokersAreFound(t *testing.T) {
 			})
 		})
 	}
-	t.Run("from before", func(t *testing.T) {
+	t.Run("known from an earlier call", func(t *testing.T) {
 		in(t, func(t *testing.T, n *network) {
 			ranked := n.brokers(10)
-			n.serve(ranked[0], answering(good()))
+			n.serve(ranked[0], responding(good()))
 			c := n.client()
 			_, err := n.call(c)
 			succeeded(t, err)
 
 			delete(n.nodes, ranked[0])
 			found := netip.MustParseAddr("10.9.9.9")
-			n.serve(found, answering(good()))
+			n.serve(found, responding(good()))
 			n.dns = func() ([]netip.Addr, error) {
 				if n.lookups == 2 {
-					return nil, errors.New("away")
+					return nil, errors.New("unavailable")
 				}
 				return []netip.Addr{found}, nil
 			}
@@ -756,11 +754,11 @@ func TestNewBrokersAreFound(t *testing.T) {
 	})
 }
 
-// lookupEnds is longer than any look-up runs.
+// lookupEnds is longer than any look-up.
 const lookupEnds = 31 * time.Second
 
-// TestNothingGoesOn: a call that has its answer ends at once. A look-up that it began continues, and ends by itself.
-func TestNothingGoesOn(t *testing.T) {
+// TestNothingContinues: a finished call ends immediately. Only its look-up continues, until its own limit.
+func TestNothingContinues(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		n.serve(n.brokers(1)[0], slow(3*time.Second))
 		var running atomic.Int32
@@ -787,7 +785,7 @@ func TestNothingGoesOn(t *testing.T) {
 	})
 }
 
-// They are not looked up for ever, nor at all where there are many.
+// There is only one more look-up, and none if there are many brokers.
 func TestOneMoreLookup(t *testing.T) {
 	for count, lookups := range map[byte]int{1: 2, 3: 2, 4: 1} {
 		in(t, func(t *testing.T, n *network) {
@@ -795,18 +793,18 @@ func TestOneMoreLookup(t *testing.T) {
 			got, err := n.call(n.client())
 			unavailable(t, err, credential.ReasonBrokerUnreachable)
 			if len(got) != int(count) || n.lookups != lookups {
-				t.Errorf("of %d brokers %v were dialed after %d look-ups, want %d", count, got, n.lookups, lookups)
+				t.Errorf("of %d brokers %v were dialed after %d look-ups, want all and %d", count, got, n.lookups, lookups)
 			}
 		})
 	}
 }
 
-// An address needs no look-up.
+// An IP address as target needs no look-up.
 func TestLiteralTarget(t *testing.T) {
 	for target, addr := range map[string]string{"10.0.0.1:9443": "10.0.0.1", "[fd00::1]:9443": "fd00::1"} {
 		in(t, func(t *testing.T, n *network) {
 			at := netip.MustParseAddr(addr)
-			n.serve(at, answering(good()))
+			n.serve(at, responding(good()))
 			c := n.client(func(cfg *client.Config) {
 				cfg.Target, cfg.Lookup = target, nil
 				cfg.TLS.ServerName = host
@@ -818,7 +816,7 @@ func TestLiteralTarget(t *testing.T) {
 	}
 }
 
-// machines are brokers behind real sockets, at 127.0.0.2 and up, on one port.
+// machines runs brokers behind real sockets, at 127.0.0.2 and higher, on one port. A nil leaf leaves its address unused.
 func machines(t *testing.T, leaves ...*certstest.Leaf) (servers []*server, port string, lookup func(_ context.Context, family, name string) ([]netip.Addr, error)) {
 	t.Helper()
 	port = "0"
@@ -832,13 +830,13 @@ func machines(t *testing.T, leaves ...*certstest.Leaf) (servers []*server, port 
 			listener, err = net.Listen("tcp", net.JoinHostPort(at.String(), port))
 			switch {
 			case err != nil && i == 0:
-				t.Skipf("not run: this system has one loopback address, and this needs several: %v", err)
+				t.Skipf("not run: this system has only one loopback address, and the test needs several: %v", err)
 			case err != nil:
 				t.Fatal(err)
 			}
 			_, port, _ = net.SplitHostPort(listener.Addr().String())
 		}
-		s := &server{answer: answering(good())}
+		s := &server{respond: responding(good())}
 		servers = append(servers, s)
 		if leaf != nil {
 			s.serve(t, listener, serverTLS(leaf))
@@ -847,15 +845,15 @@ func machines(t *testing.T, leaves ...*certstest.Leaf) (servers []*server, port 
 	return servers, port, func(_ context.Context, family, _ string) ([]netip.Addr, error) { return ofFamily(all, family), nil }
 }
 
-// TestEachBrokerIsVerified: a server that cannot prove the broker's name gets no token, whichever it is; and one that is
-// there no longer is passed over.
+// TestEachBrokerIsVerified: the client sends no token to a server that cannot prove the broker's name, and skips an
+// address without a server.
 func TestEachBrokerIsVerified(t *testing.T) {
 	ca := certstest.NewCA(t)
 	other, stranger := ca.Leaf("other.credence.svc"), certstest.NewCA(t).Leaf(host)
 	servers, port, lookup := machines(t, other, stranger, nil, ca.Leaf("127.0.0.5"), ca.Leaf(host))
 	for _, s := range servers[:4] {
-		s.answer = func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
-			t.Error("the token was shown to a server that was not verified")
+		s.respond = func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
+			t.Error("the token was sent to an unverified server")
 			return good(), nil
 		}
 	}
@@ -873,7 +871,7 @@ func TestEachBrokerIsVerified(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	// No connection outlives its call; a server notices the end of one a little later.
+	// Each connection is closed with its call. The server notices that a little later.
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		var open int32
 		for _, s := range servers {
@@ -886,12 +884,12 @@ func TestEachBrokerIsVerified(t *testing.T) {
 			t.Fatalf("%d connections are still open", open)
 		}
 	}
-	if servers[4].asked.Load() != 8 {
-		t.Errorf("the broker was asked %d times, want 8", servers[4].asked.Load())
+	if servers[4].calls.Load() != 8 {
+		t.Errorf("the broker was called %d times, want 8", servers[4].calls.Load())
 	}
 }
 
-// The name of the certificate is in the error when no server has proved it.
+// If no server proves the name, the error contains the name in the certificate.
 func TestNobodyIsVerified(t *testing.T) {
 	ca := certstest.NewCA(t)
 	other := ca.Leaf("other.credence.svc")
@@ -906,43 +904,43 @@ func TestNobodyIsVerified(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = c.Credentials(t.Context())
-	unavailable(t, err, credential.ReasonBrokerUnreachable, "other.credence.svc", "2 asked")
+	unavailable(t, err, credential.ReasonBrokerUnreachable, "other.credence.svc", "2 called")
 	if !regexp.MustCompile(`at 127\.0\.0\.[23] `).MatchString(err.Error()) {
-		t.Errorf("the error %q does not say which broker it is of", err)
+		t.Errorf("error %q does not contain the broker's address", err)
 	}
 }
 
-// One wrong clock does not decide about a pod: a broker that says that the token has expired, or is not valid yet, is
-// not believed before another one.
+// One broker with a wrong clock does not decide about a pod. If it says that the token has expired, or is not valid yet,
+// another broker must confirm it.
 func TestWrongClockOfOneBroker(t *testing.T) {
-	type answers []func(context.Context) (*brokerpb.GetCredentialsResponse, error)
+	type responses []func(context.Context) (*brokerpb.GetCredentialsResponse, error)
 	expired := refuse(credential.ErrUnauthenticated, credential.ReasonTokenExpired)
 	early := refuse(credential.ErrUnavailable, credential.ReasonTokenEarly)
-	away := refuse(credential.ErrUnavailable, credential.ReasonSTSUnavailable)
-	lease := answering(good())
+	unavailableSTS := refuse(credential.ErrUnavailable, credential.ReasonSTSUnavailable)
+	lease := responding(good())
 	for name, tt := range map[string]struct {
-		answers answers // nil: nobody is there
-		dialed  int
-		kind    error // nil: a lease
-		reason  credential.Reason
+		responses responses // nil: no broker at this address
+		dialed    int
+		kind      error // nil: a lease
+		reason    credential.Reason
 	}{
-		"the first is ahead":                  {answers{expired, lease, lease}, 2, nil, ""},
-		"the first is behind":                 {answers{early, lease, lease}, 2, nil, ""},
-		"two are behind":                      {answers{early, early, lease}, 3, nil, ""},
-		"one is ahead and one behind":         {answers{expired, early, lease}, 3, nil, ""},
-		"two agree that it has expired":       {answers{expired, expired, lease}, 2, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
-		"two agree, past one that is gone":    {answers{expired, nil, expired}, 3, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
-		"one refuses after one that is ahead": {answers{expired, refuse(credential.ErrDenied, credential.ReasonRoleNotPermitted), lease}, 2, credential.ErrDenied, credential.ReasonRoleNotPermitted},
-		"there is one only":                   {answers{expired}, 1, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
-		"the other one is gone":               {answers{expired, nil}, 2, credential.ErrUnavailable, credential.ReasonTokenExpired},
-		"the other one cannot say":            {answers{expired, away}, 2, credential.ErrUnavailable, credential.ReasonTokenExpired},
-		"all are behind":                      {answers{early, early}, 2, credential.ErrUnavailable, credential.ReasonTokenEarly},
+		"the first clock is ahead":              {responses{expired, lease, lease}, 2, nil, ""},
+		"the first clock is behind":             {responses{early, lease, lease}, 2, nil, ""},
+		"two clocks are behind":                 {responses{early, early, lease}, 3, nil, ""},
+		"one clock is ahead and one behind":     {responses{expired, early, lease}, 3, nil, ""},
+		"two brokers agree":                     {responses{expired, expired, lease}, 2, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
+		"two brokers agree, one is down":        {responses{expired, nil, expired}, 3, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
+		"the second refuses for another reason": {responses{expired, refuse(credential.ErrDenied, credential.ReasonRoleNotPermitted), lease}, 2, credential.ErrDenied, credential.ReasonRoleNotPermitted},
+		"there is only one broker":              {responses{expired}, 1, credential.ErrUnauthenticated, credential.ReasonTokenExpired},
+		"the second broker is down":             {responses{expired, nil}, 2, credential.ErrUnavailable, credential.ReasonTokenExpired},
+		"the second broker fails":               {responses{expired, unavailableSTS}, 2, credential.ErrUnavailable, credential.ReasonTokenExpired},
+		"all clocks are behind":                 {responses{early, early}, 2, credential.ErrUnavailable, credential.ReasonTokenEarly},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
-				for i, at := range n.brokers(byte(len(tt.answers))) {
-					if tt.answers[i] != nil {
-						n.serve(at, tt.answers[i])
+				for i, at := range n.brokers(byte(len(tt.responses))) {
+					if tt.responses[i] != nil {
+						n.serve(at, tt.responses[i])
 					}
 				}
 				got, err := n.call(n.client())
@@ -950,10 +948,10 @@ func TestWrongClockOfOneBroker(t *testing.T) {
 					t.Errorf("%d brokers were called, want %d", len(got), tt.dialed)
 				}
 				if (err == nil) != (tt.kind == nil) || tt.kind != nil && !errors.Is(err, tt.kind) || credential.ReasonOf(err) != tt.reason {
-					t.Errorf("the call ended with %v (%s), want %v, %q", err, credential.ReasonOf(err), tt.kind, tt.reason)
+					t.Errorf("error %v (%s), want %v, %q", err, credential.ReasonOf(err), tt.kind, tt.reason)
 				}
 				if errors.Is(err, credential.ErrUnavailable) && errors.Is(err, credential.ErrUnauthenticated) {
-					t.Errorf("the error %v is of two kinds", err)
+					t.Errorf("error %v is of two kinds", err)
 				}
 			})
 		})

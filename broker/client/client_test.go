@@ -31,21 +31,21 @@ import (
 
 const token = "header.claims.signature"
 
-// server is a real gRPC server whose answers the test sets.
+// server is a real gRPC server. The test sets its response.
 type server struct {
 	brokerpb.UnimplementedBrokerServer
 
-	answer func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error)
-	asked  atomic.Int32
-	open   atomic.Int32 // connections
+	respond func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error)
+	calls   atomic.Int32
+	open    atomic.Int32 // open connections
 }
 
 func (s *server) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	s.asked.Add(1)
-	return s.answer(ctx)
+	s.calls.Add(1)
+	return s.respond(ctx)
 }
 
-// listen serves s over TLS and returns its address under the name localhost.
+// listen serves s over TLS, and returns its address with the host name localhost.
 func (s *server) listen(t *testing.T, leaf *certstest.Leaf) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -73,7 +73,7 @@ func (s *server) serve(t *testing.T, listener net.Listener, creds credentials.Tr
 	t.Cleanup(func() { g.Stop(); <-done })
 }
 
-// countingListener counts the connections that are open.
+// countingListener counts the open connections.
 type countingListener struct {
 	net.Listener
 	open *atomic.Int32
@@ -101,7 +101,7 @@ func (c *countingConn) Close() error {
 	return c.Conn.Close()
 }
 
-// good is an answer that nothing is wrong with.
+// good returns a valid response.
 func good() *brokerpb.GetCredentialsResponse {
 	return &brokerpb.GetCredentialsResponse{
 		AccessKeyId: "ASIAEXAMPLE", SecretAccessKey: "secret-key-text", SessionToken: "session-token-text",
@@ -111,7 +111,7 @@ func good() *brokerpb.GetCredentialsResponse {
 	}
 }
 
-func answering(r *brokerpb.GetCredentialsResponse) func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
+func responding(r *brokerpb.GetCredentialsResponse) func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
 	return func(context.Context) (*brokerpb.GetCredentialsResponse, error) { return r, nil }
 }
 
@@ -122,7 +122,7 @@ func writeToken(t *testing.T, file, text string) {
 	}
 }
 
-// world is a broker, and a client that trusts it.
+// world has a broker and a client that trusts it.
 type world struct {
 	*client.Client
 	server    *server
@@ -134,7 +134,7 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	ca := certstest.NewCA(t)
 	w := &world{
-		server:    &server{answer: answering(good())},
+		server:    &server{respond: responding(good())},
 		tokenFile: filepath.Join(t.TempDir(), "token"),
 		caDir:     t.TempDir(),
 	}
@@ -178,7 +178,7 @@ func TestNewRefuses(t *testing.T) {
 			test.change(&cfg)
 			c, err := client.New(cfg)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
-				t.Errorf("New = %v, want an error with %q", err, test.want)
+				t.Errorf("New = %v, want an error that contains %q", err, test.want)
 			}
 			if c != nil {
 				t.Error("New returned a client with its error")
@@ -195,8 +195,8 @@ func TestNewRefuses(t *testing.T) {
 
 func TestLease(t *testing.T) {
 	w := newWorld(t)
-	answer := good()
-	w.server.answer = answering(answer)
+	response := good()
+	w.server.respond = responding(response)
 	before := time.Now()
 	lease, err := w.Credentials(t.Context())
 	if err != nil {
@@ -215,7 +215,7 @@ func TestLease(t *testing.T) {
 			SecretAccessKey: credential.NewSecret("secret-key-text"),
 			SessionToken:    credential.NewSecret("session-token-text"),
 			Issued:          lease.Issued,
-			Expiration:      answer.GetExpiration().AsTime(),
+			Expiration:      response.GetExpiration().AsTime(),
 		},
 		Role: role, Region: "eu-central-1", RefreshAfter: 25 * time.Minute,
 	}
@@ -228,7 +228,7 @@ func TestLease(t *testing.T) {
 func TestTokenIsReadAtEachCall(t *testing.T) {
 	w := newWorld(t)
 	var got []string
-	w.server.answer = func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
+	w.server.respond = func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
 		md, _ := metadata.FromIncomingContext(ctx)
 		got = append(got, md.Get("authorization")...)
 		return good(), nil
@@ -266,8 +266,8 @@ func TestUnusableToken(t *testing.T) {
 		}
 		checkTokenRefused(t, w)
 	})
-	if n := w.server.asked.Load(); n != 0 {
-		t.Errorf("the broker was asked %d times without a token", n)
+	if n := w.server.calls.Load(); n != 0 {
+		t.Errorf("the broker was called %d times without a token", n)
 	}
 }
 
@@ -278,7 +278,7 @@ func checkTokenRefused(t *testing.T, w *world) {
 		t.Fatalf("Credentials = %v, want %s", err, credential.ReasonTokenMissing)
 	}
 	if !strings.Contains(err.Error(), w.tokenFile) {
-		t.Errorf("error %q does not name the file", err)
+		t.Errorf("error %q does not contain the file's name", err)
 	}
 	if strings.Contains(err.Error(), token) {
 		t.Error("the error quotes the token")
@@ -290,7 +290,7 @@ func checkTokenRefused(t *testing.T, w *world) {
 
 func TestRefusal(t *testing.T) {
 	w := newWorld(t)
-	w.server.answer = func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
+	w.server.respond = func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
 		return nil, brokerpb.ToStatus(&credential.Error{
 			Kind: credential.ErrDenied, Reason: credential.ReasonRoleNotPermitted,
 			Message: "annotate the namespace", RetryAfter: 7 * time.Second,
@@ -310,24 +310,24 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
-// Whatever says nothing about the pod is "unavailable", so that it is tried again soon.
+// If no broker says anything about the pod, the error is "unavailable", so that the sidecar retries soon.
 func TestUnavailable(t *testing.T) {
 	t.Run("other root", func(t *testing.T) {
 		w := newWorld(t)
 		certstest.NewCA(t).WriteTo(w.caDir)
 		checkUnavailable(t, w.Client, "certificate signed by unknown authority")
-		if w.server.asked.Load() != 0 {
-			t.Error("the token was shown to a server that was not verified")
+		if w.server.calls.Load() != 0 {
+			t.Error("the token was sent to an unverified server")
 		}
 	})
 	t.Run("internal", func(t *testing.T) {
 		w := newWorld(t)
-		w.server.answer = func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
+		w.server.respond = func(context.Context) (*brokerpb.GetCredentialsResponse, error) {
 			return nil, status.Error(codes.Internal, "broken")
 		}
 		checkUnavailable(t, w.Client, "broken")
 	})
-	t.Run("nobody listens", func(t *testing.T) {
+	t.Run("no server", func(t *testing.T) {
 		c, err := client.New(client.Config{
 			Target: "localhost:1", TLS: &tls.Config{MinVersion: tls.VersionTLS13}, TokenFile: newWorld(t).tokenFile,
 		})
@@ -345,11 +345,11 @@ func checkUnavailable(t *testing.T, c *client.Client, text string) {
 		t.Fatalf("Credentials = %v, want %v", err, credential.ErrUnavailable)
 	}
 	if !strings.Contains(err.Error(), text) {
-		t.Errorf("error %q does not say %q", err, text)
+		t.Errorf("error %q does not contain %q", err, text)
 	}
 }
 
-// Roots that are replaced on disk count from the next call on, in both directions.
+// The next call uses roots that were replaced on disk.
 func TestRootsAreReadAtEachCall(t *testing.T) {
 	w := newWorld(t)
 	if _, err := w.Credentials(t.Context()); err != nil {
@@ -360,21 +360,21 @@ func TestRootsAreReadAtEachCall(t *testing.T) {
 	checkUnavailable(t, w.Client, "unknown authority")
 }
 
-// A broker that comes back is found by the next call: no back-off is left from the failures before.
+// The first call after an outage succeeds, because no back-off remains from the failures before.
 func TestBrokerComesBack(t *testing.T) {
 	ca := certstest.NewCA(t)
 	tokenFile := filepath.Join(t.TempDir(), "token")
 	writeToken(t, tokenFile, token)
-	s := &server{answer: answering(good())}
+	s := &server{respond: responding(good())}
 	address := s.listen(t, ca.Leaf("localhost"))
-	var away atomic.Bool
-	away.Store(true)
+	var down atomic.Bool
+	down.Store(true)
 	c, err := client.New(client.Config{
 		Target: address, TokenFile: tokenFile,
 		TLS: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: ca.Pool(), ServerName: "localhost"},
 		Dial: func(ctx context.Context, addr string) (net.Conn, error) {
-			if away.Load() {
-				return nil, errors.New("away")
+			if down.Load() {
+				return nil, errors.New("the broker is down")
 			}
 			return new(net.Dialer).DialContext(ctx, "tcp", addr)
 		},
@@ -383,21 +383,21 @@ func TestBrokerComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 10 {
-		checkUnavailable(t, c, "away")
+		checkUnavailable(t, c, "the broker is down")
 	}
-	away.Store(false)
+	down.Store(false)
 	if _, err := c.Credentials(t.Context()); err != nil {
 		t.Error(err)
 	}
 }
 
-// No connection outlives its call.
+// Each connection is closed with its call.
 func TestConnectionIsClosed(t *testing.T) {
 	w := newWorld(t)
 	if _, err := w.Credentials(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	// The server notices the end of the stream a little later.
+	// The server notices that a little later.
 	for deadline := time.Now().Add(10 * time.Second); w.server.open.Load() != 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d connections are still open", w.server.open.Load())
@@ -405,16 +405,16 @@ func TestConnectionIsClosed(t *testing.T) {
 	}
 }
 
-func TestUselessAnswers(t *testing.T) {
+func TestInvalidResponses(t *testing.T) {
 	w := newWorld(t)
 	tests := map[string]struct {
 		change func(*brokerpb.GetCredentialsResponse)
 		want   string
 	}{
-		"no access key": {func(r *brokerpb.GetCredentialsResponse) { r.AccessKeyId = "" }, "access key id"},
+		"no access key": {func(r *brokerpb.GetCredentialsResponse) { r.AccessKeyId = "" }, "access key ID"},
 		"bad access key": {func(r *brokerpb.GetCredentialsResponse) {
 			r.AccessKeyId = "AS IA"
-		}, "access key id"},
+		}, "access key ID"},
 		"no secret":     {func(r *brokerpb.GetCredentialsResponse) { r.SecretAccessKey = "" }, "secret access key"},
 		"no token":      {func(r *brokerpb.GetCredentialsResponse) { r.SessionToken = "" }, "session token"},
 		"no role":       {func(r *brokerpb.GetCredentialsResponse) { r.RoleArn = "" }, "role"},
@@ -430,12 +430,12 @@ func TestUselessAnswers(t *testing.T) {
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			answer := good()
-			test.change(answer)
-			w.server.answer = answering(answer)
+			response := good()
+			test.change(response)
+			w.server.respond = responding(response)
 			lease, err := w.Credentials(t.Context())
 			if !errors.Is(err, credential.ErrUnavailable) || !strings.Contains(err.Error(), test.want) {
-				t.Fatalf("Credentials = %v, want an unavailable with %q", err, test.want)
+				t.Fatalf("Credentials = %v, want an unavailable error that contains %q", err, test.want)
 			}
 			if strings.Contains(err.Error(), "secret-key-text") || strings.Contains(err.Error(), "session-token-text") {
 				t.Error("the error quotes a secret")
@@ -450,8 +450,8 @@ func TestUselessAnswers(t *testing.T) {
 func TestRefreshAfterIsClamped(t *testing.T) {
 	w := newWorld(t)
 	tests := []struct {
-		answered *durationpb.Duration
-		want     time.Duration
+		sent *durationpb.Duration
+		want time.Duration
 	}{
 		{nil, 30 * time.Second},
 		{durationpb.New(-time.Hour), 30 * time.Second},
@@ -461,15 +461,15 @@ func TestRefreshAfterIsClamped(t *testing.T) {
 		{durationpb.New(30 * time.Hour), time.Hour},
 	}
 	for _, test := range tests {
-		answer := good()
-		answer.RefreshAfter = test.answered
-		w.server.answer = answering(answer)
+		response := good()
+		response.RefreshAfter = test.sent
+		w.server.respond = responding(response)
 		lease, err := w.Credentials(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		if lease.RefreshAfter != test.want {
-			t.Errorf("refresh_after %v became %v, want %v", test.answered, lease.RefreshAfter, test.want)
+			t.Errorf("refresh_after %v became %v, want %v", test.sent, lease.RefreshAfter, test.want)
 		}
 	}
 }

@@ -21,14 +21,14 @@ import (
 	"github.com/credence-iam/credence/certs/certstest"
 )
 
-// resolvConf is that of a pod of namespace shop, of class ClusterFirst.
+// resolvConf is the file of a pod in namespace shop with DNS policy ClusterFirst.
 const resolvConf = `search shop.svc.cluster.local svc.cluster.local cluster.local
 nameserver 127.0.0.1
 options ndots:5
 `
 
-// TestResolvConf runs what sidecars have, Go's resolver with the resolv.conf of a pod, in namespaces of the kernel where
-// that file and port 53 are the test's own.
+// TestResolvConf uses Go's resolver with the resolv.conf of a pod, as sidecars do. It runs in kernel namespaces in which
+// that file and port 53 belong to the test.
 func TestResolvConf(t *testing.T) {
 	if file := os.Getenv(insideEnv); file != "" {
 		if err := enter(file); err != nil {
@@ -50,7 +50,7 @@ func TestResolvConf(t *testing.T) {
 	}
 	out, err := child.CombinedOutput()
 	if _, ended := errors.AsType[*exec.ExitError](err); err != nil && !ended {
-		t.Skipf("not run: this system lets no process have namespaces of its own: %v", err)
+		t.Skipf("not run: this system does not permit a process to have its own namespaces: %v", err)
 	}
 	if err != nil || !strings.Contains(string(out), "--- PASS: TestResolvConf ") {
 		t.Errorf("%v\n%s", err, out)
@@ -58,7 +58,7 @@ func TestResolvConf(t *testing.T) {
 	t.Logf("%s", out)
 }
 
-// enter puts file in the place of resolv.conf, and makes loopback work.
+// enter mounts file as resolv.conf, and enables the loopback interface.
 func enter(file string) error {
 	if err := unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return err
@@ -79,12 +79,12 @@ func enter(file string) error {
 	return unix.IoctlIfreq(socket, unix.SIOCSIFFLAGS, loopback)
 }
 
-// resolveAsPods makes one call for each kind of resolver.
+// resolveAsPods calls a broker with each kind of resolver.
 func resolveAsPods(t *testing.T) {
 	tests := map[string]struct {
-		full    bool // the full name is known
+		full    bool // the client has the full name
 		treat   func(n int, q dnstest.Query) dnstest.Treatment
-		queries int // how many at most; 0: as many as it takes
+		queries int // maximum; 0: no limit
 	}{
 		"full-name":             {true, nil, 1},
 		"full-name-slow":        {true, slowly, 2},
@@ -98,7 +98,7 @@ func resolveAsPods(t *testing.T) {
 		"search-domains-noaaaa": {false, dropping("AAAA"), 3},
 	}
 	var mu sync.Mutex
-	counts := make(map[string]int) // queries by the namespace in their name, which tells the test
+	counts := make(map[string]int) // :: namespace in the queried name, which identifies the test → queries
 	records := make(map[string][]netip.Addr)
 	for name := range tests {
 		records["credence-broker."+name+".svc.cluster.local."] = []netip.Addr{netip.MustParseAddr("127.0.0.1")}
@@ -118,12 +118,12 @@ func resolveAsPods(t *testing.T) {
 	tokenFile := filepath.Join(t.TempDir(), "token")
 	writeToken(t, tokenFile, token)
 
-	t.Run("of", func(t *testing.T) {
+	t.Run("resolver", func(t *testing.T) {
 		for name, tt := range tests {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
 				host := "credence-broker." + name + ".svc"
-				s := &server{answer: answering(good())}
+				s := &server{respond: responding(good())}
 				_, port, err := net.SplitHostPort(s.listen(t, ca.Leaf(host)))
 				if err != nil {
 					t.Fatal(err)

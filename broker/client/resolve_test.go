@@ -29,14 +29,14 @@ var (
 	v6 = netip.MustParseAddr("fd00::1")
 )
 
-// insideEnv is set in the process that has a resolv.conf of its own, to the path of that file.
+// insideEnv is set in the process with its own resolv.conf, to the path of that file.
 const insideEnv = "CREDENCE_TEST_RESOLV_CONF"
 
-// init makes package net read resolv.conf outside a bubble. Otherwise the state that the package keeps of the file would
-// belong to the bubble.
+// init makes package net read resolv.conf outside a bubble. Otherwise the package's state of the file would belong to the
+// bubble.
 func init() {
 	if os.Getenv(insideEnv) != "" {
-		return // It has yet to be put in its place.
+		return // The file is not mounted yet.
 	}
 	_, _ = (&net.Resolver{PreferGo: true}).LookupNetIP(context.Background(), "ip4", "localhost") //nolint:forbidigo // there is no caller
 }
@@ -54,14 +54,14 @@ func dropping(which string) func(int, dnstest.Query) dnstest.Treatment {
 	return func(_ int, q dnstest.Query) dnstest.Treatment { return dnstest.Treatment{Drop: q.Type == which} }
 }
 
-// TestResolvers: the address is found within one call of ordinary and of bad resolvers, with no more queries than needed.
+// TestResolvers: within one call, the client finds the address with good and bad resolvers, with as few queries as possible.
 func TestResolvers(t *testing.T) {
 	both, six := []netip.Addr{v4, v6}, []netip.Addr{v6}
 	for name, tt := range map[string]struct {
 		has     []netip.Addr
 		treat   func(int, dnstest.Query) dnstest.Treatment
 		want    netip.Addr
-		queries string // empty: as many as resolv.conf asks for
+		queries string // empty: any number
 	}{
 		"ordinary":                       {both, nil, v4, "A"},
 		"drops AAAA":                     {both, dropping("AAAA"), v4, "A"},
@@ -70,7 +70,7 @@ func TestResolvers(t *testing.T) {
 		"drops the first of two, one A":  {[]netip.Addr{v4}, odd, v4, ""},
 		"drops the second of two, one A": {[]netip.Addr{v4}, even, v4, "A"},
 		"takes 1.1 s":                    {both, slowly, v4, "A AAAA"},
-		"answers AAAA first": {both, func(_ int, q dnstest.Query) dnstest.Treatment {
+		"AAAA arrives first": {both, func(_ int, q dnstest.Query) dnstest.Treatment {
 			return dnstest.Treatment{After: map[string]time.Duration{"A": 800 * time.Millisecond}[q.Type]}
 		}, v4, "A AAAA"},
 		"IPv6 only":              {six, nil, v6, "A AAAA"},
@@ -79,7 +79,7 @@ func TestResolvers(t *testing.T) {
 		"truncates": {both, func(int, dnstest.Query) dnstest.Treatment {
 			return dnstest.Treatment{Truncated: true}
 		}, v4, "A A"},
-		"fails, and then answers": {both, func(n int, q dnstest.Query) dnstest.Treatment {
+		"fails at first": {both, func(n int, q dnstest.Query) dnstest.Treatment {
 			return dnstest.Treatment{Fails: n < 8 && q.Type == "A", Drop: q.Type == "AAAA"}
 		}, v4, ""},
 		"fails for A": {both, func(_ int, q dnstest.Query) dnstest.Treatment {
@@ -89,7 +89,7 @@ func TestResolvers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
 				dns := dnstest.New(map[string][]netip.Addr{fullName: tt.has}, tt.treat)
-				n.serve(tt.want, answering(good()))
+				n.serve(tt.want, responding(good()))
 				got, err := n.call(n.client(func(cfg *client.Config) {
 					cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory
 				}))
@@ -104,14 +104,14 @@ func TestResolvers(t *testing.T) {
 	}
 }
 
-// checkQueries checks the types of the queries so far, and that all are for one name.
+// checkQueries checks the types of the queries, and that all are for one name.
 func checkQueries(t *testing.T, dns *dnstest.Server, want, name string) {
 	t.Helper()
 	var types []string
 	for _, q := range dns.Queries() {
 		types = append(types, q.Type)
 		if q.Name != name {
-			t.Errorf("%q was looked up", q.Name)
+			t.Errorf("%q was looked up, want only %q", q.Name, name)
 		}
 	}
 	if got := strings.Join(types, " "); want != "" && got != want {
@@ -119,13 +119,13 @@ func checkQueries(t *testing.T, dns *dnstest.Server, want, name string) {
 	}
 }
 
-// TestFullNameIsWrong: if the cluster's domain is not the one that the full name has, the host itself is looked up. Once
-// the full name was found, only it is.
+// TestFullNameIsWrong: if the full name does not exist, because the cluster has another domain, the host is looked up.
+// After the full name was found once, only it is looked up.
 func TestFullNameIsWrong(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		records := map[string][]netip.Addr{host + ".": {v4}}
 		dns := dnstest.New(records, nil)
-		n.serve(v4, answering(good()))
+		n.serve(v4, responding(good()))
 		c := n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory })
 		_, err := n.call(c)
 		succeeded(t, err)
@@ -137,24 +137,24 @@ func TestFullNameIsWrong(t *testing.T) {
 		delete(records, fullName)
 		before := len(dns.Queries())
 		_, err = n.call(c)
-		succeeded(t, err) // by the address of before
+		succeeded(t, err) // with the address of the look-up before
 		for _, q := range dns.Queries()[before:] {
 			if q.Name != fullName {
-				t.Errorf("%q was looked up", q.Name)
+				t.Errorf("%q was looked up, want only %q", q.Name, fullName)
 			}
 		}
 	})
 }
 
-// TestFullNameFails: a full name with a wrong domain leaves the cluster, where it may meet a server that fails or is silent.
-// The host itself is looked up then as well.
+// TestFullNameFails: a query for a full name with a wrong domain leaves the cluster. There, a server may fail or not
+// respond. Then the host is looked up too.
 func TestFullNameFails(t *testing.T) {
 	for name, tt := range map[string]struct {
 		treatment dnstest.Treatment
-		calls     int // until there is an address
+		calls     int // until the address is found
 	}{
-		"SERVFAIL":  {dnstest.Treatment{Fails: true}, 1},
-		"no answer": {dnstest.Treatment{Drop: true}, 2},
+		"SERVFAIL":    {dnstest.Treatment{Fails: true}, 1},
+		"no response": {dnstest.Treatment{Drop: true}, 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
@@ -164,7 +164,7 @@ func TestFullNameFails(t *testing.T) {
 					}
 					return dnstest.Treatment{}
 				})
-				n.serve(v4, answering(good()))
+				n.serve(v4, responding(good()))
 				c := n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory })
 				for range tt.calls - 1 {
 					_, err := n.call(c)
@@ -178,7 +178,7 @@ func TestFullNameFails(t *testing.T) {
 	}
 }
 
-// TestErrorOfNames: if neither name is found, the error is that of a record that may exist.
+// TestErrorOfNames: if no name is found, the error is that of a record that may exist.
 func TestErrorOfNames(t *testing.T) {
 	for name, fails := range map[string]func(q dnstest.Query) bool{
 		"the full name": func(q dnstest.Query) bool { return q.Name == fullName },
@@ -197,7 +197,7 @@ func TestErrorOfNames(t *testing.T) {
 	}
 }
 
-// TestLookupOutlivesItsCall: a look-up that takes longer than a call serves the next call, which begins no other.
+// TestLookupOutlivesItsCall: a look-up that takes longer than its call serves the next call, which starts no other.
 func TestLookupOutlivesItsCall(t *testing.T) {
 	for name, tt := range map[string]struct{ takes, pause, want time.Duration }{
 		"the next call waits for it":      {12 * time.Second, time.Second, time.Second},
@@ -207,7 +207,7 @@ func TestLookupOutlivesItsCall(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
 				ranked := n.brokers(4)
-				n.serve(ranked[0], answering(good()))
+				n.serve(ranked[0], responding(good()))
 				var lookups atomic.Int32
 				c := n.client(func(cfg *client.Config) {
 					cfg.Lookup = func(ctx context.Context, family, name string) ([]netip.Addr, error) {
@@ -227,14 +227,14 @@ func TestLookupOutlivesItsCall(t *testing.T) {
 					succeeded(t, err)
 					want(t, got, dialed{ranked[0], tt.takes})
 				} else {
-					unavailable(t, err, credential.ReasonBrokerUnreachable, "DNS", host, "no answer in time")
+					unavailable(t, err, credential.ReasonBrokerUnreachable, "DNS", host, "no response in time")
 					began := lookups.Load()
 					time.Sleep(tt.pause)
 					got, err = n.call(c)
 					succeeded(t, err)
 					want(t, got, dialed{ranked[0], tt.want})
 					if tt.want == 0 && lookups.Load() != began {
-						t.Error("the result was not used")
+						t.Error("the next call did not use the result")
 					}
 				}
 				time.Sleep(lookupEnds)
@@ -243,25 +243,25 @@ func TestLookupOutlivesItsCall(t *testing.T) {
 	}
 }
 
-// TestResultOfALateLookup: what a look-up found after its call had ended counts as current for one call, and not for long.
+// TestResultOfALateLookup: the result of a look-up whose call has ended counts as current for one call, and only for a while.
 func TestResultOfALateLookup(t *testing.T) {
 	for name, tt := range map[string]struct {
-		pause time.Duration // since the call gave up
-		looks []bool        // whether each call after that looks up
+		pause time.Duration // since the call timed out
+		looks []bool        // whether each later call starts a look-up
 	}{
 		"soon": {5 * time.Second, []bool{false, true}},
 		"late": {time.Minute, []bool{true}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			in(t, func(t *testing.T, n *network) {
-				n.serve(n.brokers(4)[0], answering(good()))
+				n.serve(n.brokers(4)[0], responding(good()))
 				var lookups atomic.Int32
-				answers := time.Now().Add(client.CallTimeout + time.Second)
+				respondsAt := time.Now().Add(client.CallTimeout + time.Second)
 				c := n.client(func(cfg *client.Config) {
 					cfg.Lookup = func(ctx context.Context, family, name string) ([]netip.Addr, error) {
 						lookups.Add(1)
 						select {
-						case <-time.After(time.Until(answers)):
+						case <-time.After(time.Until(respondsAt)):
 							return n.lookup(ctx, family, name)
 						case <-ctx.Done():
 							return nil, ctx.Err()
@@ -269,14 +269,14 @@ func TestResultOfALateLookup(t *testing.T) {
 					}
 				})
 				_, err := n.call(c)
-				unavailable(t, err, credential.ReasonBrokerUnreachable, "no answer in time")
+				unavailable(t, err, credential.ReasonBrokerUnreachable, "no response in time")
 				time.Sleep(tt.pause)
 				for i, want := range tt.looks {
 					before := lookups.Load()
 					_, err := n.call(c)
 					succeeded(t, err)
 					if looked := lookups.Load() != before; looked != want {
-						t.Errorf("call %d looks the brokers up: %v, want %v", i, looked, want)
+						t.Errorf("call %d starts a look-up: %v, want %v", i, looked, want)
 					}
 				}
 				time.Sleep(lookupEnds)
@@ -285,11 +285,11 @@ func TestResultOfALateLookup(t *testing.T) {
 	}
 }
 
-// TestOneLookupAtATime: calls that run at once share a look-up.
+// TestOneLookupAtATime: concurrent calls share a look-up.
 func TestOneLookupAtATime(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		dns := dnstest.New(map[string][]netip.Addr{fullName: {v4}}, slowly)
-		n.serve(v4, answering(good()))
+		n.serve(v4, responding(good()))
 		c := n.client(func(cfg *client.Config) { cfg.DNSName, cfg.Lookup = fullName, dns.LookupInMemory })
 		done := make(chan error)
 		for range 8 {
@@ -306,10 +306,10 @@ func TestOneLookupAtATime(t *testing.T) {
 	})
 }
 
-// TestResolverOnTheNetwork: the same over UDP and TCP.
+// TestResolverOnTheNetwork: look-ups work over real UDP and TCP.
 func TestResolverOnTheNetwork(t *testing.T) {
 	ca := certstest.NewCA(t)
-	s := &server{answer: answering(good())}
+	s := &server{respond: responding(good())}
 	_, port, err := net.SplitHostPort(s.listen(t, ca.Leaf(host)))
 	if err != nil {
 		t.Fatal(err)
@@ -326,7 +326,7 @@ func TestResolverOnTheNetwork(t *testing.T) {
 			dns := dnstest.New(map[string][]netip.Addr{fullName: {netip.MustParseAddr("127.0.0.1")}}, treat)
 			dns.Listen(t, "127.0.0.1:0")
 			c, err := client.New(client.Config{
-				// The certificate has the name of the target, which the full name is not.
+				// The certificate has the name of the target, not the full name.
 				Target: host + ":" + port, DNSName: fullName, TokenFile: tokenFile, Lookup: dns.Lookup,
 				TLS: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: ca.Pool()},
 			})
@@ -338,24 +338,24 @@ func TestResolverOnTheNetwork(t *testing.T) {
 			}
 			for _, q := range dns.Queries() {
 				if q.Name != fullName {
-					t.Errorf("%q was looked up", q.Name)
+					t.Errorf("%q was looked up, want only %q", q.Name, fullName)
 				}
 			}
 		})
 	}
 }
 
-// TestFullNameIsNotVerified: the certificate must have the host of the target, whatever name was looked up.
+// TestFullNameIsNotVerified: the certificate must be for the target's host, whatever name was looked up.
 func TestFullNameIsNotVerified(t *testing.T) {
 	in(t, func(t *testing.T, n *network) {
 		n.resolve(v4)
-		s := n.serve(v4, answering(good()))
+		s := n.serve(v4, responding(good()))
 		_, err := n.call(n.client(func(cfg *client.Config) {
 			cfg.Target, cfg.DNSName = "other.credence.svc:9443", host
 		}))
 		unavailable(t, err, credential.ReasonBrokerUnreachable, host, "other.credence.svc")
-		if s.asked.Load() != 0 {
-			t.Error("the token was shown to a server that was not verified")
+		if s.calls.Load() != 0 {
+			t.Error("the token was sent to an unverified server")
 		}
 	})
 }
@@ -365,13 +365,13 @@ func TestBadDNSName(t *testing.T) {
 		_, err := client.New(client.Config{
 			Target: "broker:1", DNSName: name, TokenFile: "token", TLS: &tls.Config{MinVersion: tls.VersionTLS13},
 		})
-		if err == nil || !strings.Contains(err.Error(), "is no DNS name") {
+		if err == nil || !strings.Contains(err.Error(), "is not a DNS name") {
 			t.Errorf("New with DNS name %.20q: %v", name, err)
 		}
 	}
 }
 
-// TestNoProxy: a proxy of the environment gets no connection.
+// TestNoProxy: the client does not connect to a proxy of the environment.
 func TestNoProxy(t *testing.T) {
 	const address = "CREDENCE_TEST_BROKER"
 	if os.Getenv(address) != "" {
@@ -386,7 +386,7 @@ func TestNoProxy(t *testing.T) {
 	t.Cleanup(proxy.Close)
 	dir := t.TempDir()
 	ca := certstest.NewCA(t)
-	s := &server{answer: answering(good())}
+	s := &server{respond: responding(good())}
 	target := s.listen(t, ca.Leaf("localhost"))
 	// Package net/http reads these variables once per process.
 	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestNoProxy$", "-test.v")
@@ -398,13 +398,13 @@ func TestNoProxy(t *testing.T) {
 	if err != nil || !strings.Contains(string(out), "--- PASS: TestNoProxy") {
 		t.Errorf("calling with a proxy in the environment: %v\n%s", err, out)
 	}
-	if proxied.Load() != 0 || s.asked.Load() != 1 {
-		t.Errorf("%d connections went to the proxy, and %d calls to the broker; want 0 and 1", proxied.Load(), s.asked.Load())
+	if proxied.Load() != 0 || s.calls.Load() != 1 {
+		t.Errorf("%d connections went to the proxy and %d calls to the broker, want 0 and 1", proxied.Load(), s.calls.Load())
 	}
 }
 
-// callThroughAnyAddress calls the broker at a port of this machine by the address 0.0.0.0, which Linux takes for this
-// machine, and which is none of the loopback addresses that net/http never sends to a proxy.
+// callThroughAnyAddress calls the broker at the address 0.0.0.0. For Linux that is this machine, but for net/http it is no
+// loopback address, which it would never send to a proxy.
 func callThroughAnyAddress(t *testing.T, target string) {
 	tokenFile := filepath.Join(t.TempDir(), "token")
 	writeToken(t, tokenFile, token)

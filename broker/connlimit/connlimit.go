@@ -1,19 +1,20 @@
-// Package connlimit bounds the connections of a server, whose peers are unknown until a request of theirs has been
-// read and believed.
+// Package connlimit limits the connections of a server whose clients are unknown until it has read and authenticated a
+// request.
 //
-// It promises that
-//   - at most [Config.Max] connections of unknown peers are open. If there is one more, the address that holds the most
-//     of them loses one: first one that is idle, then one whose request has not arrived, the oldest first. So an
-//     address gets all that it needs while there is room, and otherwise at least as much as any other. Among equals, a
-//     connection has at least a second, and newcomers wait, up to a limit that addresses share in the same way;
-//   - a connection whose request does not arrive in time, or needs more bytes than a request can, is closed;
-//   - no more handshakes are computed at once than there are processors for them, and addresses take turns, so that
-//     the handshakes of one address do not delay those of another;
-//   - connections of callers that the server has authenticated never give way to unknown ones. They have a limit of
-//     their own, which is shared by tenants in the same way.
+// It guarantees:
+//   - At most [Config.Max] connections of unknown clients are open. If there is one more, the address with the most
+//     connections loses one: an idle one first, then one whose request has not arrived, the oldest first. So an address
+//     gets all it needs while there is room, and otherwise at least as much as any other. If all addresses have equally
+//     many, a connection has at least a second, and new ones wait. Addresses share the places to wait in the same way.
+//   - A connection whose request does not arrive in time, or needs more bytes than a request may have, is closed.
+//   - At most [Config.Handshakes] handshakes are computed at once, and addresses take turns. So the handshakes of one
+//     address do not delay those of another.
+//   - A connection of an authenticated caller never gives way to an unknown one. Authenticated connections have their
+//     own limit, which tenants share in the same way.
 //
-// It knows neither TLS nor HTTP: the server says how far each connection has come, with the methods of [Conn].
-// An address is an IPv4 address, or the first 64 bits of an IPv6 address, of which one machine has all others.
+// It knows neither TLS nor HTTP: the server reports the progress of each connection with the methods of [Conn].
+// An address is an IPv4 address, or the first 64 bits of an IPv6 address, because one machine can have all addresses of
+// such a network.
 package connlimit
 
 import (
@@ -28,81 +29,80 @@ import (
 
 // Config configures [New].
 type Config struct {
-	// Max is how many connections may be open whose callers are not authenticated. Required.
+	// Max is how many connections of unknown clients may be open. Required.
 	Max int
-	// MaxAuthenticated is how many may be open beside them that are. Zero: none.
+	// MaxAuthenticated is how many authenticated connections may be open beside them. Zero: none.
 	MaxAuthenticated int
-	// MaxPerCaller is how many authenticated connections one caller may have. Zero: all.
+	// MaxPerCaller is how many authenticated connections one caller may have. Zero: no limit.
 	MaxPerCaller int
-	// MaxWaiting is how many connections may wait for room, beside those of Max. Nothing is read from them, so that they
-	// hold little memory. Zero: none.
+	// MaxWaiting is how many connections may wait for room, beside Max. The server does not read from them, so they hold
+	// little memory. Zero: none.
 	MaxWaiting int
 	// RequestTime is how long a connection may be open until its first request has arrived. Required.
 	RequestTime time.Duration
-	// IdleTime is how long a connection may be open after a request was answered until the next has arrived. Zero: as
-	// long as the server likes.
+	// IdleTime is how long a connection may be open between the response to a request and the arrival of the next
+	// request. Zero: no limit.
 	IdleTime time.Duration
-	// Handshakes is how many handshakes may be computed at once. Zero: there are none on this listener.
+	// Handshakes is how many handshakes may be computed at once. Zero: the listener has no handshakes.
 	Handshakes int
-	// HandshakeBytes is how much may be read from a connection until [Conn.Handshaken]. Zero: any amount.
+	// HandshakeBytes is how many bytes may be read from a connection before [Conn.Handshaken]. Zero: no limit.
 	HandshakeBytes int
-	// RequestBytes is how much may be read from then on, and again after each [Conn.End]. Zero: any amount.
+	// RequestBytes is how many may be read after that, and after each [Conn.End]. Zero: no limit.
 	RequestBytes int
-	// SocketBuffer is how much the kernel may keep of a connection in each direction, in bytes. Zero: its own default,
-	// which grows to megabytes. The kernel counts it as memory of the process's cgroup.
+	// SocketBuffer is how many bytes the kernel may buffer for a connection in each direction. The kernel counts them as
+	// memory of the process's cgroup. Zero: the kernel's default, which grows to megabytes.
 	SocketBuffer int
 }
 
-// Cause is why a connection was closed that its server and its peer would have kept.
+// Cause is why a Limiter closed a connection.
 type Cause int
 
 // The causes.
 const (
-	// Crowded: there were too many, and its address or tenant held the most.
+	// Crowded: there were too many connections, and its address or tenant had the most.
 	Crowded Cause = iota
-	// Late: its request did not arrive in time.
+	// Late: the request did not arrive in time.
 	Late
-	// Flood: its handshake or request had too many bytes.
+	// Flood: the handshake or request had too many bytes.
 	Flood
 	causes
 )
 
-// String returns a word for metrics.
+// String returns the cause as a label for metrics.
 func (c Cause) String() string { return [...]string{"crowded", "late", "flood"}[c] }
 
 // Causes returns all causes.
 func Causes() []Cause { return []Cause{Crowded, Late, Flood} }
 
-// Stats are the state at one moment.
+// Stats is the state of a Limiter at one moment.
 type Stats struct {
-	// Unauthenticated and Authenticated connections are open.
+	// Unauthenticated and Authenticated count open connections that the server has accepted.
 	Unauthenticated, Authenticated int
-	// Waiting connections are open, and their server has not seen them.
+	// Waiting counts open connections that wait for room.
 	Waiting int
-	// Closed counts the connections that were closed, by Cause.
+	// Closed counts the connections that the Limiter closed, by Cause.
 	Closed [causes]uint64
 }
 
-// Limiter bounds the connections of one or more listeners together. Make it with [New]. Its methods may be called
+// Limiter limits the connections of one or more listeners together. Make it with [New]. Its methods may be called
 // concurrently.
 type Limiter struct {
 	cfg Config
 
 	mu      sync.Mutex
-	known   pool[string]       // :: tenant → connections; guarded by mu
-	callers map[string]int     // :: caller → how many of known are its; guarded by mu
+	known   pool[string]       // :: tenant → authenticated connections; guarded by mu
+	callers map[string]int     // :: caller → number of its connections in known; guarded by mu
 	unknown pool[netip.Prefix] // :: address → connections; guarded by mu
-	waiting pool[netip.Prefix] // :: address → connections for which there is no room; guarded by mu
+	waiting pool[netip.Prefix] // :: address → connections that wait for room; guarded by mu
 	turns   turns              // guarded by mu
 	closed  [causes]uint64     // guarded by mu
-	// leaving counts connections that were closed here, and whose servers have not let go of them: they still hold
-	// memory. guarded by mu
+	// leaving counts connections that the Limiter has closed and the server has not. They still hold memory. Guarded by mu.
 	leaving int
-	filling bool       // fillSoon has begun; guarded by mu
-	left    *sync.Cond // leaving has become smaller, or a listener has been closed
+	filling bool       // fillSoon has a timer; guarded by mu
+	left    *sync.Cond // signals that leaving has decreased, or a listener has closed
 }
 
-// New checks cfg.
+// New returns a Limiter, or an error if cfg lacks a required field.
 func New(cfg Config) (*Limiter, error) {
 	if cfg.Max < 1 || cfg.RequestTime <= 0 {
 		return nil, errors.New("limiting connections: Max and RequestTime must be positive")
@@ -113,12 +113,12 @@ func New(cfg Config) (*Limiter, error) {
 	return l, nil
 }
 
-// MaxOpen returns how many connections of unknown peers can hold memory at once if Config.Max is limit: those that may be
-// open, and those that were closed for others and whose servers are about to let go of them.
+// MaxOpen returns how many connections of unknown clients can hold memory at once if Config.Max is limit. It counts open
+// connections, and those that the Limiter has closed but the server has not.
 func MaxOpen(limit int) int { return limit + maxLeaving(limit) }
 
-// maxLeaving is how many connections may be closed and not yet let go of. A server lets go within microseconds, if it has
-// a processor: it is a bound on how far it may fall behind those who connect.
+// maxLeaving returns how many connections the Limiter may have closed before the server closes them too. A server does so
+// within microseconds if it has a processor. This bounds how far it may fall behind its clients.
 func maxLeaving(limit int) int { return max(1, limit/8) }
 
 // Stats returns the present state.
@@ -128,7 +128,7 @@ func (l *Limiter) Stats() Stats {
 	return Stats{Unauthenticated: l.unknown.total, Authenticated: l.known.total, Waiting: l.waiting.total, Closed: l.closed}
 }
 
-// unlimited is more than any connection reads.
+// unlimited is more bytes than any connection reads.
 const unlimited = 1 << 62
 
 func budget(bytes int) int64 {
@@ -138,7 +138,7 @@ func budget(bytes int) int64 {
 	return int64(bytes)
 }
 
-// addressOf returns the address that addr counts for. All that have no IP count for one.
+// addressOf returns the address that a connection counts for. All connections without an IP address count for one.
 func addressOf(addr net.Addr) netip.Prefix {
 	tcp, ok := addr.(*net.TCPAddr)
 	if !ok {
@@ -153,7 +153,7 @@ func addressOf(addr net.Addr) netip.Prefix {
 	return prefix
 }
 
-// end closes a connection that its server has not closed, and counts why. l.mu is held.
+// end closes a connection that the server has not closed, and counts the cause. The caller holds l.mu.
 func (l *Limiter) end(c *Conn, why Cause) {
 	if c.stage == ended {
 		return
@@ -164,11 +164,11 @@ func (l *Limiter) end(c *Conn, why Cause) {
 	}
 	l.closed[why]++
 	l.remove(c)
-	// It must not be closed under the lock of all, for a connection may take its time.
+	// Closing can take time, so it does not happen with the lock held.
 	go func() { _ = c.Conn.Close() }()
 }
 
-// remove forgets c, and lets in those that have waited for its place. l.mu is held.
+// remove forgets c and lets waiting connections in. The caller holds l.mu.
 func (l *Limiter) remove(c *Conn) {
 	c.late.Stop()
 	switch {
@@ -187,7 +187,7 @@ func (l *Limiter) remove(c *Conn) {
 	l.fill()
 }
 
-// move puts c into another stage. l.mu is held.
+// move moves c to another stage. The caller holds l.mu.
 func (l *Limiter) move(c *Conn, to stage) {
 	if c.known {
 		l.known.move(c.tenant, c, to)
@@ -196,65 +196,64 @@ func (l *Limiter) move(c *Conn, to stage) {
 	}
 }
 
-// stage is how far a connection has come. In this order they give way to others.
+// stage is the progress of a connection. Connections give way in this order.
 type stage int
 
 const (
-	idle      stage = iota // its last request was answered
+	idle      stage = iota // the server has responded to its last request
 	arriving               // its first request has not arrived
-	answering              // its request is being answered
+	answering              // the server is responding to its request
 	ended
-	stages = int(ended) // how many there are in a pool
+	stages = int(ended) // number of stages in a pool
 )
 
-// Conn is a connection that is counted.
-//
-// The server reports how far it has come: Handshaken, then for each request Begin, perhaps Authenticated, and End.
+// Conn is a connection that a Limiter counts. The server reports its progress: Handshaken once, then for each request
+// Begin, perhaps Authenticated, and End.
 type Conn struct {
 	net.Conn
 	limiter *Limiter
 	from    *listener
 	address netip.Prefix
-	since   time.Time // it was accepted, or came to its stage; guarded by limiter.mu
+	since   time.Time // when it was accepted or entered its stage; guarded by limiter.mu
 
 	handshaking atomic.Bool
-	bytes       atomic.Int64 // that may still be read
+	bytes       atomic.Int64 // how many bytes may still be read
 
-	// All below are guarded by limiter.mu.
+	// The following fields are guarded by limiter.mu.
 	stage   stage
-	waiting bool   // it is in the pool of waiting connections; its server has not seen it
+	waiting bool   // it is in the pool of waiting connections, and the server has not accepted it
 	known   bool   // it is in the pool of authenticated connections
-	tenant  string // while known
-	caller  string // while known
+	tenant  string // set while known
+	caller  string // set while known
 	element *list.Element
 	late    *time.Timer
-	turn    *turn // nil: it neither has one nor waits
-	leaving bool  // closed here, and not by the server
+	turn    *turn // its turn to compute a handshake, or its place in the queue; nil: neither
+	leaving bool  // the Limiter has closed it, and the server has not
 }
 
-// Read implements net.Conn. Of what arrives before Handshaken it lets the caller compute in turns, and it fails once
-// there are too many bytes.
+// Read implements net.Conn. Before Handshaken, it returns data only when it is the connection's turn to compute. It
+// fails if the connection sends too many bytes.
 func (c *Conn) Read(b []byte) (int, error) {
 	handshaking := c.handshaking.Load()
 	if handshaking {
-		c.endTurn() // what had arrived has been dealt with
+		c.endTurn() // the server has processed the previous data
 	}
-	left := c.bytes.Load()
-	if left <= 0 {
+	remaining := c.bytes.Load()
+	if remaining <= 0 {
 		c.limiter.mu.Lock()
 		c.limiter.end(c, Flood)
 		c.limiter.mu.Unlock()
 		return 0, errFlood
 	}
-	n, err := c.Conn.Read(b[:min(int64(len(b)), left)])
+	n, err := c.Conn.Read(b[:min(int64(len(b)), remaining)])
 	c.bytes.Add(-int64(n))
 	if n > 0 && handshaking && !c.takeTurn() {
 		return 0, net.ErrClosed
 	}
-	return n, err //nolint:wrapcheck // Servers look at the type.
+	return n, err //nolint:wrapcheck // Servers check the type.
 }
 
-var errFlood = errors.New("the peer has sent more than a request can have")
+var errFlood = errors.New("the client has sent more bytes than a request may have")
 
 // Close implements net.Conn.
 func (c *Conn) Close() error {
@@ -270,10 +269,10 @@ func (c *Conn) Close() error {
 		l.fill()
 	}
 	l.mu.Unlock()
-	return c.Conn.Close() //nolint:wrapcheck // It adds nothing.
+	return c.Conn.Close() //nolint:wrapcheck // A wrapper adds nothing.
 }
 
-// Handshaken says that the handshake is done. Further calls do nothing.
+// Handshaken reports that the handshake is complete. Further calls have no effect.
 func (c *Conn) Handshaken() {
 	if c.handshaking.Load() {
 		c.handshaking.Store(false)
@@ -282,14 +281,14 @@ func (c *Conn) Handshaken() {
 	c.reset()
 }
 
-// reset makes room for the bytes of one request.
+// reset permits the bytes of one more request.
 func (c *Conn) reset() {
 	if n := budget(c.limiter.cfg.RequestBytes); c.bytes.Load() != n {
 		c.bytes.Store(n)
 	}
 }
 
-// Begin says that a request has arrived in whole, and is being answered: from now on it is the server that takes time.
+// Begin reports that a whole request has arrived. From now on the server takes the time, not the client.
 func (c *Conn) Begin() {
 	l := c.limiter
 	l.mu.Lock()
@@ -301,9 +300,9 @@ func (c *Conn) Begin() {
 	}
 }
 
-// Authenticated says that the request being answered is one of that caller, of that tenant, and so is the connection from
-// now on. It reports whether there is room for it. If not, the connection remains an unknown one, and the request should be
-// refused.
+// Authenticated reports that the current request is from that caller, of that tenant. The connection counts as
+// authenticated from now on. The result is false if there is no room: then the connection remains unknown, and the server
+// should refuse the request.
 func (c *Conn) Authenticated(tenant, caller string) bool {
 	l := c.limiter
 	l.mu.Lock()
@@ -316,9 +315,9 @@ func (c *Conn) Authenticated(tenant, caller string) bool {
 	case l.cfg.MaxPerCaller > 0 && l.callers[caller] >= l.cfg.MaxPerCaller:
 		return false
 	}
-	var given *Conn
+	var victim *Conn
 	if l.known.total >= l.cfg.MaxAuthenticated {
-		if given = l.known.giveWay(tenant); given == nil {
+		if victim = l.known.giveWay(tenant); victim == nil {
 			return false
 		}
 	}
@@ -326,14 +325,14 @@ func (c *Conn) Authenticated(tenant, caller string) bool {
 	c.known, c.tenant, c.caller = true, tenant, caller
 	l.callers[caller]++
 	l.known.add(tenant, c, answering)
-	if given != nil {
-		l.end(given, Crowded)
+	if victim != nil {
+		l.end(victim, Crowded)
 	}
 	l.fill()
 	return true
 }
 
-// End says that the request has been answered, whether or not all of it was read.
+// End reports that the server has responded to the request, even if it has not read all of it.
 func (c *Conn) End() {
 	c.reset()
 	l := c.limiter
@@ -350,10 +349,10 @@ func (c *Conn) End() {
 	}
 }
 
-// linger is how long a connection stays idle although others wait for its place: its response leaves meanwhile.
+// linger is how long an idle connection keeps its place when others wait for it, so that its response can leave.
 const linger = 100 * time.Millisecond
 
-// fillSoon lets in connections that wait as soon as others give way to them, and not only when one ends. l.mu is held.
+// fillSoon lets waiting connections in as soon as others give way, not only when one closes. The caller holds l.mu.
 func (l *Limiter) fillSoon() {
 	if l.filling {
 		return
@@ -369,7 +368,7 @@ func (l *Limiter) fillSoon() {
 	})
 }
 
-// arrive says that a part of the next request has arrived, so that an idle connection is not idle any more.
+// arrive reports that part of the next request has arrived. So an idle connection is no longer idle.
 func (c *Conn) arrive() {
 	l := c.limiter
 	l.mu.Lock()

@@ -20,7 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/connlimit"
 )
 
-// world is a listener whose clients choose their addresses.
+// world is a listener and its clients. The test chooses the addresses of the clients.
 type world struct {
 	t        *testing.T
 	limiter  *connlimit.Limiter
@@ -28,11 +28,11 @@ type world struct {
 	listener net.Listener
 	ended    chan struct{}
 	end      sync.Once
-	slow     bool // the server lets go of closed connections only when the test looks at them
+	slow     bool // the server closes a connection only when the test calls closed
 	links    []*link
 }
 
-// side is the server's end of a connection from an address.
+// side is the server's side of a connection.
 type side struct {
 	net.Conn
 	addr net.Addr
@@ -79,17 +79,17 @@ func newWorld(t *testing.T, cfg connlimit.Config) *world {
 	return w
 }
 
-// link is one connection.
+// link is one connection from a client.
 type link struct {
 	name     string
 	accepted atomic.Pointer[connlimit.Conn]
 	client   net.Conn
 }
 
-// server returns the server's end; nil until it has been accepted.
+// server returns the server's connection; nil until the server has accepted it.
 func (l *link) server() *connlimit.Conn { return l.accepted.Load() }
 
-// connect makes a connection from an address, and waits until all that follows at once is done.
+// connect opens a connection from an address, and waits until all immediate effects are done.
 func (w *world) connect(address string) *link {
 	w.t.Helper()
 	if !w.slow {
@@ -109,7 +109,7 @@ func (w *world) connect(address string) *link {
 	return l
 }
 
-// closed reports whether the connection was closed, once all that was begun is done, and if so, lets go of it, as servers do.
+// closed reports whether the Limiter has closed the connection. If so, closed also closes the server's side, as servers do.
 func (l *link) closed() bool {
 	synctest.Wait()
 	_ = l.client.SetReadDeadline(time.Now().Add(time.Nanosecond))
@@ -145,11 +145,11 @@ func TestAddressesShareEqually(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 12})
 		var links []*link
-		for range 12 { // while nobody else wants any, one address has all
+		for range 12 { // one address gets all places, because no other address needs any
 			links = append(links, w.connect("10.0.0.1"))
 		}
 		if n := len(open(links)); n != 12 {
-			t.Fatalf("of 12 connections of one address alone, %d are open", n)
+			t.Fatalf("%d of 12 connections of the only address are open", n)
 		}
 		quiet := w.connect("10.0.0.5")
 		for range 100 {
@@ -159,16 +159,16 @@ func TestAddressesShareEqually(t *testing.T) {
 			}
 		}
 		if quiet.closed() {
-			t.Error("the only connection of an address gave way to those that have many")
+			t.Error("the only connection of an address gave way to addresses with many connections")
 		}
 		names := open(links)
 		for _, address := range []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4"} {
 			if n := count(names, address); n < 2 || n > 3 {
-				t.Errorf("%s has %d of the 11 connections that four addresses want", address, n)
+				t.Errorf("%s has %d of the 11 connections that four addresses share, want 2 or 3", address, n)
 			}
 		}
 		if s := w.limiter.Stats(); s.Unauthenticated != 12 || s.Closed[connlimit.Crowded] == 0 {
-			t.Errorf("the state is %+v", s)
+			t.Errorf("stats are %+v", s)
 		}
 	})
 }
@@ -176,7 +176,7 @@ func TestAddressesShareEqually(t *testing.T) {
 func TestOrderOfClosing(t *testing.T) {
 	for name, test := range map[string]struct {
 		newcomer string
-		want     []string // numbers of the connections of the address that holds the most, as they are closed
+		want     []string // connections of the largest address, in the order in which they are closed
 	}{
 		"for another address":  {"10.0.0.2", []string{"idle 3", "idle 2", "arriving 4", "arriving 5", "answering 0"}},
 		"for the same address": {"10.0.0.1", []string{"idle 3", "idle 2", "arriving 4", "arriving 5", "newcomer 0"}},
@@ -197,11 +197,11 @@ func TestOrderOfClosing(t *testing.T) {
 				links[2].server().End()
 				var got []string
 				for i := range test.want {
-					time.Sleep(2 * time.Second) // so that those before have had their time
+					time.Sleep(2 * time.Second) // so that the connections are older than minAge
 					l := w.connect(test.newcomer)
 					add(l, fmt.Sprint("newcomer ", i))
 					if l.server() != nil {
-						l.server().Begin() // so that it is not the one to go next
+						l.server().Begin() // so that it is not the next to be closed
 					}
 					for i := 0; i < len(links); {
 						if !links[i].closed() {
@@ -213,7 +213,7 @@ func TestOrderOfClosing(t *testing.T) {
 					}
 				}
 				if test.newcomer == "10.0.0.2" {
-					// Three each is equal: the fourth has nobody to take from.
+					// Both addresses have three connections now, so a fourth newcomer takes no place.
 					test.want = []string{"idle 3", "idle 2", "arriving 4", "newcomer 3", "newcomer 4"}
 				} else {
 					test.want[4] = "newcomer 4"
@@ -226,7 +226,7 @@ func TestOrderOfClosing(t *testing.T) {
 	}
 }
 
-// Those who come faster than they can be served do not keep all from being served.
+// If clients connect faster than the server can serve them, it still serves some of them.
 func TestNewcomersOfACrowd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 4})
@@ -237,7 +237,7 @@ func TestNewcomersOfACrowd(t *testing.T) {
 		time.Sleep(900 * time.Millisecond)
 		for i := range 50 {
 			if same, other := w.connect("10.0.0.1"), w.connect(fmt.Sprint("10.0.1.", i)); !same.closed() || !other.closed() {
-				t.Fatal("a newcomer has displaced one that has had less than a second, of an address with no more than its own")
+				t.Fatal("a newcomer displaced a connection younger than a second, of an address with no more connections")
 			}
 		}
 		if n := len(open(first)); n != 4 {
@@ -245,7 +245,7 @@ func TestNewcomersOfACrowd(t *testing.T) {
 		}
 		time.Sleep(200 * time.Millisecond)
 		if other := w.connect("10.0.1.1"); other.closed() || !first[0].closed() {
-			t.Error("the oldest has had its second, and does not give way")
+			t.Error("the oldest connection is older than a second, but did not give way")
 		}
 	})
 }
@@ -259,18 +259,18 @@ func TestRequestTime(t *testing.T) {
 		known.server().Begin()
 		time.Sleep(2 * time.Second)
 		if !silent.closed() || served.closed() {
-			t.Fatal("of a silent connection and one whose request has arrived in time, the first alone is to be closed")
+			t.Fatal("only the silent connection must be closed, not the one whose request arrived in time")
 		}
 		time.Sleep(time.Hour)
 		if served.closed() {
-			t.Fatal("a connection was closed while the server was busy with its request")
+			t.Fatal("a connection was closed while the server was answering its request")
 		}
 		served.server().End()
 		time.Sleep(9 * time.Second)
 		served.server().Begin()
 		time.Sleep(time.Minute)
 		if served.closed() {
-			t.Fatal("a connection was closed while the server was busy with its second request")
+			t.Fatal("a connection was closed while the server was answering its second request")
 		}
 		served.server().End()
 		time.Sleep(11 * time.Second)
@@ -278,7 +278,7 @@ func TestRequestTime(t *testing.T) {
 			t.Error("an idle connection was not closed")
 		}
 		if s := w.limiter.Stats(); s.Closed[connlimit.Late] != 2 {
-			t.Errorf("of 2 connections that were late, %d were counted", s.Closed[connlimit.Late])
+			t.Errorf("%d late connections were counted, want 2", s.Closed[connlimit.Late])
 		}
 	})
 }
@@ -304,10 +304,10 @@ func TestBytes(t *testing.T) {
 			l.server().End()
 		}
 		if err := send(21); err == nil || !l.closed() {
-			t.Errorf("one byte too many: %v", err)
+			t.Errorf("reading one byte too many: %v", err)
 		}
 		if s := w.limiter.Stats(); s.Closed[connlimit.Flood] != 1 || s.Unauthenticated != 0 {
-			t.Errorf("the state is %+v", s)
+			t.Errorf("stats are %+v", s)
 		}
 		l = w.connect("10.0.0.1")
 		if err := send(11); err == nil {
@@ -316,7 +316,7 @@ func TestBytes(t *testing.T) {
 	})
 }
 
-// An address with many connections waits for their handshakes; another address does not wait for them.
+// An address with many connections waits for its own handshakes. Another address does not wait for them.
 func TestHandshakesInTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 100, Handshakes: 1})
@@ -341,24 +341,24 @@ func TestHandshakesInTurns(t *testing.T) {
 		hello("10.0.0.2", "few 0")
 		hello("10.0.0.2", "few 1")
 		if diff := cmp.Diff([]string{"many 0"}, began); diff != "" {
-			t.Fatalf("of handshakes one at a time, these are computed (-want +got):\n%s", diff)
+			t.Fatalf("handshakes that are computed at once (-want +got):\n%s", diff)
 		}
-		_ = links["many 1"].server().Close() // it gives up its place
+		_ = links["many 1"].server().Close() // which takes it out of the queue
 		for range 5 {
 			links[began[len(began)-1]].server().Handshaken()
 			synctest.Wait()
 		}
 		if diff := cmp.Diff([]string{"many 0", "many 2", "few 0", "many 3", "few 1", "many 4"}, began); diff != "" {
-			t.Errorf("handshakes were computed in this order (-want +got):\n%s", diff)
+			t.Errorf("order of handshakes (-want +got):\n%s", diff)
 		}
-		// The last one has its turn still: closing gives it back, and so does waiting for the peer.
+		// The last connection still has its turn. Its Close ends the turn, and so does a Read for more data.
 		_ = links["many 4"].server().Close()
 		hello("10.0.0.3", "another")
 		go func() { _, _ = links["another"].server().Read(make([]byte, 1)) }()
 		synctest.Wait()
 		hello("10.0.0.3", "last")
 		if began[len(began)-1] != "last" {
-			t.Errorf("a turn was lost; computed were %v", began)
+			t.Errorf("a turn was lost; the handshakes were %v", began)
 		}
 	})
 }
@@ -367,7 +367,7 @@ func TestAuthenticatedStay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 2, MaxAuthenticated: 4})
 		enter := func(name, tenant string) (l *link, ok bool) {
-			time.Sleep(2 * time.Second) // so that others have had their time
+			time.Sleep(2 * time.Second) // so that the other connections are older than minAge
 			l = w.connect("10.0.0.1")
 			l.name = name
 			l.server().Begin()
@@ -377,7 +377,7 @@ func TestAuthenticatedStay(t *testing.T) {
 		for i := range 4 {
 			l, ok := enter(fmt.Sprint("shop ", i), "shop")
 			if !ok {
-				t.Fatalf("there is no room for the call %d of 4", i)
+				t.Fatalf("there is no room for call %d of 4", i)
 			}
 			shop = append(shop, l)
 		}
@@ -386,23 +386,23 @@ func TestAuthenticatedStay(t *testing.T) {
 			w.connect("10.0.0.2").closed()
 		}
 		if n := len(open(shop)); n != 4 {
-			t.Fatalf("unknown connections have displaced %d of 4 that are known", 4-n)
+			t.Fatalf("unknown connections displaced %d of 4 authenticated ones", 4-n)
 		}
 		fifth, ok := enter("shop 4", "shop")
 		if ok || fifth.closed() {
-			t.Error("a fifth call of a tenant that has all four must be refused, by an answer")
+			t.Error("the fifth call of a tenant with all four places must be refused in a response")
 		}
 		fifth.server().End()
 		bank, ok := enter("bank", "bank")
 		if diff := cmp.Diff([]string{"shop 0", "shop 1", "shop 2"}, open(shop)); !ok || bank.closed() || diff != "" {
-			t.Errorf("another tenant's call: let in %t; those of the first that remain (-want +got):\n%s", ok, diff)
+			t.Errorf("call of another tenant: there is room: %t; open connections of the first tenant (-want +got):\n%s", ok, diff)
 		}
 		shop[1].server().End()
 		if _, ok = enter("shop 5", "shop"); !ok || !shop[1].closed() {
-			t.Error("an answered connection of the tenant itself did not give way")
+			t.Error("an idle connection of the same tenant did not give way")
 		}
 		if s := w.limiter.Stats(); s.Authenticated != 4 || s.Unauthenticated > 2 {
-			t.Errorf("the state is %+v", s)
+			t.Errorf("stats are %+v", s)
 		}
 	})
 }
@@ -418,19 +418,19 @@ func TestOneCaller(t *testing.T) {
 		first, _ := enter("cart")
 		enter("cart")
 		if _, ok := enter("cart"); ok {
-			t.Error("a caller has three connections, of two that it may have")
+			t.Error("a caller has three connections, want at most two")
 		}
 		if _, ok := enter("till"); !ok {
-			t.Error("a caller has none, because another has two")
+			t.Error("a caller has no connection, because another has two")
 		}
 		_ = first.server().Close()
 		if _, ok := enter("cart"); !ok {
-			t.Error("a connection that was closed still counts")
+			t.Error("a closed connection still counts")
 		}
 	})
 }
 
-// A machine has all addresses of an IPv6 network, and one of IPv4 in each form.
+// A machine can have all addresses of an IPv6 network. An IPv4 address can have two forms.
 func TestAddresses(t *testing.T) {
 	for _, test := range []struct {
 		many, few string
@@ -448,20 +448,20 @@ func TestAddresses(t *testing.T) {
 			w.connect(test.many)
 			w.connect(test.many)
 			if closed := few.closed(); closed != test.same {
-				t.Errorf("%s counts for %s: %t, not %t", test.many, test.few, closed, test.same)
+				t.Errorf("%s and %s count for one address: %t, want %t", test.many, test.few, closed, test.same)
 			}
 		})
 	}
 }
 
-// A connection that was closed for others holds memory until the server has let go of it. So the number of such connections
-// is bounded, too.
+// A connection that the Limiter has closed holds memory until the server closes it too. So the number of such connections
+// is limited.
 func TestServerThatFallsBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 16, MaxWaiting: 3})
 		w.slow = true
 		if got := connlimit.MaxOpen(16); got != 18 {
-			t.Errorf("at most %d connections of 16 hold memory", got)
+			t.Errorf("MaxOpen(16) = %d, want 18", got)
 		}
 		var links []*link
 		for range 18 {
@@ -470,13 +470,13 @@ func TestServerThatFallsBehind(t *testing.T) {
 		}
 		late := w.connect("10.0.0.2")
 		if late.server() != nil || late.closed() {
-			t.Fatal("a connection was accepted while the server had two to let go of")
+			t.Fatal("a connection was accepted while the server had two connections to close")
 		}
-		if !links[0].closed() { // and lets go
+		if !links[0].closed() { // which also closes the server's side
 			t.Fatal("the oldest was not closed")
 		}
 		if synctest.Wait(); late.server() == nil {
-			t.Error("there is room, and the connection is not let in")
+			t.Error("there is room, but the connection still waits")
 		}
 	})
 }
@@ -491,16 +491,16 @@ func TestListenerThatClosesWhileItWaits(t *testing.T) {
 		third := w.connect("10.0.0.1")
 		fourth := w.connect("10.0.0.2")
 		if first.server() == nil || second.server() != nil || third.server() == nil || fourth.server() != nil {
-			t.Fatal("this was to make one wait for room, and one for the server")
+			t.Fatal("the test needs one connection that waits for room, and one that waits for the server")
 		}
 		_ = w.listener.Close()
 		if !second.closed() || !fourth.closed() || third.closed() {
-			t.Error("of the connections at a listener that closes, those that the server has not seen are to be closed")
+			t.Error("a closing listener must close only the connections that the server has not accepted")
 		}
 	})
 }
 
-// For whom there is no room, there is some as soon as others go, and for each address as much.
+// Waiting connections get places when others close, and each address gets equally many.
 func TestWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 4, MaxWaiting: 6})
@@ -520,25 +520,25 @@ func TestWaiting(t *testing.T) {
 			return n
 		}
 		if m, f := accepted(many), accepted(few); m != 2 || f != 2 {
-			t.Fatalf("of 4 places, one address has %d and another %d", m, f)
+			t.Fatalf("of 4 places, one address has %d and another %d, want 2 each", m, f)
 		}
 		if s := w.limiter.Stats(); s.Waiting != 6 || s.Closed[connlimit.Crowded] != 2 {
-			t.Fatalf("the state is %+v", s)
+			t.Fatalf("stats are %+v", s)
 		}
-		// An answer makes room.
+		// A closed connection makes room.
 		few[0].server().Begin()
 		_ = few[0].server().Close()
 		if synctest.Wait(); few[2].server() == nil || accepted(many) != 2 {
-			t.Error("the place of an address that has fewer was given to another")
+			t.Error("the place of an address with fewer connections went to another address")
 		}
 		time.Sleep(2 * time.Minute)
 		if s := w.limiter.Stats(); s.Waiting != 0 || s.Unauthenticated != 0 {
-			t.Errorf("after the time of a request the state is %+v", s)
+			t.Errorf("after RequestTime, stats are %+v", s)
 		}
 	})
 }
 
-// A connection that waits comes in once another is idle, which gives way.
+// An idle connection gives way to a waiting one.
 func TestWaitingForAnIdleOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 2, MaxWaiting: 2})
@@ -547,7 +547,7 @@ func TestWaitingForAnIdleOne(t *testing.T) {
 		two.server().Begin()
 		other := w.connect("10.0.0.1")
 		if other.server() != nil {
-			t.Fatal("there are three, of two that there may be")
+			t.Fatal("three connections are open, want at most two")
 		}
 		one.server().End()
 		if one.closed() {
@@ -555,12 +555,12 @@ func TestWaitingForAnIdleOne(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		if synctest.Wait(); other.server() == nil || !one.closed() || two.closed() {
-			t.Error("the connection that waits was not let in for the one that is idle")
+			t.Error("the idle connection did not give way to the waiting one")
 		}
 	})
 }
 
-// A server that answers within a second breaks off no answer, whatever others want.
+// If the server responds within a second, no response is lost, however many connections wait.
 func TestAnswersAreNotBrokenOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 4, MaxWaiting: 2})
@@ -573,11 +573,11 @@ func TestAnswersAreNotBrokenOff(t *testing.T) {
 		other := w.connect("10.0.0.2")
 		time.Sleep(900 * time.Millisecond)
 		if n := len(open(busy)); n != 4 || other.server() != nil {
-			t.Fatalf("%d of 4 answers go on, and another address has a connection: %v", n, other.server() != nil)
+			t.Fatalf("%d of 4 responses continue, and another address has a place: %v", n, other.server() != nil)
 		}
 		time.Sleep(200 * time.Millisecond)
 		if n := len(open(busy)); n != 3 || other.server() == nil {
-			t.Errorf("after a second %d of 4 answers go on, and another address has a connection: %v", n, other.server() != nil)
+			t.Errorf("after a second, %d of 4 responses continue, and another address has a place: %v", n, other.server() != nil)
 		}
 	})
 }
@@ -585,15 +585,15 @@ func TestAnswersAreNotBrokenOff(t *testing.T) {
 func TestConfig(t *testing.T) {
 	for _, cfg := range []connlimit.Config{{}, {Max: 1}, {RequestTime: 1}, {Max: -1, RequestTime: 1}} {
 		if _, err := connlimit.New(cfg); err == nil {
-			t.Errorf("%+v is taken", cfg)
+			t.Errorf("New accepts %+v", cfg)
 		}
 	}
 	if len(connlimit.Causes()) != len(connlimit.Stats{}.Closed) {
-		t.Error("Causes lacks some")
+		t.Error("Causes has another length than Stats.Closed")
 	}
 }
 
-// Whatever connections do, the limits hold, and nothing is counted that is not there.
+// After any sequence of events, the limits hold, and the stats are correct.
 func TestRandomLives(t *testing.T) {
 	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {
@@ -628,16 +628,16 @@ func TestRandomLives(t *testing.T) {
 				case 6:
 					time.Sleep(time.Duration(random.IntN(1000)) * time.Millisecond)
 				}
-				for n := len(links) + 1; n > len(links); { // as the server lets go, others come in, for which others go
+				for n := len(links) + 1; n > len(links); { // closing one can let another in, for which one more gives way
 					n = len(links)
 					links = slices.DeleteFunc(links, func(l *link) bool { return l.closed() })
 				}
 				s := w.limiter.Stats()
 				if s.Unauthenticated > 8 || s.Authenticated > 5 || s.Waiting > 3 || s.Unauthenticated+s.Authenticated+s.Waiting != len(links) {
-					t.Fatalf("seed %d: with %d connections open, the state is %+v", seed, len(links), s)
+					t.Fatalf("seed %d: %d connections are open, but stats are %+v", seed, len(links), s)
 				}
 			}
-			for range 4 { // those that wait come in as others go
+			for range 4 { // closing connections lets waiting ones in
 				for _, l := range links {
 					if l.server() != nil {
 						_ = l.server().Close()
@@ -646,7 +646,7 @@ func TestRandomLives(t *testing.T) {
 				synctest.Wait()
 			}
 			if s := w.limiter.Stats(); s.Unauthenticated+s.Authenticated != 0 {
-				t.Errorf("seed %d: with no connection open, the state is %+v", seed, s)
+				t.Errorf("seed %d: no connection is open, but stats are %+v", seed, s)
 			}
 		})
 	}

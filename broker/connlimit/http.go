@@ -9,9 +9,9 @@ import (
 	"sync"
 )
 
-// HTTP makes server, which speaks HTTP/1.1, report on its connections, if they are those of a [Limiter]. A request has
-// arrived once its body has been read to the end. HTTP replaces Handler, ConnState and ConnContext of server, and must be
-// called before it serves.
+// HTTP makes server, which speaks HTTP/1.1, report the progress of its connections if they belong to a [Limiter]. A
+// request has arrived when the server has read its whole body. HTTP replaces Handler, ConnState and ConnContext of
+// server. Call it before the server serves.
 func HTTP(server *http.Server) {
 	handler := server.Handler
 	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -34,10 +34,10 @@ func HTTP(server *http.Server) {
 		c := connOf(conn)
 		switch {
 		case c == nil:
-		case state == http.StateActive: // its headers have been read
+		case state == http.StateActive: // the server has read the header
 			c.Handshaken()
 			c.arrive()
-		case state == http.StateIdle: // its answer has been sent
+		case state == http.StateIdle: // the server has sent the response
 			c.End()
 		}
 	}
@@ -45,7 +45,7 @@ func HTTP(server *http.Server) {
 
 type contextKey struct{}
 
-// connOf returns the counted connection that is below conn; nil if there is none.
+// connOf returns the [Conn] below conn; nil if there is none.
 func connOf(conn net.Conn) *Conn {
 	if secured, ok := conn.(*tls.Conn); ok {
 		conn = secured.NetConn()
@@ -54,7 +54,7 @@ func connOf(conn net.Conn) *Conn {
 	return c
 }
 
-// body reports its end.
+// body reports when it has been read to the end.
 type body struct {
 	io.ReadCloser
 	conn *Conn
@@ -67,5 +67,5 @@ func (b *body) Read(p []byte) (int, error) {
 	if err == io.EOF {
 		b.once.Do(b.conn.Begin)
 	}
-	return n, err //nolint:wrapcheck // Readers pass on errors unchanged.
+	return n, err //nolint:wrapcheck // Readers return errors unchanged.
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/credence-iam/credence/broker/connlimit"
 )
 
-// A kept connection whose next request has begun to arrive is not idle: another one gives way.
+// A kept-alive connection is not idle when its next request begins to arrive: another connection gives way.
 func TestNextRequestOfAConnection(t *testing.T) {
 	limiter, err := connlimit.New(connlimit.Config{Max: 2, MaxWaiting: 1, RequestTime: time.Minute})
 	if err != nil {
@@ -51,7 +51,7 @@ func TestNextRequestOfAConnection(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		_ = conn.SetDeadline(time.Now().Add(time.Minute)) // which only a test that fails reaches
+		_ = conn.SetDeadline(time.Now().Add(time.Minute)) // only a failing test reaches it
 		return conn, bufio.NewReader(conn)
 	}
 	send := func(conn net.Conn, text string) {
@@ -68,7 +68,7 @@ func TestNextRequestOfAConnection(t *testing.T) {
 		}
 		defer response.Body.Close()
 		if body, err := io.ReadAll(response.Body); err != nil || string(body) != "2 <nil>" {
-			return fmt.Errorf("answered %q, %w", body, err)
+			return fmt.Errorf("the response is %q, %w", body, err)
 		}
 		return nil
 	}
@@ -83,20 +83,20 @@ func TestNextRequestOfAConnection(t *testing.T) {
 		}
 		<-idle
 	}
-	exchange(first, fromFirst) // both are idle, and the first for longer
+	exchange(first, fromFirst) // both are idle then, the first for longer
 	exchange(second, fromSecond)
 	send(first, headers+"a")
 	<-begun
 	third, fromThird := dial("127.0.0.2")
 	send(third, headers+"ab")
 	if err := read(fromThird); err != nil {
-		t.Errorf("another address: %v", err)
+		t.Errorf("connection of another address: %v", err)
 	}
 	_, _ = io.WriteString(first, "b")
 	if err := read(fromFirst); err != nil {
-		t.Fatalf("the connection whose request was arriving: %v", err)
+		t.Fatalf("connection with the arriving request: %v", err)
 	}
 	if err := read(fromSecond); !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("the idle connection: %v", err)
+		t.Errorf("idle connection: %v", err)
 	}
 }

@@ -7,23 +7,23 @@ import (
 	"time"
 )
 
-// Listen returns a listener whose connections are those of inner, bounded. They are of type [*Conn].
+// Listen returns a listener that limits the connections of inner. Its connections have type [*Conn].
 func (l *Limiter) Listen(inner net.Listener) net.Listener {
-	return &listener{Listener: inner, limiter: l, news: sync.NewCond(&l.mu)}
+	return &listener{Listener: inner, limiter: l, changed: sync.NewCond(&l.mu)}
 }
 
-// listener accepts connections as fast as they come, for the kernel's queue knows no addresses, and gives its server
-// those for which there is room.
+// listener accepts connections as fast as they arrive, because the kernel's queue does not know addresses. Its Accept
+// returns a connection when there is room.
 type listener struct {
 	net.Listener
 	limiter *Limiter
 	begin   sync.Once
 
-	// All below are guarded by limiter.mu.
-	ready []*Conn
-	err   error
-	ended bool
-	news  *sync.Cond // ready, err or ended have changed
+	// The following fields are guarded by limiter.mu.
+	ready   []*Conn
+	err     error
+	ended   bool
+	changed *sync.Cond // signals that ready, err or ended has changed
 }
 
 // Accept implements net.Listener.
@@ -32,7 +32,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	l.limiter.mu.Lock()
 	defer l.limiter.mu.Unlock()
 	for len(l.ready) == 0 && l.err == nil && !l.ended {
-		l.news.Wait()
+		l.changed.Wait()
 	}
 	if l.ended {
 		return nil, net.ErrClosed
@@ -44,17 +44,17 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 	err := l.err
 	if !errors.Is(err, net.ErrClosed) {
-		l.err = nil // It may pass: the server decides.
-		l.news.Broadcast()
+		l.err = nil // It may be temporary: the server decides.
+		l.changed.Broadcast()
 	}
 	return nil, err
 }
 
-// Close closes the listener and the connections that its server has not seen.
+// Close closes the listener, and the connections that the server has not accepted.
 func (l *listener) Close() error {
 	l.limiter.mu.Lock()
 	l.ended = true
-	l.news.Broadcast()
+	l.changed.Broadcast()
 	l.limiter.left.Broadcast()
 	unseen := append(l.limiter.waiting.all(func(c *Conn) bool { return c.from == l }), l.ready...)
 	l.ready = nil
@@ -62,10 +62,10 @@ func (l *listener) Close() error {
 	for _, c := range unseen {
 		_ = c.Close()
 	}
-	return l.Listener.Close() //nolint:wrapcheck // It adds nothing.
+	return l.Listener.Close() //nolint:wrapcheck // A wrapper adds nothing.
 }
 
-// run accepts until the inner listener is closed.
+// run accepts connections until the inner listener is closed.
 func (l *listener) run() {
 	for {
 		raw, err := l.Listener.Accept()
@@ -75,9 +75,9 @@ func (l *listener) run() {
 		}
 		l.limiter.mu.Lock()
 		l.err = err
-		l.news.Broadcast()
+		l.changed.Broadcast()
 		for l.err != nil && !l.ended {
-			l.news.Wait()
+			l.changed.Wait()
 		}
 		over := l.ended
 		l.limiter.mu.Unlock()
@@ -87,10 +87,10 @@ func (l *listener) run() {
 	}
 }
 
-// waitingBuffer is what the kernel may keep of a connection that waits, in bytes: a ClientHello.
+// waitingBuffer is how many bytes the kernel may buffer for a waiting connection: one ClientHello.
 const waitingBuffer = 4 << 10
 
-// offer lets a connection in, lets it wait, or closes it.
+// offer gives a connection to the server, makes it wait, or closes it.
 func (l *listener) offer(raw net.Conn) {
 	m := l.limiter
 	c := &Conn{Conn: raw, limiter: m, from: l, address: addressOf(raw.RemoteAddr()), since: time.Now()}
@@ -110,9 +110,9 @@ func (l *listener) offer(raw net.Conn) {
 		m.enter(c)
 		return
 	}
-	if given := m.unknown.victim(c.address, c.since, true); given != nil {
+	if victim := m.unknown.victim(c.address, c.since, true); victim != nil {
 		m.enter(c)
-		m.end(given, Crowded)
+		m.end(victim, Crowded)
 		return
 	}
 	c.waiting = true
@@ -124,14 +124,14 @@ func (l *listener) offer(raw net.Conn) {
 	}
 }
 
-// buffers bounds what the kernel keeps of c. If it does not take the bound, it keeps more, and there is no other harm.
+// buffers limits what the kernel buffers for c. If the kernel refuses the limit, c only holds more memory.
 func (c *Conn) buffers(bytes int) {
 	if tcp, ok := c.Conn.(interface{ SetReadBuffer(int) error }); ok && c.limiter.cfg.SocketBuffer > 0 {
 		_ = tcp.SetReadBuffer(bytes)
 	}
 }
 
-// enter gives c to its server. l.mu is held.
+// enter gives c to the server. The caller holds l.mu.
 func (l *Limiter) enter(c *Conn) {
 	c.waiting = false
 	c.buffers(l.cfg.SocketBuffer)
@@ -140,24 +140,24 @@ func (l *Limiter) enter(c *Conn) {
 	}
 	l.unknown.add(c.address, c, arriving)
 	c.from.ready = append(c.from.ready, c)
-	c.from.news.Broadcast()
+	c.from.changed.Broadcast()
 }
 
-// fill lets in connections that wait while there is room, those of the address first that has the fewest inside. If there
-// is none, it makes room where an address that waits has fewer than another. l.mu is held.
+// fill lets waiting connections in while there is room. It prefers the address with the fewest connections inside. If
+// there is no room, it makes room if a waiting address has fewer connections than another. The caller holds l.mu.
 func (l *Limiter) fill() {
 	for l.waiting.total > 0 && l.leaving < maxLeaving(l.cfg.Max) {
-		next := l.waiting.least(l.unknown.held)
-		var given *Conn
+		next := l.waiting.least(l.unknown.count)
+		var victim *Conn
 		if l.unknown.total >= l.cfg.Max {
-			if given = l.unknown.victim(next.address, time.Now(), false); given == nil {
+			if victim = l.unknown.victim(next.address, time.Now(), false); victim == nil {
 				return
 			}
 		}
 		l.waiting.remove(next.address, next)
 		l.enter(next)
-		if given != nil {
-			l.end(given, Crowded) // which fills again
+		if victim != nil {
+			l.end(victim, Crowded) // end calls fill again
 			return
 		}
 	}

@@ -5,16 +5,16 @@ import (
 	"time"
 )
 
-// patience is how long a connection is left to itself while its address holds no more than others. A request arrives
-// within milliseconds, and takes longer only where processors are short: its own, or the server's.
-const patience = time.Second
+// minAge is how long a connection is safe if its address has no more connections than others. A request arrives within
+// milliseconds, unless the client or the server lacks processors.
+const minAge = time.Second
 
-// pool has connections by holder, an address or a tenant, and finds the holder of the most in constant time. Its zero
-// value is empty. It is guarded by Limiter.mu.
+// pool has connections by holder, an address or a tenant. It finds the holder with the most connections in constant time.
+// The zero value is empty. Limiter.mu guards it.
 type pool[K comparable] struct {
 	total   int
 	holders map[K]*holder[K]
-	// byCount[n] has the holders of n connections, of which the first has held as many for the longest; nil: none.
+	// byCount[n] lists the holders of n connections. The first has had n for the longest time. Nil: none.
 	byCount []*list.List
 }
 
@@ -25,7 +25,7 @@ type holder[K comparable] struct {
 	element *list.Element     // in byCount
 }
 
-// add adds c to what key holds.
+// add adds c to the connections of key.
 func (p *pool[K]) add(key K, c *Conn, at stage) {
 	h := p.holders[key]
 	if h == nil {
@@ -36,29 +36,29 @@ func (p *pool[K]) add(key K, c *Conn, at stage) {
 		p.holders[key] = h
 	}
 	c.stage, c.element = at, h.stages[at].PushBack(c)
-	p.count(h, 1)
+	p.change(h, 1)
 }
 
-// remove takes c, which key holds, out.
+// remove removes c from the connections of key.
 func (p *pool[K]) remove(key K, c *Conn) {
 	h := p.holders[key]
 	h.stages[c.stage].Remove(c.element)
 	c.element = nil
-	p.count(h, -1)
+	p.change(h, -1)
 	if h.count == 0 {
 		delete(p.holders, key)
 	}
 }
 
-// move puts c, which key holds, behind those that came to a stage earlier.
+// move moves c, a connection of key, to the end of a stage.
 func (p *pool[K]) move(key K, c *Conn, to stage) {
 	h := p.holders[key]
 	h.stages[c.stage].Remove(c.element)
 	c.stage, c.element = to, h.stages[to].PushBack(c)
 }
 
-// count changes how many h holds.
-func (p *pool[K]) count(h *holder[K], by int) {
+// change changes the number of connections of h.
+func (p *pool[K]) change(h *holder[K], by int) {
 	if h.element != nil {
 		p.byCount[h.count].Remove(h.element)
 		h.element = nil
@@ -83,49 +83,49 @@ func (p *pool[K]) count(h *holder[K], by int) {
 	}
 }
 
-// most returns who holds the most; nil if nobody holds anything.
-func (p *pool[K]) most() *holder[K] {
+// largest returns the holder with the most connections; nil if there is none.
+func (p *pool[K]) largest() *holder[K] {
 	if len(p.byCount) == 0 {
 		return nil
 	}
-	return p.byCount[len(p.byCount)-1].Front().Value.(*holder[K]) //nolint:forcetypeassert // Nothing else is in it.
+	return p.byCount[len(p.byCount)-1].Front().Value.(*holder[K]) //nolint:forcetypeassert // It contains nothing else.
 }
 
-// held returns how many key holds.
-func (p *pool[K]) held(key K) int {
+// count returns the number of connections of key.
+func (p *pool[K]) count(key K) int {
 	if h := p.holders[key]; h != nil {
 		return h.count
 	}
 	return 0
 }
 
-// victim returns the connection that gives way at that time to one more of key; nil if none does. It is a connection of the
-// key that holds the most: an idle one, or else one whose request has not arrived, or else one that has
-// been answered for the time of patience; of each the oldest. So a server that answers in milliseconds breaks off no answer.
+// victim returns the connection that gives way to a new one of key at that time; nil if none does. It is a connection of
+// the largest holder: an idle one; otherwise one whose request has not arrived; otherwise one that the server has been
+// answering for minAge. In each stage it is the oldest. So a server that responds in milliseconds never loses a response.
 //
-// If key would hold as much itself, nobody has too much: then no answer is broken off, responses have time to leave, and a
-// request that arrives has the time of patience, or all time if equal is false. Otherwise those who come faster than they can be served would keep all
-// others from being served.
+// If key would then have as many connections, no holder has too many. Then no response is lost, responses have time to
+// leave, and a request may take minAge to arrive, or any time if equal is false. Without minAge, clients that connect
+// faster than the server can serve them would keep all others from being served.
 func (p *pool[K]) victim(key K, now time.Time, equal bool) *Conn {
-	h := p.most()
+	h := p.largest()
 	if own := p.holders[key]; own != nil && own.count == h.count {
-		h = own // with one more, it is the one that holds the most
+		h = own // with one more connection, key is the largest
 	}
-	fair := h.count <= p.held(key)+1
+	fair := h.count <= p.count(key)+1
 	for at := range h.stages {
 		e := h.stages[at].Front()
 		if e == nil {
 			continue
 		}
-		c := e.Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
+		c := e.Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 		age, gives := now.Sub(c.since), false
 		switch stage(at) {
 		case idle:
 			gives = !fair || age >= linger
 		case arriving:
-			gives = !fair || equal && age >= patience
+			gives = !fair || equal && age >= minAge
 		case answering, ended:
-			gives = !fair && age >= patience
+			gives = !fair && age >= minAge
 		}
 		if gives {
 			return c
@@ -135,12 +135,12 @@ func (p *pool[K]) victim(key K, now time.Time, equal bool) *Conn {
 	return nil
 }
 
-// newest returns the last connection to come of the key that holds the most.
+// newest returns the newest connection of the largest holder.
 func (p *pool[K]) newest() *Conn {
-	return p.most().stages[arriving].Back().Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
+	return p.largest().stages[arriving].Back().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 }
 
-// least returns the first to come of the key that holds the least elsewhere.
+// least returns the oldest connection of the key with the fewest connections elsewhere.
 func (p *pool[K]) least(elsewhere func(K) int) *Conn {
 	var best *holder[K]
 	fewest := 0
@@ -149,15 +149,15 @@ func (p *pool[K]) least(elsewhere func(K) int) *Conn {
 			best, fewest = h, n
 		}
 	}
-	return best.stages[arriving].Front().Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
+	return best.stages[arriving].Front().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 }
 
-// all returns the connections that are wanted.
-func (p *pool[K]) all(want func(*Conn) bool) (found []*Conn) {
+// all returns the connections that match.
+func (p *pool[K]) all(match func(*Conn) bool) (found []*Conn) {
 	for _, h := range p.holders {
 		for at := range h.stages {
 			for e := h.stages[at].Front(); e != nil; e = e.Next() {
-				if c := e.Value.(*Conn); want(c) { //nolint:forcetypeassert // Nothing else is in it.
+				if c := e.Value.(*Conn); match(c) { //nolint:forcetypeassert // It contains nothing else.
 					found = append(found, c)
 				}
 			}
@@ -166,16 +166,16 @@ func (p *pool[K]) all(want func(*Conn) bool) (found []*Conn) {
 	return found
 }
 
-// giveWay returns the connection that gives way to one more of key; nil if none does. It is a connection of the key that holds
-// the most: the oldest idle one, or else the one whose request came last. A request gives way only if that key holds more
-// than key would.
+// giveWay returns the connection that gives way to a new one of key; nil if none does. It is a connection of the largest
+// holder: the oldest idle one, otherwise the one whose request came last. A request gives way only if the largest holder
+// has more connections than key would have.
 func (p *pool[K]) giveWay(key K) *Conn {
-	h := p.most()
-	if h == nil || h.count <= p.held(key)+1 && h.stages[idle].Len() == 0 {
+	h := p.largest()
+	if h == nil || h.count <= p.count(key)+1 && h.stages[idle].Len() == 0 {
 		return nil
 	}
 	if first := h.stages[idle].Front(); first != nil {
-		return first.Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
+		return first.Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 	}
-	return h.stages[answering].Back().Value.(*Conn) //nolint:forcetypeassert // Nothing else is in it.
+	return h.stages[answering].Back().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 }

@@ -5,30 +5,30 @@ import (
 	"net/netip"
 )
 
-// turns lets few connections compute at once: addresses one after the other, and of each address those that have waited
-// longest. It is guarded by Limiter.mu.
+// turns limits how many connections compute a handshake at once. Addresses take turns. The connections of one address
+// take theirs in the order of arrival. Limiter.mu guards it.
 type turns struct {
 	free   int
-	queues map[netip.Prefix]*queue // of addresses with connections that wait
+	queues map[netip.Prefix]*queue // of addresses with waiting connections
 	order  list.List               // of *queue; the first is next
 }
 
-// queue is what of one address waits.
+// queue has the waiting connections of one address.
 type queue struct {
 	address netip.Prefix
 	waiting list.List // of *turn
 	element *list.Element
 }
 
-// turn is that of one connection.
+// turn belongs to one connection. It is waiting or active.
 type turn struct {
-	over    chan struct{} // closed when the waiting is over
-	has     bool          // it may compute
-	queue   *queue        // while it waits
+	decided chan struct{} // closed when the connection no longer waits
+	active  bool          // the connection may compute
+	queue   *queue        // nil unless it waits
 	element *list.Element
 }
 
-// takeTurn waits until c may compute. It reports whether it may: not if c was closed meanwhile.
+// takeTurn waits until c may compute. It returns false if c was closed first.
 func (c *Conn) takeTurn() bool {
 	l := c.limiter
 	l.mu.Lock()
@@ -36,23 +36,23 @@ func (c *Conn) takeTurn() bool {
 		l.mu.Unlock()
 		return false
 	}
-	t := &turn{over: make(chan struct{})}
+	t := &turn{decided: make(chan struct{})}
 	c.turn = t
 	if l.turns.free > 0 {
 		l.turns.free--
-		t.has = true
+		t.active = true
 		l.mu.Unlock()
 		return true
 	}
 	l.turns.push(c.address, t)
 	l.mu.Unlock()
-	<-t.over
+	<-t.decided
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return t.has
+	return t.active
 }
 
-// endTurn gives back the turn of c, if it has one.
+// endTurn ends the turn of c, if it has one.
 func (c *Conn) endTurn() {
 	c.limiter.mu.Lock()
 	defer c.limiter.mu.Unlock()
@@ -72,7 +72,7 @@ func (s *turns) push(address netip.Prefix, t *turn) {
 	t.queue, t.element = q, q.waiting.PushBack(t)
 }
 
-// pull ends the waiting of t.
+// pull takes t out of its queue.
 func (s *turns) pull(t *turn) {
 	q := t.queue
 	q.waiting.Remove(t.element)
@@ -81,10 +81,10 @@ func (s *turns) pull(t *turn) {
 		s.order.Remove(q.element)
 		delete(s.queues, q.address)
 	}
-	close(t.over)
+	close(t.decided)
 }
 
-// give takes from c its turn, or its place among those that wait, and lets the next compute.
+// give ends the turn of c, or takes c out of its queue, and lets the next connections compute.
 func (s *turns) give(c *Conn) {
 	t := c.turn
 	switch {
@@ -92,17 +92,17 @@ func (s *turns) give(c *Conn) {
 		return
 	case t.queue != nil:
 		s.pull(t)
-	case t.has:
-		t.has = false
+	case t.active:
+		t.active = false
 		s.free++
 	}
 	c.turn = nil
 	for s.free > 0 && s.order.Len() > 0 {
-		q := s.order.Front().Value.(*queue)     //nolint:forcetypeassert // Nothing else is in it.
-		next := q.waiting.Front().Value.(*turn) //nolint:forcetypeassert // Nothing else is in it.
+		q := s.order.Front().Value.(*queue)     //nolint:forcetypeassert // It contains nothing else.
+		next := q.waiting.Front().Value.(*turn) //nolint:forcetypeassert // It contains nothing else.
 		s.order.MoveToBack(q.element)
 		s.free--
-		next.has = true
+		next.active = true
 		s.pull(next)
 	}
 }

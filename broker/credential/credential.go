@@ -1,10 +1,8 @@
-// Package credential holds the nouns that every part of Credence speaks: an AWS session credential,
-// the role it belongs to, where credentials come from, and the kinds of error that cross the
-// boundary between a pod and the broker.
+// Package credential has the types that all parts of Credence share: an AWS session, its role, the source of sessions,
+// and the errors that cross the wire between a pod and the broker.
 //
-// Its promises: a secret never prints itself, whatever verb, logger or encoder is used; a [RoleARN]
-// that exists is valid; an [Error] says what the user should do and keeps its cause inside the
-// process. It imports only the standard library and talks to nobody.
+// It guarantees: no verb, logger or encoder prints a secret; a [RoleARN] is valid or zero; an [Error] tells the user
+// what to change, and its cause never leaves the process. It imports only the standard library and makes no calls.
 package credential
 
 import (
@@ -14,32 +12,32 @@ import (
 	"time"
 )
 
-// Credential is one AWS session: the answer of STS AssumeRole.
+// Credential is one AWS session, the result of one sts:AssumeRole.
 type Credential struct {
-	// AccessKeyID names the session. It is no secret: it joins our audit log to CloudTrail.
+	// AccessKeyID names the session. It is not secret: it joins the audit log to CloudTrail.
 	AccessKeyID string
 	// SecretAccessKey signs requests.
 	SecretAccessKey Secret
-	// SessionToken accompanies each signed request. AWS gives its length no bound.
+	// SessionToken accompanies each signed request. AWS does not limit its length.
 	SessionToken Secret
-	// Issued is when the session was asked for, by our clock, so that age is never underestimated.
+	// Issued is when the caller of STS sent its request, by the caller's clock. So the session is never older than it looks.
 	Issued time.Time
 	// Expiration is when AWS stops accepting the session.
 	Expiration time.Time
 }
 
-// Life is the length of the whole session, L in the rules for renewal.
+// Life returns the session duration, L in the rules for renewal.
 func (c Credential) Life() time.Duration { return c.Expiration.Sub(c.Issued) }
 
-// Remaining is how much of the session is left at now; negative once it has expired.
+// Remaining returns the time left at now. It is negative after the expiration.
 func (c Credential) Remaining(now time.Time) time.Duration { return c.Expiration.Sub(now) }
 
-// Valid reports whether c is complete and not expired at now.
+// Valid reports whether c is complete at now and has not expired.
 func (c Credential) Valid(now time.Time) bool {
 	return c.AccessKeyID != "" && !c.SecretAccessKey.Empty() && !c.SessionToken.Empty() && now.Before(c.Expiration)
 }
 
-// String names the session without its secrets.
+// String returns the access key ID and the expiration, without secrets.
 func (c Credential) String() string {
 	return fmt.Sprintf("%s until %s", c.AccessKeyID, c.Expiration.UTC().Format(time.RFC3339))
 }
@@ -52,24 +50,22 @@ func (c Credential) LogValue() slog.Value {
 	)
 }
 
-// Lease is a credential together with what its holder needs to serve it to an SDK and to know when
-// to ask again.
+// Lease is a session with all that its holder needs: what SDKs read beside it, and when to request it again.
 type Lease struct {
 	Credential
-	// Role is the role whose session this is.
+	// Role is the role of the session.
 	Role RoleARN
-	// Region is the AWS region to report to clients that ask for one; empty when unknown.
+	// Region is the AWS Region to report to SDKs that request one. Empty: unknown.
 	Region string
-	// RefreshAfter is how long the holder should wait before asking again.
+	// RefreshAfter is how long the holder should wait before it requests the session again.
 	RefreshAfter time.Duration
 }
 
-// Source yields credentials for keys of type K.
+// Source returns credentials for keys of type K.
 //
-// Credential returns a credential that is valid when it returns, or an error and the zero
-// Credential. Where the failure is for the user to mend, or says when to try again, the error is or
-// wraps an [*Error]. Issued and Expiration are both set: renewal is paced by the time between them. An
-// implementation must return soon after ctx ends.
+// Credential returns a session that is valid when it returns, or the zero Credential and an error. The error is or wraps
+// an [*Error] if the user must fix the cause, or if it says when to retry. Issued and Expiration are both set, because
+// renewal depends on the time between them. An implementation must return soon after ctx ends.
 type Source[K any] interface {
 	Credential(ctx context.Context, key K) (Credential, error)
 }

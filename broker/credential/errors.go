@@ -6,26 +6,26 @@ import (
 	"time"
 )
 
-// The kinds of failure that callers act upon. Each [Error] is exactly one of them under
-// [errors.Is]; an error that is none of them is internal, and the outside is told no more than that.
+// The kinds of failure that callers distinguish. With [errors.Is], each [Error] is exactly one of them. An error that is
+// none of them is internal: callers outside the process learn nothing else about it.
 var (
-	// ErrUnauthenticated: the caller's token does not prove which live pod it is.
+	// ErrUnauthenticated: the token does not prove which live pod the caller is.
 	ErrUnauthenticated = errors.New("unauthenticated")
-	// ErrDenied: the caller is known, and may not have what it asks for.
+	// ErrDenied: the caller is known, and may not have what it requests.
 	ErrDenied = errors.New("denied")
-	// ErrInvalid: what the user wrote cannot be right, whoever asks.
+	// ErrInvalid: the user's text is invalid, for every caller.
 	ErrInvalid = errors.New("invalid")
 	// ErrNotFound: the pod or namespace that the caller names does not exist.
 	ErrNotFound = errors.New("not found")
-	// ErrUnavailable: a dependency is away; the same call may succeed later.
+	// ErrUnavailable: a dependency is unavailable. The same call may succeed later.
 	ErrUnavailable = errors.New("unavailable")
 )
 
-// Reason is the machine-readable cause of an [Error]: stable, upper snake case, safe as a metric
-// label and as google.rpc.ErrorInfo.reason (AIP-193 allows [A-Z0-9_], at most 63 characters).
+// Reason is the cause of an [Error] for programs: stable, and in upper snake case. It can be a metric label and a
+// google.rpc.ErrorInfo.reason (AIP-193 permits [A-Z0-9_], at most 63 characters).
 type Reason string
 
-// The reasons. Once released, one is never renamed and never reused.
+// The reasons. A released reason is never renamed and never reused.
 const (
 	ReasonTokenMissing       Reason = "TOKEN_MISSING"
 	ReasonTokenInvalid       Reason = "TOKEN_INVALID"
@@ -73,27 +73,27 @@ const (
 	ReasonInternal           Reason = "INTERNAL"
 )
 
-// Error is a failure with a message for the person who has to mend it.
+// Error is a failure with a message for the user who must fix it.
 type Error struct {
 	// Kind is one of the sentinels of this package. Required.
 	Kind error
-	// Reason is the machine-readable cause. Required.
+	// Reason is the cause for programs. Required.
 	Reason Reason
-	// Message is one sentence for the user: what was refused and what to change. It crosses the
-	// wire, so it holds no secret and nothing that only operators may see. Required.
+	// Message is one sentence for the user: what was refused, and what to change. It crosses the wire, so it has no secret
+	// and nothing that only operators may see. Required.
 	Message string
-	// RetryAfter, when positive, is how long to wait before trying again.
+	// RetryAfter is how long the caller should wait before it retries. Zero: the error does not say.
 	RetryAfter time.Duration
-	// Cause is the underlying error, for our own logs. It never leaves the process.
+	// Cause is the underlying error, for the log of this process. It never crosses the wire.
 	Cause error
 }
 
-// Errorf makes an Error of the given kind and reason with a formatted message.
+// Errorf returns an Error of that kind and reason, with a formatted message.
 func Errorf(kind error, reason Reason, format string, args ...any) *Error {
 	return &Error{Kind: kind, Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
 
-// Error returns the message, and the cause behind it.
+// Error returns the message, followed by the cause if there is one.
 func (e *Error) Error() string {
 	if e.Cause != nil {
 		return fmt.Sprintf("%s: %v", e.Message, e.Cause)
@@ -101,7 +101,7 @@ func (e *Error) Error() string {
 	return e.Message
 }
 
-// Unwrap yields the kind and the cause.
+// Unwrap returns the kind and the cause.
 func (e *Error) Unwrap() []error {
 	if e.Cause != nil {
 		return []error{e.Kind, e.Cause}
@@ -109,8 +109,7 @@ func (e *Error) Unwrap() []error {
 	return []error{e.Kind}
 }
 
-// ReasonOf returns the reason of err, [ReasonInternal] for an error that carries none, and "" for
-// nil.
+// ReasonOf returns the reason of err: [ReasonInternal] if err has none, and "" for nil.
 func ReasonOf(err error) Reason {
 	if err == nil {
 		return ""

@@ -2,7 +2,7 @@ package credential
 
 import "slices"
 
-// reasons is every Reason there is, in the order of their declaration. A test compares the two.
+// reasons has every Reason, in the order of declaration. A test compares it with the declarations.
 var reasons = []Reason{
 	ReasonTokenMissing,
 	ReasonTokenInvalid,
@@ -50,6 +50,6 @@ var reasons = []Reason{
 	ReasonInternal,
 }
 
-// Reasons returns every Reason there is. Metrics begin each at zero by it, so that the first refusal
-// of a kind is an increase and not a new series, which no alert on a rate would see.
+// Reasons returns every Reason. Metrics start each reason at zero. Otherwise the first refusal for a reason would create
+// a series instead of increasing one, and an alert on a rate would miss it.
 func Reasons() []Reason { return slices.Clone(reasons) }

@@ -12,7 +12,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// TestReasonsAreAllOfThem: what Reasons returns is what errors.go declares, each once.
+// TestReasonsAreAllOfThem: Reasons returns each reason that errors.go declares, once.
 func TestReasonsAreAllOfThem(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "errors.go", nil, 0)
 	if err != nil {
@@ -32,7 +32,7 @@ func TestReasonsAreAllOfThem(t *testing.T) {
 		return true
 	})
 	if len(declared) < 20 {
-		t.Fatalf("found %d reasons in errors.go: the test looks in the wrong place", len(declared))
+		t.Fatalf("found %d reasons in errors.go, want at least 20: the test reads the wrong file", len(declared))
 	}
 	listed := credential.Reasons()
 	for _, reason := range declared {

@@ -5,10 +5,10 @@ import (
 	"strings"
 )
 
-// Bounds of a role's ARN, from IAM and STS: AssumeRole takes 20 to 2048 characters; a role's name
-// is at most 64 characters of [\w+=,.@-], its path at most 512 printable ASCII characters, beginning
-// and ending with a slash. The longest partition so far, aws-us-gov, has 10 characters; the bound
-// on it keeps every role that a base completes within maxARN.
+// Limits of a role's ARN, from IAM and STS. AssumeRole accepts 20 to 2048 characters. A role's name has at most 64
+// characters of [\w+=,.@-]. Its path has at most 512 printable ASCII characters and begins and ends with a slash. The
+// longest known partition, aws-us-gov, has 10 characters; maxPartition keeps every role that a base completes within
+// maxARN.
 const (
 	maxARN       = 2048
 	maxPartition = 32
@@ -17,11 +17,11 @@ const (
 	maxRolePath  = 512
 )
 
-// The forms are written out, and not as regular expressions: each call of a sidecar resolves a role,
-// and took a third of its decision for that.
+// The checks are loops instead of regular expressions. Each request of a sidecar resolves a role, and regular
+// expressions took a third of the time of its decision.
 
-// isPartition reports whether s is "aws", followed by any number of "-" and lower-case letters. Which
-// partitions there are is not for us to know: AWS has opened eight so far, and goes on.
+// isPartition reports whether s is "aws", followed by any number of "-" and lower-case letters. It has no list of
+// partitions: AWS has opened eight so far and adds more.
 func isPartition(s string) bool {
 	rest, ok := strings.CutPrefix(s, "aws")
 	if !ok || len(s) > maxPartition {
@@ -40,7 +40,7 @@ func isPartition(s string) bool {
 	return true
 }
 
-// IsAccount reports whether s has the form of an AWS account's id: 12 digits.
+// IsAccount reports whether s has the form of an AWS account ID, 12 digits.
 func IsAccount(s string) bool {
 	for i := range len(s) {
 		if s[i] < '0' || s[i] > '9' {
@@ -50,7 +50,7 @@ func IsAccount(s string) bool {
 	return len(s) == accountLen
 }
 
-// inName reports whether c may stand in a role's name: [A-Za-z0-9_+=,.@-].
+// inName reports whether a role's name may contain c: [A-Za-z0-9_+=,.@-].
 func inName(c byte) bool {
 	switch {
 	case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
@@ -70,9 +70,8 @@ func isRoleName(s string) bool {
 	return s != ""
 }
 
-// isRolePath reports whether s is "/", or more of them with names between. Its characters are narrower
-// than IAM's "printable ASCII": quotes, colons and spaces would be legal there, and no role that needs
-// them has been seen.
+// isRolePath reports whether s is "/", or names with a "/" before, between and after them. It accepts fewer characters
+// than IAM's "printable ASCII": IAM also permits quotes, colons and spaces, but no role that needs them is known.
 func isRolePath(s string) bool {
 	if s == "" || s[0] != '/' || s[len(s)-1] != '/' {
 		return false
@@ -88,8 +87,8 @@ func isRolePath(s string) bool {
 	return true
 }
 
-// RoleARN is the Amazon Resource Name of an IAM role. A RoleARN that is not the zero value is
-// valid: only [ParseRoleARN] and [RoleBase.Resolve] make one. Values compare with ==.
+// RoleARN is the Amazon Resource Name of an IAM role. The zero value is empty. All others are valid, because only
+// [ParseRoleARN] and [RoleBase.Resolve] make them. Values can be compared with ==.
 type RoleARN struct {
 	partition string // aws, aws-cn, aws-us-gov, aws-iso, …
 	account   string // 12 digits
@@ -97,8 +96,7 @@ type RoleARN struct {
 	name      string // role name without its path
 }
 
-// ParseRoleARN parses "arn:PARTITION:iam::ACCOUNT:role/[PATH/]NAME". Its errors quote the input
-// and say what is wrong with it.
+// ParseRoleARN parses "arn:PARTITION:iam::ACCOUNT:role/[PATH/]NAME". Its errors quote s and name the invalid part.
 func ParseRoleARN(s string) (RoleARN, error) {
 	base, rest, err := cutRolePrefix(s)
 	if err != nil {
@@ -107,7 +105,7 @@ func ParseRoleARN(s string) (RoleARN, error) {
 	return base.join(s, "/"+rest)
 }
 
-// cutRolePrefix splits s behind "arn:PARTITION:iam::ACCOUNT:role/".
+// cutRolePrefix splits s after "arn:PARTITION:iam::ACCOUNT:role/".
 func cutRolePrefix(s string) (base RoleBase, rest string, err error) {
 	if len(s) > maxARN {
 		return RoleBase{}, "", fmt.Errorf("role ARN is %d characters long, the limit is %d", len(s), maxARN)
@@ -142,7 +140,7 @@ func (r RoleARN) Partition() string { return r.partition }
 // Account returns the 12 digits of the role's account.
 func (r RoleARN) Account() string { return r.account }
 
-// Path returns the role's path: "/", or one such as "/team/".
+// Path returns the role's path, such as "/" or "/team/".
 func (r RoleARN) Path() string { return r.path }
 
 // Name returns the role's name without its path, as STS shows it in assumed-role ARNs.
@@ -151,16 +149,16 @@ func (r RoleARN) Name() string { return r.name }
 // MarshalText implements [encoding.TextMarshaler].
 func (r RoleARN) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
-// RoleBase completes role names that are not full ARNs: the account that most roles of a cluster
-// live in. The zero RoleBase completes nothing.
+// RoleBase completes role names that are not full ARNs. It is the partition, account and path of most roles in a cluster.
+// The zero RoleBase completes nothing.
 type RoleBase struct {
 	partition string
 	account   string
 	path      string
 }
 
-// ParseRoleBase parses "arn:PARTITION:iam::ACCOUNT:role/[PATH/]", as kiam and kube2iam take it in
-// --role-base-arn and --base-role-arn.
+// ParseRoleBase parses "arn:PARTITION:iam::ACCOUNT:role/[PATH/]", the form that kiam accepts in --role-base-arn and
+// kube2iam in --base-role-arn.
 func ParseRoleBase(s string) (RoleBase, error) {
 	base, rest, err := cutRolePrefix(s)
 	if err != nil {
@@ -173,16 +171,15 @@ func ParseRoleBase(s string) (RoleBase, error) {
 	return base, nil
 }
 
-// BaseOf returns the base that completes names to roles of the given partition and account, with no
-// path.
+// BaseOf returns the base that completes names to roles of that partition and account, without a path.
 func BaseOf(partition, account string) (RoleBase, error) {
 	return ParseRoleBase("arn:" + partition + ":iam::" + account + ":role/")
 }
 
-// IsZero reports whether b completes nothing.
+// IsZero reports whether b is the zero RoleBase.
 func (b RoleBase) IsZero() bool { return b == RoleBase{} }
 
-// String returns the base's text, or "" for the zero value.
+// String returns the base's ARN, or "" for the zero value.
 func (b RoleBase) String() string {
 	if b.IsZero() {
 		return ""
@@ -190,8 +187,8 @@ func (b RoleBase) String() string {
 	return "arn:" + b.partition + ":iam::" + b.account + ":role" + b.path
 }
 
-// Resolve returns the role that s names: a full ARN as it is; a NAME or PATH/NAME below the base's
-// own path; a /PATH/NAME in the base's account, without the base's path.
+// Resolve returns the role that s names. A full ARN stays as it is. NAME and PATH/NAME are below the base's path.
+// /PATH/NAME is in the base's account, without the base's path.
 func (b RoleBase) Resolve(s string) (RoleARN, error) {
 	if strings.HasPrefix(s, "arn:") {
 		return ParseRoleARN(s)
@@ -208,20 +205,19 @@ func (b RoleBase) Resolve(s string) (RoleARN, error) {
 	return b.join(s, b.path+s)
 }
 
-// join makes the role whose path and name are in full, which begins with a slash. said is what the
-// user wrote, for errors.
-func (b RoleBase) join(said, full string) (RoleARN, error) {
+// join returns the role with the path and name in full, which begins with a slash. Errors quote name, the user's text.
+func (b RoleBase) join(name, full string) (RoleARN, error) {
 	cut := strings.LastIndexByte(full, '/') + 1
-	path, name := full[:cut], full[cut:]
+	path, last := full[:cut], full[cut:]
 	switch {
-	case name == "":
-		return RoleARN{}, fmt.Errorf("%q names no role: it ends in a slash", said)
-	case len(name) > maxRoleName:
-		return RoleARN{}, fmt.Errorf("%q: a role's name has at most %d characters, this one has %d", said, maxRoleName, len(name))
-	case !isRoleName(name):
-		return RoleARN{}, fmt.Errorf("%q: a role's name has letters, digits and any of _+=,.@- only", said)
+	case last == "":
+		return RoleARN{}, fmt.Errorf("%q names no role: it ends in a slash", name)
+	case len(last) > maxRoleName:
+		return RoleARN{}, fmt.Errorf("%q: a role's name has at most %d characters, this one has %d", name, maxRoleName, len(last))
+	case !isRoleName(last):
+		return RoleARN{}, fmt.Errorf("%q: a role's name has letters, digits and any of _+=,.@- only", name)
 	case len(path) > maxRolePath || !isRolePath(path):
-		return RoleARN{}, fmt.Errorf("%q: %q is not a role path such as /team/", said, path)
+		return RoleARN{}, fmt.Errorf("%q: %q is not a role path such as /team/", name, path)
 	}
-	return RoleARN{partition: b.partition, account: b.account, path: path, name: name}, nil
+	return RoleARN{partition: b.partition, account: b.account, path: path, name: last}, nil
 }

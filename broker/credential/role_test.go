@@ -11,13 +11,13 @@ import (
 
 const account = "123456789012"
 
-// longName and longPath are as long as IAM lets them be.
+// longName and longPath have the maximum lengths that IAM permits.
 var (
 	longName = strings.Repeat("n", 64)
 	longPath = "/" + strings.Repeat("p", 510) + "/"
 )
 
-// partitions are all that AWS has named so far.
+// partitions are the partitions that AWS has announced so far.
 var partitions = []string{"aws", "aws-cn", "aws-us-gov", "aws-iso", "aws-iso-b", "aws-iso-e", "aws-iso-f", "aws-eusc"}
 
 func TestParseRoleARN(t *testing.T) {
@@ -31,16 +31,16 @@ func TestParseRoleARN(t *testing.T) {
 		if role.String() != arn || role.Partition() != partition || role.Account() != account || role.Path() != "/" || role.Name() != "reader" || role.IsZero() {
 			t.Errorf("%s parses as %q, %q, %q, %q, %q", arn, role, role.Partition(), role.Account(), role.Path(), role.Name())
 		}
-		// The base of a broker that asked STS who it is completes names in its own partition.
+		// A broker that has its account from STS completes names in its own partition.
 		base, err := credential.BaseOf(partition, account)
 		if err != nil {
 			t.Errorf("%s: %v", partition, err)
 			continue
 		}
-		for said, path := range map[string]string{"reader": "/", "team/reader": "/team/", "/team/reader": "/team/"} {
-			role, err := base.Resolve(said)
+		for name, path := range map[string]string{"reader": "/", "team/reader": "/team/", "/team/reader": "/team/"} {
+			role, err := base.Resolve(name)
 			if want := "arn:" + partition + ":iam::" + account + ":role" + path + "reader"; err != nil || role.String() != want || role.Path() != path {
-				t.Errorf("%q in partition %s is %q (%v), want %q", said, partition, role, err, want)
+				t.Errorf("%q in partition %s is %q (%v), want %q", name, partition, role, err, want)
 			}
 		}
 	}
@@ -115,9 +115,9 @@ func TestParseRoleARNRefuses(t *testing.T) {
 		case err == nil:
 			t.Errorf("%q parses as %s", tt.arn, role)
 		case !strings.Contains(err.Error(), tt.want):
-			t.Errorf("%q is refused with %q, which lacks %q", tt.arn, err, tt.want)
+			t.Errorf("%q: error %q does not contain %q", tt.arn, err, tt.want)
 		case !role.IsZero():
-			t.Errorf("%q is refused, and yields %q", tt.arn, role)
+			t.Errorf("%q: an error comes with the role %q", tt.arn, role)
 		case len(tt.arn) <= 2048 && tt.arn != "" && !strings.Contains(err.Error(), account[:11]) && strings.Contains(tt.arn, account):
 			t.Errorf("the error for %q does not quote it: %v", tt.arn, err)
 		case len(err.Error()) > 3*2048:
@@ -144,10 +144,10 @@ func TestZeroRoleARN(t *testing.T) {
 	}
 }
 
-// The forms that kiam takes in --role-base-arn and kube2iam in --base-role-arn, and what pods write
-// below them.
+// The base ARNs have the forms that kiam accepts in --role-base-arn and kube2iam in --base-role-arn. The names have the
+// forms that users write in annotations.
 func TestResolve(t *testing.T) {
-	for _, tt := range []struct{ base, said, want string }{
+	for _, tt := range []struct{ base, name, want string }{
 		{"/", "reader", "/reader"},
 		{"/", "team/reader", "/team/reader"},
 		{"/", "/reader", "/reader"},
@@ -164,11 +164,11 @@ func TestResolve(t *testing.T) {
 			t.Errorf("base %s: %v", tt.base, err)
 			continue
 		}
-		role, err := base.Resolve(tt.said)
+		role, err := base.Resolve(tt.name)
 		if want := "arn:aws-cn:iam::" + account + ":role" + tt.want; err != nil || role.String() != want {
-			t.Errorf("%q under %s is %q (%v), want %q", tt.said, base, role, err, want)
+			t.Errorf("%q under %s is %q (%v), want %q", tt.name, base, role, err, want)
 		}
-		// A full ARN is not completed, even in another account and partition.
+		// The base does not change a full ARN, even of another account and partition.
 		full := "arn:aws:iam::999999999999:role/x/y"
 		if role, err := base.Resolve(full); err != nil || role.String() != full {
 			t.Errorf("%q under %s is %q (%v)", full, base, role, err)
@@ -187,7 +187,7 @@ func TestResolveRefuses(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		base       credential.RoleBase
-		said, want string
+		name, want string
 	}{
 		{base, "", "ends in a slash"},
 		{base, "/", "ends in a slash"},
@@ -205,16 +205,16 @@ func TestResolveRefuses(t *testing.T) {
 		{credential.RoleBase{}, "", "no base ARN is known"},
 		{credential.RoleBase{}, strings.Repeat("r", 10_000), "the limit is 2048"},
 	} {
-		role, err := tt.base.Resolve(tt.said)
+		role, err := tt.base.Resolve(tt.name)
 		switch {
 		case err == nil:
-			t.Errorf("%.80q under %s is %s", tt.said, tt.base, role)
+			t.Errorf("%.80q under %s is %s", tt.name, tt.base, role)
 		case !strings.Contains(err.Error(), tt.want):
-			t.Errorf("%.80q is refused with %q, which lacks %q", tt.said, err, tt.want)
+			t.Errorf("%.80q: error %q does not contain %q", tt.name, err, tt.want)
 		case !role.IsZero():
-			t.Errorf("%.80q is refused, and yields %s", tt.said, role)
-		case len(tt.said) > 2048 && len(err.Error()) > 200:
-			t.Errorf("the error for an input of %d bytes has %d", len(tt.said), len(err.Error()))
+			t.Errorf("%.80q: an error comes with the role %s", tt.name, role)
+		case len(tt.name) > 2048 && len(err.Error()) > 200:
+			t.Errorf("the error for an input of %d bytes has %d bytes", len(tt.name), len(err.Error()))
 		}
 	}
 	if role, err := (credential.RoleBase{}).Resolve("arn:aws:iam::" + account + ":role/reader"); err != nil || role.Name() != "reader" {
@@ -239,15 +239,15 @@ func TestParseRoleBase(t *testing.T) {
 		if err == nil || !base.IsZero() || base.String() != "" {
 			t.Errorf("%.80q parses as %q, %v", bad, base, err)
 		} else if !strings.Contains(err.Error(), "base") {
-			t.Errorf("the error for %.80q does not say that it is about a base: %v", bad, err)
+			t.Errorf("the error for %.80q does not mention a base: %v", bad, err)
 		}
 	}
 	if base, err := credential.BaseOf("aws", "12"); err == nil {
-		t.Errorf("BaseOf takes an account of 2 digits: %s", base)
+		t.Errorf("BaseOf accepts an account of 2 digits: %s", base)
 	}
 }
 
-// checkRole holds for every role that any function yields.
+// checkRole checks what is true for every result of every function.
 func checkRole(t *testing.T, role credential.RoleARN, err error) {
 	t.Helper()
 	if err != nil {
@@ -272,7 +272,7 @@ func checkRole(t *testing.T, role credential.RoleARN, err error) {
 	}
 }
 
-// roleForm is what ParseRoleARN takes, written as one expression; lengths are bounded beside it.
+// roleForm is the form that ParseRoleARN accepts, as a regular expression. The fuzz test checks lengths separately.
 var roleForm = regexp.MustCompile(`^arn:(aws(?:-[a-z]+)*):iam::[0-9]{12}:role(/(?:[A-Za-z0-9_+=,.@!$%&'()*~-]+/)*)([A-Za-z0-9_+=,.@-]+)$`)
 
 func FuzzParseRoleARN(f *testing.F) {
@@ -293,9 +293,9 @@ func FuzzParseRoleARN(f *testing.F) {
 			t.Errorf("%q parses as %q", s, role)
 		}
 		parts := roleForm.FindStringSubmatch(s)
-		takes := parts != nil && len(s) <= 2048 && len(parts[1]) <= 32 && len(parts[2]) <= 512 && len(parts[3]) <= 64
-		if takes != (err == nil) {
-			t.Errorf("%q parses with %v, and has the form of a role: %v", s, err, takes)
+		valid := parts != nil && len(s) <= 2048 && len(parts[1]) <= 32 && len(parts[2]) <= 512 && len(parts[3]) <= 64
+		if valid != (err == nil) {
+			t.Errorf("%q parses with error %v, but matches the form of a role: %v", s, err, valid)
 		}
 		if err == nil && (role.Partition() != parts[1] || role.Path() != parts[2] || role.Name() != parts[3]) {
 			t.Errorf("%q parses as %q, %q, %q", s, role.Partition(), role.Path(), role.Name())
@@ -308,7 +308,7 @@ func FuzzResolve(f *testing.F) {
 	f.Add("arn:aws:iam::"+account+":role/team/", "/other/reader")
 	f.Add("arn:aws"+strings.Repeat("-x", 990)+":iam::"+account+":role/", longName)
 	f.Add("", "arn:aws:iam::"+account+":role/reader")
-	f.Fuzz(func(t *testing.T, baseText, said string) {
+	f.Fuzz(func(t *testing.T, baseText, name string) {
 		base, err := credential.ParseRoleBase(baseText)
 		if err != nil && !base.IsZero() {
 			t.Errorf("an error (%v) comes with the base %q", err, base)
@@ -316,10 +316,10 @@ func FuzzResolve(f *testing.F) {
 		if err == nil && base.String() != baseText {
 			t.Errorf("base %q parses as %q", baseText, base)
 		}
-		role, err := base.Resolve(said)
+		role, err := base.Resolve(name)
 		checkRole(t, role, err)
-		if err == nil && base.IsZero() && role.String() != said {
-			t.Errorf("without a base, %q resolves to %q", said, role)
+		if err == nil && base.IsZero() && role.String() != name {
+			t.Errorf("without a base, %q resolves to %q", name, role)
 		}
 	})
 }

@@ -7,16 +7,15 @@ import (
 	"log/slog"
 )
 
-// redacted stands wherever a secret would have been printed.
+// redacted replaces a secret in all output.
 const redacted = "[redacted]"
 
-// Secret is a string that no formatter, logger or encoder prints. Only [Secret.Reveal] gives its
-// text, so the places that handle the text can be found by searching for that name.
+// Secret is a string that no formatter, logger or encoder prints. Only [Secret.Reveal] returns its text, so a search for
+// that name finds all code that handles the text. The zero Secret is empty.
 //
-// fmt does not call the methods of values it reaches through unexported fields. There it prints a
-// pointer as an address, and other printers, such as those that report differences in tests, print
-// what the pointer leads to, down to a function. So the text sits in a function behind a pointer,
-// which also keeps a Secret comparable with its zero value. The zero Secret is empty.
+// fmt does not call methods of values in unexported fields. It prints a pointer there as an address. Other printers,
+// such as those that show differences in tests, follow pointers, but stop at a function. So the text is in a function
+// behind a pointer. The pointer also keeps a Secret comparable with its zero value.
 type Secret struct {
 	text *func() string
 }
@@ -27,7 +26,7 @@ func NewSecret(text string) Secret {
 	return Secret{text: &reveal}
 }
 
-// Reveal returns the text itself. Call it only where the text leaves the process on purpose.
+// Reveal returns the text. Call it only where the text leaves the process on purpose.
 func (s Secret) Reveal() string {
 	if s.text == nil {
 		return ""
@@ -35,17 +34,17 @@ func (s Secret) Reveal() string {
 	return (*s.text)()
 }
 
-// Empty reports whether there is no text.
+// Empty reports whether the text is empty.
 func (s Secret) Empty() bool {
 	return s.Reveal() == ""
 }
 
-// Equal compares the texts in constant time for texts of equal length.
+// Equal reports whether the texts are equal, in constant time if their lengths are equal.
 func (s Secret) Equal(other Secret) bool {
 	return subtle.ConstantTimeCompare([]byte(s.Reveal()), []byte(other.Reveal())) == 1
 }
 
-// Format implements [fmt.Formatter] for every verb.
+// Format implements [fmt.Formatter] for all verbs.
 func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
 
 // String implements [fmt.Stringer].

@@ -18,14 +18,14 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// planted is the secret that must be found in no output. Its two letters are in no name, type or
-// address that is printed around it, so that even a part of it is noticed.
+// planted is the secret that no output may contain. No name, type or address in the output contains its two letters, so
+// the test finds even a part of it.
 const planted = "QZQZQZQZQZQZQZQZ"
 
-// traces are the forms in which formatters and encoders could print it.
+// traces are the forms in which a formatter or encoder could print planted.
 var traces = []string{
 	"QZ", "qz",
-	"515a515a", "515A515A", "51 5a 51 5a", "51 5A 51 5A", // hexadecimal; addresses may hold shorter runs
+	"515a515a", "515A515A", "51 5a 51 5a", "51 5A 51 5A", // hexadecimal; addresses may contain shorter runs
 	"81 90 81", "81,90,81", // bytes in decimal
 	"121 132 121",     // in octal
 	"1010001 1011010", // in binary
@@ -36,7 +36,7 @@ func mustNotLeak(t *testing.T, how, output string) {
 	t.Helper()
 	for _, trace := range traces {
 		if strings.Contains(output, trace) {
-			t.Errorf("%s prints %q: it holds %q", how, output, trace)
+			t.Errorf("%s prints %q, which contains %q", how, output, trace)
 		}
 	}
 }
@@ -64,7 +64,7 @@ type embeddedBeside struct {
 	Name string
 }
 
-// hidingPlaces are the ways in which a secret is held by what gets printed.
+// hidingPlaces returns values that contain a secret in different ways.
 func hidingPlaces() map[string]any {
 	secret := credential.NewSecret(planted)
 	cred := credential.Credential{
@@ -102,24 +102,24 @@ func hidingPlaces() map[string]any {
 		"unexported slice":         struct{ s []credential.Secret }{[]credential.Secret{secret}},
 		"unexported pointer":       struct{ s *credential.Credential }{&cred},
 		"unexported map key":       struct{ m map[credential.Secret]int }{map[credential.Secret]int{secret: 1}},
-		"error that holds one":     fmt.Errorf("calling: %v", secret),
-		"error of the whole":       fmt.Errorf("calling with %+v", outer),
+		"error with a secret":      fmt.Errorf("calling: %v", secret),
+		"error with a struct":      fmt.Errorf("calling with %+v", outer),
 		"error with the wrong %w":  wrongWrap(secret),
 		"credential.Error message": credential.Errorf(credential.ErrDenied, credential.ReasonInternal, "%v %+v %#v", secret, cred, lease),
 	}
 }
 
-// wrongWrap misuses %w, for which fmt falls back to printing the value without its methods.
+// wrongWrap misuses %w. Then fmt prints the value without calling its methods.
 func wrongWrap(s credential.Secret) error {
-	format := "calling: %w" // a variable, because vet refuses the constant
+	format := "calling: %w" // a variable, because vet refuses a constant
 	return fmt.Errorf(format, any(s))
 }
 
 func TestSecretsAreNotPrinted(t *testing.T) {
 	flags := []string{"", "+", "#", "-", " ", "0", "+#", "# ", "40", "-40", ".3", "40.3", "#.3"}
-	surplus := strings.ToLower("%D") // computed, because linters refuse the constant
+	surplus := strings.ToLower("%D") // computed, because linters refuse a constant
 	for place, value := range hidingPlaces() {
-		// Every letter, whether or not it is a verb: an unknown one prints the value too.
+		// All letters, not only verbs: fmt prints the value for an unknown verb too.
 		for verb := 'A'; verb <= 'z'; verb++ {
 			for _, flag := range flags {
 				format := "%" + flag + string(verb)
@@ -153,7 +153,7 @@ func TestSecretsAreNotLogged(t *testing.T) {
 
 func TestSecretsAreNotEncoded(t *testing.T) {
 	for place, value := range hidingPlaces() {
-		// A value that cannot be encoded is no leak, but its error could be.
+		// An encoding error is no leak, but its text could contain the secret.
 		if out, err := json.Marshal(value); err != nil {
 			mustNotLeak(t, place+" in a JSON error", err.Error())
 		} else {
@@ -171,7 +171,7 @@ func TestSecretsAreNotEncoded(t *testing.T) {
 	}
 }
 
-// Differences end in the output of tests, and thereby in the logs of builds.
+// Differences appear in the output of tests, and so in the logs of builds.
 func TestSecretsAreNotDiffed(t *testing.T) {
 	a := credential.Credential{AccessKeyID: "A", SecretAccessKey: credential.NewSecret(planted)}
 	b := credential.Credential{AccessKeyID: "B", SecretAccessKey: credential.NewSecret(planted + "Z")}
@@ -211,14 +211,14 @@ func TestRedactionIsVisible(t *testing.T) {
 func TestSecret(t *testing.T) {
 	secret := credential.NewSecret(planted)
 	if secret.Reveal() != planted {
-		t.Error("Reveal does not give the text back")
+		t.Error("Reveal does not return the text")
 	}
 	var zero credential.Secret
 	if !zero.Empty() || zero.Reveal() != "" || zero != (credential.Secret{}) {
 		t.Error("the zero Secret is not empty")
 	}
 	if secret.Empty() || !credential.NewSecret("").Empty() {
-		t.Error("Empty does not tell a text from none")
+		t.Error("Empty does not distinguish a text from an empty one")
 	}
 	for _, tt := range []struct {
 		a, b credential.Secret
@@ -231,7 +231,7 @@ func TestSecret(t *testing.T) {
 		{zero, credential.NewSecret(""), true},
 	} {
 		if tt.a.Equal(tt.b) != tt.want || tt.b.Equal(tt.a) != tt.want {
-			t.Errorf("Equal of texts of %d and %d bytes is not %v", len(tt.a.Reveal()), len(tt.b.Reveal()), tt.want)
+			t.Errorf("Equal of texts of %d and %d bytes = %v, want %v", len(tt.a.Reveal()), len(tt.b.Reveal()), !tt.want, tt.want)
 		}
 	}
 }
@@ -246,7 +246,7 @@ func TestCredentialTimes(t *testing.T) {
 		t.Errorf("Life = %s", whole.Life())
 	}
 	if got := whole.Remaining(issued.Add(90 * time.Minute)); got != -30*time.Minute {
-		t.Errorf("Remaining after the end = %s", got)
+		t.Errorf("Remaining after the expiration = %s", got)
 	}
 	without := func(change func(*credential.Credential)) credential.Credential {
 		c := whole
@@ -259,7 +259,7 @@ func TestCredentialTimes(t *testing.T) {
 		want bool
 	}{
 		"whole":             {whole, issued, true},
-		"a moment before":   {whole, issued.Add(time.Hour - 1), true},
+		"just before":       {whole, issued.Add(time.Hour - 1), true},
 		"at its expiration": {whole, issued.Add(time.Hour), false},
 		"zero":              {credential.Credential{}, issued, false},
 		"zero, long ago":    {credential.Credential{}, time.Time{}.Add(-1), false},
@@ -279,16 +279,16 @@ func TestCredentialTimes(t *testing.T) {
 
 func TestError(t *testing.T) {
 	cause := errors.New("dialing the moon")
-	err := fmt.Errorf("asking: %w", &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Message: "STS is away", Cause: cause,
+	err := fmt.Errorf("calling: %w", &credential.Error{
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonSTSUnavailable, Message: "STS does not respond", Cause: cause,
 	})
 	if !errors.Is(err, credential.ErrUnavailable) || !errors.Is(err, cause) {
-		t.Errorf("%v is not its kind, or not its cause", err)
+		t.Errorf("%v is not of its kind, or does not wrap its cause", err)
 	}
 	if errors.Is(err, credential.ErrDenied) {
 		t.Errorf("%v is of two kinds", err)
 	}
-	if got, want := err.Error(), "asking: STS is away: dialing the moon"; got != want {
+	if got, want := err.Error(), "calling: STS does not respond: dialing the moon"; got != want {
 		t.Errorf("Error() = %q, want %q", got, want)
 	}
 	for _, tt := range []struct {

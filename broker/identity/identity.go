@@ -1,8 +1,8 @@
-// Package identity says who asks for credentials: a pod, proven by a service-account token that
-// the API server bound to it.
+// Package identity identifies callers of the broker: a caller is a pod, and proves it by a service-account token that the
+// API server bound to that pod.
 //
-// What has not been proven yet says so in its type: an [UnverifiedToken] becomes a [Pod] only
-// through a [Verifier]. The package imports only the standard library and decides nothing.
+// The type shows what is proven: only a [Verifier] turns an [UnverifiedToken] into a [Pod]. The package makes no decision
+// and imports only the standard library.
 package identity
 
 import (
@@ -13,26 +13,24 @@ import (
 	"net/netip"
 )
 
-// MaxTokenBytes bounds a token before anything looks into it. A pod-bound token of Kubernetes is
-// about 1.2 kB; STS itself takes at most 20,000 characters, and a gRPC header list is limited to
-// 16 kB by common proxies.
+// MaxTokenBytes bounds a token before it is parsed. A pod-bound token of Kubernetes has about 1.2 kB. STS itself accepts at
+// most 20,000 characters, and common proxies limit a gRPC header list to 16 kB.
 const MaxTokenBytes = 16 << 10
 
-// UnverifiedToken is what a caller presented. It proves nothing, and it prints nothing: within its
-// life a token can be replayed, so it must not reach a log.
+// UnverifiedToken is a token as a caller sent it. It proves nothing. It never prints its text, because until it expires
+// everyone who reads it in a log can replay it.
 type UnverifiedToken struct {
-	// Where fmt may not call our methods it prints a pointer as an address; printers that follow
-	// pointers come upon a function, and can go no further.
+	// fmt prints a pointer as an address if it cannot call our methods. Printers that follow pointers find a function and stop.
 	text *func() string
 }
 
-// NewUnverifiedToken wraps what a caller presented.
+// NewUnverifiedToken wraps the text of a token.
 func NewUnverifiedToken(text string) UnverifiedToken {
 	reveal := func() string { return text }
 	return UnverifiedToken{text: &reveal}
 }
 
-// Reveal returns the token's text, for the code that verifies it or presents it.
+// Reveal returns the token's text. Use it only to verify or send the token.
 func (t UnverifiedToken) Reveal() string {
 	if t.text == nil {
 		return ""
@@ -57,8 +55,7 @@ func (t UnverifiedToken) LogValue() slog.Value { return slog.StringValue(redacte
 // MarshalText implements [encoding.TextMarshaler].
 func (t UnverifiedToken) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
-// Pod is a pod as its token names it. The UIDs tell a pod from another one that had the same name
-// before.
+// Pod is a pod as its token names it. The UIDs distinguish it from an earlier pod or service account with the same name.
 type Pod struct {
 	Namespace         string
 	Name              string
@@ -70,12 +67,12 @@ type Pod struct {
 // String returns namespace/name.
 func (p Pod) String() string { return p.Namespace + "/" + p.Name }
 
-// peerKey is the key of the address in a context.
+// peerKey is the context key of the caller's address.
 type peerKey struct{}
 
-// WithPeer returns a context with the address that a call comes from, without its port. The caller cannot choose the
-// address freely. It can choose everything in a token that is not verified yet. Of an IPv6 address only the first 64 bits
-// count: one machine has all others (RFC 4291, section 2.5.4).
+// WithPeer returns a context with the caller's address, without its port. A caller cannot choose its address freely, but it
+// can choose everything in an unverified token. Only the first 64 bits of an IPv6 address count, because one machine can use
+// all addresses that share them (RFC 4291, section 2.5.4).
 func WithPeer(ctx context.Context, address string) context.Context {
 	if ip, err := netip.ParseAddr(address); err == nil {
 		ip = ip.Unmap().WithZone("")
@@ -87,28 +84,27 @@ func WithPeer(ctx context.Context, address string) context.Context {
 	return context.WithValue(ctx, peerKey{}, address)
 }
 
-// PeerOf returns the address that a call comes from, or its network if that is IPv6; "" if that is not known.
+// PeerOf returns the caller's address, or its network for IPv6; "" if the context has none.
 func PeerOf(ctx context.Context) string {
 	address, _ := ctx.Value(peerKey{}).(string)
 	return address
 }
 
-// Verifier proves tokens. The context may have the caller's address, see [WithPeer]: callers at one address share
-// what there is for verification.
-//
-// Verify returns the pod that the token is bound to, once the token's signature, issuer, audience
-// and times have been checked. It returns the zero Pod with an error of kind
-// credential.ErrUnauthenticated when the token proves nothing, and of kind
-// credential.ErrUnavailable when that could not be found out. A token that is refused for its audience
-// alone may have an [OtherAudienceError] as cause. Verify does not say that the pod is
-// still alive: that is the binding's part.
+// Verifier verifies tokens. Implementations must be safe for concurrent use.
 type Verifier interface {
+	// Verify checks the token's signature, issuer, audience and times, and returns the pod that the token is bound to. It
+	// may block until ctx ends. If ctx has the caller's address (see [WithPeer]), callers at one address share one place in
+	// the queue for verification.
+	//
+	// An error comes with the zero Pod. It is of kind credential.ErrUnauthenticated if the token is bad, and of kind
+	// credential.ErrUnavailable if Verify could not find out. If only the audience is wrong, the error may have an
+	// [OtherAudienceError] as cause. Verify does not check that the pod still exists.
 	Verify(ctx context.Context, token UnverifiedToken) (Pod, error)
 }
 
-// OtherAudienceError is the cause of a refusal for the audience of a token that is genuine otherwise: its signature,
-// its issuer and its times were verified. So its pod is known, and can be told that the audience is set wrong. It
-// must not be taken for an identity: the token was made for another service, which can replay it.
+// OtherAudienceError is the cause of a refusal if only the token's audience is wrong: its signature, issuer and times were
+// verified. So its pod is known, and an Event on that pod can report the wrong audience. Pod is not an identity: the token
+// was made for another service, which can replay it.
 type OtherAudienceError struct{ Pod Pod }
 
 // Error names the pod.

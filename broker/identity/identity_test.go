@@ -13,15 +13,14 @@ import (
 	"github.com/credence-iam/credence/broker/identity"
 )
 
-// planted is the token that must be found in no output. Its two letters are in no name, type or
-// address that is printed around it.
+// planted is the token that no output may contain. No name, type or address in the output has its two letters.
 const planted = "QZQZQZQZQZQZQZQZ"
 
 func mustNotLeak(t *testing.T, how, output string) {
 	t.Helper()
 	for _, trace := range []string{"QZ", "qz", "515a515a", "515A515A", "51 5a 51 5a", "51 5A 51 5A", "81 90 81", "121 132 121", "1010001 1011010", "UVpRWlFa"} {
 		if strings.Contains(output, trace) {
-			t.Errorf("%s prints %q: it holds %q", how, output, trace)
+			t.Errorf("%s prints %q, which contains %q", how, output, trace)
 		}
 	}
 }
@@ -76,10 +75,10 @@ func TestTokensAreNotPrinted(t *testing.T) {
 func TestUnverifiedToken(t *testing.T) {
 	token := identity.NewUnverifiedToken(planted)
 	if token.Reveal() != planted {
-		t.Error("Reveal does not give the text back")
+		t.Error("Reveal does not return the text")
 	}
 	if got := fmt.Sprint(token); got != "[redacted token]" {
-		t.Errorf("the token prints as %q", got)
+		t.Errorf("the token is printed as %q", got)
 	}
 	var zero identity.UnverifiedToken
 	if zero.Reveal() != "" || zero.String() != "[redacted token]" {
@@ -90,18 +89,18 @@ func TestUnverifiedToken(t *testing.T) {
 func TestPod(t *testing.T) {
 	pod := identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u"}
 	if got := fmt.Sprint(pod); got != "shop/cart-1" {
-		t.Errorf("the pod prints as %q", got)
+		t.Errorf("the pod is printed as %q", got)
 	}
-	// The UID tells a pod from another one that had its name before.
+	// The UID distinguishes a pod from an earlier one with its name.
 	if pod == (identity.Pod{Namespace: "shop", Name: "cart-1", UID: "v"}) {
 		t.Error("pods with different UIDs are equal")
 	}
 }
 
-// Addresses that one machine can have are one.
+// TestPeers: all addresses that one machine can use count as one.
 func TestPeers(t *testing.T) {
 	if got := identity.PeerOf(t.Context()); got != "" {
-		t.Errorf("without an address it is %q", got)
+		t.Errorf("without an address PeerOf returns %q", got)
 	}
 	for address, want := range map[string]string{
 		"10.0.0.1": "10.0.0.1", "::ffff:10.0.0.1": "10.0.0.1", "bufconn": "bufconn", "": "",
@@ -109,7 +108,7 @@ func TestPeers(t *testing.T) {
 		"fe80::1%eth0": "fe80::/64",
 	} {
 		if got := identity.PeerOf(identity.WithPeer(t.Context(), address)); got != want {
-			t.Errorf("%s is %q, want %q", address, got, want)
+			t.Errorf("PeerOf returns %[2]q for %[1]s, want %[3]q", address, got, want)
 		}
 	}
 }

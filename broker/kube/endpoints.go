@@ -27,34 +27,32 @@ type EndpointsConfig struct {
 	REST *rest.Config
 	// Namespace and Service name the brokers' Service. Required.
 	Namespace, Service string
-	// Own are the addresses of this broker's pod, one of each family that it has. Required.
+	// Own are the addresses of this broker's pod, one per address family. Required.
 	Own []netip.Addr
-	// Update is told which brokers there are, first when they are known and then at each change. It must not
-	// block. Required.
+	// Update receives the brokers when they are known and after each change. It must not block. Required.
 	Update func(placement.Members)
-	// Patience is how long the first Update waits for this broker to be among the endpoints, once there are any, which
-	// takes a second. Those that start with it are found there at the same time. Default 5 s.
+	// Patience is how long the first Update waits, once there are endpoints, until this broker is among them. That usually
+	// takes a second, and brokers that start together then see each other. Default 5 s.
 	Patience time.Duration
-	// Logger is told where this broker is never among them. Required.
+	// Logger. Required.
 	Logger *slog.Logger
 }
 
-// Endpoints watches which brokers there are. While the API server is away, what it said last holds; and while it names
-// nobody, as when the Service is made anew, what it said before: a broker that took itself for the only one would take
-// up everything.
+// Endpoints watches the list of brokers. It keeps the last list if the API server is unavailable or lists no broker, for
+// example because the Service was recreated. Otherwise a broker would think it is alone and take over every session.
 type Endpoints struct {
 	freshness
 
 	cfg     EndpointsConfig
 	client  discoveryv1client.EndpointSliceInterface
 	store   cache.Store
-	changed chan struct{} // holds one
+	changed chan struct{} // has room for one
 }
 
-// NewEndpoints checks cfg. It asks the API server for nothing until Run.
+// NewEndpoints checks cfg. Only Run sends requests.
 func NewEndpoints(cfg EndpointsConfig) (*Endpoints, error) {
 	if cfg.REST == nil || cfg.Namespace == "" || cfg.Service == "" || len(cfg.Own) == 0 || cfg.Update == nil || cfg.Logger == nil {
-		return nil, errors.New("watching which brokers there are needs a REST configuration, Namespace, Service, Own, Update and a Logger")
+		return nil, errors.New("endpoints: REST, Namespace, Service, Own, Update and Logger are required")
 	}
 	if cfg.Patience == 0 {
 		cfg.Patience = 5 * time.Second
@@ -81,47 +79,47 @@ func (e *Endpoints) Run(ctx context.Context) error {
 		}).RunWithContext(ctx)
 	}()
 	var patience <-chan time.Time // nil until there are endpoints
-	for told := false; ; {
+	for started := false; ; {
 		select {
 		case <-ctx.Done():
 			<-watching
 			return nil
 		case <-e.changed:
 		case <-patience:
-			e.cfg.Logger.WarnContext(ctx, "This broker is not among the endpoints of its Service; it counts itself in", "service", e.cfg.Service, "addresses", e.cfg.Own)
-			told = true
+			e.cfg.Logger.WarnContext(ctx, "Counted this broker among the endpoints of its Service, although it is not listed", "service", e.cfg.Service, "addresses", e.cfg.Own)
+			started = true
 		}
-		m, some, listed := e.members()
-		if !some {
+		m, found, listed := e.members()
+		if !found {
 			continue
 		}
 		if patience == nil {
 			patience = time.After(e.cfg.Patience) //nolint:forbidigo // Once in a process's life.
 		}
-		if told = told || listed; told {
+		if started = started || listed; started {
 			e.cfg.Update(m)
 			patience = make(chan time.Time) // never
 		}
 	}
 }
 
-// Age is how old what it told may be: 0 while the watch is well, and otherwise how long ago the API server was last heard.
+// Age returns 0 while the watch works, and otherwise the time since the API server last sent something.
 func (e *Endpoints) Age() time.Duration { return e.age() }
 
-// source reads the slices of the Service.
+// source lists and watches the EndpointSlices of the Service.
 func (e *Endpoints) source() *cache.ListWatch {
-	chosen := func(o metav1.ListOptions) metav1.ListOptions {
+	ofService := func(o metav1.ListOptions) metav1.ListOptions {
 		o.LabelSelector = discoveryv1.LabelServiceName + "=" + e.cfg.Service
 		return o
 	}
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			list, err := e.client.List(ctx, chosen(o))
+			list, err := e.client.List(ctx, ofService(o))
 			e.heard(err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-			w, err := e.client.Watch(ctx, chosen(o))
+			w, err := e.client.Watch(ctx, ofService(o))
 			e.heard(err)
 			if err != nil {
 				return nil, err
@@ -131,8 +129,9 @@ func (e *Endpoints) source() *cache.ListWatch {
 	}
 }
 
-// members reads what the slices say: whether they name anybody, and this broker.
-func (e *Endpoints) members() (m placement.Members, some, listed bool) {
+// members returns the brokers in the EndpointSlices. found reports whether there is any, listed whether this broker is among
+// them.
+func (e *Endpoints) members() (m placement.Members, found, listed bool) {
 	family := e.family()
 	m.Self = e.cfg.Own[0]
 	for _, own := range e.cfg.Own {
@@ -149,11 +148,11 @@ func (e *Endpoints) members() (m placement.Members, some, listed bool) {
 			for _, text := range endpoint.Addresses {
 				address, err := netip.ParseAddr(text)
 				if err != nil {
-					continue // The API server admits none such.
+					continue // The API server refuses such addresses.
 				}
 				address = address.Unmap()
-				some, listed = true, listed || address == m.Self
-				// A condition that is not set is to be taken as ready and not terminating (EndpointConditions).
+				found, listed = true, listed || address == m.Self
+				// Unset conditions mean ready and not terminating (documentation of EndpointConditions).
 				c := endpoint.Conditions
 				switch {
 				case c.Terminating != nil && *c.Terminating:
@@ -166,12 +165,12 @@ func (e *Endpoints) members() (m placement.Members, some, listed bool) {
 			}
 		}
 	}
-	// An address can be another pod's already, which is there to stay.
+	// A new pod may already have the address of a terminating one.
 	m.Ending = m.Ending && !slices.Contains(slices.Concat(m.Ready, m.Starting), m.Self)
-	return m, some, listed
+	return m, found, listed
 }
 
-// family is the one by which brokers are told apart, where their Service has two: sidecars choose the same.
+// family returns the address family that identifies brokers. If their Service has two families, sidecars choose the same.
 func (e *Endpoints) family() discoveryv1.AddressType {
 	has := func(family discoveryv1.AddressType) bool {
 		return slices.ContainsFunc(e.store.List(), func(obj any) bool {
@@ -185,13 +184,13 @@ func (e *Endpoints) family() discoveryv1.AddressType {
 	return discoveryv1.AddressTypeIPv4
 }
 
-// endpointSink is a store that tells of each change.
+// endpointSink is a store that signals each change.
 type endpointSink struct {
 	cache.Store
 	changed chan<- struct{}
 }
 
-func (s endpointSink) tell(err error) error {
+func (s endpointSink) signal(err error) error {
 	select {
 	case s.changed <- struct{}{}:
 	default:
@@ -199,7 +198,7 @@ func (s endpointSink) tell(err error) error {
 	return err
 }
 
-func (s endpointSink) Add(obj any) error                  { return s.tell(s.Store.Add(obj)) }
-func (s endpointSink) Update(obj any) error               { return s.tell(s.Store.Update(obj)) }
-func (s endpointSink) Delete(obj any) error               { return s.tell(s.Store.Delete(obj)) }
-func (s endpointSink) Replace(list []any, v string) error { return s.tell(s.Store.Replace(list, v)) }
+func (s endpointSink) Add(obj any) error                  { return s.signal(s.Store.Add(obj)) }
+func (s endpointSink) Update(obj any) error               { return s.signal(s.Store.Update(obj)) }
+func (s endpointSink) Delete(obj any) error               { return s.signal(s.Store.Delete(obj)) }
+func (s endpointSink) Replace(list []any, v string) error { return s.signal(s.Store.Replace(list, v)) }

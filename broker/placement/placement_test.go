@@ -11,13 +11,13 @@ import (
 	"time"
 )
 
-// fleet is a number of brokers, each of which is told the same of them.
+// fleet is a number of brokers that all see the same members.
 type fleet struct {
 	t      *testing.T
 	all    map[netip.Addr]*Placement
 	states map[netip.Addr]state
 	keys   []string
-	had    map[netip.Addr]map[string]bool // :: broker → keys that it has owned at some time
+	had    map[netip.Addr]map[string]bool // :: broker → keys that it owned at some time
 }
 
 type state int
@@ -34,7 +34,7 @@ func newFleet(t *testing.T) *fleet {
 
 func addr(n int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, byte(n)}) }
 
-// set changes the state of a broker, starting it if need be.
+// set changes the state of a broker, and starts it if necessary.
 func (f *fleet) set(n int, s state) {
 	f.t.Helper()
 	a := addr(n)
@@ -42,21 +42,21 @@ func (f *fleet) set(n int, s state) {
 		p := New(DefaultSettleTime)
 		f.all[a] = p
 		ctx, cancel := context.WithCancel(f.t.Context())
-		ended := make(chan struct{})
-		go func() { defer close(ended); _ = p.Run(ctx) }()
-		f.t.Cleanup(func() { cancel(); <-ended })
+		done := make(chan struct{})
+		go func() { defer close(done); _ = p.Run(ctx) }()
+		f.t.Cleanup(func() { cancel(); <-done })
 	}
 	f.states[a] = s
-	f.tell()
+	f.update()
 }
 
 func (f *fleet) gone(n int) {
 	delete(f.all, addr(n))
 	delete(f.states, addr(n))
-	f.tell()
+	f.update()
 }
 
-func (f *fleet) tell() {
+func (f *fleet) update() {
 	for self, p := range f.all {
 		m := Members{Self: self, Ending: f.states[self] == ending}
 		for a, s := range f.states {
@@ -73,7 +73,7 @@ func (f *fleet) tell() {
 	synctest.Wait()
 }
 
-// share is the part of the keys that a broker owns.
+// share returns the fraction of the keys that a broker owns.
 func (f *fleet) share(n int) float64 { return float64(len(f.owned(n))) / float64(len(f.keys)) }
 
 func (f *fleet) owned(n int) (owned []string) {
@@ -92,8 +92,8 @@ func (f *fleet) wantShare(n int, want float64) {
 	}
 }
 
-// asked are the ready brokers, in whose order sidecars ask for the key.
-func (f *fleet) asked(key string) []netip.Addr {
+// ranked returns the ready brokers in the order in which sidecars call them for key.
+func (f *fleet) ranked(key string) []netip.Addr {
 	var all []netip.Addr
 	for a, s := range f.states {
 		if s == ready {
@@ -103,8 +103,8 @@ func (f *fleet) asked(key string) []netip.Addr {
 	return Rank(key, all)
 }
 
-// look notes who owns what, and returns how many have come to be owned since the last look.
-func (f *fleet) look() (fetched int) {
+// fetches counts the keys that brokers own for the first time since the last call, and so must fetch.
+func (f *fleet) fetches() (n int) {
 	for a, p := range f.all {
 		if f.had[a] == nil {
 			f.had[a] = map[string]bool{}
@@ -112,61 +112,62 @@ func (f *fleet) look() (fetched int) {
 		for _, key := range f.keys {
 			if !f.had[a][key] && p.Owns(key) {
 				f.had[a][key] = true
-				fetched++
+				n++
 			}
 		}
 	}
-	return fetched
+	return n
 }
 
-// wantFirstWarm checks how much of what brokers are asked first for after change they have not owned before, at most.
+// wantFirstWarm checks that, after change, at most the fraction cold of the keys has a first owner that never owned it
+// before.
 func (f *fleet) wantFirstWarm(cold float64, change func()) {
 	f.t.Helper()
-	f.look()
+	f.fetches()
 	change()
-	found := 0
+	n := 0
 	for _, key := range f.keys {
-		if first := f.asked(key)[0]; !f.had[first][key] {
-			found++
+		if first := f.ranked(key)[0]; !f.had[first][key] {
+			n++
 		}
 	}
-	if part := float64(found) / float64(len(f.keys)); part > cold {
-		f.t.Errorf("who is asked first has never had %.3f of the sessions, want %.3f at most", part, cold)
+	if part := float64(n) / float64(len(f.keys)); part > cold {
+		f.t.Errorf("the first owners never had %.3f of the sessions, want at most %.3f", part, cold)
 	}
 }
 
-// wantTwoOwners checks that exactly the first two have the session.
+// wantTwoOwners checks that the first and the second broker of each key own it, and no other.
 func (f *fleet) wantTwoOwners() {
 	f.t.Helper()
 	for _, key := range f.keys {
-		want := f.asked(key)
+		want := f.ranked(key)
 		want = want[:min(Owners, len(want))]
 		for a, p := range f.all {
 			if owns := p.Owns(key); owns != slices.Contains(want, a) {
-				f.t.Fatalf("%s is for %v; %s says that it owns it: %v", key, want, a, owns)
+				f.t.Fatalf("the owners of %s are %v; Owns of %s returns %v", key, want, a, owns)
 			}
 		}
 	}
 }
 
-func TestNothingIsOwnedBeforeItIsKnown(t *testing.T) {
+func TestNothingIsOwnedBeforeUpdate(t *testing.T) {
 	p := New(DefaultSettleTime)
 	if p.Known() || p.Owns("k") || p.Brokers() != 0 {
-		t.Errorf("a new one: known %v, owns %v, of %d", p.Known(), p.Owns("k"), p.Brokers())
+		t.Errorf("before Update: known %v, owns %v, %d brokers", p.Known(), p.Owns("k"), p.Brokers())
 	}
-	var told []bool
-	p.OnChange(func() { told = append(told, p.Known()) })
+	var notified []bool // :: call → Known
+	p.OnChange(func() { notified = append(notified, p.Known()) })
 	p.Update(Members{Self: addr(1), Ready: []netip.Addr{addr(1)}})
 	if !p.Known() || !p.Owns("k") || p.Brokers() != 1 {
-		t.Errorf("the only one: known %v, owns %v, of %d", p.Known(), p.Owns("k"), p.Brokers())
+		t.Errorf("a single broker: known %v, owns %v, %d brokers", p.Known(), p.Owns("k"), p.Brokers())
 	}
-	// Whoever waits for it to be known finds done what was to be done then.
-	if !slices.Equal(told, []bool{false}) {
-		t.Errorf("told %v", told)
+	// Handlers run before Known returns true.
+	if !slices.Equal(notified, []bool{false}) {
+		t.Errorf("during the calls of the handler, Known returned %v, want one false", notified)
 	}
 	p.Update(Members{Self: addr(1), Ready: []netip.Addr{netip.MustParseAddr("::ffff:10.0.0.1"), addr(1)}})
-	if len(told) != 1 {
-		t.Errorf("told %d times of nothing", len(told))
+	if len(notified) != 1 {
+		t.Errorf("%d calls of the handler without a change", len(notified)-1)
 	}
 }
 
@@ -180,7 +181,7 @@ func TestFleetStarts(t *testing.T) {
 		for n := 1; n <= 3; n++ {
 			f.set(n, ready)
 			if got := f.all[addr(n)].Brokers(); got != 3 {
-				t.Errorf("broker %d shares with %d", n, got)
+				t.Errorf("broker %d sees %d brokers, want 3", n, got)
 			}
 		}
 		time.Sleep(DefaultSettleTime)
@@ -204,8 +205,8 @@ func TestFleetStarts(t *testing.T) {
 	})
 }
 
-// An address may be another pod's a moment later, and then it does not end.
-func TestEndingEnds(t *testing.T) {
+// A new pod may get the address of one that was shutting down.
+func TestAddressIsReused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFleet(t)
 		for n := 1; n <= 4; n++ {
@@ -219,9 +220,10 @@ func TestEndingEnds(t *testing.T) {
 	})
 }
 
-// A rolling update is many changes; each session is to be fetched by those two alone who have it at the end.
+// In a rolling update of many changes, few brokers other than the final two owners fetch a session.
 func TestRollingUpdate(t *testing.T) {
-	// What is first for the first time once a broker goes has that one's last seconds to be fetched in.
+	// cold is the fraction of keys whose first owner is new when a broker shuts down. It fetches them in that broker's last
+	// seconds.
 	for n, cold := range map[int]float64{1: 0, 2: 0, 3: 0.26, 10: 0.1} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -236,31 +238,31 @@ func TestRollingUpdate(t *testing.T) {
 				for i := 1; i <= n; i++ {
 					before[i] = f.owned(i)
 				}
-				f.look()
+				f.fetches()
 				fetched := 0
 				for i := 1; i <= n; i++ {
 					f.set(100+i, starting)
-					fetched += f.look()
+					fetched += f.fetches()
 					time.Sleep(10 * time.Second)
 					f.wantFirstWarm(0, func() { f.set(100+i, ready) })
-					fetched += f.look()
+					fetched += f.fetches()
 					time.Sleep(2 * time.Second)
 					f.wantFirstWarm(cold, func() { f.set(i, ending) })
-					if kept := f.owned(i); i == 1 && !slices.Equal(kept, before[i]) {
-						t.Errorf("a broker that ends let go of sessions, or took some up: it owned %d and owns %d", len(before[i]), len(kept))
+					if owned := f.owned(i); i == 1 && !slices.Equal(owned, before[i]) {
+						t.Errorf("a broker that is shutting down owned %d sessions, and owns %d", len(before[i]), len(owned))
 					}
-					fetched += f.look()
+					fetched += f.fetches()
 					time.Sleep(25 * time.Second)
 					f.gone(i)
 				}
 				time.Sleep(DefaultSettleTime)
 				synctest.Wait()
-				fetched += f.look()
+				fetched += f.fetches()
 				f.wantTwoOwners()
 				perKey := float64(fetched) / float64(len(f.keys))
 				t.Logf("%.2f fetches per session", perKey)
 				if perKey > 2.4 { // see DefaultSettleTime
-					t.Errorf("a rolling update of %d brokers fetches each session %.2f times", n, perKey)
+					t.Errorf("a rolling update of %d brokers fetches each session %.2f times, want at most 2.4", n, perKey)
 				}
 			})
 		})
@@ -275,7 +277,7 @@ func TestLossAndGrowth(t *testing.T) {
 		}
 		time.Sleep(DefaultSettleTime)
 		synctest.Wait()
-		f.wantFirstWarm(0, func() { f.gone(2) }) // the second owner is the first now
+		f.wantFirstWarm(0, func() { f.gone(2) }) // the second owner becomes the first
 		time.Sleep(DefaultSettleTime)
 		synctest.Wait()
 		f.wantTwoOwners()
@@ -283,9 +285,9 @@ func TestLossAndGrowth(t *testing.T) {
 			f.set(i, starting)
 		}
 		f.wantShare(4, 1./10)
-		f.wantShare(1, 1) // nobody asks the others yet
+		f.wantShare(1, 1) // sidecars do not call the others yet
 		for i := 4; i <= 11; i++ {
-			// Those that are ready before the others are asked for what will be theirs; they fetch it when they are.
+			// Those that are ready first are called for sessions of the others, which they fetch then.
 			f.wantFirstWarm(0.3, func() { f.set(i, ready) })
 		}
 		f.wantFirstWarm(0, func() {})
@@ -296,15 +298,15 @@ func TestLossAndGrowth(t *testing.T) {
 	})
 }
 
-// A broker that shuts down keeps its sessions and takes up none: neither those that it waited for, nor those that it would
-// own after the loss of other brokers. Each would be a call of STS for the broker's last seconds.
-func TestEndingTakesUpNothing(t *testing.T) {
+// A broker that shuts down keeps its sessions and fetches no others: neither as second owner, nor after the loss of other
+// brokers. Each would be an STS call for the broker's last seconds.
+func TestEndingBrokerFetchesNothing(t *testing.T) {
 	for name, change := range map[string]func(f *fleet){
 		"nothing else changes": func(*fleet) {},
-		"another one goes":     func(f *fleet) { f.gone(3) },
-		"all others go":        func(f *fleet) { f.gone(3); f.gone(4); f.gone(5) },
-		"others come":          func(f *fleet) { f.set(6, starting); f.set(6, ready) },
-		"another one ends too": func(f *fleet) { f.set(3, ending) },
+		"another leaves":       func(f *fleet) { f.gone(3) },
+		"all others leave":     func(f *fleet) { f.gone(3); f.gone(4); f.gone(5) },
+		"others join":          func(f *fleet) { f.set(6, starting); f.set(6, ready) },
+		"another shuts down":   func(f *fleet) { f.set(3, ending) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -315,21 +317,21 @@ func TestEndingTakesUpNothing(t *testing.T) {
 				time.Sleep(DefaultSettleTime)
 				synctest.Wait()
 				f.wantTwoOwners()
-				f.gone(2) // What that one had waits to be taken up.
+				f.gone(2) // Its sessions get new second owners later.
 				before := f.owned(1)
 				f.set(1, ending)
-				told := 0
-				f.all[addr(1)].OnChange(func() { told++ })
+				calls := 0
+				f.all[addr(1)].OnChange(func() { calls++ })
 				change(f)
 				for range 3 {
 					time.Sleep(DefaultSettleTime)
 					synctest.Wait()
 					if owned := f.owned(1); !slices.Equal(owned, before) {
-						t.Fatalf("a broker that ends owned %d sessions and owns %d", len(before), len(owned))
+						t.Fatalf("a broker that is shutting down owned %d sessions, and owns %d", len(before), len(owned))
 					}
 				}
-				if told != 0 {
-					t.Errorf("it had all pods looked at %d times", told)
+				if calls != 0 {
+					t.Errorf("%d calls of the handler, each of which looks at all pods", calls)
 				}
 			})
 		})

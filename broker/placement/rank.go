@@ -1,12 +1,8 @@
-// Package placement says which brokers have a session warm. Every broker and every sidecar finds the same
-// answer by itself: from a key, and from the addresses of the brokers.
+// Package placement decides which brokers keep a session warm. Brokers and sidecars compute the same result from a key
+// and the brokers' addresses.
 //
-// It promises that
-//   - each broker owns its part of the keys, as even as chance makes it;
-//   - a broker that comes or goes moves the keys that it owns, and no other;
-//   - nothing depends on the order in which addresses are listed.
-//
-// It is no more than advice: any broker answers for any key.
+// It guarantees: brokers own equal shares, up to chance; a joining or leaving broker moves only its own keys; the order
+// of addresses does not matter. It only advises: any broker serves any key.
 package placement
 
 import (
@@ -15,10 +11,11 @@ import (
 	"slices"
 )
 
-// Owners is how many brokers have each session warm: the one that is asked, and one for the time when that one is gone.
+// Owners is how many brokers keep each session warm: the first owner, which sidecars call, and the second owner, in case
+// the first is lost.
 const Owners = 2
 
-// Rank returns the addresses in the order in which they should be asked for key; the first [Owners] own it.
+// Rank returns the addresses in the order in which to call the brokers for key. The first [Owners] own it.
 //
 // It is rendezvous hashing (Thaler and Ravishankar, 1998): each address has a score for each key, and the highest wins.
 func Rank(key string, addresses []netip.Addr) []netip.Addr {
@@ -41,8 +38,8 @@ func Rank(key string, addresses []netip.Addr) []netip.Addr {
 	return ranked
 }
 
-// above counts how many of the addresses stand before self for key.
-func above(key string, self netip.Addr, addresses []netip.Addr) (n int) {
+// rankOf returns how many of the addresses rank before self for key.
+func rankOf(key string, self netip.Addr, addresses []netip.Addr) (n int) {
 	prefix := hash(offset, []byte(key))
 	own := score(prefix, self)
 	for _, a := range addresses {
@@ -53,8 +50,8 @@ func above(key string, self netip.Addr, addresses []netip.Addr) (n int) {
 	return n
 }
 
-// score is FNV-1a of key and address, finished as MurmurHash3 does: addresses of brokers differ in their last bits,
-// and FNV-1a alone does not carry those into the first bits of the result.
+// score is FNV-1a of key and address with the finalizer of MurmurHash3: brokers' addresses differ in their last bits, and
+// FNV-1a alone does not carry these into the first bits of the result.
 func score(prefix uint64, a netip.Addr) uint64 {
 	bytes := a.Unmap().As16()
 	h := hash(prefix, bytes[:])
@@ -65,7 +62,7 @@ func score(prefix uint64, a netip.Addr) uint64 {
 	return h ^ h>>33
 }
 
-// offset and prime are those of FNV-1a with 64 bits.
+// offset and prime are the constants of 64-bit FNV-1a.
 const (
 	offset = 0xcbf29ce484222325
 	prime  = 0x100000001b3

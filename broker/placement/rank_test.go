@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// brokers are n addresses of pods, as a cluster gives them.
+// brokers returns n pod addresses as a cluster assigns them.
 func brokers(random *rand.Rand, n int) []netip.Addr {
 	var all []netip.Addr
 	for len(all) < n {
@@ -29,8 +29,8 @@ func keys(random *rand.Rand, n int) []string {
 	return all
 }
 
-// The random source is seeded: of 20 brokers one in 800 is off by a tenth by chance alone, since what falls to one
-// has a standard deviation of 3 %.
+// Brokers own equal shares, up to chance. The random source is seeded: the share of one of 20 brokers has a standard
+// deviation of 3 %, so one in 800 is off by a tenth.
 func TestBalance(t *testing.T) {
 	const grants = 10_000
 	for n := 3; n <= 20; n++ {
@@ -45,14 +45,14 @@ func TestBalance(t *testing.T) {
 		fair := float64(Owners*grants) / float64(n)
 		for _, a := range addresses {
 			if off := float64(owned[a])/fair - 1; math.Abs(off) > 0.1 {
-				t.Errorf("of %d brokers %s owns %d, which is %+.1f %% from its fair %.0f", n, a, owned[a], 100*off, fair)
+				t.Errorf("of %d brokers %s owns %d keys, %+.1f %% off its equal share of %.0f", n, a, owned[a], 100*off, fair)
 			}
 		}
 	}
 }
 
-// Whoever comes or goes changes its own keys, and leaves the order of all others as it was.
-func TestChangesMoveOnlyWhatTheyMust(t *testing.T) {
+// A broker that joins or leaves moves only its own keys. The order of the others does not change.
+func TestChangesMoveOnlyOwnKeys(t *testing.T) {
 	random := rand.New(rand.NewPCG(7, 7))
 	for n := 1; n <= 20; n++ {
 		addresses := brokers(random, n)
@@ -63,7 +63,7 @@ func TestChangesMoveOnlyWhatTheyMust(t *testing.T) {
 			after := Rank(key, rest)
 			before = slices.DeleteFunc(before, func(a netip.Addr) bool { return a == gone })
 			if !slices.Equal(before, after) {
-				t.Fatalf("without %s, key %s is ranked %v, and was %v", gone, key, after, before)
+				t.Fatalf("without %s, key %s has ranks %v, want %v", gone, key, after, before)
 			}
 		}
 	}
@@ -76,17 +76,17 @@ func TestOrderOfAddressesDoesNotMatter(t *testing.T) {
 		want := Rank(key, addresses)
 		random.Shuffle(len(addresses), func(i, j int) { addresses[i], addresses[j] = addresses[j], addresses[i] })
 		if got := Rank(key, addresses); !slices.Equal(got, want) {
-			t.Errorf("Rank(%s) = %v, and %v of another order", key, got, want)
+			t.Errorf("Rank(%s) = %v, want %v in any order of the addresses", key, got, want)
 		}
 		for i, a := range want {
-			if n := above(key, a, addresses); n != i {
-				t.Errorf("%d stand above the one of rank %d", n, i)
+			if n := rankOf(key, a, addresses); n != i {
+				t.Errorf("rankOf = %d, want %d", n, i)
 			}
 		}
 	}
 }
 
-// Sidecars and brokers of different versions must agree, and one address can be written in two ways.
+// Sidecars and brokers of different versions must compute the same ranks, for both forms of an address.
 func TestRankIsTheSameInEveryVersion(t *testing.T) {
 	var addresses []netip.Addr
 	for _, text := range []string{"10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2"} {
@@ -102,6 +102,6 @@ func TestRankIsTheSameInEveryVersion(t *testing.T) {
 	}
 	mapped := netip.MustParseAddr("::ffff:10.0.0.1")
 	if score(1, mapped) != score(1, addresses[0]) {
-		t.Errorf("%s is not ranked as %s", mapped, addresses[0])
+		t.Errorf("%s and %s have different scores", mapped, addresses[0])
 	}
 }

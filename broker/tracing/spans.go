@@ -15,8 +15,8 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Interceptor makes a span of each call of GetCredentials, below the span that the caller's
-// traceparent names. Other calls, such as those of the health service, make none.
+// Interceptor records a span for each call of GetCredentials, below the span that the caller's traceparent names. Other
+// calls, such as those of the health service, have no span.
 func (t *Tracing) Interceptor() grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		if info.FullMethod != brokerpb.Broker_GetCredentials_FullMethodName {
@@ -28,7 +28,7 @@ func (t *Tracing) Interceptor() grpc.UnaryServerInterceptor {
 			attribute.String("rpc.service", brokerpb.Broker_ServiceDesc.ServiceName),
 			attribute.String("rpc.method", "GetCredentials"),
 		))
-		// Not deferred directly: End would write the text of a panic into the span, whatever that is.
+		// The closure matters: a deferred span.End would write the text of a panic into the span, which may contain anything.
 		defer func() { span.End() }()
 		resp, err := handler(ctx, req)
 		span.SetAttributes(attribute.Int64("rpc.grpc.status_code", int64(status.Code(err))))
@@ -39,8 +39,8 @@ func (t *Tracing) Interceptor() grpc.UnaryServerInterceptor {
 	}
 }
 
-// Describe adds to the span of the call that ctx belongs to what was learned of the caller: its
-// namespace, and the ARN of the role that was decided on. Empty ones are left out.
+// Describe adds the caller's namespace and the ARN of the granted role to the span of ctx's call. Empty values are left
+// out.
 func Describe(ctx context.Context, namespace, role string) {
 	span := trace.SpanFromContext(ctx)
 	if !span.IsRecording() {
@@ -54,16 +54,15 @@ func Describe(ctx context.Context, namespace, role string) {
 	}
 }
 
-// fail marks a span as failed, by reason alone: messages quote what users wrote, and causes are for
-// our own log.
+// fail marks a span as failed. It adds only the reason: messages quote what users wrote, and causes belong in our log.
 func fail(span trace.Span, err error) {
 	reason := string(credential.ReasonOf(err))
 	span.SetAttributes(attribute.String("credence.reason", reason))
 	span.SetStatus(otelcodes.Error, reason)
 }
 
-// Source makes a span of each call of next. role names the role of a key. Where the context of a call
-// carries a span, as that of the cache carries the first caller's, the new one is below it.
+// Source records a span for each call of next. role returns the role of a key. The span is below that of the call's
+// context, if there is one. The cache passes the first caller's.
 func Source[K any](t *Tracing, next credential.Source[K], role func(K) string) credential.Source[K] {
 	return source[K]{t, next, role}
 }
@@ -88,13 +87,13 @@ func (s source[K]) Credential(ctx context.Context, key K) (credential.Credential
 	return cred, err
 }
 
-// incoming shows a call's traceparent, and nothing else of its metadata, to OpenTelemetry.
+// incoming shows OpenTelemetry the traceparent of a call, and no other metadata.
 type incoming struct{ ctx context.Context }
 
-// Get implements propagation.TextMapCarrier. Where there are several, none is believed.
+// Get implements propagation.TextMapCarrier. It ignores the header if there are several.
 func (c incoming) Get(key string) string {
 	if key != "traceparent" {
-		return "" // tracestate is for systems that the sidecar is not a part of, and as long as callers like
+		return "" // The sidecar sends no tracestate, and a caller could make it very long.
 	}
 	if values := metadata.ValueFromIncomingContext(c.ctx, key); len(values) == 1 {
 		return values[0]
@@ -102,7 +101,7 @@ func (c incoming) Get(key string) string {
 	return ""
 }
 
-// Set implements propagation.TextMapCarrier. Nothing is passed on.
+// Set implements propagation.TextMapCarrier. It passes nothing on.
 func (incoming) Set(string, string) {}
 
 // Keys implements propagation.TextMapCarrier.

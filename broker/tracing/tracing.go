@@ -1,20 +1,18 @@
-// Package tracing tells an OpenTelemetry collector how the broker spent the time of a call: one span
-// for each call of GetCredentials, which continues the trace that the sidecar began, and one for
-// each call of STS, below the span of the call that began it.
+// Package tracing sends spans to an OpenTelemetry collector: one span for each call of GetCredentials, which continues
+// the sidecar's trace, and one for each STS call, below the span of the call that caused it.
 //
-// It promises that no span holds a token or a secret; that callers, who are strangers until they are
-// verified, decide neither which of their calls are recorded nor how many; and that the broker
-// never waits for the collector: spans that it does not take in time are dropped, and counted.
+// It guarantees: no span contains a token or a secret; callers, which are unverified at first, decide neither which of
+// their calls are recorded nor how many; the broker never waits for the collector. Spans that the collector does not
+// take in time are dropped and counted.
 //
-// It is the only importer of OpenTelemetry. The sidecar writes its part of the trace, the header
-// traceparent, by hand (package client), and records nothing itself.
+// It is the only importer of OpenTelemetry. The sidecar writes its part of the trace, the header traceparent, itself
+// (package client), and records nothing.
 //
 // # What is recorded
 //
-// The broker alone decides, by the trace id: a ratio of all ids, the same ones in every replica, so
-// that the calls of one trace are recorded by all of them or by none. The flag "sampled" of an
-// incoming traceparent is not looked at: it would let any pod have all of its calls recorded. Trace
-// ids are the caller's choice as well, so [maxSampled] bounds the rate of what is recorded.
+// The broker decides by the trace ID: all replicas record the same fraction of all IDs, so that either all or none of a
+// trace's calls are recorded. The broker ignores the flag "sampled" of an incoming traceparent, because any pod could
+// have all its calls recorded with it. The caller chooses the trace ID too, so [maxSampled] bounds the recorded traces.
 package tracing
 
 import (
@@ -36,35 +34,35 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// maxSampled bounds the traces that are begun per second, whatever the ratio and the callers'
-// trace ids. With two spans each of some 500 bytes, that is 100 kB/s to the collector.
+// maxSampled is the maximum of recorded traces per second, whatever the ratio and the callers' trace IDs. With two spans
+// of some 500 bytes each, that is 100 kB/s to the collector.
 const maxSampled = 100
 
 const (
-	// flushTime bounds what the end of the process waits for the collector.
+	// flushTime is how long shutdown waits for the collector.
 	flushTime = 3 * time.Second
-	// exportTimeout bounds one attempt to hand spans over.
+	// exportTimeout is the maximum duration of one attempt to send spans.
 	exportTimeout = 5 * time.Second
-	// maxQueued spans wait for the collector: 10 s of maxSampled.
+	// maxQueued is how many spans wait for the collector: 10 s of maxSampled.
 	maxQueued = 2048
-	// complainEvery bounds what is logged while the collector is away.
+	// complainEvery is how often a failure is logged while the collector is unavailable.
 	complainEvery = time.Minute
 )
 
 // Config configures [New].
 type Config struct {
-	// Endpoint is the collector's OTLP/gRPC address, as http://HOST:PORT, or https:// for TLS with the
-	// system's roots. Required.
+	// Endpoint is the collector's OTLP/gRPC address: http://HOST:PORT, or https://HOST:PORT for TLS with the system's root
+	// certificates. Required.
 	Endpoint string
-	// Ratio of the traces that are recorded, from 0 to 1. Zero records none.
+	// Ratio is the fraction of traces that are recorded, from 0 to 1.
 	Ratio float64
-	// Version is told to the collector as the version of this program.
+	// Version of this program, for the collector.
 	Version string
-	// Logger is told when spans cannot be handed over, once a minute at most. Required.
+	// Logger receives a line if spans cannot be sent, at most once a minute. Required.
 	Logger *slog.Logger
 }
 
-// Check reports why the configuration cannot be right, in terms of its fields.
+// Check returns an error that names the field if the endpoint or the ratio is invalid.
 func (cfg Config) Check() error {
 	u, err := url.Parse(cfg.Endpoint)
 	switch {
@@ -72,13 +70,13 @@ func (cfg Config) Check() error {
 		return fmt.Errorf("parsing the endpoint: %w", err)
 	case u.Scheme != "http" && u.Scheme != "https", u.Hostname() == "", u.Port() == "", u.User != nil, u.RawQuery != "", u.Fragment != "", u.Path != "" && u.Path != "/":
 		return fmt.Errorf("endpoint %q must have the form http://HOST:PORT or https://HOST:PORT", u.Redacted())
-	case !(cfg.Ratio >= 0 && cfg.Ratio <= 1): // so that NaN is refused too
+	case !(cfg.Ratio >= 0 && cfg.Ratio <= 1): // so NaN is refused too
 		return fmt.Errorf("the ratio %v must be from 0 to 1", cfg.Ratio)
 	}
 	return nil
 }
 
-// Tracing records spans and hands them to the collector. Make it with [New].
+// Tracing records spans and sends them to the collector. Make it with [New].
 type Tracing struct {
 	provider *sdk.TracerProvider
 	tracer   trace.Tracer
@@ -87,11 +85,11 @@ type Tracing struct {
 	complaint       rate.Sometimes
 }
 
-// New checks cfg. It does not connect: a collector that is away is no reason not to start. It sets
-// OpenTelemetry's handler of errors, of which a process has one.
+// New checks cfg and returns a Tracing. It does not connect, so an unavailable collector does not prevent a start. It sets
+// OpenTelemetry's error handler, of which a process has only one.
 //
-// What the collector wants besides can be set by OpenTelemetry's own variables:
-// OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_CERTIFICATE and OTEL_RESOURCE_ATTRIBUTES.
+// OpenTelemetry's own variables set what else the collector needs: OTEL_EXPORTER_OTLP_HEADERS,
+// OTEL_EXPORTER_OTLP_CERTIFICATE and OTEL_RESOURCE_ATTRIBUTES.
 func New(ctx context.Context, cfg Config) (*Tracing, error) {
 	if cfg.Logger == nil {
 		return nil, errors.New("tracing needs a Logger")
@@ -106,10 +104,10 @@ func New(ctx context.Context, cfg Config) (*Tracing, error) {
 	attributes := []attribute.KeyValue{
 		attribute.String("service.name", "credence-broker"), attribute.String("service.version", cfg.Version),
 	}
-	if host, err := os.Hostname(); err == nil { // of a pod, its name
+	if host, err := os.Hostname(); err == nil { // the pod's name
 		attributes = append(attributes, attribute.String("service.instance.id", host))
 	}
-	// What the environment says comes last, and wins.
+	// The environment comes last, and so overrides the rest.
 	about, err := resource.New(ctx, resource.WithAttributes(attributes...), resource.WithTelemetrySDK(), resource.WithFromEnv())
 	if err != nil {
 		return nil, fmt.Errorf("reading OTEL_RESOURCE_ATTRIBUTES: %w", err)
@@ -126,32 +124,32 @@ func New(ctx context.Context, cfg Config) (*Tracing, error) {
 	t.tracer = t.provider.Tracer("github.com/credence-iam/credence/broker/tracing")
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) {
 		t.complaint.Do(func() {
-			cfg.Logger.Warn("Handing traces to the collector failed", "endpoint", cfg.Endpoint, "error", err)
+			cfg.Logger.Warn("Could not send traces to the collector", "endpoint", cfg.Endpoint, "error", err)
 		})
 	}))
 	return t, nil
 }
 
-// limits of a span. Ours have at most ten attributes, the longest of which is the ARN of a role.
+// limits of a span. Ours have at most ten attributes. The longest is a role ARN.
 var limits = sdk.SpanLimits{
 	AttributeValueLengthLimit: 1024, AttributeCountLimit: 16, EventCountLimit: 4, LinkCountLimit: 1,
 	AttributePerEventCountLimit: 4, AttributePerLinkCountLimit: 1,
 }
 
-// Run hands over what is left when ctx ends.
+// Run waits until ctx ends and then sends the remaining spans.
 func (t *Tracing) Run(ctx context.Context) error {
 	<-ctx.Done()
 	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 	defer cancel()
-	_ = t.provider.Shutdown(flush) // What could not be handed over is in the difference of Spans.
+	_ = t.provider.Shutdown(flush) // Spans counts what could not be sent.
 	return nil
 }
 
-// Spans counts the spans that ended, and those of them that the collector took. While none are
-// waiting, the difference is what was lost.
+// Spans returns how many spans ended, and how many of them the collector took. While none are queued, the difference was
+// lost.
 func (t *Tracing) Spans() (ended, exported uint64) { return t.ended.Load(), t.exported.Load() }
 
-// bounded lets a sampler record no more than a rate.
+// bounded is a sampler that records at most a rate.
 type bounded struct {
 	sdk.Sampler
 	limiter *rate.Limiter
@@ -166,7 +164,7 @@ func (b bounded) ShouldSample(p sdk.SamplingParameters) sdk.SamplingResult {
 	return result
 }
 
-// countEnded counts the spans that are to be exported.
+// countEnded counts the spans to export.
 type countEnded struct{ n *atomic.Uint64 }
 
 func (countEnded) OnStart(context.Context, sdk.ReadWriteSpan) {}
@@ -174,7 +172,7 @@ func (c countEnded) OnEnd(sdk.ReadOnlySpan)                   { c.n.Add(1) }
 func (countEnded) Shutdown(context.Context) error             { return nil }
 func (countEnded) ForceFlush(context.Context) error           { return nil }
 
-// countExported counts the spans that were.
+// countExported counts the spans that the collector took.
 type countExported struct {
 	sdk.SpanExporter
 	n *atomic.Uint64

@@ -24,7 +24,7 @@ const (
 	secret = "very/secret+key"
 )
 
-// start returns tracing to a collector, and what hands over all spans and ends it.
+// start returns a Tracing with its collector, and a function that stops it after it has sent all spans.
 func start(t *testing.T, ratio float64) (*tracing.Tracing, *otlptest.Collector, func()) {
 	t.Helper()
 	collector := otlptest.Start(t)
@@ -40,7 +40,7 @@ func start(t *testing.T, ratio float64) (*tracing.Tracing, *otlptest.Collector, 
 	return traces, collector, func() { cancel(); running.Wait() }
 }
 
-// sts answers, or fails for the role "denied".
+// sts returns a session, or fails for roles that end in "denied".
 type sts struct{}
 
 func (sts) Credential(_ context.Context, key string) (credential.Credential, error) {
@@ -52,7 +52,7 @@ func (sts) Credential(_ context.Context, key string) (credential.Credential, err
 	return credential.Credential{AccessKeyID: "ASIAEXAMPLE", SecretAccessKey: credential.NewSecret(secret)}, nil
 }
 
-// call goes through the interceptor as gRPC would, to a broker that asks STS for role.
+// call calls the interceptor as gRPC would, for a broker that calls STS for role.
 func call(t *testing.T, traces *tracing.Tracing, method, role string, md ...string) error {
 	t.Helper()
 	source := tracing.Source(traces, sts{}, func(key string) string { return key })
@@ -60,7 +60,7 @@ func call(t *testing.T, traces *tracing.Tracing, method, role string, md ...stri
 	_, err := traces.Interceptor()(ctx, &brokerpb.GetCredentialsRequest{}, &grpc.UnaryServerInfo{FullMethod: method},
 		func(ctx context.Context, _ any) (any, error) {
 			tracing.Describe(ctx, "shop", role)
-			// As the cache does: the call of STS outlives its caller, and keeps the values.
+			// As in the cache, the STS call outlives its caller and keeps the context's values.
 			if _, err := source.Credential(context.WithoutCancel(ctx), role); err != nil {
 				return nil, brokerpb.ToStatus(err).Err()
 			}
@@ -71,7 +71,7 @@ func call(t *testing.T, traces *tracing.Tracing, method, role string, md ...stri
 
 const get = brokerpb.Broker_GetCredentials_FullMethodName
 
-// byName returns the one span of that name.
+// byName returns the only span of that name.
 func byName(t *testing.T, spans []otlptest.Span, name string) otlptest.Span {
 	t.Helper()
 	var found []otlptest.Span
@@ -81,7 +81,7 @@ func byName(t *testing.T, spans []otlptest.Span, name string) otlptest.Span {
 		}
 	}
 	if len(found) != 1 {
-		t.Fatalf("%d spans %s arrived, want one", len(found), name)
+		t.Fatalf("the collector got %d spans %s, want one", len(found), name)
 	}
 	return found[0]
 }
@@ -113,36 +113,36 @@ func TestSpansJoin(t *testing.T) {
 					t.Errorf("%s has role %q, reason %q, status %q", s.Name, s.Attributes["credence.role"], s.Attributes["credence.reason"], s.Status)
 				}
 				if strings.Contains(s.Raw, secret) {
-					t.Errorf("a secret is in the span %s", s.Raw)
+					t.Errorf("a span contains a secret: %s", s.Raw)
 				}
 				if s.Resource["service.name"] != "credence-broker" || s.Resource["service.version"] != "v1.2.3" {
-					t.Errorf("it comes from %v", s.Resource)
+					t.Errorf("the resource is %v", s.Resource)
 				}
 			}
 			if server.Attributes["k8s.namespace.name"] != "shop" {
-				t.Errorf("its namespace is %q", server.Attributes["k8s.namespace.name"])
+				t.Errorf("the namespace is %q", server.Attributes["k8s.namespace.name"])
 			}
 			if ended, exported := traces.Spans(); ended != 2 || exported != 2 {
-				t.Errorf("counted %d spans and %d exported ones, want 2", ended, exported)
+				t.Errorf("%d spans ended and %d were exported, want 2 and 2", ended, exported)
 			}
 		})
 	}
 }
 
-func TestWhatIsNotTraced(t *testing.T) {
+func TestOtherCallsAreNotTraced(t *testing.T) {
 	traces, collector, end := start(t, 1)
 	if err := call(t, traces, "/grpc.health.v1.Health/Check", role); err != nil {
 		t.Fatal(err)
 	}
-	// The call of STS began a trace of its own.
+	// The STS call has a trace of its own.
 	end()
 	if spans := collector.Spans(); len(spans) != 1 || spans[0].Name != "AssumeRole" || spans[0].Parent != "" {
-		t.Errorf("arrived: %v", spans)
+		t.Errorf("the collector got %v", spans)
 	}
 }
 
-// TestForeignHeaders: what is no traceparent begins a new trace.
-func TestForeignHeaders(t *testing.T) {
+// Without a valid traceparent, the broker begins a new trace.
+func TestInvalidTraceparent(t *testing.T) {
 	const valid = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 	for name, md := range map[string][]string{
 		"none":     nil,
@@ -153,36 +153,35 @@ func TestForeignHeaders(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			traces, collector, end := start(t, 1)
-			if err := call(t, traces, get, role, append(md, "tracestate", "vendor=planted")...); err != nil {
+			if err := call(t, traces, get, role, append(md, "tracestate", "vendor=secretvalue")...); err != nil {
 				t.Fatal(err)
 			}
 			end()
 			spans := collector.Spans()
 			if s := byName(t, spans, "GetCredentials"); s.Parent != "" {
-				t.Errorf("its parent is %s", s.Parent)
+				t.Errorf("the parent is %s, want none", s.Parent)
 			}
 			for _, s := range spans {
-				if strings.Contains(s.Raw, "planted") {
-					t.Errorf("tracestate was taken over: %s", s.Raw)
+				if strings.Contains(s.Raw, "secretvalue") {
+					t.Errorf("the span contains the caller's tracestate: %s", s.Raw)
 				}
 			}
 		})
 	}
 }
 
-// TestCallersDoNotChoose: neither the flag nor the trace id lets a caller have more recorded than the ratio
-// and the bound say.
-func TestCallersDoNotChoose(t *testing.T) {
+// A caller cannot have more calls recorded than the ratio and maxSampled allow, neither by the flag nor by the trace ID.
+func TestCallersDoNotDecideWhatIsRecorded(t *testing.T) {
 	// The lowest id is below any ratio but 0.
 	const low, high = "00000000000000000000000000000001", "ffffffffffffffffffffffffffffffff"
 	for _, tt := range []struct {
 		name, traceID string
 		ratio         float64
-		calls, most   int // most: within the first second
+		calls, limit  int // limit: spans within the first second
 	}{
 		{"not at a ratio of 0", low, 0, 5, 0},
 		{"above the ratio", high, 0.5, 5, 0},
-		{"a flood of one id", low, 0.001, 5000, 2 * 200}, // two spans for each of 100 calls at once, and of 100 in each second
+		{"a flood of one ID", low, 0.001, 5000, 2 * 200}, // two spans for each of 100 calls at once, and of 100 per second
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			traces, _, end := start(t, tt.ratio)
@@ -195,14 +194,14 @@ func TestCallersDoNotChoose(t *testing.T) {
 			seconds := int(time.Since(began).Seconds()) + 1
 			end()
 			ended, _ := traces.Spans()
-			if most := tt.most + 2*100*(seconds-1); int(ended) > most || tt.most > 0 && ended == 0 {
-				t.Errorf("%d spans were recorded of %d calls, want at most %d", ended, tt.calls, most)
+			if limit := tt.limit + 2*100*(seconds-1); int(ended) > limit || tt.limit > 0 && ended == 0 {
+				t.Errorf("%d spans were recorded for %d calls, want at most %d", ended, tt.calls, limit)
 			}
 		})
 	}
 }
 
-// TestLostSpansAreCounted: a collector that refuses holds nothing up, and what it did not take shows.
+// Spans that the collector refuses are counted, and calls do not wait for it.
 func TestLostSpansAreCounted(t *testing.T) {
 	traces, collector, end := start(t, 1)
 	collector.Refuse()
@@ -211,17 +210,17 @@ func TestLostSpansAreCounted(t *testing.T) {
 	}
 	end()
 	if ended, exported := traces.Spans(); ended != 2 || exported != 0 {
-		t.Errorf("counted %d spans and %d exported ones, want 2 and 0", ended, exported)
+		t.Errorf("%d spans ended and %d were exported, want 2 and 0", ended, exported)
 	}
 }
 
-// TestPanicTextIsNotSent: what a panic says may hold anything.
+// The text of a panic may contain a secret.
 func TestPanicTextIsNotSent(t *testing.T) {
 	traces, collector, end := start(t, 1)
 	func() {
 		defer func() {
 			if recover() == nil {
-				t.Error("the panic was swallowed")
+				t.Error("the interceptor recovered from the panic")
 			}
 		}()
 		_, _ = traces.Interceptor()(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: get},
@@ -229,7 +228,7 @@ func TestPanicTextIsNotSent(t *testing.T) {
 	}()
 	end()
 	if s := byName(t, collector.Spans(), "GetCredentials"); strings.Contains(s.Raw, secret) {
-		t.Errorf("the panic's text is in the span: %s", s.Raw)
+		t.Errorf("the span contains the panic's text: %s", s.Raw)
 	}
 }
 
@@ -237,14 +236,14 @@ func TestCheck(t *testing.T) {
 	for _, tt := range []struct {
 		endpoint string
 		ratio    float64
-		want     string // "" for none
+		want     string // "" for no error
 	}{
 		{"http://collector.observability:4317", 0.01, ""},
 		{"https://127.0.0.1:4317/", 1, ""},
 		{"", 1, "must have the form"},
 		{"collector:4317", 1, "must have the form"},
 		{"http://collector", 1, "must have the form"},
-		{"http://user:planted@collector:4317", 1, "must have the form"},
+		{"http://user:secretvalue@collector:4317", 1, "must have the form"},
 		{"http://collector:4317/v1/traces", 1, "must have the form"},
 		{"ftp://collector:4317", 1, "must have the form"},
 		{"http://collector:4317", -0.1, "from 0 to 1"},
@@ -255,11 +254,11 @@ func TestCheck(t *testing.T) {
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q, %v: %v, want %q", tt.endpoint, tt.ratio, err, tt.want)
 		}
-		if err != nil && strings.Contains(err.Error(), "planted") {
-			t.Errorf("the error quotes a password: %v", err)
+		if err != nil && strings.Contains(err.Error(), "secretvalue") {
+			t.Errorf("the error contains a password: %v", err)
 		}
 	}
 	if _, err := tracing.New(t.Context(), tracing.Config{Endpoint: "http://collector:4317"}); err == nil {
-		t.Error("New takes a configuration without a Logger")
+		t.Error("New accepts a configuration without a Logger")
 	}
 }

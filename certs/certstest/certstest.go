@@ -1,19 +1,16 @@
-// Package certstest makes certificate authorities and server certificates at
-// run time, and writes them the way the kubelet mounts a Secret or ConfigMap.
-// No key is ever checked in.
+// Package certstest makes certificate authorities and server certificates at run time, and writes them to disk as the kubelet
+// mounts a Secret or ConfigMap. So no key is checked in.
 //
 //	ca := certstest.NewCA(t)
 //	certFile, keyFile := ca.Leaf("broker.example").WriteTo(t.TempDir())
 //	rootsFile := ca.WriteTo(t.TempDir())
 //
-// Writing to the same folder again replaces what it holds as a rotation does.
+// A second write to the same folder replaces its content like a rotation.
 //
-// All keys are ECDSA P-256, which are made in microseconds. All authorities
-// carry the same subject name, as an authority does whose key was renewed, so a
-// test that mixes them up by name fails.
+// All keys are ECDSA P-256, because those are made in microseconds. All authorities have the same subject name, like an
+// authority before and after a renewal of its key. So code that identifies an authority by its name fails its test.
 //
-// It is for tests and demonstrations: keys lie in files readable by their
-// owner, and nothing is revoked or renewed.
+// The package is for tests and demonstrations: it writes keys to files, and revokes and renews nothing.
 package certstest
 
 import (
@@ -31,8 +28,8 @@ import (
 	"time"
 )
 
-// TB is what this package needs of testing.TB. A program that is not a test may
-// pass its own; Fatalf must not return.
+// TB has the methods of testing.TB that this package calls. A program that is not a test may pass its own; Fatalf must not
+// return.
 type TB interface {
 	Helper()
 	Fatalf(format string, args ...any)
@@ -47,13 +44,13 @@ type CA struct {
 
 	tb    TB
 	key   *ecdsa.PrivateKey
-	root  *CA    // where the chain ends; itself, but for an intermediate
-	chain []byte // what its leaves are served with: PEM, but for a root
+	root  *CA    // the end of the chain: the CA itself, unless it is an intermediate
+	chain []byte // PEM of the intermediates that its leaves carry; empty for a root
 }
 
 // Leaf is a certificate with its private key.
 type Leaf struct {
-	// CertPEM is the certificate, followed by its intermediates, without root.
+	// CertPEM is the certificate, followed by its intermediates, without the root.
 	CertPEM []byte
 	// KeyPEM is its private key in PKCS #8 form.
 	KeyPEM []byte
@@ -61,14 +58,13 @@ type Leaf struct {
 	ca *CA
 }
 
-// NewCA returns a new self-signed root, valid from an hour ago to a day ahead.
+// NewCA returns a new self-signed root. It is valid since an hour ago, for another day.
 func NewCA(tb TB) *CA {
 	tb.Helper()
 	return NewCAWith(tb, func(*x509.Certificate) {})
 }
 
-// NewCAWith is NewCA, with change applied to the template before it is signed: to make one that lives
-// longer, or has expired.
+// NewCAWith is NewCA, but calls change with the template before it signs. So a test can set another validity period.
 func NewCAWith(tb TB, change func(*x509.Certificate)) *CA {
 	tb.Helper()
 	ca := &CA{tb: tb}
@@ -77,8 +73,8 @@ func NewCAWith(tb TB, change func(*x509.Certificate)) *CA {
 	return ca
 }
 
-// Intermediate returns a new authority that is signed by ca. Its leaves carry
-// it along, and are trusted where ca's root is.
+// Intermediate returns a new authority signed by ca. Its leaves carry its certificate, and clients that trust ca's root trust
+// them.
 func (ca *CA) Intermediate() *CA {
 	ca.tb.Helper()
 	sub := &CA{tb: ca.tb, root: ca.root}
@@ -87,7 +83,7 @@ func (ca *CA) Intermediate() *CA {
 	return sub
 }
 
-// sign makes ca's key and certificate; by a nil parent, it is self-signed.
+// sign makes ca's key and certificate. If parent is nil, the certificate is self-signed.
 func (ca *CA) sign(parent *CA, change func(*x509.Certificate)) {
 	ca.tb.Helper()
 	ca.key = newKey(ca.tb)
@@ -112,15 +108,14 @@ func (ca *CA) sign(parent *CA, change func(*x509.Certificate)) {
 	ca.PEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
-// Leaf returns a certificate for a TLS server known by the given DNS names and
-// IP addresses, valid from an hour ago to a day ahead.
+// Leaf returns a certificate of a TLS server with these DNS names and IP addresses. It is valid since an hour ago, for another
+// day.
 func (ca *CA) Leaf(names ...string) *Leaf {
 	ca.tb.Helper()
 	return ca.LeafWith(func(*x509.Certificate) {}, names...)
 }
 
-// LeafWith is Leaf, with change applied to the template before it is signed: to
-// make one that has expired, or is good for another use.
+// LeafWith is Leaf, but calls change with the template before it signs. So a test can set another validity period or use.
 func (ca *CA) LeafWith(change func(*x509.Certificate), names ...string) *Leaf {
 	ca.tb.Helper()
 	tmpl := template()
@@ -151,15 +146,14 @@ func (ca *CA) LeafWith(change func(*x509.Certificate), names ...string) *Leaf {
 	}
 }
 
-// Pool returns a pool of this authority alone.
+// Pool returns a pool with only this authority.
 func (ca *CA) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.Cert)
 	return pool
 }
 
-// WriteTo writes the certificate of ca, and those of others after it, to ca.crt in the
-// mounted volume dir, and returns the path of that file.
+// WriteTo writes the certificates of ca and others to ca.crt in the mounted volume dir, and returns the path of that file.
 func (ca *CA) WriteTo(dir string, others ...*CA) (file string) {
 	ca.tb.Helper()
 	bundle := slices.Clone(ca.PEM)
@@ -180,8 +174,8 @@ func (l *Leaf) TLS() tls.Certificate {
 	return cert
 }
 
-// WriteTo writes tls.crt, tls.key and, as cert-manager does, the root as ca.crt to the
-// mounted volume dir, and returns the paths of the first two.
+// WriteTo writes tls.crt and tls.key to the mounted volume dir, and the root as ca.crt, as cert-manager does. It returns the
+// paths of the first two files.
 func (l *Leaf) WriteTo(dir string) (certFile, keyFile string) {
 	l.ca.tb.Helper()
 	WriteVolume(l.ca.tb, dir, map[string][]byte{
@@ -190,10 +184,9 @@ func (l *Leaf) WriteTo(dir string) (certFile, keyFile string) {
 	return filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 }
 
-// WriteVolume makes files all that the folder dir holds, in the way of the
-// kubelet: the content lies in a folder with a new name, dir/..data is a
-// symbolic link to it that is replaced in one step, and each dir/NAME is a
-// link to ..data/NAME that never changes. dir is made if it is not there.
+// WriteVolume replaces the content of the folder dir by files, as the kubelet does. The files are in a folder with a new name,
+// and the symbolic link dir/..data to that folder is replaced in one step. Each dir/NAME is a link to ..data/NAME that never
+// changes. WriteVolume creates dir if necessary.
 func WriteVolume(tb TB, dir string, files map[string][]byte) {
 	tb.Helper()
 	must := func(err error) {

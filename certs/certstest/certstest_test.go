@@ -27,11 +27,11 @@ func TestLeafVerifies(t *testing.T) {
 		}
 		for _, name := range []string{"a.svc", "127.0.0.1"} {
 			if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: ca.Pool(), Intermediates: chain, DNSName: name}); err != nil {
-				t.Errorf("leaf of %s for %s: %v", what, name, err)
+				t.Errorf("leaf of the %s for %s: %v", what, name, err)
 			}
 		}
 		if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: certstest.NewCA(t).Pool(), Intermediates: chain}); err == nil {
-			t.Errorf("leaf of %s verifies against another root", what)
+			t.Errorf("leaf of the %s verifies against another root", what)
 		}
 	}
 }
@@ -46,10 +46,10 @@ func TestWriteVolume(t *testing.T) {
 		certstest.WriteVolume(t, dir, files)
 		for name, want := range files {
 			if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != string(want) {
-				t.Errorf("%s holds %q, error %v; want %q", name, got, err, want)
+				t.Errorf("%s contains %q, error %v; want %q", name, got, err, want)
 			}
 			if target, err := os.Readlink(filepath.Join(dir, name)); err != nil || target != filepath.Join("..data", name) {
-				t.Errorf("%s links to %q, error %v; want one through ..data", name, target, err)
+				t.Errorf("%s links to %q, error %v; want a link through ..data", name, target, err)
 			}
 		}
 		payload, err := os.Readlink(filepath.Join(dir, "..data"))
@@ -59,7 +59,7 @@ func TestWriteVolume(t *testing.T) {
 		before = append(before, payload)
 		entries, err := os.ReadDir(dir)
 		if err != nil || len(entries) != len(files)+2 {
-			t.Errorf("%d entries, error %v; want %d links, ..data and one folder", len(entries), err, len(files))
+			t.Errorf("%d entries, error %v; want %d links, ..data and a folder", len(entries), err, len(files))
 		}
 	}
 }

@@ -18,57 +18,55 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// A leaf is about to expire when less than this is left of its life: a tenth, and at most an hour. The
-// hour is ample for clocks that differ; the tenth is for leaves of an hour, which would otherwise be
-// about to expire all their life.
+// A leaf is about to expire when its time left is less than a tenth of its lifetime, and less than an hour. An hour is enough
+// for clocks that differ. The tenth is for leaves with a lifetime of an hour, which would otherwise always be about to expire.
 const (
 	lastPart = 10
 	lastTime = time.Hour
 )
 
-// gate judges whether pods can know the root of a new leaf.
+// gate decides whether a new leaf may be served, because pods can have its root.
 type gate struct {
 	propagation time.Duration
 	log         *slog.Logger
 
-	mu     sync.Mutex
-	base   []*x509.Certificate // under which this process began to serve: it could do nothing else; guarded by mu
-	record record              // as last read; nil before; guarded by mu
-	err    error               // why record is older than what is there; guarded by mu
+	mu      sync.Mutex
+	initial []*x509.Certificate // that verify the leaf loaded at startup; guarded by mu
+	record  record              // the last good one; nil before the first; guarded by mu
+	err     error               // why record is not the current one; guarded by mu
 }
 
-// begin notes which of the roots the first leaf verifies under.
+// begin stores the roots that verify the first leaf.
 func (g *gate) begin(serving *tls.Certificate, roots []*x509.Certificate) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, root := range roots {
 		if verifies(serving, time.Now(), root) {
-			g.base = append(g.base, root)
+			g.initial = append(g.initial, root)
 		}
 	}
 }
 
-// judge has the form that certs.KeyPair.SetGate asks for. Every client that trusts what has been
-// published for the propagation time must be able to verify next; otherwise it waits, unless serving is
-// about to be of no use to anybody.
-func (g *gate) judge(serving, next *tls.Certificate) error {
+// allow is the function for certs.KeyPair.SetGate. It allows next if every client can verify it with the roots that have been
+// published for the propagation time. It also allows next if no client can use serving any longer, or soon.
+func (g *gate) allow(serving, next *tls.Certificate) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.base) == 0 && len(g.record) == 0 {
-		return nil // Nothing was ever published: no pod trusts anything that next could break.
+	if len(g.initial) == 0 && len(g.record) == 0 {
+		return nil // Nothing was ever published, so no pod trusts a root that next could break.
 	}
 	now := time.Now()
 	if (now.Before(next.Leaf.NotBefore) || now.After(next.Leaf.NotAfter)) && now.Before(serving.Leaf.NotAfter) {
-		return errors.New("it is not valid at this time")
+		return errors.New("the new leaf is not valid at this time")
 	}
 	var known, published []*x509.Certificate
-	for _, root := range g.base {
-		// One that the record has lost was dropped since.
+	for _, root := range g.initial {
+		// A root that the record no longer has was dropped.
 		if _, kept := g.record[digest(root)]; kept || g.record == nil {
 			known = append(known, root)
 		}
 	}
-	var since time.Time // when the root of next was published, where it was
+	var since time.Time // when a root that verifies next was published; zero if it was not
 	for _, c := range g.record {
 		if !c.published.IsZero() {
 			published = append(published, c.cert)
@@ -84,21 +82,21 @@ func (g *gate) judge(serving, next *tls.Certificate) error {
 	if verifies(next, now, known...) {
 		return nil
 	}
-	// Roots can end before leaves do. Then nobody is served by waiting.
+	// A root can expire before its leaves. Then no client can verify serving, and waiting does not help.
 	if verifies(next, now, published...) && !verifies(serving, now, append(published, known...)...) {
 		return nil
 	}
 	left := serving.Leaf.NotAfter.Sub(now)
 	if left < min(serving.Leaf.NotAfter.Sub(serving.Leaf.NotBefore)/lastPart, lastTime) {
-		g.log.Warn("Serving a leaf under a root that pods may not know yet, because the present leaf is about to expire",
+		g.log.Warn("Served a leaf before pods can have its root, because the present leaf is about to expire",
 			"expires", serving.Leaf.NotAfter)
 		return nil
 	}
 	if !since.IsZero() {
-		return fmt.Errorf("its root is published since %s, and pods have it at %s",
+		return fmt.Errorf("its root was published at %s, and pods have it at %s",
 			since.Format(time.TimeOnly), since.Add(g.propagation).Format(time.TimeOnly))
 	}
-	return errors.New("it verifies under no root that is published in every opted-in namespace")
+	return errors.New("no root that is published in every opted-in namespace verifies the new leaf")
 }
 
 func (g *gate) problem() error {
@@ -107,7 +105,7 @@ func (g *gate) problem() error {
 	return g.err
 }
 
-// observe takes up a new record. One that does not parse changes nothing: the leader is about to repair it.
+// observe stores a new record. A malformed one changes nothing, because the leader will repair it.
 func (g *gate) observe(m *corev1.ConfigMap) {
 	record, err := parseRecord(m.Data)
 	g.mu.Lock()
@@ -119,8 +117,8 @@ func (g *gate) observe(m *corev1.ConfigMap) {
 	g.record, g.err = record, nil
 }
 
-// follow watches the record until ctx ends. What was read last is kept while the API server is away, and
-// when the ConfigMap is deleted.
+// follow watches the trust record until ctx ends. It keeps the last one while the API server is unavailable, and after the
+// ConfigMap is deleted.
 func (t *Trust) follow(ctx context.Context) {
 	informer := cache.NewSharedIndexInformer(t.maps(t.cfg.Namespace), &corev1.ConfigMap{}, 0, cache.Indexers{})
 	observe := func(obj any) {
@@ -132,14 +130,14 @@ func (t *Trust) follow(ctx context.Context) {
 		AddFunc:    observe,
 		UpdateFunc: func(_, obj any) { observe(obj) },
 	}); err != nil {
-		t.cfg.Logger.ErrorContext(ctx, "Watching the record of roots failed", "error", err) // Only after its end.
+		t.cfg.Logger.ErrorContext(ctx, "Could not watch the trust record", "error", err) // only after the informer has ended
 		return
 	}
 	informer.RunWithContext(ctx)
 }
 
-// maps lists and watches the ConfigMaps of our name, in one namespace or, where it is empty, in all. The
-// field selector is what lets RBAC limit the right to that name.
+// maps lists and watches the ConfigMaps with our name in one namespace, or in all if namespace is empty. With the field
+// selector, RBAC can limit the right to that name.
 func (t *Trust) maps(namespace string) cache.ListerWatcher {
 	selector := fields.OneTermEqualSelector("metadata.name", t.cfg.ConfigMap).String()
 	return &cache.ListWatch{

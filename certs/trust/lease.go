@@ -9,28 +9,27 @@ import (
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 )
 
-// Times of the election, which are Kubernetes' own. A leader that dies is followed by another within
-// leaseTime and a retry, and a pod whose namespace is labelled meanwhile waits that long: kubelets try to
-// mount a missing ConfigMap again and again.
+// Times of the election, the same as Kubernetes' own. If a leader crashes, another replica leads within leaseTime and a retry.
+// Pods of a namespace that is labeled meanwhile wait that long, because kubelets retry to mount a missing ConfigMap.
 const (
 	leaseTime     = 15 * time.Second
 	renewDeadline = 10 * time.Second
 	retryPeriod   = 2 * time.Second
 )
 
-// campaign leads whenever this replica is elected, until ctx ends.
+// campaign takes part in elections until ctx ends.
 func (t *Trust) campaign(ctx context.Context) {
 	for ctx.Err() == nil {
-		t.stand(ctx)
+		t.runForLeader(ctx)
 	}
 }
 
-// stand waits to be elected, leads, and returns when the lead is lost or ctx ends. Then publishing ends
-// first and the Lease is given up second, so that no two replicas publish.
-func (t *Trust) stand(ctx context.Context) {
+// runForLeader waits until this replica is elected, publishes, and returns when the Lease is lost or ctx ends. It stops
+// publishing before it releases the Lease, so that two replicas never publish at once.
+func (t *Trust) runForLeader(ctx context.Context) {
 	election, resign := context.WithCancel(context.WithoutCancel(ctx))
 	defer resign()
-	publishing := make(chan struct{}, 1) // full while this replica publishes, and while it must not begin to
+	publishing := make(chan struct{}, 1) // full while this replica publishes, or must not start to
 	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
 		Name: Lease,
 		Lock: &resourcelock.LeaseLock{
@@ -55,7 +54,7 @@ func (t *Trust) stand(ctx context.Context) {
 		},
 	})
 	if err != nil {
-		t.cfg.Logger.ErrorContext(ctx, "Electing a leader is impossible", "error", err) // The times above are wrong.
+		t.cfg.Logger.ErrorContext(ctx, "Could not take part in the election of a leader", "error", err) // only if the times above are invalid
 		<-ctx.Done()
 		return
 	}
@@ -65,11 +64,11 @@ func (t *Trust) stand(ctx context.Context) {
 		elector.Run(election)
 	}()
 	select {
-	case <-ended: // the lead was lost
+	case <-ended: // The Lease was lost.
 	case <-ctx.Done():
 	}
 	publishing <- struct{}{}
 	resign()
 	<-ended
-	<-publishing // for a callback that comes late, and finds that it is over
+	<-publishing // lets a late callback run, which finds that ctx has ended
 }

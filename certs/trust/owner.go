@@ -14,39 +14,39 @@ import (
 
 const ownerKind = "ClusterRole"
 
-// ownerMinAge is the least time between two reads of the owner. While the garbage collector deletes
-// thousands of ConfigMaps, each of them doubts the owner.
+// ownerMinAge is the minimum time between two reads of the owner. While the garbage collector deletes thousands of ConfigMaps,
+// each deletion invalidates the owner.
 const ownerMinAge = time.Second
 
-// owner knows the UID of the object that owns all ConfigMaps. One that was deleted and made again is
-// another owner, and what the old one owned is deleted.
+// owner caches the UID of the object that owns all ConfigMaps. A recreated object has another UID, and the garbage collector
+// deletes the ConfigMaps of the old one.
 type owner struct {
 	meta metadata.Interface
-	name string // empty: there is none
+	name string // empty: no owner
 
 	mu    sync.Mutex
 	known types.UID // empty before the first read; guarded by mu
 	read  time.Time // guarded by mu
 	err   error     // of the last read; guarded by mu
-	asked bool      // whether known may be wrong; guarded by mu
+	stale bool      // known may be wrong; guarded by mu
 }
 
-// doubt has the owner read again before it is used next.
-func (o *owner) doubt() {
+// invalidate makes the next call of uid read the owner.
+func (o *owner) invalidate() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.asked = true
+	o.stale = true
 }
 
-// uid is the owner's; empty when there is none to be. Without an owner that should be, nothing is
-// published: it is gone because Credence is being uninstalled, and what is written now would stay.
+// uid returns the owner's UID; empty if no owner is configured. It returns an error if the configured owner does not exist: then
+// Credence is being uninstalled, and a ConfigMap that is written now would stay.
 func (o *owner) uid(ctx context.Context) (types.UID, error) {
 	if o.name == "" {
 		return "", nil
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if (o.known != "" && !o.asked) || (!o.read.IsZero() && time.Since(o.read) < ownerMinAge) {
+	if (o.known != "" && !o.stale) || (!o.read.IsZero() && time.Since(o.read) < ownerMinAge) {
 		return o.known, o.err
 	}
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
@@ -54,9 +54,9 @@ func (o *owner) uid(ctx context.Context) (types.UID, error) {
 	m, err := o.meta.Resource(rbacv1.SchemeGroupVersion.WithResource("clusterroles")).Get(ctx, o.name, metav1.GetOptions{})
 	o.read = time.Now()
 	if err != nil {
-		o.known, o.err = "", fmt.Errorf("reading %s %s, which is to own the ConfigMaps: %w", ownerKind, o.name, err)
+		o.known, o.err = "", fmt.Errorf("reading %s %s, the owner of the ConfigMaps: %w", ownerKind, o.name, err)
 		return "", o.err
 	}
-	o.known, o.err, o.asked = m.UID, nil, false
+	o.known, o.err, o.stale = m.UID, nil, false
 	return o.known, nil
 }

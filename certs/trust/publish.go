@@ -17,52 +17,52 @@ import (
 )
 
 const (
-	// publishRate bounds our writes a second, to be a small part of what an API server takes: a new root
-	// reaches 10,000 namespaces in less than two minutes. What somebody waits for goes first.
+	// publishRate bounds our writes a second, which is little for an API server. A new root reaches 10,000 namespaces in less than
+	// two minutes. Urgent writes go first.
 	publishRate  = 100
 	publishBurst = 20
-	// workers write at the same time; a write takes some milliseconds.
+	// workers is the number of concurrent writes. A write takes some milliseconds.
 	workers = 8
-	// writeTimeout ends a write whose connection has died.
+	// writeTimeout bounds a request, in case its connection is dead.
 	writeTimeout = 10 * time.Second
-	// minRepair is the least time between two writes to one namespace, lest a quarrel with another
-	// controller over the same ConfigMap take up what others need.
+	// minRepair is the minimum time between two writes to one namespace. So a conflict with another controller over one ConfigMap
+	// does not use up the rate.
 	minRepair = time.Second
-	// firstRetry and lastRetry bound the time after which a failed write is tried again.
+	// firstRetry and lastRetry bound the delay before a failed write is retried.
 	firstRetry = time.Second
 	lastRetry  = 5 * time.Minute
 )
 
-// hurry has a namespace looked at before those that only take part in a change for all.
-func (p *term) hurry(namespace string) {
-	p.order.hurry(namespace)
+// enqueueUrgent enqueues a namespace before those that only need a change for all.
+func (p *publisher) enqueueUrgent(namespace string) {
+	p.priorities.setUrgent(namespace)
 	p.queue.Add(namespace)
 }
 
-// everywhere has every namespace looked at.
-func (p *term) everywhere() {
-	p.hurry(p.cfg.Namespace)
+// enqueueAll enqueues every namespace.
+func (p *publisher) enqueueAll() {
+	p.enqueueUrgent(p.cfg.Namespace)
 	for _, name := range p.namespaces.GetStore().ListKeys() {
 		p.queue.Add(name)
 	}
 }
 
-// changed has a namespace looked at whose ConfigMap has changed, perhaps by us. In our own it may bear new
-// orders, and everywhere it may be the last that a new root was awaited in.
-func (p *term) changed(namespace string) {
-	p.hurry(namespace)
+// changed handles a change of a namespace's ConfigMap, by this replica or another client. It wakes reconcile if our own
+// ConfigMap may have a new annotation, or if this may be the last namespace that lacked a new root.
+func (p *publisher) changed(namespace string) {
+	p.enqueueUrgent(namespace)
 	p.mu.Lock()
-	look := p.synced && (namespace == p.cfg.Namespace || !p.record.complete() && p.queue.Len() == 0)
+	reconcile := p.synced && (namespace == p.cfg.Namespace || !p.record.complete() && p.queue.Len() == 0)
 	p.mu.Unlock()
-	if look {
+	if reconcile {
 		select {
-		case p.poke <- struct{}{}:
+		case p.wake <- struct{}{}:
 		default:
 		}
 	}
 }
 
-func (p *term) forget(namespace string) {
+func (p *publisher) forget(namespace string) {
 	p.queue.Forget(namespace)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -70,19 +70,19 @@ func (p *term) forget(namespace string) {
 	delete(p.failing, namespace)
 }
 
-// work looks at one namespace. It returns false when there will be no more.
-func (p *term) work(ctx context.Context) bool {
-	namespace, ended := p.queue.Get()
-	if ended {
+// work publishes in one namespace. It returns false when the queue is shut down.
+func (p *publisher) work(ctx context.Context) bool {
+	namespace, shutDown := p.queue.Get()
+	if shutDown {
 		return false
 	}
 	defer p.queue.Done(namespace)
 	later, err := p.publish(ctx, namespace)
-	if later || ctx.Err() != nil { // In the latter case the queue is about to end.
+	if later || ctx.Err() != nil { // If ctx has ended, the queue is being shut down.
 		return true
 	}
 	if err != nil {
-		p.owner.doubt()
+		p.owner.invalidate()
 		p.fail(ctx, namespace, err)
 		p.queue.AddRateLimited(namespace)
 		return true
@@ -93,33 +93,33 @@ func (p *term) work(ctx context.Context) bool {
 	delete(p.failing, namespace)
 	p.mu.Unlock()
 	if failed {
-		p.cfg.Logger.InfoContext(ctx, "Publishing roots in a namespace is possible again", "namespace", namespace)
+		p.cfg.Logger.InfoContext(ctx, "Published roots in a namespace again", "namespace", namespace)
 	}
 	return true
 }
 
-// fail notes why a namespace has not what it should, and says so once for each reason.
-func (p *term) fail(ctx context.Context, namespace string, err error) {
+// fail stores why a namespace does not have the desired data, and logs each reason once.
+func (p *publisher) fail(ctx context.Context, namespace string, err error) {
 	p.mu.Lock()
 	before := p.failing[namespace]
 	p.failing[namespace] = err
 	count := len(p.failing)
 	p.mu.Unlock()
 	if before == nil || before.Error() != err.Error() {
-		p.cfg.Logger.WarnContext(ctx, "Publishing roots in a namespace failed; it is tried again",
+		p.cfg.Logger.WarnContext(ctx, "Could not publish roots in a namespace, retrying",
 			"namespace", namespace, "failing", count, "error", err)
 	}
 }
 
-// publish writes the ConfigMap of one namespace, unless it is as it should be, or was written a moment ago:
-// then the namespace comes back later.
-func (p *term) publish(ctx context.Context, namespace string) (later bool, err error) {
+// publish writes the ConfigMap of one namespace, unless it is up to date. If it was written less than minRepair ago, publish
+// enqueues the namespace for later and returns true.
+func (p *publisher) publish(ctx context.Context, namespace string) (later bool, err error) {
 	own := namespace == p.cfg.Namespace
-	if !own && !p.wanted(namespace) {
+	if !own && !p.optedIn(namespace) {
 		return false, nil
 	}
 	p.mu.Lock()
-	data := p.want
+	data := p.desired
 	wait := minRepair - time.Since(p.written[namespace])
 	p.mu.Unlock()
 	if data == nil {
@@ -129,11 +129,11 @@ func (p *term) publish(ctx context.Context, namespace string) (later bool, err e
 	if err != nil {
 		return false, err
 	}
-	if p.asWanted(p.held(namespace), data, own, uid) {
+	if p.upToDate(p.state(namespace), data, own, uid) {
 		return false, nil
 	}
-	if wait > 0 && !own { // Our own is written in the course of a rotation; nobody quarrels with us there.
-		p.order.hurry(namespace)
+	if wait > 0 && !own { // A rotation writes our own several times, and no other controller writes there.
+		p.priorities.setUrgent(namespace)
 		p.queue.AddAfter(namespace, wait)
 		return true, nil
 	}
@@ -165,13 +165,14 @@ func (p *term) publish(ctx context.Context, namespace string) (later bool, err e
 	return false, nil
 }
 
-// wanted reports whether a namespace is opted in and not on its way out.
-func (p *term) wanted(namespace string) bool {
+// optedIn reports whether a namespace is opted in and not being deleted.
+func (p *publisher) optedIn(namespace string) bool {
 	obj, ok, err := p.namespaces.GetStore().GetByKey(namespace)
 	return err == nil && ok && obj.(*metav1.PartialObjectMetadata).DeletionTimestamp == nil
 }
 
-func (p *term) asWanted(m *held, data map[string]string, own bool, owner types.UID) bool {
+// upToDate reports whether a ConfigMap has the desired data and owner.
+func (p *publisher) upToDate(m *configMapState, data map[string]string, own bool, owner types.UID) bool {
 	if m == nil || m.roots != sha256.Sum256([]byte(data[RootsKey])) {
 		return false
 	}
@@ -181,7 +182,7 @@ func (p *term) asWanted(m *held, data map[string]string, own bool, owner types.U
 	return owner == "" || slices.Contains(m.owners, owner)
 }
 
-// gone reports whether the namespace is being deleted, or was, as its watch will tell in a moment.
+// gone reports whether the write failed because the namespace was deleted or is being deleted. Its watch reports the same soon.
 func gone(err error) bool {
 	return apierrors.IsNotFound(err) || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)
 }

@@ -13,37 +13,36 @@ import (
 	"github.com/credence-iam/credence/certs"
 )
 
-// retention is how long a root stays published after the last leaf under it was served. A replica that
-// was late to take up the new leaf has ended or caught up by then, and a leaf that has to be rolled back
-// is still known.
+// retention is how long a root stays published after the last leaf under it was served. By then, no replica serves the old leaf
+// any longer. Until then, an admin can return to the old leaf.
 const retention = 24 * time.Hour
 
-// root is one certificate that is published.
+// root is a published certificate.
 type root struct {
 	cert      *x509.Certificate
-	published time.Time // when every opted-in namespace had it; zero until then
-	retired   time.Time // since when neither the file nor the leaf in use speaks for it; zero while one does
+	published time.Time // when every opted-in namespace had it; zero before
+	retired   time.Time // when both the file and the served leaf stopped to need it; zero while one needs it
 }
 
-// record is what is published, by digest. It is a value: next and stamped return new ones.
+// record has the published roots by digest. It is immutable: next and stamped return new records.
 type record map[string]root
 
-// facts are what decides what becomes of a record.
+// facts are the inputs of [record.next].
 type facts struct {
 	now     time.Time
-	file    []*x509.Certificate // nil when it cannot be read, which retires nothing
+	file    []*x509.Certificate // nil if it cannot be read; then no root is retired
 	serving *tls.Certificate
 	drop    map[string]bool
 }
 
-// change is something that happened to a root, for the log.
+// change is a change of a root, for the log.
 type change struct {
 	what string
 	id   string
 	cert *x509.Certificate
 }
 
-// next is the record as it should be now.
+// next returns the record for the present facts, and its changes.
 func (r record) next(f facts) (record, []change) {
 	var changes []change
 	candidates := maps.Clone(r)
@@ -85,7 +84,7 @@ func (r record) next(f facts) (record, []change) {
 			c.retired = f.now
 			note("retired")
 		case !c.retired.IsZero() && f.now.Sub(c.retired) >= retention:
-			note("past its retention")
+			note("retention ended")
 			continue
 		}
 		next[id] = c
@@ -93,9 +92,9 @@ func (r record) next(f facts) (record, []change) {
 	for len(encode(next.certs())) > maxBundle {
 		id, found := next.oldestRetired()
 		if !found {
-			break // The file alone is within the bound, and what verifies one leaf adds little.
+			break // The file alone is within the limit, and the roots of one leaf add little.
 		}
-		changes = append(changes, change{"dropped, because there are too many", id, next[id].cert})
+		changes = append(changes, change{"dropped, too many roots", id, next[id].cert})
 		delete(next, id)
 	}
 	slices.SortFunc(changes, func(a, b change) int { return cmp.Compare(a.id, b.id) })
@@ -111,7 +110,7 @@ func (r record) oldestRetired() (id string, found bool) {
 	return id, found
 }
 
-// stamped is the record once every namespace has it.
+// stamped returns r with now as the time of publication of its new roots.
 func (r record) stamped(now time.Time) record {
 	next := maps.Clone(r)
 	for id, c := range next {
@@ -123,7 +122,7 @@ func (r record) stamped(now time.Time) record {
 	return next
 }
 
-// complete reports whether every root is known to be published.
+// complete reports whether every root has a time of publication.
 func (r record) complete() bool {
 	for _, c := range r {
 		if c.published.IsZero() {
@@ -133,7 +132,7 @@ func (r record) complete() bool {
 	return true
 }
 
-// ids are the digests in order, so that equal records have equal texts.
+// ids returns the digests in order, so that equal records have equal texts.
 func (r record) ids() []string { return slices.Sorted(maps.Keys(r)) }
 
 func (r record) certs() []*x509.Certificate {
@@ -144,7 +143,7 @@ func (r record) certs() []*x509.Certificate {
 	return all
 }
 
-// entry is a root in the text of a record. Subject and NotAfter are for people.
+// entry is a root in the JSON of a record. Subject and NotAfter are for users.
 type entry struct {
 	SHA256    string    `json:"sha256"`
 	Subject   string    `json:"subject"`
@@ -157,7 +156,7 @@ type document struct {
 	Roots []entry `json:"roots"`
 }
 
-// data is what the ConfigMap in the broker's own namespace holds.
+// data returns the data of the ConfigMap in the broker's own namespace.
 func (r record) data() (map[string]string, error) {
 	var d document
 	for _, id := range r.ids() {
@@ -169,12 +168,12 @@ func (r record) data() (map[string]string, error) {
 	}
 	text, err := json.MarshalIndent(d, "", "  ")
 	if err != nil {
-		return nil, fmt.Errorf("encoding the record of roots: %w", err)
+		return nil, fmt.Errorf("encoding the trust record: %w", err)
 	}
 	return map[string]string{RootsKey: string(encode(r.certs())), RecordKey: string(text) + "\n"}, nil
 }
 
-// seconds rounds up: a root is never thought to be published for longer than it is.
+// seconds rounds up to whole seconds, so that a root never counts as published for longer than it is.
 func seconds(t time.Time) time.Time {
 	if t.IsZero() {
 		return t
@@ -182,8 +181,7 @@ func seconds(t time.Time) time.Time {
 	return t.Add(time.Second - 1).Truncate(time.Second).UTC()
 }
 
-// parseRecord reads back what data made. A root that the record does not name was put there by somebody
-// else, and is not ours to publish.
+// parseRecord is the inverse of data. It ignores a root that the record does not name, because another client added it.
 func parseRecord(data map[string]string) (record, error) {
 	var d document
 	if err := json.Unmarshal([]byte(data[RecordKey]), &d); err != nil {

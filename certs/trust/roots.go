@@ -17,14 +17,14 @@ import (
 	"github.com/credence-iam/credence/certs"
 )
 
-// maxBundle bounds what is published, in bytes. It is copied into every opted-in namespace: with 10,000
-// of them this much takes 640 MB of etcd, whose default quota is 2 GB. It holds some forty roots; a
-// bundle of all public authorities, five times as much, is not what a broker should be known by.
+// maxBundle bounds the published roots, in bytes. Every opted-in namespace has a copy: in 10,000 namespaces they take 640 MB of
+// etcd, whose default quota is 2 GB. The limit is enough for about forty roots. A bundle of all public authorities has five times
+// the size, and a broker's certificate should not come from any of them.
 const maxBundle = 64 << 10
 
 // readRoots reads a bundle of roots from a file.
 func readRoots(name string) ([]*x509.Certificate, error) {
-	f, err := os.Open(name) //nolint:gosec // G304: the operator names it by a flag
+	f, err := os.Open(name) //nolint:gosec // G304: a flag names the file
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +34,7 @@ func readRoots(name string) ([]*x509.Certificate, error) {
 		return nil, fmt.Errorf("reading %s: %w", name, err)
 	}
 	if len(data) > maxBundle {
-		return nil, fmt.Errorf("reading %s: longer than %d bytes, which is too much to copy into every namespace", name, maxBundle)
+		return nil, fmt.Errorf("reading %s: longer than %d bytes, too much for a copy in every namespace", name, maxBundle)
 	}
 	roots, err := certs.ParseRoots(data)
 	if err != nil {
@@ -43,37 +43,37 @@ func readRoots(name string) ([]*x509.Certificate, error) {
 	return roots, nil
 }
 
-// digest names a certificate, as the record and DropAnnotation do.
+// digest returns the digest that identifies a certificate in the record and in DropAnnotation.
 func digest(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.Raw)
 	return hex.EncodeToString(sum[:])
 }
 
-// parseDigests parses the value of DropAnnotation. Colons between the bytes, and capitals, as openssl
-// prints them, are good too.
+// parseDigests parses the value of DropAnnotation. It accepts colons between the bytes and capital letters, as openssl prints
+// them.
 func parseDigests(list string) (map[string]bool, error) {
 	digests := make(map[string]bool)
 	for text := range strings.FieldsFuncSeq(list, func(r rune) bool { return r == ',' || r == ' ' || r == '\n' }) {
 		id := strings.ToLower(strings.ReplaceAll(text, ":", ""))
 		if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size {
-			return nil, errors.New("annotation " + DropAnnotation + ": wants SHA-256 digests of 64 hexadecimal digits each, separated by commas; nothing is dropped")
+			return nil, errors.New("annotation " + DropAnnotation + ": not a list of SHA-256 digests, so no root is dropped; write 64 hexadecimal digits for each, separated by commas")
 		}
 		digests[id] = true
 	}
 	return digests, nil
 }
 
-// encode is the bundle of these certificates.
+// encode returns the certificates as a PEM bundle.
 func encode(roots []*x509.Certificate) []byte {
 	var bundle bytes.Buffer
 	for _, root := range roots {
-		_ = pem.Encode(&bundle, &pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}) // A Buffer takes all.
+		_ = pem.Encode(&bundle, &pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}) // A Buffer returns no error.
 	}
 	return bundle.Bytes()
 }
 
-// verifies reports whether leaf verifies under one of the roots at that time, as it will for a client
-// that trusts them. Names are not looked at: two roots may well have the same.
+// verifies reports whether a client that trusts roots can verify leaf at that time. It does not compare names, because two roots
+// can have the same name.
 func verifies(leaf *tls.Certificate, at time.Time, roots ...*x509.Certificate) bool {
 	pool, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	for _, root := range roots {

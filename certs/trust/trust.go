@@ -1,29 +1,25 @@
-// Package trust tells the pods of opted-in namespaces which roots the broker's certificate is verified
-// by, and holds the broker to it: a leaf under a new root is not served before the pods can know that
-// root.
+// Package trust publishes the broker's root certificates to the pods of opted-in namespaces, and keeps a new leaf pending until
+// pods can have its root.
 //
-// The replica that leads publishes the ConfigMap in every opted-in namespace and in its own, repairs
-// it when somebody edits or deletes it, and keeps a record of the roots beside them in its own. Every
-// replica, leading or not, follows that record.
+// The leading replica publishes the ConfigMap in every opted-in namespace and in its own, and repairs it if another client
+// edits or deletes it. In its own namespace, the ConfigMap also has the trust record. Every replica follows that record.
 //
-// What is published is the union of
-//   - the roots in the file that comes with the leaf (a Secret's ca.crt),
-//   - the roots under which the leaf now served verifies,
-//   - earlier ones, until a day after that was last so of them.
+// It publishes:
+//   - the roots in the file next to the leaf (a Secret's ca.crt),
+//   - the roots that verify the served leaf,
+//   - earlier roots, until neither of these has been true for a day.
 //
-// It promises that
-//   - a root whose leaf is being served is never withdrawn, whatever happens to the file, but by its
-//     own expiry;
-//   - nothing is published instead of something: while there is no root to publish, what is there stays;
-//   - the broker is never stopped: while the API server is away, or refuses, publishing is tried
-//     again and the leaf that pods know is served on;
-//   - keys of others in a ConfigMap of that name are left alone.
+// It guarantees:
+//   - A root that verifies the served leaf is never withdrawn before it expires, whatever happens to the file.
+//   - Published roots are never replaced by nothing: without a root to publish, the ConfigMaps do not change.
+//   - The broker never stops. While the API server is unavailable or refuses, the leader retries, and the broker serves the leaf
+//     that pods can verify.
+//   - Keys of other clients in a ConfigMap of that name do not change.
 //
-// A ConfigMap is left where it is when its namespace is no longer opted in: running pods mount it,
-// and kubelets could not restart their sidecars without it. The owner reference takes all of them away
-// when Credence is uninstalled.
+// A namespace that is no longer opted in keeps its ConfigMap: running pods mount it, and kubelets could not restart their
+// sidecars without it. The owner reference removes all ConfigMaps when Credence is uninstalled.
 //
-// It issues and renews nothing; cert-manager, or the operator, does.
+// The package does not issue or renew certificates; cert-manager or the cluster admin does.
 package trust
 
 import (
@@ -46,58 +42,57 @@ import (
 	"github.com/credence-iam/credence/certs"
 )
 
-// Names of what is published.
+// Names of published objects and keys.
 const (
-	// RootsKey is the key of the ConfigMap that holds the roots, in PEM.
+	// RootsKey is the ConfigMap's key for the roots, in PEM.
 	RootsKey = "roots.pem"
-	// RecordKey is the key, in the broker's own namespace alone, that says since when each root is
-	// published and since when it is out of use, in JSON.
+	// RecordKey is the ConfigMap's key for the trust record, in JSON: when each root was published and when it was retired. Only
+	// the broker's own namespace has it.
 	RecordKey = "record.json"
-	// DropAnnotation, on the ConfigMap in the broker's own namespace, names roots that are not to be
-	// published from now on, whatever else speaks for them: a comma list of the SHA-256 digests of
-	// their certificates, in hexadecimal digits. A root whose leaf is being served goes as soon as it
-	// is not any more.
+	// DropAnnotation, on the ConfigMap in the broker's own namespace, lists roots to withdraw, even if the file has them. Its
+	// value has the SHA-256 digests of their certificates in hexadecimal digits, separated by commas. A root that verifies the
+	// served leaf is withdrawn when another leaf is served.
 	DropAnnotation = "credence-iam.github.io/drop-roots"
-	// FieldManager owns, by server-side apply, what is ours of a ConfigMap.
+	// FieldManager is the owner of our fields of a ConfigMap (server-side apply).
 	FieldManager = "credence-broker"
 	// Lease is the name of the Lease that the leading replica holds.
 	Lease = "credence-broker"
 )
 
-// DefaultPropagation is the time that a published root is given to arrive in running pods: the kubelet
-// looks at ConfigMaps about once a minute, and its copy may be a minute old.
+// DefaultPropagation is the time that a published root may need to reach running pods. The kubelet reads ConfigMaps about once a
+// minute, from a copy that may be a minute old.
 const DefaultPropagation = 3 * time.Minute
 
-// Config configures a [Trust]. Required, except where it says otherwise.
+// Config configures a [Trust]. A field is required unless its comment says otherwise.
 type Config struct {
 	// REST reaches the API server.
 	REST *rest.Config
-	// Pair is the key pair that the broker serves with. It is told to hold back leaves under roots that
-	// are not published long enough.
+	// Pair is the broker's serving certificate. New sets its gate, so that a leaf stays pending until its root has been
+	// published for Propagation.
 	Pair *certs.KeyPair
-	// RootsFile holds the roots in PEM, as ca.crt beside the leaf does. It is read again every few
-	// seconds. It need not be there: while it is not, Err says so, and only earlier roots are published.
+	// RootsFile is the file with the roots in PEM, such as ca.crt next to the leaf. It is read every few seconds. While it does
+	// not exist, Err returns an error, and only earlier roots are published.
 	RootsFile string
 	// Namespace is the broker's own.
 	Namespace string
 	// ConfigMap is the name of the ConfigMaps.
 	ConfigMap string
-	// Namespaces selects the opted-in namespaces by label.
+	// Namespaces is the label selector of opted-in namespaces.
 	Namespaces string
-	// Owner is the name of the ClusterRole that owns the ConfigMaps. Empty: nothing does, and they stay
-	// when Credence is uninstalled. While it is set and there is none of that name, nothing is published.
+	// Owner is the name of the ClusterRole that owns the ConfigMaps. While that ClusterRole does not exist, nothing is
+	// published. Default: no owner; the ConfigMaps stay when Credence is uninstalled.
 	Owner string
-	// Propagation is how long a root is published everywhere before a leaf under it is served. Zero:
-	// none is held back.
+	// Propagation is how long a root must have been published everywhere before a leaf under it is served. Zero: no leaf is
+	// pending.
 	Propagation time.Duration
-	// Identity tells this replica from the others. Zero means the host's name, which is the pod's, and
-	// something random.
+	// Identity identifies this replica in the election. Default: the host name, which is the pod's name, with a random suffix.
 	Identity string
-	// Logger gets a record for each root that comes, retires or goes, and for failures.
+	// Logger receives a line for each root that is published, retired or withdrawn, and for failures.
 	Logger *slog.Logger
 }
 
-// Trust publishes roots, in one replica of several. Make it with [New].
+// Trust publishes roots while its replica leads, and follows the trust record. Make it with [New]. Its methods may be called
+// concurrently.
 type Trust struct {
 	cfg    Config
 	core   corev1client.CoreV1Interface
@@ -105,28 +100,27 @@ type Trust struct {
 	meta   metadata.Interface
 	gate   *gate
 
-	leading atomic.Bool
-	mu      sync.Mutex
-	term    *term // nil while another replica leads; guarded by mu
+	leading   atomic.Bool
+	mu        sync.Mutex
+	publisher *publisher // nil while another replica leads; guarded by mu
 }
 
-// New checks the configuration, and from then on holds back the pair's leaves. It asks the API server for
-// nothing until Run.
+// New checks cfg and sets the gate of cfg.Pair. Only Run sends requests to the API server.
 func New(cfg Config) (*Trust, error) {
 	switch {
 	case cfg.REST == nil || cfg.Pair == nil || cfg.Logger == nil:
 		return nil, errors.New("publishing roots: a REST configuration, a key pair and a Logger are required")
 	case cfg.RootsFile == "" || cfg.Namespace == "" || cfg.ConfigMap == "" || cfg.Namespaces == "":
-		return nil, errors.New("publishing roots: a file of roots, the broker's own namespace, a ConfigMap's name and a selector of namespaces are required")
+		return nil, errors.New("publishing roots: RootsFile, Namespace, ConfigMap and Namespaces are required")
 	case cfg.Propagation < 0:
-		return nil, errors.New("publishing roots: a propagation time below zero makes no sense")
+		return nil, errors.New("publishing roots: the propagation time must not be negative")
 	}
 	if cfg.Identity == "" {
 		host, err := os.Hostname()
 		if err != nil {
 			return nil, fmt.Errorf("publishing roots: naming this replica: %w", err)
 		}
-		cfg.Identity = host + "_" + rand.Text() // A container that restarts is another replica, too.
+		cfg.Identity = host + "_" + rand.Text() // A restarted container is another replica.
 	}
 	t := &Trust{cfg: cfg}
 	if err := t.connect(); err != nil {
@@ -141,12 +135,12 @@ func New(cfg Config) (*Trust, error) {
 		t.gate.begin(serving, roots)
 	}
 	if cfg.Propagation > 0 {
-		cfg.Pair.SetGate(t.gate.judge)
+		cfg.Pair.SetGate(t.gate.allow)
 	}
 	return t, nil
 }
 
-// connect makes the clients. Each holds its own to a bound of its own: see publishRate.
+// connect makes the clients. They have no rate limit, because publishRate limits the writes.
 func (t *Trust) connect() (err error) {
 	config := rest.CopyConfig(t.cfg.REST)
 	config.QPS = -1
@@ -162,8 +156,8 @@ func (t *Trust) connect() (err error) {
 	return nil
 }
 
-// Run follows the record and, while this replica leads, publishes, until ctx ends. Then it gives up the
-// lead at once, so that another replica takes over. No failure ends it.
+// Run follows the trust record, and publishes while this replica leads, until ctx ends. Then it releases the Lease, so that
+// another replica can lead at once. It returns no error before that.
 func (t *Trust) Run(ctx context.Context) error {
 	var running sync.WaitGroup
 	running.Go(func() { t.follow(ctx) })
@@ -175,19 +169,18 @@ func (t *Trust) Run(ctx context.Context) error {
 // Leading reports whether this replica publishes.
 func (t *Trust) Leading() bool { return t.leading.Load() }
 
-// Err returns nil while all is well with what this replica does, and otherwise why not. A leaf that is
-// held back is no failure; the key pair's Err tells of it. It is for metrics and people: a broker that
-// cannot publish should go on serving.
+// Err returns the present failures of this replica, or nil. A pending leaf is not a failure; the key pair's Err reports it. Err
+// is for metrics and users: a broker that cannot publish should keep serving.
 func (t *Trust) Err() error {
 	errs := []error{t.gate.problem()}
 	t.mu.Lock()
-	term := t.term
+	p := t.publisher
 	t.mu.Unlock()
-	if term != nil {
-		errs = append(errs, term.problem())
+	if p != nil {
+		errs = append(errs, p.problem())
 	}
 	return errors.Join(errs...)
 }
 
-// serving is the pair that is served at this moment; the pair judges a new one on the way.
+// serving returns the served pair. The call reads the files, and the gate decides about a new pair in them.
 func (t *Trust) serving() (*tls.Certificate, error) { return t.cfg.Pair.GetCertificate(nil) }

@@ -12,21 +12,26 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
+	"github.com/credence-iam/credence/broker/kube/apitest"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/certs/trust"
@@ -38,40 +43,125 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	// One of client-go's handlers sleeps if there was an error lately, by a time that it took before any
-	// bubble's clock began: for 26 years.
+	// One of client-go's error handlers sleeps after a recent error. It compares with a time from outside of the bubble, so it
+	// would sleep for 26 years.
 	utilruntime.ErrorHandlers = utilruntime.ErrorHandlers[:1]
 	klog.SetSlogLogger(slog.New(slog.DiscardHandler))
 	m.Run()
 }
 
-// settle is longer than the leader takes to look at its file again.
+// settle is longer than the interval at which the leader reads its file.
 const settle = 5 * time.Second
 
 // bench is an API server with one opted-in namespace, shop, and a volume that all replicas mount.
 type bench struct {
 	t      *testing.T
-	api    *apiServer
+	api    *apitest.Server
 	volume string
+
+	mu      sync.Mutex
+	refuse  func(apitest.Request) *metav1.Status // nil: refuses nothing; guarded by mu
+	applied []string                             // namespaces, in the order of the writes; guarded by mu
 }
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
-	api, _ := startAPIServer(t)
-	b := &bench{t: t, api: api, volume: filepath.Join(t.TempDir(), "tls")}
-	api.put("clusterroles", "", "credence-broker", object{})
-	api.namespace(home, "")
-	api.namespace("shop", "enabled")
+	b := &bench{t: t, api: apitest.Start(t), volume: filepath.Join(t.TempDir(), "tls")}
+	b.api.Intercept(b.intercept)
+	b.api.Put(clusterRole())
+	b.namespace(home, "")
+	b.namespace("shop", "enabled")
 	return b
 }
 
-// newCA makes an authority that lives for a year.
+// intercept records each write that refuse allows.
+func (b *bench) intercept(r apitest.Request) *metav1.Status {
+	b.mu.Lock()
+	refuse := b.refuse
+	b.mu.Unlock()
+	if refuse != nil {
+		if status := refuse(r); status != nil {
+			return status
+		}
+	}
+	if r.Method != http.MethodPatch {
+		return nil
+	}
+	if query, err := url.ParseQuery(r.Query); err != nil || query.Get("force") != "true" || query.Get("fieldManager") != trust.FieldManager {
+		return apitest.Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "not our apply")
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.applied = append(b.applied, r.Namespace)
+	return nil
+}
+
+// refuseBy makes the API server refuse the requests for which f returns a status.
+func (b *bench) refuseBy(f func(apitest.Request) *metav1.Status) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refuse = f
+}
+
+// writes returns the namespaces of all writes since the last call.
+func (b *bench) writes() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	all := b.applied
+	b.applied = nil
+	return all
+}
+
+func clusterRole() *rbacv1.ClusterRole {
+	return &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "credence-broker"}}
+}
+
+// ownerUID returns the UID of the present ClusterRole.
+func (b *bench) ownerUID() types.UID {
+	role := clusterRole()
+	b.api.Load(role)
+	return role.UID
+}
+
+// namespace creates or replaces a namespace with that value of the opt-in label; empty for no label.
+func (b *bench) namespace(name, inject string) {
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	if inject != "" {
+		ns.Labels = map[string]string{"iam.amazonaws.com/inject": inject}
+	}
+	b.api.Put(ns)
+}
+
+func newConfigMap(namespace string, data map[string]string) *corev1.ConfigMap {
+	return &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "credence-trust"}, Data: data}
+}
+
+// configMap returns the ConfigMap with our name in that namespace; nil if there is none.
+func (b *bench) configMap(namespace string) *corev1.ConfigMap {
+	if m := newConfigMap(namespace, nil); b.api.Load(m) {
+		return m
+	}
+	return nil
+}
+
+// edit changes that ConfigMap as another client would.
+func (b *bench) edit(namespace string, change func(*corev1.ConfigMap)) {
+	b.t.Helper()
+	m := b.configMap(namespace)
+	if m == nil {
+		b.t.Fatalf("namespace %s has no ConfigMap to change", namespace)
+	}
+	change(m)
+	b.api.Put(m)
+}
+
+// newCA returns an authority that expires in a year.
 func newCA(t *testing.T) *certstest.CA {
 	t.Helper()
 	return certstest.NewCAWith(t, func(c *x509.Certificate) { c.NotAfter = time.Now().AddDate(1, 0, 0) })
 }
 
-// mount writes a leaf that lives for 90 days, and its root, to the volume.
+// mount writes a leaf that expires in 90 days, and its root, to the volume.
 func (b *bench) mount(ca *certstest.CA) *certstest.Leaf {
 	b.t.Helper()
 	return b.mountWith(ca, time.Now(), time.Now().AddDate(0, 0, 90))
@@ -84,11 +174,11 @@ func (b *bench) mountWith(ca *certstest.CA, from, to time.Time) *certstest.Leaf 
 	return leaf
 }
 
-// replica is one broker, as far as its certificate is concerned.
+// replica is the part of a broker that handles its certificate.
 type replica struct {
 	*trust.Trust
 	pair *certs.KeyPair
-	stop func() // and wait until it has
+	stop func() // waits until Run has returned
 }
 
 func (b *bench) start(change func(*trust.Config)) *replica {
@@ -107,7 +197,7 @@ func (b *bench) tryStart(change func(*trust.Config)) (*replica, error) {
 		b.t.Fatal(err)
 	}
 	cfg := trust.Config{
-		REST: b.api.config(), Pair: pair, RootsFile: filepath.Join(b.volume, "ca.crt"), Namespace: home, ConfigMap: "credence-trust",
+		REST: b.api.Config(), Pair: pair, RootsFile: filepath.Join(b.volume, "ca.crt"), Namespace: home, ConfigMap: "credence-trust",
 		Namespaces: "iam.amazonaws.com/inject=enabled", Owner: "credence-broker", Propagation: trust.DefaultPropagation,
 		Logger: slog.New(slog.DiscardHandler),
 	}
@@ -140,16 +230,16 @@ func serves(t *testing.T, r *replica, leaf *certstest.Leaf) bool {
 	return cert.Leaf.Equal(leaf.TLS().Leaf)
 }
 
-// published are the authorities that a namespace's pods trust, in the order of the arguments.
+// published returns the indexes of the authorities that a namespace's pods trust.
 func (b *bench) published(namespace string, among ...*certstest.CA) (found []int) {
 	b.t.Helper()
-	m := b.api.configMap(b.t, namespace)
+	m := b.configMap(namespace)
 	if m == nil {
 		return nil
 	}
 	roots, err := certs.ParseRoots([]byte(m.Data[trust.RootsKey]))
 	if err != nil {
-		b.t.Errorf("namespace %s has roots that do not parse: %v", namespace, err)
+		b.t.Errorf("namespace %s has malformed roots: %v", namespace, err)
 	}
 	for i, ca := range among {
 		if slices.ContainsFunc(roots, ca.Cert.Equal) {
@@ -174,99 +264,90 @@ func TestOptedInNamespacesGetTheRoots(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t)}
 		b.mount(cas[0])
-		b.api.namespace("refusing", "disabled")
-		b.api.namespace("plain", "")
-		b.api.namespace("later", "")
+		b.namespace("refusing", "disabled")
+		b.namespace("plain", "")
+		b.namespace("later", "")
 		r := b.start(nil)
 		time.Sleep(settle)
-		b.want("from the start", "shop", cas, 0)
-		b.want("from the start", home, cas, 0)
+		b.want("after the start", "shop", cas, 0)
+		b.want("after the start", home, cas, 0)
 		for _, namespace := range []string{"refusing", "plain", "later"} {
 			b.want("not opted in", namespace, cas)
 		}
 		if err := r.Err(); err != nil || !r.Leading() {
-			t.Errorf("leads: %v, error: %v", r.Leading(), err)
+			t.Errorf("Leading is %v and Err is %v, want true and nil", r.Leading(), err)
 		}
-		m := b.api.configMap(t, "shop")
+		m := b.configMap("shop")
 		if m == nil {
-			t.Fatal("there is no ConfigMap to look at")
+			t.Fatal("there is no ConfigMap")
 		}
-		uid := b.api.get("clusterroles", "", "credence-broker").meta()["uid"]
+		uid := b.ownerUID()
 		if o := m.OwnerReferences; len(o) != 1 || o[0].Kind != "ClusterRole" || o[0].Name != "credence-broker" ||
-			string(o[0].UID) != uid || o[0].APIVersion != "rbac.authorization.k8s.io/v1" || o[0].BlockOwnerDeletion != nil {
-			t.Errorf("owned by %+v", o)
+			o[0].UID != uid || o[0].APIVersion != "rbac.authorization.k8s.io/v1" || o[0].BlockOwnerDeletion != nil {
+			t.Errorf("the owner references are %+v", o)
 		}
 		if len(m.Data) != 1 {
-			t.Errorf("a namespace has more than the roots: %v", m.Data)
+			t.Errorf("the data have more than the roots: %v", m.Data)
 		}
 
-		// Its first pod may come a second later: not even a moment may pass.
-		b.api.namespace("later", "enabled")
+		// The first pod may be created right after the label, so the ConfigMap must appear at once.
+		b.namespace("later", "enabled")
 		synctest.Wait()
-		b.want("just labelled", "later", cas, 0)
+		b.want("just labeled", "later", cas, 0)
 
-		// Running pods mount it.
-		b.api.namespace("later", "")
+		// Running pods mount the ConfigMap, so it stays.
+		b.namespace("later", "")
 		time.Sleep(15 * time.Minute)
-		b.want("unlabelled", "later", cas, 0)
+		b.want("unlabeled", "later", cas, 0)
 	})
 }
 
-func TestWhatIsOursIsRepaired(t *testing.T) {
+func TestConfigMapsAreRepaired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), newCA(t)}
 		b.mount(cas[0])
-		// Somebody had that name before.
-		b.api.put("configmaps", "shop", "credence-trust", object{"data": map[string]any{"theirs": "1", trust.RootsKey: string(cas[1].PEM)}})
+		// Another client has created a ConfigMap with our name.
+		b.api.Put(newConfigMap("shop", map[string]string{"theirs": "1", trust.RootsKey: string(cas[1].PEM)}))
 		b.start(nil)
 		time.Sleep(settle)
 		for _, damage := range []struct {
 			what string
-			do   func(namespace string, o object)
+			do   func(*corev1.ConfigMap)
 		}{
-			{"nothing", func(string, object) {}},
-			{"another root", func(ns string, o object) {
-				o["data"].(map[string]any)[trust.RootsKey] = string(cas[1].PEM)
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"no roots", func(ns string, o object) {
-				delete(o["data"].(map[string]any), trust.RootsKey)
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"no owner", func(ns string, o object) {
-				delete(o.meta(), "ownerReferences")
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"no record", func(ns string, o object) {
-				delete(o["data"].(map[string]any), trust.RecordKey)
-				b.api.put("configmaps", ns, "credence-trust", o)
-			}},
-			{"deleted", func(ns string, o object) { b.api.put("configmaps", ns, "credence-trust", nil) }},
+			{"nothing", func(*corev1.ConfigMap) {}},
+			{"another root", func(m *corev1.ConfigMap) { m.Data[trust.RootsKey] = string(cas[1].PEM) }},
+			{"no roots", func(m *corev1.ConfigMap) { delete(m.Data, trust.RootsKey) }},
+			{"no owner", func(m *corev1.ConfigMap) { m.OwnerReferences = nil }},
+			{"no record", func(m *corev1.ConfigMap) { delete(m.Data, trust.RecordKey) }},
+			{"deleted", nil},
 		} {
 			for _, namespace := range []string{"shop", home} {
-				before := b.api.get("configmaps", namespace, "credence-trust")
-				damage.do(namespace, before.clone())
+				if damage.do == nil {
+					b.api.Delete(newConfigMap(namespace, nil))
+				} else {
+					b.edit(namespace, damage.do)
+				}
 				time.Sleep(1100 * time.Millisecond) // the least time between two writes
-				after := b.api.configMap(t, namespace)
+				after := b.configMap(namespace)
 				b.want(damage.what, namespace, cas, 0)
 				if after == nil || len(after.OwnerReferences) != 1 || (after.Data[trust.RecordKey] != "") != (namespace == home) {
 					t.Errorf("%s in %s: repaired to %+v", damage.what, namespace, after)
 				} else if damage.what != "deleted" && (after.Data["theirs"] == "1") != (namespace == "shop") {
-					t.Errorf("%s in %s: the keys of others are %v", damage.what, namespace, after.Data)
+					t.Errorf("%s in %s: the keys of other clients are %v", damage.what, namespace, after.Data)
 				}
 			}
 		}
-		if n := len(b.api.writes()); n > 15 {
-			t.Errorf("%d writes for 11 repairs and the first", n)
+		if n := len(b.writes()); n > 15 {
+			t.Errorf("%d writes for 11 repairs and the first write, want at most 15", n)
 		}
-		// A quarrel: another controller undoes each write at once.
+		// Another controller overwrites our data ten times a second.
 		for range 100 {
-			b.api.put("configmaps", "shop", "credence-trust", object{"data": map[string]any{trust.RootsKey: "theirs"}})
+			b.api.Put(newConfigMap("shop", map[string]string{trust.RootsKey: "theirs"}))
 			time.Sleep(100 * time.Millisecond)
 		}
-		if n := len(b.api.writes()); n < 8 || n > 11 {
-			t.Errorf("%d writes in a quarrel of 10 s, want about one a second", n)
+		if n := len(b.writes()); n < 8 || n > 11 {
+			t.Errorf("%d writes in 10 s against another controller, want about one a second", n)
 		}
 	})
 }
@@ -274,7 +355,7 @@ func TestWhatIsOursIsRepaired(t *testing.T) {
 func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
-		cas := []*certstest.CA{newCA(t), newCA(t)} // of the same name: by names nothing can be told
+		cas := []*certstest.CA{newCA(t), newCA(t)} // with the same name, so that a comparison of names fails
 		b.mount(cas[0])
 		replicas := []*replica{b.start(nil), b.start(nil)}
 		time.Sleep(settle)
@@ -282,7 +363,7 @@ func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
 		first := b.mount(cas[0])
 		for i, r := range replicas {
 			if !serves(t, r, first) {
-				t.Errorf("replica %d holds back a leaf under the same root: %v", i, r.pair.Err())
+				t.Errorf("replica %d keeps a leaf under the same root pending: %v", i, r.pair.Err())
 			}
 		}
 		time.Sleep(5 * time.Minute)
@@ -290,11 +371,11 @@ func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
 		second := b.mount(cas[1])
 		for i, r := range replicas {
 			if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrPending) {
-				t.Errorf("replica %d serves a leaf before anybody knows its root (%v)", i, r.pair.Err())
+				t.Errorf("replica %d serves a leaf before its root is published (%v)", i, r.pair.Err())
 			}
 		}
 		time.Sleep(settle)
-		b.want("once the file has changed", "shop", cas, 0, 1)
+		b.want("after the file has changed", "shop", cas, 0, 1)
 		for range 17 {
 			time.Sleep(10 * time.Second)
 			for i, r := range replicas {
@@ -311,8 +392,8 @@ func TestNewRootIsPublishedBeforeItsLeafIsServed(t *testing.T) {
 		}
 		b.want("when the new leaf is served", "shop", cas, 0, 1)
 		time.Sleep(settle)
-		if record := b.api.configMap(t, home).Data[trust.RecordKey]; strings.Count(record, "retired") != 1 {
-			t.Errorf("the record does not say that one root is out of use:\n%s", record)
+		if record := b.configMap(home).Data[trust.RecordKey]; strings.Count(record, "retired") != 1 {
+			t.Errorf("the record does not have exactly one retired root:\n%s", record)
 		}
 	})
 }
@@ -325,38 +406,38 @@ func TestRecordOutlivesLeaders(t *testing.T) {
 		one, two := b.start(nil), b.start(nil)
 		time.Sleep(settle)
 		if one.Leading() == two.Leading() {
-			t.Fatalf("leading: %v and %v", one.Leading(), two.Leading())
+			t.Fatalf("Leading is %v and %v, want it of one replica", one.Leading(), two.Leading())
 		}
 		if two.Leading() {
 			one, two = two, one
 		}
 		b.mount(cas[1])
 		time.Sleep(settle)
-		b.want("staged", "shop", cas, 0, 1)
-		record := b.api.configMap(t, home).Data[trust.RecordKey]
+		b.want("with a second root", "shop", cas, 0, 1)
+		record := b.configMap(home).Data[trust.RecordKey]
 
-		// The leader is told to end: the other follows as soon as it looks.
+		// The leader shuts down, and the other replica leads at its next attempt.
 		one.stop()
 		if one.Leading() {
-			t.Error("a leader that has ended says that it leads")
+			t.Error("Leading is true after the leader has shut down")
 		}
-		b.api.writes()
+		b.writes()
 		time.Sleep(settle)
 		if !two.Leading() {
-			t.Fatal("the lead was not handed over")
+			t.Fatal("the other replica does not lead")
 		}
-		if got := b.api.writes(); len(got) > 0 {
-			t.Errorf("a new leader that finds all in order wrote to %v", got)
+		if got := b.writes(); len(got) > 0 {
+			t.Errorf("a new leader wrote to %v, want no write", got)
 		}
-		if diff := cmp.Diff(record, b.api.configMap(t, home).Data[trust.RecordKey]); diff != "" {
+		if diff := cmp.Diff(record, b.configMap(home).Data[trust.RecordKey]); diff != "" {
 			t.Errorf("the record was changed (-before +after):\n%s", diff)
 		}
-		// A third replica has only the new pair, and still knows the root of the old.
+		// A third replica has only the new pair, and reads the root of the old one from the record.
 		two.stop()
 		three := b.start(nil)
 		time.Sleep(time.Minute)
 		b.want("under a third leader", "shop", cas, 0, 1)
-		// Nobody leads for a day, less some minutes.
+		// No replica leads for a day, less five minutes.
 		three.stop()
 		time.Sleep(24*time.Hour - 5*time.Minute)
 		three = b.start(nil)
@@ -371,7 +452,7 @@ func TestRecordOutlivesLeaders(t *testing.T) {
 	})
 }
 
-func TestRootsThatTheRecordDoesNotNameAreNotOurs(t *testing.T) {
+func TestRootsOutsideTheRecordAreRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), newCA(t)}
@@ -379,10 +460,8 @@ func TestRootsThatTheRecordDoesNotNameAreNotOurs(t *testing.T) {
 		one := b.start(nil)
 		time.Sleep(settle)
 		one.stop()
-		// Somebody adds a root while nobody looks.
-		o := b.api.get("configmaps", home, "credence-trust")
-		o["data"].(map[string]any)[trust.RootsKey] = string(cas[0].PEM) + string(cas[1].PEM)
-		b.api.put("configmaps", home, "credence-trust", o)
+		// Another client adds a root while no replica runs.
+		b.edit(home, func(m *corev1.ConfigMap) { m.Data[trust.RootsKey] = string(cas[0].PEM) + string(cas[1].PEM) })
 		b.start(nil)
 		time.Sleep(settle)
 		b.want("under the next leader", home, cas, 0)
@@ -390,16 +469,16 @@ func TestRootsThatTheRecordDoesNotNameAreNotOurs(t *testing.T) {
 	})
 }
 
-func TestDeadLeaderIsFollowed(t *testing.T) {
+func TestAnotherReplicaFollowsACrashedLeader(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t)}
 		b.mount(cas[0])
-		dead := false
+		crashed := false
 		one := b.start(func(c *trust.Config) {
 			dial := c.REST.Dial
 			c.REST.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-				if dead {
+				if crashed {
 					return nil, errors.New("no route")
 				}
 				return dial(ctx, network, address)
@@ -409,14 +488,14 @@ func TestDeadLeaderIsFollowed(t *testing.T) {
 		two := b.start(nil)
 		time.Sleep(settle)
 		if !one.Leading() || two.Leading() {
-			t.Fatal("the first does not lead alone")
+			t.Fatal("the first replica is not the only leader")
 		}
-		dead = true
-		b.api.cut()
-		b.api.namespace("later", "enabled")
+		crashed = true
+		b.api.Cut()
+		b.namespace("later", "enabled")
 		time.Sleep(time.Minute)
 		if one.Leading() || !two.Leading() {
-			t.Errorf("after a minute: the dead one leads: %v, the other: %v", one.Leading(), two.Leading())
+			t.Errorf("after a minute Leading of the crashed replica is %v, of the other %v", one.Leading(), two.Leading())
 		}
 		b.want("under the second", "later", cas, 0)
 	})
@@ -433,89 +512,86 @@ func TestLeafIsServedWhenTheOldOneIsAboutToExpire(t *testing.T) {
 			first := b.mountWith(cas[0], time.Now().Add(left-tt.life), time.Now().Add(left))
 			r := b.start(nil)
 			time.Sleep(settle)
-			b.api.away.Store(true)
-			b.api.cut()
+			b.api.SetDown(true)
 			second := b.mount(cas[1])
 			time.Sleep(left - tt.last - 2*settle)
 			if !serves(t, r, first) {
-				t.Errorf("a leaf of %v: its successor was served before the last %v, though its root is not published", tt.life, tt.last)
+				t.Errorf("a leaf with a lifetime of %v: the next leaf was served before the last %v, although its root is not published", tt.life, tt.last)
 			}
 			time.Sleep(3 * settle)
 			if !serves(t, r, second) {
-				t.Errorf("a leaf of %v: its successor is not served in the last %v (%v)", tt.life, tt.last, r.pair.Err())
+				t.Errorf("a leaf with a lifetime of %v: the next leaf is not served in the last %v (%v)", tt.life, tt.last, r.pair.Err())
 			}
 			r.stop()
 		}
 	})
 }
 
-func TestOneNamespaceThatCannotBeWrittenHoldsBackTheLeaf(t *testing.T) {
+func TestLeafIsPendingUntilEveryNamespaceHasItsRoot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), newCA(t)}
 		b.mount(cas[0])
-		b.api.namespace("stuck", "enabled")
+		b.namespace("stuck", "enabled")
 		r := b.start(nil)
 		time.Sleep(settle)
 		b.want("at first", "stuck", cas, 0)
-		b.api.mu.Lock()
-		b.api.refuse = func(method, _, namespace string) *metav1.Status {
-			if method == http.MethodPatch && (namespace == "stuck" || namespace == "never") {
-				return failure(http.StatusForbidden, metav1.StatusReasonForbidden, "a policy says no")
+		b.refuseBy(func(r apitest.Request) *metav1.Status {
+			if r.Method == http.MethodPatch && (r.Namespace == "stuck" || r.Namespace == "never") {
+				return apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "a policy says no")
 			}
 			return nil
-		}
-		b.api.mu.Unlock()
-		b.api.namespace("never", "enabled") // no pod runs where there never was a ConfigMap
+		})
+		b.namespace("never", "enabled") // no pod runs in a namespace that never had the ConfigMap
 		second := b.mount(cas[1])
 		time.Sleep(20 * time.Minute)
 		b.want("meanwhile", "shop", cas, 0, 1)
 		if serves(t, r, second) {
-			t.Error("a leaf is served whose root is not published in one namespace")
+			t.Error("the leaf is served, although one namespace lacks its root")
 		}
 		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "a policy says no") {
-			t.Errorf("Err does not say why: %v", err)
+			t.Errorf("Err does not have the reason: %v", err)
 		}
-		b.api.mu.Lock()
-		b.api.refuse = nil
-		b.api.mu.Unlock()
-		time.Sleep(10 * time.Minute) // tried again at least each five
-		b.want("once it can be written", "stuck", cas, 0, 1)
+		b.refuseBy(nil)
+		time.Sleep(10 * time.Minute) // retried every five at least
+		b.want("after the policy allows it", "stuck", cas, 0, 1)
 		if !serves(t, r, second) || r.Err() != nil {
-			t.Errorf("the leaf is still held back: %v; %v", r.pair.Err(), r.Err())
+			t.Errorf("the leaf is still pending: %v; %v", r.pair.Err(), r.Err())
 		}
 	})
 }
 
-// A tenant has several ways to make a ConfigMap to which our key cannot be added.
-func TestTenantsCannotHoldBackTheLeaf(t *testing.T) {
-	for name, inTheWay := range map[string]struct {
-		object object
+// TestTenantsCannotDelayTheLeaf creates ConfigMaps that cannot take our key.
+func TestTenantsCannotDelayTheLeaf(t *testing.T) {
+	for name, obstacle := range map[string]struct {
+		change func(*corev1.ConfigMap)
 		status int32
 		reason metav1.StatusReason
 	}{
-		"immutable":   {object{"immutable": true}, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
-		"binary data": {object{"binaryData": map[string]any{trust.RootsKey: ""}}, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
-		"full":        {object{}, http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge},
+		"immutable":   {func(m *corev1.ConfigMap) { m.Immutable = new(true) }, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
+		"binary data": {func(m *corev1.ConfigMap) { m.BinaryData = map[string][]byte{trust.RootsKey: {}} }, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid},
+		"full":        {func(*corev1.ConfigMap) {}, http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBench(t)
 				cas := []*certstest.CA{newCA(t), newCA(t)}
 				b.mount(cas[0])
-				b.api.put("configmaps", "shop", "credence-trust", inTheWay.object)
-				b.api.refuse = func(method, _, namespace string) *metav1.Status {
-					if method == http.MethodPatch && namespace == "shop" {
-						return failure(inTheWay.status, inTheWay.reason, "it cannot be changed")
+				m := newConfigMap("shop", nil)
+				obstacle.change(m)
+				b.api.Put(m)
+				b.refuseBy(func(r apitest.Request) *metav1.Status {
+					if r.Method == http.MethodPatch && r.Namespace == "shop" {
+						return apitest.Failure(obstacle.status, obstacle.reason, "it cannot be changed")
 					}
 					return nil
-				}
+				})
 				r := b.start(nil)
 				time.Sleep(settle)
 				second := b.mount(cas[1])
 				time.Sleep(4 * time.Minute)
 				if !serves(t, r, second) {
-					t.Errorf("a ConfigMap that cannot be changed holds back the leaf: %v", r.pair.Err())
+					t.Errorf("a ConfigMap that cannot be changed keeps the leaf pending: %v", r.pair.Err())
 				}
 				if err := r.Err(); err == nil || !strings.Contains(err.Error(), "shop") {
 					t.Errorf("Err does not name the namespace: %v", err)
@@ -525,7 +601,8 @@ func TestTenantsCannotHoldBackTheLeaf(t *testing.T) {
 	}
 }
 
-// A root can end before the leaves under it. Then nobody is served by keeping such a leaf for three minutes.
+// TestLeafOfAnExpiredRootIsReplacedAtOnce: a root can expire before its leaves. Then no client can verify the old leaf, so the new
+// one need not wait for three minutes.
 func TestLeafOfAnExpiredRootIsReplacedAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
@@ -536,13 +613,13 @@ func TestLeafOfAnExpiredRootIsReplacedAtOnce(t *testing.T) {
 		second := b.mount(newCA(t))
 		time.Sleep(settle)
 		if !serves(t, r, second) {
-			t.Errorf("the leaf that nobody can verify is still served: %v", r.pair.Err())
+			t.Errorf("the leaf that no client can verify is still served: %v", r.pair.Err())
 		}
 	})
 }
 
-// A leaf that has expired is no reason to give up one that has not, whatever the files hold.
-func TestExpiredLeafIsNotTakenUp(t *testing.T) {
+// TestExpiredLeafIsNotServed: an expired leaf in the files does not replace a valid one.
+func TestExpiredLeafIsNotServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		ca := newCA(t)
@@ -552,16 +629,14 @@ func TestExpiredLeafIsNotTakenUp(t *testing.T) {
 		b.mountWith(ca, time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour))
 		time.Sleep(settle)
 		if !serves(t, r, first) || !errors.Is(r.pair.Err(), certs.ErrPending) {
-			t.Errorf("the good leaf is not served any more: %v", r.pair.Err())
+			t.Errorf("the valid leaf is no longer served: %v", r.pair.Err())
 		}
 	})
 }
 
 // drop sets the annotation, as kubectl annotate does.
 func (b *bench) drop(value string) {
-	o := b.api.get("configmaps", home, "credence-trust")
-	o.meta()["annotations"] = map[string]any{trust.DropAnnotation: value}
-	b.api.put("configmaps", home, "credence-trust", o)
+	b.edit(home, func(m *corev1.ConfigMap) { m.Annotations = map[string]string{trust.DropAnnotation: value} })
 }
 
 func digest(ca *certstest.CA) string {
@@ -569,7 +644,7 @@ func digest(ca *certstest.CA) string {
 	return hex.EncodeToString(sum[:])
 }
 
-func TestRootsAreDroppedAtOnceByCommand(t *testing.T) {
+func TestDropAnnotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), newCA(t)}
@@ -579,9 +654,9 @@ func TestRootsAreDroppedAtOnceByCommand(t *testing.T) {
 		b.drop("not a digest")
 		time.Sleep(settle)
 		if err := r.Err(); err == nil || !strings.Contains(err.Error(), trust.DropAnnotation) {
-			t.Errorf("Err does not tell of an annotation that does not parse: %v", err)
+			t.Errorf("Err does not report a malformed annotation: %v", err)
 		}
-		// As openssl prints it. Its leaf is served, so it has to wait.
+		// In openssl's format. The root verifies the served leaf, so it stays for now.
 		pairs := slices.Collect(slices.Chunk([]byte(strings.ToUpper(digest(cas[0]))), 2))
 		b.drop(string(bytes.Join(pairs, []byte(":"))) + ", " + strings.Repeat("0", 64))
 		second := b.mount(cas[1])
@@ -591,16 +666,16 @@ func TestRootsAreDroppedAtOnceByCommand(t *testing.T) {
 			t.Error(err)
 		}
 		time.Sleep(3*time.Minute + settle)
-		b.want("afterwards", "shop", cas, 1)
+		b.want("after the new leaf is served", "shop", cas, 1)
 		if !serves(t, r, second) {
 			t.Errorf("the new leaf is not served: %v", r.pair.Err())
 		}
-		// The old one does not come back by the file.
+		// The old root stays dropped, although the file has it again.
 		b.mount(cas[0])
 		time.Sleep(10 * time.Minute)
-		b.want("back in the file", "shop", cas, 1)
+		b.want("with the old root in the file again", "shop", cas, 1)
 		if !serves(t, r, second) {
-			t.Error("a leaf under a root that was dropped is served")
+			t.Error("a leaf under a dropped root is served")
 		}
 	})
 }
@@ -612,66 +687,66 @@ func TestManyNamespaces(t *testing.T) {
 		b.mount(cas[0])
 		const many = 1500
 		for i := range many {
-			b.api.namespace(fmt.Sprintf("n%04d", i), "enabled")
+			b.namespace(fmt.Sprintf("n%04d", i), "enabled")
 		}
 		r := b.start(nil)
 		time.Sleep(time.Minute)
-		if got := len(b.api.writes()); got < many+2 || got > many+4 { // shop, and ours before and after the stamp
-			t.Errorf("%d writes for %d namespaces", got, many)
+		if got := len(b.writes()); got < many+2 || got > many+4 { // shop, and ours before and after the roots count as published
+			t.Errorf("%d writes for %d namespaces and two more", got, many)
 		}
 		b.mount(cas[1])
 		time.Sleep(settle)
-		begun := b.api.writes()
+		begun := b.writes()
 		if n := len(begun); n < 100 || n > int(settle/time.Second)*100+20 {
 			t.Fatalf("%d writes in %v", n, settle)
 		}
-		repaired := begun[20] // Long enough ago to be written again.
-		// In the midst of it, somebody begins, and somebody else makes a mistake.
-		b.api.namespace("urgent", "enabled")
-		b.api.put("configmaps", repaired, "credence-trust", nil)
+		repaired := begun[20] // Written longer than minRepair ago.
+		// Meanwhile one namespace opts in, and another one loses its ConfigMap.
+		b.namespace("urgent", "enabled")
+		b.api.Delete(newConfigMap(repaired, nil))
 		time.Sleep(time.Second)
-		got := b.api.writes()
+		got := b.writes()
 		for _, namespace := range []string{"urgent", repaired} {
 			if i := slices.Index(got, namespace); i < 0 || i > 15 {
-				t.Errorf("%s was written at place %d of %d, behind those that only take part in a change for all", namespace, i, len(got))
+				t.Errorf("%s was written as number %d of %d, after namespaces without urgency", namespace, i, len(got))
 			}
 		}
 		time.Sleep(time.Minute)
 		for i := range many {
-			b.want("in the end", fmt.Sprintf("n%04d", i), cas, 0, 1)
+			b.want("at the end", fmt.Sprintf("n%04d", i), cas, 0, 1)
 		}
-		b.api.writes()
+		b.writes()
 		r.stop()
 		b.start(nil)
-		time.Sleep(11 * time.Minute) // all are compared every ten
-		// It serves the new leaf at once, having no other, and records that the old root is out of use.
-		if got := b.api.writes(); !slices.Equal(got, []string{home}) {
-			t.Errorf("a leader that finds all in order wrote to %v", got)
+		time.Sleep(11 * time.Minute) // The leader compares all every ten minutes.
+		// The new process serves the new leaf at once, because it has no other, so the leader retires the old root.
+		if got := b.writes(); !slices.Equal(got, []string{home}) {
+			t.Errorf("the new leader wrote to %v, want only its own namespace", got)
 		}
 	})
 }
 
-func TestNamespacesOnTheirWayOut(t *testing.T) {
+func TestNamespacesThatAreBeingDeleted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t)}
 		b.mount(cas[0])
-		b.api.put("namespaces", "", "leaving", object{"metadata": map[string]any{
-			"labels": map[string]any{"iam.amazonaws.com/inject": "enabled"}, "deletionTimestamp": "2000-01-01T00:00:00Z",
+		b.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+			Name: "leaving", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, DeletionTimestamp: new(metav1.Now()),
 		}})
-		b.api.namespace("racing", "enabled") // is being deleted, as we are about to learn
+		b.namespace("racing", "enabled") // is being deleted, which the watch has not reported yet
 		var logged bytes.Buffer
-		b.api.refuse = func(method, _, namespace string) *metav1.Status {
-			if method != http.MethodPatch || namespace != "racing" {
+		b.refuseBy(func(r apitest.Request) *metav1.Status {
+			if r.Method != http.MethodPatch || r.Namespace != "racing" {
 				return nil
 			}
-			status := failure(http.StatusForbidden, metav1.StatusReasonForbidden, "being terminated")
+			status := apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "being terminated")
 			status.Details = &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: corev1.NamespaceTerminatingCause}}}
 			return status
-		}
+		})
 		r := b.start(func(c *trust.Config) { c.Logger = slog.New(slog.NewTextHandler(&logged, nil)) })
 		time.Sleep(settle)
-		if slices.Contains(b.api.writes(), "leaving") {
+		if slices.Contains(b.writes(), "leaving") {
 			t.Error("a namespace that is being deleted was written to")
 		}
 		r.stop()
@@ -681,30 +756,30 @@ func TestNamespacesOnTheirWayOut(t *testing.T) {
 	})
 }
 
-func TestOwnerThatIsMadeAnew(t *testing.T) {
+func TestRecreatedOwner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t)}
 		b.mount(cas[0])
 		r := b.start(nil)
 		time.Sleep(settle)
-		// Uninstalled: the garbage collector deletes what is owned.
-		b.api.put("clusterroles", "", "credence-broker", nil)
+		// An uninstallation: the garbage collector deletes the owned ConfigMaps.
+		b.api.Delete(clusterRole())
 		for _, namespace := range []string{"shop", home} {
-			b.api.put("configmaps", namespace, "credence-trust", nil)
+			b.api.Delete(newConfigMap(namespace, nil))
 		}
 		time.Sleep(settle)
 		b.want("without an owner", "shop", cas)
 		if err := r.Err(); err == nil || !strings.Contains(err.Error(), "ClusterRole credence-broker") {
-			t.Errorf("Err is %v", err)
+			t.Errorf("Err is %v, want one that names the ClusterRole", err)
 		}
-		// And installed again, while this replica still runs.
-		b.api.put("clusterroles", "", "credence-broker", object{})
+		// A new installation while this replica still runs.
+		b.api.Put(clusterRole())
 		time.Sleep(10 * time.Minute)
-		uid := b.api.get("clusterroles", "", "credence-broker").meta()["uid"]
+		uid := b.ownerUID()
 		for _, namespace := range []string{"shop", home} {
-			m := b.api.configMap(t, namespace)
-			if m == nil || len(m.OwnerReferences) != 1 || string(m.OwnerReferences[0].UID) != uid {
+			m := b.configMap(namespace)
+			if m == nil || len(m.OwnerReferences) != 1 || m.OwnerReferences[0].UID != uid {
 				t.Errorf("in %s: %+v, want an owner %v", namespace, m, uid)
 			}
 		}
@@ -733,28 +808,28 @@ func TestBadFilesWithdrawNothing(t *testing.T) {
 		for _, step := range []struct {
 			what    string
 			content []byte
-			good    bool
+			valid   bool
 			want    []int
 		}{
 			{"empty", nil, false, nil},
-			{"good", cas[0].PEM, true, []int{0}},
-			{"gone bad", []byte("x"), false, []int{0}},
+			{"valid", cas[0].PEM, true, []int{0}},
+			{"malformed", []byte("x"), false, []int{0}},
 			{"empty again", nil, false, []int{0}},
-			{"absurd", huge, false, []int{0}},
+			{"too large", huge, false, []int{0}},
 			{"another root, which does not verify the leaf", cas[1].PEM, true, []int{0, 1}},
-			{"bad once more", []byte("x"), false, []int{0, 1}},
+			{"malformed again", []byte("x"), false, []int{0, 1}},
 		} {
 			if err := os.WriteFile(file, step.content, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(settle)
 			b.want(step.what, "shop", cas, step.want...)
-			if err := r.Err(); (err == nil) != step.good {
-				t.Errorf("%s: Err is %v", step.what, err)
+			if err := r.Err(); (err == nil) != step.valid {
+				t.Errorf("%s: Err is %v, want an error: %v", step.what, err, !step.valid)
 			}
 		}
-		if record := b.api.configMap(t, home).Data[trust.RecordKey]; strings.Contains(record, "retired") {
-			t.Errorf("a bad file retires roots:\n%s", record)
+		if record := b.configMap(home).Data[trust.RecordKey]; strings.Contains(record, "retired") {
+			t.Errorf("a bad file retired roots:\n%s", record)
 		}
 		if err := os.WriteFile(file, cas[1].PEM, 0o600); err != nil {
 			t.Fatal(err)
@@ -763,11 +838,11 @@ func TestBadFilesWithdrawNothing(t *testing.T) {
 		time.Sleep(25 * time.Hour)
 		b.start(func(c *trust.Config) { c.RootsFile = file })
 		time.Sleep(settle)
-		b.want("the root of the leaf that is served, a day after the file lost it", "shop", cas, 0, 1)
+		b.want("a day after the file lost the root of the served leaf", "shop", cas, 0, 1)
 	})
 }
 
-func TestExpiredRootsGo(t *testing.T) {
+func TestExpiredRootsAreWithdrawn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		cas := []*certstest.CA{newCA(t), certstest.NewCAWith(t, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(10 * time.Minute) })}
@@ -777,11 +852,11 @@ func TestExpiredRootsGo(t *testing.T) {
 		time.Sleep(settle)
 		b.want("at first", "shop", cas, 0, 1)
 		time.Sleep(10 * time.Minute)
-		b.want("after its life", "shop", cas, 0)
+		b.want("after its expiration", "shop", cas, 0)
 	})
 }
 
-func TestWithoutPropagationNothingIsHeldBack(t *testing.T) {
+func TestWithoutPropagationNoLeafIsPending(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		b.mount(newCA(t))
@@ -789,7 +864,7 @@ func TestWithoutPropagationNothingIsHeldBack(t *testing.T) {
 		time.Sleep(settle)
 		second := b.mount(newCA(t))
 		if !serves(t, r, second) {
-			t.Error("a leaf is held back")
+			t.Error("a leaf is pending")
 		}
 	})
 }
@@ -810,19 +885,19 @@ func TestNewRefuses(t *testing.T) {
 			"broken REST":          func(c *trust.Config) { c.REST = &rest.Config{Host: "://"} },
 		} {
 			if _, err := b.tryStart(change); err == nil {
-				t.Errorf("%s: accepted", what)
+				t.Errorf("%s: New returned no error", what)
 			}
 		}
 	})
 }
 
-// A term that cannot read what an earlier leader left waits until it can: with an empty record it would withdraw roots under
-// which other replicas still serve.
-func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
+// TestLeaderWithoutItsRecordWithdrawsNothing: a new leader waits until it can read the trust record. With an empty record it would
+// withdraw roots of leaves that other replicas still serve.
+func TestLeaderWithoutItsRecordWithdrawsNothing(t *testing.T) {
 	for what, status := range map[string]*metav1.Status{
-		"an error of the server": failure(http.StatusInternalServerError, metav1.StatusReasonInternalError, "etcd is electing"),
-		"overloaded":             failure(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, "try later"),
-		"forbidden":              failure(http.StatusForbidden, metav1.StatusReasonForbidden, "RBAC is not synced yet"),
+		"an error of the server": apitest.Failure(http.StatusInternalServerError, metav1.StatusReasonInternalError, "etcd is electing"),
+		"overloaded":             apitest.Failure(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, "try later"),
+		"forbidden":              apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "RBAC is not synced yet"),
 	} {
 		for _, long := range []time.Duration{0, 30 * time.Second} { // one failed read, and many
 			t.Run(fmt.Sprintf("%s, for %s", what, long), func(t *testing.T) {
@@ -835,39 +910,37 @@ func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
 					b.mount(cas[1])
 					time.Sleep(settle)
 					b.want("under the first leader", "shop", cas, 0, 1)
-					record := b.api.configMap(t, home).Data[trust.RecordKey]
+					record := b.configMap(home).Data[trust.RecordKey]
 					one.stop()
 
 					failed := 0
 					until := time.Now().Add(long)
-					b.api.mu.Lock()
-					b.api.refuse = func(method, resource, namespace string) *metav1.Status {
-						b.api.mu.Lock()
-						defer b.api.mu.Unlock()
-						// Every replica lists its own namespace's when it starts; the read is the next one.
-						if method != http.MethodGet || resource != "configmaps" || namespace != home || failed > 1 && !time.Now().Before(until) {
+					b.refuseBy(func(r apitest.Request) *metav1.Status {
+						b.mu.Lock()
+						defer b.mu.Unlock()
+						// Every replica lists the ConfigMap of its own namespace when it starts; the next request is the read.
+						if r.Method != http.MethodGet || r.Resource != "configmaps" || r.Namespace != home || failed > 1 && !time.Now().Before(until) {
 							return nil
 						}
 						failed++
 						return status
-					}
-					b.api.mu.Unlock()
+					})
 					two := b.start(nil)
 					for range 600 {
 						time.Sleep(100 * time.Millisecond)
 						for _, namespace := range []string{"shop", home} {
 							if got := b.published(namespace, cas...); !slices.Equal(got, []int{0, 1}) {
-								t.Fatalf("namespace %s has roots %v of 0 and 1", namespace, got)
+								t.Fatalf("namespace %s has roots %v, want both", namespace, got)
 							}
 						}
 					}
 					if failed < 2 || !two.Leading() || two.Err() != nil {
-						t.Errorf("%d reads failed; the second replica leads: %v, %v", failed, two.Leading(), two.Err())
+						t.Errorf("%d reads failed, want at least 2; Leading of the second replica is %v, Err is %v", failed, two.Leading(), two.Err())
 					}
-					// It has retired the old root, and knows since when both are published.
-					now := b.api.configMap(t, home).Data[trust.RecordKey]
+					// The new leader has retired the old root, and its record says when both were published.
+					now := b.configMap(home).Data[trust.RecordKey]
 					if strings.Count(now, "published") != 2 || strings.Count(record, "published") != 2 {
-						t.Errorf("the record is\n%s\nand was\n%s", now, record)
+						t.Errorf("the record is\n%s\nand was\n%s\nwant times of publication of both roots", now, record)
 					}
 				})
 			})
@@ -875,8 +948,8 @@ func TestTermThatBeginsWithoutItsRecordWithdrawsNothing(t *testing.T) {
 	}
 }
 
-// A root is never taken for published before every namespace has it, not even by the part of a second that the record
-// does not keep.
+// TestRootsCountAsPublishedWhenTheyAre: a root does not count as published before every namespace has it, not even by the
+// fraction of a second that the record lacks.
 func TestRootsCountAsPublishedWhenTheyAre(t *testing.T) {
 	for _, fraction := range []time.Duration{0, time.Millisecond, 300 * time.Millisecond, 999 * time.Millisecond} {
 		t.Run(fraction.String(), func(t *testing.T) {
@@ -887,36 +960,36 @@ func TestRootsCountAsPublishedWhenTheyAre(t *testing.T) {
 				time.Sleep(fraction)
 				one := b.start(nil)
 				time.Sleep(settle)
-				two := b.start(nil) // One leads; the other knows no more than the record.
+				two := b.start(nil) // One leads; the other knows only the record.
 				time.Sleep(settle)
 				second := b.mount(cas[1])
 				const step = 5 * time.Millisecond
 				for len(b.published("shop", cas...)) < 2 || len(b.published(home, cas...)) < 2 {
 					time.Sleep(step)
 				}
-				everywhere := time.Now().Add(-step)
+				publishedAt := time.Now().Add(-step)
 				time.Sleep(trust.DefaultPropagation - 2*step)
 				for i, r := range []*replica{one, two} {
 					if !serves(t, r, first) {
-						t.Errorf("replica %d serves the new leaf %s after its root was published, less than %s", i, time.Since(everywhere), trust.DefaultPropagation)
+						t.Errorf("replica %d serves the new leaf %s after its root was published, less than %s", i, time.Since(publishedAt), trust.DefaultPropagation)
 					}
 				}
-				// The leader looks every 2 s, and the record has whole seconds.
+				// The leader reconciles every 2 s, and the record has whole seconds.
 				time.Sleep(4 * time.Second)
 				for i, r := range []*replica{one, two} {
 					if !serves(t, r, second) {
-						t.Errorf("replica %d does not serve the new leaf %s after its root was published: %v", i, time.Since(everywhere), r.pair.Err())
+						t.Errorf("replica %d does not serve the new leaf %s after its root was published: %v", i, time.Since(publishedAt), r.pair.Err())
 					}
 				}
 				var record struct {
 					Roots []struct{ Published time.Time }
 				}
-				if err := json.Unmarshal([]byte(b.api.configMap(t, home).Data[trust.RecordKey]), &record); err != nil || len(record.Roots) != 2 {
+				if err := json.Unmarshal([]byte(b.configMap(home).Data[trust.RecordKey]), &record); err != nil || len(record.Roots) != 2 {
 					t.Fatalf("the record has %d roots: %v", len(record.Roots), err)
 				}
 				latest := slices.MaxFunc(record.Roots, func(a, b struct{ Published time.Time }) int { return a.Published.Compare(b.Published) }).Published
-				if latest.Before(everywhere) {
-					t.Errorf("the record has the root published at %s, and it was %s later", latest.Format(time.RFC3339Nano), everywhere.Sub(latest))
+				if latest.Before(publishedAt) {
+					t.Errorf("the record says that the root was published at %s, but it was %s later", latest.Format(time.RFC3339Nano), publishedAt.Sub(latest))
 				}
 			})
 		})

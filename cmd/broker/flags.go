@@ -12,7 +12,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
@@ -81,7 +81,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must have")
 	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty: the API server's own")
 	f.StringVar(&verification, "token-verification", "jwks", "`mode` of token verification: jwks uses the API server's published keys, tokenreview sends it each token")
-	f.DurationVar(&o.maxTokenLife, "max-token-life", kube.DefaultMaxTokenLife, "maximum `lifetime` of an accepted token. Kubelets request tokens of 24h at most for injected pods; without a maximum, a user who may create tokens could create one that is valid for years")
+	f.DurationVar(&o.maxTokenLife, "max-token-life", verify.DefaultMaxTokenLife, "maximum `lifetime` of an accepted token. Kubelets request tokens of 24h at most for injected pods; without a maximum, a user who may create tokens could create one that is valid for years")
 	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty: the broker's own account, from STS")
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; empty: credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` of STS, and of pods that set none; empty: AWS_REGION")

@@ -27,7 +27,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
@@ -67,9 +67,9 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	must(t, err)
 	sessions, err := cache.New(cache.Config[policy.Grant]{Source: source, Logger: log})
 	must(t, err)
-	events, err := kube.NewEvents(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
+	recorder, err := events.New(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
 	must(t, err)
-	s.parts = parts{log: log, self: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: events}
+	s.parts = parts{log: log, self: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: recorder}
 	began := time.Now()
 	s.checks, s.check = s.parts.readiness(nil, nil)
 	s.checks = slices.DeleteFunc(s.checks, func(c admin.Check) bool { return c.Name != "AWS identity" }) // All others need a cluster.
@@ -84,7 +84,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	for _, run := range []func(context.Context) error{
-		sessions.Run, events.Run,
+		sessions.Run, recorder.Run,
 		func(ctx context.Context) error { source.AwaitIdentity(ctx, log); return nil },
 		func(ctx context.Context) error { return s.check.run(ctx, s.parts.reportIdentity) },
 	} {
@@ -173,7 +173,7 @@ func (e *eventServer) notes(t *testing.T) (all []string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, event := range e.taken {
-		if event.Reason != kube.IdentityReason || event.Type != "Warning" || event.Regarding.Name != "broker-1" || event.Regarding.UID != "u-1" || event.Namespace != "credence" {
+		if event.Reason != events.ReasonIdentity || event.Type != "Warning" || event.Regarding.Name != "broker-1" || event.Regarding.UID != "u-1" || event.Namespace != "credence" {
 			t.Errorf("an Event is %+v", event)
 		}
 		all = append(all, event.Note)
@@ -366,7 +366,7 @@ func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
 	b.Await(t, "there is an Event on its own pod", func() bool {
 		for _, name := range w.api.Names(&eventsv1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: "credence"}}) {
 			e := &eventsv1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: "credence", Name: name}}
-			if w.api.Load(e) && e.Reason == kube.IdentityReason && e.Regarding.UID == "u-1" && strings.Contains(e.Note, "InvalidClientTokenId") {
+			if w.api.Load(e) && e.Reason == events.ReasonIdentity && e.Regarding.UID == "u-1" && strings.Contains(e.Note, "InvalidClientTokenId") {
 				return true
 			}
 		}

@@ -14,7 +14,7 @@ import (
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/credential"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/cmd/internal/program"
@@ -41,7 +41,7 @@ func (p parts) sources() admin.Sources {
 			return admin.EventStats{Queued: stats.Queued, Written: stats.Written, Suppressed: stats.Suppressed, Dropped: stats.Dropped}
 		},
 	}
-	if reviews, ok := p.verifier.(*kube.TokenReview); ok {
+	if reviews, ok := p.verifier.(*verify.TokenReview); ok {
 		s.TokenReviews = reviews.UnderWay
 	}
 	if p.traces != nil {

@@ -25,6 +25,8 @@ import (
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/events"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
@@ -44,7 +46,7 @@ type parts struct {
 	placement *placement.Placement
 	endpoints *kube.Endpoints // nil: this broker is the only one
 	verifier  verifier
-	events    *kube.Events
+	events    *events.Recorder
 	budget    *broker.Budget
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
@@ -96,7 +98,7 @@ func build(ctx context.Context, o options) (parts, error) {
 		return parts{}, fmt.Errorf("reading the name of this broker: %w", err)
 	}
 	self := policy.Pod{Namespace: o.namespace, Name: name, UID: os.Getenv("POD_UID")}
-	events, err := kube.NewEvents(config, name, log)
+	recorder, err := events.New(config, name, log)
 	if err != nil {
 		return parts{}, err
 	}
@@ -125,7 +127,7 @@ func build(ctx context.Context, o options) (parts, error) {
 	if err != nil {
 		return parts{}, err
 	}
-	budget, err := newBudget(sessions, events, self, log)
+	budget, err := newBudget(sessions, recorder, self, log)
 	if err != nil {
 		return parts{}, err
 	}
@@ -135,7 +137,7 @@ func build(ctx context.Context, o options) (parts, error) {
 	}
 	p := parts{
 		log: log, self: self, pair: pair, trust: publisher, directory: directory, placement: place, endpoints: endpoints, verifier: verifier,
-		events: events, budget: budget, sts: sts, sessions: sessions, prefetch: prefetch, decisions: decisions, metrics: metrics, traces: traces,
+		events: recorder, budget: budget, sts: sts, sessions: sessions, prefetch: prefetch, decisions: decisions, metrics: metrics, traces: traces,
 	}
 	return p, metrics.Watch(p.sources())
 }
@@ -151,12 +153,13 @@ type verifier interface {
 
 // newVerifier makes the verifier of --token-verification.
 func newVerifier(o options, rest *rest.Config, directory *kube.Directory, log *slog.Logger) (verifier, error) {
-	if o.tokenReview {
-		return kube.NewTokenReview(kube.TokenReviewConfig{
-			REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
-		})
+	cfg := verify.Config{
+		REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
 	}
-	return kube.NewJWKS(kube.JWKSConfig{REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Logger: log})
+	if o.tokenReview {
+		return verify.NewTokenReview(cfg)
+	}
+	return verify.NewJWKS(cfg)
 }
 
 // newTrust makes the publisher of roots; nil if this broker publishes none.
@@ -231,12 +234,12 @@ func newPrefetch(directory *kube.Directory, place *placement.Placement, sessions
 }
 
 // newBudget makes the early warning that --sts-rate is too low. It writes an Event on this broker's own pod.
-func newBudget(sessions *cache.Cache[policy.Grant], events *kube.Events, self policy.Pod, log *slog.Logger) (*broker.Budget, error) {
+func newBudget(sessions *cache.Cache[policy.Grant], recorder *events.Recorder, self policy.Pod, log *slog.Logger) (*broker.Budget, error) {
 	return broker.NewBudget(broker.BudgetConfig{
 		Stats: sessions.Stats, Logger: log,
 		Report: func(note string) {
 			if self.UID != "" { // outside a cluster there is no pod to write an Event on
-				events.BudgetShort(self, note)
+				recorder.BudgetShort(self, note)
 			}
 		},
 	})

@@ -13,34 +13,34 @@ import (
 	"github.com/credence-iam/credence/operator"
 )
 
-const usage = `credence helps those who write manifests and those who run a cluster.
+const usage = `credence helps manifest authors and cluster admins.
 
 Usage: credence COMMAND [flags]
 
 "credence COMMAND --help" lists the flags of a command.`
 
-const injectUsage = `credence inject does to the pods and pod templates in YAML or JSON what the webhook does to pods
-when they are created, and writes all documents to standard output. Nothing is written when one is refused.
+const injectUsage = `credence inject changes the pods and pod templates in YAML or JSON as the webhook changes pods at their creation.
+It writes all documents to standard output. If it refuses a document, it writes nothing.
 
 Usage: credence inject --broker=ADDRESS --sidecar-image=IMAGE [-f FILE]... [flags]`
 
-// injectFlags defines the flags of inject; what it returns parses their values.
+// injectFlags defines the flags of inject, and returns the function that parses their values.
 func injectFlags(f *flag.FlagSet) func(args []string) (operator.InjectConfig, error) {
 	var (
 		cfg   operator.InjectConfig
 		files names
 	)
 	f.Var(&files, "f", "YAML or JSON `file` to inject, - for standard input; may be repeated; default -")
-	f.StringVar(&cfg.Namespace, "namespace", "", "`name` of the namespace of objects that do not say theirs; empty: it is not known")
-	f.StringVar(&cfg.NamespacesFile, "namespaces", "", "`file` with Namespace objects, such as of kubectl get namespaces -o yaml, by which roles are judged; those in the input count more")
-	f.BoolVar(&cfg.Diff, "diff", false, "write what would change as a unified diff, and nothing if nothing would")
+	f.StringVar(&cfg.Namespace, "namespace", "", "`name` of the namespace of objects without one; empty: not known")
+	f.StringVar(&cfg.NamespacesFile, "namespaces", "", "`file` with Namespace objects, for example from kubectl get namespaces -o yaml, to check roles with; those in the input have precedence")
+	f.BoolVar(&cfg.Diff, "diff", false, "write the changes as a unified diff")
 	injection := injectflags.Define(f)
 	return func(args []string) (operator.InjectConfig, error) {
 		if err := program.NoArguments(args); err != nil {
 			return operator.InjectConfig{}, err
 		}
 		if cfg.Namespace != "" && len(validation.IsDNS1123Label(cfg.Namespace)) > 0 {
-			return operator.InjectConfig{}, fmt.Errorf("--namespace: %q is no name of a namespace", cfg.Namespace)
+			return operator.InjectConfig{}, fmt.Errorf("--namespace: %q is not a valid namespace name", cfg.Namespace)
 		}
 		cfg.Files = files
 		if len(files) == 0 {
@@ -53,7 +53,7 @@ func injectFlags(f *flag.FlagSet) func(args []string) (operator.InjectConfig, er
 			}
 		}
 		if stdins > 1 {
-			return operator.InjectConfig{}, errors.New("standard input can be read once: give - once to -f and --namespaces (it is the default of -f)")
+			return operator.InjectConfig{}, errors.New("standard input can be read only once; use - only once for -f and --namespaces (it is the default of -f)")
 		}
 		o, err := injection()
 		cfg.Injector, cfg.Rules, cfg.RulesFile, cfg.SettingsFile = o.Injector, o.Rules, o.RulesFile, o.SettingsFile
@@ -70,7 +70,7 @@ func (n *names) String() string { return strings.Join(*n, ", ") }
 // Set implements [flag.Value].
 func (n *names) Set(name string) error {
 	if name == "" {
-		return errors.New("the name of a file is empty")
+		return errors.New("the file name is empty")
 	}
 	*n = append(*n, name)
 	return nil

@@ -37,11 +37,11 @@ func TestFlags(t *testing.T) {
 		want string
 	}{
 		{good[:1], "--broker and --sidecar-image are required"},
-		{append(slices.Clone(good), "a.yaml"), `unexpected argument "a.yaml": everything is set by flags`},
-		{append(slices.Clone(good), "--namespace=A"), `--namespace: "A" is no name of a namespace`},
-		{append(slices.Clone(good), "-f="), `invalid value "" for flag -f: the name of a file is empty`},
-		{append(slices.Clone(good), "-f=-", "-f=-"), "standard input can be read once"},
-		{append(slices.Clone(good), "--namespaces=-"), "standard input can be read once"},
+		{append(slices.Clone(good), "a.yaml"), `unexpected argument "a.yaml"; use flags only`},
+		{append(slices.Clone(good), "--namespace=A"), `--namespace: "A" is not a valid namespace name`},
+		{append(slices.Clone(good), "-f="), `invalid value "" for flag -f: the file name is empty`},
+		{append(slices.Clone(good), "-f=-", "-f=-"), "standard input can be read only once"},
+		{append(slices.Clone(good), "--namespaces=-"), "standard input can be read only once"},
 		{append(slices.Clone(good), "--sidecar-port=80"), "--sidecar-port: 80 is out of bounds: from 1024 to 65535"},
 	} {
 		if _, err := parse(tt.args); err == nil || !strings.HasPrefix(err.Error(), tt.want) {

@@ -1,8 +1,7 @@
-// Command credence is for those who write manifests and those who run a cluster. Its command inject does to
-// files what the webhook does to pods.
+// Command credence helps manifest authors and cluster admins. Its command inject changes files as the webhook changes pods.
 //
-// What it makes goes to standard output, and what is to be said of it to standard error. It exits with 1 when
-// something is refused or cannot be done, and with 2 when its command line cannot be right.
+// It writes its result to standard output and messages to standard error. It exits with status 1 if it refuses something
+// or fails, and with 2 if its command line is wrong.
 package main
 
 import (
@@ -20,7 +19,7 @@ func main() {
 		Commands: []program.Command{
 			program.Program[operator.InjectConfig]{
 				Name: "credence inject", Usage: injectUsage, Flags: injectFlags, Run: inject,
-			}.Command("do to manifests what the webhook does to pods"),
+			}.Command("change manifests as the webhook changes pods"),
 		},
 	}.Main()
 }

@@ -2,6 +2,6 @@
 
 package main
 
-// crowd is smaller than without the race detector, which ends a program with more than 8,128 goroutines. It is still
-// more than the kernel queues.
+// crowd is smaller with the race detector, which stops a program with more than 8,128 goroutines. It is still larger
+// than the kernel's queue.
 const crowd = 6_000

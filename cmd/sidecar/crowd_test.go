@@ -2,5 +2,5 @@
 
 package main
 
-// crowd is how many ask at once: more than the sidecar takes connections, and more than the kernel queues.
+// crowd is how many clients call at once: more than the sidecar accepts and the kernel's queue holds.
 const crowd = 10_000

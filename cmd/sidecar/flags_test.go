@@ -11,20 +11,20 @@ import (
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
-// The key must be the one that brokers make of the pod, from variables as from flags.
+// The sidecar must have the same key as the brokers, from variables and from flags.
 func TestRoutingKey(t *testing.T) {
-	const webhooks = policy.RoutingKey("00112233445566778899aabbccddeeff")
+	const fromWebhook = policy.RoutingKey("00112233445566778899aabbccddeeff")
 	required := []string{"--broker=localhost:1", "--token-file=t", "--roots-file=r", "--authorization=a"}
 	for name, tt := range map[string]struct {
 		env  map[string]string
 		args []string
 		want policy.RoutingKey
 	}{
-		"none":       {},
-		"shared":     {env: map[string]string{"CREDENCE_ROUTING_KEY": string(webhooks)}, want: webhooks},
-		"of the pod": {env: map[string]string{"CREDENCE_ROUTING_KEY": string(webhooks), "CREDENCE_POD_UID": "uid-1"}, want: webhooks.ForPod("uid-1")},
-		"flags":      {args: []string{"--routing-key=" + string(webhooks), "--pod-uid=uid-1"}, want: webhooks.ForPod("uid-1")},
-		// Who has no key asks any broker, and has no more of one with a UID.
+		"none":      {},
+		"shared":    {env: map[string]string{"CREDENCE_ROUTING_KEY": string(fromWebhook)}, want: fromWebhook},
+		"pod's own": {env: map[string]string{"CREDENCE_ROUTING_KEY": string(fromWebhook), "CREDENCE_POD_UID": "uid-1"}, want: fromWebhook.ForPod("uid-1")},
+		"flags":     {args: []string{"--routing-key=" + string(fromWebhook), "--pod-uid=uid-1"}, want: fromWebhook.ForPod("uid-1")},
+		// Without a routing key, any broker is called. The UID alone is no key.
 		"UID alone": {args: []string{"--pod-uid=uid-1"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -41,13 +41,13 @@ func TestRoutingKey(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := o.key(); got != tt.want {
-				t.Errorf("the key is %q, want %q", got, tt.want)
+				t.Errorf("key = %q, want %q", got, tt.want)
 			}
 		})
 	}
 }
 
-// docs/sidecar.md has every flag with its variable, and no other.
+// docs/sidecar.md has a row for each flag with its variable, and no other rows.
 func TestSettingsAreDocumented(t *testing.T) {
 	page, err := os.ReadFile("../../docs/sidecar.md")
 	if err != nil {
@@ -61,6 +61,6 @@ func TestSettingsAreDocumented(t *testing.T) {
 	flags(f)
 	f.VisitAll(func(f *flag.Flag) { want = append(want, f.Name+" "+contract.Env(f.Name)) })
 	if !slices.Equal(documented, want) {
-		t.Errorf("documented are\n%q, there are\n%q", documented, want)
+		t.Errorf("docs/sidecar.md has\n%q, want\n%q", documented, want)
 	}
 }

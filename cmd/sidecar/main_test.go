@@ -26,10 +26,10 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"credence-sidecar": main})
 }
 
-// TestScripts runs the program as a program.
+// TestScripts runs the program in scripts.
 func TestScripts(t *testing.T) {
 	if scripts, err := filepath.Glob("testdata/*.txt"); err != nil || len(scripts) == 0 {
-		t.Fatalf("no scripts in testdata: %v", err)
+		t.Fatalf("testdata has no scripts: %v", err)
 	}
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata", RequireExplicitExec: true, RequireUniqueNames: true,
@@ -42,14 +42,14 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// sigterm ends what runs in the background as the kubelet does; testscript's own kill knows no SIGTERM.
+// sigterm sends SIGTERM to background programs, as the kubelet does. The kill command of testscript cannot send it.
 func sigterm(ts *testscript.TestScript, _ bool, _ []string) {
 	for _, cmd := range ts.BackgroundCmds() {
 		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
 	}
 }
 
-// freeAddress returns a loopback address that nobody listens on.
+// freeAddress returns a free loopback address.
 func freeAddress(t *testing.T) string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -61,16 +61,16 @@ func freeAddress(t *testing.T) string {
 
 const module = "github.com/credence-iam/credence"
 
-// forbidden are the modules that would make a process that runs once in every pod large, with the reason
-// that it needs none of them.
+// forbidden are modules that would make the program large, which runs once in each pod. Each has the reason why the
+// program does not need it.
 var forbidden = map[string]string{
-	"k8s.io/":                        "the sidecar talks to the broker alone",
-	"sigs.k8s.io/":                   "the sidecar talks to the broker alone",
+	"k8s.io/":                        "the sidecar calls only the broker",
+	"sigs.k8s.io/":                   "the sidecar calls only the broker",
 	"github.com/aws/":                "the broker calls STS",
-	"go.opentelemetry.io/":           "spans begin in the broker",
-	"golang.org/x/crypto/x509roots/": "the roots that verify the broker are mounted",
-	"github.com/cert-manager/":       "the kubelet mounts what it issued",
-	"github.com/prometheus/":         "nobody scrapes a pod's loopback",
+	"go.opentelemetry.io/":           "the broker creates the spans",
+	"golang.org/x/crypto/x509roots/": "the brokers' root certificates are mounted",
+	"github.com/cert-manager/":       "the kubelet mounts its certificates",
+	"github.com/prometheus/":         "nothing scrapes a pod's loopback",
 	"github.com/go-jose/":            "the broker verifies tokens",
 	"github.com/evanphx/json-patch/": "the webhook patches",
 }
@@ -79,16 +79,16 @@ func checkAllowed(t *testing.T, path, where string) {
 	t.Helper()
 	for prefix, reason := range forbidden {
 		if strings.HasPrefix(path+"/", prefix) {
-			t.Errorf("%s: %s is not for the sidecar: %s", where, path, reason)
+			t.Errorf("%s: the sidecar must not link %s: %s", where, path, reason)
 		}
 	}
 }
 
-// TestModules looks at what the linker put into this test, which holds all that the program does.
+// TestModules checks the modules that are linked into this test, which contains the whole program.
 func TestModules(t *testing.T) {
 	info, ok := debug.ReadBuildInfo()
 	if !ok || len(info.Deps) == 0 {
-		t.Fatal("the test binary does not tell its modules")
+		t.Fatal("the test binary has no list of modules")
 	}
 	grpc := false
 	for _, dep := range info.Deps {
@@ -96,12 +96,12 @@ func TestModules(t *testing.T) {
 		grpc = grpc || dep.Path == "google.golang.org/grpc"
 	}
 	if !grpc {
-		t.Errorf("gRPC is not among %d modules: this looks at something else", len(info.Deps))
+		t.Errorf("gRPC is not among %d modules: the test reads the wrong list", len(info.Deps))
 	}
 }
 
-// TestImports follows the import clauses of this module's packages from here. It reads the files
-// itself: the answer of a subprocess is hidden from the test cache, which would keep a pass.
+// TestImports follows the imports of this module's packages, beginning with this one. It reads the files itself. The
+// test cache does not know the output of a subprocess, so it would keep an old result.
 func TestImports(t *testing.T) {
 	root := filepath.Join("..", "..")
 	if _, err := os.Stat(filepath.Join(root, "go.mod")); err != nil {
@@ -124,12 +124,12 @@ func TestImports(t *testing.T) {
 	visit(module + "/cmd/sidecar")
 	for _, path := range []string{module + "/sidecar", module + "/broker/client", module + "/broker/credential"} {
 		if !seen[path] {
-			t.Errorf("%s was not reached: this looks at something else", path)
+			t.Errorf("the imports do not lead to %s: the test reads the wrong files", path)
 		}
 	}
 }
 
-// imports returns what the files of a folder import, whatever they are built for, but for tests.
+// imports returns the imports of all files in a folder, for all platforms, except tests.
 func imports(t *testing.T, dir string) []string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
@@ -156,14 +156,14 @@ func imports(t *testing.T, dir string) []string {
 	return paths
 }
 
-// This test is the program, so far as what happens before main.
+// Before main, this test is initialized like the program.
 func TestTwoProcessors(t *testing.T) {
 	if n := runtime.GOMAXPROCS(0); n > 2 {
-		t.Errorf("the program uses %d processors, want 2 at most", n)
+		t.Errorf("the program uses %d processors, want at most 2", n)
 	}
 }
 
-// maxSize bounds the program, which every node of a cluster fetches, in bytes (MB = 10^6).
+// maxSize limits the program in bytes (MB = 10^6), because each node of a cluster downloads it.
 const maxSize = 11_000_000
 
 func TestSize(t *testing.T) {
@@ -186,7 +186,7 @@ func TestSize(t *testing.T) {
 	}
 }
 
-// buildReleased builds the program as "make build" does.
+// buildReleased builds the program like "make build".
 func buildReleased(t *testing.T, file string, env ...string) {
 	t.Helper()
 	goTool := filepath.Join(build.Default.GOROOT, "bin", "go")

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -22,36 +21,28 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
-	"github.com/credence-iam/credence/broker/brokerpb"
-	"github.com/credence-iam/credence/certs"
-	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
 const (
-	// patient are those that were there before, and keep their connections for as long as the sidecar does.
+	// patient clients connect first, and keep their connections open as long as the sidecar permits.
 	patient = 128
-	// wordy is how many of a header's fields every fourth sends, which is about all that a header has room for and far
-	// more than one may have. As many send what one may: fat fields of fatSize bytes.
+	// Every fourth client sends wordy header fields, nearly as many as a header has room for, and far more than a request
+	// may have. Another fourth sends as much as a request may have: fat fields of fatSize bytes.
 	wordy, fat, fatSize = 1_800, 55, 140
-	// maxResets is how many may be turned away, and ask again as SDKs do. What the kernel could not queue it has the
-	// client send again, after ever longer times; and who is silent for two seconds after being let in, is let go.
+	// maxResets is how many connections may be reset. Their clients retry, as SDKs do. If the kernel's queue is full, it
+	// makes clients resend after ever longer pauses, and the sidecar closes a connection that is silent for two seconds.
 	maxResets = crowd / 100
-	// maxAnonymous bounds the memory that is the process's own, in bytes, whatever is asked of it at once: 8 MB of the
-	// 16.8 MB that the container may have by default. The kernel needs 2 for its sockets, threads and tables. A pod that
-	// pays for the pages of the program, since it is the first of its node to read them, needs 6.5 of those all the time.
+	// maxAnonymous limits the anonymous memory of the process in bytes, whatever clients send. It is 8 MB of the 16.8 MB
+	// that the container may have by default. The kernel needs 2 MB for sockets, threads and tables. The first pod on a
+	// node also pays for the pages of the program, 6.5 MB all the time, because it is the first to read them.
 	maxAnonymous = 8_000_000
 )
 
-// TestMemory runs the program as it is released, and looks at its memory while many ask at once.
+// TestMemory runs the released program, and measures its memory while many clients call at once.
 func TestMemory(t *testing.T) {
 	if testing.Short() {
-		t.Skip("not run: -short was given, and this builds the program")
+		t.Skip("not run: with -short, because the test builds the program")
 	}
 	if err := allowFiles(crowd + 500); err != nil {
 		t.Skip("not run: ", err)
@@ -61,7 +52,9 @@ func TestMemory(t *testing.T) {
 	address := freeAddress(t)
 	pid, ended := startProgram(t, program, address)
 
-	ask := func(ctx context.Context, fields ...string) (net.Conn, error) { return askOnce(ctx, address, fields...) }
+	call := func(ctx context.Context, fields ...string) (net.Conn, error) {
+		return callOnce(ctx, address, fields...)
+	}
 	var many, large []string
 	for i := range wordy {
 		many = append(many, strconv.FormatInt(int64(i), 36)+":")
@@ -71,13 +64,13 @@ func TestMemory(t *testing.T) {
 	}
 	var kept []net.Conn
 	for len(kept) < patient {
-		conn, err := ask(t.Context())
+		conn, err := call(t.Context())
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			select {
 			case <-ended:
-				t.Fatal("the program has ended")
+				t.Fatal("the program has exited")
 			default:
-				continue // it starts
+				continue // it does not listen yet
 			}
 		}
 		if err != nil {
@@ -87,7 +80,7 @@ func TestMemory(t *testing.T) {
 	}
 	peak := watch(t, pid)
 	var all sync.WaitGroup
-	var answered, resets atomic.Int32
+	var succeeded, resets atomic.Int32
 	failed := make(chan error, crowd)
 	for i := range crowd {
 		all.Go(func() {
@@ -96,25 +89,25 @@ func TestMemory(t *testing.T) {
 			case 0:
 				fields = large
 			case 1:
-				// It is answered that this is too much, or cut off while it sends.
-				if conn, err := ask(t.Context(), many...); err == nil {
+				// It gets status 400, or its connection is closed while it sends.
+				if conn, err := call(t.Context(), many...); err == nil {
 					conn.Close()
-					failed <- errors.New("a header of 1,800 fields was answered with credentials")
+					failed <- errors.New("a request with 1,800 header fields got credentials")
 					return
 				}
-				answered.Add(1)
+				succeeded.Add(1)
 				return
 			}
-			conn, err := ask(t.Context(), fields...)
+			conn, err := call(t.Context(), fields...)
 			for (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF)) && resets.Add(1) <= maxResets {
-				conn, err = ask(t.Context(), fields...)
+				conn, err = call(t.Context(), fields...)
 			}
 			if err != nil {
 				failed <- err
 				return
 			}
 			conn.Close()
-			answered.Add(1)
+			succeeded.Add(1)
 		})
 	}
 	for _, conn := range kept {
@@ -122,67 +115,40 @@ func TestMemory(t *testing.T) {
 	}
 	all.Wait()
 	highest := peak()
-	if n := answered.Load(); n != crowd {
-		t.Errorf("%d of %d were answered; one was told: %v", n, crowd, <-failed)
+	if n := succeeded.Load(); n != crowd {
+		t.Errorf("%d of %d clients got the right response; one failed: %v", n, crowd, <-failed)
 	}
-	t.Logf("at most %d bytes, %d connections reset", highest, resets.Load())
+	t.Logf("%d bytes at most, %d connections reset", highest, resets.Load())
 	if highest > maxAnonymous {
-		t.Errorf("the program had %d bytes of its own, want at most %d", highest, maxAnonymous)
+		t.Errorf("the program had %d bytes of anonymous memory, want at most %d", highest, maxAnonymous)
 	}
 }
 
-// allowFiles lets this process open so many files.
+// allowFiles raises the limit of open files of this process to n.
 func allowFiles(n uint64) error {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		return fmt.Errorf("reading how many files may be open: %w", err)
+		return fmt.Errorf("reading the limit of open files: %w", err)
 	}
 	if limit.Cur >= n {
 		return nil
 	}
 	limit.Cur, limit.Max = max(limit.Cur, n), max(limit.Max, n)
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		return fmt.Errorf("%d files have to be open at once, and the limit cannot be raised: %w", n, err)
+		return fmt.Errorf("raising the limit of open files to %d: %w", n, err)
 	}
 	return nil
 }
 
-// startProgram starts the program on address, with a broker that answers at once. Both end with the test.
+// startProgram starts the program on address, with a broker. Both stop with the test.
 func startProgram(t *testing.T, program, address string) (pid int, ended <-chan struct{}) {
 	t.Helper()
-	dir := t.TempDir()
-	ca := certstest.NewCA(t)
-	certFile, keyFile := ca.Leaf("localhost").WriteTo(filepath.Join(dir, "tls"))
-	pair, err := certs.NewKeyPair(certFile, keyFile, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(certs.ServerConfig(pair))))
-	brokerpb.RegisterBrokerServer(server, double{})
-	go func() { _ = server.Serve(listener) }()
-	t.Cleanup(server.Stop)
-	token := filepath.Join(dir, "token")
-	if err := os.WriteFile(token, []byte("header.claims.signature"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	_, port, err := net.SplitHostPort(listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), program)
-	cmd.Env = []string{
-		"CREDENCE_LISTEN=" + address, "CREDENCE_BROKER=localhost:" + port, "CREDENCE_TOKEN_FILE=" + token,
-		"CREDENCE_ROOTS_FILE=" + ca.WriteTo(filepath.Join(dir, "roots")), "CREDENCE_AUTHORIZATION=" + password,
-	}
+	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), program, append(newWorld(t).args, "--listen="+address)...)
+	cmd.Env = []string{} // not that of the test
 	var log bytes.Buffer
 	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
+	var err error
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -192,30 +158,14 @@ func startProgram(t *testing.T, program, address string) (pid int, ended <-chan 
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		<-done
 		if err != nil || t.Failed() {
-			t.Errorf("the program ended with %v; its log:\n%s", err, log.String())
+			t.Errorf("the program exited with error %v; its log:\n%s", err, log.String())
 		}
 	})
 	return cmd.Process.Pid, done
 }
 
-const password = "00000000-0000-4000-8000-000000000000"
-
-// double is a broker that answers at once, with a session of the usual lengths.
-type double struct {
-	brokerpb.UnimplementedBrokerServer
-}
-
-// GetCredentials implements brokerpb.BrokerServer.
-func (double) GetCredentials(context.Context, *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	return &brokerpb.GetCredentialsResponse{
-		AccessKeyId: "ASIAEXAMPLE", SecretAccessKey: strings.Repeat("s", 40), SessionToken: strings.Repeat("t", 1000),
-		Expiration: timestamppb.New(time.Now().Add(time.Hour)), RefreshAfter: durationpb.New(27 * time.Minute),
-		RoleArn: "arn:aws:iam::123456789012:role/app", AccountId: "123456789012",
-	}, nil
-}
-
-// askOnce asks for credentials on a connection of its own, and returns that once it has the answer.
-func askOnce(ctx context.Context, address string, fields ...string) (_ net.Conn, err error) {
+// callOnce requests credentials on a new connection, and returns the connection when it has the response.
+func callOnce(ctx context.Context, address string, fields ...string) (_ net.Conn, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
@@ -225,7 +175,7 @@ func askOnce(ctx context.Context, address string, fields ...string) (_ net.Conn,
 			conn.Close()
 		}
 	}()
-	if _, err := io.WriteString(conn, "GET "+contract.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+password+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET "+contract.CredentialsPath+" HTTP/1.1\r\nHost: "+address+"\r\nAuthorization: "+authorization+"\r\n"+strings.Join(slices.Concat(fields, []string{""}), "\r\n")+"\r\n"); err != nil {
 		return nil, err
 	}
 	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
@@ -240,29 +190,29 @@ func askOnce(ctx context.Context, address string, fields ...string) (_ net.Conn,
 	return conn, err
 }
 
-// watch looks at a process's anonymous memory all the time. What it returns ends that, and returns the most that
-// was seen, in bytes.
+// watch measures a process's anonymous memory until peak is called. peak returns the maximum in
+// bytes.
 func watch(t *testing.T, pid int) (peak func() int) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
 	var watching sync.WaitGroup
-	most := 0
+	maximum := 0
 	watching.Go(func() {
-		ticker := time.NewTicker(2 * time.Millisecond) // what the runtime has taken, it keeps for seconds
+		ticker := time.NewTicker(2 * time.Millisecond) // the runtime keeps memory for seconds
 		defer ticker.Stop()
 		for ctx.Err() == nil && !t.Failed() {
-			most = max(most, anonymous(t, pid))
+			maximum = max(maximum, anonymous(t, pid))
 			<-ticker.C
 		}
 	})
 	return func() int {
 		stop()
 		watching.Wait()
-		return most
+		return maximum
 	}
 }
 
-// anonymous reads RssAnon of proc_pid_status(5), in bytes.
+// anonymous returns RssAnon of proc_pid_status(5) in bytes.
 func anonymous(t *testing.T, pid int) int {
 	t.Helper()
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")

@@ -3,19 +3,16 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,29 +31,28 @@ import (
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
-// wiring has a row for each flag: what changes when it is given. A flag can have several. Each row runs the program
-// against a real broker, and asks it as an SDK does; so a row fails when a flag is parsed and then forgotten. A new flag
-// needs a row here.
+// wiring has at least one row for each flag. A row runs the program against a real broker, calls it like an SDK, and shows
+// what the flag changes. So a row fails if the program parses the flag but does not use it. A new flag needs a row.
 var wiring = []struct {
 	flag, shows string
 	run         func(w *world)
 }{
-	{"broker-dns-name", "brokers are looked up by it, and prove the host of --broker", func(w *world) {
+	{"broker-dns-name", "the name is looked up, and brokers must prove the host of --broker", func(w *world) {
 		const host, full = "brokers.test", "brokers.test.svc.corp.example"
 		listener := listen(w.T, "127.0.0.1:0")
 		w.broker(host, listener)
 		target := net.JoinHostPort(host, portOf(listener.Addr().String()))
 		w.startWith("127.0.0.1 "+full+"\n", "--broker="+target, "--broker-dns-name="+full+".").mustServe("cart")
 	}},
-	{"broker", "brokers are called there, and must prove that name", func(w *world) {
+	{"broker", "brokers are called at this address, and must prove its name", func(w *world) {
 		w.start("--broker=" + w.target).mustServe("cart")
 		other := w.start("--broker=127.0.0.1" + strings.TrimPrefix(w.target, brokerHost))
-		other.Logged(w.T, "cannot get credentials")
+		other.Logged(w.T, "Could not get credentials")
 		if status, _ := other.credentials(authorization); status == http.StatusOK {
-			w.Error("a broker that has not proved its name was believed")
+			w.Error("the sidecar accepted a broker that has not proved its name")
 		}
 	}},
-	{"listen", "SDKs are served there", func(w *world) {
+	{"listen", "SDKs are served at this address", func(w *world) {
 		address := freeAddress(w.T)
 		s := w.start("--listen=" + address)
 		if s.address != address {
@@ -64,60 +60,60 @@ var wiring = []struct {
 		}
 		s.mustServe("cart")
 	}},
-	{"token-file", "the token in it says who the pod is", func(w *world) {
+	{"token-file", "its token identifies the pod", func(w *world) {
 		file := filepath.Join(w.TempDir(), "other-token")
 		must(w, os.WriteFile(file, []byte("till-token"), 0o600))
 		w.start("--token-file=" + file).mustServe("till")
 	}},
-	{"roots-file", "brokers are verified by the roots in it", func(w *world) {
+	{"roots-file", "its roots verify the brokers", func(w *world) {
 		w.start("--roots-file=" + w.rootsFile).mustServe("cart")
 		s := w.start("--roots-file=" + certstest.NewCA(w).WriteTo(w.TempDir()))
-		s.Logged(w.T, "cannot get credentials")
+		s.Logged(w.T, "Could not get credentials")
 		if status, _ := s.credentials(authorization); status == http.StatusOK {
-			w.Error("a broker was believed whose root is not in the file")
+			w.Error("the sidecar accepted a broker whose root is not in the file")
 		}
 	}},
-	{"authorization", "requests without it are refused", func(w *world) {
+	{"authorization", "requests without this text are refused", func(w *world) {
 		s := w.start("--authorization=the-pods-uid")
-		s.Await(w.T, "one with it is served", func() bool { status, _ := s.credentials("the-pods-uid"); return status == http.StatusOK })
+		s.Await(w.T, "a request with the text is served", func() bool { status, _ := s.credentials("the-pods-uid"); return status == http.StatusOK })
 		if status, _ := s.credentials(authorization); status != http.StatusForbidden {
-			w.Errorf("one with another is answered with %d", status)
+			w.Errorf("a request with another text got status %d, want 403", status)
 		}
 	}},
-	{"metadata", "v1 serves instance metadata without a session", func(w *world) {
+	{"metadata", "v1 serves instance metadata without a token", func(w *world) {
 		s := w.start("--metadata=v1")
 		s.mustServe("cart")
 		if status, text := s.get("/latest/meta-data/iam/security-credentials/", ""); status != http.StatusOK {
-			w.Errorf("the answer is %d: %s", status, text)
+			w.Errorf("the response is %d: %s", status, text)
 		}
 	}},
-	{"metadata", "v2 serves it with one only", func(w *world) {
+	{"metadata", "v2 requires a token", func(w *world) {
 		s := w.start("--metadata=v2")
 		s.mustServe("cart")
 		if status, text := s.get("/latest/meta-data/iam/security-credentials/", ""); status != http.StatusUnauthorized {
-			w.Errorf("the answer is %d: %s", status, text)
+			w.Errorf("the response is %d: %s", status, text)
 		}
 	}},
-	{"metadata", "off serves none", func(w *world) {
+	{"metadata", "off serves no instance metadata", func(w *world) {
 		s := w.start("--metadata=off")
 		s.mustServe("cart")
 		if status, text := s.get("/latest/meta-data/iam/security-credentials/", ""); status != http.StatusNotFound {
-			w.Errorf("the answer is %d: %s", status, text)
+			w.Errorf("the response is %d: %s", status, text)
 		}
 	}},
-	{"zone", "instance metadata names it", func(w *world) {
+	{"zone", "instance metadata reports it", func(w *world) {
 		s := w.start("--zone=eu-central-1b", "--metadata=v1")
 		s.mustServe("cart")
 		if status, text := s.get("/latest/meta-data/placement/availability-zone", ""); status != http.StatusOK || text != "eu-central-1b" {
-			w.Errorf("the answer is %d: %s", status, text)
+			w.Errorf("the response is %d: %s", status, text)
 		}
 	}},
-	{"start-timeout", "after it, the application may start without credentials", func(w *world) {
+	{"start-timeout", "after it, the application starts without credentials", func(w *world) {
 		s := w.start("--broker="+net.JoinHostPort(brokerHost, portOf(freeAddress(w.T))), "--start-timeout=1ms")
-		s.Await(w.T, "the sidecar says that it is ready", func() bool { status, _ := s.get("/v1/ready", ""); return status == http.StatusNoContent })
+		s.Await(w.T, "the sidecar is ready", func() bool { status, _ := s.get("/v1/ready", ""); return status == http.StatusNoContent })
 		must(w, processtest.Start(w.T, processtest.Command{Args: []string{"--listen=" + s.address, "probe"}}).Wait())
 	}},
-	{"log-level", "warn leaves out that credentials came", func(w *world) {
+	{"log-level", "warn does not log received credentials", func(w *world) {
 		address := freeAddress(w.T)
 		s := &running{Process: w.process("--log-level=warn", "--listen="+address), w: w, address: address}
 		s.mustServe("cart")
@@ -130,14 +126,14 @@ var wiring = []struct {
 			return []string{"--routing-key=" + string(key)}, key
 		})
 	}},
-	{"pod-uid", "the key of a pod with a session of its own has it", func(w *world) {
+	{"pod-uid", "it is part of the key of a pod that does not share its session", func(w *world) {
 		w.callsTheOwner(func(key policy.RoutingKey) (args []string, owned policy.RoutingKey) {
 			return []string{"--routing-key=" + string(key), "--pod-uid=uid-1"}, key.ForPod("uid-1")
 		})
 	}},
 }
 
-// exempt are the flags whose effect no row shows, with the reason.
+// exempt are the flags without a row, with the reason.
 var exempt = map[string]string{}
 
 // TestFlagsAreWired runs the rows.
@@ -154,7 +150,7 @@ func TestFlagsAreWired(t *testing.T) {
 	processtest.CheckFlags(t, flags, rows, exempt)
 }
 
-// TestVariablesAreWired: what the webhook sets instead of flags.
+// TestVariablesAreWired: environment variables set flags, as the webhook does.
 func TestVariablesAreWired(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -166,26 +162,7 @@ func TestVariablesAreWired(t *testing.T) {
 	s := w.await(processtest.Start(t, processtest.Command{Env: append(env, "CREDENCE_METADATA=v1", "CREDENCE_ZONE=eu-central-1c")}))
 	s.mustServe("cart")
 	if status, text := s.get("/latest/meta-data/placement/availability-zone", ""); status != http.StatusOK || text != "eu-central-1c" {
-		t.Errorf("the zone is answered with %d: %s", status, text)
-	}
-}
-
-// TestProbeWaits: the probe asks the sidecar at --listen until that has credentials.
-func TestProbeWaits(t *testing.T) {
-	t.Parallel()
-	var asked atomic.Int64
-	sidecar := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		status := http.StatusServiceUnavailable
-		if asked.Add(1) == 3 && r.URL.Path == "/v1/ready" {
-			status = http.StatusNoContent
-		}
-		w.WriteHeader(status)
-	}))
-	defer sidecar.Close()
-	address := strings.TrimPrefix(sidecar.URL, "http://")
-	must(t, processtest.Start(t, processtest.Command{Args: []string{"--listen=" + address, "probe"}}).Wait())
-	if n := asked.Load(); n != 3 {
-		t.Errorf("the probe has asked %d times, want 3", n)
+		t.Errorf("the response for the zone is %d: %s", status, text)
 	}
 }
 
@@ -195,7 +172,7 @@ const (
 	authorization = "a-pods-uid"
 )
 
-// world is what a sidecar runs in: a broker that knows two pods by their tokens.
+// world has a broker that knows two pods by their tokens. Sidecars call it.
 type world struct {
 	*testing.T
 	ca        *certstest.CA
@@ -204,7 +181,7 @@ type world struct {
 	args      []string
 
 	mu    sync.Mutex
-	calls []netip.Addr // addresses at which the broker was called, in that order; guarded by mu
+	calls []netip.Addr // broker addresses in the order of calls; guarded by mu
 }
 
 func newWorld(t *testing.T) *world {
@@ -222,20 +199,21 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// broker serves one of that name on the listeners.
-func (w *world) broker(name string, listeners ...net.Listener) {
+// broker starts a broker with a certificate for name on the listener.
+func (w *world) broker(name string, listener net.Listener) {
 	w.Helper()
 	certFile, keyFile := w.ca.Leaf(name).WriteTo(w.TempDir())
 	pair, err := certs.NewKeyPair(certFile, keyFile, nil)
 	must(w, err)
 	b := brokertest.Start(w, func(context.Context, policy.Grant) (credential.Credential, error) {
 		return credential.Credential{
-			AccessKeyID: "ASIAEXAMPLE", SecretAccessKey: credential.NewSecret("secret"), SessionToken: credential.NewSecret("token"),
+			AccessKeyID:     "ASIAEXAMPLE", // the secrets have usual lengths
+			SecretAccessKey: credential.NewSecret(strings.Repeat("s", 40)), SessionToken: credential.NewSecret(strings.Repeat("t", 1000)),
 			Issued: time.Now(), Expiration: time.Now().Add(time.Hour),
 		}, nil
 	}, io.Discard, func(_ *broker.Config, server *broker.ServerConfig) {
-		server.Listener, server.TLS = join(listeners), certs.ServerConfig(pair)
-		server.Interceptors = []grpc.UnaryServerInterceptor{w.note}
+		server.Listener, server.TLS = listener, certs.ServerConfig(pair)
+		server.Interceptors = []grpc.UnaryServerInterceptor{w.recordCall}
 	})
 	for _, role := range []string{"cart", "till"} {
 		b.Set(brokertest.Pod{
@@ -246,8 +224,8 @@ func (w *world) broker(name string, listeners ...net.Listener) {
 	}
 }
 
-// note notes where the broker was called.
-func (w *world) note(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// recordCall records the address of the called broker.
+func (w *world) recordCall(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	if p, ok := peer.FromContext(ctx); ok {
 		if at, err := netip.ParseAddrPort(p.LocalAddr.String()); err == nil {
 			w.mu.Lock()
@@ -258,12 +236,11 @@ func (w *world) note(ctx context.Context, request any, _ *grpc.UnaryServerInfo, 
 	return handler(ctx, request)
 }
 
-// callsTheOwner runs sidecars that find sixteen brokers, and looks which of them each calls. arguments returns what a
-// sidecar is given for a key, and the key whose owner it must call.
+// callsTheOwner checks that sidecars with sixteen brokers call an owner first. arguments returns the arguments of a sidecar
+// for a key, and the key whose owner it must call.
 func (w *world) callsTheOwner(arguments func(policy.RoutingKey) (args []string, owned policy.RoutingKey)) {
 	const name, brokers = "brokers.test", 16
 	var (
-		listeners []net.Listener
 		addresses []netip.Addr
 		hosts     strings.Builder
 		port      = "0"
@@ -272,14 +249,14 @@ func (w *world) callsTheOwner(arguments func(policy.RoutingKey) (args []string, 
 		address := netip.AddrFrom4([4]byte{127, 0, 7, byte(1 + i)})
 		listener, err := new(net.ListenConfig).Listen(w.Context(), "tcp", net.JoinHostPort(address.String(), port))
 		if err != nil {
-			w.Skip("not run: this machine lets nobody listen on all of 127.0.0.0/8: ", err)
+			w.Skip("not run: this machine does not permit listening on all of 127.0.0.0/8: ", err)
 		}
 		port = portOf(listener.Addr().String())
-		listeners, addresses = append(listeners, listener), append(addresses, address)
+		w.broker(name, listener)
+		addresses = append(addresses, address)
 		_, _ = fmt.Fprintln(&hosts, address, name)
 	}
-	w.broker(name, listeners...)
-	// A sidecar without the key calls one of the two owners by chance, once in eight times. So there are four of them.
+	// A sidecar without the key calls one of the two owners by chance in one of eight cases. So four sidecars run.
 	for i := range 4 {
 		args, owned := arguments(policy.RoutingKey(fmt.Sprintf("0011223344556677889900aabbccdd%02d", i)))
 		w.mu.Lock()
@@ -289,26 +266,26 @@ func (w *world) callsTheOwner(arguments func(policy.RoutingKey) (args []string, 
 		w.mu.Lock()
 		first := w.calls[0]
 		w.mu.Unlock()
-		// The second one where this machine is so busy that the first one seems silent.
+		// On a busy machine, the first owner may take so long that the second one records its call first.
 		if want := placement.Rank(string(owned), addresses)[:placement.Owners]; !slices.Contains(want, first) {
-			w.Errorf("%q: the broker at %s was called first, want one of %s", args, first, want)
+			w.Errorf("%q: the broker at %s was called first, want an owner, %s", args, first, want)
 		}
 	}
 }
 
-// process starts the program with more flags; the last of one name counts.
+// process starts the program with more flags. They override flags of the same name.
 func (w *world) process(args ...string) *processtest.Process {
 	w.Helper()
 	return processtest.Start(w.T, processtest.Command{Args: slices.Concat(w.args, args)})
 }
 
-// start starts a sidecar with more flags, and waits until it listens.
+// start starts a sidecar with more flags and waits until it listens.
 func (w *world) start(args ...string) *running {
 	w.Helper()
 	return w.await(w.process(args...))
 }
 
-// startWith is start with another /etc/hosts, by its text.
+// startWith is start with the given text as /etc/hosts.
 func (w *world) startWith(hosts string, args ...string) *running {
 	w.Helper()
 	file := filepath.Join(w.TempDir(), "hosts")
@@ -318,17 +295,17 @@ func (w *world) startWith(hosts string, args ...string) *running {
 
 func (w *world) await(p *processtest.Process) *running {
 	w.Helper()
-	return &running{Process: p, w: w, address: fmt.Sprint(p.Logged(w.T, "listening")["address"])}
+	return &running{Process: p, w: w, address: fmt.Sprint(p.Logged(w.T, "Listening")["address"])}
 }
 
-// running is a sidecar that runs.
+// running is a running sidecar.
 type running struct {
 	*processtest.Process
 	w       *world
 	address string
 }
 
-// get is a request. Its status is 0 if nobody answers.
+// get sends a request. The status is 0 if there is no response.
 func (s *running) get(path, authorization string) (status int, body string) {
 	request, err := http.NewRequestWithContext(s.w.Context(), http.MethodGet, "http://"+s.address+path, nil)
 	if err != nil {
@@ -353,70 +330,17 @@ func (s *running) credentials(authorization string) (status int, body string) {
 	return s.get("/v1/credentials", authorization)
 }
 
-// mustServe waits for credentials, which must be of that role.
+// mustServe waits until the sidecar serves credentials, and checks their role.
 func (s *running) mustServe(role string) {
 	s.w.Helper()
-	var answer struct{ RoleArn string }
+	var response struct{ RoleArn string }
 	s.Await(s.w.T, "credentials are served", func() bool {
 		status, text := s.credentials(authorization)
-		return status == http.StatusOK && json.Unmarshal([]byte(text), &answer) == nil
+		return status == http.StatusOK && json.Unmarshal([]byte(text), &response) == nil
 	})
-	if want := "arn:aws:iam::123456789012:role/" + role; answer.RoleArn != want {
-		s.w.Errorf("credentials are of %s, want %s", answer.RoleArn, want)
+	if want := "arn:aws:iam::123456789012:role/" + role; response.RoleArn != want {
+		s.w.Errorf("credentials are for %s, want %s", response.RoleArn, want)
 	}
-}
-
-// join makes one listener of several.
-func join(all []net.Listener) net.Listener {
-	j := &joined{Listener: all[0], all: all, conns: make(chan net.Conn), closed: make(chan struct{})}
-	for _, l := range all {
-		go j.accept(l)
-	}
-	return j
-}
-
-type joined struct {
-	net.Listener
-	all    []net.Listener
-	conns  chan net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (j *joined) accept(l net.Listener) {
-	for {
-		conn, err := l.Accept()
-		if err != nil {
-			return // closed
-		}
-		select {
-		case j.conns <- conn:
-		case <-j.closed:
-			_ = conn.Close()
-		}
-	}
-}
-
-// Accept implements net.Listener.
-func (j *joined) Accept() (net.Conn, error) {
-	select {
-	case conn := <-j.conns:
-		return conn, nil
-	case <-j.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (j *joined) Close() error {
-	j.once.Do(func() { close(j.closed) })
-	var errs []error
-	for _, l := range j.all {
-		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
 }
 
 func listen(t *testing.T, address string) net.Listener {

@@ -33,7 +33,7 @@ func TestBadFlags(t *testing.T) {
 	}{
 		{good[:1], "--broker and --sidecar-image are required"},
 		{good[1:], "--broker and --sidecar-image are required"},
-		{append(good, "word"), `unexpected argument "word": everything is set by flags`},
+		{append(good, "word"), `unexpected argument "word"; use flags only`},
 		{append(good, "--annotation-prefix=A/b"), `--annotation-prefix: annotation prefix "A/b" is not a DNS subdomain such as iam.amazonaws.com`},
 		{append(good, "--sidecar-port=80"), "--sidecar-port: 80 is out of bounds: from 1024 to 65535"},
 		{append(good, "--sidecar-run-as-user=0"), "--sidecar-run-as-user: 0 is no user id from 1 to 2147483647: the sidecar never runs as root; -1 leaves it to the platform"},

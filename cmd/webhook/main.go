@@ -23,6 +23,7 @@ import (
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/webhook"
+	"github.com/credence-iam/credence/webhook/metrics"
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
@@ -70,11 +71,11 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	var server *webhook.Server // before anything is scraped
-	metrics, err := admin.NewWebhookMetrics(program.Version(), admin.WebhookSources{
+	metrics, err := metrics.New(program.Version(), metrics.Sources{
 		Connections: func() connlimit.Stats { return server.Connections() },
 		Certificate: pair.NotAfter, InformerAge: namespaces.Age, LiveReads: namespaces.Reads,
 		RulesFile: following(rules), SettingsFile: following(settings),
-	}, log)
+	})
 	if err != nil {
 		return err
 	}
@@ -90,7 +91,7 @@ func run(ctx context.Context, o options) error {
 			return nil
 		}},
 		Logger:  log,
-		Observe: func(o webhook.Observation) { metrics.Review(o.Decision, o.Reason, o.Took, o.PatchBytes) },
+		Observe: metrics.Observe,
 	})
 	if err != nil {
 		return err
@@ -105,7 +106,7 @@ func run(ctx context.Context, o options) error {
 			return fmt.Errorf("--admin-listen: %w", err)
 		}
 		runs = append(runs, func(ctx context.Context) error {
-			return admin.Serve(ctx, adminListener, admin.Handler(metrics.Handler()))
+			return admin.Serve(ctx, adminListener, admin.Handler(admin.MetricsHandler(metrics.Registry(), log)))
 		})
 	}
 	log.InfoContext(ctx, "Serving", "address", listener.Addr().String(), "version", program.Version())

@@ -1,17 +1,13 @@
 package main
 
-import (
-	"github.com/credence-iam/credence/broker/admin"
-	"github.com/credence-iam/credence/broker/configfile"
-)
+import "github.com/credence-iam/credence/broker/configfile"
 
-// following tells the metrics of a file, and that there is none if f is nil.
-func following(f *configfile.Follower) func() (admin.RulesFile, bool) {
-	return func() (admin.RulesFile, bool) {
+// following returns the source of a metric that shows the state of a file. If f is nil, there is no such file.
+func following(f *configfile.Follower) func() (ok, configured bool) {
+	return func() (ok, configured bool) {
 		if f == nil {
-			return admin.RulesFile{}, false
+			return false, false
 		}
-		status := f.Status()
-		return admin.RulesFile{Loaded: status.Loaded, OK: status.Err == nil}, true
+		return f.Status().Err == nil, true
 	}
 }

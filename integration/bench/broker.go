@@ -5,23 +5,15 @@ package main
 import (
 	"context"
 	"crypto"
-	"crypto/rand"
-	"crypto/rsa"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
+	"net"
 	"os"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
-	"sync"
-	"time"
 
 	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
@@ -34,53 +26,11 @@ import (
 	"github.com/credence-iam/credence/broker/client"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
-	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/integration/bench/report"
 )
-
-// brokerMetrics are what the broker adds to the work that no broker can avoid, on sessions that are held.
-var brokerMetrics = []metric{{
-	Metric: report.Metric{
-		Name: "broker_get_rps", Unit: "calls/s",
-		// What reading claims, policy, the cache and audit may take of the whole.
-		Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.80},
-	},
-	about: "Calls per second of GetCredentials, on a session that is held, by " + strconv.Itoa(sidecars) + " callers that wait for each answer, each with a\n" +
-		"\tconnection and a pod-bound RS256 token of its own; beside it, a gRPC server over the same TLS that verifies the\n" +
-		"\tsignature of each token and answers a fixed message of the same size. Broker, callers and baseline are one process,\n" +
-		"\tso the callers' work is in both figures. Real in the broker: token verification with keys fetched from an API\n" +
-		"\tserver's endpoints, policy, cache, audit lines (to nowhere). Not: finding the pod, which is in a map here, not in\n" +
-		"\tinformers; and handshakes.",
-	measure: warmBroker(func(s scene) (ours, bare side) { return s.ours.throughput, s.bare.throughput }),
-}, {
-	Metric: report.Metric{
-		Name: "broker_get_p99", Unit: "us",
-		// The inverse of the goal for calls per second.
-		Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.25},
-	},
-	about: "The same calls and the same baseline: the latency that one call in a hundred exceeds, under the full load of all\n" +
-		"\tcallers; of each tenth of a second, and of those the median.",
-	measure: warmBroker(func(s scene) (ours, bare side) { return s.ours.p99, s.bare.p99 }),
-}, {
-	Metric: report.Metric{
-		Name: "broker_fresh_connection_rps", Unit: "calls/s",
-		Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.80},
-	},
-	about: "The same with a connection for each call, through the client that sidecars use: their calls are half an hour apart,\n" +
-		"\tand they keep none. The handshake is most of it, on both sides.",
-	measure: warmBroker(func(s scene) (ours, bare side) { return s.oursFresh.throughput, s.bareFresh.throughput }),
-}, {
-	Metric: report.Metric{
-		Name: "broker_verify_ns", Unit: "ns",
-		NoGoal: "a part of broker_get_rps, which has one",
-	},
-	about: "Verifying one pod-bound RS256 token: signature and claims; beside it, the signature alone.",
-	measure: warmBroker(func(s scene) (ours, bare side) {
-		return timed(s.verify, time.Nanosecond), timed(s.verifySignature, time.Nanosecond)
-	}),
-}}
 
 const (
 	// sidecars keep two processors busy.
@@ -90,148 +40,68 @@ const (
 	region    = "eu-central-1"
 	issuer    = "https://kubernetes.default.svc.cluster.local"
 	audience  = "credence-broker"
-	keyID     = "bench"
 	namespace = "bench"
 )
 
-// scene is a broker with warm sessions, and beside it a server that does what every one must.
+// scene is a broker with warm sessions, and beside it a server that does what every broker must do.
 type scene struct {
 	ours, bare              callers
-	oursFresh, bareFresh    callers
-	verify, verifySignature func(context.Context) (time.Duration, error)
+	verify, verifySignature func() error
 }
 
-// warmBroker measures a pair of sides of a scene.
-func warmBroker(choose func(scene) (ours, bare side)) func(context.Context, *bench) ([]report.Run, error) {
-	return func(ctx context.Context, b *bench) ([]report.Run, error) {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		t, err := newTrust(b.programs.Dir())
-		if err != nil {
-			return nil, err
-		}
-		// What API servers make themselves: 2,048 bits, whose signatures are cheap to verify.
-		key, err := rsa.GenerateKey(rand.Reader, 2048)
-		if err != nil {
-			return nil, fmt.Errorf("making a token-signing key: %w", err)
-		}
-		pods, tokens, err := makePods(key)
-		if err != nil {
-			return nil, err
-		}
-		api, err := serveKeys(ctx, key, t)
-		if err != nil {
-			return nil, err
-		}
-		verifier, err := kube.NewJWKS(kube.JWKSConfig{REST: api, Audience: audience, Logger: discard})
-		if err != nil {
-			return nil, err
-		}
-		address, decisions, err := serveBroker(ctx, t, verifier, pods)
-		if err != nil {
-			return nil, err
-		}
-		ours, err := dial(address, t)
-		if err != nil {
-			return nil, err
-		}
-		defer ours.Close()
-		answer, err := call(ctx, ours, tokens[0])
-		if err != nil {
-			return nil, fmt.Errorf("asking the broker: %w", err)
-		}
-		var s scene
-		if s.ours, s.oursFresh, err = b.callers(address, t, tokens); err != nil {
-			return nil, err
-		}
-		defer s.ours.close()
-		if address, err = verifying(key.Public(), answer).serve(ctx, t); err != nil {
-			return nil, err
-		}
-		if s.bare, s.bareFresh, err = b.callers(address, t, tokens); err != nil {
-			return nil, err
-		}
-		defer s.bare.close()
+// callers call one server, one function per sidecar.
+type callers struct {
+	open  []func() error // each with a connection that stays open
+	fresh []func() error // with a connection for each call, as sidecars do
+}
+
+// warmBroker measures two sides of a scene.
+func warmBroker(choose func(scene) (ours, bare side)) func(*world) []report.Run {
+	return func(w *world) []report.Run {
+		t := w.newTrust()
+		api, address := w.serveAPI(t, 0, true)
+		pods, tokens := makePods(api)
+		verifier := must(verify.NewJWKS(verify.Config{
+			REST:     &rest.Config{Host: "https://" + address, TLSClientConfig: rest.TLSClientConfig{CAData: t.ca.PEM}},
+			Audience: audience, Logger: discard,
+		}))
+		brokerAddress, decisions := w.serveBroker(t, verifier, pods)
+		response := must(call(w.ctx, w.dial(brokerAddress, t), tokens[0]))
 		token := identity.NewUnverifiedToken(tokens[0])
-		s.verify = func(ctx context.Context) (time.Duration, error) {
-			began := time.Now()
-			_, err := verifier.Verify(ctx, token)
-			return time.Since(began), err
+		ours, bare := choose(scene{
+			ours: w.callers(brokerAddress, t, tokens),
+			bare: w.callers(verifying(api.key.Public(), response).serve(w, t), t, tokens),
+			verify: func() error {
+				_, err := verifier.Verify(w.ctx, token)
+				return err
+			},
+			verifySignature: func() error { return verifySignature(api.key.Public(), tokens[0]) },
+		})
+		runs := w.paired(ours, bare)
+		if lost := decisions.Lost(); lost > 0 {
+			check(fmt.Errorf("the broker lost %d audit lines, so it did less work than it should", lost))
 		}
-		s.verifySignature = func(context.Context) (time.Duration, error) {
-			began := time.Now()
-			err := verifySignature(key.Public(), tokens[0])
-			return time.Since(began), err
-		}
-		ourSide, bareSide := choose(s)
-		runs, err := b.paired(ctx, ourSide, bareSide)
-		if lost := decisions.Lost(); err == nil && lost > 0 {
-			err = fmt.Errorf("the broker lost %d audit lines: it did less than it should", lost)
-		}
-		return runs, err
+		return runs
 	}
 }
 
-// makePods returns a pod for each caller, by UID, and a token for each.
-func makePods(key *rsa.PrivateKey) (podMap, []string, error) {
-	signer, err := newSigner(key)
-	if err != nil {
-		return nil, nil, err
-	}
-	keys, err := policy.NewKeys(policy.DefaultPrefix)
-	if err != nil {
-		return nil, nil, err
-	}
+// makePods returns a pod for each sidecar, and a token for each.
+func makePods(api *apiServer) (pods podMap, tokens []string) {
+	keys := must(policy.NewKeys(policy.DefaultPrefix))
 	request := keys.Request(map[string]string{keys.Name(policy.Role): "bench"})
-	pods := make(podMap)
-	var tokens []string
+	pods = make(podMap)
 	for i := range sidecars {
 		pod := policy.Pod{
 			Namespace: namespace, Name: fmt.Sprintf("bench-6d4cf56db6-%05d", i), UID: uid(1, i), ServiceAccount: "default",
 			Request: request,
 		}
-		token, err := podToken(signer, pod, uid(4, 0))
-		if err != nil {
-			return nil, nil, err
-		}
 		pods[pod.UID] = pod
-		tokens = append(tokens, token)
+		tokens = append(tokens, api.token(pod, uid(4, 0)))
 	}
-	return pods, tokens, nil
+	return pods, tokens
 }
 
-func uid(kind, n int) string { return fmt.Sprintf("%08d-0000-4000-8000-%012d", kind, n) }
-
-func newSigner(key *rsa.PrivateKey) (jose.Signer, error) {
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: keyID}}, nil)
-	if err != nil {
-		return nil, fmt.Errorf("making a signer: %w", err)
-	}
-	return signer, nil
-}
-
-// podToken makes a token with the claims that an API server gives to projected ones.
-func podToken(signer jose.Signer, pod policy.Pod, accountUID string) (string, error) {
-	type object struct {
-		Name string `json:"name"`
-		UID  string `json:"uid"`
-	}
-	now := time.Now()
-	token, err := jwt.Signed(signer).Claims(jwt.Claims{
-		Issuer: issuer, Subject: "system:serviceaccount:" + pod.Namespace + ":" + pod.ServiceAccount, Audience: jwt.Audience{audience},
-		Expiry: jwt.NewNumericDate(now.Add(2 * time.Hour)), IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now),
-		ID: "jti-" + pod.UID,
-	}).Claims(map[string]any{"kubernetes.io": map[string]any{
-		"namespace": pod.Namespace, "node": object{"node-1", uid(3, 0)}, "pod": object{pod.Name, pod.UID},
-		"serviceaccount": object{pod.ServiceAccount, accountUID}, "warnafter": now.Add(time.Hour).Unix(),
-	}}).Serialize()
-	if err != nil {
-		return "", fmt.Errorf("making a token: %w", err)
-	}
-	return token, nil
-}
-
-// podMap binds identities to pods of one namespace. It stands for the broker's informers.
+// podMap binds identities to pods of one namespace. It stands for the broker's watch caches.
 type podMap map[string]policy.Pod // :: UID → pod
 
 // Bind implements broker.Binder.
@@ -243,32 +113,7 @@ func (m podMap) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Nam
 	return pod, optedIn(namespace), nil
 }
 
-// serveKeys serves what the broker asks of an API server, until ctx ends.
-func serveKeys(ctx context.Context, key *rsa.PrivateKey, t trust) (*rest.Config, error) {
-	documents := map[string]any{
-		"/openid/v1/jwks": jose.JSONWebKeySet{Keys: []jose.JSONWebKey{
-			{Key: key.Public(), KeyID: keyID, Algorithm: string(jose.RS256), Use: "sig"},
-		}},
-		"/.well-known/openid-configuration": map[string]string{"issuer": issuer},
-	}
-	listener, address, err := listen(ctx)
-	if err != nil {
-		return nil, err
-	}
-	server := &http.Server{
-		TLSConfig:         certs.ServerConfig(t.pair),
-		ReadHeaderTimeout: time.Minute,
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			_ = json.NewEncoder(w).Encode(documents[r.URL.Path])
-		}),
-	}
-	go func() { _ = server.ServeTLS(listener, "", "") }()
-	context.AfterFunc(ctx, func() { _ = server.Close() })
-	return &rest.Config{Host: "https://" + address, TLSClientConfig: rest.TLSClientConfig{CAData: t.rootsPEM}}, nil
-}
-
-// sts answers every grant at once. The benchmark asks it once.
+// sts responds to every grant at once. The benchmark calls it once.
 type sts struct{}
 
 // Credential implements credential.Source.
@@ -276,46 +121,46 @@ func (sts) Credential(context.Context, policy.Grant) (credential.Credential, err
 	return session(), nil
 }
 
-// serveBroker runs a broker until ctx ends, and returns its address and its audit log.
-func serveBroker(ctx context.Context, t trust, verifier *kube.JWKS, pods podMap) (string, *audit.Log, error) {
-	rules, err := newRules()
-	if err != nil {
-		return "", nil, err
-	}
-	sessions, err := cache.New(cache.Config[policy.Grant]{Source: sts{}, Logger: discard})
-	if err != nil {
-		return "", nil, err
-	}
-	decisions, err := audit.New(audit.Config{Writer: io.Discard, Logger: discard})
-	if err != nil {
-		return "", nil, err
-	}
-	b, err := broker.New(broker.Config{
-		Verifier: verifier, Binder: pods, Rules: rules, Sessions: sessions, Audit: decisions, Region: region, Logger: discard,
-	})
-	if err != nil {
-		return "", nil, err
-	}
-	listener, address, err := listen(ctx)
-	if err != nil {
-		return "", nil, err
-	}
+// serveBroker runs a broker until the world ends, and returns its address and its audit log.
+func (w *world) serveBroker(t trust, verifier *verify.JWKS, pods podMap) (string, *audit.Log) {
+	sessions := must(cache.New(cache.Config[policy.Grant]{Source: sts{}, Logger: discard}))
+	decisions := must(audit.New(audit.Config{Writer: io.Discard, Logger: discard}))
+	b := must(broker.New(broker.Config{
+		Verifier: verifier, Binder: pods, Rules: newRules(), Sessions: sessions, Audit: decisions, Region: region, Logger: discard,
+	}))
+	listener, address := w.listen()
 	for _, run := range []func(context.Context) error{verifier.Run, sessions.Run, decisions.Run, func(ctx context.Context) error {
 		return b.Serve(ctx, broker.ServerConfig{Listener: listener, TLS: certs.ServerConfig(t.pair), Ready: func() bool { return true }, Logger: discard})
 	}} {
-		go func() { _ = run(ctx) }()
+		go func() { _ = run(w.ctx) }()
 	}
-	return address, decisions, nil
+	return address, decisions
+}
+
+// newRules completes role names to ARNs of one account.
+func newRules() *policy.Rules {
+	return must(policy.New(policy.Config{
+		Keys: must(policy.NewKeys(policy.DefaultPrefix)), Base: must(credential.BaseOf("aws", account)),
+	}))
+}
+
+// optedIn is a namespace that permits the benchmark's roles.
+func optedIn(name string) policy.Namespace {
+	return policy.Namespace{
+		Name:        name,
+		Labels:      map[string]string{policy.DefaultPrefix + "/" + string(policy.Inject): policy.Enabled},
+		Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Permitted): "arn:aws:iam::[0-9]+:role/bench.*"},
+	}
 }
 
 // verifying is the baseline: what every server must do that trusts such tokens.
-func verifying(key crypto.PublicKey, answer *brokerpb.GetCredentialsResponse) bareBroker {
-	return bareBroker{answer: func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
+func verifying(key crypto.PublicKey, response *brokerpb.GetCredentialsResponse) bareBroker {
+	return bareBroker{respond: func(ctx context.Context) (*brokerpb.GetCredentialsResponse, error) {
 		values := metadata.ValueFromIncomingContext(ctx, "authorization")
 		if len(values) != 1 {
-			return nil, errors.New("the call carries no token")
+			return nil, errors.New("the call has no token")
 		}
-		return answer, verifySignature(key, strings.TrimPrefix(values[0], "Bearer "))
+		return response, verifySignature(key, strings.TrimPrefix(values[0], "Bearer "))
 	}}
 }
 
@@ -328,16 +173,11 @@ func verifySignature(key crypto.PublicKey, token string) error {
 	return err
 }
 
-func dial(address string, t trust) (*grpc.ClientConn, error) {
-	roots, err := certs.NewRoots(t.rootsFile, discard)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(certs.ClientConfig(roots, ""))), grpc.WithNoProxy())
-	if err != nil {
-		return nil, fmt.Errorf("dialling %s: %w", address, err)
-	}
-	return conn, nil
+// dial opens a connection, which is closed when the world ends.
+func (w *world) dial(address string, t trust) *grpc.ClientConn {
+	conn := must(grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(t.client())), grpc.WithNoProxy()))
+	w.Cleanup(func() { _ = conn.Close() })
+	return conn
 }
 
 func call(ctx context.Context, conn *grpc.ClientConn, token string) (*brokerpb.GetCredentialsResponse, error) {
@@ -345,89 +185,86 @@ func call(ctx context.Context, conn *grpc.ClientConn, token string) (*brokerpb.G
 	return brokerpb.NewBrokerClient(conn).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
 }
 
-// callers are sidecars' side of the wire.
-type callers struct {
-	calls []func(context.Context) error
-	conns []*grpc.ClientConn // kept between calls
-}
-
-// callers makes a caller for each token that keeps its connection, and one that makes a connection for each call, as
-// sidecars do.
-func (b *bench) callers(address string, t trust, tokens []string) (kept, fresh callers, err error) {
-	roots, err := certs.NewRoots(t.rootsFile, discard)
-	if err != nil {
-		return callers{}, callers{}, err
-	}
+// callers makes a caller of each kind for each token.
+func (w *world) callers(address string, t trust, tokens []string) (c callers) {
+	dir := w.folder()
 	for i, token := range tokens {
-		conn, err := dial(address, t)
-		if err != nil {
-			kept.close()
-			return callers{}, callers{}, err
-		}
-		kept.conns = append(kept.conns, conn)
-		kept.calls = append(kept.calls, func(ctx context.Context) error {
-			_, err := call(ctx, conn, token)
+		conn := w.dial(address, t)
+		c.open = append(c.open, func() error {
+			_, err := call(w.ctx, conn, token)
 			return err
 		})
-		file := filepath.Join(b.programs.Dir(), fmt.Sprintf("token-%d", i))
-		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
-			kept.close()
-			return callers{}, callers{}, fmt.Errorf("writing a token: %w", err)
-		}
-		c, err := client.New(client.Config{Target: address, TLS: certs.ClientConfig(roots, serverName), TokenFile: file})
-		if err != nil {
-			kept.close()
-			return callers{}, callers{}, err
-		}
-		fresh.calls = append(fresh.calls, func(ctx context.Context) error {
-			_, err := c.Credentials(ctx)
+		sidecar := newClient(filepath.Join(dir, fmt.Sprint("token-", i)), token, client.Config{Target: address, TLS: t.client()})
+		c.fresh = append(c.fresh, func() error {
+			_, err := sidecar.Credentials(w.ctx)
 			return err
 		})
 	}
-	return kept, fresh, nil
+	return c
 }
 
-func (c callers) close() {
-	for _, conn := range c.conns {
-		_ = conn.Close()
+// newClient makes a sidecar's client, with its token in a file.
+func newClient(file, token string, cfg client.Config) *client.Client {
+	check(os.WriteFile(file, []byte(token), 0o600))
+	cfg.TokenFile = file
+	return must(client.New(cfg))
+}
+
+// bareBroker serves the broker's RPC with one function.
+type bareBroker struct {
+	brokerpb.UnimplementedBrokerServer
+
+	respond func(context.Context) (*brokerpb.GetCredentialsResponse, error)
+	// reached is called at each moment of a call. Nil: not called.
+	reached func(moment)
+}
+
+// moment is a stage of a call, as its server sees it.
+type moment int
+
+const (
+	accepted  moment = iota // the connection is open
+	secured                 // the handshake is done
+	arrived                 // the request is complete
+	responded               // the response is known
+	moments
+)
+
+func (b bareBroker) report(m moment) {
+	if b.reached != nil {
+		b.reached(m)
 	}
 }
 
-// load lets all callers call for that long, and returns how long each call took.
-func (c callers) load(ctx context.Context, length time.Duration) ([]time.Duration, error) {
-	took := make([][]time.Duration, len(c.calls))
-	errs := make([]error, len(c.calls))
-	var calling sync.WaitGroup
-	end := time.Now().Add(length)
-	for i, call := range c.calls {
-		calling.Go(func() {
-			for now := time.Now(); now.Before(end); {
-				if errs[i] = call(ctx); errs[i] != nil {
-					return
-				}
-				done := time.Now()
-				took[i] = append(took[i], done.Sub(now))
-				now = done
-			}
-		})
-	}
-	calling.Wait()
-	return slices.Concat(took...), errors.Join(errs...)
+// GetCredentials implements brokerpb.BrokerServer.
+func (b bareBroker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
+	b.report(arrived)
+	defer b.report(responded)
+	return b.respond(ctx)
 }
 
-// throughput is the calls per second of all callers together. It is a side.
-func (c callers) throughput(ctx context.Context, length time.Duration) ([]float64, error) {
-	began := time.Now()
-	took, err := c.load(ctx, length)
-	return []float64{float64(len(took)) / time.Since(began).Seconds()}, err
+// serve serves b until the world ends, with no setting but TLS, and returns the address.
+func (b bareBroker) serve(w *world, t trust) string {
+	listener, address := w.listen()
+	server := grpc.NewServer(grpc.Creds(reporting{credentials.NewTLS(certs.ServerConfig(t.pair)), b}))
+	brokerpb.RegisterBrokerServer(server, b)
+	go func() { _ = server.Serve(listener) }()
+	w.Cleanup(server.Stop)
+	return address
 }
 
-// p99 is the latency, in microseconds, that one call in a hundred exceeds. It is a side.
-func (c callers) p99(ctx context.Context, length time.Duration) ([]float64, error) {
-	took, err := c.load(ctx, length)
-	if err != nil || len(took) == 0 {
-		return nil, err
+// reporting are credentials that report handshakes to a broker. gRPC begins a handshake when it has accepted.
+type reporting struct {
+	credentials.TransportCredentials
+	broker bareBroker
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (r reporting) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	r.broker.report(accepted)
+	conn, info, err := r.TransportCredentials.ServerHandshake(conn)
+	if err == nil {
+		r.broker.report(secured)
 	}
-	slices.Sort(took)
-	return []float64{float64(took[len(took)*99/100]) / float64(time.Microsecond)}, nil
+	return conn, info, err
 }

@@ -1,18 +1,17 @@
 //go:build unix
 
-// Command bench measures Credence against its goals: what the sidecar costs each pod, and what the
-// broker adds to the work that no broker can avoid.
+// Command bench measures Credence against its goals: what the sidecar costs each pod, and what the broker adds to
+// the work that no broker can avoid.
 //
 //	go run ./integration/bench [flags]
 //
-// It prints a table and writes the same as JSON to .build/bench/bench.json, and to the file that
-// BENCH_OUT names. Speed and memory are measured beside a baseline in the same run, alternately, for
-// the figures of two machines, or of one machine at two hours, do not compare. Load generators share
-// the processors with what they load.
+// It prints a table and writes the same as JSON to .build/bench/bench.json and to the file that BENCH_OUT names.
+// It measures speed and memory beside a baseline, alternately and in the same run, because results from two
+// machines, or from one machine at two times, do not compare. Load generators share the processors with the
+// programs that they load.
 //
-// A goal that is missed is printed as MISSED, and makes the exit status 1 with --strict only: on a
-// busy machine a ratio can be missed by accident, and who gates on it should say so. A metric that
-// should have run and failed makes it 1 always. Ctrl-C ends all programs that were started, and
+// A missed goal is printed as MISSED. It sets exit status 1 only with --strict, because a busy machine can miss a
+// ratio by accident. A metric that fails to run always sets exit status 1. Ctrl-C ends all started programs and
 // writes nothing.
 package main
 
@@ -53,47 +52,35 @@ func main() {
 	}
 }
 
-// bench is what the measurements share.
+// bench is what all metrics share.
 type bench struct {
 	root     string // of the checkout
-	bin      string // where programs are built
+	bin      string // the folder of built programs
 	programs *process.Run
 	runs     int
 	duration time.Duration // of one run, for each of its two sides
-}
 
-// metric is a thing to measure.
-type metric struct {
-	report.Metric
-	// about says what is measured, how, and what is left out.
-	about string
-	// measure returns the runs. A notRun error says that they are not to be had here.
-	measure func(context.Context, *bench) ([]report.Run, error)
-}
-
-// notRun is why a metric cannot be measured here, which is no failure.
-type notRun string
-
-func (n notRun) Error() string { return string(n) }
-
-func metrics() []metric {
-	return slices.Concat(sidecarMetrics, startMetrics, idleMetrics, webhookMetrics, brokerMetrics, fleetMetrics, residentMetrics, scaleMetrics, siegeMetrics)
+	simulated []byte     // the simulator's output; nil: it has not run
+	losses    []failover // by run; nil: not measured yet
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	only := flags.String("only", "", "comma `list` of metrics to measure; default all")
-	runs := flags.Int("runs", 5, "`number` of runs of each metric, whose median counts")
-	duration := flags.Duration("duration", 1500*time.Millisecond, "`length` of one run of what is measured, and of its baseline")
-	strict := flags.Bool("strict", false, "exit with status 1 when a goal is missed")
-	profile := flags.String("cpuprofile", "", "`file` for a CPU profile of this program, which is also the broker that is measured")
+	runs := flags.Int("runs", 5, "`number` of runs of each metric; the median counts")
+	duration := flags.Duration("duration", 1500*time.Millisecond, "`length` of one run, and of its baseline")
+	strict := flags.Bool("strict", false, "exit with status 1 if a goal is missed")
+	profile := flags.String("cpuprofile", "", "`file` for a CPU profile of this program, which includes the measured broker")
 	flags.Usage = func() {
 		_, _ = fmt.Fprintln(stderr, "usage: go run ./integration/bench [flags]\n\nFlags:")
 		flags.PrintDefaults()
 		_, _ = fmt.Fprintln(stderr, "\nMetrics:")
-		for _, m := range metrics() {
-			_, _ = fmt.Fprintf(stderr, "  %s (%s)\n\t%s\n", m.Name, m.Unit, m.about)
+		for _, m := range metrics {
+			_, _ = fmt.Fprintf(stderr, "  %s (%s)\n", m.Name, m.Unit)
+			for line := range strings.Lines(m.about) {
+				_, _ = fmt.Fprintln(stderr, "\t"+strings.TrimSpace(line))
+			}
 		}
 	}
 	if err := flags.Parse(args); err != nil {
@@ -104,7 +91,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	case err != nil:
 		return fmt.Errorf("--only: %w", err)
 	case flags.NArg() > 0:
-		return fmt.Errorf("unexpected argument %q: everything is set by flags", flags.Arg(0))
+		return fmt.Errorf("unexpected argument %q; use flags", flags.Arg(0))
 	case *runs < 1 || *duration <= 0:
 		return errors.New("--runs and --duration must be positive")
 	}
@@ -130,8 +117,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		defer pprof.StopCPUProfile()
 	}
 
-	b := &bench{root: filepath.Dir(gomod), bin: filepath.Join(programs.Dir(), "bin"), programs: programs, runs: *runs, duration: *duration}
-	r, measureErr := b.measure(ctx, metrics(), selected, stderr)
+	b := &bench{
+		root: filepath.Dir(gomod), bin: filepath.Join(programs.Dir(), "bin"), programs: programs, runs: *runs, duration: *duration,
+	}
+	r, measureErr := b.measure(ctx, metrics, selected, stderr)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -141,18 +130,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 			err = errors.Join(err, write(r, file))
 		}
 	}
-	missed := slices.DeleteFunc(slices.Clone(r.Metrics), func(m report.Metric) bool { return !m.Missed() })
-	for _, m := range missed {
-		_, _ = fmt.Fprintln(stderr, "MISSED:", m.Name)
+	missed := 0
+	for _, m := range r.Metrics {
+		if m.Missed() {
+			missed++
+			_, _ = fmt.Fprintln(stderr, "MISSED:", m.Name)
+		}
 	}
-	if *strict && len(missed) > 0 {
-		err = errors.Join(err, fmt.Errorf("%d goals were missed", len(missed)))
+	if *strict && missed > 0 {
+		err = errors.Join(err, fmt.Errorf("%d goals were missed", missed))
 	}
 	return err
 }
 
-// measure measures what is selected. The report is whole even where the error says that measuring
-// some of it failed, unless ctx ended.
+// measure measures the selected metrics. The report is complete even if the error says that some metrics failed,
+// unless ctx ended.
 func (b *bench) measure(ctx context.Context, all []metric, selected func(name string) bool, progress io.Writer) (report.Report, error) {
 	r := b.describe(ctx)
 	var errs []error
@@ -165,7 +157,7 @@ func (b *bench) measure(ctx context.Context, all []metric, selected func(name st
 			continue
 		}
 		_, _ = fmt.Fprintln(progress, "measuring", m.Name)
-		result, err := m.result(ctx, b)
+		result, err := b.result(ctx, m)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("measuring %s: %w", m.Name, err))
 		}
@@ -174,37 +166,36 @@ func (b *bench) measure(ctx context.Context, all []metric, selected func(name st
 	return r, errors.Join(errs...)
 }
 
-// result measures m. On a failure it returns the metric as not run, and the error.
-func (m metric) result(ctx context.Context, b *bench) (report.Metric, error) {
-	runs, err := m.measure(ctx, b)
+// result measures m. After a failure it returns m as not run, and the error.
+func (b *bench) result(ctx context.Context, m metric) (report.Metric, error) {
+	runs, err := b.runsOf(ctx, m)
 	if reason, ok := errors.AsType[notRun](err); ok {
 		return m.NotRun(string(reason)), nil
 	}
-	if err != nil {
-		return m.NotRun("failed: " + err.Error()), err
+	if err == nil {
+		var result report.Metric
+		if result, err = m.Measured(runs); err == nil {
+			return result, nil
+		}
 	}
-	result, err := m.Measured(runs)
-	if err != nil {
-		return m.NotRun("failed: " + err.Error()), err
-	}
-	return result, nil
+	return m.NotRun("failed: " + err.Error()), err
 }
 
-// choose returns what tells whether a metric is in the comma list; an empty list has all.
+// choose returns a function that reports whether a metric is in the comma list. An empty list has all metrics.
 func choose(list string) (func(name string) bool, error) {
 	if list == "" {
 		return func(string) bool { return true }, nil
 	}
 	names := strings.Split(list, ",")
 	for _, name := range names {
-		if !slices.ContainsFunc(metrics(), func(m metric) bool { return m.Name == name }) {
+		if !slices.ContainsFunc(metrics, func(m metric) bool { return m.Name == name }) {
 			return nil, fmt.Errorf("there is no metric %q; -h lists them", name)
 		}
 	}
 	return func(name string) bool { return slices.Contains(names, name) }, nil
 }
 
-// describe begins a report. Where git does not say which commit this is, it might be any.
+// describe begins a report. If git does not name the commit, the report says that it is unknown.
 func (b *bench) describe(ctx context.Context) report.Report {
 	r := report.Report{
 		Schema: report.Schema, Commit: "unknown", Dirty: true,
@@ -219,7 +210,7 @@ func (b *bench) describe(ctx context.Context) report.Report {
 	return r
 }
 
-// output runs a program and returns what it prints, without the space around it.
+// output runs a program and returns its standard output, trimmed.
 func output(ctx context.Context, name string, args ...string) (string, error) {
 	out, err := exec.CommandContext(ctx, name, args...).Output() //nolint:gosec // The names are constants of this program.
 	if err != nil {
@@ -229,14 +220,14 @@ func output(ctx context.Context, name string, args ...string) (string, error) {
 }
 
 func write(r report.Report, file string) error {
-	if err := os.MkdirAll(filepath.Dir(file), 0o750); err != nil {
-		return fmt.Errorf("writing the report: %w", err)
+	err := os.MkdirAll(filepath.Dir(file), 0o750)
+	if err == nil {
+		var f *os.File
+		if f, err = os.Create(file); err == nil {
+			err = errors.Join(r.WriteJSON(f), f.Close())
+		}
 	}
-	f, err := os.Create(file)
 	if err != nil {
-		return fmt.Errorf("writing the report: %w", err)
-	}
-	if err := errors.Join(r.WriteJSON(f), f.Close()); err != nil {
 		return fmt.Errorf("writing the report %s: %w", file, err)
 	}
 	return nil

@@ -4,8 +4,6 @@ package main
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
 	"errors"
 	"io"
 	"io/fs"
@@ -25,8 +23,8 @@ import (
 	"github.com/credence-iam/credence/integration/process"
 )
 
-// newBench returns a bench that measures as little as it can.
-func newBench(t *testing.T) *bench {
+// newWorld returns a world that measures as little as it can.
+func newWorld(t *testing.T) *world {
 	t.Helper()
 	programs, err := process.Open(t.Context(), process.Config{Parent: t.TempDir(), Name: "bench"})
 	if err != nil {
@@ -37,17 +35,25 @@ func newBench(t *testing.T) *bench {
 			t.Error(err)
 		}
 	})
-	return &bench{root: "../..", bin: t.TempDir(), programs: programs, runs: 2, duration: slice}
+	return &world{ctx: t.Context(), bench: &bench{root: "../..", bin: t.TempDir(), programs: programs, runs: 2, duration: slice}}
 }
 
-func everything(string) bool { return true }
+// measured runs measure in a world of w's benchmark.
+func measured[T any](t *testing.T, w *world, measure func(*world) T) T {
+	t.Helper()
+	result, err := inWorld(w.ctx, w.bench, measure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
 
-// Whatever is measured must be describable before it is.
+// A metric without a goal, or with a goal of an unknown form, would pass unnoticed.
 func TestMetricsAreDescribed(t *testing.T) {
-	r := newBench(t).describe(t.Context())
-	for _, m := range metrics() {
+	r := newWorld(t).describe(t.Context())
+	for _, m := range metrics {
 		if m.about == "" {
-			t.Errorf("%s does not say what it measures", m.Name)
+			t.Errorf("%s has no description", m.Name)
 		}
 		r.Metrics = append(r.Metrics, m.NotRun("not in a test"))
 	}
@@ -56,88 +62,60 @@ func TestMetricsAreDescribed(t *testing.T) {
 	}
 }
 
+// A failure must be in the report and in the error.
 func TestOutcomes(t *testing.T) {
-	runs := func(value float64) func(context.Context, *bench) ([]report.Run, error) {
-		return func(context.Context, *bench) ([]report.Run, error) { return []report.Run{{Value: value}}, nil }
+	runs := func(value float64) func(*world) []report.Run {
+		return func(*world) []report.Run { return []report.Run{{Value: value}} }
 	}
-	fails := func(err error) func(context.Context, *bench) ([]report.Run, error) {
-		return func(context.Context, *bench) ([]report.Run, error) { return nil, err }
+	fails := func(err error) func(*world) []report.Run {
+		return func(*world) []report.Run { check(err); return nil }
 	}
-	goal := &report.Goal{Of: report.Value, Op: "<=", Value: 1}
 	broken := errors.New("broken")
-	all := []metric{
-		{Metric: report.Metric{Name: "met", Unit: "u", Goal: goal}, measure: runs(1)},
-		{Metric: report.Metric{Name: "missed", Unit: "u", Goal: goal}, measure: runs(2)},
-		{Metric: report.Metric{Name: "elsewhere", Unit: "u", Goal: goal}, measure: fails(notRun("no such system"))},
-		{Metric: report.Metric{Name: "failed", Unit: "u", Goal: goal}, measure: fails(broken)},
-		{Metric: report.Metric{Name: "useless", Unit: "u", Goal: goal}, measure: fails(nil)},
-		{Metric: report.Metric{Name: "unselected", Unit: "u", Goal: goal}, measure: fails(broken)},
+	var all []metric
+	for name, measure := range map[string]func(*world) []report.Run{
+		"met": runs(1), "missed": runs(2), "elsewhere": fails(notRun("no such system")), "failed": fails(broken),
+		"useless": fails(nil), "unselected": fails(broken),
+	} {
+		all = append(all, metric{Metric: report.Metric{Name: name, Unit: "u", Goal: atMost(1)}, measure: measure})
 	}
-	r, err := newBench(t).measure(t.Context(), all, func(name string) bool { return name != "unselected" }, io.Discard)
+	r, err := newWorld(t).measure(t.Context(), all, func(name string) bool { return name != "unselected" }, io.Discard)
 	if !errors.Is(err, broken) {
-		t.Errorf("the failure is not in %v", err)
+		t.Errorf("the error does not contain the failure: %v", err)
 	}
 	if err := r.WriteJSON(io.Discard); err != nil {
-		t.Errorf("a failure spoils the report: %v", err)
+		t.Errorf("the report is invalid after a failure: %v", err)
 	}
-	type outcome struct {
-		Met    string
-		Reason string
-	}
-	got := make(map[string]outcome)
+	got := make(map[string]string)
 	for _, m := range r.Metrics {
-		o := outcome{Reason: m.Reason}
+		got[m.Name] = m.Reason
 		if m.Met != nil {
-			o.Met = map[bool]string{true: "yes", false: "no"}[*m.Met]
+			got[m.Name] = map[bool]string{true: "met", false: "missed"}[*m.Met]
 		}
-		got[m.Name] = o
 	}
-	want := map[string]outcome{
-		"met":        {Met: "yes"},
-		"missed":     {Met: "no"},
-		"elsewhere":  {Reason: "no such system"},
-		"failed":     {Reason: "failed: broken"},
-		"useless":    {Reason: "failed: judging useless: of 0 runs, 0 have a baseline; all or none must have one"},
-		"unselected": {Reason: "left out by --only"},
+	want := map[string]string{
+		"met": "met", "missed": "missed", "elsewhere": "no such system", "failed": "failed: broken",
+		"useless":    "failed: metric useless: 0 of 0 runs have a baseline; all or none must have one",
+		"unselected": "left out by --only",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("outcomes (-want +got):\n%s", diff)
 	}
 }
 
-func TestChoose(t *testing.T) {
-	selected, err := choose("broker_get_rps,sidecar_get_c1_p50")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]bool{"broker_get_rps": true, "sidecar_get_c1_p50": true, "sidecar_rss_anon_bytes": false} {
-		if selected(name) != want {
-			t.Errorf("%s: selected is %v", name, !want)
-		}
-	}
-	if _, err := choose("broker_get_rsp"); err == nil {
-		t.Error("a metric that does not exist was chosen")
-	}
-}
-
-// The two sides take turns, the one that begins changes, and the first turn does not count.
+// The two sides alternate, the side that begins changes, and the first turn does not count.
 func TestPaired(t *testing.T) {
 	var order strings.Builder
 	record := func(name byte, values ...float64) side {
-		return func(context.Context, time.Duration) ([]float64, error) {
+		return func(time.Duration) []float64 {
 			order.WriteByte(name)
 			value := values[0]
 			values = values[1:]
-			return []float64{value}, nil
+			return []float64{value}
 		}
 	}
-	b := &bench{runs: 2, duration: 3 * slice}
-	got, err := b.paired(t.Context(), record('a', 1000, 1, 2, 3, 1000, 4, 5, 6), record('b', 1000, 10, 20, 30, 1000, 40, 50, 60))
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := []report.Run{{Value: 2, Baseline: new(20.0)}, {Value: 5, Baseline: new(50.0)}}
-	if diff := cmp.Diff(want, got); diff != "" {
+	w := &world{ctx: t.Context(), bench: &bench{runs: 2, duration: 3 * slice}}
+	got := w.paired(record('a', 1000, 1, 2, 3, 1000, 4, 5, 6), record('b', 1000, 10, 20, 30, 1000, 40, 50, 60))
+	if diff := cmp.Diff([]report.Run{beside(2, 20), beside(5, 50)}, got); diff != "" {
 		t.Errorf("runs (-want +got):\n%s", diff)
 	}
 	if want := "abbaabba" + "baabbaab"; order.String() != want {
@@ -147,13 +125,14 @@ func TestPaired(t *testing.T) {
 
 func TestPairedEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	stops := func(context.Context, time.Duration) ([]float64, error) { cancel(); return []float64{1}, nil }
-	if _, err := (&bench{runs: 1000, duration: time.Hour}).paired(ctx, stops, stops); !errors.Is(err, context.Canceled) {
+	stops := func(time.Duration) []float64 { cancel(); return []float64{1} }
+	_, err := inWorld(ctx, &bench{runs: 1000, duration: time.Hour}, func(w *world) []report.Run { return w.paired(stops, stops) })
+	if !errors.Is(err, context.Canceled) {
 		t.Errorf("the error is %v", err)
 	}
 }
 
-// What is measured is what is released.
+// The benchmark measures programs that are built as for a release.
 func TestBuildsAsTheMakefile(t *testing.T) {
 	text, err := os.ReadFile("../../Makefile")
 	if err != nil {
@@ -169,129 +148,118 @@ func TestBuildsAsTheMakefile(t *testing.T) {
 	}
 }
 
-func TestRSSAnon(t *testing.T) {
+func TestProcBytes(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("there is no /proc")
 	}
-	small, err := rssAnon(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	const size = 64 << 20
-	held := make([]byte, size)
-	for i := range held {
-		held[i] = 1
-	}
-	large, err := rssAnon(os.Getpid())
-	runtime.KeepAlive(held)
-	if err != nil || large-small < size/2 {
-		t.Errorf("holding %d bytes more, RssAnon grew from %.0f to %.0f (%v)", size, small, large, err)
-	}
+	measured(t, newWorld(t), func(*world) any {
+		small := procBytes(os.Getpid(), "RssAnon")
+		const size = 64 << 20
+		memory := make([]byte, size)
+		for i := range memory {
+			memory[i] = 1
+		}
+		large := procBytes(os.Getpid(), "RssAnon")
+		runtime.KeepAlive(memory)
+		if large-small < size/2 {
+			t.Errorf("with %d bytes more, RssAnon grew from %.0f to %.0f", size, small, large)
+		}
+		return nil
+	})
 }
 
-// The threads of a process that sleeps and wakes are all counted.
+// All threads of a process count.
 func TestSwitches(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("there is no /proc")
 	}
-	before, err := switches(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	const naps = 50
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		for range naps {
-			time.Sleep(100 * time.Microsecond)
+	measured(t, newWorld(t), func(*world) any {
+		const naps = 50
+		before := switches(os.Getpid())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			for range naps {
+				time.Sleep(100 * time.Microsecond)
+			}
+		}()
+		<-done
+		if after := switches(os.Getpid()); after-before < naps {
+			t.Errorf("after %d naps, %.0f switches became %.0f", naps, before, after)
 		}
-	}()
-	<-done
-	if after, err := switches(os.Getpid()); err != nil || after-before < naps {
-		t.Errorf("after %d naps, %.0f switches became %.0f (%v)", naps, before, after, err)
-	}
-	if _, err := switches(1 << 30); err == nil {
-		t.Error("a process that does not exist has switches")
-	}
+		return nil
+	})
 }
 
-// The parts of a start are all there, in order, and are less than the whole together.
+// The parts of a start are complete and in order, and each is shorter than the whole.
 func TestStartParts(t *testing.T) {
-	runs, err := newBench(t).startTime(t.Context(), 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, run := range runs {
+	w := newWorld(t)
+	for _, run := range measured(t, w, func(w *world) []report.Run { return w.startTime(0) }) {
 		if len(run.Parts) != len(startParts) {
-			t.Fatalf("parts are %+v", run.Parts)
+			t.Fatalf("the parts are %+v", run.Parts)
 		}
 		for n, part := range run.Parts {
 			if part.Name != startParts[n] || part.Value < 0 || part.Value > run.Value {
-				t.Errorf("of %g ms in all, part %d is %+v", run.Value, n, part)
+				t.Errorf("of %g ms, part %d is %+v", run.Value, n, part)
 			}
 		}
 	}
 }
 
-// A CPU limit holds for what puts itself into its cgroup, and goes away with the run.
+// A CPU limit has the quota that the metric's name says, and its cgroup is removed with the programs.
 func TestStartUnderALimit(t *testing.T) {
-	programs, err := process.Open(t.Context(), process.Config{Parent: t.TempDir(), Name: "bench"})
+	w := newWorld(t)
+	procs, err := w.programs.CPULimit("start-50-0", 50)
 	if err != nil {
-		t.Fatal(err)
+		t.Skipf("this machine cannot set a CPU limit: %v", err)
 	}
-	procs, err := programs.CPULimit("start-50-0", 50)
+	quota, err := os.ReadFile(filepath.Join(filepath.Dir(procs), "cpu.cfs_quota_us"))
 	if err != nil {
-		t.Logf("no CPU limit is to be had here: %v", err)
-	} else {
-		quota, err := os.ReadFile(filepath.Join(filepath.Dir(procs), "cpu.cfs_quota_us"))
-		if err != nil {
-			quota, err = os.ReadFile(filepath.Join(filepath.Dir(procs), "cpu.max"))
-		}
-		if err != nil || !slices.Equal(strings.Fields(string(quota))[:1], []string{"5000"}) {
-			t.Errorf("the quota is %q, %v", quota, err)
-		}
+		quota, err = os.ReadFile(filepath.Join(filepath.Dir(procs), "cpu.max"))
 	}
-	if err := programs.Close(); err != nil {
+	if err != nil || !slices.Equal(strings.Fields(string(quota))[:1], []string{"5000"}) {
+		t.Errorf("the quota is %q, %v", quota, err)
+	}
+	if err := w.programs.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(procs); procs != "" && !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the cgroup of %s is left behind: %v", procs, err)
+	if _, err := os.Stat(procs); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s still exists: %v", procs, err)
 	}
 }
 
-// Both sides of the pair answer; how fast does not matter here.
+// The metrics of the broker that have a baseline run, and both sides respond; how fast does not matter here.
 func TestBrokerThroughput(t *testing.T) {
-	r, err := newBench(t).measure(t.Context(), brokerMetrics, everything, io.Discard)
+	brokers := slices.DeleteFunc(slices.Clone(metrics), func(m metric) bool {
+		return !slices.Contains([]string{"broker_get_rps", "broker_fresh_connection_rps", "broker_verify_ns"}, m.Name)
+	})
+	r, err := newWorld(t).measure(t.Context(), brokers, func(string) bool { return true }, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, run := range r.Metrics[0].Runs {
-		if run.Value <= 0 || *run.Baseline <= 0 {
-			t.Errorf("a side answered no call: %+v", run)
+	for _, m := range r.Metrics {
+		for _, run := range m.Runs {
+			if run.Value <= 0 || *run.Baseline <= 0 {
+				t.Errorf("%s: a side made no call: %+v", m.Name, run)
+			}
 		}
 	}
 }
 
-// A baseline that let every token pass would be too fast, and the broker look slow beside it.
+// A baseline that accepted every token would be too fast, and make the broker look slow.
 func TestBaselineVerifies(t *testing.T) {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, tokens, err := makePods(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	header, rest, _ := strings.Cut(tokens[0], ".")
-	_, signature, _ := strings.Cut(rest, ".")
-	_, rest, _ = strings.Cut(tokens[1], ".")
-	claims, _, _ := strings.Cut(rest, ".")
-	for token, want := range map[string]bool{tokens[0]: true, header + "." + claims + "." + signature: false} {
-		ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer "+token))
-		if _, err := verifying(key.Public(), nil).answer(ctx); (err == nil) != want {
-			t.Errorf("genuine is %v, and the error is %v", want, err)
+	measured(t, newWorld(t), func(w *world) any {
+		api, _ := w.serveAPI(w.newTrust(), 0, true)
+		_, tokens := makePods(api)
+		first, second := strings.Split(tokens[0], "."), strings.Split(tokens[1], ".")
+		for token, genuine := range map[string]bool{tokens[0]: true, first[0] + "." + second[1] + "." + first[2]: false} {
+			ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer "+token))
+			if _, err := verifying(api.key.Public(), nil).respond(ctx); (err == nil) != genuine {
+				t.Errorf("genuine is %v, and the error is %v", genuine, err)
+			}
 		}
-	}
+		return nil
+	})
 }

@@ -3,214 +3,326 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/integration/bench/report"
+	"github.com/credence-iam/credence/integration/process"
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
-// sidecarMetrics are what a pod pays. None has a container's limits on it.
-var sidecarMetrics = []metric{
-	{
-		Metric: report.Metric{Name: "sidecar_binary_bytes_amd64", Unit: "bytes", Goal: &binaryGoal},
-		about:  "Size of the program for linux/amd64, built as it is released. Exact, so it has one run.",
-		measure: func(ctx context.Context, b *bench) ([]report.Run, error) {
-			return b.binarySize(ctx, "amd64")
-		},
-	}, {
-		Metric: report.Metric{Name: "sidecar_binary_bytes_arm64", Unit: "bytes", Goal: &binaryGoal},
-		about:  "The same for linux/arm64.",
-		measure: func(ctx context.Context, b *bench) ([]report.Run, error) {
-			return b.binarySize(ctx, "arm64")
-		},
-	}, {
-		Metric: report.Metric{
-			Name: "sidecar_rss_anon_bytes", Unit: "bytes",
-			// It is paid once per pod, and a node has a hundred.
-			Goal: &report.Goal{Of: report.Value, Op: "<=", Value: 3 << 20},
-		},
-		about: "RssAnon of a sidecar that has fetched and served its credentials once and is idle; beside it, a bare net/http server\n" +
-			"\tthat has served once. Each run is another process. The file-backed pages of the program, which all pods of a\n" +
-			"\tnode share, are not in it.",
-		measure: memory,
-	}, {
-		Metric: report.Metric{
-			Name: "sidecar_get_c1_p50", Unit: "us",
-			// What time limits, routing and the check of headers may cost.
-			Goal: &report.Goal{Of: report.Ratio, Op: "<=", Value: 1.15},
-		},
-		about: "Median latency of GET " + contract.CredentialsPath + " on one connection that is kept; beside it, a bare net/http server with a body\n" +
-			"\tof the same size. The client writes prepared bytes, so that its own work hides no difference.\n" +
-			"\tEach run has processes of its own.",
-		measure: func(ctx context.Context, b *bench) ([]report.Run, error) { return b.eachBeside(ctx, latency) },
-	}, {
-		Metric: report.Metric{
-			Name: "sidecar_get_c16_rps", Unit: "requests/s",
-			// SDKs of several programs, or many sessions of one, at a start.
-			Goal: &report.Goal{Of: report.Ratio, Op: ">=", Value: 0.85},
-		},
-		about:   "The same requests per second on " + strconv.Itoa(crowd) + " connections that are kept, each with one request at a time.",
-		measure: func(ctx context.Context, b *bench) ([]report.Run, error) { return b.eachBeside(ctx, throughput) },
-	},
+// pod is the environment of a sidecar, with a broker that responds at once, and of the bare server beside it.
+type pod struct {
+	*world
+
+	sidecar, bare string   // files of the programs
+	env           []string // of the sidecar, without CREDENCE_LISTEN
+	size          int      // bytes of the sidecar's response
+	started       int      // number of started programs, for their names
+	wrap          []string // a program and its first arguments, which runs the started program; empty: none
+
+	mu      sync.Mutex
+	reached [moments]time.Time // of the broker's last call; guarded by mu
 }
 
-// binaryGoal: every pod's node pulls the program once. 10 MB are gRPC, TLS and HTTP.
-var binaryGoal = report.Goal{Of: report.Value, Op: "<=", Value: 11e6}
+const authorization = "00000000-0000-4000-8000-000000000000" // has the form of a pod's UID
 
-// How a program is built for release.
-var (
-	buildEnv   = []string{"CGO_ENABLED=0"}
-	buildFlags = []string{"-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"}
+func (w *world) newPod() *pod {
+	p := &pod{
+		world:   w,
+		sidecar: w.build(w.ctx, "cmd/sidecar", "credence-sidecar"), bare: w.build(w.ctx, "integration/bench/barehttp", "barehttp"),
+	}
+	t, c := w.newTrust(), session()
+	token := filepath.Join(w.folder(), "token") // of the usual size; the broker does not read it
+	check(os.WriteFile(token, []byte("header."+strings.Repeat("p", 900)+"."+strings.Repeat("s", 342)), 0o600))
+	response := &brokerpb.GetCredentialsResponse{
+		AccessKeyId: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey.Reveal(), SessionToken: c.SessionToken.Reveal(),
+		Expiration: timestamppb.New(c.Expiration), RefreshAfter: durationpb.New(c.Life() / 2),
+		RoleArn: "arn:aws:iam::" + account + ":role/bench", AccountId: account, Region: region,
+	}
+	address := bareBroker{
+		respond: func(context.Context) (*brokerpb.GetCredentialsResponse, error) { return response, nil },
+		reached: func(m moment) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.reached[m] = time.Now()
+		},
+	}.serve(w, t)
+	p.env = []string{
+		"CREDENCE_BROKER=" + address, "CREDENCE_TOKEN_FILE=" + token, "CREDENCE_ROOTS_FILE=" + t.rootsFile,
+		"CREDENCE_AUTHORIZATION=" + authorization, "CREDENCE_START_TIMEOUT=0s", "CREDENCE_METADATA=v2",
+	}
+	first := p.startSidecar() // its response determines the size of the bare server's
+	first.stop()
+	p.size = first.size
+	return p
+}
+
+// server is an HTTP server in a process of its own, and one connection to it. It has responded once.
+type server struct {
+	*process.Process
+
+	request []byte // as it is on the wire
+	conn    net.Conn
+	reader  *bufio.Reader
+	size    int           // bytes of its last response
+	began   time.Time     // just before its start
+	took    time.Duration // from its start to its first response
+}
+
+func (p *pod) startSidecar() *server {
+	return p.start(func(address string) process.Command {
+		return process.Command{Path: p.sidecar, Env: append([]string{"CREDENCE_LISTEN=" + address}, p.env...)}
+	})
+}
+
+func (p *pod) startBare() *server {
+	return p.start(func(address string) process.Command {
+		return process.Command{Path: p.bare, Args: []string{"--listen=" + address, "--size=" + strconv.Itoa(p.size)}}
+	})
+}
+
+const (
+	// startTimeout bounds a start and each request. Both take at most 20 ms on a quiet machine.
+	startTimeout = 20 * time.Second
+	// pause is the time between two attempts to connect. It is short beside what is measured, and leaves most of
+	// the processor to the starting program.
+	pause = 200 * time.Microsecond
 )
 
-// build builds the package in folder of this module and returns the program's file. It has been done
-// once for a name that was asked for before.
-func (b *bench) build(ctx context.Context, folder, name string, env ...string) (string, error) {
-	file := filepath.Join(b.bin, name)
-	if _, err := os.Stat(file); err == nil {
-		return file, nil
-	}
-	args := append(append([]string{"build"}, buildFlags...), "-o", file, "./"+folder)
-	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // The arguments are constants of this program.
-	cmd.Dir = b.root
-	cmd.Env = append(append(os.Environ(), buildEnv...), env...)
-	if printed, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building %s: %w\n%s", folder, err, printed)
-	}
-	return file, nil
-}
-
-func (b *bench) binarySize(ctx context.Context, arch string) ([]report.Run, error) {
-	file, err := b.build(ctx, "cmd/sidecar", "credence-sidecar-linux-"+arch, "GOOS=linux", "GOARCH="+arch)
-	if err != nil {
-		return nil, err
-	}
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, fmt.Errorf("measuring the sidecar's size: %w", err)
-	}
-	return []report.Run{{Value: float64(info.Size())}}, nil
-}
-
-// eachBeside measures runs that have a sidecar and a bare server of their own: where a process lies in memory can make it
-// a tenth faster or slower for all its life.
-func (b *bench) eachBeside(ctx context.Context, measure func(*server) side) ([]report.Run, error) {
-	ctx, cancel := context.WithCancel(ctx)
+// start starts a program and waits for its first response with status 200.
+func (p *pod) start(command func(address string) process.Command) *server {
+	ctx, cancel := context.WithTimeout(p.ctx, startTimeout)
 	defer cancel()
-	p, err := b.newPod(ctx)
-	if err != nil {
-		return nil, err
+	address := freeAddress(ctx)
+	c := command(address)
+	p.started++
+	c.Name = filepath.Base(c.Path) + "-" + strconv.Itoa(p.started)
+	s := &server{request: []byte("GET " + contract.CredentialsPath + " HTTP/1.1\r\nHost: " + address + "\r\nAuthorization: " + authorization + "\r\n\r\n")}
+	if len(p.wrap) > 0 {
+		c.Path, c.Args = p.wrap[0], slices.Concat(p.wrap[1:], []string{c.Path}, c.Args)
 	}
-	var runs []report.Run
-	for i := range b.runs {
-		run, err := p.beside(ctx, b, i, measure)
-		if err != nil {
-			return nil, err
+	s.began = time.Now()
+	s.Process = must(p.programs.Start(c))
+	for ; ; time.Sleep(pause) {
+		err := s.connect(ctx, address)
+		if err == nil {
+			err = s.get()
 		}
-		runs = append(runs, run)
+		if err == nil {
+			s.took = time.Since(s.began)
+			return s
+		}
+		if s.Ended() {
+			check(fmt.Errorf("waiting for a first response: %w", s.Err()))
+		}
+		if ctx.Err() != nil {
+			log, _ := os.ReadFile(s.Log()) // best effort
+			s.stop()
+			check(fmt.Errorf("waiting for a first response of %s: %w (last: %w), its log:\n%s", c.Name, context.Cause(ctx), err, log))
+		}
 	}
-	return runs, nil
 }
 
-func (p *pod) beside(ctx context.Context, b *bench, i int, measure func(*server) side) (report.Run, error) {
-	ours, err := p.startSidecar(ctx)
-	if err != nil {
-		return report.Run{}, err
+// connect connects, unless it did so before.
+func (s *server) connect(ctx context.Context, address string) error {
+	if s.conn != nil {
+		return nil
 	}
-	defer ours.stop()
-	bare, err := p.startBare(ctx)
-	if err != nil {
-		return report.Run{}, err
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+	if err == nil {
+		s.conn, s.reader = conn, bufio.NewReader(conn)
 	}
-	defer bare.stop()
-	if ours.size != bare.size {
-		return report.Run{}, fmt.Errorf("the sidecar answers %d bytes and the bare server %d", ours.size, bare.size)
-	}
-	return b.pair(ctx, i, measure(ours), measure(bare))
+	return err
 }
-func latency(s *server) side { return timed(s.get, time.Microsecond) }
 
-const crowd = 16
+// get sends one request and reads the whole response, which must have status 200. It has a deadline of its own.
+func (s *server) get() error {
+	if err := s.conn.SetDeadline(time.Now().Add(startTimeout)); err != nil {
+		return err
+	}
+	if _, err := s.conn.Write(s.request); err != nil {
+		return fmt.Errorf("sending a request: %w", err)
+	}
+	response, err := http.ReadResponse(s.reader, nil)
+	if err != nil {
+		return fmt.Errorf("reading a response: %w", err)
+	}
+	defer response.Body.Close()
+	n, err := io.Copy(io.Discard, response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = errors.New(response.Status)
+	}
+	s.size = int(n)
+	return err
+}
 
-// throughput measures requests per second of a crowd. It connects anew for each turn, before the clock starts.
-func throughput(s *server) side {
-	return func(ctx context.Context, length time.Duration) ([]float64, error) {
-		var all []*server
-		defer func() {
-			for _, one := range all {
-				_ = one.conn.Close()
-			}
-		}()
-		for range crowd {
-			one := &server{request: s.request}
-			if err := one.first(ctx, s.conn.RemoteAddr().String()); err != nil {
-				return nil, err
-			}
-			all = append(all, one)
+func (s *server) stop() {
+	if s.conn != nil {
+		_ = s.conn.Close()
+	}
+	s.Stop(stopGrace)
+}
+
+// connections is how many clients send requests for the throughput.
+const connections = 16
+
+// throughput makes a side: requests per second on many connections, which are opened before the clock starts.
+func (w *world) throughput(s *server) side {
+	return func(length time.Duration) []float64 {
+		var clients []func() error
+		for range connections {
+			client := &server{request: s.request}
+			check(client.connect(w.ctx, s.conn.RemoteAddr().String()))
+			defer client.conn.Close()
+			check(client.get())
+			clients = append(clients, client.get)
 		}
-		var (
-			wg     sync.WaitGroup
-			counts = make([]int, crowd)
-			errs   = make([]error, crowd)
-			began  = time.Now()
-		)
-		for n, one := range all {
-			wg.Go(func() {
-				for errs[n] == nil && time.Since(began) < length {
-					_, errs[n] = one.get(ctx)
-					counts[n]++
-				}
+		return rate(clients)(length)
+	}
+}
+
+func (w *world) binarySize(arch string) []report.Run {
+	file := w.build(w.ctx, "cmd/sidecar", "credence-sidecar-linux-"+arch, "GOOS=linux", "GOARCH="+arch)
+	return []report.Run{{Value: float64(must(os.Stat(file)).Size())}}
+}
+
+// besideBare measures a sidecar beside a bare server, both started again for each run: where a process lies in memory
+// can make it a tenth faster or slower for all its life.
+func (w *world) besideBare(measure func(*server) side) []report.Run {
+	return w.repeat(w.runs, func(w *world, i int) report.Run {
+		p := w.newPod()
+		ours, bare := p.startSidecar(), p.startBare()
+		w.Cleanup(ours.stop)
+		w.Cleanup(bare.stop)
+		if ours.size != bare.size {
+			check(fmt.Errorf("the sidecar responds with %d bytes and the bare server with %d", ours.size, bare.size))
+		}
+		return w.pair(i, measure(ours), measure(bare))
+	})
+}
+
+// startParts name the parts of a start. Each but the last ends with the moment of its index.
+var startParts = [moments + 1]string{"until the broker accepts", "handshake", "request", "broker", "until the first 200"}
+
+// startTime measures starts under a CPU limit; 0: no limit.
+func (w *world) startTime(milliCPUs int) []report.Run {
+	p := w.newPod()
+	return w.repeat(w.runs, func(w *world, i int) report.Run {
+		var parts [moments + 1][]float64
+		start := func(program func() *server, started func(*server)) side {
+			return repeated(func() float64 {
+				p.limitCPU(milliCPUs)
+				s := program()
+				s.stop()
+				started(s)
+				return float64(s.took) / float64(time.Millisecond)
 			})
 		}
-		wg.Wait()
-		total := 0
-		for _, n := range counts {
-			total += n
+		run := w.pair(i, start(p.startSidecar, func(s *server) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			last := s.began
+			for n, at := range append(p.reached[:], s.began.Add(s.took)) {
+				parts[n] = append(parts[n], float64(at.Sub(last))/float64(time.Millisecond))
+				last = at
+			}
+		}), start(p.startBare, func(*server) {}))
+		for n, name := range startParts {
+			run.Parts = append(run.Parts, report.Part{Name: name, Value: report.Median(parts[n])})
 		}
-		return []float64{float64(total) / time.Since(began).Seconds()}, errors.Join(errs...)
-	}
+		return run
+	})
 }
 
-// settle is how long after its first answer a process counts as idle: what it frees by itself, it has
-// freed by then.
+// limitCPU puts the next started program into a cgroup with a CPU limit. The cgroups are removed with all that this
+// program started.
+func (p *pod) limitCPU(milliCPUs int) {
+	if milliCPUs == 0 {
+		return
+	}
+	procs, err := p.programs.CPULimit(fmt.Sprintf("start-%d-%d", milliCPUs, p.started), milliCPUs)
+	if err != nil {
+		check(notRun(fmt.Sprintf("a CPU limit cannot be set here: %v", err)))
+	}
+	p.wrap = []string{"/bin/sh", "-c", `echo $$ >"$0" && exec "$@"`, procs}
+}
+
+// idleTime is how long the wake-ups of idle processes are counted. The Go runtime collects garbage every two minutes.
+const idleTime = 2 * time.Minute
+
+// settle is how long after its first response a process counts as idle: by then it has freed what it frees by itself.
 const settle = 3 * time.Second
 
-func memory(ctx context.Context, b *bench) ([]report.Run, error) {
-	if runtime.GOOS != "linux" {
-		return nil, notRun("RssAnon is in /proc, which " + runtime.GOOS + " does not have")
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	p, err := b.newPod(ctx)
-	if err != nil {
-		return nil, err
-	}
-	pids, stop, err := p.startIdle(ctx, b.runs)
-	defer stop()
-	if err != nil {
-		return nil, err
-	}
-	var runs []report.Run
-	for pair := range slices.Chunk(pids, 2) {
-		value, err := rssAnon(pair[0])
-		baseline, bareErr := rssAnon(pair[1])
-		if err := errors.Join(err, bareErr); err != nil {
-			return nil, err
+// idle starts a sidecar and a bare server for each run, and returns their process IDs when they are idle. Each has
+// served one request.
+func (w *world) idle() (pids [][2]int) {
+	p := w.newPod()
+	for range w.runs {
+		var pair [2]int
+		for i, start := range []func() *server{p.startSidecar, p.startBare} {
+			s := start()
+			w.Cleanup(s.stop)
+			_ = s.conn.Close() // as an SDK does
+			pair[i] = s.PID()
 		}
-		runs = append(runs, report.Run{Value: value, Baseline: &baseline})
+		pids = append(pids, pair)
 	}
-	return runs, nil
+	w.sleep(settle)
+	return pids
 }
 
-// rssAnon reads a process's resident anonymous memory, in bytes.
-func rssAnon(pid int) (float64, error) { return statusLine(pid, "RssAnon") }
+func (w *world) sidecarMemory() (runs []report.Run) {
+	needsProc("RssAnon")
+	for _, pair := range w.idle() {
+		runs = append(runs, beside(procBytes(pair[0], "RssAnon"), procBytes(pair[1], "RssAnon")))
+	}
+	return runs
+}
+
+func (w *world) wakeups() (runs []report.Run) {
+	needsProc("the number of context switches")
+	pids := w.idle()
+	count := func() (counts [][2]float64) {
+		for _, pair := range pids {
+			counts = append(counts, [2]float64{switches(pair[0]), switches(pair[1])})
+		}
+		return counts
+	}
+	before := count()
+	w.sleep(idleTime)
+	for i, after := range count() {
+		perMinute := func(n int) float64 { return (after[n] - before[i][n]) / idleTime.Minutes() }
+		// The ratio is not used, but must be a number: a bare server may never wake.
+		runs = append(runs, beside(perMinute(0), max(perMinute(1), 1/idleTime.Minutes())))
+	}
+	return runs
+}
+
+// switches returns how often the threads of a process went to sleep voluntarily.
+func switches(pid int) (sum float64) {
+	files := must(filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid)))
+	if len(files) == 0 {
+		check(fmt.Errorf("process %d has no threads", pid))
+	}
+	for _, file := range files {
+		sum += procField(file, "voluntary_ctxt_switches")
+	}
+	return sum
+}

@@ -4,121 +4,330 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
-
-	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/integration/bench/report"
+	"github.com/credence-iam/credence/integration/process"
 )
+
+// world is where one metric is measured. It works like a testing.B: check, must and Fatalf end the measurement, and
+// Cleanup registers a function that undoes a start. Only the goroutine of the measurement may call these.
+type world struct {
+	*bench
+
+	ctx      context.Context // ends with the measurement
+	cleanups []func()
+}
+
+// failure carries the error that ended a measurement.
+type failure struct{ error }
+
+// notRun says why a metric cannot be measured on this machine. That is not a failure.
+type notRun string
+
+func (n notRun) Error() string { return string(n) }
+
+// check ends the measurement if there is an error.
+func check(err error) {
+	if err != nil {
+		panic(failure{err})
+	}
+}
+
+// must returns value, or ends the measurement.
+func must[T any](value T, err error) T {
+	check(err)
+	return value
+}
+
+// Helper implements certstest.TB.
+func (w *world) Helper() {}
+
+// Fatalf implements certstest.TB.
+func (w *world) Fatalf(format string, args ...any) { check(fmt.Errorf(format, args...)) }
+
+// Cleanup calls undo at the end of the measurement, the last one first.
+func (w *world) Cleanup(undo func()) { w.cleanups = append(w.cleanups, undo) }
+
+// runsOf measures m in a world of its own.
+func (b *bench) runsOf(ctx context.Context, m metric) ([]report.Run, error) {
+	return inWorld(ctx, b, m.measure)
+}
+
+func inWorld[T any](ctx context.Context, b *bench, measure func(*world) T) (result T, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := &world{bench: b, ctx: ctx}
+	defer func() {
+		if p := recover(); p != nil {
+			failed, ok := p.(failure)
+			if !ok {
+				panic(p)
+			}
+			err = failed.error
+		}
+	}()
+	defer func() {
+		for _, undo := range slices.Backward(w.cleanups) {
+			undo()
+		}
+	}()
+	return measure(w), nil
+}
+
+// repeat measures n runs, each in a world of its own.
+func (w *world) repeat(n int, run func(w *world, i int) report.Run) []report.Run {
+	var runs []report.Run
+	for i := range n {
+		runs = append(runs, must(inWorld(w.ctx, w.bench, func(w *world) report.Run { return run(w, i) })))
+	}
+	return runs
+}
+
+// side is one of the two sides that a paired metric compares. It measures as often as it can in the given time, and
+// at least once.
+type side func(length time.Duration) []float64
+
+// slice is how long one side measures before it is the other's turn. It is short, so that other work of the machine
+// disturbs both sides equally.
+const slice = 100 * time.Millisecond
+
+// paired measures ours beside bare in all runs.
+func (w *world) paired(ours, bare side) []report.Run {
+	var runs []report.Run
+	for i := range w.runs {
+		runs = append(runs, w.pair(i, ours, bare))
+	}
+	return runs
+}
+
+// pair is the i-th run. Its values are the medians of each side's measurements. The side that begins alternates, so
+// that neither always profits from what the other has warmed. The first turn of both warms up and does not count.
+func (w *world) pair(i int, ours, bare side) report.Run {
+	var measured [2][]float64
+	for turn := range 1 + max(1, int(w.duration/slice)) {
+		for n := range 2 {
+			which := (n + turn + i) % 2
+			xs := []side{ours, bare}[which](slice)
+			check(w.ctx.Err())
+			if turn > 0 {
+				measured[which] = append(measured[which], xs...)
+			}
+		}
+	}
+	return beside(report.Median(measured[0]), report.Median(measured[1]))
+}
+
+func beside(value, baseline float64) report.Run { return report.Run{Value: value, Baseline: &baseline} }
+
+// repeated makes a side of a function that measures once.
+func repeated(once func() float64) side {
+	return func(length time.Duration) []float64 {
+		var xs []float64
+		for end := time.Now().Add(length); len(xs) == 0 || time.Now().Before(end); {
+			xs = append(xs, once())
+		}
+		return xs
+	}
+}
+
+// timed makes a side of the time that a function takes.
+func timed(unit time.Duration, do func() error) side {
+	return repeated(func() float64 {
+		began := time.Now()
+		check(do())
+		return float64(time.Since(began)) / float64(unit)
+	})
+}
+
+// load runs all callers at once for the given time, each with one call after the other. It returns how long each
+// call took.
+func load(callers []func() error, length time.Duration) []time.Duration {
+	took := make([][]time.Duration, len(callers))
+	errs := make([]error, len(callers))
+	var calling sync.WaitGroup
+	end := time.Now().Add(length)
+	for i, call := range callers {
+		calling.Go(func() {
+			for now := time.Now(); now.Before(end); {
+				if errs[i] = call(); errs[i] != nil {
+					return
+				}
+				done := time.Now()
+				took[i] = append(took[i], done.Sub(now))
+				now = done
+			}
+		})
+	}
+	calling.Wait()
+	check(errors.Join(errs...))
+	return slices.Concat(took...)
+}
+
+// rate makes a side: calls per second of all callers together.
+func rate(callers []func() error) side {
+	return func(length time.Duration) []float64 {
+		began := time.Now()
+		calls := len(load(callers, length))
+		return []float64{float64(calls) / time.Since(began).Seconds()}
+	}
+}
+
+// p99 makes a side: the latency, in microseconds, that one call in a hundred exceeds.
+func p99(callers []func() error) side {
+	return func(length time.Duration) []float64 {
+		took := load(callers, length)
+		slices.Sort(took)
+		return []float64{float64(took[len(took)*99/100]) / float64(time.Microsecond)}
+	}
+}
+
+// How programs are built for a release.
+var (
+	buildEnv   = []string{"CGO_ENABLED=0"}
+	buildFlags = []string{"-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"}
+)
+
+// build builds the package in folder of this module once, and returns the program's file.
+func (b *bench) build(ctx context.Context, folder, name string, env ...string) string {
+	file := filepath.Join(b.bin, name)
+	if _, err := os.Stat(file); err == nil {
+		return file
+	}
+	args := append(append([]string{"build"}, buildFlags...), "-o", file, "./"+folder)
+	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // The arguments are constants of this program.
+	cmd.Dir = b.root
+	cmd.Env = append(append(os.Environ(), buildEnv...), env...)
+	if printed, err := cmd.CombinedOutput(); err != nil {
+		check(fmt.Errorf("building %s: %w\n%s", folder, err, printed))
+	}
+	return file
+}
+
+// test runs tests of this module and returns their output, which has figures as name=value.
+func (w *world) test(env string, args ...string) []byte {
+	test := exec.CommandContext(w.ctx, "go", append([]string{"test", "-count=1", "-v"}, args...)...) //nolint:gosec // Constants.
+	test.Dir, test.Stderr = w.root, os.Stderr
+	test.Env = append(os.Environ(), env)
+	out, err := test.Output()
+	if err != nil {
+		check(fmt.Errorf("running go test %s: %w\n%s", strings.Join(args, " "), err, out))
+	}
+	return out
+}
+
+// figure reads a figure from the output of a test.
+func figure(out []byte, name string) float64 {
+	found := regexp.MustCompile(`\b` + name + `=([0-9.]+)`).FindSubmatch(out)
+	if found == nil {
+		check(fmt.Errorf("the test does not print %s", name))
+	}
+	return must(strconv.ParseFloat(string(found[1]), 64))
+}
+
+// folder makes a folder, which is removed with everything that this program started.
+func (w *world) folder() string { return must(os.MkdirTemp(w.programs.Dir(), "world-")) }
+
+func (w *world) sleep(d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-w.ctx.Done():
+		check(w.ctx.Err())
+	}
+}
+
+// freeAddress returns a loopback address that nothing listens on.
+func freeAddress(ctx context.Context) string {
+	return net.JoinHostPort(loopback, strconv.Itoa(must(process.FreePort(ctx))))
+}
+
+// needsProc ends the measurement on systems without /proc.
+func needsProc(what string) {
+	if runtime.GOOS != "linux" {
+		check(notRun(what + " is in /proc, which " + runtime.GOOS + " does not have"))
+	}
+}
+
+// procField reads a number from a line of proc_pid_status(5).
+func procField(file, name string) float64 {
+	for line := range strings.Lines(string(must(os.ReadFile(file)))) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			return must(strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 64))
+		}
+	}
+	check(fmt.Errorf("%s has no line %s", file, name))
+	return 0
+}
+
+// procBytes reads an amount of a process's memory, such as VmRSS, in bytes.
+func procBytes(pid int, name string) float64 {
+	return 1024 * procField(fmt.Sprintf("/proc/%d/status", pid), name)
+}
 
 const (
 	loopback = "127.0.0.1"
-	// serverName is what servers are dialled by: clients verify names, not addresses.
+	// serverName is the host name of all servers here, because clients verify names and not addresses.
 	serverName = "localhost"
+	// stopGrace is how long a program may take to stop.
+	stopGrace = 5 * time.Second
 )
 
 var discard = slog.New(slog.DiscardHandler)
 
-// trust is what a TLS server of the benchmark shows, and what its clients trust.
+// trust is the certificate of a TLS server and the root that its clients trust.
 type trust struct {
-	pair      *certs.KeyPair
-	rootsFile string
-	rootsPEM  []byte
+	pair              *certs.KeyPair
+	certFile, keyFile string
+	rootsFile         string
+	roots             *certs.Roots
+	ca                *certstest.CA
 }
 
-// newTrust makes one, with its files in dir.
-func newTrust(dir string) (trust, error) {
-	ca := certstest.NewCA(tb{})
-	certFile, keyFile := ca.Leaf(serverName).WriteTo(filepath.Join(dir, "tls"))
-	pair, err := certs.NewKeyPair(certFile, keyFile, discard)
-	return trust{pair: pair, rootsFile: ca.WriteTo(filepath.Join(dir, "roots")), rootsPEM: ca.PEM}, err
+func (w *world) newTrust() trust {
+	ca, dir := certstest.NewCA(w), w.folder()
+	t := trust{ca: ca, rootsFile: ca.WriteTo(filepath.Join(dir, "roots"))}
+	t.certFile, t.keyFile = ca.Leaf(serverName).WriteTo(filepath.Join(dir, "tls"))
+	t.pair, t.roots = must(certs.NewKeyPair(t.certFile, t.keyFile, discard)), must(certs.NewRoots(t.rootsFile, discard))
+	return t
 }
 
-// tb is for certstest. What fails there is the disk or the program.
-type tb struct{}
+func (t trust) client() *tls.Config { return certs.ClientConfig(t.roots, serverName) }
 
-func (tb) Helper()                           {}
-func (tb) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
-
-// listen returns a listener, and the address to reach it at by the name in its certificate.
-func listen(ctx context.Context) (net.Listener, string, error) {
-	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort(loopback, "0"))
-	if err != nil {
-		return nil, "", fmt.Errorf("listening: %w", err)
-	}
+// listen returns a listener, and its address with the name in the server's certificate.
+func (w *world) listen() (net.Listener, string) {
+	listener := must(new(net.ListenConfig).Listen(w.ctx, "tcp", net.JoinHostPort(loopback, "0")))
 	_, port, err := net.SplitHostPort(listener.Addr().String())
-	return listener, net.JoinHostPort(serverName, port), err
+	check(err)
+	return listener, net.JoinHostPort(serverName, port)
 }
 
-// bareBroker answers the broker's call with no more than a function.
-type bareBroker struct {
-	brokerpb.UnimplementedBrokerServer
-
-	answer func(context.Context) (*brokerpb.GetCredentialsResponse, error)
-	// reached is told of what a call has come to, each time; nil tells nobody.
-	reached func(moment)
-}
-
-// moment is what a call has come to, as its server sees it.
-type moment int
-
-const (
-	accepted moment = iota // the connection is there
-	secured                // the handshake is over
-	arrived                // so is all that the caller sends
-	answered               // the answer is known
-	moments
-)
-
-func (b bareBroker) tell(m moment) {
-	if b.reached != nil {
-		b.reached(m)
-	}
-}
-
-// GetCredentials implements brokerpb.BrokerServer.
-func (b bareBroker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	b.tell(arrived)
-	defer b.tell(answered)
-	return b.answer(ctx)
-}
-
-// serve serves b until ctx ends, with nothing set but TLS, and returns the address.
-func (b bareBroker) serve(ctx context.Context, t trust) (string, error) {
-	listener, address, err := listen(ctx)
-	if err != nil {
-		return "", err
-	}
-	server := grpc.NewServer(grpc.Creds(telling{credentials.NewTLS(certs.ServerConfig(t.pair)), b}))
-	brokerpb.RegisterBrokerServer(server, b)
-	go func() { _ = server.Serve(listener) }()
-	context.AfterFunc(ctx, server.Stop)
-	return address, nil
-}
-
-// telling are credentials that tell a broker of their handshakes. gRPC begins one as soon as it has accepted.
-type telling struct {
-	credentials.TransportCredentials
-	broker bareBroker
-}
-
-// ServerHandshake implements credentials.TransportCredentials.
-func (t telling) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	t.broker.tell(accepted)
-	conn, info, err := t.TransportCredentials.ServerHandshake(conn)
-	if err == nil {
-		t.broker.tell(secured)
-	}
-	return conn, info, err
+// serveHTTP serves handler over TLS with these protocols until the world ends, and returns the address.
+func (w *world) serveHTTP(t trust, handler http.Handler, protocols ...string) string {
+	listener, address := w.listen()
+	config := certs.ServerConfig(t.pair)
+	config.NextProtos = protocols
+	server := &http.Server{TLSConfig: config, ReadHeaderTimeout: time.Minute, Handler: handler}
+	go func() { _ = server.ServeTLS(listener, "", "") }()
+	w.Cleanup(func() { _ = server.Close() })
+	return address
 }
 
 // session is an AWS session of the usual lengths.

@@ -1,11 +1,11 @@
 //go:build unix
 
-// Package chart runs the real Helm on our chart: it renders the chart as an installation would, and decodes what
-// comes out into the types of Kubernetes and cert-manager, with every field that they do not know an error. It
-// needs no cluster for that, and never touches one that it was not given.
+// Package chart runs the real Helm on our chart. It renders the chart as an installation does, and decodes the result into
+// the types of Kubernetes and cert-manager; a field that these types do not have is an error. It needs no cluster for
+// that, and accesses only a cluster that the caller names.
 //
-// Helm is the program of package tools, not a library: it brings more modules than all else here together, and
-// none of our programs need it.
+// Helm is a program of package tools, not a library: the library has more modules than all our other dependencies, and no
+// program of ours needs it.
 package chart
 
 import (
@@ -32,32 +32,32 @@ import (
 )
 
 const (
-	// Namespace is where the chart is installed, unless another one is asked for.
+	// Namespace is the default namespace of the release.
 	Namespace = "credence"
-	// Release is the name of the release. No name of an object depends on it.
+	// Release is the name of the release. No object's name depends on it.
 	Release = "credence"
 )
 
 // Config configures how Helm is run.
 type Config struct {
-	// Helm is the program. Default: that of package tools, which is built if need be.
+	// Helm is the path of the program. Default: the one of package tools, which builds it if necessary.
 	Helm string
-	// Kubeconfig is the file by which Helm finds a cluster. Default: none, and Helm finds no cluster.
+	// Kubeconfig is the file that names the cluster. Default: no cluster.
 	Kubeconfig string
 	// Namespace is the namespace of the release. Default [Namespace].
 	Namespace string
-	// ValueFiles are files of values, later ones over earlier ones.
+	// ValueFiles are files of values. Later ones override earlier ones.
 	ValueFiles []string
-	// Set has single values, as KEY=VALUE, over those of the files.
+	// Set has single values, as KEY=VALUE, which override the files.
 	Set []string
 }
 
-// Render returns the objects of an installation, as text. Its error is Helm's own, as a user would see it.
+// Render returns the objects of an installation as text. Its error has Helm's message, as users see it.
 func Render(ctx context.Context, cfg Config) ([]byte, error) {
 	return cfg.render(ctx, "template")
 }
 
-// Notes returns what Helm tells the user after an installation.
+// Notes returns the notes that Helm prints after an installation.
 func Notes(ctx context.Context, cfg Config) (string, error) {
 	out, err := cfg.render(ctx, "install", "--dry-run=client")
 	if err != nil {
@@ -65,21 +65,19 @@ func Notes(ctx context.Context, cfg Config) (string, error) {
 	}
 	_, notes, ok := strings.Cut(string(out), "\nNOTES:\n")
 	if !ok {
-		return "", errors.New("helm install has shown no notes")
+		return "", errors.New("helm install printed no notes")
 	}
 	return notes, nil
 }
 
-// Install installs the chart, or upgrades what is installed, in the cluster of cfg.Kubeconfig, and returns without
-// waiting for pods.
+// Install installs or upgrades the chart in the cluster of cfg.Kubeconfig. It does not wait for pods.
 func Install(ctx context.Context, cfg Config) error {
 	_, err := cfg.render(ctx, "upgrade", "--install", "--create-namespace")
 	return err
 }
 
-// render runs a command of Helm on copies of the chart and of the files of values. What a test binary reads itself,
-// Go's test cache knows it to depend on; what a program reads that it runs, it does not, and would go on showing
-// the result of an earlier chart.
+// render runs a command of Helm on copies of the chart and the files of values. Go's test cache knows only the files that
+// the test binary reads itself: if Helm read the originals, a cached result of an earlier chart would pass.
 func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err error) {
 	chart, err := folder()
 	if err != nil {
@@ -87,7 +85,7 @@ func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err err
 	}
 	copies, err := os.MkdirTemp("", "credence-chart-")
 	if err != nil {
-		return nil, fmt.Errorf("making a folder for the chart: %w", err)
+		return nil, fmt.Errorf("creating a folder for the chart: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(copies)) }()
 	copied := filepath.Join(copies, "chart")
@@ -112,7 +110,7 @@ func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err err
 	return Helm(ctx, cfg, args...)
 }
 
-// folder returns charts/credence of the checkout that the caller runs in, at most three folders below its root.
+// folder returns charts/credence of the checkout. The working directory is at most three folders below its root.
 func folder() (string, error) {
 	for _, root := range []string{".", "..", "../..", "../../.."} {
 		chart := filepath.Join(root, "charts", "credence")
@@ -120,11 +118,11 @@ func folder() (string, error) {
 			return chart, nil
 		}
 	}
-	return "", errors.New("finding charts/credence: it is not in this folder, nor in one of the three above")
+	return "", errors.New("cannot find charts/credence in this folder or the three above it")
 }
 
-// Helm runs Helm in the release's namespace and returns its output. A user's own plugins, repositories and
-// clusters change nothing.
+// Helm runs Helm in the release's namespace and returns its output. The plugins, repositories and clusters of the user have
+// no effect.
 func Helm(ctx context.Context, cfg Config, args ...string) ([]byte, error) {
 	program := cfg.Helm
 	if program == "" {
@@ -135,7 +133,7 @@ func Helm(ctx context.Context, cfg Config, args ...string) ([]byte, error) {
 	}
 	home, err := os.MkdirTemp("", "credence-helm-")
 	if err != nil {
-		return nil, fmt.Errorf("making a folder for Helm: %w", err)
+		return nil, fmt.Errorf("creating a folder for Helm: %w", err)
 	}
 	defer func() { _ = os.RemoveAll(home) }()
 	var stdout, stderr bytes.Buffer
@@ -151,8 +149,8 @@ func Helm(ctx context.Context, cfg Config, args ...string) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
-// ServiceMonitor is as much as the chart uses of the Prometheus Operator's type of that name. Its module would
-// bring in as much again as Kubernetes' own.
+// ServiceMonitor has the fields of the Prometheus Operator's type that the chart uses. Its module is as large as that of
+// Kubernetes.
 type ServiceMonitor struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata"`
@@ -165,11 +163,11 @@ type ServiceMonitor struct {
 	} `json:"spec"`
 }
 
-// DeepCopyObject implements runtime.Object for those who do not change what they decoded.
+// DeepCopyObject implements [runtime.Object]. The copy is shallow, because nobody changes decoded objects.
 func (m *ServiceMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
 
-// Decode returns the objects of a rendered chart, in their order, each of its Go type. A field that the type
-// does not have is an error, and so is one that is there twice.
+// Decode returns the objects of a rendered chart in their order, each as its Go type. An unknown or repeated field is an
+// error.
 func Decode(rendered []byte) ([]runtime.Object, error) {
 	all := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{scheme.AddToScheme, cmv1.AddToScheme} {
@@ -189,7 +187,7 @@ func Decode(rendered []byte) ([]runtime.Object, error) {
 			return objects, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("splitting what was rendered: %w", err)
+			return nil, fmt.Errorf("splitting the rendered chart: %w", err)
 		}
 		document = document[:n]
 		object, _, err := decoder.Decode(document, nil, nil)

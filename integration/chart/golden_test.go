@@ -15,8 +15,8 @@ import (
 	"github.com/credence-iam/credence/integration/chart"
 )
 
-// TestGolden: a change of the chart shows what it changes, in each kind of installation, and all of it is what
-// Kubernetes and cert-manager know, to the last field.
+// TestGolden compares the objects of each kind of installation with a golden file, so that a change of the chart shows its
+// effect. Kubernetes and cert-manager have all their fields.
 func TestGolden(t *testing.T) {
 	t.Parallel()
 	for name, values := range cases(t) {
@@ -35,7 +35,7 @@ func TestGolden(t *testing.T) {
 	}
 	for _, file := range goldens {
 		if _, ok := cases(t)[strings.TrimSuffix(filepath.Base(file), goldenEnding)]; !ok {
-			t.Errorf("%s has no values beside it: nothing is compared with it", file)
+			t.Errorf("%s has no file of values", file)
 		}
 	}
 }
@@ -52,11 +52,11 @@ func golden(t *testing.T, file string, got []byte) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(string(got), "\n")); diff != "" {
-		t.Errorf("%s (- want, + got; -update takes it as right):\n%s", file, diff)
+		t.Errorf("%s (- want, + got; -update accepts it):\n%s", file, diff)
 	}
 }
 
-// TestNotes: what the user is told names what was installed.
+// TestNotes shows that the notes name what was installed.
 func TestNotes(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string][]string{
@@ -70,35 +70,35 @@ func TestNotes(t *testing.T) {
 		}
 		for _, text := range want {
 			if !strings.Contains(notes, text) {
-				t.Errorf("%s: the notes do not say %q:\n%s", name, text, notes)
+				t.Errorf("%s: the notes do not have %q:\n%s", name, text, notes)
 			}
 		}
 		if name == "secrets" && strings.Contains(notes, "cert-manager") {
-			t.Errorf("the notes send to cert-manager, which is not used:\n%s", notes)
+			t.Errorf("the notes name cert-manager, which is not used:\n%s", notes)
 		}
 		if lines := strings.Count(notes, "\n"); lines > 30 {
-			t.Errorf("%s: the notes have %d lines: nobody reads them", name, lines)
+			t.Errorf("%s: the notes have %d lines, want at most 30", name, lines)
 		}
 	}
 }
 
-// TestEverythingIsSet: the case that sets every value does, and gives none its default, so that a value which
-// no template uses, or uses wrongly, shows.
+// TestEverythingIsSet shows that the case "everything" sets each value to something else than its default. So a value that
+// no template uses shows in a review of the golden file.
 func TestEverythingIsSet(t *testing.T) {
 	t.Parallel()
 	defaults, set := leaves(t, "../../charts/credence/values.yaml"), leaves(t, cases(t)["everything"])
 	for key, value := range defaults {
 		got, ok := set[key]
 		if !ok {
-			t.Errorf("it does not set %s", key)
+			t.Errorf("%s is not set", key)
 		} else if cmp.Equal(got, value) {
-			t.Errorf("it sets %s to its default, %v", key, value)
+			t.Errorf("%s has its default, %v", key, value)
 		}
 	}
 }
 
-// leaves returns the values of a file by their dotted keys. A map without entries is a value too, and so is
-// what a user writes freely.
+// leaves returns the values of a file by their dotted keys. An empty map is a value, and so is a map whose keys the chart
+// does not define.
 func leaves(t *testing.T, file string) map[string]any {
 	t.Helper()
 	text, err := os.ReadFile(file)
@@ -128,8 +128,7 @@ func leaves(t *testing.T, file string) map[string]any {
 	return all
 }
 
-// free reports whether the value of that key is Kubernetes' own, or the rules file, with keys that are not the
-// chart's.
+// free reports whether the chart does not define the keys of that value: types of Kubernetes, and the rules file.
 func free(key string) bool {
 	last := key[strings.LastIndexByte(key, '.')+1:]
 	return slices.Contains([]string{"annotations", "labels", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity", "rules"}, last)

@@ -12,23 +12,21 @@ import (
 	"github.com/credence-iam/credence/integration/chart"
 )
 
-// installPage leads strangers to an installation. Nothing else would tell us when a value that it names is
-// renamed.
+// installPage leads new users to an installation.
 const installPage = "../../docs/install.md"
 
 var (
 	fence = regexp.MustCompile("(?ms)^```(\\w*)\n(.*?)^```$")
-	// A file of values begins with its name.
+	// namedFile matches a file of values, which starts with its name.
 	namedFile = regexp.MustCompile(`^# [a-z-]+\.yaml\n`)
-	// set matches the arguments of helm, keyLike what looks like the key of a value in running text, alone or
-	// with a value behind it.
+	// set matches the arguments of helm. keyLike matches the key of a value in the text, with or without its value.
 	set       = regexp.MustCompile(`--set(?:-string|-json|-file)?[ =]'?([^\s=']+)=`)
 	codeSpan  = regexp.MustCompile("`([^`\n]+)`")
 	keyLike   = regexp.MustCompile(`^([a-z][A-Za-z]*(?:\.[a-z][A-Za-z]*)+)(?:[:=].*)?$`)
 	otherFile = regexp.MustCompile(`\.(?:yaml|crt|env|tar)$`)
 )
 
-// TestInstallPageNamesValues: docs/install.md names no value that the chart does not have.
+// TestInstallPageNamesValues shows that the chart has all values that docs/install.md names.
 func TestInstallPageNamesValues(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile(installPage)
@@ -51,17 +49,17 @@ func TestInstallPageNamesValues(t *testing.T) {
 		}
 	}
 	if len(named) < 5 {
-		t.Fatalf("%s names %q: they are looked for in the wrong way", installPage, named)
+		t.Fatalf("found only %[2]q in %[1]s", installPage, named)
 	}
 	for _, key := range named {
 		if !known[key] && !strings.HasPrefix(key, "spec.") {
-			t.Errorf("%s names %s, which is no value of the chart", installPage, key)
+			t.Errorf("%s names %s, which the chart does not have", installPage, key)
 		}
 	}
 }
 
-// TestInstallPageRenders: the chart takes every file of values that docs/install.md has, after the first, which
-// everybody sets.
+// TestInstallPageRenders shows that the chart accepts each file of values in docs/install.md after the first one, which all
+// users need.
 func TestInstallPageRenders(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile(installPage)
@@ -80,14 +78,14 @@ func TestInstallPageRenders(t *testing.T) {
 		files = append(files, file)
 		rendered, err := chart.Render(t.Context(), chart.Config{Helm: helm, ValueFiles: []string{files[0], file}})
 		if err != nil {
-			t.Errorf("the chart does not take:\n%s\n%v", match[2], err)
+			t.Errorf("the chart refuses:\n%s\n%v", match[2], err)
 			continue
 		}
 		if _, err := chart.Decode(rendered); err != nil {
-			t.Errorf("what the chart renders is no Kubernetes with:\n%s\n%v", match[2], err)
+			t.Errorf("the objects are invalid with:\n%s\n%v", match[2], err)
 		}
 	}
 	if len(files) < 4 {
-		t.Errorf("%s has %d files of values, want at least those for everybody, EKS, keys and OpenShift", installPage, len(files))
+		t.Errorf("%s has %d files of values, want at least 4", installPage, len(files))
 	}
 }

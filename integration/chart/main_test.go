@@ -8,18 +8,20 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-var update = flag.Bool("update", false, "write what the chart renders, and the table of values, anew")
+var update = flag.Bool("update", false, "update the golden files and the table of values")
 
 var helm string
 
@@ -39,7 +41,7 @@ func TestMain(m *testing.M) {
 
 const valuesEnding, goldenEnding = ".values.yaml", ".golden.yaml"
 
-// cases returns the files of values that the chart is rendered with, by their names without ending.
+// cases returns the files of values in testdata, by their names without ending.
 func cases(t *testing.T) map[string]string {
 	t.Helper()
 	files, err := filepath.Glob("testdata/*" + valuesEnding)
@@ -47,7 +49,7 @@ func cases(t *testing.T) map[string]string {
 		t.Fatal(err)
 	}
 	if len(files) < 5 {
-		t.Fatalf("testdata has values for %d installations, want at least defaults, issuer, secrets, openshift and everything", len(files))
+		t.Fatalf("testdata has values for %d installations, want at least 5", len(files))
 	}
 	byName := map[string]string{}
 	for _, file := range files {
@@ -66,7 +68,7 @@ func render(t *testing.T, name string) []byte {
 	return rendered
 }
 
-// objects is render, decoded.
+// objects renders the chart with the values of a case, and decodes the result.
 func objects(t *testing.T, name string) []runtime.Object {
 	t.Helper()
 	all, err := chart.Decode(render(t, name))
@@ -91,4 +93,39 @@ func deployment(t *testing.T, all []runtime.Object, component string) *appsv1.De
 		t.Fatalf("there is no Deployment credence-%s", component)
 	}
 	return found[at]
+}
+
+// mustMount checks that a program mounts a ConfigMap as a read-only folder, which kubelets update, and gets the flag that
+// names the file in it.
+func mustMount(t *testing.T, values string, pod corev1.PodSpec, configMap, path, flag string) {
+	t.Helper()
+	mounts := pod.Containers[0].VolumeMounts
+	at := slices.IndexFunc(mounts, func(m corev1.VolumeMount) bool { return m.MountPath == path })
+	if at < 0 || mounts[at].SubPath != "" || !mounts[at].ReadOnly {
+		t.Errorf("%s: %s is not mounted as a read-only folder", values, path)
+		return
+	}
+	volume := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == mounts[at].Name })
+	if volume < 0 || pod.Volumes[volume].ConfigMap == nil || pod.Volumes[volume].ConfigMap.Name != configMap {
+		t.Errorf("%s: %s is not ConfigMap %s", values, path, configMap)
+	}
+	if !slices.Contains(pod.Containers[0].Args, flag) {
+		t.Errorf("%s: the program does not get %s", values, flag)
+	}
+}
+
+// configMaps returns the ConfigMaps with that name.
+func configMaps(all []runtime.Object, name string) []*corev1.ConfigMap {
+	return slices.DeleteFunc(chart.Of[*corev1.ConfigMap](all), func(c *corev1.ConfigMap) bool { return c.Name != name })
+}
+
+// jsonNames returns the JSON names of a struct's fields, except those in but.
+func jsonNames(typ reflect.Type, but ...string) (names []string) {
+	for field := range typ.Fields() {
+		if name := field.Tag.Get("json"); !slices.Contains(but, name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }

@@ -17,8 +17,8 @@ import (
 	"github.com/credence-iam/credence/integration/chart"
 )
 
-// TestPodsAreRestricted: broker and webhook run in a namespace that enforces PodSecurity's strictest level, of
-// this version and of the oldest that the chart installs on.
+// TestPodsAreRestricted shows that the broker and the webhook run in a namespace that enforces the strictest PodSecurity
+// level, of this version and of the oldest one that the chart supports.
 func TestPodsAreRestricted(t *testing.T) {
 	t.Parallel()
 	evaluator, err := psapolicy.NewEvaluator(psapolicy.DefaultChecks(), nil)
@@ -36,19 +36,20 @@ func TestPodsAreRestricted(t *testing.T) {
 					t.Errorf("%s: %s, version %s: %s", name, component, version.String(), result.ForbiddenDetail())
 				}
 			}
-			// Beyond what PodSecurity asks.
+			// PodSecurity does not require this.
 			context := template.Spec.Containers[0].SecurityContext
 			if context.ReadOnlyRootFilesystem == nil || !*context.ReadOnlyRootFilesystem {
 				t.Errorf("%s: %s can write to its image", name, component)
 			}
 			if name == "openshift" && (template.Spec.SecurityContext.RunAsUser != nil || template.Spec.SecurityContext.RunAsGroup != nil) {
-				t.Errorf("%s names a user: OpenShift refuses every one but its own", component)
+				t.Errorf("%s sets a user; OpenShift accepts only its own", component)
 			}
 		}
 	}
 }
 
-// TestPodsAreFoundAndKept: what selects the pods does, nothing else does, and no upgrade or drain leaves too few.
+// TestPodsAreFoundAndKept shows that Services and PodDisruptionBudgets select the right pods, and that no upgrade or drain
+// leaves too few.
 func TestPodsAreFoundAndKept(t *testing.T) {
 	t.Parallel()
 	for name := range cases(t) {
@@ -78,7 +79,7 @@ func TestPodsAreFoundAndKept(t *testing.T) {
 					}
 				}
 				if port != 9443 {
-					t.Errorf("%s: Service %s leads to port %q, %d; both programs serve on 9443", name, s.Name, target, port)
+					t.Errorf("%s: Service %s has target port %q, %d; both programs serve on 9443", name, s.Name, target, port)
 				}
 				if headless := s.Spec.ClusterIP == corev1.ClusterIPNone; headless != (component == "broker") {
 					t.Errorf("%s: Service %s is headless: %t", name, s.Name, headless)
@@ -91,17 +92,17 @@ func TestPodsAreFoundAndKept(t *testing.T) {
 				}
 				selects("PodDisruptionBudget", selector, b.Name)
 				if b.Spec.MinAvailable != nil || b.Spec.MaxUnavailable.IntValue() != 1 {
-					t.Errorf("%s: PodDisruptionBudget %s would hold up the drain of a single replica's node, or none at all", name, b.Name)
+					t.Errorf("%s: PodDisruptionBudget %s blocks the drain of a single replica's node, or blocks none", name, b.Name)
 				}
 			}
 			if d.Spec.Strategy.RollingUpdate.MaxUnavailable.IntValue() != 0 {
-				t.Errorf("%s: an upgrade of the %s begins with one fewer", name, component)
+				t.Errorf("%s: an upgrade of the %s starts with one pod fewer", name, component)
 			}
 		}
 	}
 }
 
-// TestProbesReachThePrograms: each probe names a port that the container has, and a path that the program serves.
+// TestProbesReachThePrograms shows that each probe has a port of the container and a path that the program serves.
 func TestProbesReachThePrograms(t *testing.T) {
 	t.Parallel()
 	all := objects(t, "defaults")
@@ -134,8 +135,8 @@ func TestProbesReachThePrograms(t *testing.T) {
 	}
 }
 
-// TestNamespaced: all that lives in a namespace lives in that of the release, whatever it is called, and all
-// that names the namespace follows.
+// TestNamespaced shows that all namespaced objects are in the namespace of the release, and that all references to it
+// follow its name.
 func TestNamespaced(t *testing.T) {
 	t.Parallel()
 	const namespace = "elsewhere"
@@ -165,7 +166,7 @@ func TestNamespaced(t *testing.T) {
 	text := strings.ReplaceAll(string(rendered), "credence-", "")
 	for _, stale := range []string{".credence.", "namespace: credence\n", "credence/credence"} {
 		if strings.Contains(text, stale) {
-			t.Errorf("what was rendered for namespace %s holds %q", namespace, stale)
+			t.Errorf("the chart for namespace %s has %q", namespace, stale)
 		}
 	}
 }

@@ -14,21 +14,21 @@ import (
 	"github.com/credence-iam/credence/integration/chart"
 )
 
-// TestRights states every right of every program. Whoever widens one states it here too, with a reason.
+// TestRights lists all rights of the programs. A new right needs its reason here.
 func TestRights(t *testing.T) {
 	t.Parallel()
 	read := []string{"get", "list", "watch"}
 	wantCluster := map[string][]rbacv1.PolicyRule{
 		"credence-broker": {
-			// The informers, and the reads that go past them: broker/kube.
+			// The watches and live reads: broker/kube.
 			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: read},
-			// The keys that tokens are verified by: broker/kube. See reviews below.
+			// The keys that verify tokens: broker/kube. See the reviews below.
 			{NonResourceURLs: []string{"/openid/v1/jwks", "/.well-known/openid-configuration"}, Verbs: []string{"get"}},
-			// What tells users of a refusal: broker/kube.
+			// The Events about refusals: broker/kube.
 			{APIGroups: []string{"events.k8s.io"}, Resources: []string{"events"}, Verbs: []string{"create"}},
 			// The roots, published by server-side apply: certs/trust.
 			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"credence-trust"}, Verbs: []string{"list", "watch", "create", "patch"}},
-			// The owner of what is published: certs/trust.
+			// The owner of the published ConfigMaps: certs/trust.
 			{APIGroups: []string{"rbac.authorization.k8s.io"}, Resources: []string{"clusterroles"}, ResourceNames: []string{"credence-broker"}, Verbs: []string{"get"}},
 		},
 		"credence-webhook": {
@@ -37,11 +37,11 @@ func TestRights(t *testing.T) {
 	}
 	wantNamespace := map[string][]rbacv1.PolicyRule{
 		"credence-broker": {
-			// The record of what was published before: certs/trust.
+			// The trust record: certs/trust.
 			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"credence-trust"}, Verbs: []string{"get"}},
-			// Which brokers there are: broker/kube.
+			// The list of brokers: broker/kube.
 			{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}},
-			// The election of who publishes: certs/trust.
+			// The election of the publishing broker: certs/trust.
 			{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"create"}},
 			{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, ResourceNames: []string{"credence-broker"}, Verbs: []string{"get", "update"}},
 		},
@@ -52,14 +52,14 @@ func TestRights(t *testing.T) {
 			all := objects(t, name)
 			wantCluster := maps.Clone(wantCluster)
 			if strings.Contains(strings.Join(deployment(t, all, "broker").Spec.Template.Spec.Containers[0].Args, " "), "--token-verification=tokenreview") {
-				// Tokens are reviewed, and no keys are read: broker/kube.
+				// The API server reviews tokens, and the broker reads no keys: broker/kube.
 				wantCluster["credence-broker"] = slices.Clone(wantCluster["credence-broker"])
 				wantCluster["credence-broker"][1] = rbacv1.PolicyRule{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}}
 			}
 			cluster, namespace := map[string][]rbacv1.PolicyRule{}, map[string][]rbacv1.PolicyRule{}
 			for _, role := range chart.Of[*rbacv1.ClusterRole](all) {
 				if role.AggregationRule != nil || hasAggregationLabel(role.Labels) {
-					t.Errorf("ClusterRole %s is aggregated: its rules reach others, or others' reach it", role.Name)
+					t.Errorf("ClusterRole %s is aggregated: it adds its rules to other roles, or gets theirs", role.Name)
 				}
 				cluster[role.Name] = role.Rules
 			}
@@ -86,7 +86,7 @@ func TestRights(t *testing.T) {
 				"credence: Role credence-broker to ServiceAccount credence/credence-broker",
 			}
 			if diff := cmp.Diff(want, bound); diff != "" {
-				t.Errorf("who has them (- want, + got):\n%s", diff)
+				t.Errorf("bindings (- want, + got):\n%s", diff)
 			}
 		})
 	}
@@ -94,7 +94,7 @@ func TestRights(t *testing.T) {
 
 func hasAggregationLabel(labels map[string]string) bool {
 	for key := range labels {
-		if len(key) > len("rbac.") && key[:len("rbac.")] == "rbac." {
+		if strings.HasPrefix(key, "rbac.") {
 			return true
 		}
 	}

@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	corev1 "k8s.io/api/core/v1"
 
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/chart"
@@ -20,9 +19,13 @@ import (
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
-// TestSettings: the chart's settings of the sidecar reach the webhook as a file that it takes and can follow.
+// TestSettings shows that the webhook gets the chart's sidecar settings as a valid file that it can follow.
 func TestSettings(t *testing.T) {
 	t.Parallel()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
 	openshift := inject.DefaultSettings()
 	openshift.RunAsUser = inject.PlatformUser
 	for name, want := range map[string]inject.Settings{
@@ -37,16 +40,12 @@ func TestSettings(t *testing.T) {
 		},
 	} {
 		all := objects(t, name)
-		maps := slices.DeleteFunc(chart.Of[*corev1.ConfigMap](all), func(c *corev1.ConfigMap) bool { return c.Name != "credence-sidecar-settings" })
+		maps := configMaps(all, "credence-sidecar-settings")
 		if len(maps) != 1 {
 			t.Errorf("%s: there are %d ConfigMaps of settings", name, len(maps))
 			continue
 		}
-		keys, err := policy.NewKeys(policy.DefaultPrefix)
-		if err != nil {
-			t.Fatal(err)
-		}
-		// Upon nothing, so that a field which is not written shows.
+		// Without defaults, a field that the file does not have shows.
 		got, err := settingsfile.Parse([]byte(maps[0].Data["settings.yaml"]), inject.Settings{}, keys)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -54,24 +53,11 @@ func TestSettings(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s (- want, + got):\n%s", name, diff)
 		}
-		template := deployment(t, all, "webhook").Spec.Template
-		mounts, volumes := template.Spec.Containers[0].VolumeMounts, template.Spec.Volumes
-		at := slices.IndexFunc(mounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/etc/credence/sidecar" })
-		if at < 0 || mounts[at].SubPath != "" || !mounts[at].ReadOnly {
-			t.Errorf("%s: the webhook does not mount the settings as a folder, which is what kubelets keep up to date", name)
-			continue
-		}
-		volume := slices.IndexFunc(volumes, func(v corev1.Volume) bool { return v.Name == mounts[at].Name })
-		if volume < 0 || volumes[volume].ConfigMap == nil || volumes[volume].ConfigMap.Name != maps[0].Name {
-			t.Errorf("%s: the webhook mounts something else as settings", name)
-		}
-		if !slices.Contains(template.Spec.Containers[0].Args, "--sidecar-settings-file=/etc/credence/sidecar/settings.yaml") {
-			t.Errorf("%s: the webhook is not told where the settings are", name)
-		}
+		mustMount(t, name, deployment(t, all, "webhook").Spec.Template.Spec, maps[0].Name, "/etc/credence/sidecar", "--sidecar-settings-file=/etc/credence/sidecar/settings.yaml")
 	}
 }
 
-// TestSettingsRestartNothing: a change of settings changes their ConfigMap and nothing else.
+// TestSettingsRestartNothing shows that a change of settings changes their ConfigMap only.
 func TestSettingsRestartNothing(t *testing.T) {
 	t.Parallel()
 	rendered := func(set ...string) map[string]string {
@@ -96,59 +82,59 @@ func TestSettingsRestartNothing(t *testing.T) {
 		}
 	}
 	if diff := cmp.Diff([]string{"# Source: credence/templates/settings.yaml"}, changed); diff != "" {
-		t.Errorf("changed are (- want, + got):\n%s", diff)
+		t.Errorf("changed documents (- want, + got):\n%s", diff)
 	}
 }
 
-// TestSettingsSchema: the schema knows the fields that the webhook knows, but for what the chart has elsewhere.
-func TestSettingsSchema(t *testing.T) {
+// TestSchemaHasTheFieldsOfTheFiles shows that the schema has the fields that the programs read from the sidecar settings and
+// the rules file, except fields that the chart has in another place.
+func TestSchemaHasTheFieldsOfTheFiles(t *testing.T) {
 	t.Parallel()
+	type object struct {
+		AdditionalProperties any                        `json:"additionalProperties"`
+		Properties           map[string]json.RawMessage `json:"properties"`
+		Definitions          map[string]json.RawMessage `json:"definitions"`
+	}
+	parse := func(text []byte) (o object) {
+		t.Helper()
+		if err := json.Unmarshal(text, &o); err != nil {
+			t.Fatal(err)
+		}
+		return o
+	}
 	text, err := os.ReadFile(schemaFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	type object struct {
-		Properties map[string]json.RawMessage `json:"properties"`
-	}
-	var schema, sidecar, cpu object
-	for _, step := range []struct {
-		text []byte
-		into *object
-		next string
-	}{{text, &schema, "sidecar"}, {nil, &sidecar, "cpu"}, {nil, &cpu, ""}} {
-		if step.text != nil {
-			text = step.text
+	schema := parse(text)
+	sidecar := parse(schema.Properties["sidecar"])
+	for name, tc := range map[string]struct {
+		schema object
+		want   []string
+	}{
+		// The image's pull policy is next to the image. onShadowed is a flag of the webhook.
+		"sidecar":        {sidecar, append(jsonNames(reflect.TypeFor[inject.Settings](), "imagePullPolicy"), "onShadowed")},
+		"sidecar.cpu":    {parse(sidecar.Properties["cpu"]), jsonNames(reflect.TypeFor[inject.CPU]())},
+		"rules":          {parse(schema.Definitions["rules"]), jsonNames(reflect.TypeFor[policy.File]())},
+		"namespaceRules": {parse(schema.Definitions["namespaceRules"]), jsonNames(reflect.TypeFor[policy.NamespaceRules]())},
+	} {
+		slices.Sort(tc.want)
+		if diff := cmp.Diff(tc.want, slices.Sorted(maps.Keys(tc.schema.Properties))); diff != "" {
+			t.Errorf("%s (- the programs, + the schema):\n%s", name, diff)
 		}
-		if err := json.Unmarshal(text, step.into); err != nil {
-			t.Fatal(err)
+		if tc.schema.AdditionalProperties != false {
+			t.Errorf("%s accepts unknown fields", name)
 		}
-		text = step.into.Properties[step.next]
-	}
-	names := func(typ reflect.Type, but ...string) (names []string) {
-		for field := range typ.Fields() {
-			if name := field.Tag.Get("json"); !slices.Contains(but, name) {
-				names = append(names, name)
-			}
-		}
-		slices.Sort(names)
-		return names
-	}
-	// The image's policy is beside the image.
-	want := slices.Sorted(slices.Values(append(names(reflect.TypeFor[inject.Settings](), "imagePullPolicy"), "onShadowed")))
-	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(sidecar.Properties))); diff != "" {
-		t.Errorf("sidecar (- the webhook, + the schema):\n%s", diff)
-	}
-	if diff := cmp.Diff(names(reflect.TypeFor[inject.CPU]()), slices.Sorted(maps.Keys(cpu.Properties))); diff != "" {
-		t.Errorf("sidecar.cpu (- the webhook, + the schema):\n%s", diff)
 	}
 }
 
-// TestSettingsThatTheSchemaCannotTell: what a program would not start with, or an API server not take, is not installed.
-func TestSettingsThatTheSchemaCannotTell(t *testing.T) {
+// TestTemplatesRefuse shows that the templates refuse what the schema cannot express: values with which a program does not
+// start, or which the API server refuses.
+func TestTemplatesRefuse(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
 		set  []string
-		want string // empty: it is taken
+		want string // empty: the chart accepts it
 	}{
 		{[]string{"sidecar.cpu.request=200m"}, "sidecar.cpu.limit, 100m, is below sidecar.cpu.request, 200m"},
 		{[]string{"sidecar.cpu.request=1"}, "sidecar.cpu.limit, 100m, is below sidecar.cpu.request, 1"},
@@ -173,15 +159,15 @@ func TestSettingsThatTheSchemaCannotTell(t *testing.T) {
 	}
 }
 
-// TestWrongSettings: whatever Helm installs, the webhook takes. A file reaches all webhooks at once, without a rollout that
-// a wrong one would stop.
+// TestWrongSettings shows that the webhook accepts all settings that Helm installs. A file reaches all webhooks at once: no
+// rollout stops an invalid one.
 func TestWrongSettings(t *testing.T) {
 	t.Parallel()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	if err != nil {
 		t.Fatal(err)
 	}
-	taken := 0
+	accepted := 0
 	for _, set := range []string{
 		"podAnnotations.foo bar=x", `podAnnotations.example\.com/a/b=x`, `podAnnotations.example\.com/=x`, "podAnnotations." + strings.Repeat("a", 64) + "=x",
 		"podAnnotations." + strings.Repeat("a", 63) + "=x", "podAnnotations." + strings.Repeat("a.", 130) + "a/b=x", `podAnnotations.Kubernetes\.io/a=x`, `podAnnotations.x\.K8S\.IO/a=x`,
@@ -194,21 +180,18 @@ func TestWrongSettings(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		taken++
+		accepted++
 		all, err := chart.Decode(text)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, c := range chart.Of[*corev1.ConfigMap](all) {
-			if c.Name != "credence-sidecar-settings" {
-				continue
-			}
+		for _, c := range configMaps(all, "credence-sidecar-settings") {
 			if _, err := settingsfile.Parse([]byte(c.Data["settings.yaml"]), inject.DefaultSettings(), keys); err != nil {
-				t.Errorf("%s is installed, and the webhook says %v", set, err)
+				t.Errorf("%s is installed, but the webhook refuses it: %v", set, err)
 			}
 		}
 	}
-	if taken != 8 {
-		t.Errorf("%d of these were taken, want 8", taken)
+	if accepted != 8 {
+		t.Errorf("Helm accepts %d of these, want 8", accepted)
 	}
 }

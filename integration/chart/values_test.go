@@ -20,8 +20,8 @@ const (
 	schemaFile = "../../charts/credence/values.schema.json"
 )
 
-// TestSchemaRefuses: a value that is misspelt or cannot be right is refused before anything is installed, and
-// the message says where it is and what is wrong.
+// TestSchemaRefuses shows that Helm refuses an unknown key or an invalid value before it installs anything. The message
+// has the place and the fault.
 func TestSchemaRefuses(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct{ set, where, what string }{
@@ -101,17 +101,17 @@ func TestSchemaRefuses(t *testing.T) {
 			t.Parallel()
 			_, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: []string{tc.set}})
 			if err == nil {
-				t.Fatal("it was taken")
+				t.Fatal("Helm accepts it")
 			}
 			if text := err.Error(); !strings.Contains(text, "at '"+tc.where+"'") || !strings.Contains(text, tc.what) {
-				t.Errorf("the message is %q, want one that says at %q what is wrong: %q", text, tc.where, tc.what)
+				t.Errorf("the message is %q, want the place %q and the fault %q", text, tc.where, tc.what)
 			}
 		})
 	}
 }
 
-// TestSchemaIsClosed: every object whose keys are ours says that there are no others, and every value has a
-// place in the schema.
+// TestSchemaIsClosed shows that the schema accepts no unknown keys in objects that the chart defines, and that it has all
+// values.
 func TestSchemaIsClosed(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile(schemaFile)
@@ -130,11 +130,11 @@ func TestSchemaIsClosed(t *testing.T) {
 			return
 		}
 		_, properties := m["properties"].(map[string]any)
-		// The array items of Kubernetes' own types name what they require of them only.
+		// The schema has only the required fields of array items of Kubernetes' types.
 		theirs := strings.HasSuffix(where, "/items")
-		if more, said := m["additionalProperties"]; properties && m["type"] == "object" {
-			if !theirs && !free(where[strings.LastIndexByte(where, '/')+1:]) && (!said || more != false) {
-				t.Errorf("%s takes keys that it does not know", where)
+		if more, isSet := m["additionalProperties"]; properties && m["type"] == "object" {
+			if !theirs && !free(where[strings.LastIndexByte(where, '/')+1:]) && (!isSet || more != false) {
+				t.Errorf("%s accepts unknown keys", where)
 			}
 			closed++
 		}
@@ -173,7 +173,7 @@ func described(root, node map[string]any, key []string) error {
 	return described(root, next, key[1:])
 }
 
-// TestReadme: the table of values in the chart's README is made from values.yaml.
+// TestReadme compares the table of values in the chart's README with values.yaml.
 func TestReadme(t *testing.T) {
 	t.Parallel()
 	const begin, end = "<!-- values: made from values.yaml by go test ./integration/chart -update -->\n", "<!-- end of values -->\n"
@@ -184,7 +184,7 @@ func TestReadme(t *testing.T) {
 	before, rest, ok := strings.Cut(string(page), begin)
 	_, after, ok2 := strings.Cut(rest, end)
 	if !ok || !ok2 {
-		t.Fatalf("%s has no place for the values, between %q and %q", readme, begin, end)
+		t.Fatalf("%s lacks %q or %q", readme, begin, end)
 	}
 	table := valuesTable(t)
 	if n, want := strings.Count(table, "\n"), len(leaves(t, valuesFile)); n < want {
@@ -198,11 +198,11 @@ func TestReadme(t *testing.T) {
 		return
 	}
 	if want != string(page) {
-		t.Errorf("the values in %s are not those of values.yaml: go test ./integration/chart -update makes them anew", readme)
+		t.Errorf("the values in %s are not those of values.yaml; run go test ./integration/chart -update", readme)
 	}
 }
 
-// valuesTable makes a Markdown table of values.yaml. A value without a comment fails the test.
+// valuesTable returns a Markdown table of values.yaml. A value without a comment fails the test.
 func valuesTable(t *testing.T) string {
 	t.Helper()
 	text, err := os.ReadFile(valuesFile)
@@ -226,11 +226,11 @@ func valuesTable(t *testing.T) string {
 			}
 			comment := name.HeadComment
 			if i := strings.LastIndex(comment, "\n\n"); i >= 0 {
-				comment = comment[i+2:] // what stands apart is not about this value
+				comment = comment[i+2:] // a separate paragraph is about something else
 			}
 			comment = strings.Join(strings.Fields(strings.ReplaceAll("\n"+comment, "\n# ", " ")), " ")
 			if !strings.HasSuffix(comment, ".") {
-				t.Errorf("%s has no comment of whole sentences above it, but %q", key, comment)
+				t.Errorf("%s needs a comment of whole sentences, has %q", key, comment)
 			}
 			_, _ = fmt.Fprintf(&table, "| `%s` | `%s` | %s |\n", key, flow(t, value), strings.ReplaceAll(comment, "|", `\|`))
 		}
@@ -239,7 +239,7 @@ func valuesTable(t *testing.T) string {
 	return table.String()
 }
 
-// flow is a value on one line.
+// flow returns a value on one line.
 func flow(t *testing.T, value *yaml.Node) string {
 	t.Helper()
 	if value.Kind == yaml.ScalarNode && value.Value != "" {

@@ -4,9 +4,9 @@ package main
 
 import (
 	"context"
+	_ "embed" // for the manifest
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,19 +14,17 @@ import (
 	"strings"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"
-	awscredentials "github.com/aws/aws-sdk-go-v2/credentials"
-	"github.com/aws/aws-sdk-go-v2/service/s3"
-
 	"github.com/credence-iam/credence/broker/assume/ststest"
-	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/minio"
 	"github.com/credence-iam/credence/integration/stack"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// controlPlane is the demonstration without nodes: what a node would run, it runs.
+//go:embed pod.yaml
+var podYAML string
+
+// controlPlane is the demo without nodes: it runs what a node would run.
 type controlPlane struct {
 	*demo
 
@@ -39,50 +37,46 @@ type controlPlane struct {
 func onControlPlane(d *demo) play {
 	p := &controlPlane{demo: d}
 	return play{
-		opening: "Kubernetes control plane without nodes: what a node would run, runs here as local processes.",
-		needs:   append(tools.ControlPlane(), tools.MinIO),
+		opening: "Kubernetes control plane without nodes. What a node would run, runs here as local processes.",
 		steps: []step{
 			{"Start a control plane, Credence, an STS and an object store", p.start},
-			{"A namespace opts in, and says which roles its pods may have", p.optIn},
-			{"A pod asks for a role", p.createPod},
-			{"What the webhook has added to it", func(ctx context.Context) error { return p.showInjected(ctx, app) }},
-			{"The token that says which pod this is", p.showToken},
+			{"A namespace opts in and permits roles", p.optIn},
+			{"A pod requests a role", p.createPod},
+			{"What the webhook added to the pod", func(ctx context.Context) error { return p.showInjected(ctx, app) }},
+			{"The token that identifies the pod", p.showToken},
 			{"The injected sidecar, run as the pod's spec says", p.runSidecar},
-			{"The application: an AWS SDK that knows nothing of Credence", p.runApplication},
-			{"What is refused, while somebody is looking", p.showRefusals},
-			{"What the broker has written down", func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
+			{"The application: an unmodified AWS SDK", p.runApplication},
+			{"What Credence refuses when a user creates a pod", p.showRefusals},
+			{"What the broker logged", func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
 		},
 		kept: func() {},
 	}
 }
 
 func (p *controlPlane) start(ctx context.Context) (err error) {
-	// The cluster first: what it builds, kubectl is for the most part made of.
+	// The cluster first: kubectl consists mostly of what the cluster builds.
 	if p.cluster, err = cluster.Start(ctx, cluster.Config{Runs: p.runs, Progress: p}); err != nil {
 		return err
 	}
 	if p.kubectl, err = tools.Path(ctx, tools.Kubectl, p); err != nil {
 		return err
 	}
-	p.say("etcd, kube-apiserver and kube-controller-manager run on the loopback address. Every command is run as it is shown.")
+	p.say("etcd, kube-apiserver and kube-controller-manager run on the loopback address. The demo runs each command as shown.")
 	if _, err := p.kube(ctx, "", "version"); err != nil {
 		return err
 	}
 	if p.store, err = minio.Start(ctx, p.cluster.Run(), p.cluster.Host(), p); err != nil {
 		return err
 	}
-	policies, err := p.fillStore(ctx)
+	sessions, err := stack.FillStore(ctx, p.store, buckets...)
 	if err != nil {
 		return err
 	}
-	p.say(fmt.Sprintf("MinIO runs, with the buckets %s. Each opens to the role of its name alone.", strings.Join(buckets, " and ")))
-	accessKey, secretKey := p.store.Root()
-	if p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, STS: ststest.Config{MinIO: &ststest.MinIO{
-		Endpoint: p.store.Endpoint(), AccessKey: accessKey, SecretKey: credential.NewSecret(secretKey), Policies: policies,
-	}}}); err != nil {
+	p.say(fmt.Sprintf("MinIO runs, with the buckets %s. Only the role of its name opens each.", strings.Join(buckets, " and ")))
+	if p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, STS: ststest.Config{MinIO: sessions}}); err != nil {
 		return err
 	}
-	p.say("The broker and the webhook run, and an STS that speaks AWS's protocol; MinIO makes its keys.")
+	p.say("The broker, the webhook and an STS with AWS's protocol run. MinIO makes the STS's credentials.")
 	_, _ = fmt.Fprintln(p, "building awsclient")
 	p.awsclient = filepath.Join(p.cluster.Run().Dir(), "bin", "awsclient")
 	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", p.awsclient, "github.com/credence-iam/credence/integration/awsclient") //nolint:gosec // The path is ours.
@@ -92,29 +86,6 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 	return nil
 }
 
-// fillStore makes the buckets with an object in each, and returns what roles may do in them.
-func (p *controlPlane) fillStore(ctx context.Context) (policies map[string]string, err error) {
-	accessKey, secretKey := p.store.Root()
-	root := s3.New(s3.Options{
-		Region: stack.Region, BaseEndpoint: aws.String(p.store.Endpoint()), UsePathStyle: true,
-		Credentials: awscredentials.NewStaticCredentialsProvider(accessKey, secretKey, ""),
-	})
-	policies = make(map[string]string)
-	for _, name := range buckets {
-		if _, err := root.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &name}); err != nil {
-			return nil, fmt.Errorf("making bucket %s: %w", name, err)
-		}
-		key, body := "only-for-"+name+".txt", strings.NewReader("hello "+name+"\n")
-		if _, err := root.PutObject(ctx, &s3.PutObjectInput{Bucket: &name, Key: &key, Body: body}); err != nil {
-			return nil, fmt.Errorf("filling bucket %s: %w", name, err)
-		}
-		policies[roles+name] = fmt.Sprintf(`{"Version":"2012-10-17","Statement":[`+
-			`{"Effect":"Allow","Action":["s3:*"],"Resource":["arn:aws:s3:::%[1]s","arn:aws:s3:::%[1]s/*"]}]}`, name)
-	}
-	return policies, nil
-}
-
-// optIn lets the namespace opt in, and waits for what the broker then does.
 func (p *controlPlane) optIn(ctx context.Context) error {
 	if err := p.demo.optIn(ctx); err != nil {
 		return err
@@ -122,27 +93,12 @@ func (p *controlPlane) optIn(ctx context.Context) error {
 	if err := p.stack.AwaitTrust(ctx, namespace); err != nil {
 		return err
 	}
-	p.say("The broker has published its certificate authority there, as ConfigMap credence-trust.")
+	p.say("The broker has published its root certificate there, as ConfigMap credence-trust.")
 	return nil
 }
 
 func (p *controlPlane) createPod(ctx context.Context) error {
-	annotation, err := p.annotation()
-	if err != nil {
-		return err
-	}
-	manifest := `apiVersion: v1
-kind: Pod
-metadata:
-  name: ` + app + `
-  annotations:
-    ` + annotation + `
-spec:
-  containers:
-  - name: app
-    image: ` + image + `
-    args: [s3, ls, "s3://` + p.bucket() + `"]
-`
+	manifest := strings.NewReplacer("ROLE", quoteYAML(p.role), "BUCKET", p.bucket()).Replace(podYAML)
 	out, err := p.kube(ctx, manifest, "apply", "-n", namespace, "-f", "-")
 	if err != nil && strings.Contains(out, "denied the request: credence:") {
 		return refusal()
@@ -151,7 +107,7 @@ spec:
 }
 
 func (p *controlPlane) showToken(ctx context.Context) error {
-	p.say("A kubelet requests such a token for the volume, and renews it. Requested by hand:")
+	p.say("A kubelet requests such a token for the volume, and renews it. Here kubectl requests it:")
 	projection, _ := p.projected()
 	token, err := p.quietKube(ctx, "", "create", "token", p.pod.Spec.ServiceAccountName, "-n", namespace, "--audience="+projection.Audience,
 		fmt.Sprintf("--duration=%ds", *projection.ExpirationSeconds),
@@ -168,24 +124,20 @@ func (p *controlPlane) showToken(ctx context.Context) error {
 			Pod struct{ Name, UID string } `json:"pod"`
 		} `json:"kubernetes.io"`
 	}
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return errors.New("kubectl create token has not answered a JSON Web Token")
-	}
-	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	_, rest, _ := strings.Cut(token, ".")
+	payload, _, _ := strings.Cut(rest, ".")
+	text, err := base64.RawURLEncoding.DecodeString(payload)
 	if err == nil {
-		err = json.Unmarshal(payload, &claims)
+		err = json.Unmarshal(text, &claims)
 	}
 	if err != nil {
 		return fmt.Errorf("decoding the token's claims: %w", err)
 	}
 	expires := time.Unix(claims.Expires, 0)
-	p.say("It is a secret, and not shown. Its claims, which the API server has signed:")
-	p.output("iss  " + claims.Issuer)
-	p.output("aud  " + strings.Join(claims.Audience, ", "))
-	p.output("sub  " + claims.Subject)
-	p.output(fmt.Sprintf("pod  %s, uid %s", claims.Kubernetes.Pod.Name, claims.Kubernetes.Pod.UID))
-	p.output(fmt.Sprintf("exp  %s, in %v", expires.UTC().Format(time.RFC3339), time.Until(expires).Round(time.Second)))
+	p.say("The token is a secret, so the demo shows only its claims, which the API server has signed:")
+	p.output(fmt.Sprintf("iss  %s\naud  %s\nsub  %s\npod  %s, uid %s\nexp  %s, in %v",
+		claims.Issuer, strings.Join(claims.Audience, ", "), claims.Subject, claims.Kubernetes.Pod.Name, claims.Kubernetes.Pod.UID,
+		expires.UTC().Format(time.RFC3339), time.Until(expires).Round(time.Second)))
 	return nil
 }
 
@@ -194,8 +146,8 @@ func (p *controlPlane) runSidecar(ctx context.Context) (err error) {
 	if p.sidecar, err = p.stack.RunSidecar(ctx, p.pod); err != nil {
 		return err
 	}
-	p.say(fmt.Sprintf("%s runs as process %d, with the command, env and volumes of the pod. Only its port and the place of "+
-		"its files differ, since pods here share one machine. After %d ms its startup probe has passed: it holds credentials.",
+	p.say(fmt.Sprintf("%s runs as process %d, with the command, env and volumes of the pod. Only its port and the folder of "+
+		"its files differ, because all pods here share one machine. Its startup probe passed after %d ms: it has credentials.",
 		stack.SidecarName, p.sidecar.PID(), time.Since(began).Milliseconds()))
 	return nil
 }
@@ -205,8 +157,8 @@ func (p *controlPlane) runApplication(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.say("awsclient is a small program around the AWS SDK for Go. It runs with the container's env and no other settings, but " +
-		"that AWS_REGION is set, and AWS_ENDPOINT_URL_STS and AWS_ENDPOINT_URL_S3 name the local services.")
+	p.say("awsclient is a small program with the AWS SDK for Go. It runs with the container's env and three settings: " +
+		"AWS_REGION, and AWS_ENDPOINT_URL_STS and AWS_ENDPOINT_URL_S3 for the local services.")
 	env = append(env, "AWS_REGION="+stack.Region, "AWS_ENDPOINT_URL_STS="+p.stack.STS.URL(), "AWS_ENDPOINT_URL_S3="+p.store.Endpoint())
 	return p.showCalls(func(stdin string, args ...string) (string, error) {
 		return p.command(ctx, p.awsclient, env, stdin, args...)

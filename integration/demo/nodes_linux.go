@@ -2,18 +2,22 @@ package main
 
 import (
 	"context"
+	_ "embed" // for the manifest
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/deployment"
-	"github.com/credence-iam/credence/integration/tools"
 )
 
-// nodes is the demonstration on a cluster with a node, where pods run.
+//go:embed deployment.yaml
+var deploymentYAML string
+
+// nodes is the demo on a cluster with a node, where pods run.
 type nodes struct {
 	*demo
 
@@ -23,20 +27,19 @@ type nodes struct {
 func onNodes(d *demo) play {
 	p := &nodes{demo: d}
 	return play{
-		opening: "Kubernetes with a node, in networks of its own on this machine.",
-		needs:   tools.Deployment(),
+		opening: "Kubernetes with a node, in its own networks on this machine.",
 		steps: []step{
 			{"Start a cluster: control plane, DNS, a node with kubelet and containerd", p.start},
 			{"Build the images; start an STS and an object store that pods can reach", p.prepare},
-			{"Install cert-manager with Helm", p.installCertManager},
+			{"Install cert-manager with Helm", func(ctx context.Context) error { return p.install(ctx, p.deployment.CertManager) }},
 			{"Install Credence with Helm", p.installCredence},
-			{"A namespace opts in, and says which roles its pods may have", p.optIn},
-			{"A Deployment asks for a role, and runs", p.deploy},
-			{"What the webhook has added to its pod", func(ctx context.Context) error { return p.showInjected(ctx, "-l", "app="+app) }},
-			{"The application: an AWS SDK that knows nothing of Credence", p.runApplication},
-			{"What is refused, while somebody is looking", p.showRefusals},
-			{"What is refused while nobody is looking: a Deployment's pods", p.showRefusedDeployment},
-			{"What the broker has written down", func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
+			{"A namespace opts in and permits roles", p.optIn},
+			{"A Deployment requests a role, and runs", p.deploy},
+			{"What the webhook added to its pod", func(ctx context.Context) error { return p.showInjected(ctx, "-l", "app="+app) }},
+			{"The application: an unmodified AWS SDK", p.runApplication},
+			{"What Credence refuses when a user creates a pod", p.showRefusals},
+			{"What Credence refuses when a Deployment creates a pod", p.showRefusedDeployment},
+			{"What the broker logged", func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
 		},
 		kept: func() {
 			for _, node := range d.cluster.Nodes() {
@@ -57,29 +60,21 @@ func (p *nodes) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	p.kubectl = p.deployment.Kubectl
-	p.say("The images are built FROM scratch, without Docker, and given to the node. MinIO runs, with the buckets " +
-		strings.Join(buckets, " and ") + ", and an STS that speaks AWS's protocol; MinIO makes its keys. Every command is run as it is shown.")
+	p.say("The images are built FROM scratch, without Docker, and loaded on the node. MinIO runs, with the buckets " +
+		strings.Join(buckets, " and ") + ", and an STS with AWS's protocol, whose credentials MinIO makes. The demo runs each command as shown.")
 	_, err = p.kube(ctx, "", "get", "nodes")
 	return err
 }
 
-// install runs Helm and shows the first lines of what it says: the rest is for people who install by hand.
+// install runs Helm and shows the first lines of its output. The rest is for users who install by hand.
 func (p *nodes) install(ctx context.Context, args []string) error {
 	out, err := p.command(ctx, p.deployment.Helm, nil, "", args...)
-	if err != nil {
-		p.output(out)
-		return err
-	}
 	for line := range strings.Lines(out) {
-		if strings.HasPrefix(line, "NAME:") || strings.HasPrefix(line, "STATUS:") {
+		if err != nil || strings.HasPrefix(line, "NAME:") || strings.HasPrefix(line, "STATUS:") {
 			p.output(line)
 		}
 	}
-	return nil
-}
-
-func (p *nodes) installCertManager(ctx context.Context) error {
-	return p.install(ctx, p.deployment.CertManager)
+	return err
 }
 
 func (p *nodes) installCredence(ctx context.Context) error {
@@ -91,71 +86,35 @@ func (p *nodes) installCredence(ctx context.Context) error {
 	return err
 }
 
-// manifest is that of a Deployment whose application waits to be told what to do.
-func (p *nodes) manifest(name, annotation string) string {
+// manifest is a Deployment whose application waits for commands.
+func (p *nodes) manifest(name, role string) string {
 	var env strings.Builder
 	for _, e := range p.deployment.AppEnv() {
 		fmt.Fprintf(&env, "        - {name: %s, value: %q}\n", e.Name, e.Value)
 	}
-	return `apiVersion: apps/v1
-kind: Deployment
-metadata:
-  name: ` + name + `
-spec:
-  selector: {matchLabels: {app: ` + name + `}}
-  template:
-    metadata:
-      labels: {app: ` + name + `}
-      annotations:
-        ` + annotation + `
-    spec:
-      containers:
-      - name: app
-        image: ` + deployment.AppImage + `
-        args: [watch, 24h]
-        env:
-` + env.String()
+	return strings.NewReplacer("NAME", name, "ROLE", quoteYAML(role), "IMAGE", deployment.AppImage).Replace(deploymentYAML) + env.String()
 }
 
 func (p *nodes) deploy(ctx context.Context) error {
-	annotation, err := p.annotation()
-	if err != nil {
+	if _, err := p.kube(ctx, p.manifest(app, p.role), "apply", "-n", namespace, "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := p.kube(ctx, p.manifest(app, annotation), "apply", "-n", namespace, "-f", "-"); err != nil {
-		return err
-	}
-	if p.refused() {
-		return p.showRefusal(ctx, app)
+	if !slices.Contains(buckets, p.bucket()) {
+		if err := p.describe(ctx, app); err != nil {
+			return err
+		}
+		return refusal()
 	}
 	if _, err := p.kube(ctx, "", "rollout", "status", "deployment", app, "-n", namespace, "--timeout=2m"); err != nil {
 		return err
 	}
-	_, err = p.kube(ctx, "", "get", "pods", "-n", namespace)
+	_, err := p.kube(ctx, "", "get", "pods", "-n", namespace)
 	return err
 }
 
-// refused says whether the role is none of those that the namespace permits.
-func (p *nodes) refused() bool {
-	for _, bucket := range buckets {
-		if p.role == bucket || p.role == roles+bucket {
-			return false
-		}
-	}
-	return true
-}
-
-// showRefusal shows why the Deployment's pods are not made, and ends the demonstration.
-func (p *nodes) showRefusal(ctx context.Context, name string) error {
-	if err := p.describe(ctx, name); err != nil {
-		return err
-	}
-	return refusal()
-}
-
 func (p *nodes) runApplication(ctx context.Context) error {
-	p.say("awsclient is a small program around the AWS SDK for Go, alone in its image. It has no settings but those in the " +
-		"manifest, and what the webhook has added.")
+	p.say("awsclient is a small program with the AWS SDK for Go, alone in its image. Its only settings are those in the " +
+		"manifest and those that the webhook added.")
 	return p.showCalls(func(stdin string, args ...string) (string, error) {
 		command := []string{"exec", "-n", namespace, "deploy/" + app, "-c", "app"}
 		if stdin != "" {
@@ -165,37 +124,31 @@ func (p *nodes) runApplication(ctx context.Context) error {
 	})
 }
 
-// describeTimeout is how long a refusal may take to become an Event: the ReplicaSet tries at once.
+// describeTimeout is how long a refusal may take to become an Event. The ReplicaSet tries at once.
 const describeTimeout = time.Minute
 
-// describe shows the Events of the Deployment's ReplicaSet, once there is a refusal among them.
+// describe shows the Events of the Deployment's ReplicaSet when they include a refusal.
 func (p *nodes) describe(ctx context.Context, name string) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, describeTimeout, errors.New("no Event tells of the refusal"))
+	ctx, cancel := context.WithTimeoutCause(ctx, describeTimeout, errors.New("no Event reports the refusal"))
 	defer cancel()
 	args := []string{"describe", "replicaset", "-l", "app=" + name, "-n", namespace}
-	ticker := time.NewTicker(200 * time.Millisecond)
-	defer ticker.Stop()
-	for {
+	return every(ctx, 200*time.Millisecond, func() (bool, error) {
 		out, err := p.deployment.Run(ctx, "", p.kubectl, args...)
-		if err == nil && strings.Contains(out, "does not permit role") {
-			p.typed("", append([]string{filepath.Base(p.kubectl)}, args...)...)
-			_, events, _ := strings.Cut(out, "\nEvents:")
-			p.output("…\nEvents:" + events)
-			return nil
+		if err != nil || !strings.Contains(out, "does not permit role") {
+			return false, nil //nolint:nilerr // kubectl may fail now and then; ctx bounds the wait.
 		}
-		select {
-		case <-ctx.Done():
-			return errors.Join(context.Cause(ctx), err)
-		case <-ticker.C:
-		}
-	}
+		p.typed("", append([]string{filepath.Base(p.kubectl)}, args...)...)
+		_, events, _ := strings.Cut(out, "\nEvents:")
+		p.output("…\nEvents:" + events)
+		return true, nil
+	})
 }
 
 func (p *nodes) showRefusedDeployment(ctx context.Context) error {
-	if _, err := p.kube(ctx, p.manifest("greedy", "iam.amazonaws.com/role: admin"), "apply", "-n", namespace, "-f", "-"); err != nil {
+	if _, err := p.kube(ctx, p.manifest("greedy", "admin"), "apply", "-n", namespace, "-f", "-"); err != nil {
 		return err
 	}
-	p.say("It was stored, since only pods are judged. Why it has none, stands where Kubernetes puts such things:")
+	p.say("The API server stored the Deployment, because Credence checks only pods. The Events of its ReplicaSet say why it has no pod:")
 	return p.describe(ctx, "greedy")
 }
 

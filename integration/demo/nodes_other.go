@@ -2,5 +2,5 @@
 
 package main
 
-// onNodes is for Linux, and never called elsewhere: clusters cannot have nodes there.
+// onNodes is never called: only Linux can have clusters with nodes.
 func onNodes(d *demo) play { return onControlPlane(d) }

@@ -9,20 +9,18 @@ import (
 	"regexp"
 	"strings"
 	"sync"
-	"time"
 	"unicode/utf8"
 )
 
 const (
-	// width is what lines are folded at: it fits beside another window on most screens.
+	// width is the length of a line: it fits beside another window on most screens.
 	width = 100
-	// proseIndent and outputIndent tell what we say from what programs say.
+	// The demo's own text and the output of programs have different indents.
 	proseIndent  = "   "
 	outputIndent = "     "
 )
 
-// printer lays out what is shown. It may be used concurrently: programs report their progress, and
-// their end, whenever they like.
+// printer formats what is shown. It may be used concurrently: programs report their progress and their end at any time.
 type printer struct {
 	color bool
 
@@ -32,7 +30,7 @@ type printer struct {
 
 func newPrinter(out io.Writer, color bool) *printer { return &printer{out: out, color: color} }
 
-// wantsColor says whether colors would be seen, and are not unwanted (https://no-color.org).
+// wantsColor reports whether colors are visible and wanted (https://no-color.org).
 func wantsColor(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
@@ -47,8 +45,7 @@ const (
 	normal = "\x1b[0m"
 )
 
-// line prints one line as it is. Nothing can be done about an output that is gone: the steps go on,
-// and clean up.
+// line prints one line. If the output is closed, the steps continue and clean up.
 func (p *printer) line(style, text string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -63,68 +60,52 @@ func (p *printer) headline(text string) {
 	p.line(bold, text)
 }
 
-func (p *printer) took(d time.Duration) {
-	p.line(faint, fmt.Sprintf("%s(%.2f s)", proseIndent, d.Seconds()))
-}
-
-// say prints a sentence of ours.
+// say prints the demo's own text.
 func (p *printer) say(text string) {
 	for _, line := range fold(text, width-len(proseIndent)) {
 		p.line(plain, proseIndent+line)
 	}
 }
 
-// item prints a line of a table.
-func (p *printer) item(key, value string) {
-	p.line(plain, fmt.Sprintf("%s%-26s %s", proseIndent, key, value))
-}
-
-// output prints what a program has said. Lines that are folded go on further to the right.
+// output prints the output of a program. The rest of a folded line is indented further.
 func (p *printer) output(text string) {
 	if text == "" {
 		return
 	}
 	for line := range strings.SplitSeq(strings.TrimRight(text, "\n"), "\n") {
+		indent := outputIndent
 		if line == "" {
 			p.line(plain, "")
 		}
-		for i, part := range fold(line, width-len(outputIndent)-2) {
-			if i > 0 {
-				part = "  " + part
-			}
-			p.line(plain, outputIndent+part)
+		for _, part := range fold(line, width-len(outputIndent)-2) {
+			p.line(plain, indent+part)
+			indent = outputIndent + "  "
 		}
 	}
 }
 
-// typed prints a command, and what it reads, as it would be typed.
+// typed prints a command and its input as a user would type them.
 func (p *printer) typed(stdin string, args ...string) {
-	line := "$"
-	var lines []string
-	for _, arg := range args {
-		arg = quote(arg)
-		if len(proseIndent+line+" "+arg+` \`) > width && line != "$" {
-			lines = append(lines, line+` \`)
-			line = "   "
+	line := proseIndent + "$"
+	for i, arg := range args {
+		if arg = quote(arg); i > 0 && len(line+" "+arg+` \`) > width {
+			p.line(green, line+` \`)
+			line = proseIndent + "   "
 		}
 		line += " " + arg
 	}
-	if stdin != "" {
-		line += " <<'END'"
-	}
-	for _, line := range append(lines, line) {
-		p.line(green, proseIndent+line)
-	}
 	if stdin == "" {
+		p.line(green, line)
 		return
 	}
+	p.line(green, line+" <<'END'")
 	for text := range strings.SplitSeq(strings.TrimSpace(stdin), "\n") {
 		p.line(plain, outputIndent+text)
 	}
 	p.line(green, outputIndent+"END")
 }
 
-// bare matches what no shell treats specially.
+// bare matches arguments that no shell changes.
 var bare = regexp.MustCompile(`^[\w@%+=:,./-]+$`)
 
 func quote(arg string) string {
@@ -134,7 +115,7 @@ func quote(arg string) string {
 	return "'" + strings.ReplaceAll(arg, "'", `'\''`) + "'"
 }
 
-// Write prints lines of progress, which come whole.
+// Write prints complete lines of progress.
 func (p *printer) Write(b []byte) (int, error) { //nolint:unparam // The form of an io.Writer.
 	for line := range strings.Lines(string(b)) {
 		p.line(faint, outputIndent+strings.TrimRight(line, "\n"))
@@ -142,16 +123,15 @@ func (p *printer) Write(b []byte) (int, error) { //nolint:unparam // The form of
 	return len(b), nil
 }
 
-// fold breaks a line, after the last space or comma that fits, or where it must.
-func fold(line string, most int) []string {
+// fold breaks a line after the last space or comma that fits, or at the limit.
+func fold(line string, limit int) (lines []string) {
 	if line == "" {
 		return nil
 	}
-	var lines []string
-	for len(line) > most {
-		at := strings.LastIndexAny(line[:most], " ,") + 1
+	for len(line) > limit {
+		at := strings.LastIndexAny(line[:limit], " ,") + 1
 		if at == 0 {
-			for at = most; !utf8.RuneStart(line[at]); at-- {
+			for at = limit; !utf8.RuneStart(line[at]); at-- {
 			}
 		}
 		lines = append(lines, strings.TrimRight(line[:at], " "))

@@ -1,8 +1,7 @@
 //go:build linux
 
-// Package deployment puts Credence on a cluster with nodes as its users do: images, cert-manager and the
-// chart, by Helm. Beside it there are an STS that tests command, and a MinIO whose objects its keys open, both
-// of which pods can reach.
+// Package deployment installs Credence on a cluster with nodes as users do: images, cert-manager and the chart, with Helm.
+// Beside it run an STS that tests control and a MinIO whose objects the STS's sessions open. Pods can reach both.
 //
 // Everything runs in the cluster's own networks, and ends with the cluster.
 package deployment
@@ -10,53 +9,49 @@ package deployment
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"
-	awscredentials "github.com/aws/aws-sdk-go-v2/credentials"
-	"github.com/aws/aws-sdk-go-v2/service/s3"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
-	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/integration/certmanager"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/minio"
+	"github.com/credence-iam/credence/integration/stack"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// What is the same in every deployment.
+// These are the same in every deployment.
 const (
-	// Namespace is where the broker and the webhook run.
+	// Namespace is the namespace of the broker and the webhook.
 	Namespace = "credence"
-	// Region is the AWS region in use.
-	Region = "eu-central-1"
+	// Region is the AWS region.
+	Region = stack.Region
 	// Account is the account of the broker, and of roles written as names.
-	Account = "123456789012"
-	// AppImage is the image of awsclient, an application that knows nothing of Credence.
+	Account = stack.Account
+	// AppImage is the image of awsclient, an application that uses an AWS SDK and does not know Credence.
 	AppImage = "localhost/awsclient:1"
-	// AppProgram is its program.
+	// AppProgram is the program in AppImage.
 	AppProgram = "/awsclient"
 
 	module      = "github.com/credence-iam/credence"
 	release     = "credence"
 	tag         = "local"
 	keysSecret  = "credence-aws-keys" // of the broker's own AWS user
-	helmTimeout = "3m"                // loading Go programs from a disk that others use too
+	helmTimeout = "3m"                // the disk that programs are loaded from may be busy
 
 	trustTimeout = time.Minute // it takes a second
 	pollInterval = 50 * time.Millisecond
@@ -64,43 +59,42 @@ const (
 
 // Config configures [Prepare].
 type Config struct {
-	// Cluster is where Credence is put. It has nodes. Required.
+	// Cluster is the cluster on which Credence is installed. It has nodes. Required.
 	Cluster *cluster.Cluster
-	// STS configures the STS. Its account is set, and its keys are minted by MinIO. Default: every role can
-	// be assumed.
+	// STS configures the STS. Prepare sets its account, and MinIO makes its credentials. Default: every role can be
+	// assumed.
 	STS ststest.Config
-	// Buckets are made in MinIO. The role of a bucket's name may do everything in it, and nothing else; other
-	// roles may do nothing.
+	// Buckets are made in MinIO. The role of a bucket's name may do everything in it. Other roles may do nothing.
 	Buckets []string
-	// Progress gets a line when a program is being built. Default: nobody is told.
+	// Progress gets a line for each program that is built. Default: discarded.
 	Progress io.Writer
 }
 
-// A Deployment is everything that Credence needs on a cluster, and what it is installed with. Its methods can
-// be called concurrently, but for those that install and remove.
+// Deployment is everything that Credence needs on a cluster, and the commands that install it. Methods may be called
+// concurrently, except those that install and uninstall.
 type Deployment struct {
-	// STS is the STS that the broker asks.
+	// STS is the STS that the broker calls.
 	STS *ststest.Server
-	// Store has the objects that roles open.
+	// Store has the buckets.
 	Store *minio.Server
 	// Client has all rights on the cluster.
 	Client kubernetes.Interface
 	// Helm and Kubectl are the paths of the programs.
 	Helm, Kubectl string
-	// CertManager and Credence are what helm is called with to install each, and wait for it.
+	// CertManager and Credence are the arguments with which helm installs each and waits for it.
 	CertManager, Credence []string
 
 	cluster *cluster.Cluster
 }
 
-// Prepare builds the images and gives them to the nodes, starts the STS and MinIO, and writes the values that
-// the charts are installed with. Nothing is installed yet. ctx is the STS's life, too.
+// Prepare builds the images and loads them on the nodes, starts the STS and MinIO, and writes the values of the charts. It
+// installs nothing. The STS runs until ctx ends.
 func Prepare(ctx context.Context, cfg Config) (*Deployment, error) {
 	if cfg.Progress == nil {
 		cfg.Progress = io.Discard
 	}
 	config := cfg.Cluster.Config()
-	config.WarningHandler = rest.NoWarnings{} // client-go would log them, over the caller's own output
+	config.WarningHandler = rest.NoWarnings{} // client-go would log them, between the caller's own output
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("making a client: %w", err)
@@ -120,13 +114,13 @@ func Prepare(ctx context.Context, cfg Config) (*Deployment, error) {
 	if d.CertManager, err = certmanager.Helm(ctx, d.dir()); err != nil {
 		return nil, err
 	}
-	return d, d.writeCredence(ctx)
+	return d, d.prepareCredence(ctx)
 }
 
 // dir is the folder of the deployment's files.
 func (d *Deployment) dir() string { return filepath.Join(d.cluster.Run().Dir(), "deployment") }
 
-// loadImages builds all images, for this machine's processor, and loads them.
+// loadImages builds all images for this machine's processor, and loads them on the nodes.
 func (d *Deployment) loadImages(ctx context.Context, progress io.Writer) error {
 	folder := filepath.Join(d.dir(), "images")
 	archives, err := images.Build(ctx, images.Config{Folder: folder, Tag: tag, Architectures: []string{runtime.GOARCH}, Progress: progress})
@@ -150,33 +144,15 @@ func (d *Deployment) loadImages(ctx context.Context, progress io.Writer) error {
 	return nil
 }
 
-// startServers starts MinIO, with the buckets, and an STS in front of it.
+// startServers starts MinIO with the buckets, and an STS whose sessions open them.
 func (d *Deployment) startServers(ctx context.Context, cfg Config) (err error) {
 	host := d.cluster.Host()
 	if d.Store, err = minio.Start(ctx, d.cluster.Run(), host, cfg.Progress); err != nil {
 		return err
 	}
-	accessKey, secretKey := d.Store.Root()
-	root := s3.New(s3.Options{
-		Region: Region, BaseEndpoint: aws.String(d.Store.Endpoint()), UsePathStyle: true, HTTPClient: d.Store.Client(),
-		Credentials: awscredentials.NewStaticCredentialsProvider(accessKey, secretKey, ""),
-	})
-	policies := make(map[string]string)
-	for _, bucket := range cfg.Buckets {
-		if _, err := root.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &bucket}); err != nil {
-			return fmt.Errorf("making bucket %s: %w", bucket, err)
-		}
-		key, body := "only-for-"+bucket+".txt", strings.NewReader("hello "+bucket+"\n")
-		if _, err := root.PutObject(ctx, &s3.PutObjectInput{Bucket: &bucket, Key: &key, Body: body}); err != nil {
-			return fmt.Errorf("filling bucket %s: %w", bucket, err)
-		}
-		policies[RoleARN(bucket)] = fmt.Sprintf(`{"Version":"2012-10-17","Statement":[`+
-			`{"Effect":"Allow","Action":["s3:*"],"Resource":["arn:aws:s3:::%[1]s","arn:aws:s3:::%[1]s/*"]}]}`, bucket)
-	}
 	cfg.STS.Account = Account
-	cfg.STS.MinIO = &ststest.MinIO{
-		Endpoint: d.Store.Endpoint(), AccessKey: accessKey, SecretKey: credential.NewSecret(secretKey),
-		Policies: policies, Client: d.Store.Client(),
+	if cfg.STS.MinIO, err = stack.FillStore(ctx, d.Store, cfg.Buckets...); err != nil {
+		return err
 	}
 	listener, err := host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), "0"))
 	if err != nil {
@@ -187,77 +163,54 @@ func (d *Deployment) startServers(ctx context.Context, cfg Config) (err error) {
 }
 
 // RoleARN is the ARN of a role of the broker's account.
-func RoleARN(role string) string { return "arn:aws:iam::" + Account + ":role/" + role }
+func RoleARN(role string) string { return stack.RoleARN(role) }
 
-// writeCredence writes the values of our chart, and makes the namespace with the keys of the broker's AWS
-// user, as somebody outside AWS would.
-func (d *Deployment) writeCredence(ctx context.Context) error {
-	chart, err := chart()
+// prepareCredence makes the namespace with the keys of the broker's AWS user, as outside AWS, and writes the values of
+// the chart.
+func (d *Deployment) prepareCredence(ctx context.Context) error {
+	chart, err := stack.Chart()
 	if err != nil {
 		return err
 	}
-	id, secret := d.STS.Keys()
 	if _, err := d.Client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 		Name: Namespace, Labels: map[string]string{"pod-security.kubernetes.io/enforce": "restricted"},
 	}}, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("making namespace %s: %w", Namespace, err)
 	}
+	id, secret := d.STS.Keys()
 	if _, err := d.Client.CoreV1().Secrets(Namespace).Create(ctx, &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{Name: keysSecret},
 		StringData: map[string]string{"id": id, "secret": secret.Reveal()},
 	}, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("storing the broker's AWS keys: %w", err)
 	}
-	key := func(name, key string) any {
-		return map[string]any{"name": name, "valueFrom": map[string]any{"secretKeyRef": map[string]any{"name": keysSecret, "key": key}}}
+	values := filepath.Join(d.dir(), "credence-values.yaml")
+	if err := os.WriteFile(values, []byte(fmt.Sprintf(credenceValues, tag, Region, d.STS.URL(), RoleARN(""), keysSecret)), 0o600); err != nil {
+		return fmt.Errorf("writing the chart's values: %w", err)
 	}
-	image := func(name string) any {
-		return map[string]any{"repository": "localhost/credence-" + name, "tag": tag}
-	}
-	content, err := yaml.Marshal(map[string]any{
-		"images": map[string]any{"broker": image("broker"), "webhook": image("webhook"), "sidecar": image("sidecar")},
-		"aws": map[string]any{
-			"region": Region, "stsEndpoint": d.STS.URL(), "baseARN": RoleARN(""),
-		},
-		"broker": map[string]any{"env": []any{key("AWS_ACCESS_KEY_ID", "id"), key("AWS_SECRET_ACCESS_KEY", "secret")}},
-	})
-	if err != nil {
-		return fmt.Errorf("encoding the chart's values: %w", err)
-	}
-	values, err := d.write("credence-values.yaml", content)
 	d.Credence = []string{
 		"upgrade", "--install", release, chart, "--namespace=" + Namespace,
 		"--values=" + values, "--wait", "--timeout=" + helmTimeout,
 	}
-	return err
+	return nil
 }
 
-// chart finds the chart in the checkout around the working folder.
-func chart() (string, error) {
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", fmt.Errorf("finding the chart: %w", err)
-	}
-	for ; ; dir = filepath.Dir(dir) {
-		path := filepath.Join(dir, "charts", "credence")
-		if _, err := os.Stat(filepath.Join(path, "Chart.yaml")); err == nil {
-			return path, nil
-		}
-		if dir == filepath.Dir(dir) {
-			return "", errors.New("finding the chart: no charts/credence at or above the working folder (run it from within the checkout)")
-		}
-	}
-}
+// credenceValues are the values of the chart.
+const credenceValues = `images:
+  broker: {repository: localhost/credence-broker, tag: %[1]s}
+  webhook: {repository: localhost/credence-webhook, tag: %[1]s}
+  sidecar: {repository: localhost/credence-sidecar, tag: %[1]s}
+aws:
+  region: %[2]s
+  stsEndpoint: %[3]q
+  baseARN: %[4]q
+broker:
+  env:
+  - {name: AWS_ACCESS_KEY_ID, valueFrom: {secretKeyRef: {name: %[5]s, key: id}}}
+  - {name: AWS_SECRET_ACCESS_KEY, valueFrom: {secretKeyRef: {name: %[5]s, key: secret}}}
+`
 
-func (d *Deployment) write(name string, content []byte) (string, error) {
-	path := filepath.Join(d.dir(), name)
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		return "", fmt.Errorf("writing a file of the deployment: %w", err)
-	}
-	return path, nil
-}
-
-// Install installs cert-manager, and Credence. More arguments for Credence, such as --set, follow those in d.
+// Install installs cert-manager and Credence. Further arguments for Credence, such as --set, follow those in d.
 func (d *Deployment) Install(ctx context.Context, more ...string) error {
 	if _, err := d.Run(ctx, "", d.Helm, d.CertManager...); err != nil {
 		return err
@@ -265,12 +218,12 @@ func (d *Deployment) Install(ctx context.Context, more ...string) error {
 	return d.Upgrade(ctx, more...)
 }
 
-// Upgrade installs Credence, or changes the installed one, and returns when pods can be injected.
+// Upgrade installs Credence, or changes the installed one. It returns when pods can be injected.
 func (d *Deployment) Upgrade(ctx context.Context, more ...string) error {
-	if _, err := d.Run(ctx, "", d.Helm, append(append([]string(nil), d.Credence...), more...)...); err != nil {
+	if _, err := d.Run(ctx, "", d.Helm, slices.Concat(d.Credence, more)...); err != nil {
 		return err
 	}
-	// Helm does not wait for cert-manager to tell the API server whom to trust.
+	// Helm does not wait until cert-manager has given the API server the webhook's root.
 	ctx, cancel := context.WithTimeout(ctx, trustTimeout)
 	defer cancel()
 	for {
@@ -289,14 +242,14 @@ func (d *Deployment) Upgrade(ctx context.Context, more ...string) error {
 	}
 }
 
-// Uninstall removes Credence, and returns when it is gone.
+// Uninstall removes Credence, and returns when it is removed.
 func (d *Deployment) Uninstall(ctx context.Context) error {
 	_, err := d.Run(ctx, "", d.Helm, "uninstall", release, "--namespace="+Namespace, "--wait", "--timeout="+helmTimeout)
 	return err
 }
 
-// Run runs a program that can reach the cluster, such as kubectl, and returns all that it has written, beside
-// an error too.
+// Run runs a program that can reach the cluster, such as kubectl, and returns its output. It returns the output with an
+// error, too.
 func (d *Deployment) Run(ctx context.Context, stdin, path string, args ...string) (string, error) {
 	cmd := d.cluster.Command(ctx, path, args...)
 	cmd.Stdin = strings.NewReader(stdin)
@@ -312,8 +265,8 @@ func (d *Deployment) Run(ctx context.Context, stdin, path string, args ...string
 	return out.String(), nil
 }
 
-// AppEnv is what an application's environment has in addition to what injection adds: the region, and the
-// local services in the place of AWS's.
+// AppEnv is the environment of an application, without what injection adds: the region, and the local services in place
+// of AWS's.
 func (d *Deployment) AppEnv() []corev1.EnvVar {
 	return []corev1.EnvVar{
 		{Name: "AWS_REGION", Value: Region},

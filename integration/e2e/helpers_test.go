@@ -6,18 +6,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 )
 
-// Keys, as users write them.
+// The keys that users write, and names in injected pods.
 const (
 	injectLabel     = "iam.amazonaws.com/inject"
 	permittedKey    = "iam.amazonaws.com/permitted"
@@ -26,48 +29,15 @@ const (
 	startTimeoutKey = "iam.amazonaws.com/start-timeout"
 
 	sidecarName = "credence-sidecar"
+
+	// Messages of the sidecar's log.
+	messageReceived    = "Received credentials"
+	messageUnavailable = "Could not get credentials"
+	messageNotInjected = "start without credentials"
 )
 
-// patience bounds every wait. It only keeps a failed test from hanging: on a loaded machine a pod may take a
-// minute to start.
-const patience = 6 * time.Minute
-
-// eventually polls until check is content.
-func eventually(t *testing.T, what string, check func(ctx context.Context) error) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	for {
-		err := check(ctx)
-		if err == nil {
-			return
-		}
-		if fatal, ok := errors.AsType[fatalError](err); ok {
-			t.Fatalf("%s: %v", what, fatal.error)
-		}
-		if sleep(ctx) != nil {
-			t.Fatalf("still not so: %s: %v", what, err)
-		}
-	}
-}
-
-// sleep waits a little between two looks at something, and returns an error once ctx has ended.
-func sleep(ctx context.Context) error {
-	timer := time.NewTimer(100 * time.Millisecond)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
-}
-
-// fatalError ends a wait that cannot succeed any more.
-type fatalError struct{ error }
-
-// namespace makes a namespace named after the test; opted in, with all roles permitted, and enforcing the
-// strictest PodSecurity level, unless change says otherwise.
+// namespace creates a namespace named after the test and deletes it at the end. Unless change changes that, it is opted in,
+// permits all roles and enforces the strictest PodSecurity level.
 func namespace(t *testing.T, change ...func(*corev1.Namespace)) string {
 	t.Helper()
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
@@ -84,8 +54,8 @@ func namespace(t *testing.T, change ...func(*corev1.Namespace)) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		// t.Context has ended here. The pods' memory is wanted back.
-		if err := d.Client.CoreV1().Namespaces().Delete(context.Background(), ns.Name, metav1.DeleteOptions{}); err != nil {
+		// The nodes need the memory of its pods.
+		if err := d.Client.CoreV1().Namespaces().Delete(context.WithoutCancel(t.Context()), ns.Name, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 	})
@@ -93,18 +63,18 @@ func namespace(t *testing.T, change ...func(*corev1.Namespace)) string {
 	return ns.Name
 }
 
-// awaitServiceAccount waits for the ServiceAccount without which no pod can be made.
+// awaitServiceAccount waits for the ServiceAccount that a pod needs.
 func awaitServiceAccount(t *testing.T, namespace string) {
 	t.Helper()
-	eventually(t, "namespace "+namespace+" has its ServiceAccount", func(ctx context.Context) error {
-		_, err := d.Client.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
+	await.Until(t, "namespace "+namespace+" has its ServiceAccount", func() error {
+		_, err := d.Client.CoreV1().ServiceAccounts(namespace).Get(t.Context(), "default", metav1.GetOptions{})
 		return err
 	})
 }
 
 func unrestricted(ns *corev1.Namespace) { delete(ns.Labels, "pod-security.kubernetes.io/enforce") }
 
-// app is a pod whose application runs awsclient with these arguments, as restricted as Kubernetes can ask for.
+// app returns a pod whose application runs awsclient with these arguments, within the strictest PodSecurity level.
 func app(name string, annotations map[string]string, args ...string) *corev1.Pod {
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Annotations: annotations, Labels: map[string]string{"app": name}},
@@ -127,16 +97,23 @@ func container(name string, args ...string) corev1.Container {
 	}
 }
 
-// once makes a pod one that ends.
+// once sets that the pod is not restarted.
 func once(pod *corev1.Pod) *corev1.Pod {
 	pod.Spec.RestartPolicy = corev1.RestartPolicyNever
 	return pod
 }
 
-// annotated asks for the role that may use the bucket.
+// paused returns a pod whose application does nothing.
+func paused(name string, annotations map[string]string) *corev1.Pod {
+	pod := app(name, annotations)
+	pod.Spec.Containers[0].Image = pauseImage
+	return pod
+}
+
+// annotated returns the annotation of the role that may use the bucket.
 func annotated() map[string]string { return map[string]string{roleKey: bucket} }
 
-// create makes a pod and returns it as stored.
+// create creates a pod and returns it as stored.
 func create(t *testing.T, namespace string, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
 	stored, err := d.Client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{})
@@ -146,14 +123,29 @@ func create(t *testing.T, namespace string, pod *corev1.Pod) *corev1.Pod {
 	return stored
 }
 
+// tryDry creates the pod in a dry run.
+func tryDry(t *testing.T, namespace string, pod *corev1.Pod) (*corev1.Pod, error) {
+	t.Helper()
+	return d.Client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+}
+
+// podsOf returns the pods of a component of Credence.
+func podsOf(ctx context.Context, component string) ([]corev1.Pod, error) {
+	list, err := d.Client.CoreV1().Pods(deployment.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
+	if err != nil {
+		return nil, err
+	}
+	return list.Items, nil
+}
+
 func get(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
 	return d.Client.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
 }
 
-// ready says what a pod lacks to be ready. A pod that has failed never will be.
+// ready returns nil if the pod is ready. A failed pod never becomes ready.
 func ready(pod *corev1.Pod) error {
 	if pod.Status.Phase == corev1.PodFailed {
-		return fatalError{fmt.Errorf("pod %s has failed: %s", pod.Name, states(pod))}
+		return await.Never{Err: fmt.Errorf("pod %s has failed: %s", pod.Name, states(pod))}
 	}
 	for _, c := range pod.Status.Conditions {
 		if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
@@ -181,11 +173,11 @@ func states(pod *corev1.Pod) string {
 	return text.String()
 }
 
-// awaitReady returns the pod once it is ready.
+// awaitReady waits until the pod is ready, and returns it.
 func awaitReady(t *testing.T, namespace, name string) (pod *corev1.Pod) {
 	t.Helper()
-	eventually(t, "pod "+namespace+"/"+name+" is ready", func(ctx context.Context) (err error) {
-		if pod, err = get(ctx, namespace, name); err != nil {
+	await.Until(t, "pod "+namespace+"/"+name+" is ready", func() (err error) {
+		if pod, err = get(t.Context(), namespace, name); err != nil {
 			return err
 		}
 		return ready(pod)
@@ -193,15 +185,15 @@ func awaitReady(t *testing.T, namespace, name string) (pod *corev1.Pod) {
 	return pod
 }
 
-// awaitEnd returns the pod once it has succeeded.
+// awaitEnd waits until the pod has succeeded, and returns it.
 func awaitEnd(t *testing.T, namespace, name string) (pod *corev1.Pod) {
 	t.Helper()
-	eventually(t, "pod "+namespace+"/"+name+" succeeds", func(ctx context.Context) (err error) {
-		if pod, err = get(ctx, namespace, name); err != nil {
+	await.Until(t, "pod "+namespace+"/"+name+" succeeds", func() (err error) {
+		if pod, err = get(t.Context(), namespace, name); err != nil {
 			return err
 		}
 		if pod.Status.Phase == corev1.PodFailed {
-			return fatalError{fmt.Errorf("it failed: %s\n%s", states(pod), logs(t, namespace, name, "app"))}
+			return await.Never{Err: fmt.Errorf("it failed: %s\n%s", states(pod), logs(t, namespace, name, "app"))}
 		}
 		if pod.Status.Phase != corev1.PodSucceeded {
 			err = errors.New(states(pod))
@@ -211,7 +203,7 @@ func awaitEnd(t *testing.T, namespace, name string) (pod *corev1.Pod) {
 	return pod
 }
 
-// logs returns what a container has written.
+// logs returns the output of a container.
 func logs(t *testing.T, namespace, name, container string) string {
 	t.Helper()
 	text, err := d.Client.CoreV1().Pods(namespace).GetLogs(name, &corev1.PodLogOptions{Container: container}).DoRaw(t.Context())
@@ -221,12 +213,12 @@ func logs(t *testing.T, namespace, name, container string) string {
 	return string(text)
 }
 
-// assumed is how STS knows a session of the role.
+// assumed is the start of the ARN that STS gives a session of the role.
 func assumed(role string) string {
 	return "arn:aws:sts::" + deployment.Account + ":assumed-role/" + role + "/"
 }
 
-// status returns a container's status.
+// status returns the status of a container.
 func status(t *testing.T, pod *corev1.Pod, container string) corev1.ContainerStatus {
 	t.Helper()
 	for _, s := range append(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses...) {
@@ -238,14 +230,132 @@ func status(t *testing.T, pod *corev1.Pod, container string) corev1.ContainerSta
 	return corev1.ContainerStatus{}
 }
 
-// awaitGone returns when the pod is gone.
+// awaitGone waits until the pod is deleted.
 func awaitGone(t *testing.T, namespace, name string) {
 	t.Helper()
-	eventually(t, "pod "+namespace+"/"+name+" is gone", func(ctx context.Context) error {
-		_, err := get(ctx, namespace, name)
+	await.Until(t, "pod "+namespace+"/"+name+" is deleted", func() error {
+		_, err := get(t.Context(), namespace, name)
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return errors.Join(err, errors.New("it is there"))
+		return errors.Join(err, errors.New("it exists"))
 	})
+}
+
+// caller adds a container to the pod that calls the broker as the pod's sidecar does, many times a second.
+func caller(t *testing.T, pod *corev1.Pod) *corev1.Pod {
+	t.Helper()
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := policy.Pod{Request: keys.Request(pod.Annotations)}.RoutingKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const volume, path = "caller", "/identity"
+	c := container("caller")
+	c.Image = callerImage
+	c.VolumeMounts = []corev1.VolumeMount{{Name: volume, MountPath: path}}
+	c.Env = []corev1.EnvVar{
+		{Name: "CREDENCE_BROKER", Value: "credence-broker." + deployment.Namespace + ".svc:9443"},
+		{Name: "CREDENCE_ROUTING_KEY", Value: string(key)},
+		{Name: "CREDENCE_TOKEN_FILE", Value: path + "/token"},
+		{Name: "CREDENCE_ROOTS_FILE", Value: path + "/roots.pem"},
+	}
+	pod.Spec.Containers = append(pod.Spec.Containers, c)
+	pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: volume, VolumeSource: corev1.VolumeSource{
+		Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
+			{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: "credence-broker", ExpirationSeconds: new(int64(3600)), Path: "token"}},
+			{ConfigMap: &corev1.ConfigMapProjection{
+				LocalObjectReference: corev1.LocalObjectReference{Name: "credence-trust"},
+				Items:                []corev1.KeyToPath{{Key: "roots.pem", Path: "roots.pem"}},
+			}},
+		}},
+	}})
+	return pod
+}
+
+// calm checks that no call of the pod's caller has failed and no container was restarted since the pod started, and that
+// the caller still calls.
+func calm(t *testing.T, namespace, name string) {
+	t.Helper()
+	before := strings.Count(logs(t, namespace, name, "caller"), "calls ")
+	await.Until(t, "the caller calls again", func() error {
+		if now := strings.Count(logs(t, namespace, name, "caller"), "calls "); now <= before {
+			return fmt.Errorf("it printed %d lines", now)
+		}
+		return nil
+	})
+	if output := logs(t, namespace, name, "caller"); strings.Contains(output, "FAILED") {
+		t.Errorf("calls to the broker have failed:\n%s", output)
+	}
+	pod, err := get(t.Context(), namespace, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []string{"app", "caller", sidecarName} {
+		if s := status(t, pod, c); s.RestartCount != 0 {
+			t.Errorf("container %s has failed: %s", c, states(pod))
+		}
+	}
+}
+
+// scale sets the number of replicas of a component, and waits until that many pods are ready and no others exist.
+func scale(t *testing.T, component string, replicas int) {
+	t.Helper()
+	ctx := context.WithoutCancel(t.Context()) // cleanups call it too
+	patch := fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, replicas)
+	if _, err := d.Client.AppsV1().Deployments(deployment.Namespace).Patch(ctx, "credence-"+component, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := await.Poll(ctx, func() error {
+		pods, err := podsOf(ctx, component)
+		good := 0
+		for _, pod := range pods {
+			if pod.DeletionTimestamp == nil && ready(&pod) == nil {
+				good++
+			}
+		}
+		if err == nil && (good != replicas || len(pods) != good) {
+			err = fmt.Errorf("%d of %d pods are ready", good, len(pods))
+		}
+		return err
+	}); err != nil {
+		t.Fatalf("scaling the %s to %d: %v", component, replicas, err)
+	}
+}
+
+// stop removes all replicas of a component until the returned function is called or the test ends.
+func stop(t *testing.T, component string) (start func()) {
+	t.Helper()
+	const usual = 2
+	start = func() { t.Helper(); scale(t, component, usual) }
+	t.Cleanup(start)
+	scale(t, component, 0)
+	return start
+}
+
+// keys returns the number of access keys that awsclient's watch has seen.
+func keys(t *testing.T, namespace, name string) int {
+	t.Helper()
+	return len(strings.Fields(logs(t, namespace, name, "app")))
+}
+
+// variableOf returns the value of a container's environment variable.
+func variableOf(c corev1.Container, name string) string {
+	for _, v := range c.Env {
+		if v.Name == name {
+			return v.Value
+		}
+	}
+	return ""
+}
+
+func sidecarOf(pod *corev1.Pod) corev1.Container {
+	i := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == sidecarName })
+	if i < 0 {
+		panic(fmt.Sprintf("pod %s has no sidecar", pod.Name))
+	}
+	return pod.Spec.InitContainers[i]
 }

@@ -1,10 +1,11 @@
 //go:build linux
 
-// Package e2e tests Credence on a real cluster with real nodes, installed with Helm beside a real cert-manager:
-// what a kubelet makes of the sidecar, what the API server and its policies let through, and what running pods
-// notice of failures, rotations and upgrades.
+// Package e2e tests Credence on a real cluster with real nodes, installed with Helm next to a real cert-manager: how a
+// kubelet runs the sidecar, how workloads get credentials, and that failures, rotations and upgrades have no effect on
+// running pods.
 //
-// It runs as make e2e, which sets CREDENCE_E2E: it needs root, and minutes.
+// "make e2e" runs it and sets CREDENCE_E2E. It needs root and several minutes. What needs no nodes is tested in package
+// integration and in integration/chart/admission.
 package e2e
 
 import (
@@ -22,30 +23,30 @@ import (
 	"github.com/credence-iam/credence/integration/images"
 )
 
-// What all tests share.
+// All tests share one cluster.
 var (
 	world *cluster.Cluster
 	d     *deployment.Deployment
 )
 
-// variable asks for the tests. Without it they would run with all others, which need no root.
+// variable enables these tests. Without it they would run with all other tests, which do not need root.
 const variable = "CREDENCE_E2E"
 
 const (
-	// bucket is what the role of its name may read and write, and no other role may.
+	// bucket may be read and written by the role of the same name only.
 	bucket = "shelf"
-	// callerImage asks the broker for credentials, over and over; plainImage asks the sidecar without an SDK;
-	// chrootImage runs programs of the node.
+	// callerImage calls the broker all the time, plainImage calls the sidecar without an SDK, and chrootImage runs programs
+	// of the node.
 	callerImage = "localhost/caller:1"
 	plainImage  = "localhost/plain:1"
 	chrootImage = "localhost/chroot:1"
-	// pauseImage asks for nothing.
+	// pauseImage does nothing.
 	pauseImage = "localhost/credence-pause:1"
 	module     = "github.com/credence-iam/credence"
 )
 
-// shortLife is what a session asked for 15 minutes, the shortest that STS gives, really lasts here, so that
-// renewals can be waited for.
+// shortLife is the real duration of a session that was requested for 15 minutes, the minimum of STS, so that tests can
+// wait for renewals.
 const shortLife = 3 * time.Minute
 
 func TestMain(m *testing.M) {
@@ -59,12 +60,12 @@ func TestMain(m *testing.M) {
 
 func runTests(run func() int) int {
 	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel() // ends the STS
+	defer cancel() // stops the STS
 	var failed error
 	return cluster.RunTests(ctx, cluster.Config{
 		Nodes: 1, Progress: os.Stderr,
-		// As before Kubernetes 1.37: the API server goes on using its connections to a webhook that is no endpoint any
-		// longer. It is the harder case for a webhook that ends.
+		// Before Kubernetes 1.37, the API server keeps using connections to a webhook that is no longer an endpoint. This is
+		// the harder case for a terminating webhook.
 		APIServerFlags: []string{"--feature-gates=WebhookRoundTripLoadBalancing=false"},
 	}, func(c *cluster.Cluster) {
 		world = c
@@ -86,11 +87,11 @@ func setUp(ctx context.Context) (err error) {
 	}
 	if d, err = deployment.Prepare(ctx, deployment.Config{
 		Cluster: world, Progress: os.Stderr, Buckets: []string{bucket},
-		STS: ststest.Config{SessionLife: func(asked time.Duration) time.Duration {
-			if asked == 15*time.Minute {
+		STS: ststest.Config{SessionLife: func(requested time.Duration) time.Duration {
+			if requested == 15*time.Minute {
 				return shortLife
 			}
-			return asked
+			return requested
 		}},
 	}); err != nil {
 		return err

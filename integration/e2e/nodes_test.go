@@ -14,13 +14,15 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 )
 
-// A node that joins runs injected pods like any other: its pods reach brokers on other nodes, and are told its zone.
+// TestPodsOfAnotherNodeReachTheBroker runs injected pods on a new node: they reach the brokers on other nodes, and get the
+// node's zone.
 func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 	t.Parallel()
-	// Tainted, so that no pod of another test comes here and goes with the node.
+	// The taint keeps pods of other tests away, because the node is removed.
 	taint := corev1.Taint{Key: "example.com/far", Effect: corev1.TaintEffectNoSchedule}
 	node, err := world.AddNode(t.Context(), taint)
 	if err != nil {
@@ -28,8 +30,7 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		node.Stop()
-		// t.Context has ended here.
-		if err := d.Client.CoreV1().Nodes().Delete(context.Background(), node.Name(), metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		if err := d.Client.CoreV1().Nodes().Delete(context.WithoutCancel(t.Context()), node.Name(), metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 			t.Error(err)
 		}
 	})
@@ -50,27 +51,28 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 	create(t, ns, zoned)
 	ended := awaitEnd(t, ns, "far")
 	awaitEnd(t, ns, "zoned")
-	if said := strings.TrimSpace(logs(t, ns, "zoned", "app")); said != zone {
-		t.Errorf("instance metadata tells zone %q, want %q", said, zone)
+	if output := strings.TrimSpace(logs(t, ns, "zoned", "app")); output != zone {
+		t.Errorf("instance metadata has zone %q, want %q", output, zone)
 	}
 	if ended.Spec.NodeName != node.Name() {
-		t.Errorf("it ran on %s", ended.Spec.NodeName)
+		t.Errorf("the pod ran on %s", ended.Spec.NodeName)
 	}
-	if said := logs(t, ns, "far", "app"); !strings.Contains(said, "only-for-"+bucket) {
-		t.Errorf("the application listed %q", said)
+	if output := logs(t, ns, "far", "app"); !strings.Contains(output, "only-for-"+bucket) {
+		t.Errorf("the application listed %q", output)
 	}
-	brokers, err := d.Client.CoreV1().Pods("credence").List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=broker"})
-	if err != nil || len(brokers.Items) == 0 {
+	brokers, err := podsOf(t.Context(), "broker")
+	if err != nil || len(brokers) == 0 {
 		t.Fatalf("brokers: %v, %v", brokers, err)
 	}
-	for _, broker := range brokers.Items {
+	for _, broker := range brokers {
 		if broker.Spec.NodeName == node.Name() {
 			t.Errorf("broker %s is on the same node", broker.Name)
 		}
 	}
 }
 
-// A namespace that was opted in a moment ago has the broker's roots when its first pod needs them.
+// TestNamespaceLabelledASecondBefore shows that a namespace has the broker's roots when its first pod needs them, even if
+// it was opted in a moment before.
 func TestNamespaceLabelledASecondBefore(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t, func(ns *corev1.Namespace) { delete(ns.Labels, injectLabel) })
@@ -78,10 +80,9 @@ func TestNamespaceLabelledASecondBefore(t *testing.T) {
 	if _, err := d.Client.CoreV1().Namespaces().Patch(t.Context(), ns, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	// The API server selects by the label from its next look at its own watch on. Until then it calls no webhook,
-	// and no policy of the namespace holds.
-	eventually(t, "the pod is injected", func(ctx context.Context) error {
-		pod, err := d.Client.CoreV1().Pods(ns).Create(ctx, once(app("first", annotated(), "whoami")), metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+	// Until the API server's own watch delivers the label, it calls no webhook and applies no policy.
+	await.Until(t, "the pod is injected", func() error {
+		pod, err := tryDry(t, ns, once(app("first", annotated(), "whoami")))
 		if err == nil && len(pod.Spec.InitContainers) == 0 {
 			err = errors.New("it has no sidecar")
 		}
@@ -89,48 +90,4 @@ func TestNamespaceLabelledASecondBefore(t *testing.T) {
 	})
 	create(t, ns, once(app("first", annotated(), "whoami")))
 	awaitEnd(t, ns, "first")
-}
-
-// The roots that sidecars need are repaired when somebody edits or deletes them.
-func TestTrustIsRepaired(t *testing.T) {
-	t.Parallel()
-	ns := namespace(t)
-	maps := d.Client.CoreV1().ConfigMaps(ns)
-	const name, key = "credence-trust", "roots.pem"
-	var good string
-	eventually(t, "the roots are published", func(ctx context.Context) error {
-		m, err := maps.Get(ctx, name, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		if good = m.Data[key]; good == "" {
-			return errors.New("there are none in it")
-		}
-		return nil
-	})
-	repaired := func(what string) {
-		t.Helper()
-		eventually(t, "the roots are repaired after "+what, func(ctx context.Context) error {
-			m, err := maps.Get(ctx, name, metav1.GetOptions{})
-			if err == nil && m.Data[key] != good {
-				err = fmt.Errorf("they are %q", m.Data[key])
-			}
-			return err
-		})
-	}
-	m, err := maps.Get(t.Context(), name, metav1.GetOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.Data[key] = "somebody else's"
-	if _, err := maps.Update(t.Context(), m, metav1.UpdateOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	repaired("an edit")
-	if err := maps.Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	repaired("a deletion")
-	create(t, ns, once(app("after", annotated(), "whoami")))
-	awaitEnd(t, ns, "after")
 }

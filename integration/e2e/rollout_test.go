@@ -16,62 +16,62 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 )
 
-// A flood makes annotated pods at a steady pace, whatever has become of those before, as the controllers of a
-// cluster do together.
+// A flood creates annotated pods at a constant rate, as all controllers of a cluster do together. It does not wait for
+// earlier pods.
 type flood struct {
-	made   atomic.Int64 // injected
-	lost   atomic.Int64
-	ending atomic.Bool  // a webhook is
-	met    atomic.Int64 // were made meanwhile
+	injected    atomic.Int64
+	lost        atomic.Int64
+	terminating atomic.Bool  // whether a webhook terminates
+	meanwhile   atomic.Int64 // injected while a webhook terminated
 
 	mu    sync.Mutex
-	first error // of those that were lost
+	first error // of the lost pods; guarded by mu
 }
 
 const (
-	floodPace = time.Second / 50
-	// floodWidth bounds how many are under way. Of more, the machine would have too little for the webhook.
+	floodInterval = time.Second / 50
+	// floodWidth bounds the concurrent requests. More would leave too little of the machine to the webhook.
 	floodWidth = 100
-	// floodStored is the share that is stored, one of so many. The others are dry runs, which admission does not
-	// tell from these.
+	// One of floodStored pods is stored. The others are dry runs, which admission treats the same.
 	floodStored = 10
 )
 
-// run makes pods until ctx ends, and returns when the last is answered.
+// run creates pods until ctx ends, and returns after the last response.
 func (f *flood) run(ctx context.Context, namespace string) {
-	var underWay sync.WaitGroup
-	defer underWay.Wait()
+	var running sync.WaitGroup
+	defer running.Wait()
 	places := make(chan struct{}, floodWidth)
-	pace := time.NewTicker(floodPace)
-	defer pace.Stop()
+	ticker := time.NewTicker(floodInterval)
+	defer ticker.Stop()
 	for n := 0; ; n++ {
 		select {
 		case <-ctx.Done():
 			return
-		case <-pace.C:
+		case <-ticker.C:
 		}
 		places <- struct{}{}
-		underWay.Go(func() {
+		running.Go(func() {
 			defer func() { <-places }()
-			f.make(context.WithoutCancel(ctx), namespace, n) // what has begun is answered
+			f.create(context.WithoutCancel(ctx), namespace, n)
 		})
 	}
 }
 
-func (f *flood) make(ctx context.Context, namespace string, n int) {
-	met := f.ending.Load()
+func (f *flood) create(ctx context.Context, namespace string, n int) {
+	terminating := f.terminating.Load()
 	pod := app("flood-"+strconv.Itoa(n), annotated(), "whoami")
-	pod.Spec.SchedulingGates = []corev1.PodSchedulingGate{{Name: "example.com/never"}} // no node is to run it
+	pod.Spec.SchedulingGates = []corev1.PodSchedulingGate{{Name: "example.com/never"}} // no node runs it
 	options := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 	if n%floodStored == 0 {
 		options.DryRun = nil
 	}
 	stored, err := d.Client.CoreV1().Pods(namespace).Create(ctx, pod, options)
 	if err == nil && (len(stored.Spec.InitContainers) != 1 || stored.Spec.InitContainers[0].Name != sidecarName) {
-		err = fmt.Errorf("pod %s was let through with init containers %v", pod.Name, stored.Spec.InitContainers)
+		err = fmt.Errorf("pod %s was admitted with init containers %v", pod.Name, stored.Spec.InitContainers)
 	}
 	if err != nil {
 		f.lost.Add(1)
@@ -82,49 +82,52 @@ func (f *flood) make(ctx context.Context, namespace string, n int) {
 		}
 		return
 	}
-	f.made.Add(1)
-	if met {
-		f.met.Add(1)
+	f.injected.Add(1)
+	if terminating {
+		f.meanwhile.Add(1)
 	}
 }
 
-// watch keeps ending until ctx ends.
+// watch updates terminating until ctx ends.
 func (f *flood) watch(ctx context.Context) {
-	for sleep(ctx) == nil {
-		if _, ending, err := webhooks(ctx); err == nil {
-			f.ending.Store(ending)
+	for ; ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
+		if _, terminating, err := webhooks(ctx); err == nil {
+			f.terminating.Store(terminating)
 		}
 	}
 }
 
-// webhooks returns the UIDs of the webhook's pods, and whether one of them is ending.
-func webhooks(ctx context.Context) (uids map[types.UID]bool, ending bool, err error) {
-	pods, err := d.Client.CoreV1().Pods(deployment.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=webhook"})
+// webhooks returns the UIDs of the webhook's pods, and whether one of them terminates.
+func webhooks(ctx context.Context) (uids map[types.UID]bool, terminating bool, err error) {
+	pods, err := podsOf(ctx, "webhook")
 	if err != nil {
 		return nil, false, err
 	}
 	uids = make(map[types.UID]bool)
-	for _, pod := range pods.Items {
+	for _, pod := range pods {
 		uids[pod.UID] = true
-		ending = ending || pod.DeletionTimestamp != nil
+		terminating = terminating || pod.DeletionTimestamp != nil
 	}
-	return uids, ending, nil
+	return uids, terminating, nil
 }
 
-// No pod is lost while the webhooks are replaced and many are made: none is refused, and each has its sidecar, whether
-// the ending webhook was asked, to which the API server has connections, or a new one.
-func TestRolloutLosesNoAdmission(t *testing.T) {
+// TestRolloutHasNoEffectOnPods replaces the webhooks, or the webhooks and the brokers, while many pods are created. No pod
+// is refused or admitted without its sidecar, whether the API server calls the terminating webhook, to which it has
+// connections, or a new one. A running pod gets its credentials all the time.
+func TestRolloutHasNoEffectOnPods(t *testing.T) {
 	for name, replace := range map[string]func(context.Context) error{
 		"restarted": func(ctx context.Context) error {
 			_, err := d.Run(ctx, "", d.Kubectl, "rollout", "restart", "deployment/credence-webhook", "--namespace="+deployment.Namespace)
 			return err
 		},
 		"upgraded": func(ctx context.Context) error {
-			return d.Upgrade(ctx, `--set=webhook.podAnnotations.example\.com/generation=two`)
+			return d.Upgrade(ctx, "--set=logLevel=debug")
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ns := namespace(t)
+			create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
+			awaitReady(t, ns, "app")
 			old, _, err := webhooks(t.Context())
 			if err != nil || len(old) != 2 {
 				t.Fatalf("there are %d webhooks, want 2 (%v)", len(old), err)
@@ -133,40 +136,36 @@ func TestRolloutLosesNoAdmission(t *testing.T) {
 			ctx, stop := context.WithCancel(t.Context())
 			defer stop()
 			var ended sync.WaitGroup
-			began := time.Now()
 			ended.Go(func() { f.run(ctx, ns) })
 			ended.Go(func() { f.watch(ctx) })
-			eventually(t, "the API server has connections to the old webhooks", func(context.Context) error {
-				if n := f.made.Load() + f.lost.Load(); n < 100 {
-					return fmt.Errorf("%d pods were made", n)
+			await.Until(t, "the API server has connections to the old webhooks", func() error {
+				if n := f.injected.Load() + f.lost.Load(); n < 100 {
+					return fmt.Errorf("%d pods were created", n)
 				}
 				return nil
 			})
-			before := f.made.Load()
 			if err := replace(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, "the webhooks are new ones", func(ctx context.Context) error {
-				now, _, err := webhooks(ctx)
+			await.Until(t, "the webhooks are replaced", func() error {
+				now, _, err := webhooks(t.Context())
 				for uid := range now {
 					if old[uid] {
-						err = errors.New("an old one is there")
+						err = errors.New("an old one exists")
 					}
 				}
 				return err
 			})
-			during := f.made.Load() - before
 			stop()
 			ended.Wait()
-			t.Logf("%d pods were made, %.1f a second; %d while webhooks were replaced, %d while one was ending",
-				f.made.Load(), float64(f.made.Load()+f.lost.Load())/time.Since(began).Seconds(), during, f.met.Load())
+			calm(t, ns, "app")
 			if n := f.lost.Load(); n > 0 {
 				t.Errorf("%d pods were lost, the first: %v", n, f.first)
 			}
-			// Two webhooks end, each for the 5 s in which it still accepts: some 500 pods at the full pace. On a
-			// machine that makes a fifth of them, nothing is shown.
-			if n := f.met.Load(); n < 100 {
-				t.Errorf("%d pods were made while a webhook was ending, want at least 100: too few to meet it", n)
+			// Two webhooks terminate and accept calls for 5 s each, which is about 500 pods at the full rate. Less than a
+			// fifth of them shows nothing.
+			if n := f.meanwhile.Load(); n < 100 {
+				t.Errorf("%d pods were created while a webhook terminated, want at least 100", n)
 			}
 		})
 	}

@@ -17,13 +17,15 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/integration/await"
 )
 
-// sidecarProcess finds the process of a pod's sidecar, and returns its folder in /proc. The kubelet names the
-// cgroups of containers by their pod's UID.
+// sidecarProcess returns the folder in /proc of a pod's sidecar. The kubelet names the cgroups of containers by the UID of
+// their pod.
 func sidecarProcess(t *testing.T, pod *corev1.Pod) (folder string) {
 	t.Helper()
-	eventually(t, "the sidecar's process is there", func(context.Context) error {
+	await.Until(t, "the sidecar's process exists", func() error {
 		lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
 		if err != nil {
 			return err
@@ -31,7 +33,7 @@ func sidecarProcess(t *testing.T, pod *corev1.Pod) (folder string) {
 		for _, line := range lines {
 			command, err := os.ReadFile(line)
 			if err != nil || string(command) != "/credence-sidecar\x00" {
-				continue // another program, or it has ended
+				continue // another program, or a process that has ended
 			}
 			folder = filepath.Dir(line)
 			groups, err := os.ReadFile(filepath.Join(folder, "cgroup"))
@@ -44,7 +46,7 @@ func sidecarProcess(t *testing.T, pod *corev1.Pod) (folder string) {
 	return folder
 }
 
-// kill kills a process as the kernel does when it lacks memory.
+// kill kills a process as the kernel does when memory is short.
 func kill(t *testing.T, folder string) {
 	t.Helper()
 	pid, err := strconv.Atoi(filepath.Base(folder))
@@ -56,10 +58,10 @@ func kill(t *testing.T, folder string) {
 	}
 }
 
-// sidecarUser is the user of the sidecar in pods of function app, whose containers all run as it.
+// sidecarUser is the user of all containers in pods of function app, the sidecar included.
 const sidecarUser = 1000
 
-// writable says whether the sidecar's user can write to what is at path.
+// writable reports whether the sidecar's user can write to the file at path.
 func writable(path string, entry fs.DirEntry) (bool, error) {
 	info, err := entry.Info()
 	if err != nil {
@@ -75,8 +77,9 @@ func writable(path string, entry fs.DirEntry) (bool, error) {
 	return may && system.Flags&readOnly == 0, nil
 }
 
-// The sidecar has no token of the Kubernetes API, no file that it can write to, and no volume but its own.
-func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
+// TestSidecarHasNoRightsOrStorage shows that the sidecar has no token of the Kubernetes API, no file that it can write to,
+// and no volume except its own.
+func TestSidecarHasNoRightsOrStorage(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	create(t, ns, app("app", annotated(), "watch", "1h"))
@@ -96,7 +99,7 @@ func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
 		inside := strings.TrimPrefix(path, root)
 		switch {
 		case inside == "/dev" || inside == "/proc" || inside == "/sys":
-			return fs.SkipDir // what the container runtime gives to every container
+			return fs.SkipDir // the container runtime mounts these in all containers
 		case entry.Type() == fs.ModeSymlink:
 			return nil
 		}
@@ -110,7 +113,7 @@ func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !seen {
-		t.Error("its own program was not found: this looks in the wrong place")
+		t.Error("the sidecar's program was not found: the test looks in the wrong place")
 	}
 	files, err := os.ReadDir(filepath.Join(root, "var/run/secrets/kubernetes.io/serviceaccount"))
 	if err != nil {
@@ -118,12 +121,12 @@ func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
 	}
 	var names []string
 	for _, file := range files {
-		if !strings.HasPrefix(file.Name(), "..") { // the kubelet's own, which the others point to
+		if !strings.HasPrefix(file.Name(), "..") { // the kubelet's own files, to which the others link
 			names = append(names, file.Name())
 		}
 	}
 	if !slices.Equal(names, []string{"roots.pem", "token"}) {
-		t.Errorf("where an API token would be, the sidecar has %v", names)
+		t.Errorf("the folder of the API token has %v", names)
 	}
 	for _, m := range sidecarOf(pod).VolumeMounts {
 		if strings.HasPrefix(m.Name, "kube-api-access") {
@@ -141,49 +144,49 @@ func TestSidecarHasNothingToTakeOrToFill(t *testing.T) {
 	}
 }
 
-// A sidecar that is killed fetches its session anew, and nothing else of its pod is restarted.
+// TestKilledSidecarComesBack shows that a killed sidecar requests its session again, and that no other container of its pod
+// is restarted.
 func TestKilledSidecarComesBack(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
-	pod := app("app", annotated())
-	pod.Spec.Containers[0].Image = pauseImage
-	create(t, ns, pod)
+	create(t, ns, paused("app", annotated()))
 	kill(t, sidecarProcess(t, awaitReady(t, ns, "app")))
-	eventually(t, "the sidecar is back with credentials", func(ctx context.Context) error {
-		pod, err := get(ctx, ns, "app")
+	await.Until(t, "the new sidecar has credentials", func() error {
+		pod, err := get(t.Context(), ns, "app")
 		if err != nil {
 			return err
 		}
 		if s := status(t, pod, "app"); s.RestartCount != 0 {
-			return fatalError{errors.New("the application was restarted: " + states(pod))}
+			return await.Never{Err: errors.New("the application was restarted: " + states(pod))}
 		}
 		if s := status(t, pod, sidecarName); s.RestartCount != 1 {
-			return errors.New("it has not been restarted: " + states(pod))
+			return errors.New("the sidecar was not restarted: " + states(pod))
 		}
-		if said := logs(t, ns, "app", sidecarName); !strings.Contains(said, "got credentials") {
-			return fmt.Errorf("it said:\n%s", said)
+		if output := logs(t, ns, "app", sidecarName); !strings.Contains(output, messageReceived) {
+			return fmt.Errorf("it logged:\n%s", output)
 		}
 		return ready(pod)
 	})
 }
 
-// However many ask at once, the sidecar stays within its memory.
-func TestCrowdIsServedInTheSidecarsMemory(t *testing.T) {
+// TestManyClientsAreServedInTheSidecarsMemory shows that the sidecar serves any number of concurrent requests within its
+// memory limit.
+func TestManyClientsAreServedInTheSidecarsMemory(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct {
 		memory, atOnce, times, all string
 	}{
 		"default": {atOnce: "10000", times: "1", all: "10000"},
-		"least":   {memory: "12Mi", atOnce: "16", times: "200", all: "3200"},
+		"minimum": {memory: "12Mi", atOnce: "16", times: "200", all: "3200"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			ns := namespace(t)
-			says, want := annotated(), "16Mi"
+			annotations, want := annotated(), "16Mi"
 			if tc.memory != "" {
-				says["iam.amazonaws.com/sidecar-memory"], want = tc.memory, tc.memory
+				annotations["iam.amazonaws.com/sidecar-memory"], want = tc.memory, tc.memory
 			}
-			pod := once(app("app", says, "crowd", tc.atOnce, tc.times))
+			pod := once(app("app", annotations, "crowd", tc.atOnce, tc.times))
 			pod.Spec.Containers[0].Image = plainImage
 			stored := create(t, ns, pod)
 			limit := sidecarOf(stored).Resources.Limits[corev1.ResourceMemory]
@@ -191,29 +194,29 @@ func TestCrowdIsServedInTheSidecarsMemory(t *testing.T) {
 				t.Errorf("the sidecar's memory is limited to %s, want %s", limit.String(), want)
 			}
 			ended := awaitEnd(t, ns, "app")
-			if said := strings.TrimSpace(logs(t, ns, "app", "app")); said != tc.all {
-				t.Errorf("answered %q, want all %s", said, tc.all)
+			if output := strings.TrimSpace(logs(t, ns, "app", "app")); output != tc.all {
+				t.Errorf("%q requests were served, want %s", output, tc.all)
 			}
 			if s := status(t, ended, sidecarName); s.RestartCount != 0 || s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
-				t.Errorf("with a limit of %s the sidecar has not ended well: %s", limit.String(), states(ended))
+				t.Errorf("with a limit of %s the sidecar has failed: %s", limit.String(), states(ended))
 			}
 		})
 	}
 }
 
-// A pod that takes long to end has credentials until it does.
+// TestTerminatingPodIsRenewed shows that a pod which terminates slowly has credentials until its end.
 func TestTerminatingPodIsRenewed(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	pod := app("app", map[string]string{roleKey: bucket, durationKey: "15m"}, "watch", "1h")
 	pod.Spec.TerminationGracePeriodSeconds = new(int64(3600))
-	// The application hears of its end only after that.
+	// The kubelet sends SIGTERM to the application after this hook.
 	pod.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 3500}}}
 	create(t, ns, pod)
 	awaitReady(t, ns, "app")
-	eventually(t, "the application has seen a session", func(context.Context) error {
-		if said := logs(t, ns, "app", "app"); len(strings.Fields(said)) != 1 { // its access key, and nothing else
-			return fmt.Errorf("it said %q", said)
+	await.Until(t, "the application has seen a session", func() error {
+		if output := logs(t, ns, "app", "app"); len(strings.Fields(output)) != 1 { // its access key only
+			return fmt.Errorf("it printed %q", output)
 		}
 		return nil
 	})
@@ -222,31 +225,22 @@ func TestTerminatingPodIsRenewed(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		// t.Context has ended here.
-		if err := pods.Delete(context.Background(), "app", metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}); err != nil {
+		if err := pods.Delete(context.WithoutCancel(t.Context()), "app", metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}); err != nil {
 			t.Error(err)
 		}
 	})
 	before := keys(t, ns, "app")
-	eventually(t, "the application has seen another session", func(ctx context.Context) error {
-		pod, err := get(ctx, ns, "app")
+	await.Until(t, "the application has seen another session", func() error {
+		pod, err := get(t.Context(), ns, "app")
 		if err != nil {
-			return fatalError{err}
+			return await.Never{Err: err}
 		}
 		if s := status(t, pod, "app"); s.State.Running == nil || s.RestartCount != 0 || pod.DeletionTimestamp == nil {
-			return fatalError{errors.New("the application does not run while its pod ends: " + states(pod))}
+			return await.Never{Err: errors.New("the application does not run while its pod terminates: " + states(pod))}
 		}
 		if now := keys(t, ns, "app"); now <= before {
-			return fmt.Errorf("it has seen %d access keys, before its end %d", now, before)
+			return fmt.Errorf("it has seen %d access keys, before the deletion %d", now, before)
 		}
 		return nil
 	})
-}
-
-func sidecarOf(pod *corev1.Pod) corev1.Container {
-	i := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == sidecarName })
-	if i < 0 {
-		panic(fmt.Sprintf("pod %s has no sidecar", pod.Name))
-	}
-	return pod.Spec.InitContainers[i]
 }

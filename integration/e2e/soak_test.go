@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -11,19 +10,20 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 )
 
-// soak skips a test that takes longer than the others together, unless it was asked for.
+// soak skips a test that takes longer than all others together, unless "make soak" runs it.
 func soak(t *testing.T) {
 	t.Helper()
 	if os.Getenv(variable) != "soak" {
-		t.Skip("it takes many minutes, and runs by make soak")
+		t.Skip("it takes many minutes; make soak runs it")
 	}
 }
 
-// The CA is lost and made anew, with another key, and so are the certificates under it. No call fails: the new
-// root is published beside the old one, and brokers go on with their old certificates until pods have it.
+// TestSoakCAIsReplaced deletes the CA. cert-manager issues another one with a new key, and new certificates. No call fails:
+// the broker publishes the new root next to the old one, and brokers serve their old certificates until pods have it.
 func TestSoakCAIsReplaced(t *testing.T) {
 	soak(t)
 	ns := namespace(t)
@@ -41,8 +41,8 @@ func TestSoakCAIsReplaced(t *testing.T) {
 	if err := secrets.Delete(t.Context(), old.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "there is another CA", func(ctx context.Context) error {
-		now, err := secrets.Get(ctx, old.Name, metav1.GetOptions{})
+	await.Until(t, "there is a new CA", func() error {
+		now, err := secrets.Get(t.Context(), old.Name, metav1.GetOptions{})
 		if err == nil && (len(now.Data["tls.key"]) == 0 || string(now.Data["tls.key"]) == string(old.Data["tls.key"])) {
 			err = errors.New("it has the old key")
 		}
@@ -50,8 +50,8 @@ func TestSoakCAIsReplaced(t *testing.T) {
 	})
 	renew(t, "credence-broker")
 	renew(t, "credence-webhook")
-	eventually(t, "each broker serves a certificate of the new CA", func(ctx context.Context) error {
-		now, err := served(ctx, "broker")
+	await.Until(t, "each broker serves a certificate of the new CA", func() error {
+		now, err := served(t.Context(), "broker")
 		if err != nil {
 			return err
 		}

@@ -3,7 +3,7 @@
 package e2e
 
 import (
-	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os/exec"
@@ -12,32 +12,45 @@ import (
 	"strings"
 	"testing"
 
-	appsv1 "k8s.io/api/apps/v1"
-	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 )
 
+// apply creates an object with kubectl.
+func apply(t *testing.T, namespace string, object any) {
+	t.Helper()
+	text, err := json.Marshal(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Run(t.Context(), string(text), d.Kubectl, "apply", "--namespace="+namespace, "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFirstLineFindsCredentials shows that credentials are there when the first container of a pod starts, and until the
+// last one ends.
 func TestFirstLineFindsCredentials(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
 	pod := once(app("job", annotated(), "whoami"))
-	// The user's own init container runs before the application, and has credentials too.
+	// The user's init container runs before the application and has credentials too.
 	pod.Spec.InitContainers = []corev1.Container{container("init", "whoami")}
 	create(t, ns, pod)
 	ended := awaitEnd(t, ns, "job")
 	for _, name := range []string{"init", "app"} {
-		if said := logs(t, ns, "job", name); !strings.HasPrefix(said, assumed(bucket)) {
-			t.Errorf("container %s said %q", name, said)
+		if output := logs(t, ns, "job", name); !strings.HasPrefix(output, assumed(bucket)) {
+			t.Errorf("container %s output %q", name, output)
 		}
 	}
-	// The order in which the kubelet has started and ended them.
+	// The kubelet starts the sidecar first and stops it last.
 	sidecar, init, own := status(t, ended, sidecarName), status(t, ended, "init"), status(t, ended, "app")
 	if sidecar.State.Terminated == nil || sidecar.State.Terminated.ExitCode != 0 || sidecar.RestartCount != 0 {
-		t.Fatalf("the sidecar has not ended well: %s", states(ended))
+		t.Fatalf("the sidecar has failed: %s", states(ended))
 	}
 	begin, end := sidecar.State.Terminated.StartedAt, sidecar.State.Terminated.FinishedAt
 	if init.State.Terminated.StartedAt.Before(&begin) || end.Before(&own.State.Terminated.FinishedAt) {
@@ -46,7 +59,8 @@ func TestFirstLineFindsCredentials(t *testing.T) {
 	}
 }
 
-// A pod whose sidecar is as it says, in a namespace whose LimitRange would refuse the default one, has credentials too.
+// TestSidecarOfItsOwn shows that a pod gets credentials if its annotations configure its sidecar, in a namespace whose
+// LimitRange refuses the default sidecar.
 func TestSidecarOfItsOwn(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -59,76 +73,49 @@ func TestSidecarOfItsOwn(t *testing.T) {
 	}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	says := annotated()
+	annotations := annotated()
 	for key, value := range map[string]string{
 		"sidecar-memory": "24Mi", "sidecar-cpu-request": "20m", "sidecar-cpu-limit": "0", "sidecar-port": "9790", "sidecar-log-level": "warn",
 	} {
-		says["iam.amazonaws.com/"+key] = value
+		annotations["iam.amazonaws.com/"+key] = value
 	}
-	create(t, ns, once(app("job", says, "whoami")))
+	create(t, ns, once(app("job", annotations, "whoami")))
 	awaitEnd(t, ns, "job")
-	if said := logs(t, ns, "job", "app"); !strings.HasPrefix(said, assumed(bucket)) {
-		t.Errorf("the application said %q", said)
+	if output := logs(t, ns, "job", "app"); !strings.HasPrefix(output, assumed(bucket)) {
+		t.Errorf("the application output %q", output)
 	}
-	if said := logs(t, ns, "job", sidecarName); strings.Contains(said, `"level":"INFO"`) {
-		t.Errorf("the sidecar said %q", said)
+	if output := logs(t, ns, "job", sidecarName); strings.Contains(output, `"level":"INFO"`) {
+		t.Errorf("the sidecar output %q", output)
 	}
 }
 
-// Each kind of workload runs, and its application finds credentials, where PodSecurity restricted is enforced.
+// TestEveryKindOfWorkloadRuns shows that the application of each kind of workload finds credentials, in a namespace that
+// enforces PodSecurity "restricted".
 func TestEveryKindOfWorkloadRuns(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
-	template := func(name string, args ...string) (corev1.PodTemplateSpec, *metav1.LabelSelector) {
-		pod := app(name, annotated(), args...)
-		return corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: pod.Labels, Annotations: pod.Annotations}, Spec: pod.Spec},
-			&metav1.LabelSelector{MatchLabels: pod.Labels}
-	}
-	long := []string{"watch", "1h"}
-	apps, batch := d.Client.AppsV1(), d.Client.BatchV1()
-	lasting := map[string]func(name string) error{
-		"pod": func(name string) error {
-			_, err := d.Client.CoreV1().Pods(ns).Create(t.Context(), app(name, annotated(), long...), metav1.CreateOptions{})
-			return err
-		},
-		"deployment": func(name string) error {
-			pod, selector := template(name, long...)
-			_, err := apps.Deployments(ns).Create(t.Context(), &appsv1.Deployment{
-				ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: appsv1.DeploymentSpec{Template: pod, Selector: selector},
-			}, metav1.CreateOptions{})
-			return err
-		},
-		"statefulset": func(name string) error {
-			pod, selector := template(name, long...)
-			_, err := apps.StatefulSets(ns).Create(t.Context(), &appsv1.StatefulSet{
-				ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: appsv1.StatefulSetSpec{Template: pod, Selector: selector},
-			}, metav1.CreateOptions{})
-			return err
-		},
-		"daemonset": func(name string) error {
-			pod, selector := template(name, long...)
-			_, err := apps.DaemonSets(ns).Create(t.Context(), &appsv1.DaemonSet{
-				ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: appsv1.DaemonSetSpec{Template: pod, Selector: selector},
-			}, metav1.CreateOptions{})
-			return err
-		},
-	}
-	for name, make := range lasting {
-		if err := make(name); err != nil {
-			t.Fatalf("%s: %v", name, err)
+	lasting := []string{"Pod", "Deployment", "StatefulSet", "DaemonSet"}
+	for _, kind := range lasting {
+		name := strings.ToLower(kind)
+		pod := app(name, annotated(), "watch", "1h")
+		manifest := map[string]any{"apiVersion": "apps/v1", "kind": kind, "metadata": map[string]any{"name": name}, "spec": map[string]any{
+			"selector": map[string]any{"matchLabels": pod.Labels},
+			"template": map[string]any{"metadata": map[string]any{"labels": pod.Labels, "annotations": pod.Annotations}, "spec": pod.Spec},
+		}}
+		if kind == "Pod" {
+			manifest["apiVersion"], manifest["metadata"], manifest["spec"] = "v1", pod.ObjectMeta, pod.Spec
 		}
+		apply(t, ns, manifest)
 	}
-	pod, _ := template("cronjob", "whoami")
-	pod.Spec.RestartPolicy = corev1.RestartPolicyNever
-	if _, err := batch.CronJobs(ns).Create(t.Context(), &batchv1.CronJob{
-		ObjectMeta: metav1.ObjectMeta{Name: "cronjob"},
-		Spec:       batchv1.CronJobSpec{Schedule: "* * * * *", JobTemplate: batchv1.JobTemplateSpec{Spec: batchv1.JobSpec{Template: pod}}},
-	}, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	for name := range lasting {
-		eventually(t, name+" runs", func(ctx context.Context) error {
-			pods, err := d.Client.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{LabelSelector: "app=" + name})
+	job := once(app("cronjob", annotated(), "whoami"))
+	apply(t, ns, map[string]any{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": map[string]any{"name": "cronjob"}, "spec": map[string]any{
+		"schedule":    "* * * * *",
+		"jobTemplate": map[string]any{"spec": map[string]any{"template": map[string]any{"metadata": map[string]any{"annotations": job.Annotations}, "spec": job.Spec}}},
+	}})
+	for _, kind := range lasting {
+		name := strings.ToLower(kind)
+		await.Until(t, name+" runs", func() error {
+			pods, err := d.Client.CoreV1().Pods(ns).List(t.Context(), metav1.ListOptions{LabelSelector: "app=" + name})
 			if err != nil {
 				return err
 			}
@@ -138,18 +125,18 @@ func TestEveryKindOfWorkloadRuns(t *testing.T) {
 			if err := ready(&pods.Items[0]); err != nil {
 				return err
 			}
-			// The application's first line is the key that it has found.
-			if said := logs(t, ns, pods.Items[0].Name, "app"); said == "" {
-				return errors.New("the application has not said anything")
+			// The application's first line is its access key.
+			if output := logs(t, ns, pods.Items[0].Name, "app"); output == "" {
+				return errors.New("the application has no output")
 			}
 			if s := status(t, &pods.Items[0], "app"); s.RestartCount != 0 {
-				return fatalError{fmt.Errorf("the application has failed: %s", states(&pods.Items[0]))}
+				return await.Never{Err: fmt.Errorf("the application has failed: %s", states(&pods.Items[0]))}
 			}
 			return nil
 		})
 	}
-	eventually(t, "the CronJob's Job completes", func(ctx context.Context) error {
-		jobs, err := batch.Jobs(ns).List(ctx, metav1.ListOptions{})
+	await.Until(t, "the CronJob's Job completes", func() error {
+		jobs, err := d.Client.BatchV1().Jobs(ns).List(t.Context(), metav1.ListOptions{})
 		if err != nil {
 			return err
 		}
@@ -158,25 +145,14 @@ func TestEveryKindOfWorkloadRuns(t *testing.T) {
 				return nil
 			}
 			if job.Status.Failed > 0 {
-				return fatalError{errors.New("it failed")}
+				return await.Never{Err: errors.New("it failed")}
 			}
 		}
-		return errors.New("none has")
+		return errors.New("none has completed")
 	})
 }
 
-// The sidecar serves an SDK for Go in an image of a single program, and the AWS CLI of the node's machine in the
-// pod's network, which copies to a bucket and back.
-func TestObjectsGoUpAndComeBack(t *testing.T) {
-	t.Parallel()
-	ns := namespace(t)
-	create(t, ns, once(app("list", annotated(), "ls", bucket)))
-	awaitEnd(t, ns, "list")
-	if said := logs(t, ns, "list", "app"); !strings.Contains(said, "only-for-"+bucket) {
-		t.Errorf("the application listed %q", said)
-	}
-}
-
+// TestAWSCLIInThePodsNetwork runs the AWS CLI of the node's machine in a pod. It copies an object to a bucket and back.
 func TestAWSCLIInThePodsNetwork(t *testing.T) {
 	t.Parallel()
 	aws, err := exec.LookPath("aws")
@@ -193,7 +169,7 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 		"echo up and down | " + aws + " s3 cp - s3://" + bucket + "/from-the-cli.txt",
 		aws + " s3 cp s3://" + bucket + "/from-the-cli.txt -",
 	}, "\n")
-	// Old CLIs know another variable for the region. The webhook sets both.
+	// Old CLIs read another variable for the region. The webhook sets both.
 	pod := once(app("cli", map[string]string{roleKey: bucket, "iam.amazonaws.com/region": deployment.Region}))
 	pod.Spec.SecurityContext = nil
 	pod.Spec.Volumes = []corev1.Volume{{Name: "node", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/"}}}}
@@ -205,17 +181,18 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 	c.VolumeMounts = []corev1.VolumeMount{{Name: "node", MountPath: "/node", ReadOnly: true}}
 	create(t, ns, pod)
 	awaitEnd(t, ns, "cli")
-	said := strings.Split(strings.TrimSpace(logs(t, ns, "cli", "app")), "\n")
-	if len(said) < 2 || !strings.HasPrefix(said[0], assumed(bucket)) || said[len(said)-1] != "up and down" {
-		t.Errorf("the CLI said %q", said)
+	output := strings.Split(strings.TrimSpace(logs(t, ns, "cli", "app")), "\n")
+	if len(output) < 2 || !strings.HasPrefix(output[0], assumed(bucket)) || output[len(output)-1] != "up and down" {
+		t.Errorf("the CLI output %q", output)
 	}
 }
 
-// A pod whose containers all run as one user can read its own projected tokens when it is injected, as it can without.
+// TestOwnProjectedTokens shows that a pod whose containers run as one user can read its own projected tokens with the
+// sidecar as without it.
 func TestOwnProjectedTokens(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
-	said := map[string]string{}
+	outputs := map[string]string{}
 	for name, annotations := range map[string]map[string]string{"plain": nil, "injected": annotated()} {
 		pod := once(app(name, annotations, "read", "/var/run/mode/token", "/var/run/default/token"))
 		pod.Spec.Containers[0].Image = plainImage
@@ -233,14 +210,15 @@ func TestOwnProjectedTokens(t *testing.T) {
 		if has := len(ended.Spec.InitContainers) == 1; has != (annotations != nil) {
 			t.Fatalf("pod %s has a sidecar: %t", name, has)
 		}
-		said[name] = logs(t, ns, name, "app")
+		outputs[name] = logs(t, ns, name, "app")
 	}
-	if said["injected"] != said["plain"] || strings.Count(said["plain"], "-rw------- uid 1000, some text: true") != 2 {
-		t.Errorf("without the sidecar:\n%s\nwith it:\n%s", said["plain"], said["injected"])
+	if outputs["injected"] != outputs["plain"] || strings.Count(outputs["plain"], "-rw------- uid 1000, some text: true") != 2 {
+		t.Errorf("without the sidecar:\n%s\nwith it:\n%s", outputs["plain"], outputs["injected"])
 	}
 }
 
-// Pods with a DNS of their own find the broker by its full name, if their name server is the cluster's.
+// TestOwnDNS shows that pods with their own DNS configuration find the broker by its full name, if they use the cluster's
+// name server.
 func TestOwnDNS(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -259,9 +237,9 @@ func TestOwnDNS(t *testing.T) {
 	host.Spec.DNSPolicy = corev1.DNSClusterFirstWithHostNet
 	create(t, ns, host)
 	for _, name := range []string{"none", "searches", "with-host-net"} {
-		eventually(t, "the sidecar of pod "+name+" has credentials", func(context.Context) error {
-			if said := logs(t, ns, name, sidecarName); !strings.Contains(said, "got credentials") {
-				return errors.New(said)
+		await.Until(t, "the sidecar of pod "+name+" has credentials", func() error {
+			if output := logs(t, ns, name, sidecarName); !strings.Contains(output, messageReceived) {
+				return errors.New(output)
 			}
 			return nil
 		})
@@ -273,7 +251,8 @@ func TestOwnDNS(t *testing.T) {
 	}
 }
 
-// A copy of a pod as kubectl debug makes it, with the sidecar and without label and annotations, starts at once.
+// TestCopyForDebugging shows that a copy by kubectl debug, which has the sidecar but neither label nor annotations, starts
+// immediately.
 func TestCopyForDebugging(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t)
@@ -286,7 +265,34 @@ func TestCopyForDebugging(t *testing.T) {
 	debugged.Spec.Containers[0].Image, debugged.Spec.Containers[0].Args = pauseImage, nil
 	create(t, ns, debugged)
 	awaitReady(t, ns, "copy")
-	if said := logs(t, ns, "copy", sidecarName); !strings.Contains(said, "POD_NOT_INJECTED") || !strings.Contains(said, "start without credentials") {
-		t.Errorf("its sidecar said:\n%s", said)
+	if output := logs(t, ns, "copy", sidecarName); !strings.Contains(output, "POD_NOT_INJECTED") || !strings.Contains(output, messageNotInjected) {
+		t.Errorf("its sidecar output:\n%s", output)
 	}
+}
+
+// TestRefusalIsVisible shows that "kubectl describe" prints the refusal of a controller's pods.
+func TestRefusalIsVisible(t *testing.T) {
+	t.Parallel()
+	ns := namespace(t, func(ns *corev1.Namespace) {
+		ns.Annotations[permittedKey] = "arn:aws:iam::123456789012:role/" + bucket
+	})
+	manifest := fmt.Sprintf(`apiVersion: apps/v1
+kind: ReplicaSet
+metadata: {name: greedy, namespace: %s}
+spec:
+  selector: {matchLabels: {app: greedy}}
+  template:
+    metadata: {labels: {app: greedy}, annotations: {%s: admin}}
+    spec: {containers: [{name: app, image: app}]}
+`, ns, roleKey)
+	if _, err := d.Run(t.Context(), manifest, d.Kubectl, "apply", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	await.Until(t, "kubectl describe prints it", func() error {
+		out, err := d.Run(t.Context(), "", d.Kubectl, "describe", "replicaset", "greedy", "-n", ns)
+		if err == nil && !strings.Contains(out, "does not permit role") {
+			err = fmt.Errorf("it prints:\n%s", out)
+		}
+		return err
+	})
 }

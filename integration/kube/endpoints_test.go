@@ -20,8 +20,8 @@ import (
 
 const brokers = "credence-broker"
 
-// slice makes or changes an EndpointSlice of the brokers' Service. Each endpoint is an address with a state behind it:
-// "10.0.0.1 ready", starting, ending, or unset for one without conditions.
+// slice creates or updates an EndpointSlice of a Service. Each endpoint is an address and a state: "10.0.0.1 ready",
+// starting, ending, or unset for an endpoint without conditions.
 func slice(t *testing.T, ns, service, name string, family discoveryv1.AddressType, endpoints ...string) {
 	t.Helper()
 	s := &discoveryv1.EndpointSlice{
@@ -40,11 +40,11 @@ func slice(t *testing.T, ns, service, name string, family discoveryv1.AddressTyp
 			e.Conditions = discoveryv1.EndpointConditions{Ready: new(true), Serving: new(true), Terminating: new(false)}
 		case "starting":
 			e.Conditions = discoveryv1.EndpointConditions{Ready: new(false), Serving: new(false)}
-		case "ending": // it still answers
+		case "ending": // it still serves
 			e.Conditions = discoveryv1.EndpointConditions{Ready: new(false), Serving: new(true), Terminating: new(true)}
 		case "unset":
 		default:
-			t.Fatalf("no state %q", state)
+			t.Fatalf("unknown state %q", state)
 		}
 		s.Endpoints = append(s.Endpoints, e)
 	}
@@ -58,47 +58,57 @@ func slice(t *testing.T, ns, service, name string, family discoveryv1.AddressTyp
 	}
 }
 
-// told is what a broker was told last.
-type told struct {
+// updates records the updates that a broker gets.
+type updates struct {
 	mu   sync.Mutex
 	last placement.Members // guarded by mu
-	n    int               // of different ones; guarded by mu
+	n    int               // the number of different updates; guarded by mu
 }
 
-func (w *told) update(m placement.Members) {
+func (w *updates) add(m placement.Members) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, list := range [][]netip.Addr{m.Ready, m.Starting} {
 		slices.SortFunc(list, netip.Addr.Compare)
 	}
-	// One event may be told twice: the store has the next one before the loop has read the last, and then it reads the same
-	// once more. Only what differs counts, to the broker as well (placement.Update).
+	// An update can repeat: the store can have the next event before the loop reads the last one. The broker ignores a
+	// repetition too (placement.Update).
 	if w.n == 0 || !reflect.DeepEqual(m, w.last) {
 		w.last, w.n = m, w.n+1
 	}
 }
 
-func (w *told) String() string {
+func (w *updates) String() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return fmt.Sprintf("self %s, ready %v, starting %v, ending %v", w.last.Self, w.last.Ready, w.last.Starting, w.last.Ending)
 }
 
-func (w *told) want(t *testing.T, want string) {
+func (w *updates) want(t *testing.T, want string) {
 	t.Helper()
-	eventually(t, "the broker is told "+want, func() bool { return w.String() == want })
+	eventually(t, "the broker gets the update "+want, func() bool { return w.String() == want })
 }
 
-// follow watches the endpoints of the brokers' Service as one of them.
-func follow(t *testing.T, ns string, own ...string) *told {
+// count fails the test unless the broker got n different updates.
+func (w *updates) count(t *testing.T, n int) {
 	t.Helper()
-	w := new(told)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.n != n {
+		t.Errorf("the broker got %d different updates, want %d", w.n, n)
+	}
+}
+
+// follow watches the endpoints of the brokers' Service as the broker with these addresses.
+func follow(t *testing.T, ns string, own ...string) *updates {
+	t.Helper()
+	w := new(updates)
 	var addresses []netip.Addr
 	for _, a := range own {
 		addresses = append(addresses, netip.MustParseAddr(a))
 	}
 	e, err := kube.NewEndpoints(kube.EndpointsConfig{
-		REST: control.Config(), Namespace: ns, Service: brokers, Own: addresses, Update: w.update, Patience: time.Hour, Logger: logger(t),
+		REST: control.Config(), Namespace: ns, Service: brokers, Own: addresses, Update: w.add, Patience: time.Hour, Logger: logger(t),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +135,7 @@ func TestEndpoints(t *testing.T) {
 	first.want(t, "self 10.0.0.1, ready [10.0.0.1 10.0.0.2], starting [], ending false")
 }
 
-// Where the Service has two families, brokers are told apart by one of them, the same for all.
+// TestEndpointsOfTwoFamilies shows that all brokers identify each other by the same IP family if the Service has two.
 func TestEndpointsOfTwoFamilies(t *testing.T) {
 	ns := namespace(t)
 	slice(t, ns, brokers, brokers+"-6", discoveryv1.AddressTypeIPv6, "fd00::1 ready", "fd00::2 ready")
@@ -136,22 +146,18 @@ func TestEndpointsOfTwoFamilies(t *testing.T) {
 	both.want(t, "self 10.0.0.1, ready [10.0.0.1 10.0.0.2], starting [], ending false")
 }
 
-// A broker that starts is listed a second later; the others are not to be taken for all there are. For how long it waits
-// is tested where the clock is not a real one, in package kube.
+// TestBrokerThatIsNotListedYet shows that a starting broker waits until it is listed, about a second later. Package kube
+// tests the limit in virtual time.
 func TestBrokerThatIsNotListedYet(t *testing.T) {
 	ns := namespace(t)
 	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready")
 	late := follow(t, ns, "10.0.0.2")
 	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 starting")
 	late.want(t, "self 10.0.0.2, ready [10.0.0.1], starting [10.0.0.2], ending false")
-	late.mu.Lock()
-	if late.n != 1 {
-		t.Errorf("it was told of %d sets of brokers", late.n)
-	}
-	late.mu.Unlock()
+	late.count(t, 1)
 }
 
-// While nobody is named, what was told holds: a Service that is made anew makes nobody the only one.
+// TestEndpointsOfNobody shows that an empty list changes nothing: a recreated Service makes no broker think it is alone.
 func TestEndpointsOfNobody(t *testing.T) {
 	ns := namespace(t)
 	first := follow(t, ns, "10.0.0.1")
@@ -159,25 +165,16 @@ func TestEndpointsOfNobody(t *testing.T) {
 	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 ready")
 	const both = "self 10.0.0.1, ready [10.0.0.1 10.0.0.2], starting [], ending false"
 	first.want(t, both)
-	first.mu.Lock()
-	told := first.n
-	first.mu.Unlock()
-	if told != 1 {
-		t.Errorf("it was told of %d sets of brokers, and there was one", told)
-	}
+	first.count(t, 1)
 	if err := client.DiscoveryV1().EndpointSlices(ns).Delete(t.Context(), brokers+"-1", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	slice(t, ns, brokers, brokers+"-2", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.3 ready")
 	first.want(t, "self 10.0.0.1, ready [10.0.0.1 10.0.0.3], starting [], ending false")
-	first.mu.Lock()
-	defer first.mu.Unlock()
-	if first.n != 2 {
-		t.Errorf("it was told %d times of two sets of brokers", first.n)
-	}
+	first.count(t, 2)
 }
 
-// A new pod can have the address of one that is still listed.
+// TestEndpointsOfAnAddressThatIsUsedAgain covers a new pod with the address of a pod that is still listed.
 func TestEndpointsOfAnAddressThatIsUsedAgain(t *testing.T) {
 	ns := namespace(t)
 	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ending", "10.0.0.1 starting", "10.0.0.2 ready")

@@ -1,11 +1,13 @@
 //go:build unix
 
-// Package kube_test holds package broker/kube against a real API server: what it makes of every kind of token, of
-// pods and service accounts that come and go, and of an API server that goes away and returns.
+// Package kube_test tests package broker/kube against a real API server: all kinds of tokens, pods and service accounts
+// that are created and deleted, and an API server that becomes unavailable and returns. What does not depend on the API
+// server's own behavior is tested in broker/kube itself, in virtual time.
 package kube_test
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -23,20 +25,22 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
+	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/cluster"
 )
 
 const (
 	audience = "credence-broker"
-	// secondIssuer is one that the API server accepts and does not issue for, as after a change of issuer.
+	// secondIssuer is accepted by the API server, which issues no tokens for it, as after a change of issuer.
 	secondIssuer = "https://second.example"
 	injectedKey  = policy.DefaultPrefix + "/injected"
 	injectKey    = policy.DefaultPrefix + "/inject"
 	roleKey      = policy.DefaultPrefix + "/role"
 )
 
-// What all tests share.
+// All tests share one control plane.
 var (
 	control *cluster.Cluster
 	client  kubernetes.Interface
@@ -76,7 +80,7 @@ func keys(t *testing.T) policy.Keys {
 // logger writes to the test's log for as long as the test runs.
 func logger(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
 
-// background runs a part until the test ends.
+// background runs run until the test ends.
 func background(t *testing.T, run func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -90,7 +94,7 @@ func background(t *testing.T, run func(context.Context) error) {
 	})
 }
 
-// startDirectory runs a directory that reaches the API server by config, and returns when it has listed.
+// startDirectory runs a directory until the test ends, and returns when it has listed all objects.
 func startDirectory(t *testing.T, config *rest.Config) *kube.Directory {
 	t.Helper()
 	d, err := kube.NewDirectory(config, keys(t), logger(t))
@@ -102,17 +106,18 @@ func startDirectory(t *testing.T, config *rest.Config) *kube.Directory {
 	return d
 }
 
-// eventually waits for what comes by a watch, a moment later.
+// eventually waits for what a watch delivers.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); !condition(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("it never came about that %s", what)
+	await.Until(t, what, func() error {
+		if !condition() {
+			return errors.New("it is not so")
 		}
-	}
+		return nil
+	})
 }
 
-// namespace makes an opted-in namespace, named after the test and another one each time (-count), and returns its name.
+// namespace creates an opted-in namespace with a new name, and returns its name.
 func namespace(t *testing.T) string {
 	t.Helper()
 	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
@@ -134,7 +139,7 @@ func account(t *testing.T, ns, name string) *corev1.ServiceAccount {
 	return made
 }
 
-// pod makes an injected pod; change may alter it first.
+// pod creates an injected pod. If change is not nil, it changes the pod before.
 func pod(t *testing.T, ns, name string, change func(*corev1.Pod)) *corev1.Pod {
 	t.Helper()
 	p := &corev1.Pod{
@@ -154,7 +159,7 @@ func pod(t *testing.T, ns, name string, change func(*corev1.Pod)) *corev1.Pod {
 	return made
 }
 
-// remove deletes a pod at once.
+// remove deletes a pod immediately.
 func remove(t *testing.T, p *corev1.Pod) {
 	t.Helper()
 	if err := client.CoreV1().Pods(p.Namespace).Delete(t.Context(), p.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)}); err != nil {
@@ -166,7 +171,7 @@ func podRef(p *corev1.Pod) *authenticationv1.BoundObjectReference {
 	return &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: p.Name, UID: p.UID}
 }
 
-// token has the API server make a token of a service account; bound may be nil.
+// token requests a token of a service account for an hour. bound may be nil.
 func token(t *testing.T, ns, account string, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
 	t.Helper()
 	return tokenOfLife(t, ns, account, time.Hour, bound, audiences...)
@@ -174,16 +179,16 @@ func token(t *testing.T, ns, account string, bound *authenticationv1.BoundObject
 
 func tokenOfLife(t *testing.T, ns, account string, life time.Duration, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
 	t.Helper()
-	answer, err := client.CoreV1().ServiceAccounts(ns).CreateToken(t.Context(), account, &authenticationv1.TokenRequest{
+	response, err := client.CoreV1().ServiceAccounts(ns).CreateToken(t.Context(), account, &authenticationv1.TokenRequest{
 		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, BoundObjectRef: bound, ExpirationSeconds: new(int64(life.Seconds()))},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return answer.Status.Token
+	return response.Status.Token
 }
 
-// podToken is the token that a kubelet would project into the pod.
+// podToken requests the token that a kubelet would project into the pod.
 func podToken(t *testing.T, p *corev1.Pod) string {
 	t.Helper()
 	return token(t, p.Namespace, p.Spec.ServiceAccountName, podRef(p), audience)
@@ -201,25 +206,25 @@ func idOf(t *testing.T, p *corev1.Pod) identity.Pod {
 	}
 }
 
-func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *kube.JWKS {
+func newJWKS(t *testing.T, config *rest.Config, issuers ...string) *verify.JWKS {
 	t.Helper()
-	v, err := kube.NewJWKS(kube.JWKSConfig{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
+	v, err := verify.NewJWKS(verify.Config{REST: config, Audience: audience, Issuers: issuers, Logger: logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return v
 }
 
-func newTokenReview(t *testing.T, config *rest.Config) *kube.TokenReview {
+func newTokenReview(t *testing.T, config *rest.Config) *verify.TokenReview {
 	t.Helper()
-	v, err := kube.NewTokenReview(kube.TokenReviewConfig{REST: config, Audience: audience, Logger: logger(t)})
+	v, err := verify.NewTokenReview(verify.Config{REST: config, Audience: audience, Logger: logger(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return v
 }
 
-// outcome is how the table of docs/tokens.md puts it.
+// outcome returns the term of docs/tokens.md for a result.
 func outcome(err error) string {
 	if err == nil {
 		return "accepted"

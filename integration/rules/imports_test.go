@@ -8,13 +8,11 @@ import (
 	"strings"
 )
 
-// floors places every package. A package imports only strictly lower floors, so
-// the graph of the whole is known from this table, and a cycle of ideas is as
-// impossible as a cycle of imports. A floor is changed here, together with a
-// record in docs/decisions that says why. A package may be listed before it
-// exists.
+// floors gives each package a floor. A package imports only packages of lower floors, so this table shows the import
+// graph and excludes cycles. Change a floor here, with a record in docs/decisions that says why. The table may list a
+// package that does not exist yet.
 var floors = map[string]int{
-	// 0: the nouns. Standard library only.
+	// 0: the types of the domain. Standard library only.
 	"broker/clip":           0,
 	"broker/connlimit":      0,
 	"broker/credential":     0,
@@ -25,43 +23,48 @@ var floors = map[string]int{
 	"certs":                 0,
 	"sidecar/contract":      0,
 
-	// 1: pure mechanisms over the nouns, and the wire.
-	"broker/brokerpb":  1,
-	"broker/cache":     1,
-	"broker/placement": 1,
-	"broker/policy":    1,
-	"certs/certstest":  1,
-	"certs/pki":        1,
+	// 1: pure mechanisms on these types, and the wire format.
+	"broker/brokerpb":       1,
+	"broker/cache/schedule": 1, // x/time/rate only
+	"broker/placement":      1,
+	"broker/policy":         1,
+	"certs/certstest":       1,
 
-	// 2: what meets one outside system each.
+	// 2: packages that call one outside system each.
+	"broker/cache":      2, // calls no outside system; it imports its schedule
 	"broker/assume":     2,
 	"broker/audit":      2,
 	"broker/client":     2,
-	"broker/configfile": 2, // the file system, and YAML
+	"broker/configfile": 2, // the file system and YAML
 	"broker/kube":       2,
 	"broker/tracing":    2,
 	"certs/trust":       2,
 	"webhook/inject":    2,
 
-	// 3: the components, and the files by which some decide.
+	"broker/kube/events": 2, // besides the watches, the two other users of the API server
+	"broker/kube/verify": 2,
+
+	// 3: the components and their configuration files.
 	"broker":               3,
 	"broker/admin":         3,
 	"broker/rulesfile":     3,
+	"operator/yamledit":    3, // YAML and JSON only
 	"sidecar":              3,
 	"webhook":              3,
 	"webhook/settingsfile": 3,
 
-	// 4: components put together, for tests and for the operator.
+	// 4: combined components, for tests and for the credence command.
 	"broker/assume/ststest":   4,
 	"broker/kube/apitest":     4,
 	"broker/brokertest":       4,
 	"broker/client/dnstest":   4,
 	"broker/tracing/otlptest": 4,
 	"operator":                4,
+	"webhook/metrics":         4,
 
 	"cmd/internal/twoprocessors":       4,
-	"cmd/internal/injectflags":         4, // what the webhook and the operator's command share
-	"cmd/internal/program":             4, // what the mains share
+	"cmd/internal/injectflags":         4, // the flags that the webhook and the credence command share
+	"cmd/internal/program":             4, // the code that all programs share
 	"cmd/internal/program/processtest": 4,
 	"cmd/internal/program/programtest": 4,
 
@@ -72,8 +75,8 @@ var floors = map[string]int{
 	"cmd/webhook":  5,
 }
 
-// integration is the top floor: all that lies in this folder. It alone may
-// import within its floor, for nothing is built upon it.
+// integration is the folder of the top floor. Its packages may import each other, because no product package imports
+// them.
 const (
 	integration = "integration"
 	topFloor    = 6
@@ -87,45 +90,44 @@ func floorOf(dir string) (floor int, known bool) {
 	return floor, known
 }
 
-// standardOnly packages import nothing but the standard library and lower
-// floors, outside of tests: floor 0, and the helper that everything's tests use.
+// standardOnly reports whether a package, outside of its tests, may import only the standard library and lower floors:
+// floor 0, and certs/certstest, which the tests of all packages use.
 func standardOnly(dir string) bool {
 	floor, known := floorOf(dir)
 	return known && floor == 0 || dir == "certs/certstest"
 }
 
-// doors are the only places, with what lies below them, where a heavy module
-// may be imported, in tests too. They keep the sidecar small, and keep what an
-// upgrade of the module can break in one folder.
+// doors are the folders, subfolders included, that may import a heavy module, in tests too. They keep the sidecar small
+// and limit the code that an upgrade of the module can break.
 var doors = []struct {
 	module string
 	opens  []string
 }{
 	{"github.com/aws", []string{"broker/assume", integration}},
-	{"github.com/cert-manager", []string{"certs/pki", "operator", integration}},
+	{"github.com/cert-manager", []string{"operator", integration}},
 	{"github.com/google/go-containerregistry", []string{integration}},
 	{"github.com/gorilla/mux", []string{"broker/admin", "sidecar", "webhook"}},
-	{"github.com/prometheus", []string{"broker/admin"}},
+	{"github.com/prometheus", []string{"broker/admin", "webhook/metrics"}},
 	{"go.opentelemetry.io", []string{"broker/tracing"}},
 	{"golang.org/x/crypto/x509roots", []string{"cmd/broker", integration}},
 	{"k8s.io/client-go", []string{"broker/kube", "certs/trust", "cmd", "operator", integration}},
 }
 
-// isDouble reports whether dir is a package that imitates something for tests;
-// by its name, as net/http/httptest does.
+// isDouble reports whether dir is a package that imitates something for tests. Its name ends in "test", as that of
+// net/http/httptest.
 func isDouble(dir string) bool { return strings.HasSuffix(path.Base(dir), "test") }
 
 func checkImports(p *pkg) (all []violation) {
 	own, known := floorOf(p.dir)
 	if !known {
 		return []violation{{p.dir, "is on no floor: give it one in integration/rules/imports_test.go, " +
-			"with a record in docs/decisions, or put the code into a package that is there"}}
+			"with a record in docs/decisions, or move the code into an existing package"}}
 	}
 	for _, f := range p.files {
 		for _, spec := range f.syntax.Imports {
 			imported, err := strconv.Unquote(spec.Path.Value)
 			if err != nil {
-				continue // the parser has let only string literals through
+				continue // The parser accepts only string literals.
 			}
 			if why := refuse(p.dir, own, f.test, imported); why != "" {
 				all = append(all, violation{f.path, "imports " + imported + ": " + why})
@@ -135,10 +137,10 @@ func checkImports(p *pkg) (all []violation) {
 	return all
 }
 
-// refuse says why a file in dir must not import something, or nothing.
+// refuse returns why a file in dir must not import a package, or "" if it may.
 func refuse(dir string, own int, test bool, imported string) string {
 	if imported == "C" {
-		return "every program is built without cgo"
+		return "all programs are built without cgo"
 	}
 	if target, ours := strings.CutPrefix(imported, module+"/"); ours {
 		return refuseOwn(dir, own, test, target)
@@ -148,19 +150,18 @@ func refuse(dir string, own int, test bool, imported string) string {
 		return "" // the standard library
 	}
 	if standardOnly(dir) && !test {
-		return "this package is for the standard library only"
+		return "this package may import only the standard library"
 	}
 	for _, door := range doors {
 		if within(imported, door.module) && !within(dir, door.opens...) {
-			return fmt.Sprintf("%s enters only through %s", door.module, strings.Join(door.opens, ", "))
+			return fmt.Sprintf("%s may be imported only in %s", door.module, strings.Join(door.opens, ", "))
 		}
 	}
 	return ""
 }
 
-// refuseOwn judges an import of a package of this module. A test may import
-// what its package may; beyond that, its own package, and any double, which
-// lies above what it imitates.
+// refuseOwn is refuse for packages of this module. A test may import what its package may, and also its own package and
+// any double. A double is on a higher floor than the package that it imitates.
 func refuseOwn(dir string, own int, test bool, target string) string {
 	floor, known := floorOf(target)
 	switch {
@@ -171,21 +172,20 @@ func refuseOwn(dir string, own int, test bool, target string) string {
 	case test && (target == dir || isDouble(target)):
 		return ""
 	case isDouble(target) && !isDouble(dir) && !within(dir, integration):
-		return "a double is for tests, for other doubles and for " + integration
+		return "only tests, other doubles and " + integration + " may import a double"
 	case floor >= own:
-		return fmt.Sprintf("that is floor %d, this is floor %d, and only lower floors may be imported", floor, own)
+		return fmt.Sprintf("that is floor %d, this is floor %d; import only lower floors", floor, own)
 	}
 	return ""
 }
 
-// grabBags are names that say nothing of what a package is for, and so gather
-// what has no place.
+// grabBags are names that do not say what a package is for. Such packages collect unrelated code.
 var grabBags = []string{"common", "helper", "helpers", "misc", "pkg", "shared", "types", "util", "utils"}
 
 func checkNames(p *pkg) (all []violation) {
 	for element := range strings.SplitSeq(p.dir, "/") {
 		if slices.Contains(grabBags, element) {
-			all = append(all, violation{p.dir, "the name " + element + " says nothing: name the package for what it is about"})
+			all = append(all, violation{p.dir, "the name " + element + " says nothing: name the package after its subject"})
 		}
 	}
 	for _, f := range p.files {
@@ -194,7 +194,7 @@ func checkNames(p *pkg) (all []violation) {
 			name = strings.TrimSuffix(name, "_test")
 		}
 		if name != "main" && p.dir != "." && name != path.Base(p.dir) {
-			all = append(all, violation{f.path, "package " + name + " should have the name of its folder, " + path.Base(p.dir)})
+			all = append(all, violation{f.path, "package " + name + " must have the name of its folder, " + path.Base(p.dir)})
 		}
 	}
 	return all

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// limits are the constants that docs/threat-model.md states, by the beginning of the row that states them.
+// limits are the constants that docs/threat-model.md states, by the start of their row.
 var limits = []struct {
 	row   string // the first two cells
 	form  func(int64) string
@@ -27,18 +27,18 @@ var limits = []struct {
 	{"| anyone at port 9443 | connections |", number, "broker", []string{"maxUnauthenticated", "maxWaiting"}},
 	{"| anyone at port 9443 | connections |", size, "broker", []string{"HeldPerConnection", "maxCallBytes"}},
 	{"| anyone at port 9443 | connections |", seconds, "broker", []string{"requestTime"}},
-	{"| anyone with a token, valid or not | tokens", number, "broker/kube", []string{"reviewsAtOnce", "reviewsOfVerified", "maxWaiting"}},
-	{"| the same | key ids", size, "broker/kube", []string{"maxDocument"}},
-	{"| the same | key ids", number, "broker/kube", []string{"maxKeys"}},
-	{"| the same | key ids", seconds, "broker/kube", []string{"keysMinAge"}},
-	{"| the same | tokens with a long life", hours, "broker/kube", []string{"DefaultMaxTokenLife"}},
+	{"| anyone with a token, valid or not | tokens", number, "broker/kube/verify", []string{"reviewsAtOnce", "reviewsOfVerified", "maxWaiting"}},
+	{"| the same | key ids", size, "broker/kube/verify", []string{"maxDocument"}},
+	{"| the same | key ids", number, "broker/kube/verify", []string{"maxKeys"}},
+	{"| the same | key ids", seconds, "broker/kube/verify", []string{"keysMinAge"}},
+	{"| the same | tokens with a long life", hours, "broker/kube/verify", []string{"DefaultMaxTokenLife"}},
 	{"| anyone who is refused | audit lines", number, "broker/audit", []string{"bufferedDenials", "maxPeers", "podLines"}},
 	{"| anyone who is refused | audit lines", seconds, "broker/audit", []string{"Window"}},
 	{"| pods with a valid token | calls", number, "broker", []string{"maxPerPod", "maxAuthenticated"}},
 	{"| the same | audit lines", number, "broker/audit", []string{"buffered", "MaxLine"}},
 	{"| the same, if the watches", number, "broker/kube", []string{"liveReadsPerSecond", "liveReadBurst", "namespaceReadsPerSecond", "namespaceReadBurst"}},
 	{"| the same, if the watches", seconds, "broker/kube", []string{"liveReadTimeout"}},
-	{"| the same | refusals and warnings", number, "broker/kube", []string{"namespaceEventBurst", "eventBurst", "eventsPerSecond"}},
+	{"| the same | refusals and warnings", number, "broker/kube/events", []string{"namespaceBurst", "burst", "perSecond"}},
 	{"| anyone at port 9443 | connections, by", number, "webhook", []string{"maxConnections", "maxWaiting"}},
 	{"| anyone at port 9443 | connections, by", size, "webhook", []string{"HeldPerConnection"}},
 	{"| anyone at port 9443 | connections, by", seconds, "webhook", []string{"headerTimeout", "readTimeout"}},
@@ -56,7 +56,7 @@ var limits = []struct {
 	{"| the same, and pods | decisions", size, "broker/policy", []string{"maxCachedEach", "maxCached"}},
 	{"| users who create pods | `session-policy`", size, "broker/policy", []string{"maxPolicyText"}},
 	{"| writers of the rules file", size, "broker/configfile", []string{"maxFile"}},
-	{"| containers of the pod", number, "sidecar", []string{"maxConnections", "maxLines", "crowd"}},
+	{"| containers of the pod", number, "sidecar", []string{"maxConnections", "maxLines", "keepAliveLimit"}},
 	{"| containers of the pod", seconds, "sidecar", []string{"readTimeout"}},
 	{"| the cluster's DNS |", seconds, "broker/client", []string{"maxLookup", "knownAfter"}},
 	{"| the cluster's DNS |", number, "broker/client", []string{"maxAddresses"}},
@@ -64,7 +64,7 @@ var limits = []struct {
 	{"| a broker to a sidecar", size, "broker/assume", []string{"maxAnswer"}},
 }
 
-// TestLimits: the table of docs/threat-model.md has the numbers of the code.
+// TestLimits compares the numbers in the table of docs/threat-model.md with the constants.
 func TestLimits(t *testing.T) {
 	const root, page = "../..", "../../docs/threat-model.md"
 	text, err := os.ReadFile(page)
@@ -76,7 +76,7 @@ func TestLimits(t *testing.T) {
 	for _, limit := range limits {
 		_, row, ok := strings.Cut(string(text), "\n"+limit.row)
 		if !ok {
-			t.Errorf("%s has no row that begins with %q", page, limit.row)
+			t.Errorf("%s has no row that starts with %q", page, limit.row)
 			continue
 		}
 		row, _, _ = strings.Cut(row, "\n")
@@ -87,19 +87,19 @@ func TestLimits(t *testing.T) {
 		for _, name := range limit.names {
 			value, ok := valueOf(pkg, name)
 			if !ok {
-				t.Errorf("%s has no constant %s, or its value is not known", limit.dir, name)
+				t.Errorf("%s has no constant %s, or its value is unknown", limit.dir, name)
 				continue
 			}
 			want := limit.form(value)
 			if !regexp.MustCompile(`(^|[^\d,.])` + regexp.QuoteMeta(want) + `($|[^\d,.A-Za-z]|[,.]($|\D))`).MatchString(row) {
-				t.Errorf("%s of %s is %s, which the row %q of %s does not say: %s", name, limit.dir, want, limit.row, page, row)
+				t.Errorf("%s of %s is %s, but the row %q of %s does not have it: %s", name, limit.dir, want, limit.row, page, row)
 			}
 		}
 	}
 }
 
-// constants finds out what the constants of this module's packages are, from their sources. Other modules are left out:
-// what depends on them has no value.
+// constants evaluates the constants of this module's packages from their sources. It skips other modules, so a constant
+// that depends on one has no value.
 type constants struct {
 	set      *token.FileSet
 	root     string
@@ -114,7 +114,7 @@ func (c *constants) Import(name string) (*types.Package, error) {
 	case name == "time":
 		return c.standard.Import(name) //nolint:wrapcheck // The type checker ignores it.
 	case !own:
-		return nil, errors.New("left out")
+		return nil, errors.New("skipped")
 	case c.packages[name] != nil:
 		return c.packages[name], nil
 	}
@@ -129,17 +129,17 @@ func (c *constants) Import(name string) (*types.Package, error) {
 		}
 		file, err := parser.ParseFile(c.set, name, nil, parser.SkipObjectResolution)
 		if err != nil {
-			return nil, err //nolint:wrapcheck // It names the file.
+			return nil, err //nolint:wrapcheck // The error names the file.
 		}
 		files = append(files, file)
 	}
 	config := types.Config{Importer: c, Error: func(error) {}, IgnoreFuncBodies: true, FakeImportC: true}
-	pkg, _ := config.Check(name, c.set, files, nil) // the errors are about the parts that are left out
+	pkg, _ := config.Check(name, c.set, files, nil) // The errors concern the skipped modules.
 	c.packages[name] = pkg
 	return pkg, nil
 }
 
-// valueOf returns the value of a constant that is an integer.
+// valueOf returns the value of an integer constant.
 func valueOf(pkg *types.Package, name string) (int64, bool) {
 	found, ok := pkg.Scope().Lookup(name).(*types.Const)
 	if !ok || found.Val().Kind() == constant.Unknown {
@@ -148,7 +148,7 @@ func valueOf(pkg *types.Package, name string) (int64, bool) {
 	return constant.Int64Val(constant.ToInt(found.Val()))
 }
 
-// number writes n as the page does: 2,048.
+// number formats n as the page does: 2,048.
 func number(n int64) string {
 	digits := strconv.FormatInt(n, 10)
 	for at := len(digits) - 3; at > 0; at -= 3 {
@@ -157,7 +157,7 @@ func number(n int64) string {
 	return digits
 }
 
-// size writes a number of bytes, in the largest unit of which it is a whole number.
+// size formats a number of bytes as a whole number of MiB or KiB.
 func size(n int64) string {
 	if n%(1<<20) == 0 {
 		return number(n>>20) + " MiB"

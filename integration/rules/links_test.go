@@ -11,7 +11,7 @@ import (
 	"unicode"
 )
 
-// The forms in which Markdown points to another file.
+// linkForms are the forms of a link in Markdown.
 var linkForms = []*regexp.Regexp{
 	regexp.MustCompile(`\]\(\s*<?([^)\s>]+)>?(?:\s+"[^"]*")?\s*\)`), // [text](target "title"), and images
 	regexp.MustCompile(`^\s{0,3}\[[^\]]+\]:\s*<?([^\s>]+)>?`),       // [label]: target
@@ -25,12 +25,11 @@ var (
 	linkText = regexp.MustCompile(`\[([^\]]*)\]\([^)]*\)`)
 )
 
-// checkLinks asks that each relative link leads to a file of the repository
-// and, in a document, to a heading. Links to other hosts are not followed: a
-// test must not fail because somebody else's server does.
+// checkLinks requires that the target of each relative link exists: the file, and in a document the heading. It does not
+// follow links to other hosts, because a test must not fail when their server does.
 func checkLinks(tree fs.FS, documents []string) (all []violation) {
 	if len(documents) == 0 {
-		return []violation{{".", "no Markdown document was found: the rules look in the wrong place"}}
+		return []violation{{".", "found no Markdown document; the rules look in the wrong place"}}
 	}
 	for _, document := range documents {
 		lines, err := prose(tree, document)
@@ -51,7 +50,7 @@ func checkLinks(tree fs.FS, documents []string) (all []violation) {
 	return all
 }
 
-// broken says why a link from a document leads nowhere, or nothing.
+// broken returns why a link of a document has no target, or "".
 func broken(tree fs.FS, document, target string) string {
 	if scheme.MatchString(target) {
 		return ""
@@ -65,7 +64,7 @@ func broken(tree fs.FS, document, target string) string {
 		name = path.Join(path.Dir(document), file)
 	}
 	if !fs.ValidPath(name) {
-		return "it leads out of the repository"
+		return "the target is outside of the repository"
 	}
 	if _, err := fs.Stat(tree, name); err != nil {
 		return "there is no such file"
@@ -96,7 +95,7 @@ func broken(tree fs.FS, document, target string) string {
 	return "there is no such heading"
 }
 
-// slug is the anchor that GitHub gives to a heading.
+// slug returns the anchor that GitHub gives a heading.
 func slug(title string) string {
 	title = linkText.ReplaceAllString(title, "$1")
 	return strings.Map(func(r rune) rune {

@@ -1,18 +1,16 @@
-// Package rules_test holds the house rules of this repository: which package
-// may import which, where heavy modules may enter, what a package must say of
-// itself, and that links between documents lead somewhere. A rule that only
-// stands in a document is broken within a month.
+// Package rules_test checks the house rules of this repository: which package may import which, which packages may
+// import heavy modules, how large a package is, what it exports, what its comment says, and that links between
+// documents have a target. A rule without a test is broken within a month.
 //
-// Every rule is a function from a file tree to its violations. TestRepository
-// runs all of them over this repository; TestBrokenTrees runs them over small
-// trees that each break one rule, so a rule that has gone blind is noticed.
+// Each rule is a function that returns the violations in a file tree. TestRepository runs all rules on this
+// repository. TestBrokenTrees runs them on small trees that break one rule each, and so detects a rule that finds
+// nothing.
 //
-// Sources are read through package os and parsed here. A subprocess such as
-// "go list" would be less to write, but the test cache does not see what it
-// reads: such a test goes on passing, cached, after the tree was broken.
+// The tests read and parse the sources themselves. "go list" would be shorter, but Go's test cache does not see the
+// files that a subprocess reads: such a test passes from the cache after the tree was broken.
 //
-// Imports are judged file by file, as written. What a binary links in the end
-// is checked beside that binary, by the test of its own package.
+// The import rules check each file as it is written. The packages that a binary links are checked by the binary's
+// own test.
 package rules_test
 
 import (
@@ -29,19 +27,18 @@ import (
 
 const module = "github.com/credence-iam/credence"
 
-// TestRepository runs every rule over the repository.
 func TestRepository(t *testing.T) {
 	for _, v := range check(t, os.DirFS("../..")) {
 		t.Error(v)
 	}
 }
 
-// violation is one broken rule: where, what, and what to do about it.
+// violation is one broken rule: the file or folder, the fault and the fix.
 type violation struct{ where, what string }
 
 func (v violation) String() string { return v.where + ": " + v.what }
 
-// check runs every rule over a tree.
+// check runs all rules on a tree.
 func check(t *testing.T, tree fs.FS) []violation {
 	t.Helper()
 	packages, documents, err := load(tree)
@@ -50,7 +47,7 @@ func check(t *testing.T, tree fs.FS) []violation {
 	}
 	var all []violation
 	if len(packages) == 0 {
-		all = append(all, violation{".", "no Go package was found: the rules look in the wrong place"})
+		all = append(all, violation{".", "found no Go package; the rules look in the wrong place"})
 	}
 	for _, p := range packages {
 		all = append(all, checkImports(p)...)
@@ -58,27 +55,28 @@ func check(t *testing.T, tree fs.FS) []violation {
 		all = append(all, checkDoc(p)...)
 		all = append(all, checkMain(p)...)
 		all = append(all, checkGenerated(p)...)
+		all = append(all, checkSize(tree, p)...)
 	}
+	all = append(all, checkExported(packages)...)
 	return append(all, checkLinks(tree, documents)...)
 }
 
-// pkg is what lies in one folder, the tests included.
+// pkg is one folder with its Go files, tests included.
 type pkg struct {
-	dir   string // relative to the root of the module, with slashes
+	dir   string // relative to the module root, with slashes
 	files []file
 }
 
 type file struct {
 	path      string
 	source    []byte
-	test      bool // by its name
-	generated bool // by the marker that Go defines
+	test      bool // its name ends in _test.go
+	generated bool // it has the marker that Go defines
 	syntax    *ast.File
 }
 
-// load reads every Go file of the module, whatever its build constraints, and
-// finds every Markdown document. Like the go command it passes over folders
-// whose names begin with "." or "_", testdata, and modules within the module.
+// load reads all Go files of the module, whatever their build constraints, and finds all Markdown documents. Like the
+// go command, it skips folders whose names begin with "." or "_", testdata, and nested modules.
 func load(tree fs.FS) (packages []*pkg, documents []string, err error) {
 	byDir := map[string]*pkg{}
 	err = fs.WalkDir(tree, ".", func(name string, entry fs.DirEntry, err error) error {
@@ -106,7 +104,7 @@ func load(tree fs.FS) (packages []*pkg, documents []string, err error) {
 			if err != nil {
 				return err
 			}
-			syntax, err := parser.ParseFile(token.NewFileSet(), name, source, parser.ImportsOnly|parser.ParseComments)
+			syntax, err := parser.ParseFile(token.NewFileSet(), name, source, parser.SkipObjectResolution|parser.ParseComments)
 			if err != nil {
 				return fmt.Errorf("parsing %s: %w", name, err)
 			}
@@ -130,7 +128,7 @@ func load(tree fs.FS) (packages []*pkg, documents []string, err error) {
 	return packages, documents, err
 }
 
-// within reports whether dir is one of parents or lies below one.
+// within reports whether dir is one of parents or is below one.
 func within(dir string, parents ...string) bool {
 	for _, parent := range parents {
 		if dir == parent || strings.HasPrefix(dir, parent+"/") {

@@ -8,12 +8,11 @@ import (
 	"strings"
 )
 
-// minDoc is the least length of a package comment, in characters: below two
-// lines of text, none has said what the package is for and what it promises.
+// minDoc is the minimum length of a package comment in characters. No comment of less than two lines says what the
+// package is for and what it guarantees.
 const minDoc = 120
 
-// checkDoc asks that each package says what it is for, once, in the form that
-// go doc shows. A folder that holds tests alone says it in one of them.
+// checkDoc requires one package comment in the form that go doc shows. A folder with tests only has it in one of them.
 func checkDoc(p *pkg) (all []violation) {
 	testsOnly := true
 	for _, f := range p.files {
@@ -32,9 +31,9 @@ func checkDoc(p *pkg) (all []violation) {
 		found = append(found, f.path)
 		switch {
 		case !strings.HasPrefix(text, want):
-			all = append(all, violation{f.path, fmt.Sprintf("its package comment should begin with %q", want)})
+			all = append(all, violation{f.path, fmt.Sprintf("its package comment must begin with %q", want)})
 		case len(text) < minDoc || !strings.Contains(text, "."):
-			all = append(all, violation{f.path, "its package comment should say in sentences what the package is for, what it promises and what it does not do"})
+			all = append(all, violation{f.path, "its package comment must say in sentences what the package is for, what it guarantees and what it does not do"})
 		}
 	}
 	switch len(found) {
@@ -47,10 +46,9 @@ func checkDoc(p *pkg) (all []violation) {
 	return all
 }
 
-// maxMain bounds the lines of code of a program's main.go. A main declares its
-// flags, builds the parts and runs them. The broker has some thirty flags of one
-// line each, and as much again for parts and for running them; whatever needs
-// more is logic, and belongs where a test can reach it.
+// maxMain bounds the lines of code of a program's main.go. A main declares its flags, builds the parts and runs them.
+// The broker has about thirty flags of one line each, and as many lines to build and run its parts. More is logic and
+// belongs into a package with tests.
 const maxMain = 120
 
 func checkMain(p *pkg) (all []violation) {
@@ -68,7 +66,7 @@ func checkMain(p *pkg) (all []violation) {
 	return all
 }
 
-// linesOfCode counts lines that hold more than comment.
+// linesOfCode counts the lines that are not blank and not only a comment.
 func linesOfCode(source []byte) int {
 	files := token.NewFileSet()
 	f := files.AddFile("", -1, len(source))
@@ -81,7 +79,7 @@ func linesOfCode(source []byte) int {
 			return len(lines)
 		}
 		if tok == token.SEMICOLON && lit == "\n" {
-			continue // inserted by the scanner, not written
+			continue // The scanner inserted it.
 		}
 		first := f.Line(pos)
 		for i := range 1 + strings.Count(lit, "\n") {
@@ -90,16 +88,16 @@ func linesOfCode(source []byte) int {
 	}
 }
 
-// generatedNames are endings that the generators in use give to their files.
+// generatedNames are the endings of the files that our generators write.
 var generatedNames = []string{".pb.go", "_gen.go", "_string.go"}
 
-// checkGenerated asks for the marker by which tools, and readers, know a
-// generated file; without it, a change by hand lives until the next generation.
+// checkGenerated requires the marker of generated files. Without it, somebody edits the file and the next generation
+// discards the edit.
 func checkGenerated(p *pkg) (all []violation) {
 	for _, f := range p.files {
 		for _, ending := range generatedNames {
 			if strings.HasSuffix(f.path, ending) && !f.generated {
-				all = append(all, violation{f.path, `is named as generated, but has no line "// Code generated … DO NOT EDIT."`})
+				all = append(all, violation{f.path, `has the name of a generated file, but no line "// Code generated … DO NOT EDIT."`})
 			}
 		}
 	}

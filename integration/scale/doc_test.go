@@ -1,11 +1,11 @@
-// Package scale lets fleets of brokers live through hours and accidents in virtual time, and counts what they ask of
-// STS and what pods are told. Cache, placement, prefetching, policy and the RPC are those of the program; Kubernetes,
-// sidecars, and in the large runs STS, are doubles that are simpler than the real ones: STS always takes as long, brokers
-// know of a pod at once, and pods of a node that is lost are gone at once.
+// Package scale simulates fleets of brokers through hours and accidents in virtual time, and counts their STS calls and
+// the results of pods' calls. Cache, placement, prefetching, policy and the RPC are the product's. Kubernetes, the sidecars
+// and, in the large runs, STS are doubles that are simpler than the real ones: STS always takes the same time, brokers know
+// a pod at once, and the pods of a lost node end at once.
 //
-// It promises that the figures of docs/scale.md come from a run of it. It says nothing of CPU, memory or the network:
-// an answer that needs no STS takes no time here. Chance is not seeded: a run cannot be repeated, and a check that fails once
-// in a hundred runs is wrong.
+// It guarantees that the figures of docs/scale.md come from a run of it. It says nothing about CPU, memory or the network:
+// a response that needs no STS call takes no time here. Random numbers have no seed, so a run cannot be repeated, and a
+// check that fails once in a hundred runs is wrong.
 package scale
 
 import (

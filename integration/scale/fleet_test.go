@@ -21,20 +21,20 @@ const (
 	zones   = 3
 )
 
-// shape is what a fleet is made of.
+// shape is the size of a fleet.
 type shape struct {
 	brokers, nodes, roles, pods int
 	scope                       policy.Scope // "": role
 	accounts                    int          // with ScopeServiceAccount, of each role
-	life                        time.Duration
-	// wire has brokers call STS by HTTP, as the program does.
+	duration                    time.Duration
+	// wire makes brokers call STS over HTTP, as the program does.
 	wire bool
-	// gradual has pods come one after the other for as long as a session is used, so that renewals are as spread as in
-	// a cluster that has long been there. Otherwise all are there when brokers start.
+	// gradual creates pods one after the other for as long as a session is used, so that renewals are spread as in a
+	// cluster that has run for long. Otherwise all pods exist when the brokers start.
 	gradual bool
 }
 
-// grants is how many sessions each broker would have if there were one.
+// grants is the number of distinct sessions.
 func (s shape) grants() int {
 	switch s.scope {
 	case policy.ScopePod:
@@ -46,117 +46,84 @@ func (s shape) grants() int {
 	return s.roles
 }
 
-// asksIn is how many calls sidecars make in some time: each when between 0.45 and 0.5 of its session's life are left.
-func (s shape) asksIn(d time.Duration) float64 {
-	return float64(s.pods) * float64(d) / (0.5 * float64(s.life))
+// callsIn is the number of sidecars' calls in some time: each calls when 0.45 to 0.5 of its session are left.
+func (s shape) callsIn(d time.Duration) float64 {
+	return float64(s.pods) * float64(d) / (0.5 * float64(s.duration))
 }
 
-// perHour is how many calls renewals take on average: two brokers renew each session when 0.45 of it are used.
+// perHour is the average number of renewals: two brokers renew each session when 0.45 of it are used.
 func (s shape) perHour() float64 {
-	return 2 * float64(s.grants()) * float64(time.Hour) / (0.45 * float64(s.life))
+	return 2 * float64(s.grants()) * float64(time.Hour) / (0.45 * float64(s.duration))
 }
 
 // fleet is a cluster: its brokers, its pods, and the one STS.
 type fleet struct {
 	shape
 
-	t       *testing.T
-	ctx     context.Context
-	sts     *sts
-	http    *ststest.Server // nil: none
-	keysOf  policy.Keys
-	rules   *policy.Rules
-	running sync.WaitGroup
-	wake    chan struct{} // holds one
+	t     *testing.T
+	ctx   context.Context
+	sts   *sts
+	http  *ststest.Server // nil: brokers do not call STS over HTTP
+	keys  policy.Keys
+	rules *policy.Rules
+	cold  figures // of the time before a scenario measures
 
-	mu         sync.Mutex
-	due        dueHeap                  // guarded by mu
-	states     map[netip.Addr]state     // guarded by mu
+	mu         sync.RWMutex
+	states     map[netip.Addr]state     // of the brokers' pods in Kubernetes; guarded by mu
 	publishing bool                     // guarded by mu
 	news       news                     // guarded by mu
 	instances  map[netip.Addr]*instance // all that ever were; guarded by mu
-	started    int                      // guarded by mu
+	started    int                      // brokers; guarded by mu
 	resolvers  []resolver               // by node; guarded by mu
 	onNode     [][]*pod                 // :: node → its pods; guarded by mu
 	made       int                      // pods; guarded by mu
-	answers    figures                  // guarded by mu
-	cold       figures                  // of the time before anything was measured
-
-	podsMu sync.RWMutex
-	live   map[string]*pod // :: NAMESPACE/NAME → live pod; guarded by podsMu
-	listed []string        // their keys; nil when pods have come or gone since; guarded by podsMu
+	results    figures                  // guarded by mu
+	live       map[string]*pod          // :: NAMESPACE/NAME → live pod; guarded by mu
+	listed     []string                 // the keys of live; nil after a change of live; guarded by mu
 }
 
-// told is what one call came to.
-type told struct {
-	failed  bool
-	first   bool          // of a pod
-	without bool          // what the pod held had ended
-	left    float64       // of the life of the session that it is given
-	waited  time.Duration // for the answer
-	err     error
-}
-
-// figures are what pods were told in some time.
+// figures are the results of pods' calls in some time.
 type figures struct {
-	asks, failed, without int
-	attempts              int // brokers asked
-	least                 float64
-	longest               time.Duration
-	failure               error // the first
+	calls, failed int
+	without       int     // calls of pods whose session had expired
+	attempts      int     // calls of brokers
+	least         float64 // the smallest fraction of a session that was left in a response
+	longest       time.Duration
+	failure       error // the first
 }
 
-func (f *fleet) told(a told) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	s := &f.answers
-	s.asks++
-	if a.without {
-		s.without++
-	}
-	s.longest = max(s.longest, a.waited)
-	if a.failed {
-		s.failed++
-		if s.failure == nil {
-			s.failure = a.err
-		}
-		return
-	}
-	s.least = min(s.least, a.left)
-}
-
-// collect returns the figures since the last time.
+// collect returns the figures since the last call.
 func (f *fleet) collect() figures {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := f.answers
-	f.answers = figures{least: 1}
+	s := f.results
+	f.results = figures{least: 1}
 	return s
 }
 
-// newFleet starts a cluster, and returns when its brokers have settled and all of its pods have asked.
+// newFleet starts a cluster. It returns when the brokers are warm and all pods have called.
 func newFleet(t *testing.T, s shape) *fleet {
 	t.Helper()
-	if s.life == 0 {
-		s.life = time.Hour
+	if s.duration == 0 {
+		s.duration = time.Hour
 	}
 	ctx, cancel := context.WithCancel(t.Context())
+	t.Cleanup(cancel) // ends all goroutines of the test's bubble
 	f := &fleet{
-		shape: s, t: t, ctx: ctx, sts: newSTS(), wake: make(chan struct{}, 1),
+		shape: s, t: t, ctx: ctx, sts: newSTS(),
 		states: make(map[netip.Addr]state), instances: make(map[netip.Addr]*instance),
 		resolvers: make([]resolver, s.nodes), onNode: make([][]*pod, s.nodes), live: make(map[string]*pod),
-		answers: figures{least: 1},
+		results: figures{least: 1},
 	}
-	t.Cleanup(func() {
-		cancel()
-		for _, b := range f.instances {
-			b.running.Wait()
-		}
-		f.running.Wait()
-	})
-	f.policy()
+	var err error
+	f.keys, err = policy.NewKeys(policy.DefaultPrefix)
+	fatal(t, err)
+	base, err := credential.BaseOf("aws", account)
+	fatal(t, err)
+	f.rules, err = policy.New(policy.Config{Keys: f.keys, Base: base})
+	fatal(t, err)
 	if s.wire {
-		f.dial()
+		f.dialSTS()
 	}
 	if !s.gradual {
 		for i := range s.pods {
@@ -166,45 +133,27 @@ func newFleet(t *testing.T, s shape) *fleet {
 	for i := range s.brokers {
 		f.start(i % zones)
 	}
-	f.running.Go(f.asking)
 	f.await(s.brokers)
 	if s.gradual {
-		every := s.life * 45 / 100 / time.Duration(s.pods)
+		interval := s.duration * 45 / 100 / time.Duration(s.pods)
+		each := s.pods / s.roles
 		for i := range s.pods {
-			f.add(s.gradually(i), i%s.nodes, within(3*time.Second, 6*time.Second))
-			time.Sleep(every)
+			f.add(i%each*s.roles+i/each, i%s.nodes, within(3*time.Second, 6*time.Second)) // all pods of a role, then those of the next
+			time.Sleep(interval)
 		}
-		// Into the midst of the time in which all ask again: what happens then happens under load.
-		time.Sleep(s.life * 3 / 10)
+		time.Sleep(s.duration * 3 / 10) // into the time in which all call again: the event happens under load
 	} else {
-		time.Sleep(10 * time.Minute) // until all have asked
+		time.Sleep(10 * time.Minute) // until all have called
 	}
 	f.cold = f.collect()
 	if f.cold.failed > 0 {
-		t.Errorf("%d of %d calls failed while the fleet started, one with %v", f.cold.failed, f.cold.asks, f.cold.failure)
+		t.Errorf("%d of %d calls failed while the fleet started, one with %v", f.cold.failed, f.cold.calls, f.cold.failure)
 	}
 	return f
 }
 
-// gradually is the specification of the pod that comes as the ith: all pods of a role, and then those of the next.
-func (s shape) gradually(i int) int {
-	each := s.pods / s.roles
-	return i%each*s.roles + i/each
-}
-
-// policy completes role names to those of one account.
-func (f *fleet) policy() {
-	var err error
-	f.keysOf, err = policy.NewKeys(policy.DefaultPrefix)
-	fatal(f.t, err)
-	base, err := credential.BaseOf("aws", account)
-	fatal(f.t, err)
-	f.rules, err = policy.New(policy.Config{Keys: f.keysOf, Base: base})
-	fatal(f.t, err)
-}
-
-// dial starts an STS that is called over HTTP, through memory.
-func (f *fleet) dial() {
+// dialSTS starts an STS that brokers call over HTTP, through memory.
+func (f *fleet) dialSTS() {
 	var err error
 	f.http, err = ststest.StartInMemory(f.ctx, ststest.Config{Account: account, Default: ststest.Behavior{Latency: latency}})
 	fatal(f.t, err)
@@ -218,7 +167,7 @@ func (f *fleet) dial() {
 	}
 }
 
-// await waits until n brokers are ready and everybody has heard of it.
+// await waits until n brokers are ready and everybody knows it.
 func (f *fleet) await(n int) {
 	f.awaitReady(n)
 	time.Sleep(published + dnsDelay)
@@ -226,73 +175,78 @@ func (f *fleet) await(n int) {
 
 // awaitReady waits until n brokers are ready.
 func (f *fleet) awaitReady(n int) {
-	for f.ready() != n {
+	ready := func() (count int) {
+		f.mu.RLock()
+		defer f.mu.RUnlock()
+		for _, s := range f.states {
+			if s == isReady {
+				count++
+			}
+		}
+		return count
+	}
+	for ready() != n {
 		time.Sleep(100 * time.Millisecond)
 	}
 }
 
-func (f *fleet) ready() (n int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, s := range f.states {
-		if s == ready {
-			n++
-		}
-	}
-	return n
-}
-
-func (f *fleet) at(a netip.Addr) *instance {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.instances[a]
-}
-
-// up are the brokers that are neither lost nor about to end, the oldest first.
+// up returns the brokers that are neither lost nor shutting down, the oldest first.
 func (f *fleet) up() (up []*instance) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, b := range f.instances {
-		b.mu.Lock()
-		if !b.done {
+	for _, b := range f.all() {
+		if !b.ended() {
 			up = append(up, b)
 		}
-		b.mu.Unlock()
 	}
-	slices.SortFunc(up, func(a, b *instance) int { return age(a) - age(b) })
+	slices.SortFunc(up, func(a, b *instance) int { return a.number - b.number })
 	return up
 }
 
-// age is the number in a broker's address.
-func age(b *instance) int {
-	bytes := b.addr.As4()
-	return int(bytes[2])*250 + int(bytes[3])
+func (f *fleet) all() (all []*instance) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	for _, b := range f.instances {
+		all = append(all, b)
+	}
+	return all
 }
 
-// add makes the pod with that specification anew, on a node; it asks after a while.
-func (f *fleet) add(spec, node int, asks time.Duration) {
+// pod is an injected pod with its sidecar.
+type pod struct {
+	policy.Pod
+
+	key     string
+	spec    int // the pod of a Deployment that it is
+	node    int
+	routing string
+	gone    bool // guarded by fleet.mu
+
+	// Only the one call of the pod uses these.
+	ends     time.Time // of its session
+	failures int       // in a row
+	spent    int       // of its hedge budget
+}
+
+// add creates a pod on a node, which calls after some time.
+func (f *fleet) add(spec, node int, calls time.Duration) {
 	f.mu.Lock()
 	f.made++
 	n := f.made
 	f.mu.Unlock()
 	p := &pod{Pod: f.specified(spec), spec: spec, node: node}
-	p.Name = fmt.Sprintf("pod-%d", n)
-	p.UID = fmt.Sprintf("uid-%d", n)
+	p.Name, p.UID = fmt.Sprintf("pod-%d", n), fmt.Sprintf("uid-%d", n)
 	p.key = p.Namespace + "/" + p.Name
 	routing, err := p.RoutingKey()
 	fatal(f.t, err)
 	p.routing = string(routing)
-	f.podsMu.Lock()
-	f.live[p.key], f.listed = p, nil
-	f.podsMu.Unlock()
 	f.mu.Lock()
+	f.live[p.key], f.listed = p, nil
 	f.onNode[node] = append(f.onNode[node], p)
 	f.mu.Unlock()
-	f.changed(p.key)
-	f.asksAt(p, time.Now().Add(asks))
+	f.changed(p)
+	f.callAfter(p, calls)
 }
 
-// addAfter is add after a while.
+// addAfter adds a pod after some time.
 func (f *fleet) addAfter(after time.Duration, spec, node int) {
 	time.AfterFunc(after, func() {
 		if f.ctx.Err() == nil {
@@ -301,90 +255,88 @@ func (f *fleet) addAfter(after time.Duration, spec, node int) {
 	})
 }
 
-// remove ends one pod.
-func (f *fleet) remove(p *pod) {
+// remove ends pods of one node, and returns their specs.
+func (f *fleet) remove(node int, pods ...*pod) (specs []int) {
 	f.mu.Lock()
-	p.gone = true
-	f.onNode[p.node] = slices.DeleteFunc(f.onNode[p.node], func(other *pod) bool { return other == p })
-	f.mu.Unlock()
-	f.podsMu.Lock()
-	delete(f.live, p.key)
-	f.listed = nil
-	f.podsMu.Unlock()
-	f.changed(p.key)
-}
-
-// drain ends all pods of a node, and returns their specifications.
-func (f *fleet) drain(node int) (specs []int) {
-	f.mu.Lock()
-	gone := f.onNode[node]
-	f.onNode[node] = nil
-	for _, p := range gone {
+	for _, p := range pods {
 		p.gone = true
+		delete(f.live, p.key)
 		specs = append(specs, p.spec)
 	}
-	f.mu.Unlock()
-	f.podsMu.Lock()
-	for _, p := range gone {
-		delete(f.live, p.key)
-	}
 	f.listed = nil
-	f.podsMu.Unlock()
-	for _, p := range gone {
-		f.changed(p.key)
-	}
+	f.onNode[node] = slices.DeleteFunc(slices.Clone(f.onNode[node]), func(p *pod) bool { return p.gone })
+	f.mu.Unlock()
+	f.changed(pods...)
 	return specs
 }
 
-// namespacesOf is such that no namespace has more grants than it may.
-func (f *fleet) namespacesOf() int { return max(20, f.grants()/(maxGrants*4/5)) }
-
-// specified is what a Deployment or the like says of a pod.
-func (f *fleet) specified(spec int) policy.Pod {
-	role := spec % f.roles
-	p := policy.Pod{ServiceAccount: "default"}
-	annotations := map[string]string{f.keysOf.Name(policy.Role): fmt.Sprintf("role-%d", role)}
-	switch f.scope {
-	case policy.ScopePod:
-		p.Namespace = fmt.Sprintf("ns-%d", spec%f.namespacesOf())
-	case policy.ScopeServiceAccount:
-		p.ServiceAccount = fmt.Sprintf("account-%d", spec/f.roles%f.accounts)
-		p.Namespace = fmt.Sprintf("ns-%d", role%f.namespacesOf())
-	default:
-		p.Namespace = fmt.Sprintf("ns-%d", role%f.namespacesOf())
-	}
-	if f.scope != "" {
-		annotations[f.keysOf.Name(policy.SessionScope)] = string(f.scope)
-	}
-	if f.life != time.Hour {
-		annotations[f.keysOf.Name(policy.Duration)] = f.life.String()
-	}
-	p.Request = f.keysOf.Request(annotations)
-	return p
+// drain ends all pods of a node, and returns their specs.
+func (f *fleet) drain(node int) (specs []int) {
+	f.mu.RLock()
+	pods := f.onNode[node]
+	f.mu.RUnlock()
+	return f.remove(node, pods...)
 }
 
-// changed tells all brokers of a pod.
-func (f *fleet) changed(key string) {
-	f.mu.Lock()
-	all := make([]*instance, 0, len(f.instances))
-	for _, b := range f.instances {
-		all = append(all, b)
+// replace ends one pod, and creates its successor on another node.
+func (f *fleet) replace() {
+	f.mu.RLock()
+	var p *pod
+	for _, p = range f.live {
+		break
 	}
-	f.mu.Unlock()
-	for _, b := range all {
-		b.mu.Lock()
-		done := b.manner == refuses || b.manner == silent
-		b.mu.Unlock()
-		if !done {
-			b.prefetch.Changed(key)
+	f.mu.RUnlock()
+	f.remove(p.node, p)
+	f.addAfter(within(time.Second, 5*time.Second), p.spec, f.nodeBut(func(node int) bool { return node == p.node }))
+}
+
+// nodeBut returns a random node without some.
+func (f *fleet) nodeBut(not func(node int) bool) int {
+	for {
+		if n := rand.IntN(f.nodes); !not(n) {
+			return n
 		}
 	}
 }
 
-// keys are those of all pods.
-func (f *fleet) keys() []string {
-	f.podsMu.Lock()
-	defer f.podsMu.Unlock()
+// specified is the pod of a Deployment.
+func (f *fleet) specified(spec int) policy.Pod {
+	role := spec % f.roles
+	namespaces := max(20, f.grants()/(maxGrants*4/5)) // so that none has more grants than allowed
+	p := policy.Pod{Namespace: fmt.Sprintf("ns-%d", role%namespaces), ServiceAccount: "default"}
+	annotations := map[string]string{f.keys.Name(policy.Role): fmt.Sprintf("role-%d", role)}
+	switch f.scope {
+	case policy.ScopePod:
+		p.Namespace = fmt.Sprintf("ns-%d", spec%namespaces)
+	case policy.ScopeServiceAccount:
+		p.ServiceAccount = fmt.Sprintf("account-%d", spec/f.roles%f.accounts)
+	case policy.ScopeRole:
+	}
+	if f.scope != "" {
+		annotations[f.keys.Name(policy.SessionScope)] = string(f.scope)
+	}
+	if f.duration != time.Hour {
+		annotations[f.keys.Name(policy.Duration)] = f.duration.String()
+	}
+	p.Request = f.keys.Request(annotations)
+	return p
+}
+
+// changed notifies all running brokers of changed pods.
+func (f *fleet) changed(pods ...*pod) {
+	for _, b := range f.all() {
+		if m := b.behavior(); m == responds || m == slow {
+			for _, p := range pods {
+				b.prefetch.Changed(p.key)
+			}
+		}
+	}
+}
+
+// podKeys returns the keys of all live pods.
+func (f *fleet) podKeys() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.listed == nil {
 		f.listed = make([]string, 0, len(f.live))
 		for key := range f.live {
@@ -394,12 +346,14 @@ func (f *fleet) keys() []string {
 	return f.listed
 }
 
-var namespaceLabels, namespaceAnnotations = map[string]string{policy.DefaultPrefix + "/" + string(policy.Inject): policy.Enabled},
-	map[string]string{policy.DefaultPrefix + "/" + string(policy.Permitted): ".*"}
+var (
+	namespaceLabels      = map[string]string{policy.DefaultPrefix + "/" + string(policy.Inject): policy.Enabled}
+	namespaceAnnotations = map[string]string{policy.DefaultPrefix + "/" + string(policy.Permitted): ".*"}
+)
 
 func (f *fleet) lookup(key string) (policy.Pod, policy.Namespace, bool) {
-	f.podsMu.RLock()
-	defer f.podsMu.RUnlock()
+	f.mu.RLock()
+	defer f.mu.RUnlock()
 	p, ok := f.live[key]
 	if !ok {
 		return policy.Pod{}, policy.Namespace{}, false
@@ -407,11 +361,29 @@ func (f *fleet) lookup(key string) (policy.Pod, policy.Namespace, bool) {
 	return p.Pod, policy.Namespace{Name: p.Namespace, Labels: namespaceLabels, Annotations: namespaceAnnotations}, true
 }
 
-// nodeBut is any node but some.
-func (f *fleet) nodeBut(not func(node int) bool) int {
-	for {
-		if n := rand.IntN(f.nodes); !not(n) {
-			return n
-		}
+// within returns a random duration.
+func within(least, most time.Duration) time.Duration {
+	if most <= least {
+		return least
+	}
+	return least + rand.N(most-least)
+}
+
+func fatal(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pause reports whether d has passed before ctx ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
 	}
 }

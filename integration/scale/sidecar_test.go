@@ -1,7 +1,6 @@
 package scale
 
 import (
-	"container/heap"
 	"context"
 	"errors"
 	"maps"
@@ -12,11 +11,10 @@ import (
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/placement"
-	"github.com/credence-iam/credence/broker/policy"
 )
 
-// The sidecars of this file imitate broker/client (whom to ask, and when to turn to the next) and sidecar (when to ask
-// again) in as few lines as that takes. Their times are those of the originals.
+// The sidecars here imitate broker/client (which broker to call, and when to call the next) and sidecar (when to call
+// again) in as few lines as possible. Their times are those of the originals.
 const (
 	callTimeout    = 10 * time.Second
 	hedgeAfter     = 250 * time.Millisecond
@@ -26,206 +24,141 @@ const (
 	hedgePart      = 4
 )
 
-// pod is an injected pod with its sidecar.
-type pod struct {
-	policy.Pod
-
-	key     string
-	spec    int
-	node    int
-	routing string
-	gone    bool // guarded by fleet.mu
-
-	// Used by the one call that is under way.
-	ends     time.Time // of the session that it holds
-	failures int       // in a row
-	spent    int       // of its budget of hedges
-	next     time.Time // when it asks again; guarded by fleet.mu while it is in fleet.due
-}
-
-// dueHeap orders pods by when they ask again. A pod is in it unless its call is under way.
-type dueHeap []*pod
-
-func (h dueHeap) Len() int           { return len(h) }
-func (h dueHeap) Less(i, j int) bool { return h[i].next.Before(h[j].next) }
-func (h dueHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *dueHeap) Push(x any)        { *h = append(*h, x.(*pod)) }
-func (h *dueHeap) Pop() any {
-	old := *h
-	last := len(old) - 1
-	p := old[last]
-	old[last] = nil
-	*h = old[:last]
-	return p
-}
-
-// asking lets pods ask until the fleet ends. A goroutine for each call is cheap; one for each pod would not be.
-func (f *fleet) asking() {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		f.mu.Lock()
-		now, wait := time.Now(), time.Hour
-		for len(f.due) > 0 {
-			if wait = f.due[0].next.Sub(now); wait > 0 {
-				break
-			}
-			p := heap.Pop(&f.due).(*pod)
-			if !p.gone {
-				f.running.Go(func() { f.ask(p) })
-			}
-			wait = time.Hour
+// callAfter makes a pod call after some time.
+func (f *fleet) callAfter(p *pod, after time.Duration) {
+	time.AfterFunc(after, func() {
+		if !f.over(p) {
+			f.call(p)
 		}
-		f.mu.Unlock()
-		timer.Reset(wait)
-		select {
-		case <-f.ctx.Done():
-			return
-		case <-f.wake:
-		case <-timer.C:
-		}
-	}
+	})
 }
 
-// asksAt has the pod ask at a time.
-func (f *fleet) asksAt(p *pod, at time.Time) {
-	f.mu.Lock()
-	p.next = at
-	heap.Push(&f.due, p)
-	first := f.due[0] == p
-	f.mu.Unlock()
-	if first {
-		select {
-		case f.wake <- struct{}{}:
-		default:
-		}
-	}
+func (f *fleet) over(p *pod) bool {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return p.gone || f.ctx.Err() != nil
 }
 
-// ask is one call of a sidecar, and what it makes of the answer.
-func (f *fleet) ask(p *pod) {
+// call is one call of a sidecar, which records the result and plans the next call.
+func (f *fleet) call(p *pod) {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(f.ctx, callTimeout)
-	answer, err := f.attempts(ctx, p)
+	response, attempts, err := f.attempts(ctx, p)
 	cancel()
 	now := time.Now()
 	f.mu.Lock()
-	gone := p.gone
-	f.mu.Unlock()
-	if f.ctx.Err() != nil || gone {
+	defer f.mu.Unlock()
+	f.results.attempts += attempts
+	if p.gone || f.ctx.Err() != nil {
 		return
 	}
-	held := !p.ends.IsZero()
+	r := &f.results
+	r.calls++
+	if !p.ends.IsZero() && !now.Before(p.ends) {
+		r.without++
+	}
+	r.longest = max(r.longest, now.Sub(began))
 	if err != nil {
+		if r.failed++; r.failure == nil {
+			r.failure = err
+		}
 		p.failures++
-		f.told(told{failed: true, without: held && !now.Before(p.ends), waited: now.Sub(began), err: err})
-		f.asksAt(p, now.Add(min(time.Second<<min(p.failures, 5), 30*time.Second)))
+		f.callAfter(p, min(time.Second<<min(p.failures, 5), 30*time.Second))
 		return
 	}
-	ends := answer.GetExpiration().AsTime()
-	f.told(told{
-		without: held && !now.Before(p.ends), waited: now.Sub(began), first: !held,
-		left: float64(ends.Sub(now)) / float64(f.life),
-	})
-	p.ends, p.failures = ends, 0
-	f.asksAt(p, now.Add(answer.GetRefreshAfter().AsDuration()))
+	p.ends, p.failures = response.GetExpiration().AsTime(), 0
+	r.least = min(r.least, float64(p.ends.Sub(now))/float64(f.duration))
+	f.callAfter(p, response.GetRefreshAfter().AsDuration())
 }
 
 type attempt struct {
-	at     netip.Addr
-	answer *brokerpb.GetCredentialsResponse
-	err    error
+	at       netip.Addr
+	response *brokerpb.GetCredentialsResponse
+	err      error
 }
 
-// attempts asks brokers in their rank: the next one when one fails, or is silent for too long.
-func (f *fleet) attempts(ctx context.Context, p *pod) (*brokerpb.GetCredentialsResponse, error) {
-	ranked := placement.Rank(p.routing, f.resolve(p.node))
-	if len(ranked) == 0 {
-		return nil, credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "there is no broker")
-	}
-	came := make(chan attempt, len(ranked))
-	silence := time.NewTimer(hedgeAfter)
-	defer silence.Stop()
-	count, most := 0, len(ranked)
-	open := make(map[netip.Addr]bool) // :: who is silent → whether it has taken the call
+// attempts calls brokers in their rank: the next one if a broker fails, or does not respond for too long. It returns the
+// number of brokers that it called.
+func (f *fleet) attempts(ctx context.Context, p *pod) (_ *brokerpb.GetCredentialsResponse, count int, _ error) {
+	f.mu.RLock()
+	ranked := placement.Rank(p.routing, f.resolvers[p.node].addresses)
+	f.mu.RUnlock()
+	results := make(chan attempt, len(ranked))
+	timer := time.NewTimer(hedgeAfter)
+	defer timer.Stop()
+	limit := len(ranked)
+	open := make(map[netip.Addr]bool) // :: called broker → whether it accepted the call
 	next := func() {
-		if count == most {
+		if count == limit {
 			return
 		}
 		at := ranked[count]
-		b := f.at(at)
+		f.mu.RLock()
+		b := f.instances[at]
+		open[at] = b.how == responds || b.how == slow
+		f.mu.RUnlock()
 		count++
-		open[at] = b.how() == answers || b.how() == slow
-		f.attempted()
-		f.running.Go(func() {
-			answer, err := b.get(ctx, p.key)
-			came <- attempt{at, answer, err}
-		})
+		go func() {
+			response, err := b.get(ctx, p.key)
+			results <- attempt{at, response, err}
+		}()
 	}
 	var patience time.Duration
-	hedged, reluctant := false, false
+	hedged, reluctant, limited := false, false, false
 	listen := func() {
 		patience, reluctant = hedgeAfter, false
 		if count > 1 {
 			patience = laterAfter
 		}
-		silence.Reset(patience)
+		timer.Reset(patience)
 	}
 	next()
-	var last error
-	limited := false
+	last := unavailable("there is no broker")
 	for len(open) > 0 {
 		select {
-		case a := <-came:
+		case a := <-results:
 			if a.err == nil || !errors.Is(a.err, credential.ErrUnavailable) {
 				if !hedged {
 					p.spent = max(p.spent-1, 0)
 				}
-				return a.answer, a.err
+				return a.response, count, a.err
 			}
 			delete(open, a.at)
 			last = a.err
 			switch reason := credential.ReasonOf(a.err); {
 			case reason == credential.ReasonSTSThrottled:
-				most = max(count, min(most, placement.Owners))
+				limit = max(count, min(limit, placement.Owners))
 			case slices.Contains(shared, reason) && !limited:
 				limited = true
 				more := 0
 				if len(ranked) > placement.Owners && p.hedge() {
 					hedged, more = true, 1
 				}
-				most = max(count, min(most, placement.Owners+more))
+				limit = max(count, min(limit, placement.Owners+more))
 			}
 			next()
 			listen()
-		case <-silence.C:
+		case <-timer.C:
 			second := count < placement.Owners
 			if !second && slices.Contains(slices.Collect(maps.Values(open)), true) {
 				continue
 			}
 			if !reluctant && second && !p.hedge() {
 				reluctant = true
-				silence.Reset(reluctantAfter - patience)
+				timer.Reset(reluctantAfter - patience)
 				continue
 			}
 			hedged = hedged || second
 			next()
 			listen()
 		case <-ctx.Done():
-			return nil, credential.Errorf(credential.ErrUnavailable, credential.ReasonInternal, "no answer in time")
+			return nil, count, unavailable("no response in time")
 		}
 	}
-	return nil, last
+	return nil, count, last
 }
 
-// attempted counts one broker asked.
-func (f *fleet) attempted() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.answers.attempts++
-}
-
-// hedge takes a hedge of the pod's budget, if there is one.
+// hedge takes a hedge from the pod's budget, if there is one.
 func (p *pod) hedge() bool {
 	if p.spent > (maxHedges-1)*hedgePart {
 		return false
@@ -234,7 +167,7 @@ func (p *pod) hedge() bool {
 	return true
 }
 
-// shared are reasons for which all but the owners are likely to fail alike.
+// shared are reasons for which all brokers but the owners would probably fail too.
 var shared = []credential.Reason{
 	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
 }

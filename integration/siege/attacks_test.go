@@ -22,9 +22,10 @@ import (
 	"github.com/credence-iam/credence/integration/stack"
 )
 
-// hold keeps that many connections from each attacker in the step, until ctx ends.
-func hold(t *testing.T, address, protocol string, connections int, step string) func(context.Context) string {
-	return func(ctx context.Context) string {
+// besiege holds as many connections from each attacker in a step as given.
+func besiege(t *testing.T, address, protocol string, connections int, step string) *record {
+	t.Helper()
+	return siege(t, func(ctx context.Context) string {
 		p, err := attack.Start(t.Context(), attack.Plan{Step: step, Address: address, ALPN: protocol, Sources: attackers, Connections: connections})
 		if err != nil {
 			t.Error(err)
@@ -33,13 +34,13 @@ func hold(t *testing.T, address, protocol string, connections int, step string) 
 		<-ctx.Done()
 		p.Stop()
 		if p.Opened() < int64(len(attackers)) {
-			t.Errorf("%s: only %d connections were opened", step, p.Opened())
+			t.Errorf("%s: the attackers opened only %d connections", step, p.Opened())
 		}
 		return p.String()
-	}
+	})
 }
 
-// Connections of a client without a token made a broker hold more memory than its container has, or kept pods out.
+// Connections of clients without a token made a broker use more memory than its container has, or blocked pods.
 func TestConnectionsToTheBroker(t *testing.T) {
 	var longest time.Duration                      // the largest p99
 	for step, connections := range map[string]int{ // from each address
@@ -51,14 +52,14 @@ func TestConnectionsToTheBroker(t *testing.T) {
 		"calls by nobody":             64,
 	} {
 		t.Run(step, func(t *testing.T) {
-			calls := siege(t, hold(t, credence.BrokerAddress(), "h2", connections, step))
+			calls := besiege(t, credence.BrokerAddress(), "h2", connections, step)
 			longest = max(longest, calls.quantile(0.99))
 		})
 	}
-	t.Logf("broker_besieged_p99_ms=%.1f", longest.Seconds()*1000) // which make bench reads
+	t.Logf("broker_besieged_p99_ms=%.1f", longest.Seconds()*1000) // make bench reads it
 }
 
-// Connections that nobody uses made a webhook hold more memory than its container has.
+// Idle connections made a webhook use more memory than its container has.
 func TestConnectionsToTheWebhook(t *testing.T) {
 	for name, test := range map[string]struct {
 		connections    int // from each address
@@ -70,28 +71,27 @@ func TestConnectionsToTheWebhook(t *testing.T) {
 		"head without end": {500, "http/1.1", "many headers without end"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			siege(t, hold(t, credence.WebhookAddress(), test.protocol, test.connections, test.step))
+			besiege(t, credence.WebhookAddress(), test.protocol, test.connections, test.step)
 		})
 	}
 }
 
-// Health and metrics are served without TLS to every client that reaches the pod.
+// Health and metrics have no TLS, for every client that reaches the pod.
 func TestConnectionsForHealthAndMetrics(t *testing.T) {
 	for name, address := range map[string]string{"broker": credence.BrokerAdminAddress(), "webhook": credence.WebhookAdminAddress()} {
-		t.Run(name, func(t *testing.T) { siege(t, hold(t, address, "", 1000, "a scrape and then silence")) })
+		t.Run(name, func(t *testing.T) { besiege(t, address, "", 1000, "a scrape and then silence") })
 	}
 }
 
-// One review of many containers, each of which got a warning and several operations of the patch, killed the webhook.
+// One review of many containers killed the webhook: each container got a warning and several operations in the patch.
 func TestReviewOfManyContainers(t *testing.T) {
 	body := manyContainers(60_000)
 	siege(t, func(ctx context.Context) string {
-		answers, largest := attack.RepeatReviews(ctx, credence.WebhookAddress(), attack.AnyServer("http/1.1"), 2, body, attackers...)
-		return fmt.Sprintf("reviews of %d bytes by status %v, the largest answer has %d bytes", len(body), answers, largest)
+		return "reviews by status: " + attack.RepeatReviews(ctx, credence.WebhookAddress(), attack.AnyServer("http/1.1"), 2, body, attackers...)
 	})
 }
 
-// manyContainers is a review of the creation of a pod in the namespace of the traffic's kind.
+// manyContainers is the admission review of a new pod with n containers.
 func manyContainers(n int) []byte {
 	var b bytes.Buffer
 	b.WriteString(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"u","kind":{"group":"","version":"v1","kind":"Pod"},` +
@@ -107,17 +107,17 @@ func manyContainers(n int) []byte {
 	return b.Bytes()
 }
 
-// expressions took 127 ms of a processor for each decision about a role of 590 characters.
+// Each of these expressions took 127 ms of a processor for a decision on a role of 590 characters.
 var expressions = []string{`(((.*)*)*){1000}Z`, `(.*){1000}(.*){1000}Z|.*cart`}
 
-// The expression of one namespace made the calls of all others wait.
+// The expression of one namespace delayed the calls of all others.
 func TestExpressionOfOneNamespace(t *testing.T) {
 	for i, expression := range expressions {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			hog := namespace(t, ".*|hog")
 			tokens := make([]string, 32)
 			for i := range tokens {
-				// Admission would refuse such a pod later; the annotation of its namespace can change at any time.
+				// The webhook would refuse such a pod later, but the annotation of its namespace can change at any time.
 				role := fmt.Sprintf("arn:aws:iam::%s:role/%s/%d", stack.Account, strings.Repeat("x", 500), i)
 				tokens[i] = token(t, create(t, hog, fmt.Sprintf("hog-%d", i), role))
 			}
@@ -131,16 +131,15 @@ func TestExpressionOfOneNamespace(t *testing.T) {
 			}
 			var next atomic.Int64
 			siege(t, func(ctx context.Context) string {
-				codes := attack.RepeatCalls(ctx, credence.BrokerAddress(), brokerTLS(t), 8, func() string {
+				return "calls by code: " + attack.RepeatCalls(ctx, credence.BrokerAddress(), brokerTLS(t), 8, func() string {
 					return tokens[int(next.Add(1))%len(tokens)]
 				}, attackers...)
-				return fmt.Sprintf("calls by code %v", codes)
 			})
 		})
 	}
 }
 
-// Tokens with another pod's claims and a signature of garbage filled the queue of token reviews.
+// Tokens with a pod's claims and a random signature filled the queue of token reviews.
 func TestGarbageTokens(t *testing.T) {
 	for _, mode := range []string{"jwks", "tokenreview"} {
 		t.Run(mode, func(t *testing.T) {
@@ -150,35 +149,33 @@ func TestGarbageTokens(t *testing.T) {
 			}
 			real := token(t, create(t, namespace(t, ".*|claimed"), "claimed", "cart"))
 			siege(t, func(ctx context.Context) string {
-				codes := attack.RepeatCalls(ctx, credence.BrokerAddress(), brokerTLS(t), 64, func() string { return garbage(real) }, attackers...)
-				return fmt.Sprintf("calls by code %v", codes)
+				return "calls by code: " + attack.RepeatCalls(ctx, credence.BrokerAddress(), brokerTLS(t), 64, func() string { return garbage(real) }, attackers...)
 			})
 		})
 	}
 }
 
-// garbage is the token with another signature, a different one each time.
+// garbage returns the token with a random signature.
 func garbage(token string) string {
 	signature := make([]byte, 256)
 	_, _ = rand.Read(signature)
 	return token[:strings.LastIndexByte(token, '.')+1] + base64.RawURLEncoding.EncodeToString(signature)
 }
 
-// Calls without a token wrote so many audit lines that those of pods were rotated out.
+// Calls without a token wrote so many audit lines that log rotation removed those of pods.
 func TestCallsWithoutToken(t *testing.T) {
 	before := auditLines(t)
 	calls := siege(t, func(ctx context.Context) string {
-		codes := attack.RepeatCalls(ctx, credence.BrokerAddress(), attack.AnyServer("h2"), 16, func() string { return "" }, attackers...)
-		return fmt.Sprintf("calls by code %v", codes)
+		return "calls by code: " + attack.RepeatCalls(ctx, credence.BrokerAddress(), attack.AnyServer("h2"), 16, func() string { return "" }, attackers...)
 	})
 	after := auditLines(t)
 	if allowed := after["allow"] - before["allow"]; allowed < len(calls.took) {
-		t.Errorf("%d calls of a pod left %d audit lines", len(calls.took), allowed)
+		t.Errorf("a pod made %d calls, and the broker wrote %d audit lines", len(calls.took), allowed)
 	}
-	// The first denial of an address and reason is written at once, and those of each 10 s share a line.
-	windows := int(length(t)/(10*time.Second)) + 3
+	// The broker writes the first denial of an address and reason at once, and then one line for each 10 s.
+	windows := int(length/(10*time.Second)) + 3
 	if denied := after["deny"] - before["deny"]; denied > 2*len(attackers)*windows {
-		t.Errorf("%d audit lines deny calls of %d addresses", denied, len(attackers))
+		t.Errorf("the broker wrote %d audit lines for denied calls of %d addresses", denied, len(attackers))
 	}
 }
 
@@ -200,4 +197,14 @@ func auditLines(t *testing.T) map[string]int {
 		}
 	}
 	return counts
+}
+
+// restartBroker starts the broker again with further flags.
+func restartBroker(t *testing.T, flags ...string) {
+	t.Helper()
+	credence.StopBroker()
+	// The test's context has ended when this is deferred.
+	if err := credence.StartBroker(context.WithoutCancel(t.Context()), flags...); err != nil {
+		t.Fatal(err)
+	}
 }

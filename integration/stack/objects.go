@@ -4,9 +4,8 @@ package stack
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"net"
-	"strconv"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -21,73 +20,66 @@ import (
 const (
 	trustConfigMap = "credence-trust"
 	configuration  = "credence"
+	optedIn        = "iam.amazonaws.com/inject" // the label of namespaces
 )
 
-// install makes our namespace and service accounts, with the rights that they use and no more.
-func (s *Stack) install(ctx context.Context) error {
-	core, rbac := s.Client.CoreV1(), s.Client.RbacV1()
-	if _, err := core.Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: SystemNamespace}}, metav1.CreateOptions{}); err != nil {
-		return fmt.Errorf("installing: %w", err)
-	}
-	read := []string{"get", "list", "watch"}
-	rules := map[string][]rbacv1.PolicyRule{
+var (
+	watch = []string{"get", "list", "watch"}
+	// clusterRules are the rights of each program in the whole cluster.
+	clusterRules = map[string][]rbacv1.PolicyRule{
 		brokerName: {
-			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: read},
+			{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "serviceaccounts"}, Verbs: watch},
 			{NonResourceURLs: []string{"/openid/v1/jwks", "/.well-known/openid-configuration"}, Verbs: []string{"get"}},
 			{APIGroups: []string{eventsv1.GroupName}, Resources: []string{"events"}, Verbs: []string{"create"}},
-			{APIGroups: []string{authenticationv1.GroupName}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}}, // where a test has tokens reviewed
+			{APIGroups: []string{authenticationv1.GroupName}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}}, // for tests with token reviews
 			{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{trustConfigMap}, Verbs: []string{"list", "watch", "create", "patch"}},
 			{APIGroups: []string{rbacv1.GroupName}, Resources: []string{"clusterroles"}, ResourceNames: []string{brokerName}, Verbs: []string{"get"}},
 		},
 		webhookName: {
-			{APIGroups: []string{""}, Resources: []string{"namespaces"}, Verbs: read},
+			{APIGroups: []string{""}, Resources: []string{"namespaces"}, Verbs: watch},
 		},
 	}
-	for name, rules := range rules {
-		account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: name}}
-		if _, err := core.ServiceAccounts(SystemNamespace).Create(ctx, account, metav1.CreateOptions{}); err != nil {
-			return fmt.Errorf("installing: %w", err)
-		}
-		role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: name}, Rules: rules}
-		if _, err := rbac.ClusterRoles().Create(ctx, role, metav1.CreateOptions{}); err != nil {
-			return fmt.Errorf("installing: %w", err)
-		}
-		binding := &rbacv1.ClusterRoleBinding{
-			ObjectMeta: metav1.ObjectMeta{Name: name},
-			RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
-			Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: SystemNamespace, Name: name}},
-		}
-		if _, err := rbac.ClusterRoleBindings().Create(ctx, binding, metav1.CreateOptions{}); err != nil {
-			return fmt.Errorf("installing: %w", err)
-		}
-	}
-	return s.installLead(ctx)
-}
-
-// installLead gives the broker what it needs in our own namespace: to know the other brokers, and to be the one that
-// publishes trust.
-func (s *Stack) installLead(ctx context.Context) error {
-	role := &rbacv1.Role{ObjectMeta: metav1.ObjectMeta{Name: brokerName}, Rules: []rbacv1.PolicyRule{
+	// brokerRules are the broker's rights in Credence's namespace: to see the other brokers, and to elect the one that
+	// publishes trust.
+	brokerRules = []rbacv1.PolicyRule{
 		{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{trustConfigMap}, Verbs: []string{"get"}},
 		{APIGroups: []string{discoveryv1.GroupName}, Resources: []string{"endpointslices"}, Verbs: []string{"list", "watch"}},
-		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, Verbs: []string{"create"}}, // never limited by name
+		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, Verbs: []string{"create"}}, // RBAC cannot limit it by name
 		{APIGroups: []string{coordinationv1.GroupName}, Resources: []string{"leases"}, ResourceNames: []string{brokerName}, Verbs: []string{"get", "update"}},
-	}}
-	if _, err := s.Client.RbacV1().Roles(SystemNamespace).Create(ctx, role, metav1.CreateOptions{}); err != nil {
-		return fmt.Errorf("installing: %w", err)
 	}
-	binding := &rbacv1.RoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: brokerName},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: brokerName},
-		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: SystemNamespace, Name: brokerName}},
+)
+
+// install makes Credence's namespace, and service accounts with only the rights that they use.
+func (s *Stack) install(ctx context.Context) error {
+	core, rbac, create := s.Client.CoreV1(), s.Client.RbacV1(), metav1.CreateOptions{}
+	named := func(name string) metav1.ObjectMeta { return metav1.ObjectMeta{Name: name} }
+	subject := func(name string) []rbacv1.Subject {
+		return []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: SystemNamespace, Name: name}}
 	}
-	if _, err := s.Client.RbacV1().RoleBindings(SystemNamespace).Create(ctx, binding, metav1.CreateOptions{}); err != nil {
+	_, err := core.Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: named(SystemNamespace)}, create)
+	errs := []error{err}
+	for name, rules := range clusterRules {
+		_, err := core.ServiceAccounts(SystemNamespace).Create(ctx, &corev1.ServiceAccount{ObjectMeta: named(name)}, create)
+		errs = append(errs, err)
+		_, err = rbac.ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: named(name), Rules: rules}, create)
+		errs = append(errs, err)
+		_, err = rbac.ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
+			ObjectMeta: named(name), Subjects: subject(name), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
+		}, create)
+		errs = append(errs, err)
+	}
+	_, err = rbac.Roles(SystemNamespace).Create(ctx, &rbacv1.Role{ObjectMeta: named(brokerName), Rules: brokerRules}, create)
+	errs = append(errs, err)
+	_, err = rbac.RoleBindings(SystemNamespace).Create(ctx, &rbacv1.RoleBinding{
+		ObjectMeta: named(brokerName), Subjects: subject(brokerName), RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: brokerName},
+	}, create)
+	if err := errors.Join(append(errs, err)...); err != nil {
 		return fmt.Errorf("installing: %w", err)
 	}
 	return nil
 }
 
-// Webhook returns what the API server is told of the webhook, but for where it is. A test holds it to the chart's.
+// Webhook returns the webhook's registration without its address. A test compares it with the chart's.
 func Webhook() admissionregistrationv1.MutatingWebhook {
 	failurePolicy, reinvocation, sideEffects := admissionregistrationv1.Fail, admissionregistrationv1.IfNeededReinvocationPolicy, admissionregistrationv1.SideEffectClassNone
 	scope, timeout := admissionregistrationv1.NamespacedScope, int32(5)
@@ -115,50 +107,39 @@ func Webhook() admissionregistrationv1.MutatingWebhook {
 	}
 }
 
-// registerWebhook makes the API server call the webhook, and returns when it does.
+// registerWebhook registers the webhook with the API server, and returns when the API server calls it.
 func (s *Stack) registerWebhook(ctx context.Context) error {
-	url := "https://" + net.JoinHostPort(loopback, strconv.Itoa(s.hookPort)) + "/mutate"
-	webhook := Webhook()
+	url, webhook := "https://"+s.webhook.address+"/mutate", Webhook()
 	webhook.ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
-	config := &admissionregistrationv1.MutatingWebhookConfiguration{
+	if _, err := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Create(ctx, &admissionregistrationv1.MutatingWebhookConfiguration{
 		ObjectMeta: metav1.ObjectMeta{Name: configuration}, Webhooks: []admissionregistrationv1.MutatingWebhook{webhook},
-	}
-	if _, err := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Create(ctx, config, metav1.CreateOptions{}); err != nil {
+	}, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("registering the webhook: %w", err)
 	}
-	return s.awaitInjection(ctx)
-}
-
-// awaitInjection waits until the API server's own watch has brought it the configuration.
-func (s *Stack) awaitInjection(ctx context.Context) error {
 	const namespace = "credence-injection-check"
 	if err := s.Namespace(ctx, namespace, nil); err != nil {
 		return err
 	}
-	// A misspelt key, in a dry run: refused as soon as the webhook is called, and never stored.
+	// The webhook refuses a misspelt key. As a dry run, the pod is never stored.
 	pod := Pod("check", map[string]string{"iam.amazonaws.com/roel": "x"})
-	err := poll(ctx, func() (bool, error) {
+	if err := poll(ctx, func() bool {
 		_, err := s.Client.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
-		return err != nil, nil
-	})
-	if err != nil {
-		return fmt.Errorf("waiting for the webhook to be called: %w", err)
+		return err != nil
+	}); err != nil {
+		return fmt.Errorf("waiting until the API server calls the webhook: %w", err)
 	}
-	if err := s.Client.CoreV1().Namespaces().Delete(ctx, namespace, metav1.DeleteOptions{}); err != nil {
-		return fmt.Errorf("cleaning up the injection check: %w", err)
-	}
-	return nil
+	return s.Client.CoreV1().Namespaces().Delete(ctx, namespace, metav1.DeleteOptions{})
 }
 
-// trustWebhook replaces the roots by which the API server knows the webhook.
-func (s *Stack) trustWebhook(ctx context.Context, roots []byte) error {
+// setWebhookRoots replaces the roots with which the API server verifies the webhook.
+func (s *Stack) setWebhookRoots(ctx context.Context, roots []byte) error {
 	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
 	config, err := configs.Get(ctx, configuration, metav1.GetOptions{})
-	if err != nil {
-		return fmt.Errorf("reading the webhook's registration: %w", err)
+	if err == nil {
+		config.Webhooks[0].ClientConfig.CABundle = roots
+		_, err = configs.Update(ctx, config, metav1.UpdateOptions{})
 	}
-	config.Webhooks[0].ClientConfig.CABundle = roots
-	if _, err := configs.Update(ctx, config, metav1.UpdateOptions{}); err != nil {
+	if err != nil {
 		return fmt.Errorf("updating the webhook's registration: %w", err)
 	}
 	return nil

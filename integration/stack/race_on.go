@@ -2,8 +2,5 @@
 
 package stack
 
-// raceFlags build our programs as the tests themselves are built.
-var raceFlags = []string{"-race"}
-
-// Race is whether programs are built with the race detector.
+// Race says that programs are built with the race detector, as the tests are.
 const Race = true

@@ -30,25 +30,23 @@ const SidecarName = "credence-sidecar"
 type Sidecar struct {
 	*process.Process
 
-	stack *Stack
-	pod   *corev1.Pod
-	files string // where its volumes are
-	port  int    // instead of the one in the pod
+	stack     *Stack
+	pod       *corev1.Pod
+	container corev1.Container
+	port      int // instead of the port in the pod
 }
 
-// RunSidecar runs the injected container of pod with the command, the environment and the volumes of
-// its spec, and returns when its startup probe has passed, which waits for first credentials.
+// RunSidecar runs the injected container of pod with the command, the environment and the volumes of its spec. It returns
+// when the startup probe has passed, which waits for the first credentials.
 //
-// Two things differ from a kubelet, because these pods share one machine's files and loopback
-// address: a mount path is replaced by a folder, and the pod's own port by a free one, wherever they
-// stand in a value.
+// Two things differ from a kubelet, because these pods share one machine's files and loopback address: RunSidecar replaces
+// a mount path by a folder, and the pod's own port by a free one, wherever they occur in a value.
 func (s *Stack) RunSidecar(ctx context.Context, pod *corev1.Pod) (*Sidecar, error) {
-	c := &Sidecar{stack: s, pod: pod, files: filepath.Join(s.run.Dir(), "pods", string(pod.UID))}
 	i := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == SidecarName })
 	if i < 0 {
 		return nil, fmt.Errorf("pod %s/%s has no container %s", pod.Namespace, pod.Name, SidecarName)
 	}
-	container := pod.Spec.InitContainers[i]
+	c := &Sidecar{stack: s, pod: pod, container: pod.Spec.InitContainers[i]}
 	var err error
 	if c.port, err = process.FreePort(ctx); err != nil {
 		return nil, err
@@ -56,25 +54,24 @@ func (s *Stack) RunSidecar(ctx context.Context, pod *corev1.Pod) (*Sidecar, erro
 	if err := c.WriteVolumes(ctx); err != nil {
 		return nil, err
 	}
-	env, err := c.Env(container)
+	env, err := c.Env(c.container)
 	if err != nil {
 		return nil, err
 	}
-	env = append(env, "GORACE=halt_on_error=1 atexit_sleep_ms=0")
-	name := "sidecar-" + string(pod.UID)
-	c.Process, err = s.run.Start(process.Command{Name: name, Path: s.program(container.Command[0]), Args: container.Command[1:], Env: env})
-	if err != nil {
+	command := process.Command{
+		Name: "sidecar-" + string(pod.UID), Path: s.program(c.container.Command[0]), Args: c.container.Command[1:], Env: append(env, raceEnv),
+	}
+	if c.Process, err = s.run.Start(command); err != nil {
 		return nil, err
 	}
-	err = c.probe(ctx, container.StartupProbe.Exec.Command, env)
-	if err != nil {
+	if err := c.probe(ctx, c.container.StartupProbe.Exec.Command, command.Env); err != nil {
 		c.Stop(stopGrace)
 		return nil, fmt.Errorf("starting the sidecar of pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
 	return c, nil
 }
 
-// probe runs the startup probe's command, until it succeeds or the sidecar ends.
+// probe runs the startup probe's command until it succeeds or the sidecar ends.
 func (c *Sidecar) probe(ctx context.Context, command, env []string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -97,11 +94,11 @@ func (c *Sidecar) probe(ctx context.Context, command, env []string) error {
 	return nil
 }
 
-// program is our build of the program that an image would have at path.
-func (s *Stack) program(path string) string { return filepath.Join(s.programs, filepath.Base(path)) }
+// program is the built program that an image would have at path.
+func (s *Stack) program(path string) string { return filepath.Join(s.dir("bin"), filepath.Base(path)) }
 
-// WriteVolumes writes the projected volumes of the pod, as a kubelet does at a pod's start and again
-// when a source has changed: with a fresh token, and the ConfigMap as it is now.
+// WriteVolumes writes the projected volumes of the pod with a new token and the current ConfigMap, as a kubelet does when
+// a pod starts and when a source changes.
 func (c *Sidecar) WriteVolumes(ctx context.Context) error {
 	for _, volume := range c.pod.Spec.Volumes {
 		if volume.Projected == nil {
@@ -109,14 +106,14 @@ func (c *Sidecar) WriteVolumes(ctx context.Context) error {
 		}
 		files := make(map[string][]byte)
 		for _, source := range volume.Projected.Sources {
-			switch {
-			case source.ServiceAccountToken != nil:
-				token, err := c.stack.Token(ctx, c.pod, source.ServiceAccountToken.Audience, *source.ServiceAccountToken.ExpirationSeconds)
+			if t := source.ServiceAccountToken; t != nil {
+				token, err := c.stack.Token(ctx, c.pod, t.Audience, *t.ExpirationSeconds)
 				if err != nil {
 					return err
 				}
-				files[source.ServiceAccountToken.Path] = []byte(token)
-			case source.ConfigMap != nil:
+				files[t.Path] = []byte(token)
+			}
+			if source.ConfigMap != nil {
 				m, err := c.configMap(ctx, source.ConfigMap.Name)
 				if err != nil {
 					return err
@@ -137,42 +134,38 @@ func (c *Sidecar) WriteVolumes(ctx context.Context) error {
 	return nil
 }
 
-// configMap reads a ConfigMap. One that is not there yet is waited for, as a kubelet tries again.
+// configMap reads a ConfigMap. It waits until the ConfigMap exists, as a kubelet does.
 func (c *Sidecar) configMap(ctx context.Context, name string) (m *corev1.ConfigMap, err error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	if err := poll(ctx, func() (bool, error) {
+	if err := poll(ctx, func() bool {
 		m, err = c.stack.Client.CoreV1().ConfigMaps(c.pod.Namespace).Get(ctx, name, metav1.GetOptions{})
-		return err == nil, nil
+		return err == nil
 	}); err != nil {
 		return nil, fmt.Errorf("reading ConfigMap %s/%s: %w", c.pod.Namespace, name, err)
 	}
 	return m, nil
 }
 
-func (c *Sidecar) volume(name string) string { return filepath.Join(c.files, name) }
+func (c *Sidecar) volume(name string) string {
+	return filepath.Join(c.stack.run.Dir(), "pods", string(c.pod.UID), name)
+}
 
-// Env is the environment of one of the pod's containers.
-func (c *Sidecar) Env(container corev1.Container) ([]string, error) {
+// Env returns the environment of one of the pod's containers.
+func (c *Sidecar) Env(container corev1.Container) (env []string, err error) {
 	var replace []string
-	for _, sidecar := range c.pod.Spec.InitContainers {
-		for _, mount := range sidecar.VolumeMounts {
-			if sidecar.Name == SidecarName {
-				replace = append(replace, mount.MountPath, c.volume(mount.Name))
-			}
-		}
-		for _, e := range sidecar.Env {
-			if _, port, err := net.SplitHostPort(e.Value); sidecar.Name == SidecarName && e.Name == "CREDENCE_LISTEN" && err == nil {
-				replace = append(replace, loopback+":"+port, net.JoinHostPort(loopback, strconv.Itoa(c.port)))
-			}
+	for _, mount := range c.container.VolumeMounts {
+		replace = append(replace, mount.MountPath, c.volume(mount.Name))
+	}
+	for _, e := range c.container.Env {
+		if _, port, err := net.SplitHostPort(e.Value); e.Name == "CREDENCE_LISTEN" && err == nil {
+			replace = append(replace, loopback+":"+port, net.JoinHostPort(loopback, strconv.Itoa(c.port)))
 		}
 	}
 	replacer := strings.NewReplacer(replace...)
-	var env []string
 	for _, e := range container.Env {
 		value := replacer.Replace(e.Value)
 		if from := e.ValueFrom; from != nil {
-			var err error
 			if value, err = c.field(from); err != nil {
 				return nil, fmt.Errorf("variable %s: %w", e.Name, err)
 			}
@@ -182,23 +175,26 @@ func (c *Sidecar) Env(container corev1.Container) ([]string, error) {
 	return env, nil
 }
 
-// field is the value of a field of the pod, as a kubelet finds it.
+// field returns the value of a field of the pod, as a kubelet does.
 func (c *Sidecar) field(from *corev1.EnvVarSource) (string, error) {
 	if from.FieldRef == nil {
-		return "", errors.New("it comes from something other than a field")
+		return "", errors.New("the source is not a field")
 	}
 	path := from.FieldRef.FieldPath
 	if label, ok := strings.CutPrefix(path, "metadata.labels['"); ok {
 		return c.pod.Labels[strings.TrimSuffix(label, "']")], nil
 	}
 	if path != "metadata.uid" {
-		return "", fmt.Errorf("the field %s is not provided for here", path)
+		return "", fmt.Errorf("the field %s is not supported here", path)
 	}
 	return string(c.pod.UID), nil
 }
 
-// AppEnv is the environment of the pod's first container, as an AWS SDK in it sees it.
+// AppEnv returns the environment of the pod's first container, as an AWS SDK in it sees it.
 func (c *Sidecar) AppEnv() ([]string, error) { return c.Env(c.pod.Spec.Containers[0]) }
+
+// TokenSeconds is the shortest lifetime that the TokenRequest API gives.
+const TokenSeconds = int64(10 * time.Minute / time.Second)
 
 // Token requests a token that is bound to pod, as a kubelet does for a projected volume.
 func (s *Stack) Token(ctx context.Context, pod *corev1.Pod, audience string, seconds int64) (string, error) {
@@ -209,13 +205,9 @@ func (s *Stack) Token(ctx context.Context, pod *corev1.Pod, audience string, sec
 	if audience != "" {
 		request.Spec.Audiences = []string{audience}
 	}
-	account := pod.Spec.ServiceAccountName
-	answer, err := s.Client.CoreV1().ServiceAccounts(pod.Namespace).CreateToken(ctx, account, request, metav1.CreateOptions{})
+	response, err := s.Client.CoreV1().ServiceAccounts(pod.Namespace).CreateToken(ctx, pod.Spec.ServiceAccountName, request, metav1.CreateOptions{})
 	if err != nil {
 		return "", fmt.Errorf("requesting a token for pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
-	return answer.Status.Token, nil
+	return response.Status.Token, nil
 }
-
-// TokenSeconds is the shortest life that the TokenRequest API gives.
-const TokenSeconds = int64(10 * time.Minute / time.Second)

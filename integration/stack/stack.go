@@ -1,12 +1,11 @@
 //go:build unix
 
-// Package stack runs the whole of Credence on a control plane of package cluster: the real broker and
-// the real webhook as programs of their own, with certificates, RBAC and a webhook configuration, and
-// beside them an STS that tests command and, where asked, a MinIO whose objects its keys open.
+// Package stack runs all of Credence on a control plane of package cluster: the real broker and the real webhook as
+// programs, with certificates, RBAC and a webhook configuration. Beside them runs an STS that tests control and, if
+// configured, a MinIO whose objects the STS's sessions open.
 //
-// A control plane alone has no kubelet, so RunSidecar does what one would: it runs the sidecar of a
-// stored pod as its spec says. Everything runs on the loopback address, without root, and ends with
-// the cluster's run.
+// A control plane alone has no kubelet. RunSidecar stands in for it: it runs the sidecar of a stored pod as the pod's spec
+// says. Everything runs on the loopback address, without root, and ends with the cluster's run.
 package stack
 
 import (
@@ -39,13 +38,13 @@ import (
 	"github.com/credence-iam/credence/integration/process"
 )
 
-// What is the same in every stack.
+// These are the same in every stack.
 const (
-	// SystemNamespace is where Credence's own service accounts live.
+	// SystemNamespace is the namespace of Credence's own service accounts.
 	SystemNamespace = "credence"
 	// Audience is the audience of pod tokens.
 	Audience = "credence-broker"
-	// Region is the AWS region in use.
+	// Region is the AWS region.
 	Region = "eu-central-1"
 	// Account is the account of the broker, and of roles written as names.
 	Account = "123456789012"
@@ -54,319 +53,268 @@ const (
 	webhookName = "credence-webhook"
 	loopback    = "127.0.0.1"
 	brokerHost  = "localhost"
+	// raceEnv makes a program with the race detector end at the first race.
+	raceEnv = "GORACE=halt_on_error=1 atexit_sleep_ms=0"
 )
 
 const (
-	// startTimeout bounds one start of a program of ours, on a machine that compiles meanwhile.
+	// startTimeout bounds one start of a program, on a machine that compiles at the same time.
 	startTimeout = time.Minute
-	// stopGrace lets a program drain.
+	// stopGrace is how long a program may drain.
 	stopGrace = 10 * time.Second
-	// propagation is what the broker is told that a changed ConfigMap takes into pods. No kubelet is waited
-	// for here: whoever runs a sidecar writes its volumes.
+	// propagation is the broker's setting for how long a changed ConfigMap takes to reach pods. Here no kubelet has to be
+	// waited for: the test that runs a sidecar writes its volumes.
 	propagation = 2 * time.Second
+	// pollInterval is the time between two polls. Most conditions here take tens of milliseconds.
+	pollInterval = 20 * time.Millisecond
 )
 
 // Config configures [Start].
 type Config struct {
-	// Cluster is where Credence is installed. Required.
+	// Cluster is the cluster on which Credence is installed. Required.
 	Cluster *cluster.Cluster
 	// STS configures the STS. Default: every role can be assumed.
 	STS ststest.Config
-	// BrokerMemory and WebhookMemory limit the memory of the programs, in bytes, as the limits of their containers do.
-	// Linux only, and needs root. Default: no limit.
+	// BrokerMemory and WebhookMemory limit the memory of the programs, in bytes, as container limits do. Linux only, and
+	// needs root. Default: no limit.
 	BrokerMemory, WebhookMemory int64
-	// Progress gets a line for each program that is built, and each that ends unexpectedly. Default:
-	// nobody is told.
+	// Progress gets a line for each program that is built, and for each that ends unexpectedly. Default: discarded.
 	Progress io.Writer
 }
 
-// Stack is an installed Credence that runs. It may be used concurrently, except where it says
-// otherwise.
+// Stack is an installed and running Credence. Methods may be called concurrently unless their comment says otherwise.
 type Stack struct {
-	// STS is the STS that the broker asks.
+	// STS is the STS that the broker calls.
 	STS *ststest.Server
 	// Client has all rights on the cluster.
 	Client kubernetes.Interface
 
-	cluster    *cluster.Cluster
-	run        *process.Run
-	programs   string // the folder of our programs
-	ca         *certstest.CA
-	brokerPort int
-	adminPort  int
-	hookPort   int
-	hookAdmin  int
-	broker     *process.Process
-	webhook    *process.Process
-
-	brokerMemory, webhookMemory int64
-	limits                      map[string]*process.MemoryLimit // by program
-	limitCount                  int
+	cluster         *cluster.Cluster
+	run             *process.Run
+	ca              *certstest.CA
+	broker, webhook *Program
 }
 
-// Start installs and starts everything, and returns when the broker and the webhook are ready. The
-// caller must Close it.
+// Program is the broker or the webhook, as started last.
+type Program struct {
+	*process.Process // nil before the first start
+
+	name, address, admin string
+	memory               int64 // limit; 0: none
+	limit                *process.MemoryLimit
+	starts               int
+}
+
+// MemoryPeak returns the program's highest memory since its start, in bytes, if its memory is limited.
+func (p *Program) MemoryPeak() (int64, error) {
+	if p.limit == nil {
+		return 0, fmt.Errorf("the memory of %s is not limited", p.name)
+	}
+	return p.limit.Peak()
+}
+
+// Start installs and starts everything, and returns when the broker and the webhook are ready. The caller must Close it.
 func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if cfg.Progress == nil {
 		cfg.Progress = io.Discard
 	}
 	config := cfg.Cluster.Config()
-	config.WarningHandler = rest.NoWarnings{} // client-go would log them, over the caller's own output
+	config.WarningHandler = rest.NoWarnings{} // client-go would log them, between the caller's own output
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return nil, fmt.Errorf("making a client: %w", err)
 	}
 	s := &Stack{
 		cluster: cfg.Cluster, run: cfg.Cluster.Run(), Client: client,
-		brokerMemory: cfg.BrokerMemory, webhookMemory: cfg.WebhookMemory, limits: make(map[string]*process.MemoryLimit),
+		broker:  &Program{name: brokerName, memory: cfg.BrokerMemory},
+		webhook: &Program{name: webhookName, memory: cfg.WebhookMemory},
 	}
-	if s.programs, err = build(ctx, s.run.Dir(), cfg.Progress); err != nil {
+	if err := s.build(ctx, cfg.Progress); err != nil {
 		return nil, err
 	}
-	for _, port := range []*int{&s.brokerPort, &s.adminPort, &s.hookPort, &s.hookAdmin} {
-		if *port, err = process.FreePort(ctx); err != nil {
+	for _, address := range []*string{&s.broker.address, &s.broker.admin, &s.webhook.address, &s.webhook.admin} {
+		port, err := process.FreePort(ctx)
+		if err != nil {
 			return nil, err
 		}
+		*address = net.JoinHostPort(loopback, strconv.Itoa(port))
 	}
-	if err := certificates(func() {
-		s.ca = certstest.NewCA(tb{})
-		s.writeCertificates(s.ca)
-	}); err != nil {
+	if err := certificates(func() { s.setCA(certstest.NewCA(tb{})) }); err != nil {
 		return nil, err
 	}
 	cfg.STS.Account = Account
 	if s.STS, err = ststest.Start(ctx, cfg.STS); err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
+	for _, step := range []func(context.Context) error{
+		s.install,
+		func(ctx context.Context) error { return s.StartBroker(ctx) },
+		func(ctx context.Context) error { return s.StartWebhook(ctx) },
+		s.registerWebhook,
+	} {
+		if err := step(ctx); err != nil {
 			s.Close()
+			return nil, err
 		}
-	}()
-	if err := s.install(ctx); err != nil {
-		return nil, err
-	}
-	if err := s.StartBroker(ctx); err != nil {
-		return nil, err
-	}
-	if err := s.StartWebhook(ctx); err != nil {
-		return nil, err
-	}
-	if err := s.registerWebhook(ctx); err != nil {
-		return nil, err
 	}
 	return s, nil
 }
 
-// Close stops the programs, each with time to drain. The cluster goes on.
+// Close stops the programs, each with time to drain. The cluster keeps running.
 func (s *Stack) Close() {
 	s.StopWebhook()
 	s.StopBroker()
 	s.STS.Close()
 }
 
-// BrokerAddress is the broker's gRPC target. It has a name, as a Service has: a certificate is checked
-// against what was dialled.
+// BrokerAddress is the broker's gRPC target. It has a host name, as a Service has, because a certificate is compared with
+// the dialled name.
 func (s *Stack) BrokerAddress() string {
-	return net.JoinHostPort(brokerHost, strconv.Itoa(s.brokerPort))
+	return brokerHost + strings.TrimPrefix(s.broker.address, loopback)
 }
+
+// WebhookAddress is the address of the webhook.
+func (s *Stack) WebhookAddress() string { return s.webhook.address }
+
+// BrokerAdminAddress is the address of the broker's health, readiness and metrics.
+func (s *Stack) BrokerAdminAddress() string { return s.broker.admin }
+
+// WebhookAdminAddress is the address of the webhook's health, readiness and metrics.
+func (s *Stack) WebhookAdminAddress() string { return s.webhook.admin }
 
 // BrokerLog is the path of the broker's log, audit lines included.
 func (s *Stack) BrokerLog() string { return s.broker.Log() }
 
-// StopBroker takes the broker away. Not for concurrent use.
-func (s *Stack) StopBroker() {
-	if s.broker != nil {
-		s.broker.Stop(stopGrace)
+// WebhookLog is the path of the webhook's log.
+func (s *Stack) WebhookLog() string { return s.webhook.Log() }
+
+// Broker is the broker's program.
+func (s *Stack) Broker() *Program { return s.broker }
+
+// Webhook is the webhook's program.
+func (s *Stack) Webhook() *Program { return s.webhook }
+
+// StopBroker stops the broker. Not for concurrent use.
+func (s *Stack) StopBroker() { s.broker.stop() }
+
+// StopWebhook stops the webhook. Not for concurrent use.
+func (s *Stack) StopWebhook() { s.webhook.stop() }
+
+func (p *Program) stop() {
+	if p.Process != nil {
+		p.Stop(stopGrace)
 	}
 }
 
-// StartBroker starts the broker, on the same port as before and with more flags if there are any, and returns
-// when it is ready. Not for concurrent use.
+// StartBroker starts the broker at the same address as before, with further flags if there are any. It returns when the
+// broker is ready. Not for concurrent use.
 func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
-	kubeconfig, err := s.kubeconfig(ctx, brokerName)
-	if err != nil {
-		return err
-	}
 	keyID, secret := s.STS.Keys()
-	admin := s.BrokerAdminAddress()
-	s.broker, err = s.start(s.brokerMemory, process.Command{
-		Name: brokerName,
-		Path: filepath.Join(s.programs, brokerName),
-		Args: append([]string{
-			"--listen=" + net.JoinHostPort(loopback, strconv.Itoa(s.brokerPort)), "--admin-listen=" + admin, "--debug-listen=",
-			"--tls-cert=" + filepath.Join(s.dir(brokerName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(brokerName), "tls.key"),
-			"--roots-file=" + filepath.Join(s.dir(brokerName), "ca.crt"), "--namespace=" + SystemNamespace, "--trust-owner=" + brokerName,
-			"--trust-propagation=" + propagation.String(),
-			"--kubeconfig=" + kubeconfig, "--audience=" + Audience,
+	return s.start(ctx, s.broker, process.Command{
+		Args: slices.Concat([]string{
+			"--debug-listen=", "--roots-file=" + filepath.Join(s.dir(brokerName), "ca.crt"), "--namespace=" + SystemNamespace,
+			"--trust-owner=" + brokerName, "--trust-propagation=" + propagation.String(), "--audience=" + Audience,
 			"--sts-endpoint=" + s.STS.URL(), "--region=" + Region,
-		}, flags...),
-		Env: append(NoAWSFiles(),
-			"AWS_ACCESS_KEY_ID="+keyID, "AWS_SECRET_ACCESS_KEY="+secret.Reveal(),
-			"GORACE=halt_on_error=1 atexit_sleep_ms=0"),
-	})
-	if err != nil {
-		return err
-	}
-	return ready(ctx, s.broker, "http://"+admin+"/readyz", nil)
+		}, flags),
+		Env: append(NoAWSFiles(), "AWS_ACCESS_KEY_ID="+keyID, "AWS_SECRET_ACCESS_KEY="+secret.Reveal()),
+	}, "http://"+s.broker.admin)
 }
 
-// start starts a program of ours with a memory limit, if there is one. Each start has a limit of its own, so that its
-// peak is that of this start.
-func (s *Stack) start(memory int64, command process.Command) (*process.Process, error) {
-	if memory > 0 {
-		s.limitCount++
-		limit, err := s.run.MemoryLimit(command.Name+"-"+strconv.Itoa(s.limitCount), memory)
-		if err != nil {
-			return nil, err
+// StartWebhook starts the webhook at the same address as before, with further flags if there are any. It returns when the
+// webhook is ready. Not for concurrent use.
+func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
+	return s.start(ctx, s.webhook, process.Command{Args: append(s.InjectFlags(), flags...)}, "https://"+s.webhook.address)
+}
+
+// InjectFlags are the flags of the webhook that determine what it injects. The command "credence inject" has them too.
+func (s *Stack) InjectFlags() []string {
+	return []string{
+		"--audience=" + Audience, "--broker=" + s.BrokerAddress(),
+		"--sidecar-image=credence-sidecar:test", "--base-arn=" + RoleARN(""),
+	}
+}
+
+// start starts p with the flags that both programs have and those of command, and waits until it is ready at url. Each
+// start has a memory limit of its own, so that its peak is that of this start.
+func (s *Stack) start(ctx context.Context, p *Program, command process.Command, url string) error {
+	kubeconfig, err := s.kubeconfig(ctx, p.name)
+	if err != nil {
+		return err
+	}
+	command.Name, command.Path, command.Env = p.name, s.program(p.name), append(command.Env, raceEnv)
+	command.Args = append([]string{
+		"--listen=" + p.address, "--admin-listen=" + p.admin, "--kubeconfig=" + kubeconfig,
+		"--tls-cert=" + filepath.Join(s.dir(p.name), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(p.name), "tls.key"),
+	}, command.Args...)
+	if p.memory > 0 {
+		p.starts++
+		if p.limit, err = s.run.MemoryLimit(p.name+"-"+strconv.Itoa(p.starts), p.memory); err != nil {
+			return err
 		}
-		s.limits[command.Name] = limit
-		// The shell becomes the program after it has gone into the cgroup: so all memory of the program counts.
-		command.Args = append([]string{"-c", `echo $$ >"$0" && exec "$@"`, limit.Procs(), command.Path}, command.Args...)
+		// The shell enters the cgroup and then becomes the program, so all memory of the program counts.
+		command.Args = append([]string{"-c", `echo $$ >"$0" && exec "$@"`, p.limit.Procs(), command.Path}, command.Args...)
 		command.Path = "/bin/sh"
 	}
-	return s.run.Start(command)
+	if p.Process, err = s.run.Start(command); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	return p.WaitReady(ctx, func(ctx context.Context) error {
+		status, body, err := s.get(ctx, url+"/readyz")
+		if err == nil && status != http.StatusOK {
+			err = fmt.Errorf("%s/readyz responds %d: %s", url, status, body)
+		}
+		return err
+	})
 }
 
-// Broker is the broker's process, as started last.
-func (s *Stack) Broker() *process.Process { return s.broker }
-
-// Webhook is the webhook's process, as started last.
-func (s *Stack) Webhook() *process.Process { return s.webhook }
-
-// BrokerMemoryPeak is the most memory that the broker has had since its start, in bytes, if its memory is limited.
-func (s *Stack) BrokerMemoryPeak() (int64, error) { return s.memoryPeak(brokerName) }
-
-// WebhookMemoryPeak is the most memory that the webhook has had since its start, in bytes, if its memory is limited.
-func (s *Stack) WebhookMemoryPeak() (int64, error) { return s.memoryPeak(webhookName) }
-
-func (s *Stack) memoryPeak(program string) (int64, error) {
-	limit, ok := s.limits[program]
-	if !ok {
-		return 0, fmt.Errorf("the memory of %s is not limited", program)
+// get requests a page of a program.
+func (s *Stack) get(ctx context.Context, url string) (status int, body string, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, "", err
 	}
-	return limit.Peak()
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.ca.Pool(), MinVersion: tls.VersionTLS13}}
+	defer transport.CloseIdleConnections()
+	response, err := (&http.Client{Transport: transport}).Do(request)
+	if err != nil {
+		return 0, "", err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(text), err
 }
 
-// Metrics returns what the broker's metrics are.
-func (s *Stack) Metrics(ctx context.Context) (string, error) { return metrics(ctx, s.adminPort) }
+// Metrics returns the broker's metrics.
+func (s *Stack) Metrics(ctx context.Context) (string, error) { return s.metrics(ctx, s.broker) }
 
-// WebhookMetrics returns what the webhook's metrics are.
-func (s *Stack) WebhookMetrics(ctx context.Context) (string, error) { return metrics(ctx, s.hookAdmin) }
+// WebhookMetrics returns the webhook's metrics.
+func (s *Stack) WebhookMetrics(ctx context.Context) (string, error) { return s.metrics(ctx, s.webhook) }
 
-func metrics(ctx context.Context, port int) (string, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(port))+"/metrics", nil)
-	if err != nil {
-		return "", fmt.Errorf("asking for metrics: %w", err)
+func (s *Stack) metrics(ctx context.Context, p *Program) (string, error) {
+	status, text, err := s.get(ctx, "http://"+p.admin+"/metrics")
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("the metrics of %s have status %d", p.name, status)
 	}
-	answer, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return "", fmt.Errorf("asking for metrics: %w", err)
-	}
-	defer answer.Body.Close()
-	text, err := io.ReadAll(answer.Body)
-	if err == nil && answer.StatusCode != http.StatusOK {
-		err = errors.New(answer.Status)
-	}
-	if err != nil {
-		return "", fmt.Errorf("asking for metrics: %w", err)
-	}
-	return string(text), nil
+	return text, err
 }
 
 // Readiness returns the response of the broker's /readyz: "ready", or the conditions that it waits for.
 func (s *Stack) Readiness(ctx context.Context) (string, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))+"/readyz", nil)
-	if err != nil {
-		return "", fmt.Errorf("asking for readiness: %w", err)
-	}
-	answer, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return "", fmt.Errorf("asking for readiness: %w", err)
-	}
-	defer answer.Body.Close()
-	text, err := io.ReadAll(answer.Body)
-	if err != nil {
-		return "", fmt.Errorf("asking for readiness: %w", err)
-	}
-	return strings.TrimSuffix(string(text), "\n"), nil
+	_, text, err := s.get(ctx, "http://"+s.broker.admin+"/readyz")
+	return strings.TrimSuffix(text, "\n"), err
 }
 
-// InjectFlags are those flags of the webhook that decide what it injects, which "credence inject" has, too.
-func (s *Stack) InjectFlags() []string {
-	return []string{
-		"--audience=" + Audience, "--broker=" + s.BrokerAddress(),
-		"--sidecar-image=credence-sidecar:test", "--base-arn=arn:aws:iam::" + Account + ":role/",
-	}
-}
-
-// StopWebhook takes the webhook away. Not for concurrent use.
-func (s *Stack) StopWebhook() {
-	if s.webhook != nil {
-		s.webhook.Stop(stopGrace)
-	}
-}
-
-// StartWebhook starts the webhook, on the same port as before and with more flags if there are any, and returns
-// when it is ready. Not for concurrent use.
-func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
-	kubeconfig, err := s.kubeconfig(ctx, webhookName)
-	if err != nil {
-		return err
-	}
-	address := net.JoinHostPort(loopback, strconv.Itoa(s.hookPort))
-	s.webhook, err = s.start(s.webhookMemory, process.Command{
-		Name: webhookName,
-		Path: filepath.Join(s.programs, webhookName),
-		Args: slices.Concat(s.InjectFlags(), []string{
-			"--listen=" + address, "--admin-listen=" + s.WebhookAdminAddress(),
-			"--tls-cert=" + filepath.Join(s.dir(webhookName), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(webhookName), "tls.key"),
-			"--kubeconfig=" + kubeconfig,
-		}, flags),
-		Env: []string{"GORACE=halt_on_error=1 atexit_sleep_ms=0"},
-	})
-	if err != nil {
-		return err
-	}
-	return ready(ctx, s.webhook, "https://"+address+"/readyz", s.ca)
-}
-
-// ready waits for a program's readiness endpoint.
-func ready(ctx context.Context, p *process.Process, url string, ca *certstest.CA) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	transport := &http.Transport{}
-	if ca != nil {
-		transport.TLSClientConfig = &tls.Config{RootCAs: ca.Pool(), MinVersion: tls.VersionTLS13}
-	}
-	defer transport.CloseIdleConnections()
-	return p.WaitReady(ctx, func(ctx context.Context) error {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return err
-		}
-		response, err := (&http.Client{Transport: transport}).Do(request)
-		if err != nil {
-			return err
-		}
-		defer func() { _ = response.Body.Close() }()
-		if response.StatusCode != http.StatusOK {
-			body, _ := io.ReadAll(io.LimitReader(response.Body, 1<<10))
-			return fmt.Errorf("%s: %s: %s", url, response.Status, body)
-		}
-		return nil
-	})
-}
-
-// module is ours: whoever runs a stack does so from somewhere inside it.
+// module is Credence's module. A stack is always run from within it.
 const module = "github.com/credence-iam/credence"
 
-// programs are what a stack runs.
+// programs are the programs that a stack runs.
 var programs = []string{"broker", "webhook", "sidecar"}
 
-// ReadSources reads the sources that our programs are built of, and returns how many there are. Go's test cache notes
-// what a test reads, once it has begun, and not what a compiler reads that is started: a package whose tests do not
-// call this is taken as passed after a change of the programs.
+// ReadSources reads the source files of the programs, and returns their number. Go's test cache records the files that a
+// test reads, but not those that a compiler reads which the test starts: after a change of the programs, a package whose
+// tests do not call ReadSources counts as passed.
 func ReadSources(ctx context.Context) (int, error) {
 	args := []string{"list", "-deps", "-f", `{{if .Module}}{{if eq .Module.Path "` + module + `"}}{{range .GoFiles}}{{$.Dir}}/{{.}}{{"\n"}}{{end}}{{end}}{{end}}`}
 	for _, name := range programs {
@@ -385,23 +333,19 @@ func ReadSources(ctx context.Context) (int, error) {
 	return len(files), nil
 }
 
-// build builds our programs below dir. The Go build cache makes that a matter of a second, once done.
-func build(ctx context.Context, dir string, progress io.Writer) (string, error) {
-	out := filepath.Join(dir, "bin")
-	if err := os.MkdirAll(out, 0o700); err != nil {
-		return "", fmt.Errorf("building Credence: %w", err)
-	}
+// build builds the programs. With Go's build cache it takes a second.
+func (s *Stack) build(ctx context.Context, progress io.Writer) error {
 	for _, name := range programs {
 		_, _ = fmt.Fprintln(progress, "building credence-"+name)
-		// Without debug information, which nobody reads here, linking takes a third less.
-		args := append([]string{"build", "-tags=grpcnotrace", "-ldflags=-s -w"}, raceFlags...)
-		args = append(args, "-o", filepath.Join(out, "credence-"+name), module+"/cmd/"+name)
+		// Without debug information, which is not used here, linking takes a third less.
+		args := []string{"build", "-tags=grpcnotrace", "-ldflags=-s -w", "-race=" + strconv.FormatBool(Race)}
+		args = append(args, "-o", s.program("credence-"+name), module+"/cmd/"+name)
 		cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // The arguments are the constants above.
 		if output, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("building credence-%s: %w\n%s", name, err, output)
+			return fmt.Errorf("building credence-%s: %w\n%s", name, err, output)
 		}
 	}
-	return out, nil
+	return nil
 }
 
 // NoAWSFiles is an environment in which an AWS SDK takes nothing from this machine or its network.
@@ -411,27 +355,28 @@ func NoAWSFiles() []string {
 	}
 }
 
-// dir is the folder of one of our programs' files.
+// dir is a folder of this stack.
 func (s *Stack) dir(name string) string { return filepath.Join(s.run.Dir(), name) }
 
-func (s *Stack) writeCertificates(ca *certstest.CA) {
+// setCA makes serving certificates of ca for both programs.
+func (s *Stack) setCA(ca *certstest.CA) {
 	ca.Leaf(brokerHost).WriteTo(s.dir(brokerName))
 	ca.Leaf(loopback).WriteTo(s.dir(webhookName))
+	s.ca = ca
 }
 
-// RotateCertificates makes a new authority and gives both programs certificates of it, as cert-manager and
-// the kubelet would. It returns when the broker has published the new root in every opted-in namespace; the
-// broker serves the new leaf a moment later, when pods are thought to know it.
+// RotateCertificates makes a new CA and gives both programs serving certificates of it, as cert-manager and the kubelet
+// would. It returns when the broker has published the new root in every opted-in namespace. The broker serves the new
+// certificate a moment later, when pods have had time to learn the root.
 func (s *Stack) RotateCertificates(ctx context.Context) error {
-	var old, ca *certstest.CA
-	if err := certificates(func() { old, ca = s.ca, certstest.NewCA(tb{}) }); err != nil {
+	var ca *certstest.CA
+	if err := certificates(func() { ca = certstest.NewCA(tb{}) }); err != nil {
 		return err
 	}
-	if err := s.trustWebhook(ctx, append(append([]byte(nil), ca.PEM...), old.PEM...)); err != nil {
+	if err := s.setWebhookRoots(ctx, slices.Concat(ca.PEM, s.ca.PEM)); err != nil {
 		return err
 	}
-	s.ca = ca
-	if err := certificates(func() { s.writeCertificates(ca) }); err != nil {
+	if err := certificates(func() { s.setCA(ca) }); err != nil {
 		return err
 	}
 	namespaces, err := s.Client.CoreV1().Namespaces().List(ctx, metav1.ListOptions{LabelSelector: optedIn + "=enabled"})
@@ -448,10 +393,9 @@ func (s *Stack) RotateCertificates(ctx context.Context) error {
 	return nil
 }
 
-// ServedBy reports whether what address serves now is by the newest authority, to see whether a
-// rotation has reached it.
+// ServedBy reports whether the server at address serves a certificate of the newest CA, so that a rotation has reached it.
 func (s *Stack) ServedBy(ctx context.Context, address string) (newest bool, err error) {
-	// Brokers speak HTTP/2 only, webhooks HTTP/1.1 only.
+	// The broker speaks only HTTP/2, the webhook only HTTP/1.1.
 	dialer := tls.Dialer{Config: &tls.Config{RootCAs: s.ca.Pool(), MinVersion: tls.VersionTLS13, NextProtos: []string{"h2", "http/1.1"}}}
 	conn, err := dialer.DialContext(ctx, "tcp", address)
 	if _, unknown := errors.AsType[*tls.CertificateVerificationError](err); unknown {
@@ -463,30 +407,26 @@ func (s *Stack) ServedBy(ctx context.Context, address string) (newest bool, err 
 	return true, conn.Close()
 }
 
-// kubeconfig writes a kubeconfig file for one of our service accounts, with its rights and no more.
+// WriteRoots writes the current root below dir and returns the file's path.
+func (s *Stack) WriteRoots(dir string) string { return s.ca.WriteTo(dir) }
+
+// kubeconfig writes a kubeconfig file for one of Credence's service accounts, with only its rights.
 func (s *Stack) kubeconfig(ctx context.Context, account string) (string, error) {
 	config, err := s.cluster.ServiceAccount(ctx, SystemNamespace, account)
 	if err != nil {
 		return "", err
 	}
-	file := filepath.Join(s.run.Dir(), account+".kubeconfig")
-	if err := clientcmd.WriteToFile(kubeconfigOf(config), file); err != nil {
-		return "", fmt.Errorf("writing a kubeconfig: %w", err)
-	}
-	return file, nil
-}
-
-func kubeconfigOf(config *rest.Config) clientcmdapi.Config {
-	return clientcmdapi.Config{
+	file := s.dir(account + ".kubeconfig")
+	if err := clientcmd.WriteToFile(clientcmdapi.Config{
 		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: config.Host, CertificateAuthorityData: config.CAData}},
 		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"u": {Token: config.BearerToken}},
 		Contexts:       map[string]*clientcmdapi.Context{"x": {Cluster: "c", AuthInfo: "u"}},
 		CurrentContext: "x",
+	}, file); err != nil {
+		return "", fmt.Errorf("writing a kubeconfig: %w", err)
 	}
+	return file, nil
 }
-
-// optedIn is the label of namespaces, as users write it.
-const optedIn = "iam.amazonaws.com/inject"
 
 // Namespace makes an opted-in namespace with these annotations.
 func (s *Stack) Namespace(ctx context.Context, name string, annotations map[string]string) error {
@@ -495,15 +435,15 @@ func (s *Stack) Namespace(ctx context.Context, name string, annotations map[stri
 	}})
 }
 
-// MakeNamespace makes any namespace, and returns when pods can be made there and, if it is opted in, the
-// broker has published its roots in it.
+// MakeNamespace makes any namespace. It returns when pods can be made there and, if the namespace is opted in, the broker
+// has published its root there.
 func (s *Stack) MakeNamespace(ctx context.Context, ns *corev1.Namespace) error {
 	if _, err := s.Client.CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("making a namespace: %w", err)
 	}
-	if err := poll(ctx, func() (bool, error) {
+	if err := poll(ctx, func() bool {
 		_, err := s.Client.CoreV1().ServiceAccounts(ns.Name).Get(ctx, "default", metav1.GetOptions{})
-		return err == nil, nil
+		return err == nil
 	}); err != nil {
 		return fmt.Errorf("waiting for the service account of namespace %s: %w", ns.Name, err)
 	}
@@ -513,39 +453,34 @@ func (s *Stack) MakeNamespace(ctx context.Context, ns *corev1.Namespace) error {
 	return s.AwaitTrust(ctx, ns.Name)
 }
 
-// AwaitTrust waits until the broker has published its newest root in that namespace.
+// AwaitTrust waits until the broker has published its newest root in the namespace.
 func (s *Stack) AwaitTrust(ctx context.Context, namespace string) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	if err := poll(ctx, func() (bool, error) {
+	if err := poll(ctx, func() bool {
 		roots, err := s.Client.CoreV1().ConfigMaps(namespace).Get(ctx, trustConfigMap, metav1.GetOptions{})
-		return err == nil && strings.Contains(roots.Data[trust.RootsKey], string(s.ca.PEM)), nil
+		return err == nil && strings.Contains(roots.Data[trust.RootsKey], string(s.ca.PEM))
 	}); err != nil {
 		return fmt.Errorf("waiting for the broker to publish its roots in namespace %s: %w", namespace, err)
 	}
 	return nil
 }
 
-// pollInterval: what is polled for here takes tens of milliseconds.
-const pollInterval = 20 * time.Millisecond
-
-// poll calls done until it says so, fails, or ctx ends.
-func poll(ctx context.Context, done func() (bool, error)) error {
+// poll calls done until it returns true or ctx ends.
+func poll(ctx context.Context, done func() bool) error {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
-	for {
-		if ok, err := done(); ok || err != nil {
-			return err
-		}
+	for !done() {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-ticker.C:
 		}
 	}
+	return nil
 }
 
-// tb lets certstest report failures by a panic, which certificates turns into an error.
+// tb makes certstest panic at a failure. Function certificates turns the panic into an error.
 type tb struct{}
 
 type certificateFailure string
@@ -553,7 +488,7 @@ type certificateFailure string
 func (tb) Helper()                           {}
 func (tb) Fatalf(format string, args ...any) { panic(certificateFailure(fmt.Sprintf(format, args...))) }
 
-// certificates runs make, which uses certstest.
+// certificates runs a function that uses certstest.
 func certificates(make func()) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -567,22 +502,3 @@ func certificates(make func()) (err error) {
 	make()
 	return nil
 }
-
-// WebhookAddress is where the webhook listens.
-func (s *Stack) WebhookAddress() string { return net.JoinHostPort(loopback, strconv.Itoa(s.hookPort)) }
-
-// BrokerAdminAddress is where the broker serves health, readiness and metrics.
-func (s *Stack) BrokerAdminAddress() string {
-	return net.JoinHostPort(loopback, strconv.Itoa(s.adminPort))
-}
-
-// WebhookAdminAddress is where the webhook serves them.
-func (s *Stack) WebhookAdminAddress() string {
-	return net.JoinHostPort(loopback, strconv.Itoa(s.hookAdmin))
-}
-
-// WebhookLog is the path of the webhook's log.
-func (s *Stack) WebhookLog() string { return s.webhook.Log() }
-
-// WriteRoots writes the broker's present roots below dir and returns the file's path.
-func (s *Stack) WriteRoots(dir string) string { return s.ca.WriteTo(dir) }

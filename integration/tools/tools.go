@@ -63,6 +63,7 @@ const (
 	ProtocGenGo           Tool = "protoc-gen-go"
 	ProtocGenGoGRPC       Tool = "protoc-gen-go-grpc"
 	Govulncheck           Tool = "govulncheck"
+	Actionlint            Tool = "actionlint"
 )
 
 // AssetsVariable names an environment variable that other Kubernetes projects use too. Where it holds a
@@ -196,6 +197,7 @@ var recipes = map[Tool]recipe{
 	ProtocGenGo:     {source: "google.golang.org/protobuf", version: "v1.36.12", pkg: "/cmd/protoc-gen-go"},
 	ProtocGenGoGRPC: {source: "google.golang.org/grpc/cmd/protoc-gen-go-grpc", version: "v1.6.2"},
 	Govulncheck:     {source: "golang.org/x/vuln", version: "v1.9.0", pkg: "/cmd/govulncheck"},
+	Actionlint:      {source: "github.com/rhysd/actionlint", version: "v1.7.12", pkg: "/cmd/actionlint"},
 }
 
 // CacheDir returns the folder that all built programs and all runs lie in: credence below $XDG_CACHE_HOME,

@@ -1,6 +1,6 @@
 // Package contract has the names that the webhook and the sidecar share: how the webhook starts the sidecar's program,
-// and where SDKs find the sidecar. A pod keeps the names of the version that injected it, so a changed name needs both
-// programs to accept the old one.
+// and where SDKs find the sidecar. A pod keeps the names of the version that injected it. So if a name changes, both
+// programs must accept the old one too.
 package contract
 
 import "strings"

@@ -24,8 +24,7 @@ func fail(status int, code, format string, args ...any) error {
 	return &apiError{status: status, code: code, message: fmt.Sprintf(format, args...)}
 }
 
-// asAPIError returns err as STS would answer it. What is not an error of the API
-// is this server's own, and its text stays inside.
+// asAPIError returns err as STS would return it. Any other error is an internal error of this server, whose text stays inside.
 func asAPIError(err error) *apiError {
 	if e, ok := errors.AsType[*apiError](err); ok {
 		return e
@@ -50,7 +49,7 @@ type assumeRoleResult struct {
 	PackedPolicySize int    `xml:",omitempty"` // percent
 	SourceIdentity   string `xml:",omitempty"`
 
-	// Of AssumeRoleWithWebIdentity alone.
+	// Only for AssumeRoleWithWebIdentity.
 	Audience string `xml:",omitempty"`
 	Provider string `xml:",omitempty"`
 	Subject  string `xml:"SubjectFromWebIdentityToken,omitempty"`
@@ -74,7 +73,7 @@ type callerIdentityResult struct {
 	Account string
 }
 
-// The documents that are answered.
+// The documents of responses.
 type (
 	webIdentityResponse struct {
 		XMLName          xml.Name          `xml:"AssumeRoleWithWebIdentityResponse"`
@@ -107,14 +106,14 @@ type (
 	}
 )
 
-// Answer is what goes over the wire. Faults spoil it; see Fault.Garble.
+// Answer is the response on the wire. A fault can change it; see Fault.Garble.
 type Answer struct {
 	Status int
 	Header http.Header
 	Body   []byte
 }
 
-// newAnswer makes an answer of a result, or of the error in its place, dated now.
+// newAnswer makes the response for a result, or for err if result is nil, with the date now.
 func newAnswer(requestID string, now time.Time, result any, err error) *Answer {
 	status, doc := http.StatusOK, any(nil)
 	switch result := result.(type) {
@@ -136,18 +135,18 @@ func newAnswer(requestID string, now time.Time, result any, err error) *Answer {
 		doc = errorResponse{Namespace: xmlNamespace, RequestID: requestID, Error: errorXML{Type: kind, Code: e.code, Message: e.message}}
 	}
 	body, err := xml.MarshalIndent(doc, "", "  ")
-	if err != nil { // cannot be: the documents above are plain structs of strings
+	if err != nil { // It cannot fail, because the documents are plain structs of strings.
 		status = http.StatusInternalServerError
 	}
 	header := http.Header{}
 	header.Set("Content-Type", "text/xml")
 	header.Set("X-Amzn-Requestid", requestID)
-	header.Set("Date", now.UTC().Format(http.TimeFormat)) // net/http's own would be of another clock
+	header.Set("Date", now.UTC().Format(http.TimeFormat)) // net/http would use another clock.
 	return &Answer{Status: status, Header: header, Body: body}
 }
 
 func (a *Answer) write(w http.ResponseWriter) {
 	maps.Copy(w.Header(), a.Header)
 	w.WriteHeader(a.Status)
-	_, _ = w.Write(a.Body) // a client that has gone is no error of ours
+	_, _ = w.Write(a.Body) // A client that has closed the connection is not an error.
 }

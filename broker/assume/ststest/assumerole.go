@@ -23,7 +23,7 @@ const (
 	minDuration     = 15 * time.Minute
 	maxDuration     = 12 * time.Hour
 	defaultDuration = time.Hour
-	maxChained      = time.Hour // for a caller that is itself an assumed role
+	maxChained      = time.Hour // for a caller that is an assumed role
 
 	maxTags       = 50
 	maxPolicyARNs = 10
@@ -37,7 +37,7 @@ var (
 	tagPattern        = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
 )
 
-// roleARN is the parts of a role's ARN that a session's identity is made of.
+// roleARN has the parts of a role's ARN that a session's identity consists of.
 type roleARN struct{ partition, account, name string }
 
 func parseRoleARN(arn string) (roleARN, error) {
@@ -48,8 +48,7 @@ func parseRoleARN(arn string) (roleARN, error) {
 	return roleARN{partition: m[1], account: m[2], name: m[3]}, nil
 }
 
-// assumeRole answers a call whose caller is known: it checks the parameters, then
-// the role's trust, then mints.
+// assumeRole handles a call of an authenticated caller: it checks the parameters and the role's trust, and makes a session.
 func (s *Server) assumeRole(ctx context.Context, form url.Values, caller principal, b Behavior) (*assumeRoleResult, error) {
 	q, err := parseAssumeRole(form)
 	if err != nil {
@@ -79,8 +78,8 @@ func notAuthorized(caller principal, action, resource string) error {
 	return fail(http.StatusForbidden, "AccessDenied", "User: %s is not authorized to perform: %s on resource: %s", caller.arn, action, resource)
 }
 
-// inherit passes on what goes through role chaining: transitive tags, which the new
-// session must not set itself, and the source identity, which it must not change.
+// inherit applies role chaining: the new session gets the transitive tags and the source identity of the caller. It must not
+// set these tags itself or change the source identity.
 func (q *assumeRoleInput) inherit(caller principal) error {
 	for key := range caller.transitive {
 		if q.keys[key] {
@@ -98,7 +97,7 @@ func (q *assumeRoleInput) inherit(caller principal) error {
 	return nil
 }
 
-// mint makes a session, and makes its keys known.
+// mint makes a session and registers its keys.
 func (s *Server) mint(ctx context.Context, q assumeRoleInput) (*assumeRoleResult, error) {
 	session := principal{
 		arn:            "arn:" + q.role.partition + ":sts::" + q.role.account + ":assumed-role/" + q.role.name + "/" + q.sessionName,
@@ -138,8 +137,7 @@ func (s *Server) mint(ctx context.Context, q assumeRoleInput) (*assumeRoleResult
 	}, nil
 }
 
-// assumeRoleWithWebIdentity answers a call that a token of some issuer proves. The
-// token is compared, not verified.
+// assumeRoleWithWebIdentity handles a call with an issuer's token. It compares the token and does not verify it.
 func (s *Server) assumeRoleWithWebIdentity(ctx context.Context, form url.Values, b Behavior) (*assumeRoleResult, error) {
 	q, err := parseAssumeRole(form)
 	if err != nil {
@@ -164,7 +162,7 @@ func (s *Server) assumeRoleWithWebIdentity(ctx context.Context, form url.Values,
 	return result, nil
 }
 
-// assumeRoleInput is what of a checked request decides the session.
+// assumeRoleInput has the parts of a checked request that determine the session.
 type assumeRoleInput struct {
 	arn         string
 	role        roleARN
@@ -174,13 +172,12 @@ type assumeRoleInput struct {
 	packed      int // percent
 
 	tagged         bool
-	keys           map[string]bool // of tags, folded to lower case, as AWS compares them
-	transitive     map[string]bool // those of them that go on, and the caller's
+	keys           map[string]bool // of tags, in lower case, because AWS ignores case
+	transitive     map[string]bool // the transitive ones of them, and the caller's
 	sourceIdentity string
 }
 
-// parseAssumeRole checks the parameters. Like STS it names every broken
-// constraint at once.
+// parseAssumeRole checks the parameters. Like STS, it names all broken constraints at once.
 func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 	q := assumeRoleInput{
 		arn: form.Get("RoleArn"), sessionName: form.Get("RoleSessionName"),
@@ -195,7 +192,7 @@ func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 	c.text(form, "ExternalId", "externalId", 2, 1224, externalIDPattern)
 	c.text(form, "SourceIdentity", "sourceIdentity", 2, 64, namePattern)
 	if form.Has("DurationSeconds") {
-		// 32 bits: a larger number is out of bounds as well.
+		// A number above 32 bits exceeds the maximum, too.
 		seconds, err := strconv.ParseInt(form.Get("DurationSeconds"), 10, 32)
 		q.duration = time.Duration(seconds) * time.Second
 		switch {
@@ -254,8 +251,8 @@ func parseAssumeRole(form url.Values) (assumeRoleInput, error) {
 	if q.policy != "" && json.Unmarshal([]byte(q.policy), &map[string]any{}) != nil {
 		return q, fail(http.StatusBadRequest, "MalformedPolicyDocument", "This policy contains invalid Json")
 	}
-	// AWS's packed form is not public. This takes one byte of the plain text's
-	// limit for each character of policies and tags; the service runs out sooner.
+	// AWS's packed form is not public. This double counts one byte of the limit for each character of policies and tags. AWS
+	// reaches its limit earlier.
 	q.packed = (100*size + maxPolicy - 1) / maxPolicy
 	if q.packed > 100 {
 		return q, fail(http.StatusBadRequest, "PackedPolicyTooLarge", "Packed policy consumes %d%% of allotted space, please use smaller policy.", q.packed)
@@ -282,8 +279,7 @@ func validation(format string, args ...any) error {
 	return fail(http.StatusBadRequest, "ValidationError", format, args...)
 }
 
-// constraints collects what is wrong with a request, worded as the service words
-// it, so that what a caller does with the text can be tested.
+// constraints collects the faults of a request in AWS's words, so that tests can check how a caller uses the text.
 type constraints []string
 
 func (c *constraints) add(value, name, rule string) {
@@ -296,30 +292,29 @@ func (c *constraints) required(form url.Values, param, name string) {
 	}
 }
 
-// text checks a parameter where it was sent; an empty one counts as not sent,
-// because required has the word on that.
-func (c *constraints) text(form url.Values, param, name string, least, most int, pattern *regexp.Regexp) {
+// text checks a parameter if it is not empty. required reports empty ones.
+func (c *constraints) text(form url.Values, param, name string, minimum, maximum int, pattern *regexp.Regexp) {
 	if v := form.Get(param); v != "" {
-		c.value(v, name, least, most, pattern)
+		c.value(v, name, minimum, maximum, pattern)
 	}
 }
 
-func (c *constraints) value(v, name string, least, most int, pattern *regexp.Regexp) {
+func (c *constraints) value(v, name string, minimum, maximum int, pattern *regexp.Regexp) {
 	n := utf8.RuneCountInString(v)
-	if n < least {
-		c.add(v, name, fmt.Sprintf("Member must have length greater than or equal to %d", least))
+	if n < minimum {
+		c.add(v, name, fmt.Sprintf("Member must have length greater than or equal to %d", minimum))
 	}
-	if n > most {
-		c.add(v, name, fmt.Sprintf("Member must have length less than or equal to %d", most))
+	if n > maximum {
+		c.add(v, name, fmt.Sprintf("Member must have length less than or equal to %d", maximum))
 	}
 	if pattern != nil && !pattern.MatchString(v) {
 		c.add(v, name, "Member must satisfy regular expression pattern: "+strings.Trim(pattern.String(), "^$"))
 	}
 }
 
-func (c *constraints) atMost(n, most int, name string) {
-	if n > most {
-		c.add("["+strconv.Itoa(n)+" members]", name, fmt.Sprintf("Member must have length less than or equal to %d", most))
+func (c *constraints) atMost(n, maximum int, name string) {
+	if n > maximum {
+		c.add("["+strconv.Itoa(n)+" members]", name, fmt.Sprintf("Member must have length less than or equal to %d", maximum))
 	}
 }
 
@@ -333,9 +328,8 @@ func (c constraints) err() error {
 	return validation("%d validation errors detected: %s", len(c), strings.Join(c, "; "))
 }
 
-// stableID returns a unique id of IAM's form (a prefix that tells the kind, then
-// 17 characters). It is a function of the name, so that every server and every
-// run gives a role the same one.
+// stableID returns a unique ID in IAM's form: a prefix for the kind, then 17 characters. It is a function of the name, so a role
+// has the same ID in each server and run.
 func stableID(prefix, name string) string {
 	sum := sha256.Sum256([]byte(name))
 	return prefix + base32.StdEncoding.EncodeToString(sum[:])[:17]

@@ -8,110 +8,102 @@ import (
 	"time"
 )
 
-// Behavior is what calls for one role meet. The zero value answers at once and
-// lets every authenticated caller in.
+// Behavior is how the server handles calls for one role. The zero value responds at once, and lets each authenticated caller
+// assume the role.
 type Behavior struct {
-	// Latency is waited before anything else. Zero: none.
+	// Latency is the time before all other steps. Default: none.
 	Latency time.Duration
 
-	// Latencies yields what is waited besides Latency, anew for each call; see Uniform and
-	// Percentiles. Nil: nothing.
+	// Latencies returns a time to wait in addition to Latency, for each call; see Uniform and Percentiles. Default: none.
 	Latencies func() time.Duration
 
-	// Hold makes calls wait, after the latencies, until it is closed: for a test that
-	// decides itself when the answer comes. Nil: nothing is waited for.
+	// Hold makes calls wait after the latencies until it is closed, for a test that decides when the response comes.
+	// Default: calls do not wait.
 	Hold <-chan struct{}
 
-	// Fault is answered in place of a session, after Latency and Hold. Nil: none.
+	// Fault replaces the session, after Latency and Hold. Default: none.
 	Fault *Fault
 
-	// Deny refuses the caller with AccessDenied, as a trust policy does that does
-	// not name it, and as AWS does for a role that does not exist.
+	// Deny refuses the caller with AccessDenied, like a trust policy that does not name the caller. AWS responds the same for a
+	// role that does not exist.
 	Deny bool
 
-	// ExternalID is what the trust policy demands: a call with another external
-	// id, or with none, is refused with AccessDenied. Empty: any will do.
+	// ExternalID is the external ID that the trust policy requires. Other calls are refused with AccessDenied. Default: any.
 	ExternalID string
 
-	// NoTagSession refuses sessions with tags, the transitive ones of the caller's own
-	// session included, as a trust policy does that allows sts:AssumeRole alone.
+	// NoTagSession refuses sessions with tags, including transitive tags of the caller's session, like a trust policy that
+	// allows only sts:AssumeRole.
 	NoTagSession bool
 
-	// NoSourceIdentity refuses sessions with a source identity in the same way.
+	// NoSourceIdentity refuses sessions with a source identity the same way.
 	NoSourceIdentity bool
 
-	// WebIdentityToken is what AssumeRoleWithWebIdentity takes for this role; another
-	// token is refused with InvalidIdentityToken. Empty: any will do.
+	// WebIdentityToken is the token that AssumeRoleWithWebIdentity accepts for this role. Other tokens are refused with
+	// InvalidIdentityToken. Default: any.
 	WebIdentityToken string
 
-	// MaxDuration is the role's MaxSessionDuration; a call that asks for more is
-	// refused with ValidationError. Zero: 12 hours, the most that AWS allows.
+	// MaxDuration is the role's MaxSessionDuration. A call that requests more is refused with ValidationError. Default: 12
+	// hours, the maximum of AWS.
 	MaxDuration time.Duration
 }
 
-// Fault is a failure to answer. Make one with a function of this package, or
-// with Code and Status for any other error of the API.
+// Fault is a failing response. Make one with a function of this package, or set Code and Status for any other error of the API.
 type Fault struct {
-	// Code, Message and Status (an HTTP status; zero means 400) make the error
-	// that is answered.
+	// Code, Message and Status (an HTTP status, by default 400) are the error response.
 	Code    string
 	Message string
 	Status  int
 
-	// Hang leaves the call unanswered until its context ends: for a served
-	// request that is when the client gives up, or the server closes.
+	// Hang sends no response until the context of the call ends: when the client gives up or the server closes.
 	Hang bool
 
-	// Drop closes the connection without an answer.
+	// Drop closes the connection without a response.
 	Drop bool
 
-	// Garble spoils the answer that the call would get without the fault. See
-	// HTMLPage and the functions after it.
+	// Garble changes the response that the call would get without the fault. See HTMLPage and the functions after it.
 	Garble func(*Answer)
 
-	// Times is how many calls meet the fault before the role behaves again; they
-	// count from when the Behavior was set. Zero: all of them.
+	// Times is the number of calls with the fault, counted from when the Behavior was set. Later calls succeed. Default: all
+	// calls have the fault.
 	Times int
 }
 
-// Throttling returns the error for more requests than the account may make. STS
-// sends it with status 400, not 429.
+// Throttling returns the error for too many requests of an account. STS sends it with status 400, not 429.
 func Throttling() *Fault {
 	return &Fault{Code: "Throttling", Message: "Rate exceeded", Status: http.StatusBadRequest}
 }
 
-// Unavailable returns the error for a service that is away for a moment.
+// Unavailable returns the error of a service that is unavailable for a moment.
 func Unavailable() *Fault {
 	return &Fault{Code: "ServiceUnavailable", Message: "The request has failed due to a temporary failure of the server", Status: http.StatusServiceUnavailable}
 }
 
-// Hang returns a fault that never answers.
+// Hang returns a fault that never responds.
 func Hang() *Fault { return &Fault{Hang: true} }
 
 // Drop returns a fault that closes the connection.
 func Drop() *Fault { return &Fault{Drop: true} }
 
-// errNoAnswer says that the connection is to be closed without an answer.
+// errNoAnswer closes the connection without a response.
 var errNoAnswer = errors.New("no answer")
 
-// role is a Behavior in use: it counts the faults that are left.
+// role is a Behavior in use. It counts the remaining faults.
 type role struct {
-	behavior Behavior
-	left     int // of behavior.Fault.Times; not used when that is 0
+	behavior  Behavior
+	remaining int // of behavior.Fault.Times; not used if that is 0
 }
 
 func newRole(b Behavior) *role {
 	r := &role{behavior: b}
 	if b.Fault != nil {
-		fault := *b.Fault // the caller may change or reuse its own
+		fault := *b.Fault // The caller may change or reuse its own.
 		r.behavior.Fault = &fault
-		r.left = fault.Times
+		r.remaining = fault.Times
 	}
 	return r
 }
 
-// take returns what the next call for arn meets, and uses up one of the faults
-// that are counted.
+// take returns the behavior for the next call for arn, and uses one of its counted faults.
 func (s *Server) take(arn string) Behavior {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -130,17 +122,16 @@ func (s *Server) takeIdentity() Behavior {
 func (r *role) take() Behavior {
 	b := r.behavior
 	if b.Fault != nil && b.Fault.Times > 0 {
-		if r.left == 0 {
+		if r.remaining == 0 {
 			b.Fault = nil
 		} else {
-			r.left--
+			r.remaining--
 		}
 	}
 	return b
 }
 
-// delay waits for Latency and Hold, then answers the Fault. It returns nil when the call
-// is to go on.
+// delay waits for Latency and Hold, and returns the Fault. If it returns nil, the call continues.
 func (b Behavior) delay(ctx context.Context) error {
 	wait := b.Latency
 	if b.Latencies != nil {
@@ -174,7 +165,7 @@ func (b Behavior) delay(ctx context.Context) error {
 	return b.Fault.err()
 }
 
-// err is the error that the fault answers.
+// err returns the error of the fault.
 func (f *Fault) err() error {
 	return fail(cmp.Or(f.Status, http.StatusBadRequest), f.Code, "%s", f.Message)
 }

@@ -7,8 +7,7 @@ import (
 	"time"
 )
 
-// The two bounds on memory are reached from within: by requests it would take
-// minutes.
+// The tests reach the two memory bounds through internals, because requests would take minutes.
 
 func TestCallLogIsBounded(t *testing.T) {
 	var l callLog

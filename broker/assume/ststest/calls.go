@@ -11,12 +11,10 @@ import (
 	"time"
 )
 
-// maxCalls bounds the call log, for servers that run for days: at about 300
-// bytes a call it is 30 MB.
+// maxCalls bounds the call log of servers that run for days. With about 300 bytes per call, it has at most 30 MB.
 const maxCalls = 100_000
 
-// Call is the record of one call: what was asked, as it was sent, and what came
-// of it. It holds no secret, token or signature.
+// Call records one call: the request and its outcome. It has no secret, token or signature.
 type Call struct {
 	Time           time.Time         `json:"time"` // of arrival
 	Action         string            `json:"action"`
@@ -24,7 +22,7 @@ type Call struct {
 	SessionName    string            `json:"session_name,omitempty"`
 	ExternalID     string            `json:"external_id,omitempty"`
 	SourceIdentity string            `json:"source_identity,omitempty"`
-	Duration       time.Duration     `json:"duration_ns,omitempty"` // 0 when none was asked
+	Duration       time.Duration     `json:"duration_ns,omitempty"` // 0 if not in the request
 	Policy         string            `json:"policy,omitempty"`
 	PolicyARNs     []string          `json:"policy_arns,omitempty"`
 	Tags           map[string]string `json:"tags,omitempty"`
@@ -33,15 +31,13 @@ type Call struct {
 	// AccessKeyID is the caller's, as its Authorization header claims it.
 	AccessKeyID string `json:"access_key_id,omitempty"`
 
-	// Status is the HTTP status answered; 0 while the call is in progress, and
-	// for one that was never answered.
+	// Status is the HTTP status of the response. It is 0 while the call is in progress, and for a call without a response.
 	Status int `json:"status"`
 
-	// Code is the error code answered, "" for success, "Garbled" for an answer that a
-	// fault spoilt.
+	// Code is the error code of the response: "" for success, "Garbled" for a response that a fault changed.
 	Code string `json:"code,omitempty"`
 
-	// IssuedAccessKeyID is the id of the keys answered.
+	// IssuedAccessKeyID is the ID of the keys in the response.
 	IssuedAccessKeyID string `json:"issued_access_key_id,omitempty"`
 }
 
@@ -58,7 +54,7 @@ func newCall(form url.Values, accessKeyID string) Call {
 		TransitiveTags: members(form, "TransitiveTagKeys", ""),
 		AccessKeyID:    accessKeyID,
 	}
-	// 32 bits: any number of seconds that fits is also a Duration.
+	// Any number of seconds with 32 bits fits a Duration.
 	if seconds, err := strconv.ParseInt(form.Get("DurationSeconds"), 10, 32); err == nil {
 		c.Duration = time.Duration(seconds) * time.Second
 	}
@@ -71,8 +67,7 @@ func newCall(form url.Values, accessKeyID string) Call {
 	return c
 }
 
-// clone returns a Call whose collections are its own: whoever is given it may
-// change it, and the log's must not change with it.
+// clone returns a Call with collections of its own, so that its receiver cannot change the log.
 func (c Call) clone() Call {
 	c.PolicyARNs = slices.Clone(c.PolicyARNs)
 	c.TransitiveTags = slices.Clone(c.TransitiveTags)
@@ -82,15 +77,15 @@ func (c Call) clone() Call {
 
 type callKey struct{ action, role string }
 
-// callLog keeps the last calls and counts all of them.
+// callLog stores the last calls and counts all calls.
 type callLog struct {
-	onCall  func(Call)
-	telling sync.Mutex // held while onCall runs, so that it runs one at a time
+	onCall func(Call)
+	callMu sync.Mutex // serializes onCall
 
 	mu      sync.Mutex
 	kept    []*Call
 	counts  map[callKey]int
-	codes   map[string]int // of answers: how many had this error code; "" is success
+	codes   map[string]int // number of responses by error code; "" is success
 	changed chan struct{}  // closed, and replaced, when a call arrives
 }
 
@@ -123,8 +118,8 @@ func (l *callLog) end(c *Call, status int, code, issued string) {
 	done := c.clone()
 	l.mu.Unlock()
 	if l.onCall != nil {
-		l.telling.Lock()
-		defer l.telling.Unlock()
+		l.callMu.Lock()
+		defer l.callMu.Unlock()
 		l.onCall(done)
 	}
 }

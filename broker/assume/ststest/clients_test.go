@@ -17,7 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume/ststest"
 )
 
-// answers are the errors that STS and its common errors have, each for a role of its own.
+// answers are the errors of STS and the common errors, each for a role of its own.
 var answers = []ststest.Fault{
 	{Status: 400, Code: "Throttling", Message: "Rate exceeded"},
 	{Status: 400, Code: "ThrottlingException", Message: "Rate exceeded"},
@@ -39,7 +39,7 @@ var answers = []ststest.Fault{
 	{Status: 403, Code: "RegionDisabledException", Message: "STS is not activated in this region for account:1"},
 }
 
-// serveAnswers returns a server whose role number i answers answers[i].
+// serveAnswers returns a server whose role number i has the error answers[i].
 func serveAnswers(t *testing.T) (s *ststest.Server, roles []string) {
 	t.Helper()
 	s = start(t, ststest.Config{})
@@ -50,7 +50,7 @@ func serveAnswers(t *testing.T) (s *ststest.Server, roles []string) {
 	return s, roles
 }
 
-// cleanEnv is the environment without what would lead an AWS client elsewhere.
+// cleanEnv returns the environment without the variables that would configure an AWS client.
 func cleanEnv(more ...string) []string {
 	return append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "AWS_") }), append(more,
 		"AWS_EC2_METADATA_DISABLED=true", "AWS_REGION=eu-west-1", "AWS_DEFAULT_REGION=eu-west-1", "AWS_MAX_ATTEMPTS=1",
@@ -63,7 +63,7 @@ func TestGoSDKReadsErrors(t *testing.T) {
 		_, err := baseClient(s).AssumeRole(t.Context(), input(role))
 		wantError(t, err, answers[i].Status, answers[i].Code, answers[i].Message)
 	}
-	// The service's own shapes: what is left of them in the SDK.
+	// The SDK still has types for some errors of the service.
 	for role, target := range map[int]any{8: new(*types.ExpiredTokenException), 15: new(*types.MalformedPolicyDocumentException), 16: new(*types.PackedPolicyTooLargeException), 17: new(*types.RegionDisabledException)} {
 		_, err := baseClient(s).AssumeRole(t.Context(), input(roles[role]))
 		if !errors.As(err, target) {
@@ -72,7 +72,7 @@ func TestGoSDKReadsErrors(t *testing.T) {
 	}
 }
 
-// botocore is asked in one process for everything: a start takes half a second.
+// TestBotocoreReads runs botocore in one process for all cases, because a start takes half a second.
 const botocoreScript = `
 import json, sys, datetime
 import botocore, botocore.session
@@ -150,7 +150,7 @@ func TestBotocoreReads(t *testing.T) {
 	}
 	for i := range garbage {
 		if r := got[len(answers)+i]; r.Answer != nil && r.Answer["Credentials"] != nil {
-			t.Errorf("botocore takes garbage %d for a session: %+v", i, r)
+			t.Errorf("botocore accepts garbage %d as a session: %+v", i, r)
 		}
 	}
 	session, who, web := got[len(roles)], got[len(roles)+1], got[len(roles)+2]
@@ -185,10 +185,9 @@ func TestBotocoreReads(t *testing.T) {
 	}
 }
 
-// The command line, for one of each kind: a start takes a second, and it is made of botocore, which is
-// asked for all of them.
+// TestCommandLineReadsErrors runs the AWS CLI for one error of each kind: a start takes a second, and it uses botocore, which has all cases.
 func TestCommandLineReadsErrors(t *testing.T) {
-	t.Parallel() // most of it is waiting for Python to start
+	t.Parallel() // Most of its time is the start of Python.
 	if out, err := exec.CommandContext(t.Context(), "aws", "--version").CombinedOutput(); err != nil {
 		t.Skipf("the AWS CLI does not run here: %v %s", err, out)
 	}

@@ -100,9 +100,9 @@ func TestThrottle(t *testing.T) {
 			wait      time.Duration
 			n, wanted int
 		}{
-			{0, 20, 15},                    // the bucket begins full
-			{100 * time.Millisecond, 3, 2}, // one was refilled
-			{time.Minute, 20, 15},          // no more than it holds
+			{0, 20, 15},                    // the bucket is full at the start
+			{100 * time.Millisecond, 3, 2}, // one call was added
+			{time.Minute, 20, 15},          // up to its size
 		} {
 			time.Sleep(step.wait)
 			if got := wave(step.n); got != step.wanted {
@@ -133,7 +133,7 @@ func TestOutage(t *testing.T) {
 		wantError(t, err, 503, "ServiceUnavailable", "temporary")
 
 		s.SetOutage(ststest.Refusing)
-		for range 3 { // on the connection that is open, then on new ones
+		for range 3 { // on the open connection, then on new ones
 			_, err = c.GetCallerIdentity(t.Context(), nil)
 			if _, ok := errors.AsType[smithy.APIError](err); ok || err == nil {
 				t.Errorf("while connections are refused, the answer is %v", err)
@@ -154,7 +154,7 @@ func TestOutage(t *testing.T) {
 			s := inMemory(t, ststest.Config{})
 			both(t, s, baseClient(s), syscall.ECONNREFUSED)
 
-			// What is in progress ends with it.
+			// Calls in progress end, too.
 			s.SetRole(roleARN, ststest.Behavior{Latency: time.Hour})
 			failed := make(chan error, 1)
 			began := time.Now()
@@ -179,7 +179,7 @@ func TestClock(t *testing.T) {
 			code  string
 		}{{0, ""}, {4 * time.Minute, ""}, {-4 * time.Minute, ""}, {6 * time.Minute, "Signature expired"}, {-6 * time.Minute, "Signature not yet current"}} {
 			s.SetClock(tt.ahead)
-			resp, err := s.Client().Get(s.URL()) //nolint:noctx // A GET that is refused at once.
+			resp, err := s.Client().Get(s.URL()) //nolint:noctx // The GET is refused at once.
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -203,7 +203,7 @@ func TestClock(t *testing.T) {
 	})
 }
 
-// What goes through role chaining, and what trust policies may hold against it.
+// TestInheritance: role chaining passes on tags and identities, and trust policies may refuse them.
 func TestInheritance(t *testing.T) {
 	const hop = "arn:aws:iam::123456789012:role/hop"
 	s := start(t, ststest.Config{})
@@ -247,14 +247,14 @@ func TestInheritance(t *testing.T) {
 			if got := aws.ToString(out.SourceIdentity); got != "alice" {
 				t.Errorf("the source identity is %q", got)
 			}
-			// It goes on and on.
+			// It is passed on repeatedly.
 			again := input("arn:aws:iam::123456789012:role/third")
 			again.Tags = tag("TEAM")
 			_, err = sessionClient(s, out.Credentials).AssumeRole(t.Context(), again)
 			wantError(t, err, 400, "InvalidParameterValue", "transitive")
 		})
 	}
-	// Without a chain, a role's trust policy is asked about the call's own tags.
+	// Without role chaining, the trust policy applies to the tags of the call.
 	s.SetRole(roleARN, ststest.Behavior{NoTagSession: true, NoSourceIdentity: true})
 	assume(t, s, input(roleARN))
 	in := input(roleARN)
@@ -280,7 +280,7 @@ func TestWebIdentity(t *testing.T) {
 	if got := identity(t, session)["Arn"]; got != "arn:aws:sts::210987654321:assumed-role/reader/broker" {
 		t.Errorf("the session is %s", got)
 	}
-	// It is a role, and what it assumes is chained.
+	// It is a role, so its own calls are role chaining.
 	longer := input("arn:aws:iam::123456789012:role/r")
 	longer.DurationSeconds = aws.Int32(3601)
 	_, err = session.AssumeRole(t.Context(), longer)
@@ -295,12 +295,12 @@ func TestWebIdentity(t *testing.T) {
 	wantError(t, err, 403, "AccessDenied", "sts:AssumeRoleWithWebIdentity")
 	for _, c := range s.Calls() {
 		if strings.Contains(fmt.Sprintf("%+v", c), "right-token") {
-			t.Error("the call log holds a token")
+			t.Error("the call log has a token")
 		}
 	}
 }
 
-// Each garbage is what its name says, and no client takes it for a session.
+// TestGarbage: each kind of garbage matches its name, and no client accepts it as a session.
 func TestGarbage(t *testing.T) {
 	for name, tt := range map[string]struct {
 		fault  *ststest.Fault
@@ -334,7 +334,7 @@ func TestGarbage(t *testing.T) {
 			c := client(s, id, secret.Reveal(), "")
 			out, err := c.AssumeRole(t.Context(), input(roleARN), func(o *sts.Options) {
 				o.HTTPClient = &http.Client{Transport: watch{s.Client().Transport, func(resp *http.Response) {
-					b, _ := io.ReadAll(resp.Body) // short bodies end in an error
+					b, _ := io.ReadAll(resp.Body) // Short bodies end with an error.
 					header, body, status = resp.Header, string(b), resp.StatusCode
 					resp.Body = io.NopCloser(strings.NewReader(body))
 				}}}
@@ -346,7 +346,7 @@ func TestGarbage(t *testing.T) {
 				t.Errorf("the SDK read %v", err)
 			}
 			if n := s.Answered("Garbled"); n != 1 {
-				t.Errorf("%d answers count as spoilt", n)
+				t.Errorf("%d responses count as garbled", n)
 			}
 			if calls := s.Calls(); calls[0].Code != "Garbled" || calls[0].Status != tt.status {
 				t.Errorf("recorded %+v", calls[0])

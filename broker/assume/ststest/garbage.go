@@ -6,14 +6,13 @@ import (
 	"regexp"
 )
 
-// garbled is the code of a spoilt answer in the call log.
+// garbled is the code of a changed response in the call log.
 const garbled = "Garbled"
 
-// The faults below answer what is no answer of STS, as proxies, load balancers and
-// half-broken services do. Each is made from the answer that the call would have
-// had, so keys that were minted for it lie about in it.
+// The faults below send responses that are not from STS, like proxies, load balancers and broken services. Each is made from
+// the valid response, so it has parts of valid keys.
 
-// HTMLPage returns a page for people, with status 200, as a captive proxy does.
+// HTMLPage returns an HTML page with status 200, like a captive proxy.
 func HTMLPage() *Fault {
 	return garble(func(a *Answer) {
 		a.Header.Set("Content-Type", "text/html; charset=utf-8")
@@ -21,12 +20,12 @@ func HTMLPage() *Fault {
 	})
 }
 
-// TruncatedXML ends the document in its middle, as if it were whole.
+// TruncatedXML ends the document in the middle, as if it were complete.
 func TruncatedXML() *Fault {
 	return garble(func(a *Answer) { a.Body = a.Body[:len(a.Body)/2] })
 }
 
-// ShortBody says how long the document is, and closes the connection before its end.
+// ShortBody states the length of the document, and closes the connection before its end.
 func ShortBody() *Fault {
 	return garble(func(a *Answer) {
 		a.Header.Set("Content-Length", "1000000")
@@ -34,12 +33,12 @@ func ShortBody() *Fault {
 	})
 }
 
-// EmptyBody answers status 200 and nothing else.
+// EmptyBody has status 200 and no content.
 func EmptyBody() *Fault {
 	return garble(func(a *Answer) { a.Body = nil })
 }
 
-// WrongContentType answers JSON, which STS does for no client of the Query protocol.
+// WrongContentType has JSON, which STS never sends to clients of the Query protocol.
 func WrongContentType() *Fault {
 	return garble(func(a *Answer) {
 		a.Header.Set("Content-Type", "application/json")
@@ -47,26 +46,26 @@ func WrongContentType() *Fault {
 	})
 }
 
-// HugeBody sends 8 MiB of blanks in front of the keys. What is after them is right.
+// HugeBody sends 8 MiB of spaces before the keys. The rest is valid.
 func HugeBody() *Fault {
 	return garble(func(a *Answer) {
 		a.Body = bytes.Replace(a.Body, []byte("<Credentials>"), append([]byte("<Credentials>"), bytes.Repeat([]byte(" "), 8<<20)...), 1)
 	})
 }
 
-// WithoutElement leaves an element out of the document, with what is in it.
+// WithoutElement removes an element from the document, with its content.
 func WithoutElement(name string) *Fault {
 	return garble(func(a *Answer) { a.Body = elementPattern(name).ReplaceAll(a.Body, nil) })
 }
 
-// WithElement replaces what is in an element.
+// WithElement replaces the content of an element.
 func WithElement(name, text string) *Fault {
 	return garble(func(a *Answer) {
 		a.Body = elementPattern(name).ReplaceAllLiteral(a.Body, []byte("<"+name+">"+text+"</"+name+">"))
 	})
 }
 
-// StatusPage answers an HTML page with an error status, as a load balancer does.
+// StatusPage has an HTML page with an error status, like a load balancer.
 func StatusPage(status int) *Fault {
 	return garble(func(a *Answer) {
 		a.Status = status
@@ -82,7 +81,7 @@ func elementPattern(name string) *regexp.Regexp {
 	return regexp.MustCompile(`(?s)<` + name + `>.*</` + name + `>`)
 }
 
-// element returns the text of a document's first element of this name; "" without one.
+// element returns the text of the first element with this name, or "".
 func element(body []byte, name string) string {
 	m := regexp.MustCompile(`<` + regexp.QuoteMeta(name) + `>([^<]*)<`).FindSubmatch(body)
 	if m == nil {

@@ -7,21 +7,19 @@ import (
 	"time"
 )
 
-// Uniform returns latencies for Behavior.Latencies: any from least to most is equally
-// likely. The same seed gives the same ones, in the order of the calls.
+// Uniform returns latencies for Behavior.Latencies, uniformly distributed from least to most. The same seed gives the same
+// sequence.
 func Uniform(least, most time.Duration, seed uint64) func() time.Duration {
 	return draw(seed, func(r *rand.Rand) time.Duration {
 		return least + time.Duration(r.Float64()*float64(most-least))
 	})
 }
 
-// z99 is how many standard deviations the 99th percentile of a normal distribution
-// is from its middle.
+// z99 is the 99th percentile of the standard normal distribution.
 const z99 = 2.3263478740408408
 
-// Percentiles returns latencies of which one half is above p50 and one in a hundred is
-// above p99. Between and beyond, they are log-normal, as those of services are: never
-// negative, with a long tail. Both must be positive.
+// Percentiles returns latencies with the median p50 and the 99th percentile p99. They are log-normal, like those of services:
+// never negative, with a long tail. Both must be positive.
 func Percentiles(p50, p99 time.Duration, seed uint64) func() time.Duration {
 	middle := math.Log(float64(p50))
 	deviation := (math.Log(float64(p99)) - middle) / z99
@@ -33,7 +31,7 @@ func Percentiles(p50, p99 time.Duration, seed uint64) func() time.Duration {
 // draw makes f safe for concurrent use.
 func draw(seed uint64, f func(*rand.Rand) time.Duration) func() time.Duration {
 	var mu sync.Mutex
-	r := rand.New(rand.NewPCG(seed, seed)) //nolint:gosec // Latencies are to be repeatable.
+	r := rand.New(rand.NewPCG(seed, seed)) //nolint:gosec // Latencies must be repeatable.
 	return func() time.Duration {
 		mu.Lock()
 		defer mu.Unlock()

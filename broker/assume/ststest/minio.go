@@ -19,45 +19,40 @@ import (
 )
 
 const (
-	// minioTimeout bounds a call of MinIO, which answers within milliseconds.
+	// minioTimeout bounds a call of MinIO, which responds within milliseconds.
 	minioTimeout = 10 * time.Second
 
-	// maxMinIOAnswer bounds what is read of one: three keys of which the longest,
-	// a token, grows with the policy inside it and stays below 8 kB.
+	// maxMinIOAnswer bounds a response of MinIO: three keys. The longest, the token, grows with the policy inside and stays below
+	// 8 kB.
 	maxMinIOAnswer = 64 << 10
 )
 
-// denyAll is the policy of a role that has none.
+// denyAll is the policy of a role without one.
 const denyAll = `{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Action":["s3:*"],"Resource":["arn:aws:s3:::*"]}]}`
 
-// MinIO is a MinIO server that mints the keys.
+// MinIO is a MinIO server that makes the keys.
 //
-// MinIO's own AssumeRole knows no roles: it gives its caller a session with the
-// rights of one MinIO user, narrowed by the policy in the request, for 15 minutes
-// or more. So a role is a policy here. Sessions made shorter by
-// Config.SessionLife end early for this server and its callers; MinIO itself
-// takes the keys for as long as was asked. Their ids do not begin with ASIA.
+// MinIO's own AssumeRole has no roles. It gives the caller a session with the rights of one MinIO user, limited by the policy
+// in the request, for at least 15 minutes. So a role is a policy here. If Config.SessionLife shortens sessions, they end early
+// for this server and its callers, but MinIO accepts the keys for the requested duration. Their IDs do not begin with ASIA.
 type MinIO struct {
-	// Endpoint is its base URL, as http://127.0.0.1:9000. Required.
+	// Endpoint is its base URL, such as http://127.0.0.1:9000. Required.
 	Endpoint string
 
-	// AccessKey and SecretKey are those of the MinIO user whose rights bound every
-	// session. Required. They cannot be temporary: MinIO does not chain.
+	// AccessKey and SecretKey belong to the MinIO user whose rights limit each session. Required. They cannot be temporary,
+	// because MinIO has no role chaining.
 	AccessKey string
 	SecretKey credential.Secret
 
-	// Policies is what each role may do: an IAM policy in JSON, by role ARN. Nil:
-	// every role has the user's rights. Otherwise a role that is not in it can
-	// be assumed, as on AWS, but may do nothing. MinIO takes one policy, so a
-	// role with one here cannot be narrowed by a session policy: such a call is
-	// refused rather than answered with too much.
+	// Policies has the IAM policy of each role in JSON, by role ARN. Nil gives each role the user's rights. Otherwise a role
+	// without an entry can be assumed, as on AWS, but has no rights. MinIO accepts one policy. So a call with a session policy
+	// for a role with an entry is refused, because it would get too many rights.
 	Policies map[string]string
 
-	// Region is the one requests are signed for. Default: us-east-1, MinIO's own.
+	// Region is the region in signatures. Default: us-east-1, MinIO's own.
 	Region string
 
-	// Client reaches Endpoint, where that takes more than a plain connection.
-	// Default: one that uses no proxy.
+	// Client calls Endpoint. Default: a client without a proxy.
 	Client *http.Client
 }
 
@@ -88,7 +83,7 @@ func newMinIOFront(cfg MinIO) (*minioFront, error) {
 	}
 	client := cfg.Client
 	if client == nil {
-		// No proxy: MinIO is on this machine or near it.
+		// It uses no proxy, because MinIO runs on this machine or near it.
 		client = &http.Client{Transport: &http.Transport{IdleConnTimeout: time.Minute}, Timeout: minioTimeout}
 	}
 	return &minioFront{
@@ -108,7 +103,7 @@ type minted struct {
 	expires       time.Time
 }
 
-// policy returns the one policy that MinIO is to put on a session for q.
+// policy returns the policy that MinIO puts on the session for q.
 func (m *minioFront) policy(q assumeRoleInput) (string, error) {
 	if m.policies == nil {
 		return q.policy, nil
@@ -123,9 +118,8 @@ func (m *minioFront) policy(q assumeRoleInput) (string, error) {
 	return own, nil
 }
 
-// assumeRole has MinIO mint keys for q. An error that is not the request's own
-// fault is answered as ServiceUnavailable: to callers, MinIO is a part of this
-// service that is away.
+// assumeRole calls MinIO for the keys of q. If the request is valid and MinIO fails, it returns ServiceUnavailable, because for
+// callers MinIO is a part of this service.
 func (m *minioFront) assumeRole(ctx context.Context, q assumeRoleInput) (minted, error) {
 	policy, err := m.policy(q)
 	if err != nil {
@@ -172,7 +166,7 @@ func parseMinIO(status int, answer []byte) (minted, error) {
 		if status == http.StatusBadRequest {
 			return minted{}, fail(http.StatusBadRequest, e.Error.Code, "%s", e.Error.Message)
 		}
-		// Its code only: a 403 is about MinIO's keys, not about the caller.
+		// The error has only the code, because a 403 is about MinIO's keys, not about the caller.
 		return minted{}, unavailable("MinIO answered status " + strconv.Itoa(status) + " " + e.Error.Code)
 	}
 	var doc assumeRoleResponse

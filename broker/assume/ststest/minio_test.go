@@ -14,9 +14,8 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// front returns a server in front of another that stands for MinIO: it speaks the
-// same protocol, checks signatures, and mints. The real MinIO is met by the
-// integration tests.
+// front returns a server in front of another one in the place of MinIO, which has the same protocol, checks signatures and
+// makes keys. The integration tests use a real MinIO.
 func front(t *testing.T, cfg ststest.Config, policies map[string]string) (server, minio *ststest.Server) {
 	t.Helper()
 	minio = start(t, ststest.Config{UserName: "minio"})
@@ -45,10 +44,10 @@ func TestMinIOMints(t *testing.T) {
 	identity(t, sessionClient(minio, out.Credentials))
 	call := minio.Calls()[0]
 	if call.IssuedAccessKeyID != *out.Credentials.AccessKeyId || call.Duration != 30*time.Minute || call.Policy != *in.Policy {
-		t.Errorf("MinIO was asked %+v", call)
+		t.Errorf("MinIO was called %+v", call)
 	}
 	if got := minio.Count("GetCallerIdentity", ""); got != 1 {
-		t.Errorf("MinIO was asked for %d identities, want only this test's own", got)
+		t.Errorf("MinIO was called for %d identities, want only this test's own", got)
 	}
 }
 
@@ -58,9 +57,8 @@ func TestMinIOExpiration(t *testing.T) {
 	short := assume(t, s, input(roleARN)).Credentials.Expiration
 	life = 100 * time.Hour
 	long := assume(t, s, input(roleARN)).Credentials.Expiration
-	// MinIO's own end, an hour after, bounds what is claimed of its keys. They were
-	// made one after the other, so the difference is 59 minutes or a little more,
-	// less the second that cutting may take.
+	// MinIO's own expiration, after an hour, limits the stated expiration. The sessions were made one after the other, so the
+	// difference is at least 59 minutes, minus up to a second of truncation.
 	if got := long.Sub(*short); got < 59*time.Minute-time.Second || got > 99*time.Hour {
 		t.Errorf("the sessions end %v apart, want about 59m", got)
 	}
@@ -87,7 +85,7 @@ func TestMinIOPolicies(t *testing.T) {
 	_, err := baseClient(s).AssumeRole(t.Context(), in)
 	wantError(t, err, 400, "ValidationError", "cannot narrow it")
 	if got := minio.Count("AssumeRole", ""); got != 2 {
-		t.Errorf("MinIO was asked %d times, want 2", got)
+		t.Errorf("MinIO was called %d times, want 2", got)
 	}
 }
 
@@ -96,7 +94,7 @@ func TestMinIORefused(t *testing.T) {
 	_, err := baseClient(s).AssumeRole(t.Context(), input(roleARN))
 	wantError(t, err, 403, "AccessDenied", "not authorized")
 	if got := minio.Count("", ""); got != 0 {
-		t.Errorf("MinIO was asked %d times for a session that is denied", got)
+		t.Errorf("MinIO was called %d times for a session that is denied", got)
 	}
 }
 
@@ -118,13 +116,13 @@ func TestMinIOFails(t *testing.T) {
 			_, err := baseClient(s).AssumeRole(t.Context(), input(roleARN))
 			wantError(t, err, test.status, test.code, test.message)
 			if strings.Contains(err.Error(), "key details") {
-				t.Error("what MinIO says of its own keys reached the caller")
+				t.Error("MinIO's message about its own keys reached the caller")
 			}
 		})
 	}
 }
 
-// TestMinIOAnswers meets answers that are not MinIO's.
+// TestMinIOAnswers has responses that are not MinIO's.
 func TestMinIOAnswers(t *testing.T) {
 	const good = `<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>a</AccessKeyId><SecretAccessKey>b</SecretAccessKey>` +
 		`<SessionToken>c</SessionToken><Expiration>2026-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult>`

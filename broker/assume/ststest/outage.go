@@ -9,30 +9,29 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Throttle is a token bucket for the calls of a whole server, as AWS has one for an
-// account in a region. A call that finds it empty is answered like Throttling.
+// Throttle is a token bucket for all calls of a server, like AWS's bucket for an account in a region. If it is empty, a call
+// gets the response of Throttling.
 type Throttle struct {
-	// Rate is how many calls are refilled in a second.
+	// Rate is the number of calls that are added per second.
 	Rate float64
-	// Burst is how many the bucket holds. It begins full.
+	// Burst is the size of the bucket. It is full at the start.
 	Burst int
 }
 
-// Outage is a way for the whole server to be away.
+// Outage is how the whole server is unavailable.
 type Outage int
 
 const (
-	// NoOutage serves.
+	// NoOutage is normal operation.
 	NoOutage Outage = iota
-	// Refusing closes every connection at once, new ones and those that are used, and ends
-	// the calls in progress without an answer. Calls that get no further are not in Calls.
+	// Refusing closes all connections at once, new and old, and ends calls in progress without a response. Refused calls are
+	// not in Calls.
 	Refusing
-	// Failing answers every call like Unavailable.
+	// Failing responds to each call like Unavailable.
 	Failing
 )
 
-// SetThrottle changes the limit for the calls of all roles together, from the next
-// call on; nil lifts it.
+// SetThrottle changes the limit for the calls of all roles together, from the next call on. Nil removes it.
 func (s *Server) SetThrottle(t *Throttle) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -42,7 +41,7 @@ func (s *Server) SetThrottle(t *Throttle) {
 	}
 }
 
-// SetOutage begins or ends an outage.
+// SetOutage starts or ends an outage.
 func (s *Server) SetOutage(o Outage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -53,24 +52,22 @@ func (s *Server) SetOutage(o Outage) {
 	}
 }
 
-// SetClock sets this server's clock ahead of the process's, or behind it when ahead is
-// negative: the Date of its answers, the time it holds signatures against, and the
-// expiration of sessions.
+// SetClock sets this server's clock ahead of the process's clock, or behind it if ahead is negative. The clock determines the
+// Date of responses, the check of signatures, and the expiration of sessions.
 func (s *Server) SetClock(ahead time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.skew = ahead
 }
 
-// now is the time by this server's clock.
+// now returns the time of this server's clock.
 func (s *Server) now() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return time.Now().Add(s.skew)
 }
 
-// upAndWilling returns the error for a call that finds the server away or its bucket
-// empty.
+// upAndWilling returns the error for a call during an outage or with an empty bucket.
 func (s *Server) upAndWilling() error {
 	s.mu.Lock()
 	outage, limit := s.outage, s.limit
@@ -86,7 +83,7 @@ func (s *Server) upAndWilling() error {
 	return nil
 }
 
-// whileUp returns a context that also ends when the server begins to refuse.
+// whileUp returns a context that also ends when the server starts to refuse connections.
 func (s *Server) whileUp(ctx context.Context) (context.Context, context.CancelFunc) {
 	s.mu.Lock()
 	ended := s.ended
@@ -108,8 +105,8 @@ func (s *Server) refusing() bool {
 	return s.outage == Refusing
 }
 
-// gate is a listener whose connections end at once while the server refuses. Closing
-// the real listener would give its port away.
+// gate is a listener that closes connections at once while the server refuses. Closing the real listener would release its
+// port.
 type gate struct {
 	net.Listener
 	server *Server
@@ -122,11 +119,11 @@ func (g gate) Accept() (net.Conn, error) {
 			return conn, err
 		}
 		if tcp, ok := conn.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0) // a reset, as near to a refusal as there is
+			_ = tcp.SetLinger(0) // It resets the connection, which is similar to a refusal.
 		}
 		_ = conn.Close()
 	}
 }
 
-// errRefused is what the dialer of a server in memory says while it refuses.
+// errRefused is the error of the dialer of a server in memory while it refuses.
 var errRefused = &net.OpError{Op: "dial", Net: "pipe", Err: syscall.ECONNREFUSED}

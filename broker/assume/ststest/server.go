@@ -1,27 +1,18 @@
-// Package ststest is an STS over HTTP: a double of the AWS Security Token
-// Service that is a real server, for tests and for the demo.
+// Package ststest is a double of the AWS Security Token Service for tests and for the demo: a real server over HTTP.
 //
-// It speaks the AWS Query protocol (version 2011-06-15) for AssumeRole,
-// AssumeRoleWithWebIdentity and GetCallerIdentity, so the AWS SDKs and the AWS CLI
-// talk to it unchanged and read its answers and errors as they read the service's
-// own. Requests must be signed (Signature Version 4) with the base user's keys or
-// with keys that the server issued; parameters are held to the limits of the STS
-// API reference; sessions expire, and transitive tags and source identities go on
-// through role chaining. What each role does can be changed while it serves:
-// latency, faults, garbage, denial, a required external id. So can the whole
-// server: it throttles, is away, and has a clock of its own. Every call is
-// recorded.
+// It implements the AWS Query protocol (version 2011-06-15) for AssumeRole, AssumeRoleWithWebIdentity and GetCallerIdentity.
+// AWS SDKs and the AWS CLI use it unchanged, and read its responses and errors like those of AWS. It checks signatures
+// (Signature Version 4) with the base user's keys or keys that it issued, and the limits of the STS API reference. Sessions
+// expire. Role chaining passes on transitive tags and source identities. A test can change the behavior of each role at any
+// time: latency, faults, garbage, denial, a required external ID. It can also throttle the whole server, make it unavailable,
+// and set its clock. The server records each call.
 //
-// With a MinIO behind it (Config.MinIO), the keys it answers open a real object
-// store, while role ARNs and identities stay those of AWS.
+// With a MinIO server (Config.MinIO), its keys open a real object store. Role ARNs and identities stay those of AWS.
 //
-// It does not judge IAM policies, multi-factor parameters, session token sizes or
-// the signatures of web identity tokens, and its packed size is an estimate. It is
-// not for production: it keeps the secrets it issued in memory, and serves
-// without TLS.
+// It does not evaluate IAM policies, multi-factor parameters, sizes of session tokens, or signatures of web identity tokens. Its
+// packed policy size is an estimate. It is not for production: it stores the issued secrets in memory, and serves without TLS.
 //
-// All time comes from package time, so a test may run it in a
-// testing/synctest bubble: see StartInMemory.
+// All time comes from package time, so it works in a testing/synctest bubble: see StartInMemory.
 package ststest
 
 import (
@@ -45,18 +36,15 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// maxBody bounds a request. The largest that STS accepts is dominated by its
-// tags: 50 × (128+256) characters are at most 230 kB when percent-encoded. The
-// rest fits in as much again.
+// maxBody bounds a request. The largest request that STS accepts consists mostly of tags: 50 × (128+256) characters have at most
+// 230 kB when percent-encoded. The rest fits in the same size again.
 const maxBody = 512 << 10
 
-// keepExpired is how long an expired session is still known as expired
-// (ExpiredToken) before it is forgotten (InvalidClientTokenId). It only bounds
-// memory; an hour is longer than any test looks back.
+// keepExpired is how long an expired session is known as expired (ExpiredToken) before the server forgets it
+// (InvalidClientTokenId). It only bounds memory; tests look back less than an hour.
 const keepExpired = time.Hour
 
-// Config says what a Server is. The zero value is usable: every role can be
-// assumed at once, by base keys that New makes.
+// Config configures [New]. With the zero value, each role can be assumed at once, with base keys that New makes.
 type Config struct {
 	// Account is the twelve-digit account of the base user.
 	// Default: 123456789012, the account of AWS's own examples.
@@ -65,40 +53,34 @@ type Config struct {
 	// UserName is the base user's name. Default: broker.
 	UserName string
 
-	// AccessKeyID and SecretAccessKey are the base user's long-lived keys: both
-	// or neither. Default: made by New; Server.Keys tells them.
+	// AccessKeyID and SecretAccessKey are the base user's long-lived keys: both or neither. Default: New makes them;
+	// Server.Keys returns them.
 	AccessKeyID     string
 	SecretAccessKey credential.Secret
 
-	// Default is what a role does that has no entry in Roles. With Default.Deny
-	// set, only the roles in Roles can be assumed, and an unknown one is refused
-	// as AWS refuses it, with AccessDenied.
+	// Default is the behavior of roles without an entry in Roles. With Default.Deny, only the roles in Roles can be assumed.
+	// Other roles are refused with AccessDenied, as by AWS.
 	Default Behavior
 
-	// Roles is what single roles do, by ARN. Default: none.
+	// Roles has the behavior of single roles, by ARN. Default: none.
 	Roles map[string]Behavior
 
-	// SessionLife maps the duration a caller asked for (already checked: 15
-	// minutes to 12 hours) to the life the session really gets. It is how a test
-	// of renewal gets sessions of seconds. Expirations are cut to whole seconds,
-	// as AWS states them. Default: what was asked.
+	// SessionLife maps the requested duration (after the check: 15 minutes to 12 hours) to the real duration. Tests of renewal
+	// use it for sessions of seconds. Expirations have whole seconds, as in AWS. Default: the requested duration.
 	SessionLife func(requested time.Duration) time.Duration
 
 	// Throttle limits the calls of all roles together. Default: no limit.
 	Throttle *Throttle
 
-	// MinIO makes a MinIO server mint the keys. Default: minted here; they open
-	// nothing but this server.
+	// MinIO is a MinIO server that makes the keys. Default: this server makes them, and they open nothing else.
 	MinIO *MinIO
 
-	// OnCall is told of each call when it has been answered or abandoned; one at
-	// a time, so it need not be safe for concurrent use, but it holds up
-	// answers. Default: nothing is called.
+	// OnCall gets each call after its response or its end without one. Calls of OnCall are serialized, and delay responses.
+	// Default: none.
 	OnCall func(Call)
 }
 
-// Server is the service. It is an http.Handler; Start and StartInMemory serve
-// it. It is safe for concurrent use.
+// Server is the service. It is an http.Handler; Start and StartInMemory serve it. It is safe for concurrent use.
 type Server struct {
 	sessionLife func(time.Duration) time.Duration
 	minio       *minioFront
@@ -115,11 +97,11 @@ type Server struct {
 	identity   *role
 	fallback   *role
 	roles      map[string]*role
-	principals map[string]principal // :: access key id → who it is
-	sweepAt    int                  // how many principals start the next sweep
+	principals map[string]principal // :: access key ID → its owner
+	sweepAt    int                  // number of principals that starts the next sweep
 }
 
-// principal is who a set of keys belongs to.
+// principal is the owner of a set of keys.
 type principal struct {
 	secret  credential.Secret
 	token   credential.Secret // empty for long-lived keys
@@ -128,19 +110,18 @@ type principal struct {
 	userID  string
 	account string
 
-	chains         bool            // an assumed role: what it assumes in turn is chained
-	transitive     map[string]bool // keys of its transitive tags, folded to lower case
+	chains         bool            // It is an assumed role, so its own calls are role chaining.
+	transitive     map[string]bool // keys of its transitive tags, in lower case
 	sourceIdentity string
 }
 
 var (
 	accountPattern   = regexp.MustCompile(`^[0-9]{12}$`)
-	accessKeyPattern = regexp.MustCompile(`^[A-Za-z0-9_]{16,128}$`) // IAM's limits for an access key id
+	accessKeyPattern = regexp.MustCompile(`^[A-Za-z0-9_]{16,128}$`) // IAM's limits for an access key ID
 	userNamePattern  = regexp.MustCompile(`^[\w+=,.@-]{1,64}$`)     // IAM's limits for a user's name
 )
 
-// New returns a Server that does what cfg says. It starts nothing: serve it as
-// an http.Handler, or use Start.
+// New returns a Server. It starts nothing: serve it as an http.Handler, or use Start.
 func New(cfg Config) (*Server, error) {
 	account := cmp.Or(cfg.Account, "123456789012")
 	user := cmp.Or(cfg.UserName, "broker")
@@ -194,59 +175,53 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// Keys returns the base user's access key id and secret access key, which sign
-// the first AssumeRole.
+// Keys returns the base user's access key ID and secret access key, which sign the first AssumeRole.
 func (s *Server) Keys() (accessKeyID string, secretAccessKey credential.Secret) {
 	return s.baseKeyID, s.base.secret
 }
 
-// UserARN returns the base user's ARN, which GetCallerIdentity answers for its
-// keys.
+// UserARN returns the base user's ARN, which GetCallerIdentity returns for its keys.
 func (s *Server) UserARN() string { return s.base.arn }
 
-// SetRole changes what one role does, from the next call on. A role that is set
-// no longer follows the default.
+// SetRole changes the behavior of one role, from the next call on. The role no longer follows the default.
 func (s *Server) SetRole(arn string, b Behavior) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.roles[arn] = newRole(b)
 }
 
-// SetDefault changes what all roles do that were not set by themselves, from the
-// next call on.
+// SetDefault changes the behavior of all roles without one of their own, from the next call on.
 func (s *Server) SetDefault(b Behavior) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.fallback = newRole(b)
 }
 
-// SetIdentity changes what GetCallerIdentity does, from the next call on. Only
-// Latency, Hold and Fault count: AWS lets everybody ask who they are.
+// SetIdentity changes the behavior of GetCallerIdentity, from the next call on. Only Latency, Hold and Fault count, because AWS
+// allows this action to everybody.
 func (s *Server) SetIdentity(b Behavior) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.identity = newRole(b)
 }
 
-// Calls returns the calls so far, oldest first, those in progress included. The
-// last 100,000 are kept.
+// Calls returns the calls so far, oldest first, including those in progress. It has the last 100,000 calls.
 func (s *Server) Calls() []Call { return s.log.calls() }
 
-// Count returns how many calls have arrived for an action and a role; "" stands
-// for any. Unlike Calls it forgets none.
+// Count returns the number of calls for an action and a role; "" matches any. Unlike Calls, it counts all calls.
 func (s *Server) Count(action, roleARN string) int { return s.log.count(action, roleARN) }
 
-// Answered returns how many calls were answered with an error code; "" stands for
-// success, and "Garbled" for an answer that a fault spoilt. It forgets none.
+// Answered returns the number of responses with an error code; "" is success, and "Garbled" a response that a fault changed. It
+// counts all calls.
 func (s *Server) Answered(code string) int { return s.log.answered(code) }
 
-// AwaitCount waits until Count(action, roleARN) is at least n. A call counts when
-// it arrives, so it tells that a hanging call has begun. It fails when ctx ends.
+// AwaitCount waits until Count(action, roleARN) is at least n. A call counts at its arrival, so this also detects a call that
+// hangs. It returns an error when ctx ends.
 func (s *Server) AwaitCount(ctx context.Context, action, roleARN string, n int) error {
 	return s.log.await(ctx, action, roleARN, n)
 }
 
-// ServeHTTP answers one call.
+// ServeHTTP handles one call.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	id := newRequestID()
 	form, body, err := readForm(w, r)
@@ -262,7 +237,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	result, garble, err := s.answer(r.WithContext(ctx), form, body, auth, authErr)
 	if errors.Is(err, errNoAnswer) {
 		s.log.end(call, 0, "", "")
-		// The documented way to make net/http close the connection unanswered.
+		// This panic makes net/http close the connection without a response, see http.ErrAbortHandler.
 		panic(http.ErrAbortHandler)
 	}
 	var issued string
@@ -275,13 +250,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		garble(answer)
 		code = garbled
 	}
-	// Recorded before it is written: whoever has the answer finds it in Calls.
+	// Record the call before its response, so that a caller with the response finds it in Calls.
 	s.log.end(call, answer.Status, code, issued)
 	answer.write(w)
 }
 
-// answer decides one call. An outage comes first, then throttling, then the faults a
-// test asked for, so that all of them also meet callers whose keys are not good.
+// answer decides one call: first the outage, then throttling, then the faults of the test. So callers with invalid keys get
+// them, too.
 func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth authorization, authErr error) (result any, garble func(*Answer), err error) {
 	if err := s.upAndWilling(); err != nil {
 		return nil, nil, err
@@ -307,7 +282,7 @@ func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth auth
 	if b.Fault != nil {
 		garble = b.Fault.Garble
 	}
-	if action == "AssumeRoleWithWebIdentity" { // not signed: the token is what proves the caller
+	if action == "AssumeRoleWithWebIdentity" { // It is not signed. The token proves the caller.
 		result, err := s.assumeRoleWithWebIdentity(r.Context(), form, b)
 		return orNil(result, err), garble, err
 	}
@@ -325,7 +300,7 @@ func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth auth
 	return orNil(session, err), garble, err
 }
 
-// orNil keeps a nil result out of an interface, in which it would not be nil.
+// orNil keeps a nil result out of an interface, where it would not be nil.
 func orNil(result *assumeRoleResult, err error) any {
 	if err != nil {
 		return nil
@@ -333,14 +308,12 @@ func orNil(result *assumeRoleResult, err error) any {
 	return result
 }
 
-// authenticate returns who signed r, or STS's error for keys that are unknown,
-// expired, or did not make this signature.
+// authenticate returns the signer of r, or STS's error if the keys are unknown or expired, or did not make the signature.
 func (s *Server) authenticate(r *http.Request, body []byte, auth authorization) (principal, error) {
 	s.mu.Lock()
 	p, ok := s.principals[auth.accessKeyID]
 	s.mu.Unlock()
-	// Long-lived keys have no token, and one sent with them is as wrong as a
-	// missing one with temporary keys.
+	// Long-lived keys have no token. A token with them is as wrong as temporary keys without one.
 	if !ok || !p.token.Equal(credential.NewSecret(r.Header.Get("X-Amz-Security-Token"))) {
 		return principal{}, fail(http.StatusForbidden, "InvalidClientTokenId", "The security token included in the request is invalid.")
 	}
@@ -354,8 +327,8 @@ func (s *Server) authenticate(r *http.Request, body []byte, auth authorization) 
 	return p, nil
 }
 
-// remember makes keys known, and now and then forgets those that expired long
-// ago, so that a server that runs for days does not grow.
+// remember registers keys. Now and then it forgets keys that expired long ago, so that a server that runs for days does not
+// grow.
 func (s *Server) remember(accessKeyID string, p principal) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -391,16 +364,15 @@ func readForm(w http.ResponseWriter, r *http.Request) (url.Values, []byte, error
 	return form, body, nil
 }
 
-// newSecret returns 40 characters, as many as a secret access key has.
+// newSecret returns 40 characters, the length of a secret access key.
 func newSecret() credential.Secret { return credential.NewSecret(randomBase64(30)) }
 
-// newToken returns a session token. AWS promises no length; 400 characters are
-// about what it sends.
+// newToken returns a session token. AWS promises no length; 400 characters are typical.
 func newToken() credential.Secret { return credential.NewSecret(randomBase64(300)) }
 
 func randomBase64(n int) string {
 	b := make([]byte, n)
-	_, _ = rand.Read(b) // never fails, by its contract
+	_, _ = rand.Read(b) // It never fails.
 	return base64.StdEncoding.EncodeToString(b)
 }
 

@@ -15,22 +15,19 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Signature Version 4, as the IAM User Guide describes it ("Create a signed AWS
-// API request"), as far as STS needs it: one path, header authentication, the
-// whole body signed. The double needs both directions, to verify its callers and
-// to sign for MinIO.
+// This file implements Signature Version 4 of the IAM User Guide ("Create a signed AWS API request") as far as STS needs it:
+// one path, authentication by header, a signed body. The double verifies its callers, and signs for MinIO.
 const (
 	sigAlgorithm  = "AWS4-HMAC-SHA256"
 	sigTerminator = "aws4_request"
 	sigService    = "sts"
 	sigTimeFormat = "20060102T150405Z"
 
-	// sigSkew is how far a signature's time may be from the server's: the five
-	// minutes that STS's own error messages name.
+	// sigSkew is the maximum difference between the time of a signature and the server's time: five minutes, by STS's own error
+	// messages.
 	sigSkew = 5 * time.Minute
 
-	// maxSignedHeaders bounds the work one request can cause. SDKs sign about
-	// ten headers.
+	// maxSignedHeaders bounds the work for one request. SDKs sign about ten headers.
 	maxSignedHeaders = 50
 )
 
@@ -44,13 +41,12 @@ type authorization struct {
 	signature     string // hex
 }
 
-// parseAuthorization reads an Authorization header. Nothing in the result is
-// verified.
+// parseAuthorization parses an Authorization header. The result is not verified.
 func parseAuthorization(header string) (authorization, error) {
 	if header == "" {
 		return authorization{}, fail(http.StatusForbidden, "MissingAuthenticationToken", "Request is missing Authentication Token")
 	}
-	// The message must not repeat the header: it is made from a secret.
+	// The message must not quote the header, because it is derived from a secret.
 	incomplete := fail(http.StatusBadRequest, "IncompleteSignature", "Authorization header is not a complete %s signature", sigAlgorithm)
 	rest, ok := strings.CutPrefix(header, sigAlgorithm+" ")
 	if !ok {
@@ -76,8 +72,7 @@ func parseAuthorization(header string) (authorization, error) {
 	}, nil
 }
 
-// verify reports, as STS's error, what is wrong with the signature of r; nil when
-// secret made it.
+// verify returns STS's error if secret did not make the signature of r.
 func (a authorization) verify(r *http.Request, body []byte, secret credential.Secret, now time.Time) error {
 	mismatch := func(message string, args ...any) error {
 		return fail(http.StatusForbidden, "SignatureDoesNotMatch", message, args...)
@@ -101,7 +96,7 @@ func (a authorization) verify(r *http.Request, body []byte, secret credential.Se
 		return mismatch("Signature not yet current: %s is still later than %s (%s + 5 min.)",
 			stamp, latest.UTC().Format(sigTimeFormat), now.UTC().Format(sigTimeFormat))
 	}
-	// What decides who may do what must be signed, or it could be swapped.
+	// The headers that decide on rights must be signed, or another could replace them.
 	for _, name := range []string{"host", "x-amz-date", "x-amz-security-token"} {
 		present := name != "x-amz-security-token" || r.Header.Get(name) != ""
 		if present && !slices.Contains(a.signedHeaders, name) {
@@ -115,7 +110,7 @@ func (a authorization) verify(r *http.Request, body []byte, secret credential.Se
 	return nil
 }
 
-// sign returns the signature, in hex, that secret makes for r.
+// sign returns the signature of r with secret, in hex.
 func (a authorization) sign(r *http.Request, body []byte, secret credential.Secret) string {
 	scope := strings.Join([]string{a.date, a.region, a.service, sigTerminator}, "/")
 	toSign := strings.Join([]string{
@@ -138,8 +133,8 @@ func (a authorization) canonicalRequest(r *http.Request, body []byte) string {
 	return b.String()
 }
 
-// headerValue returns a header's canonical value: its values joined, outer spaces
-// cut, inner ones made single. net/http keeps two headers outside the map.
+// headerValue returns a header's canonical value: its values joined, with outer spaces removed and inner ones single. net/http
+// keeps two headers outside the map.
 func headerValue(r *http.Request, name string) string {
 	switch name {
 	case "host":
@@ -158,11 +153,11 @@ func canonicalQuery(query url.Values) string {
 	for _, values := range query {
 		slices.Sort(values)
 	}
-	// url.Values.Encode differs from RFC 3986 only in how it writes a space.
+	// url.Values.Encode differs from RFC 3986 only for the space.
 	return strings.ReplaceAll(query.Encode(), "+", "%20")
 }
 
-// signRequest signs r, whose body is body, for the keys.
+// signRequest signs r, which has the given body, with keys.
 func signRequest(r *http.Request, body []byte, accessKeyID string, secret credential.Secret, region string, now time.Time) {
 	stamp := now.UTC().Format(sigTimeFormat)
 	r.Header.Set("X-Amz-Date", stamp)

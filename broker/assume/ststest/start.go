@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// serving is a Server that is being served.
+// serving is a Server with its listener.
 type serving struct {
 	url    string
 	http   *http.Server
@@ -19,20 +19,19 @@ type serving struct {
 	done   chan struct{}                                                        // closed when Serve has returned
 }
 
-// Start makes a Server and serves it on a free port of 127.0.0.1 until ctx ends
-// or Close is called. A test gives it t.Context() and need not close it.
+// Start makes a Server and serves it on a free port of 127.0.0.1 until ctx ends or Close is called. With t.Context(), a test
+// need not close it.
 func Start(ctx context.Context, cfg Config) (*Server, error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("listening for STS: %w", err)
 	}
-	// A transport of its own uses no proxy, and its connections end with it.
+	// This transport uses no proxy, and its connections end with the server.
 	return startOn(ctx, l, &http.Transport{}, cfg)
 }
 
-// StartOn is Start on a listener of the caller's, which need not be of this
-// process's network; dial is how Client reaches its address.
+// StartOn is Start with a listener of the caller, which may belong to another network. dial connects Client to its address.
 func StartOn(ctx context.Context, l net.Listener, dial func(ctx context.Context, network, address string) (net.Conn, error), cfg Config) (*Server, error) {
 	return startOn(ctx, l, &http.Transport{DialContext: dial}, cfg)
 }
@@ -46,9 +45,8 @@ func startOn(ctx context.Context, l net.Listener, transport *http.Transport, cfg
 	return s, nil
 }
 
-// StartInMemory is Start without a network: requests travel through Client
-// alone, over pipes in memory. Called within a testing/synctest bubble it makes a
-// server whose time is the bubble's. Its URL is only a name.
+// StartInMemory is Start without a network: requests go only through Client, over pipes in memory. In a testing/synctest bubble,
+// the server has the bubble's time. Its URL is only a name.
 func StartInMemory(ctx context.Context, cfg Config) (*Server, error) {
 	s, err := New(cfg)
 	if err != nil {
@@ -68,7 +66,7 @@ func StartInMemory(ctx context.Context, cfg Config) (*Server, error) {
 func (s *Server) serve(ctx context.Context, l net.Listener, url string, transport *http.Transport) {
 	s.serving = &serving{
 		url: url,
-		// Ten seconds for headers: clients here are local.
+		// Ten seconds are enough for headers, because clients are local.
 		http:   &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second},
 		client: &http.Client{Transport: transport},
 		dial:   transport.DialContext,
@@ -76,13 +74,12 @@ func (s *Server) serve(ctx context.Context, l net.Listener, url string, transpor
 	}
 	go func() {
 		defer close(s.serving.done)
-		_ = s.serving.http.Serve(gate{l, s}) // ends by Close, with http.ErrServerClosed
+		_ = s.serving.http.Serve(gate{l, s}) // Close ends it with http.ErrServerClosed.
 	}()
 	context.AfterFunc(ctx, s.Close)
 }
 
-// URL returns the base URL, for an SDK's BaseEndpoint or the CLI's
-// --endpoint-url; "" for a Server that Start did not make.
+// URL returns the base URL, for an SDK's BaseEndpoint or the CLI's --endpoint-url. It is "" for a Server that Start did not make.
 func (s *Server) URL() string {
 	if s.serving == nil {
 		return ""
@@ -90,9 +87,8 @@ func (s *Server) URL() string {
 	return s.serving.url
 }
 
-// Client returns an HTTP client that reaches the server, for an SDK's HTTPClient.
-// It is required after StartInMemory and a convenience after Start; for a Server
-// that neither made it is http.DefaultClient.
+// Client returns an HTTP client for the server, for an SDK's HTTPClient. It is necessary after StartInMemory, and a convenience
+// after Start. For other Servers, it is http.DefaultClient.
 func (s *Server) Client() *http.Client {
 	if s.serving == nil {
 		return http.DefaultClient
@@ -100,7 +96,7 @@ func (s *Server) Client() *http.Client {
 	return s.serving.client
 }
 
-// Dial connects to the host and port of URL as Client does, for a transport of the caller's own.
+// Dial connects to the host and port of URL, for a transport of the caller.
 func (s *Server) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	if dial := s.serving.dial; dial != nil {
 		return dial(ctx, network, address)
@@ -108,19 +104,18 @@ func (s *Server) Dial(ctx context.Context, network, address string) (net.Conn, e
 	return new(net.Dialer).DialContext(ctx, network, address)
 }
 
-// Close ends what Start began: it closes every connection, which ends the calls
-// that hang. It may be called more than once, and does nothing for a Server that
-// New made.
+// Close stops the Server of Start: it closes all connections, which ends hanging calls. It may be called more than once, and does
+// nothing for a Server of New.
 func (s *Server) Close() {
 	if s.serving == nil {
 		return
 	}
-	_ = s.serving.http.Close() // all it can tell is that the listener was closed before
+	_ = s.serving.http.Close() // Its only error is that the listener was closed before.
 	<-s.serving.done
 	s.serving.client.CloseIdleConnections()
 }
 
-// pipeListener accepts the far ends of the pipes that dial makes.
+// pipeListener accepts the far ends of the pipes of dial.
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}

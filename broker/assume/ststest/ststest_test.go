@@ -41,7 +41,7 @@ func start(t *testing.T, cfg ststest.Config) *ststest.Server {
 	return s
 }
 
-// client returns an SDK client that makes one attempt per call.
+// client returns an SDK client with one attempt per call.
 func client(s *ststest.Server, id, secret, token string) *sts.Client {
 	return sts.New(sts.Options{
 		Region:       "eu-west-1",
@@ -85,7 +85,7 @@ func identity(t *testing.T, c *sts.Client) map[string]string {
 	return map[string]string{"Account": *out.Account, "Arn": *out.Arn, "UserId": *out.UserId}
 }
 
-// wantError checks that the SDK read code and status from err.
+// wantError checks that the SDK parsed code and status.
 func wantError(t *testing.T, err error, status int, code, message string) {
 	t.Helper()
 	apiErr, ok := errors.AsType[smithy.APIError](err)
@@ -141,7 +141,7 @@ func TestAssumeRole(t *testing.T) {
 		if want := before.Add(30 * time.Minute); !c.Expiration.Equal(want) {
 			t.Errorf("Expiration is %v, want %v", c.Expiration, want)
 		}
-		if got := aws.ToInt32(out.PackedPolicySize); got != 1 { //nolint:staticcheck // deprecated, but STS answers it and clients read it
+		if got := aws.ToInt32(out.PackedPolicySize); got != 1 { //nolint:staticcheck // It is deprecated, but STS sends it and clients read it.
 			t.Errorf("PackedPolicySize is %d, want 1", got)
 		}
 		if got := aws.ToString(out.SourceIdentity); got != "alice" {
@@ -217,7 +217,7 @@ func TestParameters(t *testing.T) {
 	type in = sts.AssumeRoleInput
 	for name, test := range map[string]struct {
 		change  func(*in)
-		code    string // "" when it is allowed
+		code    string // "" if allowed
 		message string
 	}{
 		"shortest name":         {change: func(i *in) { i.RoleSessionName = aws.String("ab") }},
@@ -323,7 +323,7 @@ func TestTrust(t *testing.T) {
 		wantError(t, err, 403, "AccessDenied", "User: "+s.UserARN()+" is not authorized to perform: sts:AssumeRole on resource: "+step.role)
 	}
 
-	// Both ways, at run time.
+	// Change both at run time.
 	s.SetRole(open, ststest.Behavior{Deny: true})
 	if _, err := c.AssumeRole(ctx, input(open)); err == nil {
 		t.Error("a role set to Deny was assumed")
@@ -377,7 +377,7 @@ func TestAuthentication(t *testing.T) {
 	}
 }
 
-// tamper changes requests between the SDK, which signed them, and the server.
+// tamper changes requests after the SDK has signed them.
 type tamper struct {
 	change func(*http.Request)
 	next   http.RoundTripper
@@ -428,7 +428,7 @@ func TestSignatureCovers(t *testing.T) {
 			wantError(t, err, test.status, test.code, test.message)
 			for _, secret := range []string{*session.SecretAccessKey, *session.SessionToken} {
 				if strings.Contains(err.Error(), secret) {
-					t.Error("the error holds a secret")
+					t.Error("the error has a secret")
 				}
 			}
 		})
@@ -443,7 +443,7 @@ func TestSignatureTime(t *testing.T) {
 		"just young enough": {func(*http.Request) { time.Sleep(5 * time.Minute) }, ""},
 		"too old":           {func(*http.Request) { time.Sleep(5*time.Minute + time.Second) }, "Signature expired: "},
 		"from the future": {func(r *http.Request) {
-			// The time is judged before the signature, which no longer fits.
+			// The server checks the time before the signature, which is now wrong.
 			r.Header.Set("X-Amz-Date", time.Now().Add(5*time.Minute+time.Second).UTC().Format("20060102T150405Z"))
 		}, "Signature not yet current: "},
 	} {
@@ -503,7 +503,7 @@ func TestFaultSomeTimes(t *testing.T) {
 	fault := ststest.Throttling()
 	fault.Times = 2
 	s.SetDefault(ststest.Behavior{Fault: fault})
-	fault.Times = 0 // the server has its own
+	fault.Times = 0 // The server has its own copy.
 	var failed []bool
 	for range 4 {
 		_, err := baseClient(s).AssumeRole(t.Context(), input(roleARN))
@@ -573,7 +573,7 @@ func TestHold(t *testing.T) {
 	})
 }
 
-// TestNoAnswer covers what leaves a client without an answer.
+// TestNoAnswer has the faults without a response.
 func TestNoAnswer(t *testing.T) {
 	for name, test := range map[string]struct {
 		behavior ststest.Behavior
@@ -625,8 +625,8 @@ func TestAwaitCountEnds(t *testing.T) {
 
 func TestCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var told []ststest.Call
-		s, err := ststest.StartInMemory(t.Context(), ststest.Config{OnCall: func(c ststest.Call) { told = append(told, c) }})
+		var observed []ststest.Call
+		s, err := ststest.StartInMemory(t.Context(), ststest.Config{OnCall: func(c ststest.Call) { observed = append(observed, c) }})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -657,7 +657,7 @@ func TestCalls(t *testing.T) {
 		if diff := cmp.Diff(want, calls); diff != "" {
 			t.Errorf("Calls (-want +got):\n%s", diff)
 		}
-		if diff := cmp.Diff(want, told); diff != "" {
+		if diff := cmp.Diff(want, observed); diff != "" {
 			t.Errorf("OnCall (-want +got):\n%s", diff)
 		}
 		calls[0].Tags["a"] = "changed"
@@ -673,21 +673,21 @@ func TestCalls(t *testing.T) {
 			}
 		}
 
-		line, err := json.Marshal(told)
+		line, err := json.Marshal(observed)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, s := range []string{secret.Reveal(), *out.Credentials.SecretAccessKey, *out.Credentials.SessionToken} {
 			if strings.Contains(string(line), s) {
-				t.Error("the call log holds a secret")
+				t.Error("the call log has a secret")
 			}
 		}
 	})
 }
 
 func TestConcurrency(t *testing.T) {
-	var told int // not guarded: OnCall runs one at a time
-	s := start(t, ststest.Config{OnCall: func(ststest.Call) { told++ }})
+	var observed int // without a lock, because calls of OnCall are serialized
+	s := start(t, ststest.Config{OnCall: func(ststest.Call) { observed++ }})
 	const workers, each = 16, 10
 	ids := make(chan string, workers*each)
 	var wg sync.WaitGroup
@@ -718,12 +718,12 @@ func TestConcurrency(t *testing.T) {
 	if len(unique) != workers*each || s.Count("AssumeRole", "") != workers*each {
 		t.Errorf("%d access key ids from %d calls, want %d", len(unique), s.Count("AssumeRole", ""), workers*each)
 	}
-	if told != 2*workers*each {
-		t.Errorf("OnCall was told of %d calls, want %d", told, 2*workers*each)
+	if observed != 2*workers*each {
+		t.Errorf("OnCall got %d calls, want %d", observed, 2*workers*each)
 	}
 }
 
-// TestWire looks at what is sent without an SDK in between.
+// TestWire checks responses without an SDK.
 func TestWire(t *testing.T) {
 	s := start(t, ststest.Config{})
 	post := func(path, body string) *http.Request {
@@ -807,7 +807,7 @@ func TestNewRefuses(t *testing.T) {
 				t.Fatalf("got %v, want an error that names %s", err, test.want)
 			}
 			if strings.Contains(err.Error(), "secret-of-minio") {
-				t.Error("the error holds a secret")
+				t.Error("the error has a secret")
 			}
 		})
 	}
@@ -834,7 +834,7 @@ func TestSecretsDoNotShow(t *testing.T) {
 	}
 }
 
-// TestCommandLine runs the AWS CLI, and with it botocore.
+// TestCommandLine runs the AWS CLI, which uses botocore.
 func TestCommandLine(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "aws", "--version").CombinedOutput(); err != nil {
 		t.Skipf("the AWS CLI does not run here: %v %s", err, out)
@@ -878,7 +878,7 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestHandler serves a Server that New made with somebody else's http.Server.
+// TestHandler serves a Server of New with an http.Server of its own.
 func TestHandler(t *testing.T) {
 	s, err := ststest.New(ststest.Config{})
 	if err != nil {

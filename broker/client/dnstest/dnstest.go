@@ -1,8 +1,8 @@
-// Package dnstest is a DNS server for tests, whose faults the test chooses: queries that it drops, slow and truncated
-// answers, refusals.
+// Package dnstest is a DNS server for tests. The test chooses its faults: dropped queries, slow and truncated responses,
+// failures.
 //
-// It answers over UDP and TCP on loopback, or in memory, where time can be virtual. It knows A and AAAA records, and no
-// other part of DNS: no zones, no caches, no EDNS.
+// It responds over UDP and TCP on loopback, or in memory, where time can be virtual. It knows A and AAAA records only: no
+// zones, no caches, no EDNS.
 package dnstest
 
 import (
@@ -21,21 +21,21 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// Query is one query that the server received.
+// Query is one query to the server.
 type Query struct {
 	Name string // with its final dot
 	Type string // A or AAAA
 }
 
-// Treatment says what the server does with a query. The zero value is a correct answer at once.
+// Treatment is how the server treats a query. The zero value is a correct response without delay.
 type Treatment struct {
-	// Drop sends no answer.
+	// Drop sends no response.
 	Drop bool
-	// After is how long the answer takes.
+	// After delays the response.
 	After time.Duration
-	// Truncated answers over UDP with no record and the TC bit, and correctly over TCP.
+	// Truncated responds over UDP with no record and the TC bit, and correctly over TCP.
 	Truncated bool
-	// Fails answers with SERVFAIL.
+	// Fails responds with SERVFAIL.
 	Fails bool
 }
 
@@ -43,14 +43,15 @@ type Treatment struct {
 type Server struct {
 	records map[string][]netip.Addr
 	treat   func(n int, q Query) Treatment
-	address string // where it listens, if it does
+	address string // where it listens; empty if it does not
 
 	mu      sync.Mutex
 	queries []Query // guarded by mu
 }
 
-// New returns a server in which the names of records exist, with final dots, and have these addresses. treat decides on
-// the n-th query, from 1; nil answers all of them. The server is asked with [Server.LookupInMemory], or after [Server.Listen].
+// New returns a server with records, a map from full names with final dots to addresses. treat returns the treatment of
+// the n-th query, from 1. If treat is nil, all responses are correct. To query the server, use [Server.LookupInMemory], or
+// [Server.Lookup] after [Server.Listen].
 func New(records map[string][]netip.Addr, treat func(n int, q Query) Treatment) *Server {
 	if treat == nil {
 		treat = func(int, Query) Treatment { return Treatment{} }
@@ -58,14 +59,14 @@ func New(records map[string][]netip.Addr, treat func(n int, q Query) Treatment) 
 	return &Server{records: records, treat: treat}
 }
 
-// Queries returns the queries received, in their order. A query that a client repeats over TCP counts again.
+// Queries returns the received queries in order. If a client repeats a query over TCP, it counts twice.
 func (s *Server) Queries() []Query {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.queries)
 }
 
-// Listen serves UDP and TCP at the loopback address HOST:PORT until the test ends. Port 0 is one that is free.
+// Listen serves UDP and TCP at the loopback address HOST:PORT until the test ends. Port 0 is any free port.
 func (s *Server) Listen(t testing.TB, address string) {
 	t.Helper()
 	var (
@@ -73,7 +74,7 @@ func (s *Server) Listen(t testing.TB, address string) {
 		listener net.Listener
 		err      error
 	)
-	for range 10 { // A port that is free for UDP can be taken for TCP.
+	for range 10 { // A port that is free for UDP may be in use for TCP.
 		if packets, err = new(net.ListenConfig).ListenPacket(t.Context(), "udp", address); err != nil {
 			t.Fatal(err)
 		}
@@ -106,8 +107,8 @@ func (s *Server) Listen(t testing.TB, address string) {
 	})
 }
 
-// Lookup queries this server, which listens, instead of the servers of resolv.conf. It behaves like
-// [net.Resolver.LookupNetIP], but does not join look-ups of the same name.
+// Lookup queries this server, which must listen, instead of the servers in resolv.conf. It works like
+// [net.Resolver.LookupNetIP], but does not merge look-ups of the same name.
 func (s *Server) Lookup(ctx context.Context, network, host string) ([]netip.Addr, error) {
 	resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, s.address)
@@ -115,7 +116,7 @@ func (s *Server) Lookup(ctx context.Context, network, host string) ([]netip.Addr
 	return resolver.LookupNetIP(ctx, network, host)
 }
 
-// LookupInMemory is Lookup without a network, so that it can be used in a bubble of testing/synctest.
+// LookupInMemory is Lookup without a network, for a bubble of testing/synctest.
 func (s *Server) LookupInMemory(ctx context.Context, network, host string) ([]netip.Addr, error) {
 	resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		near, far := net.Pipe()
@@ -133,22 +134,22 @@ func (s *Server) servePackets(ctx context.Context, running *sync.WaitGroup, conn
 			return
 		}
 		running.Go(func() {
-			if answer := s.answer(ctx, buffer[:n], true); answer != nil {
-				_, _ = conn.WriteTo(answer, from)
+			if response := s.respond(ctx, buffer[:n], true); response != nil {
+				_, _ = conn.WriteTo(response, from)
 			}
 		})
 	}
 }
 
-// serveStream serves messages with a length before each (RFC 1035, section 4.2.2) until the client closes. A query of
-// it waits for those before. packets: it stands for UDP, so that answers can be truncated.
+// serveStream serves messages with a length prefix (RFC 1035, section 4.2.2) until the client closes. It serves one query
+// at a time. If packets is set, the stream stands for UDP, so responses can be truncated.
 func (s *Server) serveStream(ctx context.Context, conn net.Conn, packets bool) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	queries := make(chan []byte)
 	go func() {
-		defer cancel() // The client has gone.
+		defer cancel() // The client has closed the connection.
 		for {
 			var length uint16
 			if err := binary.Read(conn, binary.BigEndian, &length); err != nil {
@@ -168,8 +169,8 @@ func (s *Server) serveStream(ctx context.Context, conn net.Conn, packets bool) {
 	for {
 		select {
 		case query := <-queries:
-			if answer := s.answer(ctx, query, packets); answer != nil {
-				framed := append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...) //nolint:gosec // G115: a few records
+			if response := s.respond(ctx, query, packets); response != nil {
+				framed := append(binary.BigEndian.AppendUint16(nil, uint16(len(response))), response...) //nolint:gosec // G115: a few records
 				if _, err := conn.Write(framed); err != nil {
 					return
 				}
@@ -180,8 +181,8 @@ func (s *Server) serveStream(ctx context.Context, conn net.Conn, packets bool) {
 	}
 }
 
-// answer returns the answer to a query, and nil for one that is dropped.
-func (s *Server) answer(ctx context.Context, query []byte, packets bool) []byte {
+// respond returns the response to a query; nil if the query is dropped.
+func (s *Server) respond(ctx context.Context, query []byte, packets bool) []byte {
 	message, q, err := parse(query)
 	if err != nil {
 		return nil
@@ -221,23 +222,24 @@ func (s *Server) answer(ctx context.Context, query []byte, packets bool) []byte 
 			}
 		}
 	}
-	answer, err := message.Pack()
+	response, err := message.Pack()
 	if err != nil {
 		return nil
 	}
-	return answer
+	return response
 }
 
-// parse returns an answer without records to a query, and what the query asks for.
-func parse(query []byte) (answer dnsmessage.Message, q Query, err error) {
+// parse returns a response without records to a query, and the query.
+// parse returns a response without records to a query, and the query.
+func parse(query []byte) (response dnsmessage.Message, q Query, err error) {
 	var parser dnsmessage.Parser
 	header, err := parser.Start(query)
 	if err != nil {
-		return answer, q, err
+		return response, q, err
 	}
 	question, err := parser.Question()
 	if err != nil {
-		return answer, q, err
+		return response, q, err
 	}
 	switch question.Type {
 	case dnsmessage.TypeA:
@@ -245,12 +247,12 @@ func parse(query []byte) (answer dnsmessage.Message, q Query, err error) {
 	case dnsmessage.TypeAAAA:
 		q.Type = "AAAA"
 	default:
-		return answer, q, errors.New("neither A nor AAAA")
+		return response, q, errors.New("neither A nor AAAA")
 	}
 	q.Name = question.Name.String()
-	answer.Header = dnsmessage.Header{
+	response.Header = dnsmessage.Header{
 		ID: header.ID, Response: true, Authoritative: true, RecursionDesired: header.RecursionDesired, RecursionAvailable: true,
 	}
-	answer.Questions = []dnsmessage.Question{question}
-	return answer, q, nil
+	response.Questions = []dnsmessage.Question{question}
+	return response, q, nil
 }

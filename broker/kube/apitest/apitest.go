@@ -1,11 +1,13 @@
 // Package apitest is a Kubernetes API server for tests: a real HTTP server that keeps objects in memory.
 //
-// It gets, lists, watches, creates, updates and deletes the objects that a broker or a webhook needs, honors
-// label and field selectors, refuses an update of an old version, publishes the keys that sign its tokens, and reviews
-// tokens. It counts requests. [Server.Put] and [Server.Delete] change objects as another client would.
+// It supports the objects and requests that a broker or a webhook needs: get, list, watch, create, update, delete, apply,
+// label and field selectors, and token reviews. It refuses an update of an old version, publishes the keys that sign its
+// tokens, and counts requests. [Server.Intercept] lets a test refuse requests. [Server.Put] and [Server.Delete] change
+// objects as another client would. Clients connect over TCP with a kubeconfig file, or in memory with [Network.Config], which
+// works in a synctest bubble.
 //
-// It does not authorize, default or validate, it does not stream lists, and its server-side apply merges maps without
-// owning fields. The tests in integration show what a real API server does.
+// It does not authorize, set defaults, validate or stream lists. Its server-side apply merges maps without field ownership.
+// The tests in integration run against a real API server.
 package apitest
 
 import (
@@ -33,7 +35,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// kind is one kind of object that the server keeps.
+// kind is a kind of object that the server stores.
 type kind struct {
 	version, name, resource string
 	object                  metav1.Object
@@ -51,33 +53,36 @@ var kinds = []kind{
 	{"authentication.k8s.io/v1", "TokenReview", "tokenreviews", &authenticationv1.TokenReview{}},
 }
 
-// Issuer is the issuer that the server names as its own.
+// Issuer is the issuer in the server's discovery document.
 const Issuer = "https://kubernetes.default.svc.cluster.local"
 
-// Server is the server. Make it with [Start]. It is safe for concurrent use.
+// Server is an API server. Make it with [Start]. It is safe for concurrent use.
 type Server struct {
-	url string
+	*Network
 	key *ecdsa.PrivateKey
-	end chan struct{} // closed when the server stops
 
-	mu       sync.Mutex
-	changes  []change            // of which the nth made version n; guarded by mu
-	objects  map[location]object // guarded by mu
-	watchers map[*watcher]bool   // guarded by mu
-	requests map[request]int     // guarded by mu
+	mu        sync.Mutex
+	changes   []change                     // the nth one made version n; guarded by mu
+	objects   map[location]object          // guarded by mu
+	watchers  map[*watcher]bool            // guarded by mu
+	requests  map[Request]int              // :: request without name and query → number; guarded by mu
+	intercept func(Request) *metav1.Status // guarded by mu
 }
 
-// change is one change of an object; nil is none.
+// change is a change of an object, which is nil before its creation and after its deletion.
 type change struct {
 	at       location
 	old, now object
 }
 
-// location is where an object is.
+// location identifies an object.
 type location struct{ resource, namespace, name string }
 
-// request is what [Server.Requests] counts.
-type request struct{ method, resource, namespace string }
+// Request is a request for objects, as [Server.Requests] counts it and [Server.Intercept] sees it.
+type Request struct {
+	Method, Resource, Namespace, Name string
+	Query                             string // URL-encoded
+}
 
 // Start runs a server until the test ends.
 func Start(t testing.TB) *Server {
@@ -87,21 +92,22 @@ func Start(t testing.TB) *Server {
 		t.Fatal(err)
 	}
 	s := &Server{
-		key: key, end: make(chan struct{}),
-		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[request]int),
+		key:     key,
+		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[Request]int),
 	}
-	server := httptest.NewServer(http.HandlerFunc(s.serve))
-	s.url = server.URL
-	t.Cleanup(func() {
-		close(s.end)
-		server.Close()
-	})
+	s.Network = Serve(t, http.HandlerFunc(s.serve))
 	return s
 }
 
-// Kubeconfig writes a kubeconfig file for the server, and returns its path.
+// Kubeconfig serves on a TCP port until the test ends, writes a kubeconfig file for that port, and returns the file's
+// path.
 func (s *Server) Kubeconfig(t testing.TB) string {
 	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(s.serve))
+	t.Cleanup(func() {
+		server.CloseClientConnections() // watches
+		server.Close()
+	})
 	file := filepath.Join(t.TempDir(), "kubeconfig")
 	text := fmt.Sprintf(`apiVersion: v1
 kind: Config
@@ -109,14 +115,14 @@ clusters: [{name: test, cluster: {server: %q}}]
 contexts: [{name: test, context: {cluster: test, user: test}}]
 current-context: test
 users: [{name: test, user: {}}]
-`, s.url)
+`, server.URL)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return file
 }
 
-// Put creates or replaces objects. One without a UID gets one, as the server and in the caller's own object.
+// Put creates or replaces objects. If an object has no UID, Put sets one, in the caller's object too.
 func (s *Server) Put(objects ...metav1.Object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -127,14 +133,14 @@ func (s *Server) Put(objects ...metav1.Object) {
 	}
 }
 
-// Delete deletes an object by its type, namespace and name.
+// Delete deletes the object with o's type, namespace and name.
 func (s *Server) Delete(o metav1.Object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.store(locate(o), nil)
 }
 
-// Load reads the object of o's type, namespace and name into o, and reports whether there is one.
+// Load reads the object with o's type, namespace and name into o, and reports whether it exists.
 func (s *Server) Load(o metav1.Object) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -146,7 +152,7 @@ func (s *Server) Load(o metav1.Object) bool {
 	return true
 }
 
-// Names returns the names of the objects of o's type in o's namespace.
+// Names returns the names of all objects with o's type in o's namespace.
 func (s *Server) Names(o metav1.Object) (names []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,19 +165,36 @@ func (s *Server) Names(o metav1.Object) (names []string) {
 	return names
 }
 
-// Requests counts the requests so far, by HTTP method and by resource, such as pods. Empty arguments match all.
+// Requests returns the number of requests so far with that HTTP method, resource (such as pods) and namespace. Empty
+// arguments match all.
 func (s *Server) Requests(method, resource, namespace string) (count int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for r, n := range s.requests {
-		if (method == "" || r.method == method) && (resource == "" || r.resource == resource) && (namespace == "" || r.namespace == namespace) {
+		if (method == "" || r.Method == method) && (resource == "" || r.Resource == resource) && (namespace == "" || r.Namespace == namespace) {
 			count += n
 		}
 	}
 	return count
 }
 
-// kindOf returns the kind that match finds; ok is false if there is none.
+// Intercept makes the server call f before each request. If f returns a status, such as one made by [Failure], that is the
+// response, and nothing changes. Concurrent requests make concurrent calls of f. A nil f intercepts nothing.
+func (s *Server) Intercept(f func(Request) *metav1.Status) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.intercept = f
+}
+
+// Failure returns a status that refuses a request.
+func Failure(code int32, reason metav1.StatusReason, message string) *metav1.Status {
+	return &metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure,
+		Code: code, Reason: reason, Message: message,
+	}
+}
+
+// kindOf returns the first kind that matches; ok is false if none does.
 func kindOf(match func(kind) bool) (k kind, ok bool) {
 	for _, k = range kinds {
 		if match(k) {
@@ -181,16 +204,16 @@ func kindOf(match func(kind) bool) (k kind, ok bool) {
 	return kind{}, false
 }
 
-// locate panics for a type that the server does not know: a mistake in the test.
+// locate panics if the server does not store o's type, because that is a mistake in the test.
 func locate(o metav1.Object) location {
 	k, ok := kindOf(func(k kind) bool { return reflect.TypeOf(k.object) == reflect.TypeOf(o) })
 	if !ok {
-		panic(fmt.Sprintf("apitest: %T is not among the kinds that it keeps", o))
+		panic(fmt.Sprintf("apitest: %T is not among the stored kinds", o))
 	}
 	return location{k.resource, o.GetNamespace(), o.GetName()}
 }
 
-// object is an object as JSON has it.
+// object is an object decoded from JSON.
 type object map[string]any
 
 func encode(o any) (e object) {
@@ -221,7 +244,7 @@ func (o object) text(path string) string {
 	return text
 }
 
-// store stores an object, or deletes it if o is nil, and informs watchers. The caller holds mu.
+// store stores o, or deletes the object if o is nil, and sends the change to the watches. The caller holds mu.
 func (s *Server) store(at location, o object) object {
 	old := s.objects[at]
 	if o == nil && old == nil {
@@ -253,7 +276,7 @@ func (s *Server) store(at location, o object) object {
 	return o
 }
 
-// must panics with an error that only a mistake in a test, or in this package, can cause.
+// must panics with an error that only a mistake in a test or in this package can cause.
 func must(err error) {
 	if err != nil {
 		panic("apitest: " + err.Error())

@@ -1,7 +1,11 @@
 package apitest_test
 
 import (
+	"errors"
+	"net/http"
+	"syscall"
 	"testing"
+	"testing/synctest"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -33,7 +37,7 @@ func pod(name, team string) *corev1.Pod {
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: map[string]string{"team": team}}, Spec: corev1.PodSpec{ServiceAccountName: "default"}}
 }
 
-// TestWatch: a watch brings what has changed since the list, of what its selectors choose.
+// TestWatch: a watch sends the changes since the list that its selectors match.
 func TestWatch(t *testing.T) {
 	s, client := start(t)
 	s.Put(pod("a", "red"), pod("b", "blue"))
@@ -59,15 +63,15 @@ func TestWatch(t *testing.T) {
 	}{{watch.Added, "c"}, {watch.Added, "b"}, {watch.Deleted, "c"}, {watch.Deleted, "a"}} {
 		e := <-events.ResultChan()
 		if got, ok := e.Object.(*corev1.Pod); !ok || e.Type != want.kind || got.Name != want.name {
-			t.Errorf("the watch brought %s %v, want %s %s", e.Type, e.Object, want.kind, want.name)
+			t.Errorf("the watch sent %s %v, want %s %s", e.Type, e.Object, want.kind, want.name)
 		}
 	}
 	if n := s.Requests("GET", "pods", "shop"); n != 2 {
-		t.Errorf("%d requests were counted", n)
+		t.Errorf("%d requests were counted, want 2", n)
 	}
 }
 
-// TestWrites: the server creates no object that exists, updates none that has changed, and merges an applied one.
+// TestWrites: the server refuses to create an existing object and to update an old version, and merges an applied object.
 func TestWrites(t *testing.T) {
 	s, client := start(t)
 	maps := client.CoreV1().ConfigMaps("shop")
@@ -86,7 +90,7 @@ func TestWrites(t *testing.T) {
 		t.Errorf("updating an old version: %v", err)
 	}
 	if !s.Load(m) || len(m.Data) != 2 {
-		t.Errorf("there is %v", m.Data)
+		t.Errorf("the data are %v, want 2 keys", m.Data)
 	}
 	if err := maps.Delete(t.Context(), "m", metav1.DeleteOptions{}); err != nil {
 		t.Error(err)
@@ -96,7 +100,44 @@ func TestWrites(t *testing.T) {
 	}
 }
 
-// TestReview: a token is authenticated for its audience and while its pod lives.
+// TestInMemory: a client in a synctest bubble reaches the server, unless the server is down or a test refuses the request.
+func TestInMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := apitest.Start(t)
+		s.Put(pod("a", "red"))
+		client, err := kubernetes.NewForConfig(s.Config())
+		if err != nil {
+			t.Fatal(err)
+		}
+		get := func() error {
+			_, err := client.CoreV1().Pods("shop").Get(t.Context(), "a", metav1.GetOptions{})
+			return err
+		}
+		if err := get(); err != nil {
+			t.Error(err)
+		}
+		s.Intercept(func(r apitest.Request) *metav1.Status {
+			if r != (apitest.Request{Method: "GET", Resource: "pods", Namespace: "shop", Name: "a"}) {
+				t.Errorf("Intercept receives %+v", r)
+			}
+			return apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "no")
+		})
+		if err := get(); !apierrors.IsForbidden(err) {
+			t.Errorf("a request that Intercept refuses: error %v", err)
+		}
+		s.Intercept(nil)
+		s.SetDown(true)
+		if err := get(); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("while the server is down: error %v", err)
+		}
+		s.SetDown(false)
+		if err := get(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestReview: the server accepts a token for its audience while its pod exists.
 func TestReview(t *testing.T) {
 	s, client := start(t)
 	p := pod("a", "red")
@@ -112,10 +153,10 @@ func TestReview(t *testing.T) {
 		return review.Status.Authenticated
 	}
 	if !authenticated(token, "credence-broker") || authenticated(token, "another") || authenticated(token+"x", "credence-broker") {
-		t.Error("the reviews are wrong")
+		t.Error("a review has the wrong result")
 	}
 	s.Delete(p)
 	if authenticated(token, "credence-broker") {
-		t.Error("the token of a pod that is gone is authenticated")
+		t.Error("the token of a deleted pod is accepted")
 	}
 }

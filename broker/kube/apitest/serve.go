@@ -20,17 +20,17 @@ import (
 // maxBody bounds a request, as API servers do.
 const maxBody = 3 << 20
 
-// query is what a request is about.
+// query is a parsed request.
 type query struct {
 	kind
-	location // without a name: a collection
+	location // a collection if the name is empty
 
 	labels       labels.Selector
 	fields       fields.Selector
 	metadataOnly bool
 }
 
-// matches reports whether the query is about the object o at a location.
+// matches reports whether the query selects the object o at a location.
 func (q query) matches(at location, o object) bool {
 	if o == nil || at.resource != q.location.resource || q.namespace != "" && at.namespace != q.namespace {
 		return false
@@ -52,7 +52,7 @@ func (q query) matches(at location, o object) bool {
 	return true
 }
 
-// shape returns o as the client asked for it.
+// shape returns o in the form that the client requested.
 func (q query) shape(o object) object {
 	shaped := maps.Clone(o)
 	shaped["kind"], shaped["apiVersion"] = q.kind.name, q.version
@@ -65,10 +65,10 @@ func (q query) shape(o object) object {
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	switch r.URL.Path {
 	case "/openid/v1/jwks":
-		answer(w, http.StatusOK, s.keySet())
+		respond(w, http.StatusOK, s.keySet())
 		return
 	case "/.well-known/openid-configuration":
-		answer(w, http.StatusOK, map[string]string{"issuer": Issuer, "jwks_uri": s.url + "/openid/v1/jwks"})
+		respond(w, http.StatusOK, map[string]string{"issuer": Issuer, "jwks_uri": "http://" + r.Host + "/openid/v1/jwks"})
 		return
 	}
 	q, err := parse(r)
@@ -76,9 +76,18 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, metav1.StatusReasonNotFound, err.Error())
 		return
 	}
+	request := Request{Method: r.Method, Resource: q.location.resource, Namespace: q.namespace}
 	s.mu.Lock()
-	s.requests[request{r.Method, q.location.resource, q.namespace}]++
+	s.requests[request]++
+	intercept := s.intercept
 	s.mu.Unlock()
+	if intercept != nil {
+		request.Name, request.Query = q.location.name, r.URL.RawQuery
+		if status := intercept(request); status != nil {
+			respond(w, int(status.Code), status)
+			return
+		}
+	}
 	var sent object
 	if r.Method != http.MethodGet && r.Method != http.MethodDelete {
 		if sent, err = read(r); err != nil {
@@ -88,14 +97,14 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	switch {
 	case q.location.resource == "tokenreviews":
-		answer(w, http.StatusCreated, q.shape(s.review(sent)))
+		respond(w, http.StatusCreated, q.shape(s.review(sent)))
 	case r.Method == http.MethodGet && r.URL.Query().Get("sendInitialEvents") == "true":
-		// As a server without WatchList: clients list instead.
+		// A server without WatchList responds like this, and clients list instead.
 		refuse(w, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled")
 	case r.Method == http.MethodGet && r.URL.Query().Get("watch") == "true":
 		s.watch(w, r, q)
 	case r.Method == http.MethodGet && q.location.name == "":
-		answer(w, http.StatusOK, s.list(q))
+		respond(w, http.StatusOK, s.list(q))
 	default:
 		s.one(w, r, q, sent)
 	}
@@ -148,7 +157,7 @@ func read(r *http.Request) (object, error) {
 	return encode(decoded), nil
 }
 
-// one answers a request about one object.
+// one serves a request for one object.
 func (s *Server) one(w http.ResponseWriter, r *http.Request, q query, sent object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -161,20 +170,20 @@ func (s *Server) one(w http.ResponseWriter, r *http.Request, q query, sent objec
 	case r.Method == http.MethodPost && old != nil:
 		refuse(w, http.StatusConflict, metav1.StatusReasonAlreadyExists, at.name+" exists already")
 	case r.Method == http.MethodPost:
-		answer(w, http.StatusCreated, q.shape(s.store(at, sent)))
+		respond(w, http.StatusCreated, q.shape(s.store(at, sent)))
 	case r.Method == http.MethodPatch: // server-side apply
-		answer(w, http.StatusOK, q.shape(s.store(at, merge(old, sent))))
+		respond(w, http.StatusOK, q.shape(s.store(at, merge(old, sent))))
 	case old == nil:
 		refuse(w, http.StatusNotFound, metav1.StatusReasonNotFound, at.name+" does not exist")
 	case r.Method == http.MethodPut && sent.text("metadata.resourceVersion") != old.text("metadata.resourceVersion"):
 		refuse(w, http.StatusConflict, metav1.StatusReasonConflict, at.name+" has changed")
 	case r.Method == http.MethodPut:
-		answer(w, http.StatusOK, q.shape(s.store(at, sent)))
+		respond(w, http.StatusOK, q.shape(s.store(at, sent)))
 	case r.Method == http.MethodDelete:
 		s.store(at, nil)
-		answer(w, http.StatusOK, q.shape(old))
+		respond(w, http.StatusOK, q.shape(old))
 	default:
-		answer(w, http.StatusOK, q.shape(old))
+		respond(w, http.StatusOK, q.shape(old))
 	}
 }
 
@@ -215,7 +224,7 @@ func (s *Server) list(q query) object {
 	return list
 }
 
-// watcher is one watch.
+// watcher is an open watch.
 type watcher struct {
 	query
 	events chan event
@@ -226,10 +235,10 @@ type event struct {
 	Object object `json:"object"`
 }
 
-// maxEvents is how far a watch may lag. No test changes as many objects at once.
+// maxEvents bounds the events that wait for a client. No test changes as many objects at once.
 const maxEvents = 10_000
 
-// inform sends the change of an object from old to o; nil is none.
+// inform queues the change of an object from old to o; nil means that it does not exist.
 func (w *watcher) inform(at location, old, o object) {
 	was, is := w.matches(at, old), w.matches(at, o)
 	switch {
@@ -246,7 +255,7 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q query) {
 	watch := &watcher{q, make(chan event, maxEvents)}
 	since, err := strconv.Atoi(r.URL.Query().Get("resourceVersion"))
 	if err != nil {
-		refuse(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "a watch begins at the version of a list")
+		refuse(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "a watch needs the version of a list")
 		return
 	}
 	s.mu.Lock()
@@ -274,21 +283,18 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request, q query) {
 			}
 		case <-r.Context().Done():
 			return
-		case <-s.end:
+		case <-s.done:
 			return
 		}
 	}
 }
 
-func answer(w http.ResponseWriter, code int, body any) {
+func respond(w http.ResponseWriter, code int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(body) // the client has gone
+	_ = json.NewEncoder(w).Encode(body) // fails if the client has disconnected
 }
 
 func refuse(w http.ResponseWriter, code int32, reason metav1.StatusReason, message string) {
-	answer(w, int(code), &metav1.Status{
-		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure,
-		Code: code, Reason: reason, Message: message,
-	})
+	respond(w, int(code), Failure(code, reason, message))
 }

@@ -15,13 +15,13 @@ import (
 
 const keyID = "apitest"
 
-// Token says what a pod's token is like. The zero value is a token that a kubelet would project for a broker.
+// Token has the properties of a pod's token. The zero value is a token that a kubelet projects for a broker.
 type Token struct {
-	// Audience is whom it is for. Default: credence-broker.
+	// Audience is the audience. Default: credence-broker.
 	Audience string
-	// Issuer is who issued it. Default: [Issuer].
+	// Issuer is the issuer. Default: [Issuer].
 	Issuer string
-	// Life is how long it is valid. Default: an hour.
+	// Life is the lifetime. Default: an hour.
 	Life time.Duration
 }
 
@@ -42,7 +42,7 @@ type subject struct {
 	UID  string `json:"uid"`
 }
 
-// Token returns a token of a pod whose service account the server keeps.
+// Token returns a token of a pod. The server must have the pod's service account.
 func (s *Server) Token(t testing.TB, pod *corev1.Pod, options Token) string {
 	t.Helper()
 	account := &corev1.ServiceAccount{}
@@ -75,8 +75,8 @@ func (s *Server) keySet() jose.JSONWebKeySet {
 	return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.key.Public(), KeyID: keyID, Algorithm: string(jose.ES256), Use: "sig"}}}
 }
 
-// review answers a TokenReview: of a token that the server's key signed, for one of the audiences that are asked for,
-// of a pod that lives. It takes any issuer.
+// review makes a TokenReview. It accepts a token that the server's key signed for one of the requested audiences, if the
+// pod exists. It accepts any issuer.
 func (s *Server) review(sent object) object {
 	var review authenticationv1.TokenReview
 	must(json.Unmarshal(must2(json.Marshal(sent)), &review))

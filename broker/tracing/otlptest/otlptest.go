@@ -1,6 +1,5 @@
-// Package otlptest runs an OpenTelemetry collector for tests: the real gRPC service that collectors
-// serve, on loopback, which keeps the spans that it is sent. It can be made to refuse. It knows no
-// other signal than traces, and forwards nothing.
+// Package otlptest runs an OpenTelemetry collector for tests: the real gRPC service on loopback, which stores the spans
+// that it receives, or refuses them. It accepts only traces, and forwards nothing.
 package otlptest
 
 import (
@@ -17,17 +16,17 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Span is a span as it arrived. Ids are in hexadecimal.
+// Span is a received span. IDs are in hexadecimal.
 type Span struct {
 	TraceID, ID, Parent string
 	Name                string
-	Attributes          map[string]string // values that are no text are given as fmt would
-	Status              string            // the message of a failed one; empty otherwise
+	Attributes          map[string]string // other values than text in their protobuf form
+	Status              string            // message of a failed span; empty otherwise
 	Resource            map[string]string // of the program that sent it
-	Raw                 string            // all of it as text, to look for what must not be there
+	Raw                 string            // the whole span as text, to search it for secrets
 }
 
-// Collector keeps spans. Make it with [Start].
+// Collector stores spans. Make it with [Start].
 type Collector struct {
 	collectorpb.UnimplementedTraceServiceServer
 
@@ -48,23 +47,23 @@ func Start(t testing.TB) *Collector {
 	c := &Collector{addr: listener.Addr().String()}
 	server := grpc.NewServer()
 	collectorpb.RegisterTraceServiceServer(server, c)
-	ended := make(chan struct{})
-	go func() { defer close(ended); _ = server.Serve(listener) }()
-	t.Cleanup(func() { server.Stop(); <-ended })
+	done := make(chan struct{})
+	go func() { defer close(done); _ = server.Serve(listener) }()
+	t.Cleanup(func() { server.Stop(); <-done })
 	return c
 }
 
-// Endpoint is what a program is told.
+// Endpoint returns the URL for a program's configuration.
 func (c *Collector) Endpoint() string { return "http://" + c.addr }
 
-// Refuse makes the collector refuse for good what it is sent from now on.
+// Refuse makes the collector refuse all later spans, in a way that the sender does not retry.
 func (c *Collector) Refuse() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.refuses = true
 }
 
-// Spans returns the spans that have arrived.
+// Spans returns the spans received so far.
 func (c *Collector) Spans() []Span {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -76,7 +75,7 @@ func (c *Collector) Export(_ context.Context, request *collectorpb.ExportTraceSe
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.refuses {
-		return nil, status.Error(codes.InvalidArgument, "the test wants it so") // not one that is sent again
+		return nil, status.Error(codes.InvalidArgument, "refused by the test") // a code that is not retried
 	}
 	for _, resource := range request.GetResourceSpans() {
 		for _, scope := range resource.GetScopeSpans() {

@@ -1,5 +1,5 @@
-{{/* Names depend on no release: what the programs and the sidecars are told must be found again after a
-reinstallation under another one, and two installations in one cluster could not both be right. */}}
+{{/* Names do not depend on the release. Programs and sidecars know them, and must find them after a reinstallation
+under another release. Two installations in one cluster could not both be correct. */}}
 
 {{/* Labels of every object. Takes (dict "root" $ "component" "broker"). */}}
 {{- define "credence.labels" -}}
@@ -11,7 +11,7 @@ app.kubernetes.io/part-of: credence
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
-{{/* The labels that pods are selected by. They can never change: a Deployment's selector is fixed. */}}
+{{/* The labels that select pods. They can never change, because a Deployment's selector is immutable. */}}
 {{- define "credence.selector" -}}
 app.kubernetes.io/name: credence
 app.kubernetes.io/component: {{ .component }}
@@ -24,19 +24,19 @@ app.kubernetes.io/component: {{ .component }}
 {{ .image.repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with .image.digest }}@{{ . }}{{ end }}
 {{- end }}
 
-{{/* The last component of the sidecar's repository, by which the admission policy knows it. */}}
+{{/* The last component of the sidecar's repository. The admission policy recognizes the sidecar by it. */}}
 {{- define "credence.sidecarImageName" -}}
 {{ last (splitList "/" .Values.images.sidecar.repository) }}
 {{- end }}
 
-{{/* The namespaces where nothing is injected, whatever their labels, as a JSON list. */}}
+{{/* The namespaces without injection, whatever their labels, as a JSON list. */}}
 {{- define "credence.excludedNamespaces" -}}
 {{- $names := list .Release.Namespace .Values.certificates.certManagerNamespace -}}
 {{- if not .Values.webhook.allowKubeSystem }}{{ $names = append $names "kube-system" }}{{ end -}}
 {{ $names | uniq | sortAlpha | toJson }}
 {{- end }}
 
-{{/* Thousandths of a processor, of 50m or 1. */}}
+{{/* The thousandths of a CPU in an amount such as 50m or 1. */}}
 {{- define "credence.millis" -}}
 {{- $text := toString . -}}
 {{- if hasSuffix "m" $text }}{{ trimSuffix "m" $text }}{{ else }}{{ mul 1000 (int $text) }}{{ end -}}

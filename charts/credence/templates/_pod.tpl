@@ -1,6 +1,6 @@
-{{/* What the pods of broker and webhook have in common. Each takes (dict "root" $ "component" "broker"). */}}
+{{/* Parts that the pods of broker and webhook share. Each takes (dict "root" $ "component" "broker"). */}}
 
-{{/* Labels without versions, so that a new chart with the same programs restarts no pod. */}}
+{{/* The labels have no version, so a new chart with the same programs restarts no pod. */}}
 {{- define "credence.podMetadata" -}}
 {{- $values := index .root.Values .component -}}
 labels:
@@ -19,7 +19,7 @@ annotations:
 {{- end }}
 {{- end }}
 
-{{/* Fields of the pod's spec beside its containers and volumes. */}}
+{{/* Fields of the pod's spec, except its containers and volumes. */}}
 {{- define "credence.podSpec" -}}
 {{- $values := index .root.Values .component -}}
 serviceAccountName: credence-{{ .component }}
@@ -63,13 +63,13 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels:
         {{- include "credence.selector" $ | nindent 8 }}
-    # Each generation of pods by itself, so that an upgrade does not lead to a crooked spread.
+    # Each revision of the Deployment spreads on its own. Otherwise an upgrade would leave an uneven spread.
     matchLabelKeys: [pod-template-hash]
   {{- end }}
   {{- end }}
 {{- end }}
 
-{{/* Fields of the container beside its name and arguments. */}}
+{{/* Fields of the container, except its name and arguments. */}}
 {{- define "credence.container" -}}
 {{- $values := index .root.Values .component -}}
 image: {{ include "credence.image" (dict "root" .root "image" (index .root.Values.images .component)) | quote }}
@@ -87,7 +87,7 @@ resources:
 {{- end }}
 {{- end }}
 
-{{/* Never one fewer than there should be: a new pod is ready before an old one goes. */}}
+{{/* A new pod is ready before an old one terminates, so the number of ready pods never falls below replicas. */}}
 {{- define "credence.strategy" -}}
 type: RollingUpdate
 rollingUpdate:
@@ -104,9 +104,9 @@ metadata:
   labels:
     {{- include "credence.labels" . | nindent 4 }}
 spec:
-  # Not minAvailable: with one replica that would hold up every drain of its node for ever.
+  # Not minAvailable: with one replica, it would block each drain of the node forever.
   maxUnavailable: 1
-  # Pods that are not ready protect nobody.
+  # Pods that are not ready serve nothing, so they may be evicted.
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
@@ -126,11 +126,11 @@ metadata:
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-# The pods that need its token say so themselves.
+# Pods that need the token mount it explicitly.
 automountServiceAccountToken: false
 {{- end }}
 
-{{/* What the Prometheus Operator finds the pods of a component by. */}}
+{{/* The Prometheus Operator finds the pods of a component by this object. */}}
 {{- define "credence.serviceMonitor" -}}
 {{- if .root.Values.metrics.serviceMonitor.enabled }}
 ---

@@ -5,13 +5,13 @@ import (
 	"log/slog"
 )
 
-// NewLogger returns the logger of a program that runs as a server: JSON, one line per record. A duration is a number
-// of seconds, such as 1.5, and a time is RFC 3339 in UTC. A zero time says that there is none, so it is left out.
+// NewLogger returns the logger of a server program: JSON, one line per record. A duration is a number of
+// seconds, such as 1.5. A time is RFC 3339 in UTC. A zero time means none, so it is left out.
 func NewLogger(w io.Writer, level slog.Leveler) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: readable}))
 }
 
-// readable writes values for the reader of a log. By itself, slog writes a duration in nanoseconds.
+// readable formats values for a reader of the log. By default, slog writes a duration in nanoseconds.
 func readable(_ []string, a slog.Attr) slog.Attr {
 	switch a.Value.Kind() {
 	case slog.KindDuration:

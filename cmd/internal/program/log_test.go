@@ -15,12 +15,12 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
-// TestLoggedDurationsAndTimes: what an engineer reads in a log is seconds and RFC 3339, and no time that is none.
+// TestLoggedDurationsAndTimes: durations are in seconds, times are RFC 3339, and zero times are left out.
 func TestLoggedDurationsAndTimes(t *testing.T) {
 	var out bytes.Buffer
 	log := program.NewLogger(&out, slog.LevelInfo)
 	until := time.Date(2026, 5, 4, 14, 0, 0, 0, time.FixedZone("CEST", 2*60*60))
-	log.With("with", 250*time.Millisecond).Info("Asking again",
+	log.With("with", 250*time.Millisecond).Info("Retrying",
 		"retry_in", 1500*time.Millisecond, "any", any(time.Minute), "none", time.Duration(0), "behind", -2*time.Second,
 		"held_until", time.Time{}, "expiration", until, "count", 3, "text", "1h",
 		slog.Group("group", "wait", 90*time.Second, "never", time.Time{}))
@@ -35,7 +35,7 @@ func TestLoggedDurationsAndTimes(t *testing.T) {
 	}
 	delete(got, "time")
 	want := map[string]any{
-		"level": "INFO", "msg": "Asking again", "with": 0.25,
+		"level": "INFO", "msg": "Retrying", "with": 0.25,
 		"retry_in": 1.5, "any": 60.0, "none": 0.0, "behind": -2.0,
 		"expiration": "2026-05-04T12:00:00Z", "count": 3.0, "text": "1h",
 		"group": map[string]any{"wait": 90.0},
@@ -45,7 +45,7 @@ func TestLoggedDurationsAndTimes(t *testing.T) {
 	}
 }
 
-// TestProgramsLogAlike: each server makes its logger here.
+// TestProgramsLogAlike: each server program uses NewLogger.
 func TestProgramsLogAlike(t *testing.T) {
 	for _, server := range []string{"broker", "sidecar", "webhook"} {
 		files, err := filepath.Glob(filepath.Join("..", "..", server, "*.go"))
@@ -63,13 +63,13 @@ func TestProgramsLogAlike(t *testing.T) {
 			}
 			for at, line := range strings.Split(string(text), "\n") {
 				if strings.Contains(line, "slog.NewJSONHandler") || strings.Contains(line, "slog.NewTextHandler") {
-					t.Errorf("%s:%d makes a logger of its own: use program.NewLogger", name, at+1)
+					t.Errorf("%s:%d creates its own logger; use program.NewLogger", name, at+1)
 				}
 			}
 			uses += strings.Count(string(text), "program.NewLogger(")
 		}
 		if uses != 1 {
-			t.Errorf("%s makes %d loggers, want 1", server, uses)
+			t.Errorf("%s creates %d loggers, want 1", server, uses)
 		}
 	}
 }

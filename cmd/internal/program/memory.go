@@ -9,9 +9,9 @@ import (
 	"strings"
 )
 
-// LimitMemory has the garbage collector keep the process below nine tenths of its cgroup's memory limit, unless the
-// environment has GOMEMLIMIT. By default the heap grows to twice the memory in use. A process that uses half of its
-// limit would then reach the limit. Without a cgroup, or without a limit, nothing changes.
+// LimitMemory makes the garbage collector keep the process below nine tenths of its cgroup's memory limit. By default,
+// the heap grows to twice the memory in use, so a process that uses half of its limit would reach the limit. Without a
+// cgroup or a limit, or if the environment has GOMEMLIMIT, LimitMemory changes nothing.
 func LimitMemory() {
 	if os.Getenv("GOMEMLIMIT") != "" {
 		return
@@ -21,10 +21,10 @@ func LimitMemory() {
 	}
 }
 
-// cgroupMemory returns the memory limit of the cgroup that the file self names, in bytes; 0 for none. The lines of that
-// file are HIERARCHY:CONTROLLERS:PATH, see cgroups(7). In a container, PATH is often / and the limit is at root itself.
+// cgroupMemory returns the memory limit of the cgroup that the file self names, in bytes; 0 if there is none. Lines of
+// that file are HIERARCHY:CONTROLLERS:PATH, see cgroups(7). In a container, PATH is often / and the limit is in root.
 func cgroupMemory(self, root string) int64 {
-	text, err := os.ReadFile(self) //nolint:gosec // A file of the kernel.
+	text, err := os.ReadFile(self) //nolint:gosec // The kernel provides the file.
 	if err != nil {
 		return 0
 	}
@@ -43,7 +43,7 @@ func cgroupMemory(self, root string) int64 {
 			continue
 		}
 		for _, at := range []string{folder, strings.TrimSuffix(folder, fields[2])} {
-			text, err := os.ReadFile(filepath.Join(at, file)) //nolint:gosec // A file of the kernel.
+			text, err := os.ReadFile(filepath.Join(at, file)) //nolint:gosec // The kernel provides the file.
 			if err != nil {
 				continue
 			}
@@ -53,7 +53,7 @@ func cgroupMemory(self, root string) int64 {
 			break
 		}
 	}
-	// Version 1 has a limit near the greatest number in place of none.
+	// In version 1, a number near the greatest one means no limit.
 	if limit >= 1<<60 {
 		return 0
 	}

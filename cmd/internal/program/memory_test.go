@@ -20,7 +20,7 @@ func TestCgroupMemory(t *testing.T) {
 		"version 1, unlimited":      {"5:memory:/\n", map[string]string{"memory/memory.limit_in_bytes": "9223372036854771712"}, 0},
 		"both":                      {"5:memory:/\n0::/x\n", map[string]string{"memory/memory.limit_in_bytes": "1048576"}, 1048576},
 		"no limit file":             {"0::/pod\n", nil, 0},
-		"no sense":                  {"x\n0::/\n", map[string]string{"memory.max": "-1"}, 0},
+		"invalid":                   {"x\n0::/\n", map[string]string{"memory.max": "-1"}, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			root := t.TempDir()
@@ -38,11 +38,11 @@ func TestCgroupMemory(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := cgroupMemory(self, filepath.Join(root, "fs")); got != tt.want {
-				t.Errorf("the limit is %d, want %d", got, tt.want)
+				t.Errorf("limit = %d, want %d", got, tt.want)
 			}
 		})
 	}
 	if got := cgroupMemory(filepath.Join(t.TempDir(), "none"), "/"); got != 0 {
-		t.Errorf("without cgroups the limit is %d", got)
+		t.Errorf("without cgroups, limit = %d, want 0", got)
 	}
 }

@@ -1,5 +1,5 @@
-// Package program is what the mains of Credence share: how a program is told to end, what it prints
-// when it cannot go on, and the answers to --help and --version. It knows nothing of what they do.
+// Package program is what the programs of Credence share: signals, exit codes, error output, --help, --version, the log
+// format, the memory limit and proxies. It does not know what a program does.
 package program
 
 import (
@@ -10,12 +10,10 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"strings"
 	"syscall"
 )
 
-// Exit codes. 2 is what the shell and package flag use for a command line that cannot be right.
+// These are the exit codes. Shells and package flag also use 2 for an invalid command line.
 const (
 	exitFailed = 1
 	exitUsage  = 2
@@ -23,20 +21,19 @@ const (
 
 // Program is one program, with options of type O.
 type Program[O any] struct {
-	// Name is the program's name, as its messages begin.
+	// Name begins the program's messages.
 	Name string
-	// Usage says in a few lines what it does and how it is called. The flags are listed below it.
+	// Usage says in a few lines what the program does and how to call it. The list of flags follows it.
 	Usage string
-	// Flags defines the flags. finish is called when they are parsed, and returns what they mean or
-	// why they cannot be right.
+	// Flags defines the flags. finish is called after they are parsed. It returns the options, or the error of an invalid
+	// command line.
 	Flags func(f *flag.FlagSet) (finish func(args []string) (O, error))
-	// Run runs the program until it is done or ctx ends, on SIGINT or SIGTERM.
+	// Run runs the program until it is done, or until ctx ends after SIGINT or SIGTERM.
 	Run func(ctx context.Context, options O) error
 }
 
-// Main runs the program with the process's arguments, and exits: with 0 when it did what it was asked
-// to, 1 when it could not, and 2 when its command line cannot be right. An error is one line on
-// standard error.
+// Main runs the program with the process's arguments and exits: with 0 after success, with 1 after a failure, and with 2
+// if the command line is invalid. It prints an error as one line on standard error.
 func (p Program[O]) Main() {
 	os.Exit(p.main(os.Args[1:], os.Stdout, os.Stderr))
 }
@@ -45,7 +42,7 @@ func (p Program[O]) main(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	f := flag.NewFlagSet(p.Name, flag.ContinueOnError)
-	f.SetOutput(io.Discard) // its errors are printed below, on one line
+	f.SetOutput(io.Discard) // main prints errors itself, on one line
 	showVersion := f.Bool("version", false, "print the version and exit")
 	finish := p.Flags(f)
 	err := f.Parse(args)
@@ -74,76 +71,10 @@ func (p Program[O]) main(args []string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-// Command is one of the commands of a program that does several things. [Program.Command] makes it.
-type Command struct {
-	name, summary string
-	main          func(args []string, stdout, stderr io.Writer) int
-}
-
-// Command returns p as the command that is called by the last word of its name, with a summary of one line.
-func (p Program[O]) Command(summary string) Command {
-	return Command{name: p.Name[strings.LastIndexByte(p.Name, ' ')+1:], summary: summary, main: p.main}
-}
-
-// Commands is a program that is called with the name of a command first.
-type Commands struct {
-	// Name is the program's name, as its messages begin.
-	Name string
-	// Usage says in a few lines what it is for and how it is called. The commands are listed below it.
-	Usage string
-	// Commands are what it can do.
-	Commands []Command
-}
-
-// Main runs the command that the process's arguments name, and exits as [Program.Main] does.
-func (c Commands) Main() {
-	os.Exit(c.main(os.Args[1:], os.Stdout, os.Stderr))
-}
-
-func (c Commands) main(args []string, stdout, stderr io.Writer) int {
-	what := "which command?"
-	if len(args) > 0 {
-		switch first := args[0]; first {
-		case "-h", "-help", "--help", "help":
-			_, _ = io.WriteString(stdout, c.Usage+"\n\nCommands:\n")
-			for _, command := range c.Commands {
-				_, _ = fmt.Fprintf(stdout, "  %-10s %s\n", command.name, command.summary)
-			}
-			return 0
-		case "-version", "--version":
-			_, _ = fmt.Fprintln(stdout, c.Name, Version())
-			return 0
-		default:
-			for _, command := range c.Commands {
-				if command.name == first {
-					return command.main(args[1:], stdout, stderr)
-				}
-			}
-			what = fmt.Sprintf("there is no command %q", first)
-		}
-	}
-	_, _ = fmt.Fprintf(stderr, "%s: %s\n%s: --help lists the commands\n", c.Name, what, c.Name)
-	return exitUsage
-}
-
-// NoArguments is the error for arguments of a program that takes none.
+// NoArguments returns an error if there are arguments.
 func NoArguments(args []string) error {
 	if len(args) > 0 {
-		return fmt.Errorf("unexpected argument %q: everything is set by flags", args[0])
+		return fmt.Errorf("unexpected argument %q; use flags only", args[0])
 	}
 	return nil
-}
-
-// Version is the version of the module that was built, or the commit where there is none.
-func Version() string {
-	build, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	for _, setting := range build.Settings {
-		if setting.Key == "vcs.revision" && build.Main.Version == "(devel)" {
-			return setting.Value
-		}
-	}
-	return build.Main.Version
 }

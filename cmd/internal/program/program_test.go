@@ -31,13 +31,13 @@ func TestExitCodesAndMessages(t *testing.T) {
 	tests := []struct {
 		args           []string
 		code           int
-		stdout, stderr string // what they must hold; "" for nothing at all
+		stdout, stderr string // prefix of the output; "": no output
 	}{
 		{nil, 0, "", ""},
 		{[]string{"--word=fail"}, 1, "", "thing: it failed\n"},
 		{[]string{"--word=bad"}, 2, "", "thing: --word=bad: choose another\nthing: --help lists the flags\n"},
 		{[]string{"--wrod=x"}, 2, "", "thing: flag provided but not defined: -wrod\nthing: --help lists the flags\n"},
-		{[]string{"more"}, 2, "", `thing: unexpected argument "more": everything is set by flags`},
+		{[]string{"more"}, 2, "", `thing: unexpected argument "more"; use flags only`},
 		{[]string{"--help"}, 0, "thing does a thing.\n\nFlags:\n  -version\n", ""},
 		{[]string{"--version"}, 0, "thing ", ""},
 	}
@@ -47,46 +47,11 @@ func TestExitCodesAndMessages(t *testing.T) {
 			if code := p.main(tt.args, &stdout, &stderr); code != tt.code {
 				t.Errorf("exit code %d, want %d", code, tt.code)
 			}
-			for what, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
+			for stream, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
 				if !strings.HasPrefix(text[0], text[1]) || (text[1] == "") != (text[0] == "") {
-					t.Errorf("%s is %q, want %q", what, text[0], text[1])
+					t.Errorf("%s is %q, want %q", stream, text[0], text[1])
 				}
 			}
 		})
-	}
-}
-
-func TestCommands(t *testing.T) {
-	one := Program[[]string]{
-		Name:  "thing one",
-		Usage: "thing one does one thing.",
-		Flags: func(f *flag.FlagSet) func([]string) ([]string, error) {
-			return func(args []string) ([]string, error) { return args, nil }
-		},
-		Run: func(_ context.Context, args []string) error { return errors.New(strings.Join(args, "+")) },
-	}
-	c := Commands{Name: "thing", Usage: "thing does things.", Commands: []Command{one.Command("do one")}}
-	for _, tt := range []struct {
-		args           []string
-		code           int
-		stdout, stderr string
-	}{
-		{nil, 2, "", "thing: which command?\nthing: --help lists the commands\n"},
-		{[]string{"two"}, 2, "", "thing: there is no command \"two\"\nthing: --help lists the commands\n"},
-		{[]string{"one", "a", "b"}, 1, "", "thing one: a+b\n"},
-		{[]string{"one", "--help"}, 0, "thing one does one thing.\n\nFlags:\n", ""},
-		{[]string{"one", "--x"}, 2, "", "thing one: flag provided but not defined: -x\nthing one: --help lists the flags\n"},
-		{[]string{"--help"}, 0, "thing does things.\n\nCommands:\n  one        do one\n", ""},
-		{[]string{"--version"}, 0, "thing ", ""},
-	} {
-		var stdout, stderr strings.Builder
-		if code := c.main(tt.args, &stdout, &stderr); code != tt.code {
-			t.Errorf("%q: exit code %d, want %d", tt.args, code, tt.code)
-		}
-		for what, text := range map[string][2]string{"standard output": {stdout.String(), tt.stdout}, "standard error": {stderr.String(), tt.stderr}} {
-			if !strings.HasPrefix(text[0], text[1]) || (text[1] == "") != (text[0] == "") {
-				t.Errorf("%q: %s is %q, want %q", tt.args, what, text[0], text[1])
-			}
-		}
 	}
 }

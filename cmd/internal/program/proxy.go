@@ -9,37 +9,37 @@ import (
 	"strings"
 )
 
-// direct are the hosts that are never called through a proxy, in the form of NO_PROXY: this machine, and the addresses at
-// which a node or AWS serves this machine alone. A proxy could not reach them, and must not see the data
-// sent there, such as a token for the broker's own credentials. 169.254.0.0/16 has instance metadata and EKS Pod Identity,
-// and fd00:ec2::/32 both over IPv6.
+// direct are hosts that are never called through a proxy, in the form of NO_PROXY: this machine, and addresses at which a
+// node or AWS serves only this machine. A proxy could not reach them, and must not see the data sent to them, such as a
+// token for the broker's own credentials. 169.254.0.0/16 has instance metadata and EKS Pod Identity. fd00:ec2::/32 has
+// both over IPv6.
 var direct = []string{"localhost", "127.0.0.0/8", "::1", "169.254.0.0/16", "fe80::/10", "fd00:ec2::/32"}
 
-// apiServer is where Kubernetes tells each pod the API server's host, and where client-go reads it.
+// apiServer is the variable with the API server's host. Kubernetes sets it in each pod, and client-go reads it.
 const apiServer = "KUBERNETES_SERVICE_HOST"
 
-// The variables, in net/http's order. Versions of golang.org/x/net differ about which of two counts, so both are looked at and
-// set.
+// The variables are in net/http's order. Versions of golang.org/x/net differ about which of two counts, so the program
+// reads and sets both.
 var (
 	httpsNames   = []string{"HTTPS_PROXY", "https_proxy"}
 	httpNames    = []string{"HTTP_PROXY", "http_proxy"}
 	noProxyNames = []string{"NO_PROXY", "no_proxy"}
 )
 
-// Proxies are the proxies that a program's calls go through, each as HOST:PORT, without the user and password that its
-// variable may have. Empty: none.
+// Proxies are the proxies of a program's calls, each as HOST:PORT, without the user and password that its variable may
+// have. Empty: none.
 type Proxies struct {
-	// HTTPS is for calls of https URLs, HTTP for those of http URLs.
+	// HTTPS is for https URLs, HTTP for http URLs.
 	HTTPS, HTTP string
 }
 
-// DirectCalls makes this process call its own machine, link-local addresses and the cluster's API server without a proxy,
-// whatever HTTP_PROXY, HTTPS_PROXY and NO_PROXY say, and returns the proxies for all other calls. A variable with something
-// that is no proxy's address is an error, which does not quote it: net/http would ignore it and call directly.
+// DirectCalls makes this process call its own machine, link-local addresses and the cluster's API server without a proxy.
+// It returns the proxies for all other calls, from HTTP_PROXY and HTTPS_PROXY. If a variable has no valid address, it
+// returns an error that does not quote it, because net/http would ignore the variable and call directly.
 //
-// It adds to NO_PROXY (and no_proxy), which is what every HTTP client of the process goes by: client-go's, the AWS SDK's and
-// OpenTelemetry's, at each redirect too. So it must be called before the first of them is used: net/http reads
-// the variables once.
+// It adds to NO_PROXY and no_proxy, because all HTTP clients of the process read them, also at each redirect: those of
+// client-go, the AWS SDK and OpenTelemetry. Call it before the first of them is used, because net/http reads the variables
+// once.
 func DirectCalls() (Proxies, error) {
 	var p Proxies
 	for _, v := range []struct {
@@ -55,7 +55,7 @@ func DirectCalls() (Proxies, error) {
 			if err != nil {
 				return Proxies{}, fmt.Errorf("%s: %w", name, err)
 			}
-			if *v.host == "" { // of two, the first is net/http's
+			if *v.host == "" { // net/http uses the first of the two
 				*v.host = host
 			}
 		}
@@ -78,17 +78,17 @@ func DirectCalls() (Proxies, error) {
 	return p, nil
 }
 
-// WithoutProxies makes this process call nobody through a proxy: for a program that calls the API server alone. It must be
-// called before the first HTTP client is used.
+// WithoutProxies makes this process call without proxies. It is for a program that calls only the API server. Call it
+// before the first HTTP client is used.
 func WithoutProxies() {
 	for _, name := range slices.Concat(httpsNames, httpNames) {
-		_ = os.Unsetenv(name) // It fails for names that cannot be.
+		_ = os.Unsetenv(name) // It fails only for an invalid name.
 	}
 }
 
 var errProxy = errors.New("must be a proxy's address, such as http://proxy.example.com:3128")
 
-// proxyHost returns the HOST:PORT of a proxy, which may be written without a scheme, as net/http takes it.
+// proxyHost returns the HOST:PORT of a proxy. As in net/http, the value may lack a scheme.
 func proxyHost(value string) (string, error) {
 	if !strings.Contains(value, "://") {
 		value = "http://" + value

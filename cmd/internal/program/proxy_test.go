@@ -10,7 +10,7 @@ import (
 	"golang.org/x/net/http/httpproxy"
 )
 
-// proxyEnvironment sets all variables that decide about proxies; those that are not given are empty.
+// proxyEnvironment sets all proxy variables. Those that env lacks become empty.
 func proxyEnvironment(t *testing.T, env map[string]string) {
 	t.Helper()
 	for _, name := range []string{"HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "REQUEST_METHOD", apiServer} {
@@ -39,11 +39,11 @@ func TestDirectCalls(t *testing.T) {
 		proxied []string // besides always
 		direct  []string // besides never
 	}{
-		"as a chart sets it":     {with(apiServer, "10.96.0.1"), nil, []string{"https://10.96.0.1:443/api", "https://10.96.0.1/api"}},
+		"as the chart sets it":   {with(apiServer, "10.96.0.1"), nil, []string{"https://10.96.0.1:443/api", "https://10.96.0.1/api"}},
 		"lower case":             {map[string]string{"http_proxy": proxy, "https_proxy": proxy, apiServer: "10.96.0.1"}, nil, []string{"https://10.96.0.1:443/api"}},
 		"API server over IPv6":   {with(apiServer, "fd00:10:96::1"), []string{"https://10.96.0.1:443/api"}, []string{"https://[fd00:10:96::1]:443/api"}},
 		"API server with a name": {with(apiServer, "api.cluster.example.com"), nil, []string{"https://api.cluster.example.com:6443/api"}},
-		"hosts of the user's":    {with("NO_PROXY", "internal.example.com,10.1.0.0/16"), nil, []string{"https://x.internal.example.com/", "https://10.1.2.3/"}},
+		"hosts of the user":      {with("NO_PROXY", "internal.example.com,10.1.0.0/16"), nil, []string{"https://x.internal.example.com/", "https://10.1.2.3/"}},
 		"the same in lower case": {with("no_proxy", "internal.example.com"), nil, []string{"https://x.internal.example.com/"}},
 		"in both":                {with("NO_PROXY", "internal.example.com", "no_proxy", "other.example.com"), nil, []string{"https://x.other.example.com/", "https://x.internal.example.com/"}},
 		"without a scheme":       {map[string]string{"HTTP_PROXY": "proxy.example.com:3128", "HTTPS_PROXY": "proxy.example.com:3128"}, nil, nil},
@@ -70,7 +70,7 @@ func TestDirectCalls(t *testing.T) {
 						host = by.Host
 					}
 					if err != nil || host != want.host {
-						t.Errorf("%s is called through %q, want %q (%v)", text, host, want.host, err)
+						t.Errorf("proxy for %s is %q, want %q (%v)", text, host, want.host, err)
 					}
 				}
 			}
@@ -84,7 +84,7 @@ func TestDirectCalls(t *testing.T) {
 		for _, text := range append(always, never...) {
 			u, _ := url.Parse(text)
 			if by, err := httpproxy.FromEnvironment().ProxyFunc()(u); err != nil || by != nil {
-				t.Errorf("%s is called through %v (%v)", text, by, err)
+				t.Errorf("proxy for %s is %v (%v)", text, by, err)
 			}
 		}
 	})

@@ -1,9 +1,9 @@
-// Package twoprocessors makes a program that imports it run Go code on two processors at most, for one that does
-// little and has no CPU limit: Go would take all of a node, with memory for each. It changes nothing else, and
-// system calls do not count.
+// Package twoprocessors makes a program that imports it use at most two processors for Go code. It is for a program that
+// does little and has no CPU limit: Go would use all processors of a node, with memory for each. System calls do not
+// count.
 //
-// It is a package because of when: it imports nothing but runtime, and is initialized before nearly all others, which
-// otherwise spread what they allocate over the memory of all processors.
+// It is a package so that it runs early. It imports only runtime, so it is initialized before nearly all other packages.
+// Otherwise their allocations would be spread over the memory of all processors.
 package twoprocessors
 
 import "runtime"

@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
-	"math"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -16,24 +14,7 @@ import (
 	"github.com/credence-iam/credence/integration/bench/report"
 )
 
-var update = flag.Bool("update", false, "write what is compared in testdata")
-
-func golden(t *testing.T, name string, got []byte) {
-	t.Helper()
-	file := filepath.Join("testdata", name)
-	if *update {
-		if err := os.WriteFile(file, got, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), string(got)); diff != "" {
-		t.Errorf("%s (-want +got; -update accepts):\n%s", file, diff)
-	}
-}
+var update = flag.Bool("update", false, "write testdata")
 
 func measured(t *testing.T, m report.Metric, runs ...report.Run) report.Metric {
 	t.Helper()
@@ -73,68 +54,71 @@ func example(t *testing.T) report.Report {
 	}
 }
 
-func TestTable(t *testing.T) {
-	var b bytes.Buffer
-	if err := example(t).WriteTable(&b); err != nil {
-		t.Fatal(err)
-	}
-	golden(t, "table.txt", b.Bytes())
-}
-
+// The names of fields in JSON are for other programs.
 func TestJSON(t *testing.T) {
 	want := example(t)
 	var b bytes.Buffer
 	if err := want.WriteJSON(&b); err != nil {
 		t.Fatal(err)
 	}
-	golden(t, "report.json", b.Bytes())
-
+	const file = "testdata/report.json"
+	if *update {
+		if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(golden), b.String()); diff != "" {
+		t.Errorf("%s (-want +got; -update accepts):\n%s", file, diff)
+	}
 	var got report.Report
 	d := json.NewDecoder(&b)
 	d.DisallowUnknownFields()
 	if err := d.Decode(&got); err != nil {
 		t.Fatal(err)
 	}
-	if err := got.Check(); err != nil {
-		t.Error(err)
-	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("after a round trip (-want +got):\n%s", diff)
 	}
 }
 
+// A missed goal and a metric that was not run must be visible.
+func TestTable(t *testing.T) {
+	var b bytes.Buffer
+	if err := example(t).WriteTable(&b); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"ratio <= 1.15  MISSED", "<= 3,145,728   not run: there is no /proc here\n", "1.2…2"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("the table lacks %q:\n%s", want, b.String())
+		}
+	}
+}
+
 func TestMeasured(t *testing.T) {
 	tests := map[string]struct {
-		goal            report.Goal
-		runs            []report.Run
-		value           float64
-		baseline, ratio *float64
-		met             bool
+		goal report.Goal
+		runs []report.Run
+		met  bool
 	}{
-		"odd":                   {report.Goal{Of: report.Value, Op: "<=", Value: 2}, []report.Run{run(3), run(1), run(2)}, 2, nil, nil, true},
-		"even":                  {report.Goal{Of: report.Value, Op: ">=", Value: 2}, []report.Run{run(1), run(2)}, 1.5, nil, nil, false},
-		"equal is within <=":    {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{run(1)}, 1, nil, nil, true},
-		"equal is within >=":    {report.Goal{Of: report.Value, Op: ">=", Value: 1}, []report.Run{run(1)}, 1, nil, nil, true},
-		"too much":              {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{run(1.01)}, 1.01, nil, nil, false},
-		"a value has its bound": {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{beside(2, 4)}, 2, new(4.0), new(0.5), false},
-		"a ratio has its bound": {report.Goal{Of: report.Ratio, Op: "<=", Value: 1}, []report.Run{beside(2, 4)}, 2, new(4.0), new(0.5), true},
-		// Of the medians the ratio would be 1.
-		"ratios are those of runs": {
-			report.Goal{Of: report.Ratio, Op: "<=", Value: 1.5},
-			[]report.Run{beside(20, 10), beside(10, 20), beside(400, 200)}, 20, new(20.0), new(2.0), false,
-		},
+		"odd":               {report.Goal{Of: report.Value, Op: "<=", Value: 2}, []report.Run{run(3), run(1), run(2)}, true},
+		"even":              {report.Goal{Of: report.Value, Op: ">=", Value: 2}, []report.Run{run(1), run(2)}, false},
+		"equal is below":    {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{run(1)}, true},
+		"equal is above":    {report.Goal{Of: report.Value, Op: ">=", Value: 1}, []report.Run{run(1)}, true},
+		"too much":          {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{run(1.01)}, false},
+		"a bound on values": {report.Goal{Of: report.Value, Op: "<=", Value: 1}, []report.Run{beside(2, 4)}, false},
+		"a bound on ratios": {report.Goal{Of: report.Ratio, Op: "<=", Value: 1}, []report.Run{beside(2, 4)}, true},
+		// The ratio of the medians would be 1.
+		"ratios of runs": {report.Goal{Of: report.Ratio, Op: "<=", Value: 1.5}, []report.Run{beside(20, 10), beside(10, 20), beside(400, 200)}, false},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
-			want := report.Metric{
-				Name: "m", Unit: "u", Goal: &test.goal, Value: &test.value, Baseline: test.baseline, Ratio: test.ratio, Met: &test.met, Runs: test.runs,
-			}
 			got := measured(t, report.Metric{Name: "m", Unit: "u", Goal: &test.goal}, test.runs...)
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("(-want +got):\n%s", diff)
-			}
-			if got.Missed() == test.met {
-				t.Errorf("Missed is %v", got.Missed())
+			if got.Met == nil || *got.Met != test.met || got.Missed() == test.met {
+				t.Errorf("met is %v and missed %v, of %+v", *got.Met, got.Missed(), got)
 			}
 		})
 	}
@@ -148,38 +132,35 @@ func TestMeasuredRefuses(t *testing.T) {
 		"ratio to nothing":  {run(1)},
 		"division by zero":  {beside(1, 0)},
 		"zero against zero": {beside(0, 0)},
-		"parts of some":     {inParts(beside(1, 2), 1, 0), beside(1, 2)},
-		"parts of others":   {beside(1, 2), inParts(beside(1, 2), 1, 0)},
-		"a part of nothing": {inParts(beside(1, 2), 1, math.NaN())},
 	} {
 		if m, err := ratio.Measured(runs); err == nil || m.Value != nil {
-			t.Errorf("%s: judged as %+v", name, m)
+			t.Errorf("%s: accepted as %+v", name, m)
 		}
 	}
 }
 
+// A report that contradicts itself is not written.
 func TestCheck(t *testing.T) {
-	for want, spoil := range map[string]func(*report.Report){
-		"schema":                                 func(r *report.Report) { r.Schema++ },
-		"no metric":                              func(r *report.Report) { r.Metrics = nil },
-		"no name":                                func(r *report.Report) { r.Metrics[0].Name = "" },
-		"used before":                            func(r *report.Report) { r.Metrics[0].Name = r.Metrics[1].Name },
-		"no unit":                                func(r *report.Report) { r.Metrics[0].Unit = "" },
-		"neither a goal nor a reason for none":   func(r *report.Report) { r.Metrics[3].NoGoal = "" },
-		"a goal and a reason for none":           func(r *report.Report) { r.Metrics[0].NoGoal = "because" },
-		"unknown figure":                         func(r *report.Report) { r.Metrics[0].Goal.Of = "median" },
-		"unknown operator":                       func(r *report.Report) { r.Metrics[0].Goal.Op = "<" },
-		"neither a value nor a reason for none":  func(r *report.Report) { r.Metrics[4].Reason = "" },
-		"a value and a reason for none":          func(r *report.Report) { r.Metrics[0].Reason = "because" },
-		"a value and no runs":                    func(r *report.Report) { r.Metrics[0].Runs = nil },
-		"a judgement without a goal and a value": func(r *report.Report) { r.Metrics[4].Met = new(true) },
-		"or these without one":                   func(r *report.Report) { r.Metrics[0].Met = nil },
+	for name, spoil := range map[string]func(*report.Report){
+		"no metric":                  func(r *report.Report) { r.Metrics = nil },
+		"no name":                    func(r *report.Report) { r.Metrics[0].Name = "" },
+		"a name twice":               func(r *report.Report) { r.Metrics[0].Name = r.Metrics[1].Name },
+		"no unit":                    func(r *report.Report) { r.Metrics[0].Unit = "" },
+		"no goal and no reason":      func(r *report.Report) { r.Metrics[3].NoGoal = "" },
+		"a goal, and why none":       func(r *report.Report) { r.Metrics[0].NoGoal = "because" },
+		"an unknown figure":          func(r *report.Report) { r.Metrics[0].Goal.Of = "median" },
+		"an unknown operator":        func(r *report.Report) { r.Metrics[0].Goal.Op = "<" },
+		"no value and no reason":     func(r *report.Report) { r.Metrics[4].Reason = "" },
+		"a value, and why none":      func(r *report.Report) { r.Metrics[0].Reason = "because" },
+		"a value without runs":       func(r *report.Report) { r.Metrics[0].Runs = nil },
+		"a goal met without a value": func(r *report.Report) { r.Metrics[4].Met = new(true) },
+		"a goal without a result":    func(r *report.Report) { r.Metrics[0].Met = nil },
 	} {
 		r := example(t)
 		spoil(&r)
 		var written bytes.Buffer
-		if err := r.WriteJSON(&written); err == nil || !strings.Contains(err.Error(), want) || written.Len() > 0 {
-			t.Errorf("a report with %q: %d bytes were written, and the error is %v", want, written.Len(), err)
+		if err := r.WriteJSON(&written); err == nil || written.Len() > 0 {
+			t.Errorf("%s: %d bytes were written, and the error is %v", name, written.Len(), err)
 		}
 	}
 }

@@ -1,9 +1,8 @@
 //go:build unix
 
-// Package admission tests what a real API server makes of the installed chart: that it takes every object, that
-// our own pods pass its strictest checks, and that the admission policies hold against whoever tries to get
-// around them while everybody else goes on as before. The webhook itself does not run here: what must hold
-// without it is what is tested.
+// Package admission installs the chart on a real API server and tests what the API server does with it: it accepts each
+// object, our own pods pass its strictest checks, and the admission policies stop all attempts to bypass them without an
+// effect on other pods. The webhook does not run here, because the policies must hold without it.
 package admission
 
 import (
@@ -16,7 +15,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -28,17 +26,18 @@ import (
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// What all tests share.
+// All tests share one control plane.
 var (
 	control *cluster.Cluster
-	client  kubernetes.Interface // with all rights
-	objects dynamic.Interface    // the same
-	node    kubernetes.Interface // a node's kubelet
+	client  kubernetes.Interface // has all rights
+	objects dynamic.Interface    // has all rights
+	node    kubernetes.Interface // acts as a node's kubelet
 )
 
 const nodeName = "node-1"
@@ -84,7 +83,7 @@ func setUp(ctx context.Context) (err error) {
 	if node, err = kubernetes.NewForConfig(kubelet); err != nil {
 		return err
 	}
-	// Nothing runs on it, but a pod is resized only where there is room.
+	// No pod runs on this node, but it needs free resources for a resize.
 	room := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("4Gi")}
 	machine := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName}, Status: corev1.NodeStatus{Capacity: room, Allocatable: room}}
 	if _, err := client.CoreV1().Nodes().Create(ctx, machine, metav1.CreateOptions{}); err != nil {
@@ -93,7 +92,8 @@ func setUp(ctx context.Context) (err error) {
 	return installCertManagerTypes(ctx)
 }
 
-// installCertManagerTypes makes the API server know cert-manager's objects, and check them, as its release does.
+// installCertManagerTypes installs the definitions of cert-manager's objects, as its release does, so that the API server
+// validates them.
 func installCertManagerTypes(ctx context.Context) error {
 	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/cert-manager/cert-manager").Output()
 	if err != nil {
@@ -104,7 +104,7 @@ func installCertManagerTypes(ctx context.Context) error {
 		return err
 	}
 	if len(files) < 4 {
-		return fmt.Errorf("cert-manager's module has %d definitions in deploy/crds, want those of Issuers, Certificates and more", len(files))
+		return fmt.Errorf("cert-manager's module has %d definitions in deploy/crds, want at least 4", len(files))
 	}
 	definitions := objects.Resource(schema.GroupVersionResource{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"})
 	for _, file := range files {
@@ -119,7 +119,7 @@ func installCertManagerTypes(ctx context.Context) error {
 		if _, err := definitions.Create(ctx, &definition, metav1.CreateOptions{}); err != nil {
 			return fmt.Errorf("%s: %w", file, err)
 		}
-		if err := poll(ctx, func() error {
+		if err := await.Poll(ctx, func() error {
 			stored, err := definitions.Get(ctx, definition.GetName(), metav1.GetOptions{})
 			if err != nil {
 				return err
@@ -138,27 +138,5 @@ func installCertManagerTypes(ctx context.Context) error {
 	return nil
 }
 
-// patience bounds what takes an API server well under a second; the machine may be busy.
-const patience = time.Minute
-
-// poll calls done until it returns nil.
-func poll(ctx context.Context, done func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	ticker := time.NewTicker(20 * time.Millisecond)
-	defer ticker.Stop()
-	for {
-		err := done()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("waited for %v, and still: %w", patience, err)
-		case <-ticker.C:
-		}
-	}
-}
-
-// config is how Helm is run on the cluster.
+// config runs Helm on the cluster.
 func config() chart.Config { return chart.Config{Kubeconfig: control.Kubeconfig()} }

@@ -20,9 +20,11 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"sigs.k8s.io/yaml"
+
+	"github.com/credence-iam/credence/integration/await"
 )
 
-// TestWhoMayPermit applies the manifests of docs/annotations.md as they stand there, and tries what each lets whom do.
+// TestWhoMayPermit applies the manifests of docs/annotations.md as they are, and tests what they allow to whom.
 func TestWhoMayPermit(t *testing.T) {
 	text, err := os.ReadFile("../../../docs/annotations.md")
 	if err != nil {
@@ -32,7 +34,7 @@ func TestWhoMayPermit(t *testing.T) {
 	section, _, _ = strings.Cut(section, "\n## ")
 	blocks := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(section, -1)
 	if len(blocks) != 2 {
-		t.Fatalf("the section has %d manifests, want those of roles and those of the policy", len(blocks))
+		t.Fatalf("the section has %d manifests, want the roles and the policy", len(blocks))
 	}
 	for _, name := range []string{"team-a", "team-b"} {
 		if _, err := client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
@@ -54,34 +56,30 @@ func TestWhoMayPermit(t *testing.T) {
 		}
 		return who
 	}
-	const permit, other = `{"annotations":{"iam.amazonaws.com/permitted":".*"}}`, `{"annotations":{"example.com/note":"x"}}`
+	const permit = `{"annotations":{"iam.amazonaws.com/permitted":".*"}}`
 
 	applyAll(t, blocks[0][1])
-	permitter, stranger := as("ann", "cloud-team"), as("bob")
-	if err := poll(t.Context(), func() error { return patch(permitter, "team-a", permit) }); err != nil {
-		t.Errorf("cloud-team in team-a: %v", err)
-	}
+	permitter, other := as("ann", "cloud-team"), as("bob")
+	await.Until(t, "cloud-team may permit in team-a", func() error { return patch(permitter, "team-a", permit) })
 	if err := patch(permitter, "team-b", permit); !apierrors.IsForbidden(err) {
-		t.Errorf("cloud-team in team-b: answered %v", err)
+		t.Errorf("cloud-team in team-b: got %v", err)
 	}
-	// Kubernetes' own roles do not let a team permit itself roles.
+	// The ClusterRole admin of Kubernetes does not let a team permit roles to itself.
 	admin := unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": map[string]any{"name": "admin", "namespace": "team-a"},
 		"subjects": []any{map[string]any{"kind": "User", "name": "bob", "apiGroup": "rbac.authorization.k8s.io"}},
 		"roleRef":  map[string]any{"kind": "ClusterRole", "name": "admin", "apiGroup": "rbac.authorization.k8s.io"},
 	}}
 	applyOne(t, &admin)
-	if err := poll(t.Context(), func() error {
-		_, err := stranger.CoreV1().Pods("team-a").List(t.Context(), metav1.ListOptions{})
+	await.Until(t, "the admin of team-a has its rights", func() error {
+		_, err := other.CoreV1().Pods("team-a").List(t.Context(), metav1.ListOptions{})
 		return err
-	}); err != nil {
-		t.Errorf("an admin of team-a: %v", err)
-	}
-	if err := patch(stranger, "team-a", permit); !apierrors.IsForbidden(err) {
-		t.Errorf("an admin of team-a permits: answered %v", err)
+	})
+	if err := patch(other, "team-a", permit); !apierrors.IsForbidden(err) {
+		t.Errorf("an admin of team-a permits a role: got %v", err)
 	}
 
-	// With the policy, those who may update namespaces may not permit for that.
+	// With the policy, the right to update namespaces is not the right to permit roles.
 	applyAll(t, blocks[1][1])
 	t.Cleanup(func() {
 		if err := client.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings().Delete(context.WithoutCancel(t.Context()), "credence-permit", metav1.DeleteOptions{}); err != nil {
@@ -89,16 +87,14 @@ func TestWhoMayPermit(t *testing.T) {
 		}
 	})
 	tries := 0
-	if err := poll(t.Context(), func() error {
-		tries++ // another value each time: one that is there already is no change
+	await.Until(t, "the policy refuses cloud-team", func() error {
+		tries++ // each time another value, because an equal one is no change
 		err := patch(permitter, "team-a", fmt.Sprintf(`{"annotations":{"iam.amazonaws.com/permitted":"x%d"}}`, tries))
 		if err == nil || !strings.Contains(err.Error(), "the verb permit") {
-			return fmt.Errorf("answered %w", err)
+			return fmt.Errorf("got %w", err)
 		}
 		return nil
-	}); err != nil {
-		t.Errorf("cloud-team permits where the policy is: %v", err)
-	}
+	})
 	for _, metadata := range []string{
 		`{"annotations":{"iam.amazonaws.com/permitted":null}}`,
 		`{"annotations":null}`,
@@ -108,17 +104,15 @@ func TestWhoMayPermit(t *testing.T) {
 		`{"labels":{"iam.amazonaws.com/inject":"enabled"}}`,
 	} {
 		if err := patch(permitter, "team-a", metadata); err == nil || !strings.Contains(err.Error(), "the verb permit") {
-			t.Errorf("%s: answered %v", metadata, err)
+			t.Errorf("%s: got %v", metadata, err)
 		}
 	}
-	if err := patch(permitter, "team-a", other); err != nil {
+	if err := patch(permitter, "team-a", `{"annotations":{"example.com/note":"x"}}`); err != nil {
 		t.Errorf("another annotation: %v", err)
 	}
-	boss := as("eve", "cloud-admins")
+	admins := as("eve", "cloud-admins")
 	for _, metadata := range []string{permit, `{"labels":{"iam.amazonaws.com/inject":"enabled"}}`} {
-		if err := poll(t.Context(), func() error { return patch(boss, "team-b", metadata) }); err != nil {
-			t.Errorf("cloud-admins: %s: %v", metadata, err)
-		}
+		await.Until(t, "cloud-admins may write "+metadata, func() error { return patch(admins, "team-b", metadata) })
 	}
 }
 

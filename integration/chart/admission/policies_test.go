@@ -18,9 +18,10 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// injected: an annotated pod of an opted-in namespace leaves admission with its sidecar or not at all.
+// injected shows that an annotated pod of an opted-in namespace is admitted only with its sidecar.
 func (w *world) injected(t *testing.T) {
 	optedIn, plain := w.namespace(t, true), w.namespace(t, false)
+	generated := func(p *corev1.Pod) { p.Name, p.GenerateName = "", "pod-" }
 	initFirst := func(pod *corev1.Pod) {
 		pod.Spec.InitContainers = append(pod.Spec.InitContainers, corev1.Container{Name: "init", Image: "init:1"})
 	}
@@ -29,18 +30,30 @@ func (w *world) injected(t *testing.T) {
 		pod       *corev1.Pod
 		refused   bool
 	}{
-		"no sidecar":                          {optedIn, w.pod(w.annotated), true},
-		"an init container, and no sidecar":   {optedIn, w.pod(w.annotated, initFirst), true},
-		"a misspelt key":                      {optedIn, w.pod(annotate(w.prefix+"/roel", "cart")), true},
-		"an empty role":                       {optedIn, w.pod(annotate(w.prefix+"/role", "")), true},
-		"a sidecar that ends before the app":  {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].RestartPolicy = nil }), true},
-		"another image by its name":           {optedIn, w.pod(w.completeWith("pause:3")), true},
-		"another image below the name":        {optedIn, w.pod(w.completeWith("ghcr.io/credence-sidecar/other:1")), true},
-		"another image from a host so called": {optedIn, w.pod(w.completeWith("credence-sidecar:5000/other:1")), true},
-		"another image that ends like ours":   {optedIn, w.pod(w.completeWith("ghcr.io/not-credence-sidecar:1")), true},
-		"our image by another name": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
-			p.Spec.InitContainers[0].Name = "other"
+		"no sidecar":                           {optedIn, w.pod(w.annotated), true},
+		"an init container, and no sidecar":    {optedIn, w.pod(w.annotated, initFirst), true},
+		"a misspelt key":                       {optedIn, w.pod(annotate(w.prefix+"/roel", "cart")), true},
+		"an empty role":                        {optedIn, w.pod(annotate(w.prefix+"/role", "")), true},
+		"a sidecar that ends before the app":   {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].RestartPolicy = nil }), true},
+		"another image by its name":            {optedIn, w.pod(w.completeWith("pause:3")), true},
+		"another image below the name":         {optedIn, w.pod(w.completeWith("ghcr.io/credence-sidecar/other:1")), true},
+		"another image from a host so called":  {optedIn, w.pod(w.completeWith("credence-sidecar:5000/other:1")), true},
+		"another image that ends like ours":    {optedIn, w.pod(w.completeWith("ghcr.io/not-credence-sidecar:1")), true},
+		"our image by another name":            {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Name = "other" }), true},
+		"an image with our name as its tag":    {optedIn, w.pod(w.completeWith("pause:credence-sidecar")), true},
+		"an image with our name as its digest": {optedIn, w.pod(w.completeWith("pause@sha256:credence-sidecar")), true},
+		"an image of a longer name":            {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/credence-sidecar-x:0.1.0")), true},
+		"an image in another case":             {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/Credence-Sidecar:0.1.0")), true},
+		"a restart policy that ends with the pod's": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
 		}), true},
+		"our command and more": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Command = []string{"/credence-sidecar", "probe"}
+		}), true},
+		"our command by another path": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Command = []string{"/tmp/../credence-sidecar"}
+		}), true},
+		"the label in another case":          {optedIn, w.pod(w.complete, label(w.prefix+"/injected", "True")), true},
 		"our image with another command":     {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Command = []string{"/bin/sh"} }), true},
 		"our image with the image's command": {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Command = nil }), true},
 		"our image with arguments":           {optedIn, w.pod(w.complete, func(p *corev1.Pod) { p.Spec.InitContainers[0].Args = []string{"probe"} }), true},
@@ -48,30 +61,31 @@ func (w *world) injected(t *testing.T) {
 		"with another label":                 {optedIn, w.pod(w.complete, label(w.prefix+"/injected", "false")), true},
 		"our label alone":                    {optedIn, w.pod(w.annotated, label(w.prefix+"/injected", "true")), true},
 		"a key in another case":              {optedIn, w.pod(annotate(w.prefix+"/Role", "cart")), true},
-		"a name that the API server makes":   {optedIn, w.pod(w.annotated, func(p *corev1.Pod) { p.Name, p.GenerateName = "", "pod-" }), true},
-		"two sidecars, and neither whole": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
+		"a generated name":                   {optedIn, w.pod(w.annotated, generated), true},
+		"two incomplete sidecars": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
 			p.Spec.InitContainers[0].Name = "other"
 			p.Spec.InitContainers = append(p.Spec.InitContainers, corev1.Container{
 				Name: "credence-sidecar", Image: "pause:3", Command: []string{"/credence-sidecar"}, RestartPolicy: new(corev1.ContainerRestartPolicyAlways),
 			})
 		}), true},
-		"our image as a container of the app": {optedIn, w.pod(w.annotated, func(p *corev1.Pod) {
-			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "credence-sidecar", Image: sidecarImage})
+		"our image as an ordinary container": {optedIn, w.pod(w.annotated, label(w.prefix+"/injected", "true"), func(p *corev1.Pod) {
+			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "credence-sidecar", Image: sidecarImage, Command: []string{"/credence-sidecar"}})
 		}), true},
 
+		"injected, with a generated name":        {optedIn, w.pod(w.complete, generated), false},
 		"injected":                               {optedIn, w.pod(w.complete), false},
-		"injected, behind somebody else's":       {optedIn, w.pod(initFirst, w.complete), false},
+		"injected, after another container":      {optedIn, w.pod(initFirst, w.complete), false},
 		"from a mirror":                          {optedIn, w.pod(w.completeWith("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
 		"pinned":                                 {optedIn, w.pod(w.completeWith("credence-sidecar@sha256:" + strings.Repeat("0", 64))), false},
 		"of another version":                     {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/credence-sidecar:0.2.0")), false},
-		"only what the webhook writes":           {optedIn, w.pod(annotate(w.prefix+"/service-account", "default"), annotate(w.prefix+"/warnings", "x")), false},
+		"only annotations of the webhook":        {optedIn, w.pod(annotate(w.prefix+"/service-account", "default"), annotate(w.prefix+"/warnings", "x")), false},
 		"a label without any annotation":         {optedIn, w.pod(label(w.prefix+"/injected", "true")), false},
 		"a prefix in another case":               {optedIn, w.pod(annotate(strings.ToUpper(w.prefix)+"/role", "cart")), false},
 		"a key that only looks like ours":        {optedIn, w.pod(annotate(w.prefix+".example.org/role", "cart"), annotate("x"+w.prefix+"/role", "cart")), false},
 		"no annotation":                          {optedIn, w.pod(), false},
 		"annotated, in a namespace not opted in": {plain, w.pod(w.annotated), false},
 	} {
-		_, err := client.CoreV1().Pods(tc.namespace).Create(t.Context(), tc.pod, metav1.CreateOptions{})
+		_, err := try(t, tc.namespace, tc.pod)
 		switch {
 		case tc.refused:
 			if err := refusedBy("credence-injected", err); err != nil {
@@ -81,21 +95,21 @@ func (w *world) injected(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	// Server-side apply makes a pod that is not there, and a dry run is judged as what it tries.
+	// Server-side apply creates a missing pod. A dry run gets the same decision.
 	missing := w.pod()
 	missing.Namespace = optedIn
 	text := fmt.Appendf(nil, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":%q,"annotations":{%q:"admin"}},"spec":{"containers":[{"name":"app","image":"app:1"}]}}`, missing.Name, w.prefix+"/role")
 	for _, dry := range [][]string{nil, {metav1.DryRunAll}} {
 		_, err := client.CoreV1().Pods(optedIn).Patch(t.Context(), missing.Name, types.ApplyPatchType, text, metav1.PatchOptions{FieldManager: "test", DryRun: dry})
 		if err := refusedBy("credence-injected", err); err != nil {
-			t.Errorf("server-side apply of a pod that is not there, dry run %v: %v", dry, err)
+			t.Errorf("server-side apply of a missing pod, dry run %v: %v", dry, err)
 		}
 	}
 	w.mirror(t, optedIn)
 }
 
-// mirror: a kubelet shows the API server what it runs from files on its node. What is shown cannot ask for a role,
-// not even by a sidecar in the file, because a pod without a service account has no token.
+// mirror tests the mirror pods by which a kubelet reports static pods. A static pod cannot get a role, not even with a
+// sidecar in its file, because a pod without a service account has no token.
 func (w *world) mirror(t *testing.T, namespace string) {
 	static := func(pod *corev1.Pod) {
 		onNode(pod)
@@ -108,7 +122,7 @@ func (w *world) mirror(t *testing.T, namespace string) {
 	}
 	_, err := node.CoreV1().Pods(namespace).Create(t.Context(), w.pod(w.annotated, static), metav1.CreateOptions{})
 	if err := refusedBy("credence-injected", err); err != nil {
-		t.Errorf("a mirror pod that is annotated: %v", err)
+		t.Errorf("an annotated mirror pod: %v", err)
 	}
 	withToken := func(pod *corev1.Pod) {
 		pod.Spec.Volumes = []corev1.Volume{{Name: "credence-identity", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
@@ -119,14 +133,14 @@ func (w *world) mirror(t *testing.T, namespace string) {
 		t.Error("a mirror pod has a token")
 	}
 	if _, err := node.CoreV1().Pods(namespace).Create(t.Context(), w.pod(static), metav1.CreateOptions{}); err != nil {
-		t.Errorf("a mirror pod like any other: %v", err)
+		t.Errorf("a mirror pod without our keys: %v", err)
 	}
 }
 
-// attempt is one way to change a pod that exists. It returns the API server's answer.
+// attempt changes an existing pod, and returns the API server's error.
 type attempt func(ctx context.Context, pod *corev1.Pod) error
 
-// update is an attempt by PUT, with all rights.
+// update replaces the pod, with all rights.
 func update(change func(*corev1.Pod)) attempt {
 	return func(ctx context.Context, pod *corev1.Pod) error {
 		changed := pod.DeepCopy()
@@ -136,7 +150,7 @@ func update(change func(*corev1.Pod)) attempt {
 	}
 }
 
-// patch is an attempt by a merge patch of metadata.
+// patch sends a merge patch of the metadata.
 func patch(who kubernetes.Interface, metadata map[string]any, subresources ...string) attempt {
 	return func(ctx context.Context, pod *corev1.Pod) error {
 		text, err := json.Marshal(map[string]any{"metadata": metadata})
@@ -148,7 +162,7 @@ func patch(who kubernetes.Interface, metadata map[string]any, subresources ...st
 	}
 }
 
-// jsonPatch is an attempt by a list of operations.
+// jsonPatch sends a JSON Patch.
 func jsonPatch(operations string, subresources ...string) attempt {
 	return func(ctx context.Context, pod *corev1.Pod) error {
 		_, err := client.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.JSONPatchType, []byte(operations), metav1.PatchOptions{}, subresources...)
@@ -156,7 +170,7 @@ func jsonPatch(operations string, subresources ...string) attempt {
 	}
 }
 
-// strategic is an attempt by a strategic merge patch.
+// strategic sends a strategic merge patch.
 func strategic(who kubernetes.Interface, text string, subresources ...string) attempt {
 	return func(ctx context.Context, pod *corev1.Pod) error {
 		_, err := who.CoreV1().Pods(pod.Namespace).Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(text), metav1.PatchOptions{}, subresources...)
@@ -164,7 +178,7 @@ func strategic(who kubernetes.Interface, text string, subresources ...string) at
 	}
 }
 
-// apply is an attempt by server-side apply, by a manager who takes what others own.
+// apply sends a server-side apply that takes the fields of other managers.
 func apply(metadata map[string]any, subresources ...string) attempt {
 	return func(ctx context.Context, pod *corev1.Pod) error {
 		metadata["name"], metadata["namespace"] = pod.Name, pod.Namespace
@@ -177,7 +191,7 @@ func apply(metadata map[string]any, subresources ...string) attempt {
 	}
 }
 
-// fixedKeys: what admission has judged by stays as it was, whoever asks, by whatever way, wherever.
+// fixedKeys shows that nobody can change the keys that admission has checked, by any request, in any namespace.
 func (w *world) fixedKeys(t *testing.T) {
 	role, session, injected := w.prefix+"/role", w.prefix+"/session-name", w.prefix+"/injected"
 	annotations := func(kv map[string]any) map[string]any { return map[string]any{"annotations": kv} }
@@ -222,22 +236,19 @@ func (w *world) fixedKeys(t *testing.T) {
 		"a key together with an ordinary change":  update(func(p *corev1.Pod) { annotate("other", "x")(p); annotate(role, "admin")(p) }),
 		"one key's value moved to another":        update(func(p *corev1.Pod) { annotate(session, p.Annotations[role])(p); delete(p.Annotations, role) }),
 	}
-	for where, make := range map[string]func() string{
+	for where, newNamespace := range map[string]func() string{
 		"opted in":       func() string { return w.namespace(t, true) },
 		"never opted in": func() string { return w.namespace(t, false) },
 		"opted out since": func() string {
 			namespace := w.namespace(t, true)
-			text := fmt.Appendf(nil, `{"metadata":{"labels":{%q:null}}}`, w.prefix+"/inject")
-			if _, err := client.CoreV1().Namespaces().Patch(t.Context(), namespace, types.MergePatchType, text, metav1.PatchOptions{}); err != nil {
-				t.Fatal(err)
-			}
+			w.setOptIn(t, namespace, "null")
 			return namespace
 		},
 	} {
-		namespace := make()
+		namespace := newNamespace()
 		pod := create(t, namespace, w.pod(w.complete, onNode))
-		for name, try := range attempts {
-			if err := refusedBy("credence-fixed-keys", try(t.Context(), pod)); err != nil {
+		for name, change := range attempts {
+			if err := refusedBy("credence-fixed-keys", change(t.Context(), pod)); err != nil {
 				t.Errorf("%s, namespace %s: %v", name, where, err)
 			}
 		}
@@ -248,14 +259,14 @@ func (w *world) fixedKeys(t *testing.T) {
 	t.Run("Bindings", w.bindings)
 }
 
-// uninjected: a pod that was not injected may be annotated, as users of kube2iam and kiam do, and never becomes one that
-// the broker finds, by whatever steps.
+// uninjected shows that a pod without a sidecar may be annotated, as users of kube2iam and kiam do, but never gets the
+// label by which the broker finds pods.
 func (w *world) uninjected(t *testing.T, namespace, where string) {
 	t.Helper()
 	role, injected := w.prefix+"/role", w.prefix+"/injected"
 	meta := func(labels, annotations map[string]any) map[string]any {
 		metadata := map[string]any{}
-		if labels != nil { // null would remove them
+		if labels != nil { // null removes them
 			metadata["labels"] = labels
 		}
 		if annotations != nil {
@@ -290,48 +301,47 @@ func (w *world) uninjected(t *testing.T, namespace, where string) {
 		"the label's key, otherwise": patch(client, meta(map[string]any{injected: "True"}, nil)),
 		"no role":                    patch(client, meta(nil, map[string]any{role: nil})),
 	}
-	for start, made := range map[string]*corev1.Pod{
+	for start, first := range map[string]*corev1.Pod{
 		"without keys":                   w.pod(onNode),
 		"annotated":                      w.pod(onNode, annotate(w.prefix+"/service-account", "default")),
 		"with the label's key":           w.pod(onNode, label(injected, "false")),
 		"with the webhook's own sidecar": w.pod(onNode, sidecar(sidecarImage)),
 	} {
-		pod := create(t, namespace, made)
+		pod := create(t, namespace, first)
+		current := func() *corev1.Pod {
+			t.Helper()
+			stored, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return stored
+		}
 		refused := func(before string) {
 			t.Helper()
-			for name, try := range steps {
-				current, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := refusedBy("credence-fixed-keys", try(t.Context(), current)); err != nil {
+			for name, change := range steps {
+				if err := refusedBy("credence-fixed-keys", change(t.Context(), current())); err != nil {
 					t.Errorf("a pod %s, %s, gets %s, namespace %s: %v", start, before, name, where, err)
 				}
 			}
 		}
 		refused("as it was created")
-		for name, try := range allowed {
-			current, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := try(t.Context(), current); err != nil {
+		for name, change := range allowed {
+			if err := change(t.Context(), current()); err != nil {
 				t.Errorf("a pod %s gets %s, namespace %s: %v", start, name, where, err)
 			}
 		}
 		refused("after it was annotated and labelled")
-		// By an ephemeral container, neither.
+		// Other subresources do not add it either.
 		debug := fmt.Sprintf(`{"metadata":{"labels":{%q:"true"}},"spec":{"ephemeralContainers":[{"name":"debug","image":"debug:1"}]}}`, injected)
 		_ = strategic(client, debug, "ephemeralcontainers")(t.Context(), pod)
 		_ = strategic(client, debug, "resize")(t.Context(), pod)
-		stored, err := client.CoreV1().Pods(namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
-		if err != nil || stored.Labels[injected] == "true" {
-			t.Errorf("a pod %s has become one of the broker's: %v (%v)", start, stored.Labels, err)
+		if labels := current().Labels; labels[injected] == "true" {
+			t.Errorf("a pod %s has got the broker's label: %v", start, labels)
 		}
 	}
 }
 
-// pointer makes a key a token of a JSON pointer.
+// pointer escapes a key for a JSON pointer.
 func pointer(key string) string { return strings.ReplaceAll(key, "/", "~1") }
 
 func onNode(pod *corev1.Pod) { pod.Spec.NodeName = nodeName }
@@ -364,11 +374,11 @@ func (w *world) unchanged(t *testing.T, created *corev1.Pod) {
 		return ours
 	}
 	if diff := cmp.Diff(keys(created), keys(stored)); diff != "" {
-		t.Errorf("pod %s has other keys than it was created with (- created, + now):\n%s", created.Name, diff)
+		t.Errorf("the keys of pod %s have changed (- created, + now):\n%s", created.Name, diff)
 	}
 }
 
-// otherSubresources pass over what they are not for, and so change no key.
+// otherSubresources shows that other subresources ignore metadata, and so change no key.
 func (w *world) otherSubresources(t *testing.T) {
 	cpu := func(amount string) func(*corev1.Pod) {
 		return func(p *corev1.Pod) {
@@ -404,7 +414,7 @@ func (w *world) otherSubresources(t *testing.T) {
 	}
 }
 
-// bindings: the annotations of a Binding are copied to the pod that it binds.
+// bindings shows that a Binding cannot set our keys. The API server copies its annotations to the pod.
 func (w *world) bindings(t *testing.T) {
 	namespace := w.namespace(t, true)
 	bind := func(pod *corev1.Pod, annotations map[string]string) *corev1.Binding {
@@ -431,13 +441,13 @@ func (w *world) bindings(t *testing.T) {
 		t.Errorf("pods/binding with a label: %v", err)
 	}
 	w.unchanged(t, pod)
-	// An eviction has metadata of its own, which nobody copies.
+	// The API server does not copy the metadata of an eviction.
 	eviction := &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: pod.Name, Annotations: stolen}, DeleteOptions: &metav1.DeleteOptions{DryRun: []string{metav1.DryRunAll}}}
 	if err := client.CoreV1().Pods(namespace).EvictV1(t.Context(), eviction); err != nil {
 		t.Errorf("an eviction: %v", err)
 	}
 	w.unchanged(t, pod)
-	// A scheduler goes on as before.
+	// A scheduler can still bind pods.
 	for _, annotations := range []map[string]string{nil, {"scheduler.example.com/score": "1"}} {
 		pod := create(t, namespace, w.pod(w.complete))
 		if err := client.CoreV1().Pods(namespace).Bind(t.Context(), bind(pod, annotations), metav1.CreateOptions{}); err != nil {
@@ -447,63 +457,44 @@ func (w *world) bindings(t *testing.T) {
 	}
 }
 
-// othersAreUnaffected: everything that does not touch our keys goes on, on pods with them and without.
+// othersAreUnaffected shows that requests which do not change our keys succeed, for pods with and without them.
 func (w *world) othersAreUnaffected(t *testing.T) {
 	namespace := w.namespace(t, true)
 	many := func(pod *corev1.Pod) {
-		for n := range 4000 { // of some 40 bytes each, against a limit of 256 KiB
+		for n := range 4000 { // of about 40 bytes each; the limit is 256 KiB
 			annotate(fmt.Sprintf("example.com/annotation-number-%d", n), "0123456789")(pod)
 		}
 	}
-	for name, made := range map[string]*corev1.Pod{
-		"an injected pod":                         w.pod(w.complete, onNode),
-		"a pod without annotations or labels":     w.pod(onNode),
-		"a pod with others":                       w.pod(annotate("other", "x"), label("other", "x"), onNode),
-		"an injected pod with annotations galore": w.pod(w.complete, many, onNode),
+	for name, first := range map[string]*corev1.Pod{
+		"an injected pod":                       w.pod(w.complete, onNode),
+		"a pod without annotations or labels":   w.pod(onNode),
+		"a pod with others":                     w.pod(annotate("other", "x"), label("other", "x"), onNode),
+		"an injected pod with many annotations": w.pod(w.complete, many, onNode),
 	} {
-		pod := create(t, namespace, made)
+		pod := create(t, namespace, first)
 		pods := client.CoreV1().Pods(namespace)
-		for step, try := range map[string]attempt{
+		for step, change := range map[string]attempt{
 			"an annotation":             patch(client, map[string]any{"annotations": map[string]any{"example.com/x": "y"}}),
 			"a label":                   patch(client, map[string]any{"labels": map[string]any{"example.com/x": "y"}}),
 			"server-side apply":         apply(map[string]any{"labels": map[string]any{"example.com/y": "z"}}),
 			"an annotation by the node": patch(node, map[string]any{"annotations": map[string]any{"example.com/node": "y"}}, "status"),
 			"a finalizer":               patch(client, map[string]any{"finalizers": []string{"example.com/hold"}}),
-			"a new image": func(ctx context.Context, pod *corev1.Pod) error {
-				_, err := pods.Patch(ctx, pod.Name, types.StrategicMergePatchType, []byte(`{"spec":{"containers":[{"name":"app","image":"app:2"}]}}`), metav1.PatchOptions{})
-				return err
-			},
-			"the kubelet's status": func(ctx context.Context, pod *corev1.Pod) error {
-				_, err := node.CoreV1().Pods(namespace).Patch(ctx, pod.Name, types.StrategicMergePatchType,
-					[]byte(`{"status":{"phase":"Running","podIPs":[{"ip":"10.0.0.1"}],"conditions":[{"type":"Ready","status":"True"}]}}`), metav1.PatchOptions{}, "status")
-				return err
-			},
-			"an ephemeral container": func(ctx context.Context, pod *corev1.Pod) error {
-				_, err := pods.Patch(ctx, pod.Name, types.StrategicMergePatchType,
-					[]byte(`{"spec":{"ephemeralContainers":[{"name":"debug","image":"debug:1"}]}}`), metav1.PatchOptions{}, "ephemeralcontainers")
-				return err
-			},
+			"a new image":               strategic(client, `{"spec":{"containers":[{"name":"app","image":"app:2"}]}}`),
+			"the kubelet's status": strategic(node,
+				`{"status":{"phase":"Running","podIPs":[{"ip":"10.0.0.1"}],"conditions":[{"type":"Ready","status":"True"}]}}`, "status"),
+			"an ephemeral container": strategic(client, `{"spec":{"ephemeralContainers":[{"name":"debug","image":"debug:1"}]}}`, "ephemeralcontainers"),
 		} {
-			if err := try(t.Context(), pod); err != nil {
+			if err := change(t.Context(), pod); err != nil {
 				t.Errorf("%s: %s: %v", name, step, err)
 			}
 		}
-		// Deleted, and released by its finalizer while it is.
-		now := int64(0)
-		if err := pods.Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+		// The finalizer is removed while the pod terminates.
+		if err := pods.Delete(t.Context(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)}); err != nil {
 			t.Errorf("%s: deletion: %v", name, err)
 		}
 		if err := patch(client, map[string]any{"finalizers": nil})(t.Context(), pod); err != nil {
-			t.Errorf("%s: removing the finalizer of a pod that is being deleted: %v", name, err)
+			t.Errorf("%s: removing the finalizer of a terminating pod: %v", name, err)
 		}
-		if err := poll(t.Context(), func() error {
-			_, err := pods.Get(t.Context(), pod.Name, metav1.GetOptions{})
-			if err == nil {
-				return fmt.Errorf("%s is still there", pod.Name)
-			}
-			return nil
-		}); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
+		awaitDeleted(t, pod)
 	}
 }

@@ -3,22 +3,23 @@
 package admission
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
 	"testing"
 
-	appsv1 "k8s.io/api/apps/v1"
-	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/chart"
 )
 
-// heard collects the warnings that a client is shown.
+// heard collects the warnings that a client gets.
 type heard struct {
 	mu       sync.Mutex
 	warnings []string // guarded by mu
@@ -33,7 +34,7 @@ func (h *heard) HandleWarningHeader(code int, _, text string) {
 	}
 }
 
-// from returns the warnings of one policy since the last call, and forgets all.
+// from returns the warnings of one policy since the last call, and discards all others.
 func (h *heard) from(policy string) (found []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -58,11 +59,10 @@ func listening(t *testing.T) (kubernetes.Interface, *heard) {
 	return c, h
 }
 
-// warned: what starts without credentials because its namespace is not opted in starts with a warning, for pods and for
-// what makes them; nothing else is warned of.
+// warned shows that a pod that starts without credentials, because its namespace is not opted in, causes a warning, and so
+// does an object that creates such pods. Other objects cause none.
 func (w *world) warned(t *testing.T) {
 	client, h := listening(t)
-	dry := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 	optIn := w.prefix + "/inject"
 	labelled := func(value string) string {
 		namespace := w.namespace(t, false)
@@ -74,12 +74,19 @@ func (w *world) warned(t *testing.T) {
 	}
 	plain, optedIn, misspelt, disabled := w.namespace(t, false), w.namespace(t, true), labelled("enable"), labelled("disabled")
 	h.from("")
-	selector := &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}
-	template := func(pod *corev1.Pod) corev1.PodTemplateSpec {
-		pod.Labels = map[string]string{"a": "b"}
-		return corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: pod.Labels, Annotations: pod.Annotations}, Spec: pod.Spec}
+	// workload creates the object of a kind that creates such pods.
+	workload := func(kind, group string) func(namespace string, pod *corev1.Pod) error {
+		return func(namespace string, pod *corev1.Pod) error {
+			pod.Labels = map[string]string{"a": "b"}
+			spec := map[string]any{"template": map[string]any{"metadata": pod.ObjectMeta, "spec": pod.Spec}, "selector": map[string]any{"matchLabels": pod.Labels}}
+			if kind == "jobs" {
+				pod.Spec.RestartPolicy = corev1.RestartPolicyNever
+				spec = map[string]any{"template": map[string]any{"metadata": pod.ObjectMeta, "spec": pod.Spec}}
+			}
+			return client.Discovery().RESTClient().Post().AbsPath("/apis", group, "v1", "namespaces", namespace, kind).Param("dryRun", metav1.DryRunAll).
+				Body(encode(t, map[string]any{"metadata": map[string]any{"name": name("w")}, "spec": spec})).SetHeader("Content-Type", "application/json").Do(t.Context()).Error()
+		}
 	}
-	meta := func() metav1.ObjectMeta { return metav1.ObjectMeta{Name: name("w")} }
 	kinds := map[string]struct {
 		policy string
 		create func(namespace string, pod *corev1.Pod) error
@@ -88,66 +95,50 @@ func (w *world) warned(t *testing.T) {
 			_, err := client.CoreV1().Pods(namespace).Create(t.Context(), pod, dry)
 			return err
 		}},
-		"deployment": {"credence-not-opted-in-templates", func(namespace string, pod *corev1.Pod) error {
-			_, err := client.AppsV1().Deployments(namespace).Create(t.Context(), &appsv1.Deployment{ObjectMeta: meta(), Spec: appsv1.DeploymentSpec{Selector: selector, Template: template(pod)}}, dry)
-			return err
-		}},
-		"stateful set": {"credence-not-opted-in-templates", func(namespace string, pod *corev1.Pod) error {
-			_, err := client.AppsV1().StatefulSets(namespace).Create(t.Context(), &appsv1.StatefulSet{ObjectMeta: meta(), Spec: appsv1.StatefulSetSpec{Selector: selector, Template: template(pod)}}, dry)
-			return err
-		}},
-		"daemon set": {"credence-not-opted-in-templates", func(namespace string, pod *corev1.Pod) error {
-			_, err := client.AppsV1().DaemonSets(namespace).Create(t.Context(), &appsv1.DaemonSet{ObjectMeta: meta(), Spec: appsv1.DaemonSetSpec{Selector: selector, Template: template(pod)}}, dry)
-			return err
-		}},
-		"job": {"credence-not-opted-in-templates", func(namespace string, pod *corev1.Pod) error {
-			pod.Spec.RestartPolicy = corev1.RestartPolicyNever
-			_, err := client.BatchV1().Jobs(namespace).Create(t.Context(), &batchv1.Job{ObjectMeta: meta(), Spec: batchv1.JobSpec{Template: template(pod)}}, dry)
-			return err
-		}},
+		"deployment":   {"credence-not-opted-in-templates", workload("deployments", "apps")},
+		"stateful set": {"credence-not-opted-in-templates", workload("statefulsets", "apps")},
+		"daemon set":   {"credence-not-opted-in-templates", workload("daemonsets", "apps")},
+		"job":          {"credence-not-opted-in-templates", workload("jobs", "batch")},
 	}
 	const advice = "is not opted in (no label %s=enabled): "
-	// The API server hears of a new policy a moment later.
-	if err := poll(t.Context(), func() error {
+	await.Until(t, "the policy is in force", func() error {
 		if err := kinds["deployment"].create(plain, w.pod(w.annotated)); err != nil {
 			return err
 		}
 		if len(h.from("credence-not-opted-in-templates")) == 0 {
-			return fmt.Errorf("there is no warning")
+			return errors.New("there is no warning")
 		}
 		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
+	})
 	for kind, k := range kinds {
 		for where, tt := range map[string]struct {
 			namespace string
 			pod       *corev1.Pod
 			warned    bool
 		}{
-			"no label":           {plain, w.pod(w.annotated), true},
-			"another label":      {misspelt, w.pod(w.annotated), true},
-			"left out":           {disabled, w.pod(w.annotated), true},
-			"by another key":     {plain, w.pod(annotate(w.prefix+"/session-name", "x")), true},
-			"not annotated":      {plain, w.pod(annotate("example.com/role", "x")), false},
-			"no annotations":     {plain, w.pod(), false},
-			"opted in":           {optedIn, w.pod(w.complete), false},
-			"opted in, no role":  {optedIn, w.pod(), false},
-			"what webhooks note": {plain, w.pod(annotate(w.prefix+"/service-account", "x"), annotate(w.prefix+"/warnings", "x")), false},
+			"no label":                {plain, w.pod(w.annotated), true},
+			"another label":           {misspelt, w.pod(w.annotated), true},
+			"disabled":                {disabled, w.pod(w.annotated), true},
+			"by another key":          {plain, w.pod(annotate(w.prefix+"/session-name", "x")), true},
+			"not annotated":           {plain, w.pod(annotate("example.com/role", "x")), false},
+			"no annotations":          {plain, w.pod(), false},
+			"opted in":                {optedIn, w.pod(w.complete), false},
+			"opted in, no role":       {optedIn, w.pod(), false},
+			"annotations of webhooks": {plain, w.pod(annotate(w.prefix+"/service-account", "x"), annotate(w.prefix+"/warnings", "x")), false},
 		} {
 			if err := k.create(tt.namespace, tt.pod); err != nil {
 				t.Errorf("%s, %s: %v", kind, where, err)
 			}
 			got := h.from(k.policy)
 			if len(got) == 1 != tt.warned || tt.warned && !strings.Contains(got[0], fmt.Sprintf(advice, optIn)) {
-				t.Errorf("%s, %s: warned of %q", kind, where, got)
+				t.Errorf("%s, %s: got the warnings %q", kind, where, got)
 			}
 		}
 	}
 	for value, want := range map[string]string{
 		"enabled": "", "disabled": "",
 		"enable": `did you mean "enabled"?`, "Enabled": `did you mean "enabled"?`, "true": `did you mean "enabled"?`, "yes": `did you mean "enabled"?`, "": `did you mean "enabled"?`,
-		"no": `the value that does is "enabled"`,
+		"no": `use "enabled" to opt it in`,
 	} {
 		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name("ns"), Labels: map[string]string{optIn: value}}}
 		if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, dry); err != nil {
@@ -155,16 +146,17 @@ func (w *world) warned(t *testing.T) {
 		}
 		got := h.from("credence-opt-in-label")
 		if len(got) != min(len(want), 1) || want != "" && (!strings.Contains(got[0], want) || !strings.Contains(got[0], fmt.Sprintf(`is "%s"`, value))) {
-			t.Errorf("namespace labelled %q: warned of %q, want %q", value, got, want)
+			t.Errorf("namespace labelled %q: got the warnings %q, want %q", value, got, want)
 		}
 	}
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name("ns")}}
 	if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, dry); err != nil || len(h.from("credence-opt-in-label")) > 0 {
-		t.Errorf("a namespace without the label is warned of (%v)", err)
+		t.Errorf("a namespace without the label causes a warning (%v)", err)
 	}
 }
 
-// TestWarningsAreOff: the warnings of pods can be left out, for clusters where kube2iam or kiam serve namespaces.
+// TestWarningsAreOff shows that the warnings about pods can be disabled, for clusters where kube2iam or kiam serve some
+// namespaces.
 func TestWarningsAreOff(t *testing.T) {
 	rendered, err := chart.Render(t.Context(), chart.Config{Set: []string{"webhook.warnNotOptedIn=false", "aws.region=eu-central-1"}})
 	if err != nil {
@@ -172,6 +164,15 @@ func TestWarningsAreOff(t *testing.T) {
 	}
 	text := string(rendered)
 	if strings.Contains(text, "credence-not-opted-in") || !strings.Contains(text, "name: credence-opt-in-label") {
-		t.Error("the policies that warn of pods are still there, or that of namespaces is not")
+		t.Error("the policies about pods are installed, or the one about namespaces is not")
 	}
+}
+
+func encode(t *testing.T, value any) []byte {
+	t.Helper()
+	text, err := json.Marshal(value)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }

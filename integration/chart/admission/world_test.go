@@ -10,21 +10,24 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/credence-iam/credence/integration/await"
 )
 
-// world makes pods and namespaces with keys of one prefix.
+// world creates pods and namespaces with keys of one prefix.
 type world struct{ prefix string }
 
-// made counts the objects that were given a name.
-var made int
+// objectCount counts the objects with a generated name.
+var objectCount int
 
 // name returns a name that no other object has.
 func name(what string) string {
-	made++
-	return fmt.Sprintf("%s-%d", what, made)
+	objectCount++
+	return fmt.Sprintf("%s-%d", what, objectCount)
 }
 
-// namespace makes a namespace, and returns when pods can be made there.
+// namespace creates a namespace, waits until pods can be created in it, and returns its name.
 func (w *world) namespace(t *testing.T, optedIn bool) string {
 	t.Helper()
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name("ns")}}
@@ -34,16 +37,14 @@ func (w *world) namespace(t *testing.T, optedIn bool) string {
 	if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := poll(t.Context(), func() error {
+	await.Until(t, "the namespace has its ServiceAccount", func() error {
 		_, err := client.CoreV1().ServiceAccounts(ns.Name).Get(t.Context(), "default", metav1.GetOptions{})
 		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
+	})
 	return ns.Name
 }
 
-// pod makes a pod as a user would write it, with changes.
+// pod returns a pod as a user writes it, with changes.
 func (w *world) pod(changes ...func(*corev1.Pod)) *corev1.Pod {
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name("pod")},
@@ -65,7 +66,7 @@ func label(key, value string) func(*corev1.Pod) {
 
 func (w *world) annotated(pod *corev1.Pod) { annotate(w.prefix+"/role", "cart")(pod) }
 
-// sidecar adds what the webhook would, as far as policies look at it.
+// sidecar adds those fields of the sidecar that the policies check.
 func sidecar(image string) func(*corev1.Pod) {
 	return func(pod *corev1.Pod) {
 		pod.Spec.InitContainers = append(pod.Spec.InitContainers, corev1.Container{
@@ -76,52 +77,72 @@ func sidecar(image string) func(*corev1.Pod) {
 
 const sidecarImage = "ghcr.io/credence-iam/credence-sidecar:0.1.0"
 
-// complete makes a pod what the webhook makes of it.
+// complete injects a pod as the webhook does.
 func (w *world) complete(pod *corev1.Pod) {
 	w.completeWith(sidecarImage)(pod)
 }
 
-// create makes a pod that is admitted.
+// create creates a pod and returns it as stored.
 func create(t *testing.T, namespace string, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
-	stored, err := client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{})
+	stored, err := try(t, namespace, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return stored
 }
 
-// refusedBy says why err is not the refusal of that policy, or nothing.
+func try(t *testing.T, namespace string, pod *corev1.Pod) (*corev1.Pod, error) {
+	t.Helper()
+	return client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{})
+}
+
+// tryDry creates the pod in a dry run.
+func tryDry(t *testing.T, namespace string, pod *corev1.Pod) error {
+	t.Helper()
+	_, err := client.CoreV1().Pods(namespace).Create(t.Context(), pod, dry)
+	return err
+}
+
+var dry = metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
+
+// setOptIn sets the opt-in label of a namespace to a JSON value.
+func (w *world) setOptIn(t *testing.T, namespace, value string) {
+	t.Helper()
+	text := fmt.Appendf(nil, `{"metadata":{"labels":{%q:%s}}}`, w.prefix+"/inject", value)
+	if _, err := client.CoreV1().Namespaces().Patch(t.Context(), namespace, types.MergePatchType, text, metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// refusedBy returns nil if err is the refusal of that policy.
 func refusedBy(policy string, err error) error {
 	if err == nil {
-		return fmt.Errorf("it was admitted, want a refusal by policy %s", policy)
+		return fmt.Errorf("admitted, want a refusal by policy %s", policy)
 	}
 	if !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), fmt.Sprintf("ValidatingAdmissionPolicy '%s'", policy)) || !strings.Contains(err.Error(), "credence: ") {
-		return fmt.Errorf("answered %w, want a refusal by policy %s", err, policy)
+		return fmt.Errorf("got %w, want a refusal by policy %s", err, policy)
 	}
 	return nil
 }
 
-// awaitPolicies waits until the API server's watches have brought it both policies.
+// awaitPolicies waits until the API server's watches have delivered both policies.
 func (w *world) awaitPolicies(t *testing.T) {
 	t.Helper()
 	namespace := w.namespace(t, true)
 	target := create(t, namespace, w.pod())
-	if err := poll(t.Context(), func() error {
-		dry := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
-		if _, err := client.CoreV1().Pods(namespace).Create(t.Context(), w.pod(w.annotated), dry); refusedBy("credence-injected", err) != nil {
-			return refusedBy("credence-injected", err)
+	await.Until(t, "both policies are in force", func() error {
+		if err := refusedBy("credence-injected", tryDry(t, namespace, w.pod(w.annotated))); err != nil {
+			return err
 		}
 		changed := target.DeepCopy()
 		label(w.prefix+"/injected", "true")(changed)
 		_, err := client.CoreV1().Pods(namespace).Update(t.Context(), changed, metav1.UpdateOptions{DryRun: []string{metav1.DryRunAll}})
 		return refusedBy("credence-fixed-keys", err)
-	}); err != nil {
-		t.Fatal(err)
-	}
+	})
 }
 
-// completeWith does the same, with another image.
+// completeWith is complete with another sidecar image.
 func (w *world) completeWith(image string) func(*corev1.Pod) {
 	return func(pod *corev1.Pod) {
 		w.annotated(pod)

@@ -1,8 +1,7 @@
-// Command caller asks the broker for credentials as the sidecar of its pod does, over a connection of its own
-// each time, ten times a second, until it is ended; and prints a line for each call that fails, and now and then
-// how many calls there were.
+// Command caller calls the broker ten times a second, as the sidecar of its pod does, each time on a new connection. It
+// prints a line for each failed call, and the number of calls from time to time.
 //
-// It reads the variables that the webhook gives to sidecars.
+// It reads the variables that the webhook sets for sidecars.
 package main
 
 import (
@@ -30,11 +29,11 @@ func main() {
 }
 
 const (
-	// pause is between two calls.
+	// pause is the time between two calls.
 	pause = 100 * time.Millisecond
-	// patience is how long a call may take: what a sidecar gives it.
+	// patience is the timeout of a call, as in a sidecar.
 	patience = 10 * time.Second
-	// every is how many calls there are to a line that says so.
+	// every is the number of calls between two lines.
 	every = 50
 )
 

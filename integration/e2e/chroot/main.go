@@ -1,7 +1,7 @@
 //go:build linux
 
-// Command chroot runs a program of the node in a pod that mounts the node's root folder: an image of a single
-// program has no shell to do it.
+// Command chroot runs a program of the node in a pod that mounts the node's root folder. An image of a single program has
+// no shell for that.
 //
 //	chroot ROOT PROGRAM [ARGUMENT...]
 package main
@@ -30,5 +30,5 @@ func run(args []string) error {
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
-	return fmt.Errorf("running %s: %w", args[1], syscall.Exec(args[1], args[1:], os.Environ())) //nolint:gosec // It runs what it is told.
+	return fmt.Errorf("running %s: %w", args[1], syscall.Exec(args[1], args[1:], os.Environ())) //nolint:gosec // the test chooses the program
 }

@@ -1,9 +1,9 @@
-// Command plain is a client of the sidecar without an SDK, by the variables that SDKs read.
+// Command plain is a client of the sidecar without an SDK. It reads the variables that SDKs read.
 //
-//	plain crowd N TIMES    asks for credentials N times at once, each on a connection of its own, and so often one after
-//	                       the other; prints how many were answered with status 200
-//	plain zone             prints the availability zone that instance metadata tells
-//	plain read FILE...     prints mode, owner and length of each file, which it must be able to read; never its content
+//	plain crowd N TIMES    requests credentials with N concurrent clients, TIMES each, on a new connection each time;
+//	                       prints the number of responses with status 200
+//	plain zone             prints the availability zone of the instance metadata
+//	plain read FILE...     reads each file, and prints its mode and owner, but not its content
 package main
 
 import (
@@ -50,12 +50,12 @@ func run(ctx context.Context, args []string) error {
 	return errors.New("usage: plain crowd N TIMES, plain zone, or plain read FILES")
 }
 
-// patience bounds a request that waits for its turn behind ten thousand, of a server with a tenth of a processor. The
-// kernel asks for a connection again after ever longer times, while the server's queue is full.
+// patience is the timeout of a request. It can wait for ten thousand others, on a server with a tenth of a CPU. While the
+// server's accept queue is full, the kernel retries a connection at growing intervals.
 const patience = 5 * time.Minute
 
-// tries is how often each asks, as SDKs do. What the kernel could not queue it has the client send again, after ever
-// longer times; and who is silent for two seconds after being let in, is let go.
+// tries is the number of attempts of each request, as in SDKs. The kernel resends what the server could not queue at
+// growing intervals, and the server closes a connection that is silent for two seconds.
 const tries = 5
 
 func crowd(ctx context.Context, n, times int) error {
@@ -65,34 +65,34 @@ func crowd(ctx context.Context, n, times int) error {
 	}
 	request := "GET " + target.Path + " HTTP/1.1\r\nHost: " + target.Host + "\r\nConnection: close\r\nAuthorization: " +
 		os.Getenv("AWS_CONTAINER_AUTHORIZATION_TOKEN") + "\r\n\r\n"
-	var answered atomic.Int64
+	var served atomic.Int64
 	var all sync.WaitGroup
 	failures := make(chan error, n)
 	for range n {
 		all.Go(func() {
 			for range times {
-				err := ask(ctx, target.Host, request)
+				err := get(ctx, target.Host, request)
 				for range tries - 1 {
 					if !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) {
 						break
 					}
-					err = ask(ctx, target.Host, request)
+					err = get(ctx, target.Host, request)
 				}
 				if err != nil {
 					failures <- err
 					return
 				}
-				answered.Add(1)
+				served.Add(1)
 			}
 		})
 	}
 	all.Wait()
 	close(failures)
-	fmt.Println(answered.Load())
+	fmt.Println(served.Load())
 	return <-failures
 }
 
-func ask(ctx context.Context, address, request string) error {
+func get(ctx context.Context, address, request string) error {
 	conn, err := (&net.Dialer{Timeout: patience}).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return err
@@ -133,12 +133,12 @@ func zone(ctx context.Context) error {
 }
 
 func text(ctx context.Context, method, target, name, value string) (string, error) {
-	request, err := http.NewRequestWithContext(ctx, method, target, http.NoBody) //nolint:gosec // G704: it asks whom it is told to.
+	request, err := http.NewRequestWithContext(ctx, method, target, http.NoBody) //nolint:gosec // G704: the environment names the server
 	if err != nil {
 		return "", err
 	}
 	request.Header.Set(name, value)
-	response, err := http.DefaultClient.Do(request) //nolint:gosec // G704: as above.
+	response, err := http.DefaultClient.Do(request) //nolint:gosec // G704: as above
 	if err != nil {
 		return "", err
 	}
@@ -162,7 +162,7 @@ func read(files []string) error {
 		}
 		owner, ok := info.Sys().(*syscall.Stat_t)
 		if !ok {
-			return errors.New("this system has no owners of files")
+			return errors.New("files have no owner on this system")
 		}
 		fmt.Printf("%s %s uid %d, some text: %t\n", file, info.Mode(), owner.Uid, len(content) > 0)
 	}

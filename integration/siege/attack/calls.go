@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -20,109 +20,88 @@ import (
 	"github.com/credence-iam/credence/broker/brokerpb"
 )
 
-// callsPerConnection is how many calls a caller makes before it connects again.
-const callsPerConnection = 100
-
-// RepeatCalls calls a broker for credentials, from each of the sources with that many callers at a time and each call with a
-// token of its own, until ctx ends. It returns how many calls ended with which code.
-func RepeatCalls(ctx context.Context, address string, config *tls.Config, callers int, token func() string, sources ...string) map[codes.Code]int {
+// repeat runs n callers from each source until ctx ends, each with one session after the other. A session reports how
+// each of its calls ended. repeat returns the number of calls by how they ended.
+func repeat(ctx context.Context, sources []string, n int, session func(source string, ended func(string))) string {
 	var (
 		all   sync.WaitGroup
 		mu    sync.Mutex
-		ended = make(map[codes.Code]int)
+		calls = make(map[string]int)
 	)
 	for _, source := range sources {
-		for range callers {
+		for range n {
 			all.Go(func() {
 				for ctx.Err() == nil {
-					connection, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(config)),
-						grpc.WithNoProxy(), grpc.WithContextDialer(dialer(source)))
-					if err != nil {
-						return
-					}
-					for range callsPerConnection {
-						code := call(ctx, connection, token())
-						if ctx.Err() != nil {
-							break
+					session(source, func(result string) {
+						if ctx.Err() == nil {
+							mu.Lock()
+							defer mu.Unlock()
+							calls[result]++
 						}
-						mu.Lock()
-						ended[code]++
-						mu.Unlock()
-						if code == codes.Unavailable {
-							break // Connecting again at once is worse for the server than gRPC's own pauses.
-						}
-					}
-					_ = connection.Close()
+					})
 				}
 			})
 		}
 	}
 	all.Wait()
-	return ended
+	return fmt.Sprint(calls)
 }
 
-// call makes one call, with a token if there is one, and returns how it ended.
-func call(ctx context.Context, connection *grpc.ClientConn, token string) codes.Code {
-	if token != "" {
-		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
-	}
-	_, err := brokerpb.NewBrokerClient(connection).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
-	return status.Code(err)
+// callsPerConnection is how many calls a caller makes before it connects again.
+const callsPerConnection = 100
+
+// RepeatCalls calls a broker for credentials until ctx ends, with n callers from each source. token returns the token of
+// the next call; if it is empty, the call has none. RepeatCalls returns the number of calls by code.
+func RepeatCalls(ctx context.Context, address string, config *tls.Config, n int, token func() string, sources ...string) string {
+	return repeat(ctx, sources, n, func(source string, ended func(string)) {
+		dial := func(ctx context.Context, address string) (net.Conn, error) {
+			return dialer(source).DialContext(ctx, "tcp", address)
+		}
+		conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(config)),
+			grpc.WithNoProxy(), grpc.WithContextDialer(dial))
+		if err != nil {
+			ended(err.Error())
+			return
+		}
+		defer conn.Close()
+		for range callsPerConnection {
+			callCtx := ctx
+			if text := token(); text != "" {
+				callCtx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+text)
+			}
+			_, err := brokerpb.NewBrokerClient(conn).GetCredentials(callCtx, &brokerpb.GetCredentialsRequest{})
+			ended(status.Code(err).String())
+			if ctx.Err() != nil || status.Code(err) == codes.Unavailable {
+				return // Connecting again at once is worse for the server than gRPC's own pauses.
+			}
+		}
+	})
 }
 
-// RepeatReviews posts the body to a webhook, from each of the sources with that many clients at a time, until ctx ends. It
-// returns how many were answered with which HTTP status, 0 for those that had no answer, and the largest answer in bytes.
-func RepeatReviews(ctx context.Context, address string, config *tls.Config, clients int, body []byte, sources ...string) (map[int]int, int64) {
-	var (
-		all     sync.WaitGroup
-		mu      sync.Mutex
-		ended   = make(map[int]int)
-		largest atomic.Int64
-	)
+// RepeatReviews posts the body to a webhook until ctx ends, with n clients from each source. It returns the number of
+// reviews by HTTP status.
+func RepeatReviews(ctx context.Context, address string, config *tls.Config, n int, body []byte, sources ...string) string {
+	clients := make(map[string]*http.Client)
 	for _, source := range sources {
-		dial := dialer(source)
-		transport := &http.Transport{TLSClientConfig: config, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) { return dial(ctx, address) }}
+		transport := &http.Transport{TLSClientConfig: config, DialContext: dialer(source).DialContext}
 		defer transport.CloseIdleConnections()
-		client := &http.Client{Transport: transport}
-		for range clients {
-			all.Go(func() {
-				for ctx.Err() == nil {
-					code, size := post(ctx, client, address, body)
-					if ctx.Err() != nil {
-						return
-					}
-					if code == 0 {
-						time.Sleep(pause)
-					}
-					mu.Lock()
-					ended[code]++
-					mu.Unlock()
-					largest.Store(max(size, largest.Load()))
-				}
-			})
+		clients[source] = &http.Client{Transport: transport}
+	}
+	return repeat(ctx, sources, n, func(source string, ended func(string)) {
+		request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+"/mutate", bytes.NewReader(body))
+		if err != nil {
+			ended(err.Error())
+			return
 		}
-	}
-	all.Wait()
-	return ended, largest.Load()
-}
-
-// dialer dials from that address.
-func dialer(source string) func(ctx context.Context, address string) (net.Conn, error) {
-	d := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
-	return func(ctx context.Context, address string) (net.Conn, error) { return d.DialContext(ctx, "tcp", address) }
-}
-
-func post(ctx context.Context, client *http.Client, address string, body []byte) (code int, size int64) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+"/mutate", bytes.NewReader(body))
-	if err != nil {
-		return 0, 0
-	}
-	request.Header.Set("Content-Type", "application/json")
-	response, err := client.Do(request)
-	if err != nil {
-		return 0, 0
-	}
-	defer response.Body.Close()
-	size, _ = io.Copy(io.Discard, response.Body)
-	return response.StatusCode, size
+		request.Header.Set("Content-Type", "application/json")
+		response, err := clients[source].Do(request)
+		if err != nil {
+			ended("no response")
+			time.Sleep(pause)
+			return
+		}
+		_, _ = io.Copy(io.Discard, response.Body)
+		_ = response.Body.Close()
+		ended(response.Status)
+	})
 }

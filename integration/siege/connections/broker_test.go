@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/credence-iam/credence/broker"
+	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/brokerpb"
 	"github.com/credence-iam/credence/broker/brokertest"
 	"github.com/credence-iam/credence/broker/client"
@@ -25,10 +27,11 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/policy"
-	"github.com/credence-iam/credence/integration/siege/attack"
+	"github.com/credence-iam/credence/integration/stack"
+	"github.com/credence-iam/credence/webhook"
 )
 
-// session is what the stand-in for STS gives.
+// session stands in for STS.
 func session(context.Context, policy.Grant) (credential.Credential, error) {
 	return credential.Credential{
 		AccessKeyID: "ASIAEXAMPLE", SecretAccessKey: credential.NewSecret("secret"), SessionToken: credential.NewSecret("token"),
@@ -44,52 +47,43 @@ func startBroker(t *testing.T, sts brokertest.STS) (*brokertest.Broker, *counted
 	return b, l
 }
 
-// caller is a pod with a token of its own, and the client that its sidecar has.
-type caller struct{ *client.Client }
-
-// newCaller makes a pod of that number in a namespace, whose calls come from an address.
-func newCaller(t *testing.T, b *brokertest.Broker, l *counted, source, namespace string, number int) caller {
+// newCaller makes a pod with this number, and returns its sidecar's client, which calls from 127.0.0.6.
+func newCaller(t *testing.T, b *brokertest.Broker, l *counted, number int) *client.Client {
 	t.Helper()
-	name := fmt.Sprintf("%s-%d", namespace, number)
+	name := fmt.Sprintf("shop-%d", number)
 	b.Set(brokertest.Pod{
 		Token:       name,
-		Identity:    identity.Pod{Namespace: namespace, Name: name, UID: "uid-" + name, ServiceAccount: "default"},
+		Identity:    identity.Pod{Namespace: "shop", Name: name, UID: "uid-" + name, ServiceAccount: "default"},
 		Annotations: map[string]string{"iam.amazonaws.com/role": "cart"},
 	})
 	file := filepath.Join(t.TempDir(), "token")
 	if err := os.WriteFile(file, []byte(name), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
 	c, err := client.New(client.Config{
 		Target: brokertest.Name + ":9443", TLS: b.ClientTLS(), TokenFile: file,
 		Lookup: func(context.Context, string, string) ([]netip.Addr, error) {
 			return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
 		},
 		Dial: func(ctx context.Context, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "tcp", l.Addr().String())
+			return from("127.0.0.6").DialContext(ctx, "tcp", l.Addr().String())
 		},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return caller{c}
+	return c
 }
 
-// until waits for a condition, which the test's own time limit bounds.
-func until(t *testing.T, condition func() bool) {
-	t.Helper()
-	for !condition() {
-		if t.Context().Err() != nil {
-			t.Fatal("the test has ended")
-		}
-		time.Sleep(time.Millisecond)
-	}
+// from dials from an address.
+func from(address string) *net.Dialer {
+	return &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(address)}}
 }
 
-// TestPodBesideAttackers: while four addresses hold as many connections as they can, the calls of a fifth are answered.
+// TestPodBesideAttackers checks that the calls of a pod succeed while four other addresses hold as many connections as
+// they can.
 func TestPodBesideAttackers(t *testing.T) {
-	for name, connections := range map[string]int{ // of each address
+	for step, connections := range map[string]int{ // of each address
 		"silence after SETTINGS": 150,
 		"an open call":           150,
 		"many headers":           150,
@@ -98,10 +92,10 @@ func TestPodBesideAttackers(t *testing.T) {
 		"connecting again":       8,
 		"resets":                 8,
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(step, func(t *testing.T) {
 			b, l := startBroker(t, session)
-			pod := newCaller(t, b, l, "127.0.0.6", "shop", 1)
-			a := startAttack(t, l.Addr().String(), "h2", name, fourAddresses, connections)
+			pod := newCaller(t, b, l, 1)
+			a := startAttack(t, l, "h2", step, attackers, connections)
 			until(t, func() bool {
 				return b.Connections().Closed[connlimit.Crowded] > 0 || connections == 8 && a.Opened() > 100
 			})
@@ -109,40 +103,41 @@ func TestPodBesideAttackers(t *testing.T) {
 			for i := range 20 {
 				began := time.Now()
 				if _, err := pod.Credentials(t.Context()); err != nil {
-					t.Fatalf("call %d, beside %d connections that attack: %v", i, a.Opened(), err)
+					t.Fatalf("call %d failed beside %d attacking connections: %v", i, a.Opened(), err)
 				}
 				longest = max(longest, time.Since(began))
 			}
-			t.Logf("the longest of 20 calls took %s; attackers opened %d connections; the broker's state is %+v", longest, a.Opened(), b.Connections())
+			t.Logf("the longest of 20 calls took %s; attackers opened %d connections; the broker: %+v", longest, a.Opened(), b.Connections())
 		})
 	}
 }
 
-// TestNodeOfPods: some networks hide all pods of a node behind one address. They may all start at once, and beside attackers.
+// TestNodeOfPods checks that all pods of a node can start at once, also beside attackers. Some networks hide all pods of a
+// node behind one address.
 func TestNodeOfPods(t *testing.T) {
 	const pods = 250 // Kubernetes supports 110, and some platforms 250
 	for name, attacked := range map[string]bool{"alone": false, "beside attackers": true} {
 		t.Run(name, func(t *testing.T) {
 			b, l := startBroker(t, session)
-			node := make([]caller, pods)
+			node := make([]*client.Client, pods)
 			for i := range node {
-				node[i] = newCaller(t, b, l, "127.0.0.6", "shop", i)
+				node[i] = newCaller(t, b, l, i)
 			}
 			if attacked {
-				startAttack(t, l.Addr().String(), "h2", "silence after SETTINGS", fourAddresses, 150)
+				startAttack(t, l, "h2", "silence after SETTINGS", attackers, 150)
 				until(t, func() bool { return b.Connections().Closed[connlimit.Crowded] > 0 })
 			}
 			var repeated atomic.Int32
 			var running sync.WaitGroup
 			for _, pod := range node {
 				running.Go(func() {
-					for try := 1; ; try++ { // sidecars go on trying, and this machine may be slow
+					for try := 1; ; try++ { // sidecars retry, and this machine may be slow
 						_, err := pod.Credentials(t.Context())
 						if err == nil {
 							return
 						}
 						if repeated.Add(1); !attacked || try == 20 {
-							t.Errorf("a pod of a node that starts: %v", err)
+							t.Errorf("a starting pod: %v", err)
 							return
 						}
 						time.Sleep(time.Second)
@@ -150,13 +145,13 @@ func TestNodeOfPods(t *testing.T) {
 				})
 			}
 			running.Wait()
-			t.Logf("%d calls were repeated; the broker's state is %+v", repeated.Load(), b.Connections())
+			t.Logf("%d calls were repeated; the broker: %+v", repeated.Load(), b.Connections())
 		})
 	}
 }
 
-// TestColdPods: callers that wait for STS are known, and do not count with those that are not: more of them than there may be
-// unknown ones are served.
+// TestColdPods checks that callers that wait for STS do not count as unknown callers: the broker serves more of them than
+// there may be unknown callers.
 func TestColdPods(t *testing.T) {
 	const pods = 600
 	release := make(chan struct{})
@@ -166,7 +161,7 @@ func TestColdPods(t *testing.T) {
 	})
 	var running sync.WaitGroup
 	for i := range pods {
-		newCaller(t, b, l, "127.0.0.6", "shop", i)
+		newCaller(t, b, l, i)
 		conn, err := grpc.NewClient("passthrough:///"+l.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(b.ClientTLS())))
 		if err != nil {
 			t.Fatal(err)
@@ -176,7 +171,7 @@ func TestColdPods(t *testing.T) {
 			ctx := metadata.AppendToOutgoingContext(t.Context(), "authorization", fmt.Sprint("Bearer shop-", i))
 			_, err := brokerpb.NewBrokerClient(conn).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{}, grpc.WaitForReady(true))
 			if err != nil {
-				t.Errorf("a cold pod: %v", err)
+				t.Errorf("a waiting pod: %v", err)
 			}
 		})
 	}
@@ -185,61 +180,83 @@ func TestColdPods(t *testing.T) {
 	running.Wait()
 }
 
-// TestFloods: frames without end are cut off, long before they cost anything.
+// TestFloods checks that the broker closes connections with endless frames long before they cost anything.
 func TestFloods(t *testing.T) {
-	for name, step := range map[string]attack.Step{
-		"PING": attack.Pings, "SETTINGS": attack.Settings, "resets": attack.Resets, "CONTINUATION": attack.Continuations,
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, step := range []string{"PING without end", "SETTINGS without end", "resets", "CONTINUATION without end"} {
+		t.Run(step, func(t *testing.T) {
 			_, l := startBroker(t, session)
-			ctx, cancel := context.WithCancel(t.Context())
-			var count attack.Count
-			var running sync.WaitGroup
-			running.Go(func() {
-				attack.Run(ctx, attack.Target{Address: l.Addr().String(), TLS: attack.AnyServer("h2")}, 1, step, &count)
-			})
-			until(t, func() bool { return count.Opened() > 5 })
-			cancel()
-			running.Wait()
-			if read := l.read.Load() / count.Opened(); read > 64<<10 {
-				t.Errorf("of each connection the broker reads %d bytes", read)
+			a := startAttack(t, l, "h2", step, []string{"127.0.0.1"}, 1)
+			until(t, func() bool { return a.Opened() > 5 })
+			a.Stop()
+			if read := l.read.Load() / a.Opened(); read > 64<<10 {
+				t.Errorf("the broker reads %d bytes of each connection", read)
 			}
 		})
 	}
 }
 
-// TestBrokerLimits: unknown callers can make a broker hold a quarter of the memory that it has, all bounds together, and
-// all callers three quarters.
-func TestBrokerLimits(t *testing.T) {
-	limit := memoryLimit(t, "broker")
-	if broker.MaxHeldUnauthenticated > limit/4 {
-		t.Errorf("unknown callers can make a broker hold %d bytes; a quarter of its memory limit is %d", broker.MaxHeldUnauthenticated, limit/4)
+// TestLimits checks the memory that all limits together allow, beside the memory limits of the chart: unknown callers can
+// make a server use a quarter, and all callers of a broker three quarters.
+func TestLimits(t *testing.T) {
+	brokerLimit, webhookLimit, err := stack.ChartMemory()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if broker.MaxHeld > limit/4*3 {
-		t.Errorf("all callers can make a broker hold %d bytes; three quarters of its memory limit are %d", broker.MaxHeld, limit/4*3)
+	if broker.MaxHeldUnauthenticated > brokerLimit/4 {
+		t.Errorf("unknown callers can make a broker use %d bytes; a quarter of its memory limit is %d", broker.MaxHeldUnauthenticated, brokerLimit/4)
+	}
+	if broker.MaxHeld > brokerLimit/4*3 {
+		t.Errorf("all callers can make a broker use %d bytes; three quarters of its memory limit are %d", broker.MaxHeld, brokerLimit/4*3)
+	}
+	if webhook.MaxHeldUnauthenticated > webhookLimit/4 {
+		t.Errorf("clients can make a webhook use %d bytes; a quarter of its memory limit is %d", webhook.MaxHeldUnauthenticated, webhookLimit/4)
 	}
 }
 
-// TestMemoryOfBrokerConnections measures what one connection holds before a handler runs, in each attack that is known.
+// TestMemoryOfBrokerConnections measures the memory of one connection before a handler runs, in each known attack.
 func TestMemoryOfBrokerConnections(t *testing.T) {
-	for _, name := range []string{
+	for _, step := range []string{
 		"silence after the handshake", "silence after SETTINGS", "an open call", "large headers", "large headers twice", "large headers in 16 streams",
 		"everything at once", "many headers", "many headers in 16 streams", "a message in crumbs", "a ClientHello without end", "a long ClientHello without end",
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(step, func(t *testing.T) {
 			b, l := startBroker(t, session)
-			alpn := "h2"
-			if name == "a ClientHello without end" || name == "a long ClientHello without end" {
-				alpn = ""
+			checkMemory(t, l, "h2", step, b.Connections, broker.HeldPerConnection)
+		})
+	}
+}
+
+// TestProbesBesideAttackers checks that a kubelet's probes succeed while four addresses hold as many connections as they
+// can.
+func TestProbesBesideAttackers(t *testing.T) {
+	for _, step := range []string{"silence after the handshake", "an idle connection", "many headers without end", "connecting again"} {
+		t.Run(step, func(t *testing.T) {
+			l := listen(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- admin.Serve(ctx, l, admin.Handler(nil)) }()
+			t.Cleanup(func() {
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			})
+			a := startAttack(t, l, "", step, attackers, 50)
+			until(t, func() bool { return a.Opened() > 200 })
+			client := &http.Client{Transport: &http.Transport{DialContext: from("127.0.0.6").DialContext, DisableKeepAlives: true}} // as kubelets do
+			for range 50 {
+				response, err := client.Get("http://" + l.Addr().String() + "/healthz") //nolint:noctx // The test's time is its limit.
+				if err != nil {
+					t.Fatalf("a probe: %v", err)
+				}
+				_, _ = io.Copy(io.Discard, response.Body)
+				_ = response.Body.Close()
+				if response.StatusCode != http.StatusOK {
+					t.Errorf("a probe has status %s", response.Status)
+				}
 			}
-			refused := func() bool { return b.Connections().Closed[connlimit.Flood] > 0 }
-			got := perConnection(t, l, alpn, name, 48, refused)
-			if got == 0 {
-				t.Log("the broker closes such connections")
-			}
-			t.Logf("%d bytes a connection", got)
-			if got > allowance(broker.HeldPerConnection) {
-				t.Errorf("a connection holds %d bytes of a broker; its bounds are made for %d", got, broker.HeldPerConnection)
+			if open := l.open.Load(); open > 200 {
+				t.Errorf("%d connections are open", open)
 			}
 		})
 	}

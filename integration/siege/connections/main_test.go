@@ -1,5 +1,5 @@
-// Package connections attacks real servers as clients without a token can, and looks at what that costs the servers, and those
-// who have a token. Attackers whose own memory would be counted with the server's run in a process of their own.
+// Package connections attacks real servers as clients without a token can, and checks the cost for the servers and for
+// clients with a token. Attackers run in a process of their own if their memory would count with the server's.
 package connections
 
 import (
@@ -7,15 +7,15 @@ import (
 	"os"
 	"runtime"
 	"runtime/metrics"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/yaml"
-
+	"github.com/credence-iam/credence/broker/connlimit"
 	"github.com/credence-iam/credence/integration/siege/attack"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 func TestMain(m *testing.M) {
@@ -24,13 +24,16 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// fourAddresses are where attackers are that have more than one.
-var fourAddresses = []string{"127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"}
+// attackers are the addresses of several attackers.
+var attackers = []string{"127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"}
 
-// startAttack starts a process that keeps n connections from each source in a step of that name, until the test ends.
-func startAttack(t *testing.T, address, alpn, name string, sources []string, n int) *attack.Process {
+// startAttack keeps n connections from each source in a step of this name, until the test ends.
+func startAttack(t *testing.T, l *counted, alpn, step string, sources []string, n int) *attack.Process {
 	t.Helper()
-	a, err := attack.Start(t.Context(), attack.Plan{Step: name, Address: address, ALPN: alpn, Sources: sources, Connections: n})
+	if strings.Contains(step, "ClientHello") {
+		alpn = "" // the step makes its own
+	}
+	a, err := attack.Start(t.Context(), attack.Plan{Step: step, Address: l.Addr().String(), ALPN: alpn, Sources: sources, Connections: n})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +41,18 @@ func startAttack(t *testing.T, address, alpn, name string, sources []string, n i
 	return a
 }
 
-// counted is a listener that counts the bytes read from its connections, and knows how many are open.
+// until waits for a condition, within the test's own time limit.
+func until(t *testing.T, condition func() bool) {
+	t.Helper()
+	for !condition() {
+		if t.Context().Err() != nil {
+			t.Fatal("the test has ended")
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// counted is a listener that counts its open connections, and the bytes read from them.
 type counted struct {
 	net.Listener
 	read, open atomic.Int64
@@ -53,7 +67,7 @@ func (l *counted) Accept() (net.Conn, error) {
 	return &countedConn{conn.(*net.TCPConn), l, sync.Once{}}, nil
 }
 
-// countedConn has the type of TCP's buffers, but not TCP itself, which the server would take for granted.
+// countedConn has TCP's buffer methods. It is not a *net.TCPConn, which a server would read directly.
 type countedConn struct {
 	*net.TCPConn
 	of   *counted
@@ -82,26 +96,30 @@ func listen(t *testing.T) *counted {
 	return &counted{Listener: l}
 }
 
-// memory returns the bytes of this process that are in use: objects that are reachable, and stacks.
+// memory returns the bytes that this process uses: reachable objects and stacks.
 func memory() uint64 {
 	runtime.GC()
-	runtime.GC() // what pools held is free only now
+	runtime.GC() // frees what pools held
 	samples := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/stacks:bytes"}}
 	metrics.Read(samples)
 	return samples[0].Value.Uint64() + samples[1].Value.Uint64()
 }
 
-// perConnection returns what one connection holds of the server behind l, in bytes, with n of them under attack.
-func perConnection(t *testing.T, l *counted, alpn, name string, n int, refused func() bool) uint64 {
+// checkMemory checks that one connection under attack uses no more memory of the server behind l than the server's limits
+// assume. A server may also close such connections.
+func checkMemory(t *testing.T, l *counted, alpn, step string, state func() connlimit.Stats, limit uint64) {
 	t.Helper()
-	before := memory()
-	a := startAttack(t, l.Addr().String(), alpn, name, []string{"127.0.0.1"}, n)
-	full := func() bool {
-		return l.open.Load() == int64(n) && a.Held() == int64(n) && l.read.Load() == a.Sent()
+	if stack.Race {
+		limit += limit / 4 // the race detector makes stacks larger, and keeps less in pools
 	}
+	const n = 48
+	before := memory()
+	a := startAttack(t, l, alpn, step, []string{"127.0.0.1"}, n)
+	full := func() bool { return l.open.Load() == n && a.Held() == n && l.read.Load() == a.Sent() }
 	for {
-		if refused() || a.Opened() > int64(4*n) {
-			return 0 // the server does not let the attack hold n connections
+		if state().Closed[connlimit.Flood] > 0 || a.Opened() > 4*n {
+			t.Log("the server closes such connections")
+			return
 		}
 		if !full() {
 			time.Sleep(time.Millisecond)
@@ -109,48 +127,13 @@ func perConnection(t *testing.T, l *counted, alpn, name string, n int, refused f
 		}
 		after := memory()
 		if !full() {
-			continue // meanwhile the server has closed some
+			continue // the server has closed some
 		}
-		if after < before {
-			return 0
+		used := (max(after, before) - before) / n
+		t.Logf("one connection uses %d bytes", used)
+		if used > limit {
+			t.Errorf("one connection uses %d bytes, and the limits assume %d", used, limit)
 		}
-		return (after - before) / uint64(n)
+		return
 	}
-}
-
-// allowance is what a connection may hold here, of a server whose bounds are made for that many bytes.
-func allowance(held uint64) uint64 {
-	if raceDetector {
-		return held + held/4
-	}
-	return held
-}
-
-// memoryLimit returns the limit that the chart gives a component, in bytes.
-func memoryLimit(t *testing.T, component string) int64 {
-	t.Helper()
-	text, err := os.ReadFile("../../../charts/credence/values.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var values map[string]struct {
-		Resources corev1.ResourceRequirements `json:"resources"`
-	}
-	var all map[string]any
-	if err := yaml.Unmarshal(text, &all); err != nil {
-		t.Fatal(err)
-	}
-	part, err := yaml.Marshal(map[string]any{component: all[component]})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := yaml.Unmarshal(part, &values); err != nil {
-		t.Fatal(err)
-	}
-	limits := values[component].Resources.Limits
-	limit := limits.Memory().Value()
-	if limit == 0 {
-		t.Fatalf("the chart gives %s no memory limit", component)
-	}
-	return limit
 }

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -21,7 +20,7 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// namespaces has one for every name, which is not opted in.
+// namespaces has a namespace of every name, which is not opted in.
 type namespaces struct{}
 
 func (namespaces) Namespace(_ context.Context, name string) (policy.Namespace, error) {
@@ -32,7 +31,7 @@ func (n namespaces) Latest(ctx context.Context, name string) (policy.Namespace, 
 	return n.Namespace(ctx, name)
 }
 
-// startWebhook starts a webhook on a TCP port of loopback, and returns it with what clients need.
+// startWebhook starts a webhook on a TCP port of loopback, and returns it with its clients' TLS configuration.
 func startWebhook(t *testing.T) (*webhook.Server, *counted, *tls.Config) {
 	t.Helper()
 	must := func(err error) {
@@ -64,18 +63,17 @@ func startWebhook(t *testing.T) (*webhook.Server, *counted, *tls.Config) {
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
-			t.Logf("attacks were cut off: %v", err)
+			t.Logf("the webhook closed attacking connections: %v", err)
 		}
 	})
 	return server, l, certs.ClientConfig(roots, "webhook")
 }
 
-// apiServer is a client from an address as an API server is one: it keeps up to 25 idle connections, for 90 s.
+// apiServer is an API server's client, from an address: it keeps up to 25 idle connections for 90 s.
 func apiServer(t *testing.T, source string, cfg *tls.Config) *http.Client {
 	t.Helper()
-	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
 	transport := &http.Transport{
-		TLSClientConfig: cfg, DialContext: dialer.DialContext, MaxIdleConnsPerHost: 25, IdleConnTimeout: 90 * time.Second,
+		TLSClientConfig: cfg, DialContext: from(source).DialContext, MaxIdleConnsPerHost: 25, IdleConnTimeout: 90 * time.Second,
 	}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport}
@@ -97,65 +95,50 @@ func reviewOnce(ctx context.Context, client *http.Client, l *counted) error {
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
 	if err == nil && (response.StatusCode != http.StatusOK || !strings.Contains(string(text), `"allowed":true`)) {
-		err = fmt.Errorf("answered %s: %s", response.Status, text)
+		err = fmt.Errorf("the webhook responds %s: %s", response.Status, text)
 	}
 	return err
 }
 
-var webhookAttacks = []string{
-	"silence after the handshake", "an idle connection", "a head without end", "a large head without end", "many headers without end",
-	"a body that does not come", "a ClientHello without end", "a long ClientHello without end",
-}
-
-// TestMemoryOfWebhookConnections measures what one connection holds besides reviews, in each attack that is known.
+// TestMemoryOfWebhookConnections measures the memory of one connection without reviews, in each known attack.
 func TestMemoryOfWebhookConnections(t *testing.T) {
-	for _, name := range webhookAttacks {
-		t.Run(name, func(t *testing.T) {
+	for _, step := range []string{
+		"silence after the handshake", "an idle connection", "a head without end", "a large head without end", "many headers without end",
+		"a body that does not come", "a ClientHello without end", "a long ClientHello without end",
+	} {
+		t.Run(step, func(t *testing.T) {
 			s, l, _ := startWebhook(t)
-			alpn := "http/1.1"
-			if strings.Contains(name, "ClientHello") {
-				alpn = ""
-			}
-			refused := func() bool { return s.Connections().Closed[connlimit.Flood] > 0 }
-			got := perConnection(t, l, alpn, name, 48, refused)
-			t.Logf("%d bytes a connection; 0: the webhook closes such connections", got)
-			if got > allowance(webhook.HeldPerConnection) {
-				t.Errorf("a connection holds %d bytes of a webhook; its bounds are made for %d", got, webhook.HeldPerConnection)
-			}
+			checkMemory(t, l, "http/1.1", step, s.Connections, webhook.HeldPerConnection)
 		})
 	}
 }
 
-// TestWebhookLimits: what clients can make a webhook hold, all bounds together, is a quarter of the memory that it has.
-func TestWebhookLimits(t *testing.T) {
-	if limit := memoryLimit(t, "webhook"); webhook.MaxHeldUnauthenticated > limit/4 {
-		t.Errorf("clients can make a webhook hold %d bytes; a quarter of its memory limit is %d", webhook.MaxHeldUnauthenticated, limit/4)
-	}
-}
-
-// TestReviewsBesideAttackers: while four addresses hold as many connections as they can, an API server's reviews are
-// answered, over connections that it keeps and new ones.
+// TestReviewsBesideAttackers checks that an API server's reviews succeed, over open and over new connections, while four
+// addresses hold as many connections as they can.
 func TestReviewsBesideAttackers(t *testing.T) {
-	for _, name := range []string{"silence after the handshake", "an idle connection", "a head without end", "a body without end", "connecting again"} {
-		t.Run(name, func(t *testing.T) {
+	for step, connections := range map[string]int{ // of each address
+		"silence after the handshake": 150,
+		"an idle connection":          150,
+		"a head without end":          150,
+		"a body without end":          150,
+		"connecting again":            8,
+	} {
+		t.Run(step, func(t *testing.T) {
 			s, l, cfg := startWebhook(t)
-			kept := apiServer(t, "127.0.0.6", cfg)
-			if err := reviewOnce(t.Context(), kept, l); err != nil {
+			open := apiServer(t, "127.0.0.6", cfg)
+			if err := reviewOnce(t.Context(), open, l); err != nil {
 				t.Fatal(err)
 			}
-			n := 150
-			if name == "connecting again" {
-				n = 8
-			}
-			a := startAttack(t, l.Addr().String(), "http/1.1", name, fourAddresses, n)
+			a := startAttack(t, l, "http/1.1", step, attackers, connections)
 			until(t, func() bool {
-				return s.Connections().Closed[connlimit.Crowded]+uint64(s.Connections().Waiting) > 0 || n == 8 && a.Opened() > 100
+				state := s.Connections()
+				return state.Closed[connlimit.Crowded]+uint64(state.Waiting) > 0 || connections == 8 && a.Opened() > 100
 			})
 			for range 10 {
 				var running sync.WaitGroup
 				for range 8 {
 					running.Go(func() {
-						if err := reviewOnce(t.Context(), kept, l); err != nil {
+						if err := reviewOnce(t.Context(), open, l); err != nil {
 							t.Errorf("a review: %v", err)
 						}
 					})
@@ -165,7 +148,7 @@ func TestReviewsBesideAttackers(t *testing.T) {
 					t.Errorf("a review over a new connection: %v", err)
 				}
 			}
-			t.Logf("the webhook's state is %+v", s.Connections())
+			t.Logf("the webhook: %+v", s.Connections())
 		})
 	}
 }

@@ -6,7 +6,8 @@ import (
 	"syscall"
 )
 
-// mountNamespace has a process started in a mount namespace of its own, and in a user namespace where only root may do so.
+// mountNamespace starts a process in its own mount namespace, and in its own user namespace unless root starts it, because
+// only root may create the former.
 func mountNamespace() *syscall.SysProcAttr {
 	a := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
 	if uid := os.Geteuid(); uid != 0 {
@@ -16,12 +17,12 @@ func mountNamespace() *syscall.SysProcAttr {
 	return a
 }
 
-// useHosts puts file in the place of /etc/hosts in the mount namespace of this process.
+// useHosts mounts file as /etc/hosts in the mount namespace of this process.
 func useHosts(file string) error {
 	if file == "" {
 		return nil
 	}
-	// Else the machine would see it too.
+	// Otherwise the whole machine would see the file.
 	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keeping mounts private: %w", err)
 	}

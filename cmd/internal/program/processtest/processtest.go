@@ -1,43 +1,37 @@
-// Package processtest runs the programs for their tests.
+// Package processtest runs the programs of Credence in their tests.
 //
-// [Start] runs a program as a process of its own: the test binary once more, with its own flags, environment, standard
-// output and signals. [CheckFlags] holds a test's table to the flags that the program has. It knows no program, and
-// links no more than the standard library into the test of one.
+// [Start] runs a program as a separate process: it runs the test binary again, with its own flags, environment, standard
+// output and signals. [CheckFlags] compares a test's table with the flags of the program. The package knows no program,
+// and links only the standard library into a program's test.
 package processtest
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"flag"
 	"io"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// Patience is how long [Await] waits, and a program is given to end. Both take milliseconds; it is for machines under
-// load.
+// Patience is how long [Process.Await] waits for a condition, and [Process.Wait] for the program to exit. Both take
+// milliseconds, but machines can be busy.
 const Patience = time.Minute
 
 const (
-	// variable marks the environment of a process that is to be the program.
+	// variable marks a process that is the program.
 	variable = "PROCESSTEST_RUN"
-	// hostsVariable has the path of the file that is to be its /etc/hosts.
+	// hostsVariable has the path of the file to mount as /etc/hosts.
 	hostsVariable = "PROCESSTEST_HOSTS"
-	// exitHosts is the exit code of a process that cannot have it.
+	// exitHosts is the exit code of a process that cannot mount it.
 	exitHosts = 70
 )
 
-// Main runs main, which must exit, in a process that [Start] has started. In any other process it returns, and the
-// tests run. TestMain calls it first, so that the test binary is the program too.
+// Main runs main, which must exit, in a process that [Start] has started. In any other process it returns. TestMain calls
+// it first, so that the test binary can be the program.
 func Main(main func()) {
 	if os.Getenv(variable) != "" {
 		if err := useHosts(os.Getenv(hostsVariable)); err != nil {
@@ -51,73 +45,34 @@ func Main(main func()) {
 
 // Process is a program that runs until the test ends.
 type Process struct {
-	// Stdout holds the standard output of the process, unless a file was given for that.
+	// Stdout has the standard output of the process, unless [Command.Stdout] is set.
 	Stdout *Output
-	// Stderr holds the standard error of the process: its log.
+	// Stderr has the standard error of the process, its log.
 	Stderr *Output
 
 	cmd   *exec.Cmd
-	fails bool // the test wants it to fail
+	fails bool // the test expects a failure
 	ended chan struct{}
-	err   error // why it failed; to be read once ended is closed
+	err   error // why it failed; set when ended is closed
 }
 
-// Output is what a program writes. It is safe for concurrent use.
-type Output struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-// Write implements io.Writer.
-func (o *Output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.Write(p)
-}
-
-// String returns the text that was written so far.
-func (o *Output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.String()
-}
-
-// end returns the last of it, for the log of a test.
-func (o *Output) end() string {
-	text := o.String()
-	return text[max(0, len(text)-8<<10):]
-}
-
-// Lines returns the JSON lines that were written so far, of which the field key has that value.
-func (o *Output) Lines(key, value string) (lines []map[string]any) {
-	all := bufio.NewScanner(strings.NewReader(o.String()))
-	all.Buffer(nil, 1<<20)
-	for all.Scan() {
-		var line map[string]any
-		if json.Unmarshal(all.Bytes(), &line) == nil && line[key] == value {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
-// Command says how to start a program.
+// Command is how to start a program.
 type Command struct {
 	Args []string
-	// Env is the environment, NAME=VALUE. Nothing else is in it but what every process needs.
+	// Env is the environment, NAME=VALUE. A few variables that each process needs are added.
 	Env []string
-	// Stdout takes standard output. Nil: [Process.Stdout] does.
+	// Stdout receives standard output. Nil: [Process.Stdout].
 	Stdout *os.File
-	// Hosts is a file that is /etc/hosts for this program alone, in a mount namespace of its own. Empty: the machine's.
-	// Where the kernel gives no such namespace, the test is skipped.
+	// Hosts is a file that the program sees as /etc/hosts, in its own mount namespace. If the kernel does not permit that,
+	// the test is skipped. Empty: the machine's file.
 	Hosts string
-	// Drain is a test, above the one that starts the program, that the program may run on until after SIGTERM. It is for
-	// programs that take seconds to shut down: many can do so at once. Nil: the test that starts it.
+	// Drain is a parent of the test that starts the program. The program may run until Drain ends, after a SIGTERM. Programs
+	// that take seconds to shut down can so do it in parallel. Nil: the test that starts it.
 	Drain *testing.T
 }
 
-// Start starts the program that the test binary is: see [Main]. When the test ends, the program gets SIGTERM and must
-// end with exit code 0; its log is in the test's log if the test has failed.
+// Start starts the test binary as the program, see [Main]. When the test ends, the program gets SIGTERM and must exit with
+// code 0. If the test has failed, the program's log is in the test's log.
 func Start(t *testing.T, c Command) *Process {
 	t.Helper()
 	binary, err := os.Executable()
@@ -125,8 +80,8 @@ func Start(t *testing.T, c Command) *Process {
 		t.Fatal(err)
 	}
 	p := &Process{Stdout: new(Output), Stderr: new(Output), ended: make(chan struct{})}
-	// Not on the test's context, which ends before its cleanups and would kill the program.
-	p.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), binary, c.Args...) //nolint:gosec // this very binary
+	// The test's context ends before its cleanups, and would kill the program.
+	p.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), binary, c.Args...) //nolint:gosec // It runs this test binary.
 	p.cmd.Env = append([]string{variable + "=1", "HOME=" + t.TempDir()}, c.Env...)
 	for _, name := range []string{"PATH", "TMPDIR", "GOCOVERDIR", "GORACE"} {
 		if value, ok := os.LookupEnv(name); ok {
@@ -140,11 +95,11 @@ func Start(t *testing.T, c Command) *Process {
 	if c.Hosts != "" {
 		p.cmd.Env = append(p.cmd.Env, hostsVariable+"="+c.Hosts)
 		if p.cmd.SysProcAttr = mountNamespace(); p.cmd.SysProcAttr == nil {
-			t.Skip("not run: only Linux gives a process an /etc/hosts of its own")
+			t.Skip("not run: only on Linux can a process have its own /etc/hosts")
 		}
 	}
 	if err := p.cmd.Start(); err != nil && c.Hosts != "" {
-		t.Skip("not run: the kernel gives this process no mount namespace: ", err)
+		t.Skip("not run: the kernel does not permit a mount namespace: ", err)
 	} else if err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +109,7 @@ func Start(t *testing.T, c Command) *Process {
 	}()
 	wait := func(t *testing.T) {
 		if err := p.Wait(); err != nil && !p.fails {
-			t.Errorf("the program ended with %v: %s\n%s", err, strings.Join(c.Args, " "), p.Stderr.end())
+			t.Errorf("the program exited with %v: %s\n%s", err, strings.Join(c.Args, " "), p.Stderr.end())
 		}
 	}
 	if c.Drain != nil {
@@ -173,10 +128,10 @@ func Start(t *testing.T, c Command) *Process {
 }
 
 // Terminate sends SIGTERM. It does not wait.
-func (p *Process) Terminate() { _ = p.cmd.Process.Signal(syscall.SIGTERM) } // the program may have ended
+func (p *Process) Terminate() { _ = p.cmd.Process.Signal(syscall.SIGTERM) } // it fails if the program has exited
 
-// Wait waits for the program to end. It kills a program that does not. The error says why it failed: an exit code, or
-// that it was killed.
+// Wait waits for the program to exit. If it does not, Wait kills it. The error says why it failed: an exit code, or that
+// it was killed.
 func (p *Process) Wait() error {
 	timeout := time.NewTimer(Patience)
 	defer timeout.Stop()
@@ -186,25 +141,24 @@ func (p *Process) Wait() error {
 	case <-timeout.C:
 		_ = p.cmd.Process.Kill()
 		<-p.ended
-		return errors.Join(errors.New("it did not end after SIGTERM"), p.err)
+		return errors.Join(errors.New("it did not exit after SIGTERM"), p.err)
 	}
 }
 
-// MustFail waits for a program that cannot go on. It must end with that exit code, and with words that have the text.
+// MustFail waits for a program that fails. It must exit with that code, and its last lines must contain the text.
 func (p *Process) MustFail(t *testing.T, code int, text string) {
 	t.Helper()
 	p.fails = true
 	exit, ok := errors.AsType[*exec.ExitError](p.Wait())
 	lines := strings.Split(strings.TrimSpace(p.Stderr.String()), "\n")
-	at := max(0, len(lines)-2) // where the command line is wrong, a hint follows
+	at := max(0, len(lines)-2) // after an error in the command line, a hint follows
 	if words := strings.Join(lines[at:], " "); !ok || exit.ExitCode() != code || !strings.Contains(words, text) {
-		t.Errorf("the program ended with %v, and %q; want exit code %d, and %q", exit, words, code, text)
+		t.Errorf("the program exited with %v and %q, want exit code %d and %q", exit, words, code, text)
 	}
 }
 
-// Await waits until the condition holds, for [Patience] at most, and ends the test if it never does, or if a program
-// that it is about has ended.
-func (p *Process) Await(t *testing.T, what string, condition func() bool) {
+// Await waits until condition holds, for at most [Patience]. The test ends if it never does, or if the program exits first.
+func (p *Process) Await(t *testing.T, event string, condition func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), Patience)
 	defer cancel()
@@ -213,48 +167,22 @@ func (p *Process) Await(t *testing.T, what string, condition func() bool) {
 	for !condition() {
 		select {
 		case <-p.ended:
-			t.Fatalf("the program ended with %v instead of: %s", p.err, what)
+			t.Fatalf("the program exited with %v before: %s", p.err, event)
 		case <-ctx.Done():
-			t.Fatalf("this has not happened: %s", what)
+			t.Fatalf("timeout while waiting until: %s", event)
 		case <-tick.C:
 		}
 	}
 }
 
-// Logged waits for a log record of that message, and returns the first one.
+// Logged waits for a log record with that message, and returns the first one.
 func (p *Process) Logged(t *testing.T, message string) (record map[string]any) {
 	t.Helper()
-	p.Await(t, "the log has "+message, func() bool {
+	p.Await(t, "the program has logged "+message, func() bool {
 		if lines := p.Stderr.Lines("msg", message); len(lines) > 0 {
 			record = lines[0]
 		}
 		return record != nil
 	})
 	return record
-}
-
-// CheckFlags fails for each flag that define defines and that no row of a table is about, and for each row of a flag that
-// there is not. A flag whose effect no row can show is in exempt, with the reason.
-func CheckFlags[O any](t *testing.T, define func(*flag.FlagSet) func([]string) (O, error), rows []string, exempt map[string]string) {
-	t.Helper()
-	f := flag.NewFlagSet("program", flag.ContinueOnError)
-	define(f)
-	f.VisitAll(func(f *flag.Flag) {
-		switch reason, excused := exempt[f.Name]; {
-		case excused && reason == "":
-			t.Errorf("--%s is exempt without a reason", f.Name)
-		case excused == slices.Contains(rows, f.Name):
-			t.Errorf("--%s must have a row that shows what it changes, or a reason in the list of exemptions why it can have none (and not both)", f.Name)
-		}
-	})
-	for _, name := range rows {
-		if f.Lookup(name) == nil {
-			t.Errorf("there is a row for --%s, and no such flag", name)
-		}
-	}
-	for name := range exempt {
-		if f.Lookup(name) == nil {
-			t.Errorf("--%s is exempt, and there is no such flag", name)
-		}
-	}
 }

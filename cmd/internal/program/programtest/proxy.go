@@ -10,18 +10,18 @@ import (
 	"testing"
 )
 
-// Proxy is an HTTP proxy, which tunnels by CONNECT and forwards http URLs, on a free port of 127.0.0.1.
+// Proxy is an HTTP proxy on a free port of 127.0.0.1. It tunnels CONNECT requests and refuses others.
 type Proxy struct {
 	// Addr is HOST:PORT.
 	Addr string
 
 	mu     sync.Mutex
-	asked  []string // guarded by mu
+	hosts  []string // guarded by mu
 	secret []string // guarded by mu
 	refuse int      // guarded by mu
 }
 
-// StartProxy starts one that reaches the addresses of the map's keys, HOST:PORT, at its values, and no others.
+// StartProxy starts a proxy until the test ends. reach maps each HOST:PORT that it can reach to the real address.
 func StartProxy(t *testing.T, reach map[string]string) *Proxy {
 	t.Helper()
 	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
@@ -30,9 +30,9 @@ func StartProxy(t *testing.T, reach map[string]string) *Proxy {
 	}
 	p := &Proxy{Addr: listener.Addr().String()}
 	var tunnels sync.WaitGroup
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { //nolint:gosec // Its clients are of the test.
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { //nolint:gosec // Only the test calls it.
 		p.mu.Lock()
-		p.asked = append(p.asked, r.Host)
+		p.hosts = append(p.hosts, r.Host)
 		p.secret = append(p.secret, r.Header.Values("Authorization")...)
 		refuse := p.refuse
 		p.mu.Unlock()
@@ -69,7 +69,7 @@ func StartProxy(t *testing.T, reach map[string]string) *Proxy {
 	return p
 }
 
-// tunnel copies both ways until one side ends.
+// tunnel copies in both directions until one side closes.
 func tunnel(here net.Conn, buffered *bufio.Reader, there net.Conn) {
 	var both sync.WaitGroup
 	both.Go(func() { _, _ = io.Copy(there, buffered); _ = there.Close() })
@@ -77,16 +77,16 @@ func tunnel(here net.Conn, buffered *bufio.Reader, there net.Conn) {
 	both.Wait()
 }
 
-// Refuse makes it answer every request with that status; 0 ends that.
+// Refuse makes the proxy respond to all requests with that status; 0 stops it.
 func (p *Proxy) Refuse(status int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.refuse = status
 }
 
-// Asked returns the hosts that it was asked for, and the Authorization headers that it has read on the way.
+// Asked returns the requested hosts, and the Authorization headers that the proxy has read.
 func (p *Proxy) Asked() (hosts, authorizations []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return slices.Clone(p.asked), slices.Clone(p.secret)
+	return slices.Clone(p.hosts), slices.Clone(p.secret)
 }

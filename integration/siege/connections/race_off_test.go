@@ -1,5 +1,0 @@
-//go:build !race
-
-package connections
-
-const raceDetector = false
