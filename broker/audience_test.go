@@ -5,6 +5,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -19,7 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// refusing is a verifier that answers with an error, and notes where calls come from.
+// refusing is a verifier that refuses with err and records the caller's address in from.
 type refusing struct {
 	world
 
@@ -32,24 +33,34 @@ func (r refusing) Verify(ctx context.Context, _ identity.UnverifiedToken) (ident
 	return identity.Pod{}, r.err
 }
 
-// A token that is genuine and made for another audience is the fault of a setting, and its pod is told. Of a token
-// that proves nothing, nobody is told.
-func TestTokenForAnotherAudienceIsPassedOn(t *testing.T) {
+// reports records the pods of reported refusals.
+type reports struct {
+	refused []policy.Pod
+	reasons []credential.Reason
+}
+
+func (r *reports) Refused(pod policy.Pod, refusal *credential.Error) {
+	r.refused, r.reasons = append(r.refused, pod), append(r.reasons, refusal.Reason)
+}
+func (r *reports) Shadowed(policy.Pod, string) {}
+
+// A genuine token for another audience shows wrong settings, so the broker reports it on the pod. It reports nothing for a
+// token that proves no identity.
+func TestTokenForAnotherAudienceIsReported(t *testing.T) {
 	pod := identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"}
 	refusal := func(cause error) error {
 		return &credential.Error{Kind: credential.ErrUnauthenticated, Reason: credential.ReasonTokenAudience, Message: "set --audience", Cause: cause}
 	}
 	for name, tt := range map[string]struct {
-		err     error
-		expects func(identity.Pod) bool
-		told    bool
+		err      error
+		expects  func(identity.Pod) bool
+		reported bool
 	}{
-		"of a pod that is there":   {refusal(&identity.OtherAudienceError{Pod: pod}), func(id identity.Pod) bool { return id == pod }, true},
-		"of a pod that is not":     {refusal(&identity.OtherAudienceError{Pod: pod}), func(identity.Pod) bool { return false }, false},
-		"where nothing is known":   {refusal(&identity.OtherAudienceError{Pod: pod}), nil, false},
-		"that proves nothing":      {refusal(nil), func(identity.Pod) bool { return true }, false},
-		"of nobody":                {refusal(&identity.OtherAudienceError{}), func(id identity.Pod) bool { return id == pod }, false},
-		"and not for its audience": {credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "no"), func(identity.Pod) bool { return true }, false},
+		"of a known pod":            {refusal(&identity.OtherAudienceError{Pod: pod}), func(id identity.Pod) bool { return id == pod }, true},
+		"of an unknown pod":         {refusal(&identity.OtherAudienceError{Pod: pod}), func(identity.Pod) bool { return false }, false},
+		"without an identity":       {refusal(nil), func(identity.Pod) bool { return true }, false},
+		"of no pod":                 {refusal(&identity.OtherAudienceError{}), func(id identity.Pod) bool { return id == pod }, false},
+		"refused for another cause": {credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "no"), func(identity.Pod) bool { return true }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -66,15 +77,10 @@ func TestTokenForAnotherAudienceIsPassedOn(t *testing.T) {
 				t.Fatal(err)
 			}
 			var from string
-			var told []policy.Pod
+			var reported reports
 			b, err := broker.New(broker.Config{
-				Verifier: refusing{err: tt.err, from: &from}, Binder: world{}, Rules: rules, Sessions: world{}, Audit: decisions, Logger: log, Expects: tt.expects,
-				Notify: func(pod policy.Pod, e *credential.Error) {
-					if e.Reason != credential.ReasonTokenAudience {
-						t.Errorf("told of %v", e)
-					}
-					told = append(told, pod)
-				},
+				Verifier: refusing{err: tt.err, from: &from}, Binder: world{}, Rules: rules, Sessions: world{}, Audit: decisions, Logger: log,
+				Observers: []broker.Observer{broker.ReportTo(&reported, tt.expects)},
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -86,11 +92,15 @@ func TestTokenForAnotherAudienceIsPassedOn(t *testing.T) {
 			if _, err := b.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{}); err == nil {
 				t.Error("the token was accepted")
 			}
-			if tt.told != (len(told) == 1) || tt.told && (told[0].Namespace != "shop" || told[0].Name != "cart-1" || told[0].UID != "u-1") {
-				t.Errorf("told of %+v", told)
+			var want reports
+			if tt.reported {
+				want.Refused(policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1"}, &credential.Error{Reason: credential.ReasonTokenAudience})
+			}
+			if !slices.Equal(reported.refused, want.refused) || !slices.Equal(reported.reasons, want.reasons) {
+				t.Errorf("reported %+v, want %+v", reported, want)
 			}
 			if from != "2001:db8::/64" {
-				t.Errorf("the verifier was told that the call comes from %q", from)
+				t.Errorf("the verifier received %q as the caller's address, want 2001:db8::/64", from)
 			}
 		})
 	}

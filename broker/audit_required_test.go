@@ -26,11 +26,12 @@ func (world) Verify(context.Context, identity.UnverifiedToken) (identity.Pod, er
 }
 
 func (world) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
-	return policy.Pod{Namespace: id.Namespace, Annotations: map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/cart"}},
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	return policy.Pod{Namespace: id.Namespace, Request: keys.Request(map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/cart"})},
 		policy.Namespace{
 			Name: id.Namespace, Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"},
 			Annotations: map[string]string{"iam.amazonaws.com/permitted": ".*"},
-		}, nil
+		}, err
 }
 
 func (world) Get(ctx context.Context, g policy.Grant, _ string) (cache.Value, error) {
@@ -38,7 +39,7 @@ func (world) Get(ctx context.Context, g policy.Grant, _ string) (cache.Value, er
 	return cache.Value{Credential: c, RefreshAfter: time.Minute}, err
 }
 
-func TestRequiredAuditRefusesWhatCannotBeRecorded(t *testing.T) {
+func TestRequiredAuditRefusesCallsItCannotRecord(t *testing.T) {
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	if err != nil {
 		t.Fatal(err)
@@ -60,11 +61,11 @@ func TestRequiredAuditRefusesWhatCannotBeRecorded(t *testing.T) {
 	if got, err := b.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{}); err != nil || got.GetAccessKeyId() == "" {
 		t.Fatalf("with room in the audit log: %v", err)
 	}
-	for decisions.Lost() == 0 { // nobody writes: the log fills up
+	for decisions.Lost() == 0 { // without a writer, the log fills up
 		_ = decisions.Record(audit.Entry{Decision: audit.Allow})
 	}
 	got, err := b.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
 	if got != nil || credential.ReasonOf(brokerpb.FromError(err)) != credential.ReasonAuditUnavailable {
-		t.Errorf("with a full audit log credentials were answered: %v, %v", got != nil, err)
+		t.Errorf("with a full audit log, credentials were returned: %v, %v", got != nil, err)
 	}
 }

@@ -1,10 +1,9 @@
-// Package broker exchanges a pod's identity for AWS credentials. It is the one place where the
-// parts meet: verify the token, bind it to the live pod, decide on the grant, answer from the
-// cache, and write down what was decided.
+// Package broker exchanges a pod's identity for AWS credentials. It connects the parts: verify the token, bind it to the live
+// pod, decide on the grant, get the session from the cache, and record the decision in the audit log. It also prefetches the
+// sessions that the broker owns.
 //
-// Its promise: no credential leaves without a valid token for our audience, a live pod, an opted-in
-// namespace and a permitted role; there is no fallback. It knows neither Kubernetes nor AWS: those
-// are behind the interfaces of [Config].
+// It guarantees: no credentials leave without a valid token for our audience, a live pod, an opted-in namespace and a
+// permitted role. There is no fallback. Kubernetes and AWS are behind the interfaces of [Config].
 package broker
 
 import (
@@ -31,57 +30,44 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Binder finds the live pod behind a verified identity.
+// Binder finds the live pod of a verified identity.
 //
-// Bind returns the pod and its namespace as they are now. It refuses with
-// credential.ErrNotFound or credential.ErrDenied a pod that is gone, was recreated, has finished or
-// was not injected, and answers credential.ErrUnavailable only when that could not be found out.
+// Bind returns the current pod and its namespace. It refuses a pod that is gone, was recreated, has finished or was not
+// injected, with credential.ErrNotFound or credential.ErrDenied. If it cannot find out, it returns credential.ErrUnavailable.
 type Binder interface {
 	Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error)
 }
 
-// Sessions answers grants.
+// Sessions has the sessions of grants.
 //
-// Get returns a valid session for the grant of a pod in the namespace, waiting no longer than ctx, or
-// cache.ErrTenantFull where the namespace has as many distinct grants as it may.
+// Get returns a valid session for the grant of a pod in the namespace. It waits until ctx ends at most. If the namespace has
+// its maximum of distinct grants, it returns cache.ErrTenantFull.
 type Sessions interface {
 	Get(ctx context.Context, grant policy.Grant, namespace string) (cache.Value, error)
 }
 
 // Config configures [New].
 type Config struct {
-	// Verifier proves tokens. Required.
+	// Verifier verifies tokens. Required.
 	Verifier identity.Verifier
 	// Binder finds pods. Required.
 	Binder Binder
 	// Rules decide on grants. Required.
 	Rules *policy.Rules
-	// Sessions answers grants. Required.
+	// Sessions has the sessions of grants. Required.
 	Sessions Sessions
-	// Audit records every decision. Required.
+	// Audit records every decision. It is not one of Observers, because it can refuse: if it must record each decision and
+	// cannot, the pod gets no credentials. Required.
 	Audit *audit.Log
-	// Region is told to pods that ask for none themselves. Default: none is told.
+	// Region is the region in responses to pods that set none. Default: none.
 	Region string
-	// Notify is told of each refusal that a person must mend, of a live pod: also while the pod still gets
-	// the session that could not be renewed. It must not block. Default: nobody is told.
-	Notify func(policy.Pod, *credential.Error)
-	// Expects reports whether there is an injected pod as a verified token names it, without a wait. Default: none is,
-	// and Notify is not told of tokens for another audience.
-	Expects func(identity.Pod) bool
-	// Shadowed is told, at each call, of a live pod whose admission warned of something that outranks its role, and of
-	// the warnings. It must not block. Default: nobody is told.
-	Shadowed func(pod policy.Pod, warnings string)
-	// Logger is told of failures that are the broker's own. Required.
+	// Observers are notified of each call, in order. Default: none.
+	Observers []Observer
+	// Logger receives the broker's own failures. Required.
 	Logger *slog.Logger
-	// Observe is told of each call of GetCredentials, once: why it was refused, "" when it was not, and
-	// how long it took. It must not block. Default: nobody is told.
-	Observe func(reason credential.Reason, took time.Duration)
-	// Decided is told, on the call's context, of what the audit log is told. It must not block. Default:
-	// nobody is told.
-	Decided func(ctx context.Context, entry audit.Entry)
 }
 
-// Broker answers the one RPC; [Serve] puts it on a listener.
+// Broker serves the one RPC. [Broker.Serve] serves it on a listener.
 type Broker struct {
 	brokerpb.UnimplementedBrokerServer
 	cfg         Config
@@ -94,7 +80,7 @@ func New(cfg Config) (*Broker, error) {
 		return nil, errors.New("a broker needs a Verifier, a Binder, Rules, Sessions, an Audit log and a Logger")
 	}
 	if !brokerpb.ValidRegion(cfg.Region) {
-		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens: sidecars take no other", cfg.Region)
+		return nil, fmt.Errorf("region %q must have at most 64 lower-case letters, digits and hyphens, because sidecars accept no other", cfg.Region)
 	}
 	connections, err := newConnections()
 	if err != nil {
@@ -103,46 +89,44 @@ func New(cfg Config) (*Broker, error) {
 	return &Broker{cfg: cfg, connections: connections}, nil
 }
 
-// replyMargin is shaved off the caller's deadline, so that the caller hears from us what took so
-// long, and not from its own clock that something did.
+// replyMargin is how long before the caller's deadline the broker responds, so that the caller learns what took so long.
 const replyMargin = 50 * time.Millisecond
 
-// maxCall bounds a call whose caller sets no deadline, or a long one.
+// maxCall bounds a call whose caller sets no deadline or a late one.
 const maxCall = 30 * time.Second
 
 // GetCredentials implements brokerpb.BrokerServer.
 func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
 	began := time.Now()
 	deadline := began.Add(maxCall)
-	if asked, ok := ctx.Deadline(); ok && asked.Before(deadline) {
-		deadline = asked
+	if callers, ok := ctx.Deadline(); ok && callers.Before(deadline) {
+		deadline = callers
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline.Add(-replyMargin))
 	defer cancel()
-	entry := audit.Entry{Decision: audit.Deny}
+	call := Call{Entry: audit.Entry{Decision: audit.Deny}}
+	entry := &call.Entry
 	if p, ok := peer.FromContext(ctx); ok {
 		entry.Peer = p.Addr.String()
 		if host, _, err := net.SplitHostPort(entry.Peer); err == nil {
 			ctx = identity.WithPeer(ctx, host)
 		}
 	}
-	lease, err := b.decide(ctx, &entry)
+	lease, err := b.decide(ctx, &call)
 	if err != nil {
 		entry.Reason, entry.Message = credential.ReasonOf(err), message(err)
 	}
-	// Queued before the answer leaves: a decision that cannot be recorded does not take effect.
-	if auditErr := b.cfg.Audit.Record(entry); err == nil && auditErr != nil {
+	// Queued before the response leaves: a decision that cannot be recorded does not take effect.
+	if auditErr := b.cfg.Audit.Record(*entry); err == nil && auditErr != nil {
 		err = auditErr
 	}
-	if b.cfg.Decided != nil {
-		b.cfg.Decided(ctx, entry)
-	}
-	if b.cfg.Observe != nil {
-		b.cfg.Observe(credential.ReasonOf(err), time.Since(began))
+	call.Err, call.Took = err, time.Since(began)
+	for _, observe := range b.cfg.Observers {
+		observe(ctx, call)
 	}
 	if err != nil {
 		if credential.ReasonOf(err) == credential.ReasonInternal {
-			b.cfg.Logger.ErrorContext(ctx, "Answering failed", "namespace", entry.Namespace, "pod", entry.Pod, "error", err)
+			b.cfg.Logger.ErrorContext(ctx, "Could not serve a call", "namespace", entry.Namespace, "pod", entry.Pod, "error", err)
 		}
 		return nil, brokerpb.ToStatus(err).Err()
 	}
@@ -158,9 +142,9 @@ func (b *Broker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsR
 	}, nil
 }
 
-// decide goes from the call's token to the session, and fills in entry as it learns. A panic on the way is an error, so
-// that the call has its audit line.
-func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credential.Lease, err error) {
+// decide goes from the call's token to the session, and fills in call on the way. It turns a panic into an error, so that
+// the call has its audit line.
+func (b *Broker) decide(ctx context.Context, call *Call) (lease credential.Lease, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			// The stack's arguments are addresses only.
@@ -173,71 +157,43 @@ func (b *Broker) decide(ctx context.Context, entry *audit.Entry) (lease credenti
 	}
 	id, err := b.cfg.Verifier.Verify(ctx, token)
 	if err != nil {
-		b.notifyAudience(err)
 		return credential.Lease{}, err
 	}
+	entry := &call.Entry
 	entry.Namespace, entry.Pod, entry.PodUID, entry.ServiceAccount = id.Namespace, id.Name, id.UID, id.ServiceAccount
 	if conn := connectionOf(ctx); conn != nil && !conn.Authenticated(id.Namespace, id.UID) {
 		return credential.Lease{}, credential.Errorf(credential.ErrUnavailable, credential.ReasonBrokerBusy,
-			"this broker has too many calls at once, of this pod or of all in namespace %q; call another broker, or try again later", id.Namespace)
+			"this broker has too many calls at once from this pod or from namespace %q; call another broker, or try again later", id.Namespace)
 	}
 	pod, ns, err := b.cfg.Binder.Bind(ctx, id)
 	if err != nil {
 		return credential.Lease{}, err
 	}
-	if warnings := pod.Annotations[b.cfg.Rules.Keys().Name(policy.Warnings)]; warnings != "" && b.cfg.Shadowed != nil {
-		b.cfg.Shadowed(pod, warnings)
-	}
+	call.Pod = pod
 	grant, err := b.cfg.Rules.Decide(ctx, pod, ns)
 	if err != nil {
-		b.notify(pod, err)
 		return credential.Lease{}, err
 	}
 	entry.Role, entry.SessionName = grant.Role().String(), grant.SessionName()
 	session, err := b.cfg.Sessions.Get(ctx, grant, pod.Namespace)
 	if errors.Is(err, cache.ErrTenantFull) {
 		err = credential.Errorf(credential.ErrDenied, credential.ReasonTooManyGrants,
-			"namespace %q has as many distinct sessions as one namespace may: let its pods share them, by equal annotations and a wider %q",
+			"namespace %q has the maximum of distinct sessions; let its pods share them, by equal annotations and a wider %q",
 			pod.Namespace, b.cfg.Rules.Keys().Name(policy.SessionScope))
 	}
-	if err == nil {
-		b.notify(pod, session.Failure)
-	} else {
-		b.notify(pod, err)
+	if err != nil {
 		return credential.Lease{}, err
 	}
+	call.RenewalErr = session.Failure
 	entry.Decision, entry.AccessKeyID, entry.Expiration = audit.Allow, session.AccessKeyID, session.Expiration
-	region := strings.TrimSpace(pod.Annotations[b.cfg.Rules.Keys().Name(policy.Region)])
-	if region == "" {
-		region = b.cfg.Region
+	region := b.cfg.Region
+	if settings, err := pod.Request.Settings(); err == nil && settings.Region != "" {
+		region = settings.Region
 	}
 	return credential.Lease{Credential: session.Credential, Role: grant.Role(), Region: region, RefreshAfter: session.RefreshAfter}, nil
 }
 
-// notify passes on what a person must mend.
-func (b *Broker) notify(pod policy.Pod, err error) {
-	if b.cfg.Notify == nil || !errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) {
-		return
-	}
-	if e, ok := errors.AsType[*credential.Error](err); ok {
-		b.cfg.Notify(pod, e)
-	}
-}
-
-// notifyAudience passes on that a token is made for another audience, if nothing else is wrong with it: then its pod is
-// known, and the webhook and the broker disagree. Only a pod that the watch has is told. A service that pods show
-// tokens to could have this said of them, and no more.
-func (b *Broker) notifyAudience(err error) {
-	other, ok := errors.AsType[*identity.OtherAudienceError](err)
-	if !ok || b.cfg.Notify == nil || b.cfg.Expects == nil || !b.cfg.Expects(other.Pod) {
-		return
-	}
-	if e, ok := errors.AsType[*credential.Error](err); ok {
-		b.cfg.Notify(policy.Pod{Namespace: other.Pod.Namespace, Name: other.Pod.Name, UID: other.Pod.UID}, e)
-	}
-}
-
-// bearer takes the token out of the call's metadata.
+// bearer returns the token of the call's metadata.
 func bearer(ctx context.Context) (identity.UnverifiedToken, error) {
 	values := metadata.ValueFromIncomingContext(ctx, "authorization")
 	if len(values) == 1 {
@@ -247,10 +203,10 @@ func bearer(ctx context.Context) (identity.UnverifiedToken, error) {
 		}
 	}
 	return identity.UnverifiedToken{}, credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenMissing,
-		`the call carries no service-account token: send exactly one "authorization: Bearer TOKEN"`)
+		`the call has no service-account token; send exactly one "authorization: Bearer TOKEN"`)
 }
 
-// message is the part of err that may leave the process.
+// message returns the part of err that may leave the process.
 func message(err error) string {
 	if e, ok := errors.AsType[*credential.Error](err); ok {
 		return e.Message

@@ -25,7 +25,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// secret is planted in every session, and must be found nowhere but in answers.
+// secret is in every session, and must appear in responses only.
 const secret = "very/secret+key"
 
 func session(_ context.Context, g policy.Grant) (credential.Credential, error) {
@@ -38,7 +38,7 @@ func session(_ context.Context, g policy.Grant) (credential.Credential, error) {
 	}, nil
 }
 
-// lines is an audit sink that tests read while the broker writes.
+// lines collects audit lines; tests read it while the broker writes.
 type lines struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -69,7 +69,7 @@ func (l *lines) last(t *testing.T, n int) audit.Entry {
 		}
 		select {
 		case <-t.Context().Done():
-			t.Fatalf("only %q was audited", text)
+			t.Fatalf("the audit log has only %q", text)
 		case <-time.After(time.Millisecond):
 		}
 	}
@@ -81,7 +81,7 @@ var cart = brokertest.Pod{
 	Annotations: map[string]string{"iam.amazonaws.com/role": "cart"},
 }
 
-// call asks as whoever the metadata says.
+// call calls the broker with that metadata.
 func call(t *testing.T, b *brokertest.Broker, md ...string) (*brokerpb.GetCredentialsResponse, error) {
 	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///broker", grpc.WithContextDialer(b.Dial), grpc.WithTransportCredentials(credentials.NewTLS(b.ClientTLS())))
@@ -103,15 +103,15 @@ func TestAnswersTheAnnotatedRole(t *testing.T) {
 	}
 	if got.GetRoleArn() != "arn:aws:iam::123456789012:role/cart" || got.GetAccountId() != "123456789012" || got.GetAccessKeyId() != "ASIACART" ||
 		got.GetSecretAccessKey() != secret || got.GetRegion() != "eu-central-1" {
-		t.Errorf("answered role %s, account %s, key %s, region %s", got.GetRoleArn(), got.GetAccountId(), got.GetAccessKeyId(), got.GetRegion())
+		t.Errorf("the response has role %s, account %s, key %s, region %s", got.GetRoleArn(), got.GetAccountId(), got.GetAccessKeyId(), got.GetRegion())
 	}
-	// Between 0.45 and 0.5 of an hour remain when the sidecar comes back.
+	// Between 0.45 and 0.5 of the hour are left when the sidecar calls again.
 	if after := got.GetRefreshAfter().AsDuration(); after < 29*time.Minute || after > 33*time.Minute {
 		t.Errorf("refresh after %s", after)
 	}
 	e := audited.last(t, 1)
 	if e.Decision != audit.Allow || e.Pod != "cart-1" || e.AccessKeyID != "ASIACART" || e.Role != got.GetRoleArn() || e.Peer == "" {
-		t.Errorf("audited %+v", e)
+		t.Errorf("the audit entry is %+v", e)
 	}
 }
 
@@ -156,10 +156,10 @@ func TestRefusesAndAudits(t *testing.T) {
 			}
 			got, err := call(t, b, tt.metadata...)
 			if got != nil || status.Code(err) != tt.code || credential.ReasonOf(brokerpb.FromError(err)) != tt.reason {
-				t.Errorf("answered %v with %v", got != nil, err)
+				t.Errorf("the response is there: %v, with %v", got != nil, err)
 			}
 			if e := audited.last(t, 1); e.Decision != audit.Deny || e.Reason != tt.reason || e.AccessKeyID != "" || e.Message == "" {
-				t.Errorf("audited %+v", e)
+				t.Errorf("the audit entry is %+v", e)
 			}
 		})
 	}
@@ -172,7 +172,7 @@ func TestCausesStayInside(t *testing.T) {
 	b.Set(cart)
 	_, err := call(t, b, "authorization", "Bearer cart-token")
 	if status.Code(err) != codes.Internal || strings.Contains(err.Error(), secret) || strings.Contains(err.Error(), "10.1.2.3") {
-		t.Errorf("answered %v", err)
+		t.Errorf("the call ended with %v", err)
 	}
 }
 
@@ -182,7 +182,7 @@ func TestPanicIsAnError(t *testing.T) {
 	b.Set(pod)
 	b.PanicOnBind()
 	if _, err := call(t, b, "authorization", "Bearer cart-token"); status.Code(err) != codes.Internal {
-		t.Errorf("answered %v", err)
+		t.Errorf("the call ended with %v", err)
 	}
 }
 
@@ -194,7 +194,7 @@ func TestHealthIsChecked(t *testing.T) {
 	}
 	defer func() { _ = conn.Close() }()
 	health := healthpb.NewHealthClient(conn)
-	for { // it is looked at four times a second
+	for { // the broker checks it four times a second
 		answer, err := health.Check(t.Context(), &healthpb.HealthCheckRequest{})
 		if err != nil {
 			t.Fatal(err)
@@ -204,13 +204,13 @@ func TestHealthIsChecked(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	// A stream that anybody may open would hold up each drain.
+	// A stream that any client may open would delay each drain.
 	watch, err := health.Watch(t.Context(), &healthpb.HealthCheckRequest{})
 	if err == nil {
 		_, err = watch.Recv()
 	}
 	if status.Code(err) != codes.Unimplemented {
-		t.Errorf("a watch was answered %v", err)
+		t.Errorf("a watch ended with %v", err)
 	}
 }
 
@@ -234,10 +234,10 @@ func TestCallerHearsWhatTookSoLong(t *testing.T) {
 	defer cancel()
 	_, err = brokerpb.NewBrokerClient(conn).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
 	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "still being fetched") {
-		t.Errorf("a caller with too short a deadline was told %v", err)
+		t.Errorf("a caller with a short deadline got %v", err)
 	}
 	close(release)
-	// The fetch outlived its caller: the next one finds it done or joins it.
+	// The fetch continues without its caller: the next caller joins it or finds it done.
 	if _, err := call(t, b, "authorization", "Bearer cart-token"); err != nil {
 		t.Errorf("the next caller got %v", err)
 	}

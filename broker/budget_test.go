@@ -16,8 +16,8 @@ import (
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
-		var now cache.Stats // guarded by mu
-		var told []string   // guarded by mu
+		var now cache.Stats   // guarded by mu
+		var reported []string // guarded by mu
 		var log strings.Builder
 		budget, err := broker.NewBudget(broker.BudgetConfig{
 			Stats: func() cache.Stats {
@@ -25,10 +25,10 @@ func TestBudget(t *testing.T) {
 				defer mu.Unlock()
 				return now
 			},
-			Tell: func(note string) {
+			Report: func(note string) {
 				mu.Lock()
 				defer mu.Unlock()
-				told = append(told, note)
+				reported = append(reported, note)
 			},
 			Logger: slog.New(slog.NewTextHandler(&log, nil)),
 		})
@@ -39,14 +39,14 @@ func TestBudget(t *testing.T) {
 		for i, step := range []struct {
 			demand, share float64
 			lasts         time.Duration
-			told          int
+			reported      int
 		}{
 			{79, 100, time.Hour, 0},
 			{81, 100, time.Minute, 0}, // a rolling update of brokers
 			{50, 100, time.Minute, 0},
 			{81, 100, 3 * time.Minute, 1},
-			{90, 100, 55 * time.Minute, 1}, // said already
-			{90, 100, 6 * time.Minute, 2},  // and forgotten by Kubernetes
+			{90, 100, 55 * time.Minute, 1}, // reported already
+			{90, 100, 6 * time.Minute, 2},  // Kubernetes has dropped the Event
 			{50, 100, time.Minute, 2},
 			{50, 40, 3 * time.Minute, 3},
 		} {
@@ -56,8 +56,8 @@ func TestBudget(t *testing.T) {
 			time.Sleep(step.lasts)
 			synctest.Wait()
 			mu.Lock()
-			if len(told) != step.told {
-				t.Errorf("step %d: told %q", i, told)
+			if len(reported) != step.reported {
+				t.Errorf("step %d: reported %q, want %d", i, reported, step.reported)
 			}
 			mu.Unlock()
 		}
@@ -65,11 +65,11 @@ func TestBudget(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
-		if !strings.Contains(told[0], "7 sessions") || !strings.Contains(told[0], "81.0 calls") || !strings.Contains(told[0], "may make 100.0") {
-			t.Errorf("told %q", told[0])
+		if !strings.Contains(reported[0], "7 sessions") || !strings.Contains(reported[0], "81.0 STS calls") || !strings.Contains(reported[0], "may make 100.0") {
+			t.Errorf("reported %q", reported[0])
 		}
-		if n := strings.Count(log.String(), "suffices again"); n != 1 {
-			t.Errorf("it was over once, and the log says so %d times:\n%s", n, log.String())
+		if n := strings.Count(log.String(), "is sufficient again"); n != 1 {
+			t.Errorf("the demand fell once, and the log says so %d times:\n%s", n, log.String())
 		}
 	})
 }

@@ -31,22 +31,23 @@ const (
 
 func arnOf(role string) string { return "arn:aws:iam::" + account + ":role/" + role }
 
-// engine is a whole broker but for its sockets: the policy and the cache of the program, and pods that the test
-// makes. It lives in a synctest bubble, so a day takes a second.
+// engine is a whole broker without its sockets: the policy and the cache of the program, and pods that the test makes. It runs
+// in a synctest bubble, so a day takes a second.
 type engine struct {
 	t        *testing.T
-	sts      *ststest.Server // nil where the source is another one
+	sts      *ststest.Server // nil if the source is another one
 	broker   *broker.Broker
 	sessions *cache.Cache[policy.Grant]
 	prefetch *broker.Prefetch
+	keys     policy.Keys
 
-	mu     sync.Mutex
-	pods   map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
-	warned []string              // of pods, POD: WARNINGS; guarded by mu
-	told   []*credential.Error   // refusals that the engine notified; guarded by mu
+	mu      sync.Mutex
+	pods    map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
+	warned  []string              // reported, as POD: WARNINGS; guarded by mu
+	refused []*credential.Error   // reported; guarded by mu
 }
 
-// newEngine is an engine before an STS over HTTP, which it calls as the program does.
+// newEngine returns an engine that calls an STS over HTTP as the program does.
 func newEngine(t *testing.T, stsConfig ststest.Config, cacheConfig cache.Config[policy.Grant]) *engine {
 	t.Helper()
 	server, err := ststest.StartInMemory(t.Context(), stsConfig)
@@ -67,7 +68,7 @@ func newEngine(t *testing.T, stsConfig ststest.Config, cacheConfig cache.Config[
 	return e
 }
 
-// newEngineOn is an engine on the source that is configured. It runs until the test ends.
+// newEngineOn returns an engine with the configured source. It runs until the test ends.
 func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
@@ -76,34 +77,27 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	var err error
 	e.sessions, err = cache.New(cacheConfig)
 	fatal(t, err)
-	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	e.keys, err = policy.NewKeys(policy.DefaultPrefix)
 	fatal(t, err)
 	base, err := credential.BaseOf("aws", account)
 	fatal(t, err)
-	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	rules, err := policy.New(policy.Config{Keys: e.keys, Base: base})
 	fatal(t, err)
 	decisions, err := audit.New(audit.Config{Writer: io.Discard, Logger: log})
 	fatal(t, err)
 	e.broker, err = broker.New(broker.Config{
 		Verifier: e, Binder: e, Rules: rules, Sessions: e.sessions, Audit: decisions, Logger: log,
-		Notify: func(_ policy.Pod, err *credential.Error) {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			e.told = append(e.told, err)
-		},
-		Shadowed: func(pod policy.Pod, warnings string) {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			e.warned = append(e.warned, pod.Name+": "+warnings)
-		},
+		Observers: []broker.Observer{broker.ReportTo(e, func(identity.Pod) bool { return false })},
 	})
 	fatal(t, err)
-	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Rules: rules, Sessions: e.sessions, Logger: log})
+	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Sessions: e.sessions, Logger: log})
 	fatal(t, err)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
-	for _, run := range []func(context.Context) error{e.sessions.Run, e.prefetch.Run, decisions.Run} {
+	for _, run := range []func(context.Context) error{
+		e.sessions.Run, func(ctx context.Context) error { return e.prefetch.Run(ctx, rules) }, decisions.Run,
+	} {
 		running.Go(func() { _ = run(ctx) })
 	}
 	t.Cleanup(func() {
@@ -113,6 +107,20 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	return e
 }
 
+// Refused implements [broker.Events].
+func (e *engine) Refused(_ policy.Pod, refusal *credential.Error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.refused = append(e.refused, refusal)
+}
+
+// Shadowed implements [broker.Events].
+func (e *engine) Shadowed(pod policy.Pod, warnings string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.warned = append(e.warned, pod.Name+": "+warnings)
+}
+
 func fatal(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -120,12 +128,13 @@ func fatal(t *testing.T, err error) {
 	}
 }
 
-// pod starts a pod, whose annotations are given as key, value, ….
+// pod starts a pod with annotations given as key, value, ….
 func (e *engine) pod(namespace, name string, annotations ...string) string {
-	pod := policy.Pod{Namespace: namespace, Name: name, UID: "uid of " + namespace + "/" + name, ServiceAccount: "default", Annotations: map[string]string{}}
+	all := map[string]string{}
 	for pair := range slices.Chunk(annotations, 2) {
-		pod.Annotations[policy.DefaultPrefix+"/"+pair[0]] = pair[1]
+		all[policy.DefaultPrefix+"/"+pair[0]] = pair[1]
 	}
+	pod := policy.Pod{Namespace: namespace, Name: name, UID: "uid of " + namespace + "/" + name, ServiceAccount: "default", Request: e.keys.Request(all)}
 	key := namespace + "/" + name
 	e.mu.Lock()
 	e.pods[key] = pod
@@ -134,7 +143,7 @@ func (e *engine) pod(namespace, name string, annotations ...string) string {
 	return key
 }
 
-// end ends a pod, as its leaving the watch does.
+// end removes a pod, as the watch does when it is gone.
 func (e *engine) end(key string) {
 	e.mu.Lock()
 	delete(e.pods, key)
@@ -168,7 +177,7 @@ func (e *engine) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Na
 	return pod, ns, nil
 }
 
-// get asks as the sidecar of a pod does.
+// get calls as the sidecar of a pod does.
 func (e *engine) get(ctx context.Context, key string) (*brokerpb.GetCredentialsResponse, error) {
 	ctx = metadata.NewIncomingContext(ctx, metadata.Pairs("authorization", "Bearer "+key))
 	answer, err := e.broker.GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
@@ -178,25 +187,25 @@ func (e *engine) get(ctx context.Context, key string) (*brokerpb.GetCredentialsR
 	return answer, nil
 }
 
-// mustGet is get for a pod that must be given a valid session.
+// mustGet is get for a pod that must get a valid session.
 func (e *engine) mustGet(key string) *brokerpb.GetCredentialsResponse {
 	e.t.Helper()
 	answer, err := e.get(e.t.Context(), key)
 	if err != nil {
-		e.t.Errorf("pod %s is told: %v", key, err)
+		e.t.Errorf("pod %s gets no session: %v", key, err)
 		return nil
 	}
 	if left := time.Until(answer.GetExpiration().AsTime()); left <= 0 {
-		e.t.Errorf("pod %s is given a session that ended %s ago", key, -left)
+		e.t.Errorf("pod %s gets a session that expired %s ago", key, -left)
 	}
 	return answer
 }
 
-// assumed counts the calls of AssumeRole.
+// assumed returns the number of AssumeRole calls.
 func (e *engine) assumed() int { return e.sts.Count("AssumeRole", "") }
 
-// plainSTS answers after a while, and remembers when it was called. Where the wire does not matter, tens of
-// thousands of calls cost little on it.
+// plainSTS responds after a delay, and records when it was called. Tens of thousands of calls cost little, if a test does not
+// need the wire.
 type plainSTS struct {
 	latency time.Duration
 
@@ -223,8 +232,8 @@ func (s *plainSTS) count() int {
 	return len(s.calls)
 }
 
-// perSecond returns how many calls began in the busiest second, counted from each call on.
-func (s *plainSTS) perSecond() (most int) {
+// perSecond returns how many calls began in the busiest second.
+func (s *plainSTS) perSecond() (busiest int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first := 0
@@ -232,12 +241,12 @@ func (s *plainSTS) perSecond() (most int) {
 		for at.Sub(s.calls[first]) >= time.Second {
 			first++
 		}
-		most = max(most, i-first+1)
+		busiest = max(busiest, i-first+1)
 	}
-	return most
+	return busiest
 }
 
-// allowed is how many calls may begin within a second: the rate and the burst that had gathered.
+// allowed is how many calls may begin within a second: the rate and a full burst.
 func allowed(cfg cache.Config[policy.Grant]) int {
 	return int(cmp.Or(cfg.Rate, cache.DefaultRate)) + cmp.Or(cfg.Concurrency, 64)
 }

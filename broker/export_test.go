@@ -1,6 +1,6 @@
 package broker
 
-// Waiting returns how many pods wait for room in their namespaces.
+// Waiting returns how many pods wait until their namespaces may have one more grant.
 func (p *Prefetch) Waiting() (n int) {
 	for _, keys := range p.full.waiting {
 		n += len(keys)
@@ -8,10 +8,10 @@ func (p *Prefetch) Waiting() (n int) {
 	return n
 }
 
-// Drain is how a server ends.
+// Drain shuts a server down.
 var Drain = drain
 
-// Bounds of connections.
+// Limits of connections.
 const (
 	MaxUnauthenticated = maxUnauthenticated
 	MaxWaiting         = maxWaiting

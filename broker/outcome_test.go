@@ -22,7 +22,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// steps are what a call goes through; each is world's unless the test has its own.
+// steps are the steps of a call; each is that of world unless the test sets it.
 type steps struct {
 	world
 	verify, bind, get func(ctx context.Context) error
@@ -50,7 +50,7 @@ func (s steps) Get(ctx context.Context, g policy.Grant, namespace string) (cache
 }
 
 // newStepped returns a broker with the given steps. Tests call it without a connection.
-func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (b *broker.Broker, end func()) {
+func newStepped(t *testing.T, s steps, w io.Writer, observe func(broker.Call)) (b *broker.Broker, end func()) {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	fatal(t, err)
@@ -61,11 +61,11 @@ func newStepped(t *testing.T, s steps, w io.Writer, decided func(audit.Entry)) (
 	fatal(t, err)
 	b, err = broker.New(broker.Config{
 		Verifier: s, Binder: s, Rules: rules, Sessions: s, Audit: decisions, Logger: log,
-		Decided: func(_ context.Context, e audit.Entry) {
-			if decided != nil {
-				decided(e)
+		Observers: []broker.Observer{func(_ context.Context, call broker.Call) {
+			if observe != nil {
+				observe(call)
 			}
-		},
+		}},
 	})
 	fatal(t, err)
 	return b, func() {
@@ -79,7 +79,7 @@ func bearing(t *testing.T) context.Context {
 	return metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer x"))
 }
 
-// Whatever the outcome of a call, the audit log has one line for it, with the same words that the pod gets and no others.
+// Each call has one line in the audit log, whatever its outcome, with the same message that the pod gets.
 func TestAuditLineOfEachOutcome(t *testing.T) {
 	refuse := func(kind error, reason credential.Reason) func(context.Context) error {
 		return func(context.Context) error {
@@ -92,27 +92,27 @@ func TestAuditLineOfEachOutcome(t *testing.T) {
 		steps   steps
 		reason  credential.Reason
 		message string
-		role    bool // the line has the role that was decided on
+		role    bool // the line has the role of the grant
 	}{
-		"credentials":                    {steps{}, "", "", true},
-		"refused by STS":                 {steps{get: refuse(credential.ErrDenied, credential.ReasonSTSDenied)}, credential.ReasonSTSDenied, "for the pod", true},
-		"rejected by STS":                {steps{get: refuse(credential.ErrInvalid, credential.ReasonSTSRejected)}, credential.ReasonSTSRejected, "for the pod", true},
-		"throttled by STS":               {steps{get: refuse(credential.ErrUnavailable, credential.ReasonSTSThrottled)}, credential.ReasonSTSThrottled, "for the pod", true},
-		"STS fails in words of its own":  {steps{get: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", true},
-		"pod is gone":                    {steps{bind: refuse(credential.ErrNotFound, credential.ReasonPodNotFound)}, credential.ReasonPodNotFound, "for the pod", false},
-		"binding fails in other words":   {steps{bind: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", false},
-		"token is refused":               {steps{verify: refuse(credential.ErrUnauthenticated, credential.ReasonTokenExpired)}, credential.ReasonTokenExpired, "for the pod", false},
-		"verifying fails in other words": {steps{verify: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", false},
-		"a panic":                        {steps{get: func(context.Context) error { panic(secret) }}, credential.ReasonInternal, "", true},
-		"a panic before it is decided":   {steps{verify: func(context.Context) error { panic(secret) }}, credential.ReasonInternal, "", false},
+		"credentials":                           {steps{}, "", "", true},
+		"refused by STS":                        {steps{get: refuse(credential.ErrDenied, credential.ReasonSTSDenied)}, credential.ReasonSTSDenied, "for the pod", true},
+		"rejected by STS":                       {steps{get: refuse(credential.ErrInvalid, credential.ReasonSTSRejected)}, credential.ReasonSTSRejected, "for the pod", true},
+		"throttled by STS":                      {steps{get: refuse(credential.ErrUnavailable, credential.ReasonSTSThrottled)}, credential.ReasonSTSThrottled, "for the pod", true},
+		"STS fails with another error":          {steps{get: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", true},
+		"pod is gone":                           {steps{bind: refuse(credential.ErrNotFound, credential.ReasonPodNotFound)}, credential.ReasonPodNotFound, "for the pod", false},
+		"binding fails with another error":      {steps{bind: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", false},
+		"token is refused":                      {steps{verify: refuse(credential.ErrUnauthenticated, credential.ReasonTokenExpired)}, credential.ReasonTokenExpired, "for the pod", false},
+		"verification fails with another error": {steps{verify: func(context.Context) error { return errors.New(secret) }}, credential.ReasonInternal, "", false},
+		"a panic":                               {steps{get: func(context.Context) error { panic(secret) }}, credential.ReasonInternal, "", true},
+		"a panic before the decision":           {steps{verify: func(context.Context) error { panic(secret) }}, credential.ReasonInternal, "", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var audited lines
-			var decided []audit.Entry
-			b, end := newStepped(t, tt.steps, &audited, func(e audit.Entry) { decided = append(decided, e) })
+			var observed []broker.Call
+			b, end := newStepped(t, tt.steps, &audited, func(c broker.Call) { observed = append(observed, c) })
 			got, err := b.GetCredentials(bearing(t), &brokerpb.GetCredentialsRequest{})
 			if reason := credential.ReasonOf(brokerpb.FromError(err)); reason != tt.reason || (got != nil) != (tt.reason == "") {
-				t.Errorf("answered %v with reason %q, want %q", got != nil, reason, tt.reason)
+				t.Errorf("the response is there: %v, with reason %q, want %q", got != nil, reason, tt.reason)
 			}
 			end()
 			if n := strings.Count(audited.buf.String(), "\n"); n != 1 {
@@ -124,22 +124,26 @@ func TestAuditLineOfEachOutcome(t *testing.T) {
 				want = audit.Allow
 			}
 			if e.Decision != want || e.Reason != tt.reason || e.Message != tt.message {
-				t.Errorf("audited %+v, want %s, %q, %q", e, want, tt.reason, tt.message)
+				t.Errorf("the audit entry is %+v, want %s, %q, %q", e, want, tt.reason, tt.message)
 			}
 			if allowed := want == audit.Allow; (e.AccessKeyID != "") != allowed || e.Expiration.IsZero() == allowed {
-				t.Errorf("audited the session %q until %s of a call with the outcome %s", e.AccessKeyID, e.Expiration, want)
+				t.Errorf("the audit entry has the session %q until %s with the outcome %s", e.AccessKeyID, e.Expiration, want)
 			}
 			if (e.Role != "") != tt.role || (e.SessionName != "") != tt.role || (tt.role && e.Pod != cart.Identity.Name) {
-				t.Errorf("audited role %q, session name %q, pod %q", e.Role, e.SessionName, e.Pod)
+				t.Errorf("the audit entry has role %q, session name %q, pod %q", e.Role, e.SessionName, e.Pod)
 			}
-			if len(decided) != 1 || decided[0].Decision != e.Decision || decided[0].Reason != e.Reason || decided[0].Message != e.Message {
-				t.Errorf("Decided was told %+v, and the log %+v", decided, e)
+			if len(observed) != 1 {
+				t.Fatalf("the observer was notified of %d calls, want 1", len(observed))
+			}
+			c := observed[0]
+			if c.Entry.Decision != e.Decision || c.Entry.Reason != e.Reason || c.Entry.Message != e.Message || credential.ReasonOf(c.Err) != tt.reason {
+				t.Errorf("the observer was notified of %+v, the audit log has %+v", c.Entry, e)
 			}
 		})
 	}
 }
 
-// A call ends by itself, and before its caller's own clock says so, whichever step hangs.
+// If a step hangs, the call ends before its caller's deadline, or after 30 s.
 func TestCallsAreBounded(t *testing.T) {
 	hang := func(ctx context.Context) error {
 		<-ctx.Done()
@@ -147,7 +151,7 @@ func TestCallsAreBounded(t *testing.T) {
 	}
 	for name, s := range map[string]steps{"verifying": {verify: hang}, "binding": {bind: hang}, "fetching": {get: hang}} {
 		for _, tt := range []struct{ deadline, want time.Duration }{
-			{0, 30*time.Second - 50*time.Millisecond}, // none at all
+			{0, 30*time.Second - 50*time.Millisecond}, // no deadline
 			{time.Hour, 30*time.Second - 50*time.Millisecond},
 			{10 * time.Second, 10*time.Second - 50*time.Millisecond},
 		} {

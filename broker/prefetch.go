@@ -10,66 +10,63 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Retainer keeps sessions fresh while somebody wants them, on behalf of a namespace. Retain fails when the
-// namespace has as many distinct grants as it may; Release takes back a Retain that did not.
+// Retainer renews sessions while they are retained on behalf of a namespace. Retain fails if the namespace has its maximum
+// of distinct grants. Release ends a Retain that did not fail.
 type Retainer interface {
 	Retain(grant policy.Grant, namespace string) error
 	Release(grant policy.Grant, namespace string)
 }
 
-// Prefetch keeps the grant of every injected pod that this broker owns warm, so that no pod waits for STS,
-// and lets go of it when its last pod does.
+// Prefetch retains the grant of every injected pod that this broker owns, so that no pod waits for STS, and releases it
+// when its last pod is gone.
 //
-// Changes come in by key through a set: however many there are, each pod is looked at once, and
-// none is lost. Namespaces take turns, a pod each: the pods of one namespace, however many and
-// however expensive to decide on, delay those of another by one pod at a time.
+// Changed pods wait in a set of keys: however many changes a pod has, Prefetch looks at it once, and misses none. Namespaces
+// take turns, one pod each. So the pods of one namespace, however many and however expensive to decide on, delay those of
+// another namespace by one pod at a time. That includes the time to parse a pod's annotations, see [policy.Request].
 type Prefetch struct {
 	cfg  PrefetchConfig
-	wake chan struct{} // holds one
+	wake chan struct{} // has room for one
 
 	mu      sync.Mutex
 	dirty   map[string]struct{} // keys of pods to look at; guarded by mu
-	queues  map[string][]string // :: namespace → those of its pods, next first; guarded by mu
+	queues  map[string][]string // :: namespace → the keys of its pods in dirty, next first; guarded by mu
 	turns   []string            // the namespaces of queues, next first; guarded by mu
-	looking bool                // Run looks at a pod that is not in dirty any more; guarded by mu
+	looking bool                // Run looks at a pod that is no longer in dirty; guarded by mu
 
 	// Used by Run alone.
-	kept map[string]policy.Grant // :: pod key → what is kept for it
-	full room
+	retained map[string]policy.Grant // :: pod key → the grant retained for it
+	full     waitlist
 }
 
 // PrefetchConfig configures [NewPrefetch].
 type PrefetchConfig struct {
-	// Lookup returns the injected pod of that key with its namespace; ok is false when there is
-	// none any more. Required.
+	// Lookup returns the injected pod of that key with its namespace; ok is false if there is none. Required.
 	Lookup func(key string) (pod policy.Pod, ns policy.Namespace, ok bool)
-	// Owns says whether this broker is one of those that keep the sessions with a routing key warm; Changed is to
-	// be called for all pods when its answers change. Default: it owns all of them.
+	// Owns reports whether this broker keeps the sessions with that routing key warm. When its results change, the caller
+	// calls Changed for all pods. Default: this broker owns all sessions.
 	Owns func(routingKey string) bool
-	// Rules decide on grants. Required.
-	Rules *policy.Rules
-	// Sessions keeps them. Required.
+	// Sessions renews the retained sessions. Required.
 	Sessions Retainer
-	// Logger is told at debug level why a pod's grant is not kept. Required.
+	// Logger receives at debug level why a pod's grant is not retained. Required.
 	Logger *slog.Logger
 }
 
 // NewPrefetch checks cfg.
 func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
-	if cfg.Lookup == nil || cfg.Rules == nil || cfg.Sessions == nil || cfg.Logger == nil {
-		return nil, errors.New("prefetching needs Lookup, Rules, Sessions and a Logger")
+	if cfg.Lookup == nil || cfg.Sessions == nil || cfg.Logger == nil {
+		return nil, errors.New("prefetch needs Lookup, Sessions and a Logger")
 	}
 	return &Prefetch{
-		cfg:    cfg,
-		wake:   make(chan struct{}, 1),
-		dirty:  make(map[string]struct{}),
-		queues: make(map[string][]string),
-		kept:   make(map[string]policy.Grant),
-		full:   room{waiting: make(map[string]map[string]struct{}), freed: make(map[string]bool)},
+		cfg:      cfg,
+		wake:     make(chan struct{}, 1),
+		dirty:    make(map[string]struct{}),
+		queues:   make(map[string][]string),
+		retained: make(map[string]policy.Grant),
+		full:     waitlist{waiting: make(map[string]map[string]struct{}), freed: make(map[string]bool)},
 	}, nil
 }
 
-// Changed says that the pods of those keys appeared, changed or went. It does not block.
+// Changed records that the pods of those keys appeared, changed or are gone. It does not block, and may be called before Run.
 func (p *Prefetch) Changed(keys ...string) {
 	p.mu.Lock()
 	for _, key := range keys {
@@ -90,7 +87,7 @@ func (p *Prefetch) Changed(keys ...string) {
 	}
 }
 
-// Pending returns how many pods are still to be looked at. It is not 0 before the last of them has been.
+// Pending returns how many pods Run must still look at. It is 0 only when Run has finished with the last of them.
 func (p *Prefetch) Pending() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -100,8 +97,8 @@ func (p *Prefetch) Pending() int {
 	return len(p.dirty)
 }
 
-// Run follows changes until ctx ends.
-func (p *Prefetch) Run(ctx context.Context) error {
+// Run looks at changed pods until ctx ends, and decides on their grants by rules. Call it once.
+func (p *Prefetch) Run(ctx context.Context, rules *policy.Rules) error {
 	for {
 		select {
 		case <-ctx.Done():
@@ -113,12 +110,12 @@ func (p *Prefetch) Run(ctx context.Context) error {
 			if !ok {
 				break
 			}
-			p.look(ctx, key)
+			p.look(ctx, rules, key)
 		}
 	}
 }
 
-// next takes out the key of a pod to look at, of the namespace whose turn it is.
+// next removes and returns the next key of the namespace whose turn it is.
 func (p *Prefetch) next() (key string, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -139,99 +136,99 @@ func (p *Prefetch) next() (key string, ok bool) {
 	return key, true
 }
 
-// look brings what is kept for one pod up to date, and has another one looked at where there may be room for it.
-func (p *Prefetch) look(ctx context.Context, key string) {
+// look retains the current grant of one pod. If that frees a place in the namespace, it makes a waiting pod dirty.
+func (p *Prefetch) look(ctx context.Context, rules *policy.Rules, key string) {
 	namespace, _, _ := strings.Cut(key, "/")
-	p.full.leave(namespace, key)
-	p.change(ctx, key, namespace, p.wanted(ctx, key))
+	p.full.remove(namespace, key)
+	p.retain(ctx, key, namespace, p.grantFor(ctx, rules, key))
 	if next, ok := p.full.next(namespace); ok {
 		p.Changed(next)
 	}
 }
 
-// wanted is the grant of the pod; zero when it is gone, may have none, or is for other brokers to keep.
-func (p *Prefetch) wanted(ctx context.Context, key string) policy.Grant {
+// grantFor returns the grant to retain for the pod; zero if the pod is gone or refused, or if other brokers own its session.
+func (p *Prefetch) grantFor(ctx context.Context, rules *policy.Rules, key string) policy.Grant {
 	pod, ns, ok := p.cfg.Lookup(key)
 	if !ok {
 		return policy.Grant{}
 	}
 	if p.cfg.Owns != nil {
-		// What does not parse is nobody's, and has no grant either.
-		if key, err := p.cfg.Rules.RoutingKey(pod); err == nil && !p.cfg.Owns(string(key)) {
+		// A pod whose annotations do not parse has no routing key, and the rules refuse it below.
+		if routing, err := pod.RoutingKey(); err == nil && !p.cfg.Owns(string(routing)) {
 			return policy.Grant{}
 		}
 	}
-	grant, err := p.cfg.Rules.Grant(pod, ns)
+	grant, err := rules.Grant(pod, ns)
 	if err != nil {
-		// The pod itself will be told, when it asks.
+		// The pod gets the refusal when it calls.
 		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
 		return policy.Grant{}
 	}
 	return grant
 }
 
-// change keeps now for the pod instead of what was kept before; either may be zero.
-func (p *Prefetch) change(ctx context.Context, key, namespace string, now policy.Grant) {
-	before := p.kept[key]
-	if now == before {
+// retain retains the grant for the pod, and releases the one before. Either may be zero.
+func (p *Prefetch) retain(ctx context.Context, key, namespace string, grant policy.Grant) {
+	before := p.retained[key]
+	if grant == before {
 		return
 	}
 	if !before.IsZero() {
 		p.cfg.Sessions.Release(before, namespace)
-		delete(p.kept, key)
+		delete(p.retained, key)
 		p.full.free(namespace)
 	}
-	if now.IsZero() {
+	if grant.IsZero() {
 		return
 	}
-	if err := p.cfg.Sessions.Retain(now, namespace); err != nil {
+	if err := p.cfg.Sessions.Retain(grant, namespace); err != nil {
 		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
-		p.full.enter(namespace, key)
+		p.full.add(namespace, key)
 		return
 	}
-	p.kept[key] = now
+	p.retained[key] = grant
 }
 
-// room knows the pods that wait until their namespace has room for one more grant.
-type room struct {
+// waitlist holds the pods that wait until their namespace may have one more grant.
+type waitlist struct {
 	waiting map[string]map[string]struct{} // :: namespace → keys of pods
-	freed   map[string]bool                // :: namespace → whether a grant was let go since it was last found full
+	freed   map[string]bool                // :: namespace → whether a grant was released since add was last called
 }
 
-// enter says that the pod found its namespace full.
-func (r room) enter(namespace, key string) {
-	if r.waiting[namespace] == nil {
-		r.waiting[namespace] = make(map[string]struct{})
+// add records that the namespace is full for the pod.
+func (w waitlist) add(namespace, key string) {
+	if w.waiting[namespace] == nil {
+		w.waiting[namespace] = make(map[string]struct{})
 	}
-	r.waiting[namespace][key] = struct{}{}
-	delete(r.freed, namespace)
+	w.waiting[namespace][key] = struct{}{}
+	delete(w.freed, namespace)
 }
 
-// leave says that the pod does not wait.
-func (r room) leave(namespace, key string) {
-	delete(r.waiting[namespace], key)
-	if len(r.waiting[namespace]) == 0 {
-		delete(r.waiting, namespace)
-		delete(r.freed, namespace)
-	}
-}
-
-// free says that a grant of the namespace was let go.
-func (r room) free(namespace string) {
-	if len(r.waiting[namespace]) > 0 {
-		r.freed[namespace] = true
+// remove removes the pod.
+func (w waitlist) remove(namespace, key string) {
+	delete(w.waiting[namespace], key)
+	if len(w.waiting[namespace]) == 0 {
+		delete(w.waiting, namespace)
+		delete(w.freed, namespace)
 	}
 }
 
-// next takes out a pod that may find room. It is asked for one after each: those that have no use for the room
-// leave it to the others.
-func (r room) next(namespace string) (key string, ok bool) {
-	if !r.freed[namespace] {
+// free records that a grant of the namespace was released.
+func (w waitlist) free(namespace string) {
+	if len(w.waiting[namespace]) > 0 {
+		w.freed[namespace] = true
+	}
+}
+
+// next removes and returns a pod that may fit now. look calls it after each pod, so a pod that does not need the free place
+// leaves it to the next.
+func (w waitlist) next(namespace string) (key string, ok bool) {
+	if !w.freed[namespace] {
 		return "", false
 	}
-	for key = range r.waiting[namespace] {
+	for key = range w.waiting[namespace] {
 		break
 	}
-	r.leave(namespace, key)
+	w.remove(namespace, key)
 	return key, true
 }

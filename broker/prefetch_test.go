@@ -16,26 +16,26 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// keeper counts what is kept.
+// keeper counts retained grants.
 type keeper struct {
-	most int // distinct roles, if not 0
+	limit int // distinct roles, if not 0
 
-	mu   sync.Mutex
-	kept map[string]int // :: role name → Keep calls not released; guarded by mu
+	mu       sync.Mutex
+	retained map[string]int // :: role name → Retain calls without a Release; guarded by mu
 }
 
 func (k *keeper) add(g policy.Grant, n int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.kept[g.Role().Name()] += n
-	if k.kept[g.Role().Name()] == 0 {
-		delete(k.kept, g.Role().Name())
+	k.retained[g.Role().Name()] += n
+	if k.retained[g.Role().Name()] == 0 {
+		delete(k.retained, g.Role().Name())
 	}
 }
 
 func (k *keeper) Retain(g policy.Grant, _ string) error {
 	k.mu.Lock()
-	full := k.most > 0 && len(k.kept) == k.most && k.kept[g.Role().Name()] == 0
+	full := k.limit > 0 && len(k.retained) == k.limit && k.retained[g.Role().Name()] == 0
 	k.mu.Unlock()
 	if full {
 		return cache.ErrTenantFull
@@ -50,15 +50,16 @@ func (k *keeper) want(t *testing.T, want map[string]int) {
 	t.Helper()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if !maps.Equal(k.kept, want) {
-		t.Errorf("kept %v, want %v", k.kept, want)
+	if !maps.Equal(k.retained, want) {
+		t.Errorf("retained %v, want %v", k.retained, want)
 	}
 }
 
-// pods are the pods of a namespace, and a Prefetch that follows them.
+// pods are the pods of a namespace, with a Prefetch.
 type pods struct {
 	t        *testing.T
 	prefetch *broker.Prefetch
+	rules    *policy.Rules
 
 	mu        sync.Mutex
 	roles     map[string]string // :: pod key → its role; guarded by mu
@@ -80,9 +81,9 @@ func newPods(t *testing.T, sessions broker.Retainer) *pods {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pods{t: t, roles: map[string]string{}, permitted: ".*", foreign: map[string]bool{}}
+	p := &pods{t: t, rules: rules, roles: map[string]string{}, permitted: ".*", foreign: map[string]bool{}}
 	p.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-		Rules: rules, Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
+		Sessions: sessions, Logger: slog.New(slog.DiscardHandler),
 		Owns: func(key string) bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -92,7 +93,7 @@ func newPods(t *testing.T, sessions broker.Retainer) *pods {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			role, ok := p.roles[key]
-			return policy.Pod{Namespace: "shop", Name: key, UID: key, Annotations: map[string]string{keys.Name(policy.Role): role}},
+			return policy.Pod{Namespace: "shop", Name: key, UID: key, Request: keys.Request(map[string]string{keys.Name(policy.Role): role})},
 				policy.Namespace{
 					Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled},
 					Annotations: map[string]string{keys.Name(policy.Permitted): p.permitted},
@@ -105,14 +106,14 @@ func newPods(t *testing.T, sessions broker.Retainer) *pods {
 	return p
 }
 
-// run follows the pods until the test ends.
+// run runs the prefetch until the test ends.
 func (p *pods) run() {
 	ctx, cancel := context.WithCancel(p.t.Context())
 	p.t.Cleanup(cancel)
-	go func() { _ = p.prefetch.Run(ctx) }()
+	go func() { _ = p.prefetch.Run(ctx, p.rules) }()
 }
 
-// set gives a pod a role; an empty one ends the pod.
+// set sets the role of a pod; an empty role removes the pod.
 func (p *pods) set(name, role string) {
 	key := "shop/" + name
 	p.mu.Lock()
@@ -126,20 +127,20 @@ func (p *pods) set(name, role string) {
 
 func TestPrefetchFollowsPods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		sessions := &keeper{kept: map[string]int{}}
+		sessions := &keeper{retained: map[string]int{}}
 		p := newPods(t, sessions)
-		// Far more changes than any buffer, before anybody looks: none is lost.
+		// Prefetch loses none of far more changes than any buffer has room for.
 		for i := range 5000 {
 			p.set(fmt.Sprintf("pod-%d", i), "a")
 		}
 		if n := p.prefetch.Pending(); n != 5000 {
-			t.Errorf("%d pods are pending", n)
+			t.Errorf("%d pods are pending, want 5000", n)
 		}
 		p.run()
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 5000})
 		if n := p.prefetch.Pending(); n != 0 {
-			t.Errorf("%d pods are pending after all", n)
+			t.Errorf("at the end %d pods are pending, want 0", n)
 		}
 
 		p.set("pod-0", "b")
@@ -148,7 +149,7 @@ func TestPrefetchFollowsPods(t *testing.T) {
 		sessions.want(t, map[string]int{"a": 4998, "b": 1})
 
 		for range 3 {
-			p.prefetch.Changed("shop/pod-0") // nothing new
+			p.prefetch.Changed("shop/pod-0") // no change
 		}
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998, "b": 1})
@@ -162,15 +163,15 @@ func TestPrefetchFollowsPods(t *testing.T) {
 	})
 }
 
-// What other brokers own is for them to keep, until they are gone.
-func TestPrefetchOfWhatOthersOwn(t *testing.T) {
+// Prefetch retains no grant that other brokers own, until they are gone.
+func TestPrefetchLeavesSessionsOfOtherOwners(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		sessions := &keeper{kept: map[string]int{}}
+		sessions := &keeper{retained: map[string]int{}}
 		p := newPods(t, sessions)
 		keys, err := policy.NewKeys(policy.DefaultPrefix)
 		fatal(t, err)
 		foreign := func(role string, is bool) {
-			key, err := keys.RoutingKey(policy.Pod{Annotations: map[string]string{keys.Name(policy.Role): role}})
+			key, err := policy.Pod{Request: keys.Request(map[string]string{keys.Name(policy.Role): role})}.RoutingKey()
 			fatal(t, err)
 			p.mu.Lock()
 			p.foreign[string(key)] = is
@@ -195,10 +196,10 @@ func TestPrefetchOfWhatOthersOwn(t *testing.T) {
 	})
 }
 
-// What a full namespace could not have, it has as soon as there is room.
+// A pod of a full namespace gets its grant as soon as there is room.
 func TestPrefetchOfAFullNamespace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		sessions := &keeper{most: 2, kept: map[string]int{}}
+		sessions := &keeper{limit: 2, retained: map[string]int{}}
 		p := newPods(t, sessions)
 		p.run()
 		for _, name := range []string{"a", "b", "c", "d"} {
@@ -206,17 +207,17 @@ func TestPrefetchOfAFullNamespace(t *testing.T) {
 			synctest.Wait()
 		}
 		sessions.want(t, map[string]int{"a": 1, "b": 1})
-		p.set("c", "") // which waited, and is gone
+		p.set("c", "") // waited, and is gone
 		synctest.Wait()
 		if n := p.prefetch.Waiting(); n != 1 {
 			t.Errorf("%d pods wait", n)
 		}
-		p.set("d", "") // and this one goes while it is about to have its turn
+		p.set("d", "") // is gone just before its turn
 		p.set("a", "")
 		p.set("d", "d")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"b": 1, "d": 1})
-		// A pod may change to what takes its own place.
+		// A pod can change to a grant that takes the place of its own.
 		p.set("b", "e")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"d": 1, "e": 1})
@@ -228,7 +229,7 @@ func TestPrefetchOfAFullNamespace(t *testing.T) {
 	})
 }
 
-// The pods of a namespace, however many, are looked at in turn with those of others, whichever came first.
+// Namespaces take turns, one pod each, however many pods one of them has.
 func TestPrefetchTakesNamespacesInTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -238,10 +239,10 @@ func TestPrefetchTakesNamespacesInTurn(t *testing.T) {
 		var looked []string // only Run calls Lookup
 		var prefetch *broker.Prefetch
 		prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-			Rules: rules, Sessions: &keeper{kept: map[string]int{}}, Logger: slog.New(slog.DiscardHandler),
+			Sessions: &keeper{retained: map[string]int{}}, Logger: slog.New(slog.DiscardHandler),
 			Lookup: func(key string) (policy.Pod, policy.Namespace, bool) {
 				if looked = append(looked, key); len(looked) == 4 {
-					prefetch.Changed("late/1", "hog/0") // hog/0 has been looked at, and is again
+					prefetch.Changed("late/1", "hog/0") // Run has looked at hog/0, and must do so again
 				}
 				return policy.Pod{}, policy.Namespace{}, false
 			},
@@ -254,18 +255,18 @@ func TestPrefetchTakesNamespacesInTurn(t *testing.T) {
 		prefetch.Changed(hog...)
 		prefetch.Changed("shop/1", "shop/2", "shop/1", "team/1")
 		if n := prefetch.Pending(); n != 103 {
-			t.Errorf("%d are pending, want 103", n)
+			t.Errorf("%d pods are pending, want 103", n)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go func() { _ = prefetch.Run(ctx) }()
+		go func() { _ = prefetch.Run(ctx, rules) }()
 		synctest.Wait()
 		want := []string{"hog/0", "shop/1", "team/1", "hog/1", "shop/2", "hog/2", "late/1", "hog/3"}
 		if len(looked) != 105 || !slices.Equal(looked[:len(want)], want) {
 			t.Errorf("looked at %d pods, first at %q, want 105 and %q", len(looked), looked[:min(len(looked), len(want))], want)
 		}
 		if looked[104] != "hog/0" || prefetch.Pending() != 0 {
-			t.Errorf("looked at %q last, %d are pending", looked[104], prefetch.Pending())
+			t.Errorf("looked at %q last, and %d are pending, want hog/0 and none", looked[104], prefetch.Pending())
 		}
 	})
 }

@@ -28,105 +28,103 @@ import (
 
 // Bounds of one connection.
 const (
-	// maxRequest: the request is empty; what unknown fields a later sidecar may add is small.
+	// maxRequest: the request is empty, and fields that a later sidecar may add are small.
 	maxRequest = 4 << 10
-	// maxHeaders: one token, and the few headers of gRPC itself.
+	// maxHeaders: one token and the few headers of gRPC.
 	maxHeaders = identity.MaxTokenBytes + 4<<10
-	// maxStreams: a sidecar makes one call on a connection, and a health check is one.
+	// maxStreams: a sidecar or a health check makes one call on a connection.
 	maxStreams = 1
-	// maxHandshake bounds the bytes of a handshake. Go's is 1.7 kB, with a post-quantum key share; those of others
-	// may have more extensions. What the client sends at once behind it is read with it.
+	// maxHandshake bounds the bytes of a handshake. Go's has 1.7 kB, with a post-quantum key share; other clients may send more
+	// extensions. It includes bytes that the client sends immediately behind the handshake.
 	maxHandshake = 16 << 10
-	// maxCallBytes bounds what arrives between handshake and answer, and between answers: one header block, one message,
-	// what HTTP/2 itself says, and TLS's own bytes. So neither PINGs, SETTINGS nor resets can go on for long.
+	// maxCallBytes bounds the bytes between handshake and response, and between responses: one header block, one message, the
+	// frames of HTTP/2 itself, and the bytes of TLS. So a client cannot send PINGs, SETTINGS or resets for long.
 	maxCallBytes = maxHeaders + maxRequest + 4<<10
-	// socketBuffer is enough for a call, either way. The kernel takes twice as much.
+	// socketBuffer is enough for a call, in both directions. The kernel uses twice as much.
 	socketBuffer = 16 << 10
-	// bufferSize is the size of the write buffer. A response is about 2 kB. TLS alone buffers reads.
+	// bufferSize is the size of the write buffer. A response has about 2 kB. Only TLS buffers reads.
 	bufferSize = 4 << 10
-	// window is the least that HTTP/2 has. Nothing larger comes in than maxRequest.
+	// window is the minimum of HTTP/2. No request is larger than maxRequest.
 	window = 64 << 10
-	// streamWorkers handle calls one after the other, and keep the stack that verifying a signature has grown
-	// for the next: see docs/performance.md. When all are waiting for STS, further calls have goroutines of
-	// their own.
+	// streamWorkers handle calls one after the other. They reuse the stack that the verification of a signature has grown, see
+	// docs/performance.md. If all of them wait for STS, further calls get their own goroutines.
 	streamWorkers = 32
-	// requestTime is how long a connection may take from when it is accepted until its request has arrived, turns and
-	// handshake included. A sidecar with 50m of CPU (5 ms in each 100 ms) takes 2 ms at the median and 160 ms at most, of
-	// 40 that were measured on two busy processors.
+	// requestTime bounds the time from the acceptance of a connection until its request has arrived, with turns and handshake.
+	// A sidecar with 50m of CPU (5 ms in each 100 ms) takes 2 ms at the median and 160 ms at most, of 40 measurements on two
+	// busy processors.
 	requestTime = 5 * time.Second
-	// maxIdle closes connections that sidecars have finished with, and leave open. Health checks that keep theirs
-	// open longer than that connect again.
+	// maxIdle is when the server closes connections that sidecars leave open after their call. Health checks that leave theirs
+	// open for longer connect again.
 	maxIdle = 5 * time.Second
-	// idleTime is when a connection is closed that does not heed being asked to close it, after maxIdle.
+	// idleTime is when the server cuts off a connection whose client did not close it as requested after maxIdle.
 	idleTime = 2 * maxIdle
-	// maxAge spreads load over new brokers, and moves clients to renewed certificates. gRPC adds
-	// 10 % of jitter by itself.
+	// maxAge bounds the age of connections, so that new brokers get a share of the load and clients see renewed certificates.
+	// gRPC adds 10 % of jitter.
 	maxAge = 15 * time.Minute
-	// maxAgeGrace lets the calls of an aged connection end; none takes longer than a minute.
+	// maxAgeGrace is the time for the calls of an old connection to end. No call takes longer than a minute.
 	maxAgeGrace = time.Minute
 )
 
-// Bounds of all connections. Their products are what callers can make a broker hold.
+// Bounds of all connections. Their products are the memory that callers can make a broker use.
 const (
-	// maxUnauthenticated is how many connections may be open whose token has not been verified.
+	// maxUnauthenticated is the maximum of open connections whose token has not been verified.
 	maxUnauthenticated = 560
-	// maxAuthenticated is how many more may be open whose token has been: calls that wait for STS, mostly. One namespace
-	// has all of them only while no other wants any. A caller that may have credentials can make its connection hold as much
-	// as any other can, and a call that finds no room is made to another broker, or again.
+	// maxAuthenticated is the maximum of further connections whose token has been verified, mostly with calls that wait for STS.
+	// One namespace has all of them only if no other needs any. A caller that may have credentials can make its connection use
+	// as much memory as any other caller. If there is no room for a call, its sidecar calls another broker, or calls again.
 	maxAuthenticated = 1024
-	// maxPerPod is how many of them one pod may have. A sidecar makes one call at a time, and a second one to another
-	// broker; a call that it has given up may be there for a moment.
+	// maxPerPod is the maximum of these for one pod. A sidecar makes one call at a time, and a second one to another broker. A
+	// call that it has given up may remain for a moment.
 	maxPerPod = 8
-	// maxWaiting is how many connections may wait for room, such as those of pods that all start at once. Each is a socket.
+	// maxWaiting is the maximum of connections that wait for room, for example of pods that start together. Each is a socket.
 	maxWaiting = 2048
-	// HeldPerConnection is how many bytes of memory a connection holds at most before a handler runs: buffers of TLS and
-	// HTTP/2, one stream with its headers, a block of headers that has not ended, and the stacks of its goroutines. A
-	// silent one holds 23 kB, and one that was made to hold as much as it can, 187 kB; integration/siege/connections measures them.
+	// HeldPerConnection is the maximum of memory, in bytes, that a connection uses before a handler runs: buffers of TLS and
+	// HTTP/2, one stream with its headers, a header block that has not ended, and the stacks of its goroutines. An idle
+	// connection uses 23 kB, and the worst one 187 kB; integration/siege/connections measures both.
 	HeldPerConnection = 208 << 10
-	// MaxHeldUnauthenticated is how many bytes callers can make a broker hold before it knows them. It is less than a
-	// quarter of the memory that the chart gives a broker, which integration/siege/connections compares.
+	// MaxHeldUnauthenticated is the maximum of memory, in bytes, that callers without a verified token can make a broker use. It
+	// is less than a quarter of a broker's memory in the chart; integration/siege/connections compares them.
 	MaxHeldUnauthenticated = (maxUnauthenticated + maxUnauthenticated/8) * HeldPerConnection
-	// MaxHeld is how many bytes all callers can make a broker hold, those with a token included. It is less than three
-	// quarters of the memory that the chart gives a broker. The rest is for sessions, pods and garbage.
+	// MaxHeld is the same for all callers, with those that have a verified token. It is less than three quarters of a broker's
+	// memory in the chart. The rest is for sessions, pods and garbage.
 	MaxHeld = MaxHeldUnauthenticated + maxAuthenticated*HeldPerConnection
 )
 
-// newConnections makes the bounds of all connections of a broker.
+// newConnections returns the limiter of a broker's connections.
 func newConnections() (*connlimit.Limiter, error) {
 	return connlimit.New(connlimit.Config{ //nolint:wrapcheck // The error names the cause.
 		Max: maxUnauthenticated, MaxAuthenticated: maxAuthenticated, MaxPerCaller: maxPerPod, MaxWaiting: maxWaiting, RequestTime: requestTime, IdleTime: idleTime,
-		// More at once would not end earlier, and delay calls that are under way.
+		// More handshakes at once would not end earlier, and would delay running calls.
 		Handshakes:     runtime.GOMAXPROCS(0),
 		HandshakeBytes: maxHandshake, RequestBytes: maxCallBytes, SocketBuffer: socketBuffer,
 	})
 }
 
-// drainTime bounds the wait for calls that are under way when the broker is told to end. Kubernetes
-// gives a pod 30 s by default.
+// drainTime bounds how long a shutdown waits for running calls. Kubernetes gives a pod 30 s by default.
 const drainTime = 20 * time.Second
 
-// readyPoll is how often readiness is looked at for the health service.
+// readyPoll is how often the health service checks readiness.
 const readyPoll = 250 * time.Millisecond
 
 // ServerConfig configures [Broker.Serve].
 type ServerConfig struct {
-	// Listener accepts connections. Required; Serve closes it.
+	// Listener accepts connections. Serve closes it. Required.
 	Listener net.Listener
-	// TLS proves the broker. Required.
+	// TLS has the broker's serving certificate. Required.
 	TLS *tls.Config
-	// Ready says whether this broker should be asked, for the health service. Required.
+	// Ready reports whether this broker should receive calls, for the health service. Required.
 	Ready func() bool
-	// Interceptors see every call, the first one first. Default: none.
+	// Interceptors intercept every call, in order. Default: none.
 	Interceptors []grpc.UnaryServerInterceptor
-	// Logger is told of panics. Required.
+	// Logger receives panics. Required.
 	Logger *slog.Logger
 }
 
-// Serve answers calls, with the standard gRPC health service beside it, until ctx ends. Then it reports
-// itself unhealthy, lets the calls under way end, and returns.
+// Serve serves calls and the standard gRPC health service until ctx ends. Then the health service reports NOT_SERVING, and
+// Serve returns when the running calls have ended, after 20 s at most.
 func (b *Broker) Serve(ctx context.Context, cfg ServerConfig) error {
 	if cfg.Listener == nil || cfg.TLS == nil || cfg.Ready == nil || cfg.Logger == nil {
-		return errors.New("serving needs a Listener, a TLS configuration, Ready and a Logger")
+		return errors.New("a server needs a Listener, a TLS configuration, Ready and a Logger")
 	}
 	server := grpc.NewServer(options(cfg)...)
 	brokerpb.RegisterBrokerServer(server, b)
@@ -162,10 +160,10 @@ func (b *Broker) Serve(ctx context.Context, cfg ServerConfig) error {
 	return nil
 }
 
-// drain first says that this broker is not to be asked, then lets the calls under way end, and cuts them off if they take
-// longer than drainTime.
-func drain(sayNo, finish, cutOff func()) {
-	sayNo()
+// drain first reports this broker as unhealthy. Then it waits until the running calls have ended, and cuts them off after
+// drainTime.
+func drain(reportUnhealthy, finish, cutOff func()) {
+	reportUnhealthy()
 	drained := make(chan struct{})
 	go func() { finish(); close(drained) }()
 	timeout := time.NewTimer(drainTime)
@@ -181,12 +179,12 @@ func drain(sayNo, finish, cutOff func()) {
 // Connections returns the state of the broker's connections.
 func (b *Broker) Connections() connlimit.Stats { return b.connections.Stats() }
 
-// transport is TLS that reports its handshakes, and lets handlers find the connection of their call.
+// transport is TLS that reports its handshakes to the limiter, and lets handlers find the connection of their call.
 type transport struct {
 	credentials.TransportCredentials
 }
 
-// peerInfo is what TLS knows of the peer, and the connection.
+// peerInfo has the TLS state of a connection, and the connection.
 type peerInfo struct {
 	credentials.TLSInfo
 	conn *connlimit.Conn
@@ -196,7 +194,7 @@ type peerInfo struct {
 func (t transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
-		return nil, nil, err //nolint:wrapcheck // gRPC looks at it.
+		return nil, nil, err //nolint:wrapcheck // gRPC examines it.
 	}
 	counted, ours := raw.(*connlimit.Conn)
 	tls, ok := info.(credentials.TLSInfo)
@@ -212,7 +210,7 @@ func (t transport) Clone() credentials.TransportCredentials {
 	return transport{t.TransportCredentials.Clone()}
 }
 
-// connectionOf returns the connection of a call; nil if it came by another way than [Broker.Serve].
+// connectionOf returns the connection of a call; nil if [Broker.Serve] did not receive the call.
 func connectionOf(ctx context.Context) *connlimit.Conn {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
@@ -222,7 +220,7 @@ func connectionOf(ctx context.Context) *connlimit.Conn {
 	return info.conn
 }
 
-// counted tells the connection of a call that its request has arrived, and later, that it has been answered.
+// counted reports to the connection of a call when its request has arrived, and when the response is ready.
 func counted(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	if conn := connectionOf(ctx); conn != nil {
 		conn.Begin()
@@ -231,7 +229,7 @@ func counted(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc
 	return handler(ctx, req)
 }
 
-// options are the bounds of a gRPC server, its keepalive, and panics turned into errors.
+// options returns the limits of the gRPC server and its keepalive, and turns panics into errors.
 func options(cfg ServerConfig) []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.Creds(transport{credentials.NewTLS(cfg.TLS)}),
@@ -247,8 +245,8 @@ func options(cfg ServerConfig) []grpc.ServerOption {
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: maxIdle, MaxConnectionAge: maxAge, MaxConnectionAgeGrace: maxAgeGrace,
 		}),
-		// Nothing here streams but the health service's Watch, which anybody may open and nobody would
-		// close: it would hold up every drain. Kubernetes and gRPC's own tools use Check.
+		// The only stream is Watch of the health service. Any client may open one, and would not close it, so it would delay
+		// every drain. Kubernetes and gRPC's own tools use Check.
 		grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
 			return status.Error(codes.Unimplemented, "this server has no streams; use Check")
 		}),
@@ -256,7 +254,7 @@ func options(cfg ServerConfig) []grpc.ServerOption {
 			defer func() {
 				if p := recover(); p != nil {
 					// The request may hold a token; the stack's arguments are addresses only.
-					cfg.Logger.ErrorContext(ctx, "Panic while answering", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+					cfg.Logger.ErrorContext(ctx, "Panicked while serving a call", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 					resp, err = nil, brokerpb.ToStatus(fmt.Errorf("panic: %v", p)).Err()
 				}
 			}()

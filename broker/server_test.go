@@ -27,7 +27,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// A broker that is told to end says so first, answers what it was asked before, and then ends.
+// On shutdown a broker first reports unhealthy, finishes its running calls, and then ends.
 func TestDrain(t *testing.T) {
 	asked, release := make(chan struct{}), make(chan struct{})
 	b := brokertest.Start(t, func(ctx context.Context, g policy.Grant) (credential.Credential, error) {
@@ -73,22 +73,22 @@ func TestDrain(t *testing.T) {
 	}
 	select {
 	case <-ended:
-		t.Fatal("the broker has ended while a call was under way")
+		t.Fatal("the broker ended during a call")
 	case err := <-answered:
-		t.Fatalf("a call that STS has not answered ended with %v", err)
+		t.Fatalf("a call that waits for STS ended with %v", err)
 	default:
 	}
 	close(release)
 	if err := <-answered; err != nil {
-		t.Errorf("the call that was under way ended with %v", err)
+		t.Errorf("the running call ended with %v", err)
 	}
 	<-ended
 }
 
-// A broker says no before it stops taking calls, and cuts them off only when they take too long.
+// drain reports unhealthy before the server stops accepting calls, and cuts calls off only if they take too long.
 func TestDrainOrder(t *testing.T) {
 	for name, tc := range map[string]struct {
-		calls time.Duration // what those under way take
+		calls time.Duration // how long the running calls take
 		want  []string
 	}{
 		"calls that end":        {5 * time.Second, []string{"say no", "finish", "ended"}},
@@ -125,7 +125,7 @@ func TestDrainOrder(t *testing.T) {
 	}
 }
 
-// lives is a broker in a bubble, and counts the connections to it.
+// lives is a broker in a synctest bubble, which counts its connections.
 type lives struct {
 	*brokertest.Broker
 	dialed atomic.Int32
@@ -152,8 +152,8 @@ func callOn(t *testing.T, conn *grpc.ClientConn) {
 	}
 }
 
-// A connection that is used all the time is given up after a while, so that clients meet new brokers and new certificates; one
-// that is not used, soon.
+// The broker closes a connection in use after maxAge, so that clients see new brokers and new certificates, and an idle one
+// soon.
 func TestAgeOfConnections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &lives{Broker: brokertest.Start(t, session, &lines{})}
@@ -164,18 +164,18 @@ func TestAgeOfConnections(t *testing.T) {
 			callOn(t, conn)
 			time.Sleep(time.Second)
 		}
-		// gRPC adds or takes away a tenth.
+		// gRPC adds or subtracts a tenth.
 		if took := time.Since(began); took < broker.MaxAge*9/10 || took > broker.MaxAge*11/10+2*time.Second {
-			t.Errorf("a connection in use was given up after %s, not some %s", took, broker.MaxAge)
+			t.Errorf("a connection in use was closed after %s, want about %s", took, broker.MaxAge)
 		}
 		time.Sleep(broker.IdleTime + time.Second)
 		if s := b.Connections(); s.Authenticated+s.Unauthenticated != 0 {
-			t.Errorf("of an idle connection, this is left: %+v", s)
+			t.Errorf("after an idle connection the state is %+v", s)
 		}
 	})
 }
 
-// A connection on which no request arrives is closed in time, whatever else comes on it.
+// The broker closes a connection without a request in time, whatever other frames arrive.
 func TestTimeOfRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := brokertest.Start(t, session, &lines{})
@@ -201,7 +201,7 @@ func TestTimeOfRequests(t *testing.T) {
 		var talking sync.WaitGroup
 		defer talking.Wait()
 		talking.Go(func() {
-			for framer.WriteSettingsAck() == nil { // Something comes all the time.
+			for framer.WriteSettingsAck() == nil { // A frame arrives all the time.
 				time.Sleep(500 * time.Millisecond)
 			}
 		})
@@ -209,15 +209,15 @@ func TestTimeOfRequests(t *testing.T) {
 			_, err = framer.ReadFrame()
 		}
 		if took := time.Since(began); took != broker.RequestTime {
-			t.Errorf("it was closed after %s, not %s", took, broker.RequestTime)
+			t.Errorf("the connection was closed after %s, want %s", took, broker.RequestTime)
 		}
 	})
 }
 
-// There are bounds on how many connections are open of callers that nobody knows, and of one pod.
+// The connections of unauthenticated callers, and those of one pod, are limited.
 func TestConnectionBound(t *testing.T) {
 	if got := connlimit.MaxOpen(broker.MaxUnauthenticated) * broker.HeldPerConnection; got != broker.MaxHeldUnauthenticated {
-		t.Errorf("the product of the bounds is %d; the broker says %d", got, broker.MaxHeldUnauthenticated)
+		t.Errorf("the product of the limits is %d, MaxHeldUnauthenticated is %d", got, broker.MaxHeldUnauthenticated)
 	}
 	release := make(chan struct{})
 	listener := bufconn.Listen(64 << 10)

@@ -10,8 +10,8 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// TestShadowedPods: the warnings that the webhook kept on a pod are passed on when the pod calls, also where it is
-// refused; a pod without any is not mentioned.
+// The broker reports the webhook's warnings on a pod when the pod calls, also if it refuses the pod. It reports nothing on a
+// pod without warnings.
 func TestShadowedPods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, ststest.Config{}, cache.Config[policy.Grant]{})
@@ -25,13 +25,13 @@ func TestShadowedPods(t *testing.T) {
 			}
 		}
 		if _, err := e.get(t.Context(), "shop/refused"); err == nil {
-			t.Error("a pod without a role got one")
+			t.Error("a pod without a role got credentials")
 		}
 		want := []string{"shadowed: container c has AWS_PROFILE", "refused: container c has AWS_PROFILE"}
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if !slices.Equal(e.warned, want) {
-			t.Errorf("warned of %q, want %q", e.warned, want)
+			t.Errorf("reported %q, want %q", e.warned, want)
 		}
 	})
 }

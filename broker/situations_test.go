@@ -19,8 +19,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// The tests of this file are the situations in which the brokers that came before were measured; what they did is
-// in docs/performance.md.
+// The tests of this file are situations in which other brokers were measured; docs/performance.md has their results.
 
 type cacheConfig = cache.Config[policy.Grant]
 
@@ -38,12 +37,12 @@ func TestFortyColdCallers(t *testing.T) {
 		}
 		callers.Wait()
 		if n := e.assumed(); n != 1 {
-			t.Errorf("40 callers made %d calls of STS", n)
+			t.Errorf("40 callers made %d STS calls", n)
 		}
 	})
 }
 
-// An SDK that waits for a second, and tries three times.
+// An SDK waits for a second, and tries three times.
 func TestCallerLessPatientThanSTS(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, slowly(1500*time.Millisecond), cacheConfig{})
@@ -57,7 +56,7 @@ func TestCallerLessPatientThanSTS(t *testing.T) {
 			}
 		}
 		if n := e.assumed(); n != 1 {
-			t.Errorf("%d calls of STS", n)
+			t.Errorf("%d STS calls", n)
 		}
 	})
 }
@@ -70,7 +69,7 @@ func TestFirstOfSixCallersLeaves(t *testing.T) {
 		first := e.pod("shop", "first", "role", "cart")
 		callers.Go(func() {
 			if _, err := e.get(ctx, first); !errors.Is(err, credential.ErrUnavailable) {
-				t.Errorf("the one who left is told %v", err)
+				t.Errorf("the caller that gave up got %v", err)
 			}
 		})
 		synctest.Wait()
@@ -82,13 +81,13 @@ func TestFirstOfSixCallersLeaves(t *testing.T) {
 		leave()
 		callers.Wait()
 		if n := e.assumed(); n != 1 {
-			t.Errorf("%d calls of STS", n)
+			t.Errorf("%d STS calls", n)
 		}
 	})
 }
 
-// Thousands of sessions that nobody asks for, made within seconds, fall due together. None may be lost, and none
-// renewed late.
+// Thousands of sessions without callers, fetched within seconds, are due together. The broker loses none, and renews none
+// late.
 func TestManyIdleGrantsFallDueTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const grants = 5000
@@ -109,22 +108,22 @@ func TestManyIdleGrantsFallDueTogether(t *testing.T) {
 			}
 			least = min(least, s.Stalest)
 		}
-		// The first of each, and renewals at the usual rate: to be even at once, some are renewed early.
-		if n, most := sts.count(), grants*27/10; n < 2*grants || n > most {
-			t.Errorf("%d calls of STS for %d grants, want at least one renewal of each and at most %d calls", n, grants, most)
+		// One fetch of each, and renewals at the usual rate. The broker renews some early, to spread them.
+		if n, limit := sts.count(), grants*27/10; n < 2*grants || n > limit {
+			t.Errorf("%d STS calls for %d grants, want at least one renewal of each and at most %d calls", n, grants, limit)
 		}
 		t.Logf("least_remaining_seconds=%.0f", math.Floor(least.Seconds())) // read by make bench
 		if least < life*45/100 {
-			t.Errorf("a session had %s left", least)
+			t.Errorf("a session had %s left, which is too little", least)
 		}
 		if n := sts.perSecond(); n > allowed(cacheConfig{}) {
-			t.Errorf("%d calls of STS within a second", n)
+			t.Errorf("%d STS calls within a second", n)
 		}
 	})
 }
 
-// STS throttles, or is away, for 25 minutes, which begin just before or while its sessions fall due. Nobody notices, and when
-// it is back it is not met by all at once.
+// STS throttles or is unavailable for 25 minutes, from just before or while sessions are due. Callers do not notice. When STS
+// recovers, the broker does not call it for all sessions at once.
 func TestSTSAwayForLong(t *testing.T) {
 	const (
 		grants = 30
@@ -136,7 +135,7 @@ func TestSTSAwayForLong(t *testing.T) {
 		begin time.Duration // when the first sessions fall due is after 24 minutes
 	}{
 		{"throttles", ststest.Throttling(), 24 * time.Minute},
-		{"is away", ststest.Unavailable(), 24 * time.Minute},
+		{"is unavailable", ststest.Unavailable(), 24 * time.Minute},
 		{"hangs up", ststest.Drop(), 33 * time.Minute},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -154,7 +153,7 @@ func TestSTSAwayForLong(t *testing.T) {
 							}
 							time.Sleep(answer.GetRefreshAfter().AsDuration())
 							if left := time.Until(answer.GetExpiration().AsTime()); left <= 0 {
-								t.Errorf("pod %s served a session that ended %s ago", pod, -left)
+								t.Errorf("pod %s got a session that expired %s ago", pod, -left)
 							}
 						}
 					})
@@ -166,7 +165,7 @@ func TestSTSAwayForLong(t *testing.T) {
 				e.sts.SetDefault(ststest.Behavior{Latency: 100 * time.Millisecond})
 				time.Sleep(2 * time.Minute)
 				if s := e.sessions.Stats(); s.Stalest < life*45/100 || s.Rate < cache.DefaultRate/2 {
-					t.Errorf("two minutes after its return: %+v", s)
+					t.Errorf("two minutes after the recovery: %+v", s)
 				}
 				soon := 0
 				for _, call := range e.sts.Calls() {
@@ -175,7 +174,7 @@ func TestSTSAwayForLong(t *testing.T) {
 					}
 				}
 				if soon > grants/4 {
-					t.Errorf("in the second of its return %d of %d called", soon, grants)
+					t.Errorf("in the second of the recovery there were calls for %d of %d grants", soon, grants)
 				}
 				sidecars.Wait()
 			})
@@ -201,9 +200,9 @@ func TestOneSlowRole(t *testing.T) {
 			})
 		}
 		get("slow", 9*time.Second)
-		callers.Go(func() { // a call of STS is given up after 10 s
+		callers.Go(func() { // the broker gives up an STS call after 10 s
 			if _, err := e.get(t.Context(), lost); credential.ReasonOf(err) != credential.ReasonSTSUnavailable {
-				t.Errorf("the pod of the slowest role is told %v", err)
+				t.Errorf("the pod of the slowest role got %v", err)
 			}
 		})
 		synctest.Wait()
@@ -229,7 +228,7 @@ func TestColdStart(t *testing.T) {
 		}
 		s := e.sessions.Stats()
 		if s.Warm != pods || sts.count() != pods {
-			t.Errorf("of %d pods %d are warm, after %d calls of STS", pods, s.Warm, sts.count())
+			t.Errorf("of %d pods %d are warm, after %d STS calls", pods, s.Warm, sts.count())
 		}
 		return sts, time.Since(began)
 	}
@@ -237,7 +236,7 @@ func TestColdStart(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			sts, _ := start(t, cacheConfig{MaxPerTenant: 500})
 			if n := sts.perSecond(); n > allowed(cacheConfig{}) {
-				t.Errorf("%d calls of STS within a second", n)
+				t.Errorf("%d STS calls within a second", n)
 			}
 		})
 	})
@@ -259,16 +258,16 @@ func TestPodsThatShareRoles(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		if s := e.sessions.Stats(); s.Warm != roles || e.assumed() != roles {
-			t.Errorf("%d pods of %d roles: %d are warm, after %d calls of STS", pods, roles, s.Warm, e.assumed())
+			t.Errorf("%d pods of %d roles: %d are warm, after %d STS calls", pods, roles, s.Warm, e.assumed())
 		}
 	})
 }
 
-// One namespace asks for more than any should.
+// One namespace requests more distinct sessions than its maximum.
 func TestGreedyNamespace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const most = 500
-		e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{MaxPerTenant: most, Concurrency: 4})
+		const limit = 500
+		e := newEngine(t, slowly(100*time.Millisecond), cacheConfig{MaxPerTenant: limit, Concurrency: 4})
 		var greedy []string
 		for i := range 10_000 {
 			greedy = append(greedy, e.pod("greedy", fmt.Sprint(i), "role", "cart", "external-id", fmt.Sprint("id-", i)))
@@ -279,7 +278,7 @@ func TestGreedyNamespace(t *testing.T) {
 		modest := e.pod("modest", "cart", "role", "other")
 		callers.Go(func() {
 			e.mustGet(modest)
-			// Its own call, and those that were under way.
+			// Its own STS call, and those that were in flight.
 			if took := time.Since(began); took > 200*time.Millisecond {
 				t.Errorf("the pod of another namespace waited %s", took)
 			}
@@ -297,29 +296,29 @@ func TestGreedyNamespace(t *testing.T) {
 				case credential.ReasonOf(err) == credential.ReasonTooManyGrants && strings.Contains(err.Error(), `"greedy"`):
 					refused++
 				default:
-					t.Errorf("a pod is told %v", err)
+					t.Errorf("a pod got %v", err)
 				}
 			})
 		}
 		callers.Wait()
-		if served != most || refused != len(greedy)-most {
+		if served != limit || refused != len(greedy)-limit {
 			t.Errorf("of %d pods %d were served, %d refused", len(greedy), served, refused)
 		}
-		if n := e.assumed(); n != most+1 {
-			t.Errorf("%d calls of STS", n)
+		if n := e.assumed(); n != limit+1 {
+			t.Errorf("%d STS calls", n)
 		}
-		// Whoever goes makes room.
-		for _, pod := range greedy[:most] {
+		// A pod that is gone makes room.
+		for _, pod := range greedy[:limit] {
 			e.end(pod)
 		}
 		time.Sleep(time.Minute)
-		if s := e.sessions.Stats(); s.Active != most+1 { // and that of the other namespace
-			t.Errorf("after pods have gone %d sessions are kept", s.Active)
+		if s := e.sessions.Stats(); s.Active != limit+1 { // with that of the other namespace
+			t.Errorf("after pods are gone, %d sessions are active", s.Active)
 		}
 	})
 }
 
-// The sessions of pods that have finished are renewed for nobody.
+// The broker does not renew the sessions of finished pods.
 func TestFinishedJobs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const jobs = 2000
@@ -330,23 +329,23 @@ func TestFinishedJobs(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		if n := e.assumed(); n != jobs {
-			t.Fatalf("%d jobs made %d calls of STS", jobs, n)
+			t.Fatalf("%d jobs made %d STS calls", jobs, n)
 		}
 		for _, pod := range pods {
 			e.end(pod)
 		}
 		time.Sleep(5 * time.Hour)
 		if n := e.assumed(); n != jobs {
-			t.Errorf("after the end of all jobs there were %d more calls of STS", n-jobs)
+			t.Errorf("after the end of all jobs there were %d more STS calls", n-jobs)
 		}
 		if s := e.sessions.Stats(); s.Entries != 0 {
-			t.Errorf("%d sessions are still there", s.Entries)
+			t.Errorf("%d sessions are still cached", s.Entries)
 		}
 	})
 }
 
-// A role that is taken away is told of before the pod's session ends.
-func TestRefusedRenewalIsTold(t *testing.T) {
+// The broker reports that a role was withdrawn before the pod's session expires.
+func TestRefusedRenewalIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEngine(t, ststest.Config{}, cacheConfig{})
 		pod := e.pod("shop", "cart", "role", "cart")
@@ -356,8 +355,8 @@ func TestRefusedRenewalIsTold(t *testing.T) {
 		e.mustGet(pod)
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		if len(e.told) != 1 || e.told[0].Reason != credential.ReasonSTSDenied {
-			t.Errorf("told %v", e.told)
+		if len(e.refused) != 1 || e.refused[0].Reason != credential.ReasonSTSDenied {
+			t.Errorf("reported %v, want one refusal by STS", e.refused)
 		}
 	})
 }

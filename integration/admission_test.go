@@ -112,7 +112,7 @@ func TestPodsAreRefusedAtCreation(t *testing.T) {
 		want        []string // parts of the message; nil: the pod is created
 	}{
 		"a misspelt key": {map[string]string{permittedKey: ".*"}, map[string]string{"iam.amazonaws.com/roel": "cart"},
-			[]string{`"iam.amazonaws.com/roel" is unknown: did you mean "iam.amazonaws.com/role"`}},
+			[]string{`"iam.amazonaws.com/roel" is unknown; did you mean "iam.amazonaws.com/role"`}},
 		"nothing is permitted": {nil, role("cart"), []string{`annotate it with "iam.amazonaws.com/permitted"`, arn("cart")}},
 		// This expression would match all roles if it were wrapped before it is compiled.
 		"an expression that escapes": {map[string]string{permittedKey: arn("a") + ")|(?:.*"}, role("b"), []string{"is not a regular expression"}},

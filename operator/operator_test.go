@@ -414,7 +414,7 @@ func TestJudgement(t *testing.T) {
 		{"rules file", optedIn + aPod, func(c *operator.InjectConfig) { c.RulesFile = nobody }, true, false,
 			where + `2 (line 8), Pod p: refused: `},
 		{"misspelt, of one of two", aPod + "---\n# second\n" + strings.ReplaceAll(aPod, "role", "rloe"), nil, true, false,
-			where + `2 (line 10), Pod p: refused: annotation "iam.amazonaws.com/rloe" is unknown: did you mean "iam.amazonaws.com/role"?` + "\n"},
+			where + `2 (line 10), Pod p: refused: annotation "iam.amazonaws.com/rloe" is unknown; did you mean "iam.amazonaws.com/role"?` + "\n"},
 		{"on the wrong object", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {namespace: x, name: d, annotations: {iam.amazonaws.com/role: r}}\nspec: {template: {spec: " + podSpec + "}}\n", nil, false, true,
 			where + `1 (line 1), Deployment x/d: note: annotation "iam.amazonaws.com/role" is on the Deployment itself and has no effect there; move it to the pod template` + "\n"},
 		{"an own namespace", optedIn + strings.Replace(aPod, "name: p", "generateName: p-\n  namespace: other", 1), nil, false, false,

@@ -288,7 +288,7 @@ func TestDecisions(t *testing.T) {
 			name: "nothing permitted", review: review(pod(permitted, "")), namespaces: closed,
 			want: &admissionv1.AdmissionResponse{
 				Result: refusal(403, "Forbidden", "NOTHING_PERMITTED", 0,
-					`namespace "team-a" permits no roles: annotate it with "iam.amazonaws.com/permitted", a regular expression that matches `+permitted),
+					`namespace "team-a" permits no roles; annotate it with "iam.amazonaws.com/permitted", a regular expression that matches `+permitted),
 				AuditAnnotations: map[string]string{"decision": "refused", "reason": "NOTHING_PERMITTED"}},
 			log: `level=INFO msg="Decided on an admission" uid=0b2e5d3c namespace=team-a pod=app- decision=refused reason=NOTHING_PERMITTED role="" dry_run=true`,
 		},
@@ -374,7 +374,7 @@ func TestRulesFile(t *testing.T) {
 		}
 		r := mutate()
 		if r.Allowed != allowed || !allowed && (r.Result.Code != http.StatusForbidden || r.AuditAnnotations["reason"] != "RULES_ACCOUNT" ||
-			!strings.Contains(r.Result.Message, `the rules file (namespaces[0], "team-*") does not let namespace "team-a" have a role of account 123456789012`)) {
+			!strings.Contains(r.Result.Message, `the rules file (namespaces[0], "team-*") does not allow namespace "team-a" to have a role of account 123456789012`)) {
 			t.Errorf("with account %s in the file, response is %+v, want allowed: %v", account, r, allowed)
 		}
 	}

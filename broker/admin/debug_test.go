@@ -38,10 +38,11 @@ func grantOf(t *testing.T, annotations ...string) policy.Grant {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Annotations: map[string]string{}}
+	of := map[string]string{}
 	for i := 0; i < len(annotations); i += 2 {
-		pod.Annotations[policy.DefaultPrefix+"/"+annotations[i]] = annotations[i+1]
+		of[policy.DefaultPrefix+"/"+annotations[i]] = annotations[i+1]
 	}
+	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Request: keys.Request(of)}
 	g, err := rules.Grant(pod, policy.Namespace{
 		Name: "shop", Labels: map[string]string{policy.DefaultPrefix + "/inject": "enabled"},
 		Annotations: map[string]string{policy.DefaultPrefix + "/permitted": ".*"},

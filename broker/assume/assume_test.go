@@ -107,7 +107,7 @@ func grantBy(t *testing.T, file *policy.File, pairs map[policy.Key]string) polic
 		annotations[keys.Name(key)] = value
 	}
 	g, err := rules.Grant(
-		policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Annotations: annotations},
+		policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Request: keys.Request(annotations)},
 		policy.Namespace{
 			Name:        "shop",
 			Labels:      map[string]string{keys.Name(policy.Inject): policy.Enabled},

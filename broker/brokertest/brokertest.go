@@ -51,6 +51,7 @@ type Broker struct {
 	roots    *certs.Roots
 	stop     context.CancelFunc
 	ended    chan struct{}
+	keys     policy.Keys
 
 	mu     sync.Mutex
 	pods   map[string]Pod // :: token → pod; guarded by mu
@@ -78,7 +79,7 @@ func Start(t testing.TB, sts STS, audited io.Writer, adjust ...func(*broker.Conf
 	must(t, err)
 	decisions, err := audit.New(audit.Config{Writer: audited, Logger: log})
 	must(t, err)
-	b := &Broker{listener: bufconn.Listen(1 << 20), roots: roots, pods: make(map[string]Pod)}
+	b := &Broker{listener: bufconn.Listen(1 << 20), roots: roots, pods: make(map[string]Pod), keys: keys}
 	cfg := broker.Config{
 		Verifier: b, Binder: b, Rules: rules, Sessions: sessions, Audit: decisions, Region: "eu-central-1", Logger: log,
 	}
@@ -170,7 +171,7 @@ func (b *Broker) Bind(_ context.Context, id identity.Pod) (policy.Pod, policy.Na
 	for _, p := range b.pods {
 		if p.Identity == id {
 			return policy.Pod{
-				Namespace: id.Namespace, Name: id.Name, UID: id.UID, ServiceAccount: id.ServiceAccount, Annotations: p.Annotations,
+				Namespace: id.Namespace, Name: id.Name, UID: id.UID, ServiceAccount: id.ServiceAccount, Request: b.keys.Request(p.Annotations),
 			}, p.Namespace, nil
 		}
 	}

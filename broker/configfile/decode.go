@@ -13,7 +13,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
-	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/typo"
 )
 
 // Decode decodes the text of a file, in YAML or JSON, into the struct to which into points. json tags name the fields. A
@@ -69,7 +69,7 @@ func decode(node *yaml.Node, path string, v reflect.Value) error {
 		return pairs(node, path, func(key string, value *yaml.Node, path string) error {
 			field, ok := fields[key]
 			if !ok {
-				return wrong(value, path, "unknown field; known here are %s: did you mean %s?", strings.Join(names, ", "), policy.Nearest(key, names))
+				return wrong(value, path, "unknown field; known here are %s: did you mean %s?", strings.Join(names, ", "), typo.Nearest(key, names))
 			}
 			return decode(value, path, field)
 		})

@@ -17,12 +17,12 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// lagPatience is how long to wait for the watch to bring a pod that its token speaks of. The
-// sidecar of a new pod asks about a second after the pod was created.
-const lagPatience = 2 * time.Second
+// maxLag is how long Bind waits until the watch has the pod of a token. The sidecar of a new pod calls about a second after
+// the pod was created.
+const maxLag = 2 * time.Second
 
-// Directory binds the identity in a verified token to the live pod, and tells which injected pods
-// there are.
+// Directory binds the identity of a verified token to the live pod, and lists the injected pods. Its methods may be called
+// concurrently.
 type Directory struct {
 	keys            policy.Keys
 	pods            *watched
@@ -33,7 +33,7 @@ type Directory struct {
 	reads           *liveReads
 }
 
-// NewDirectory prepares the watches. It asks the API server for nothing until Run.
+// NewDirectory prepares the watches. It does not call the API server; Run does.
 func NewDirectory(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Directory, error) {
 	client, core, err := clients(config, keys, log)
 	if err != nil {
@@ -42,9 +42,9 @@ func NewDirectory(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Dir
 	d := &Directory{keys: keys, core: core, changed: newBroadcast(), reads: newLiveReads()}
 	d.namespaces = newNamespaces(client, core, keys, d.changed, d.reads)
 	d.pods = newWatched(client, "pods", d.changed)
-	d.pods.annotations = bears(keys)
+	d.pods.annotations, d.pods.parse = hasPrefix(keys), keys.Request
 	d.pods.tweak = func(o *metav1.ListOptions) {
-		// Finished pods leave the watch: they need no credentials, and cost no memory.
+		// Finished pods leave the watch: they need no credentials and should use no memory.
 		o.LabelSelector = keys.Name(policy.Injected) + "=true"
 		o.FieldSelector = "status.phase!=Succeeded,status.phase!=Failed"
 	}
@@ -58,31 +58,31 @@ func (d *Directory) Run(ctx context.Context) error {
 	return nil
 }
 
-// Synced reports whether everything has been listed once.
+// Synced reports whether each watch has had a complete list.
 func (d *Directory) Synced() bool {
 	return d.pods.synced() && d.serviceAccounts.synced() && d.namespaces.Synced()
 }
 
-// Reads counts the reads past the watches that were made so far, and those that the bounds on them refused.
+// Reads returns how many live reads were made so far, and how many their limits refused.
 func (d *Directory) Reads() (made, refused uint64) {
 	return d.reads.made.Load(), d.reads.refused.Load()
 }
 
-// Age is how old what the watches know may be: 0 while all of them are well, and otherwise how long ago the API
-// server was last heard by the one that has heard nothing for longest.
+// Age returns how old the cached state may be: 0 while all watches are healthy. Otherwise it is the time since the API server
+// last sent something, of the watch for which that is the longest.
 func (d *Directory) Age() time.Duration {
 	return max(d.pods.age(), d.serviceAccounts.age(), d.namespaces.watched.age())
 }
 
-// Bind finds the live pod that a verified token is bound to, with its namespace. A pod or service
-// account that was deleted, or recreated under the same name, a pod that has finished or was not
-// injected, and a pod of a namespace that is not opted in, is refused. What the watch does not know yet is waited for a little and then read from
-// the API server; credential.ErrUnavailable is returned only when that could not be asked.
+// Bind returns the live pod that a verified token is bound to, with its namespace. Bind refuses a deleted or recreated pod or
+// service account. It also refuses a pod that has finished or was not injected, and a pod of a namespace that is not opted
+// in. If the watch does not have an object yet, Bind waits for it for 2 s and then reads it from the API server. It returns
+// credential.ErrUnavailable only if that read fails or is over its limit.
 func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error) {
 	accountIsLive := func() bool { return d.accountIsLive(id) }
 	livePod := func() *object { return d.livePod(id) }
-	// First, because pods of other namespaces can have tokens for our audience too, and must not make us
-	// wait and ask for them.
+	// The namespace comes first: pods of other namespaces can have tokens for our audience too, and must not cause waits and
+	// live reads.
 	ns, err := d.namespaces.Namespace(ctx, id.Namespace)
 	if err == nil {
 		err = d.keys.CheckOptedIn(ns)
@@ -90,7 +90,7 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 	if err != nil {
 		return policy.Pod{}, policy.Namespace{}, err
 	}
-	d.changed.until(ctx, lagPatience, func() bool { return livePod() != nil && accountIsLive() })
+	d.changed.until(ctx, maxLag, func() bool { return livePod() != nil && accountIsLive() })
 	if !accountIsLive() {
 		if err := d.readServiceAccount(ctx, id); err != nil {
 			return policy.Pod{}, policy.Namespace{}, err
@@ -98,34 +98,34 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 	}
 	pod := policy.Pod{Namespace: id.Namespace, Name: id.Name, UID: id.UID, ServiceAccount: id.ServiceAccount}
 	if o := livePod(); o != nil {
-		pod.Annotations = o.annotations
+		pod.Request = o.request()
 	} else {
-		annotations, err := d.readPod(ctx, id)
+		request, err := d.readPod(ctx, id)
 		if err != nil {
 			return policy.Pod{}, policy.Namespace{}, err
 		}
-		pod.Annotations = annotations
+		pod.Request = request
 	}
-	// A pod has its annotations from its creation on, so none are on their way.
-	if !d.keys.Annotated(pod.Annotations) {
+	// A pod has its annotations from its creation, so they cannot arrive later.
+	if !pod.Request.Annotated() {
 		return policy.Pod{}, policy.Namespace{}, d.notInjected(id, fmt.Sprintf("no annotation %s", d.keys.Name(policy.Role)))
 	}
 	return pod, ns, nil
 }
 
-// notInjected refuses a pod that lacks a part of an injected one. The refusal is final. The webhook adds label and
-// annotations when it admits the pod, and an admission policy keeps both from being added later. The broker has looked
-// for the missing part in the pod as the API server has it. Sidecars rely on that, and stop holding back their pod's start.
+// notInjected refuses a pod that lacks the label or the annotations of an injected pod. The refusal is final: the webhook adds
+// both when it admits the pod, an admission policy refuses to add them later, and the broker has looked for them in the pod as
+// the API server has it. Sidecars rely on that, and stop delaying the start of their pod.
 func (d *Directory) notInjected(id identity.Pod, lacks string) error {
 	return credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected,
 		"pod %s was not injected: it has %s. A copy made by kubectl debug --copy-to lacks label and annotations, and gets no credentials", id, lacks)
 }
 
-// Expects reports whether the watches know an injected pod and a service account as in id, by name and UID. It makes no
-// live read of an object that the watches do not know yet.
+// Expects reports whether the watches have the injected pod and the service account of id, by name and UID. It makes no live
+// reads.
 func (d *Directory) Expects(id identity.Pod) bool { return d.livePod(id) != nil && d.accountIsLive(id) }
 
-// livePod returns what the watch knows of the pod; nil if it knows none of that UID.
+// livePod returns the pod of the watch; nil if the watch has none with that UID.
 func (d *Directory) livePod(id identity.Pod) *object {
 	if o := d.pods.get(id.Namespace, id.Name); o != nil && o.uid == id.UID {
 		return o
@@ -133,14 +133,15 @@ func (d *Directory) livePod(id identity.Pod) *object {
 	return nil
 }
 
-// accountIsLive reports whether the watch knows the service account, with the same UID.
+// accountIsLive reports whether the watch has the service account, with that UID.
 func (d *Directory) accountIsLive(id identity.Pod) bool {
 	o := d.serviceAccounts.get(id.Namespace, id.ServiceAccount)
 	return o != nil && o.uid == id.ServiceAccountUID
 }
 
-// readPod asks the API server for the pod's annotations.
-func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]string, error) {
+// readPod reads the pod from the API server, and returns what its annotations ask for. The limits of live reads also limit how
+// often it parses annotations.
+func (d *Directory) readPod(ctx context.Context, id identity.Pod) (*policy.Request, error) {
 	pod, found, err := readLive(ctx, d.reads, id.Namespace, "pod "+id.String(), func(ctx context.Context) (*corev1.Pod, error) {
 		return d.core.Pods(id.Namespace).Get(ctx, id.Name, metav1.GetOptions{})
 	})
@@ -149,17 +150,16 @@ func (d *Directory) readPod(ctx context.Context, id identity.Pod) (map[string]st
 		return nil, err
 	case !found || string(pod.UID) != id.UID:
 		return nil, credential.Errorf(credential.ErrNotFound, credential.ReasonPodNotFound,
-			"pod %s with UID %s does not exist any more", id, id.UID)
+			"pod %s with UID %s no longer exists", id, id.UID)
 	case pod.Labels[d.keys.Name(policy.Injected)] != "true":
 		return nil, d.notInjected(id, fmt.Sprintf("no label %s=true", d.keys.Name(policy.Injected)))
 	case pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed:
 		return nil, credential.Errorf(credential.ErrDenied, credential.ReasonPodFinished, "pod %s has finished", id)
 	}
-	return pod.Annotations, nil
+	return d.keys.Request(pod.Annotations), nil
 }
 
-// readServiceAccount asks the API server whether the pod's service account is still the one that
-// its token names.
+// readServiceAccount reads from the API server whether the pod's service account is still that of the token.
 func (d *Directory) readServiceAccount(ctx context.Context, id identity.Pod) error {
 	account, found, err := readLive(ctx, d.reads, id.Namespace, "service account "+id.Namespace+"/"+id.ServiceAccount,
 		func(ctx context.Context) (*corev1.ServiceAccount, error) {
@@ -170,14 +170,13 @@ func (d *Directory) readServiceAccount(ctx context.Context, id identity.Pod) err
 	}
 	if !found || string(account.UID) != id.ServiceAccountUID {
 		return credential.Errorf(credential.ErrNotFound, credential.ReasonServiceAccountGone,
-			"service account %s/%s was deleted or recreated since pod %s began: restart the pod", id.Namespace, id.ServiceAccount, id)
+			"service account %s/%s was deleted or recreated after pod %s was created; restart the pod", id.Namespace, id.ServiceAccount, id)
 	}
 	return nil
 }
 
-// Pod returns the injected pod of the key NAMESPACE/NAME and its namespace, as the watch knows them.
-// Its service account is the webhook's hint. ok is false when the pod is gone or has finished, or
-// its namespace is not known.
+// Pod returns the injected pod with the key NAMESPACE/NAME and its namespace from the watches, without a live read. Its service
+// account is the webhook's hint. ok is false if the pod is gone or has finished, or if the watch does not have its namespace.
 func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok bool) {
 	namespace, name, _ := strings.Cut(key, "/")
 	o := d.pods.get(namespace, name)
@@ -188,17 +187,17 @@ func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok boo
 	if !ok {
 		return policy.Pod{}, policy.Namespace{}, false
 	}
+	request := o.request()
 	return policy.Pod{
-		Namespace: o.namespace, Name: o.name, UID: o.uid, Annotations: o.annotations,
-		ServiceAccount: o.annotations[d.keys.Name(policy.ServiceAccount)],
+		Namespace: o.namespace, Name: o.name, UID: o.uid, ServiceAccount: request.ServiceAccount(), Request: request,
 	}, ns, true
 }
 
-// Pods returns the keys of all injected pods that the watch knows.
+// Pods returns the keys of all injected pods.
 func (d *Directory) Pods() []string { return d.pods.allKeys() }
 
-// OnChange calls changed with the key NAMESPACE/NAME of each injected pod that appears, changes or
-// goes, and of each pod whose namespace changes; first, of each that there is. changed must not block.
+// OnChange calls changed with the key NAMESPACE/NAME of each injected pod. Later it calls changed for each pod that is added,
+// changed or removed, and for each pod of a changed namespace. changed must not block.
 func (d *Directory) OnChange(changed func(key string)) {
 	d.pods.onChange(func(o *object) { changed(o.key()) })
 	d.namespaces.watched.onChange(func(o *object) {

@@ -41,7 +41,7 @@ type EndpointsConfig struct {
 // Endpoints watches the list of brokers. It keeps the last list if the API server is unavailable or lists no broker, for
 // example because the Service was recreated. Otherwise a broker would think it is alone and take over every session.
 type Endpoints struct {
-	hearing
+	freshness
 
 	cfg     EndpointsConfig
 	client  discoveryv1client.EndpointSliceInterface
@@ -69,13 +69,13 @@ func NewEndpoints(cfg EndpointsConfig) (*Endpoints, error) {
 
 // Run watches until ctx ends.
 func (e *Endpoints) Run(ctx context.Context) error {
-	e.hear(nil)
+	e.heard(nil)
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
 		cache.NewReflectorWithOptions(e.source(), &discoveryv1.EndpointSlice{}, endpointSink{e.store, e.changed}, cache.ReflectorOptions{
 			Name:    "credence/endpointslices",
-			Backoff: &wait.Backoff{Duration: firstPause, Cap: longestPause, Steps: 16, Factor: 2, Jitter: 0.5},
+			Backoff: &wait.Backoff{Duration: minPause, Cap: maxPause, Steps: 16, Factor: 2, Jitter: 0.5},
 		}).RunWithContext(ctx)
 	}()
 	var patience <-chan time.Time // nil until there are endpoints
@@ -115,16 +115,16 @@ func (e *Endpoints) source() *cache.ListWatch {
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list, err := e.client.List(ctx, ofService(o))
-			e.hear(err)
+			e.heard(err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := e.client.Watch(ctx, ofService(o))
-			e.hear(err)
+			e.heard(err)
 			if err != nil {
 				return nil, err
 			}
-			return overhear(w, &e.hearing), nil
+			return recordEvents(w, &e.freshness), nil
 		},
 	}
 }

@@ -1,8 +1,6 @@
-// Package kube is what the broker and the webhook know of the cluster: which pods are injected,
-// what their namespaces permit, and whether a service-account token is genuine.
-//
-// It watches metadata only, keeps of each object no more than a decision needs, and goes on
-// answering from what it has while the API server is away. It decides nothing: package policy does.
+// Package kube tells the broker and the webhook which pods are injected, what their namespaces permit, and whether a token is
+// genuine. It watches metadata only, stores only what a decision needs, and keeps serving from its cache while the API server
+// is unavailable. It decides nothing; package policy does.
 package kube
 
 import (
@@ -27,7 +25,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// broadcast wakes everybody who waits for the watched state to change.
+// broadcast wakes all callers that wait for a change of the watched state.
 type broadcast struct {
 	mu      sync.Mutex
 	waiters int           // guarded by mu
@@ -45,8 +43,8 @@ func (b *broadcast) send() {
 	}
 }
 
-// until waits for condition to hold, at most for patience and no longer than ctx.
-func (b *broadcast) until(ctx context.Context, patience time.Duration, condition func() bool) {
+// until waits until condition returns true, for maxWait at most and until ctx ends.
+func (b *broadcast) until(ctx context.Context, maxWait time.Duration, condition func() bool) {
 	if condition() {
 		return
 	}
@@ -58,7 +56,7 @@ func (b *broadcast) until(ctx context.Context, patience time.Duration, condition
 		b.waiters--
 		b.mu.Unlock()
 	}()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, maxWait)
 	defer cancel()
 	for {
 		b.mu.Lock()
@@ -75,64 +73,63 @@ func (b *broadcast) until(ctx context.Context, patience time.Duration, condition
 	}
 }
 
-// Reads that go past the watches to the API server, for what they do not know yet. They are rare, and a flood
-// of callers with tokens of dead pods must not become a flood on the API server, nor one namespace's flood
-// leave nothing for all others.
+// Limits of live reads, which read an object from the API server that the watches do not have yet. They are rare. Many callers
+// with tokens of dead pods must not overload the API server, and one namespace must not use up the reads of all others.
 const (
-	liveReadsPerSecond  = 20
-	liveReadBurst       = 100
-	shareReadsPerSecond = 5
-	shareReadBurst      = 25
-	// maxShares bounds how many namespaces' shares are remembered. Should it be reached, those that have not
-	// been touched lately are forgotten: theirs is whole again anyway.
-	maxShares = 1000
-	// liveReadTimeout bounds a read. An API server that answers takes milliseconds.
+	liveReadsPerSecond      = 20
+	liveReadBurst           = 100
+	namespaceReadsPerSecond = 5
+	namespaceReadBurst      = 25
+	// maxLimiters bounds how many namespaces have a limiter. If it is reached, liveReads drops the limiters that were not used
+	// recently, which are full again anyway.
+	maxLimiters = 1000
+	// liveReadTimeout bounds a read. A healthy API server responds within milliseconds.
 	liveReadTimeout = 5 * time.Second
 )
 
-// liveReads bounds them.
+// liveReads makes live reads within their limits.
 type liveReads struct {
-	all     *rate.Limiter
-	flights singleflight.Group // so that all who wait for the same thing cost one read
+	all    *rate.Limiter
+	shared singleflight.Group // one read for all callers that wait for the same object
 
 	made, refused atomic.Uint64
 
-	mu     sync.Mutex
-	shares map[string]*rate.Limiter // :: namespace → its share; guarded by mu
+	mu       sync.Mutex
+	limiters map[string]*rate.Limiter // :: namespace → its limiter; guarded by mu
 }
 
 func newLiveReads() *liveReads {
-	return &liveReads{all: rate.NewLimiter(liveReadsPerSecond, liveReadBurst), shares: make(map[string]*rate.Limiter)}
+	return &liveReads{all: rate.NewLimiter(liveReadsPerSecond, liveReadBurst), limiters: make(map[string]*rate.Limiter)}
 }
 
-// allow takes one read from the namespace's share, and from what there is for all.
+// allow takes one read from the limiter of the namespace and from that of all. It reports whether both had one.
 func (l *liveReads) allow(namespace string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	share := l.shares[namespace]
-	if share == nil {
-		if len(l.shares) >= maxShares {
-			maps.DeleteFunc(l.shares, func(_ string, s *rate.Limiter) bool { return s.Tokens() >= shareReadBurst })
+	limiter := l.limiters[namespace]
+	if limiter == nil {
+		if len(l.limiters) >= maxLimiters {
+			maps.DeleteFunc(l.limiters, func(_ string, other *rate.Limiter) bool { return other.Tokens() >= namespaceReadBurst })
 		}
-		if len(l.shares) >= maxShares {
-			return false // A thousand namespaces ask for what there is not: that is a flood of its own.
+		if len(l.limiters) >= maxLimiters {
+			return false // A thousand namespaces need live reads at once, which is an overload of its own.
 		}
-		share = rate.NewLimiter(shareReadsPerSecond, shareReadBurst)
-		l.shares[namespace] = share
+		limiter = rate.NewLimiter(namespaceReadsPerSecond, namespaceReadBurst)
+		l.limiters[namespace] = limiter
 	}
-	return share.Allow() && l.all.Allow()
+	return limiter.Allow() && l.all.Allow()
 }
 
-// readLive reads one object of a namespace, once for all who ask at that time. found is false when it does not
-// exist; any other failure is credential.ErrUnavailable.
+// readLive reads one object of a namespace, once for all concurrent callers. found is false if it does not exist. Any other
+// failure is credential.ErrUnavailable.
 func readLive[T any](ctx context.Context, l *liveReads, namespace, what string, read func(context.Context) (T, error)) (value T, found bool, err error) {
-	answer := l.flights.DoChan(what, func() (any, error) {
+	answer := l.shared.DoChan(what, func() (any, error) {
 		if !l.allow(namespace) {
 			l.refused.Add(1)
 			return nil, errTooManyReads
 		}
 		l.made.Add(1)
-		// Not on a caller's context: one who leaves must not make it fail for the others.
+		// Not on a caller's context: a caller that gives up must not make the read fail for the others.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), liveReadTimeout)
 		defer cancel()
 		return read(ctx)
@@ -149,9 +146,9 @@ func readLive[T any](ctx context.Context, l *liveReads, namespace, what string, 
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	message := "the Kubernetes API server cannot be asked; ask again"
+	message := "cannot read from the Kubernetes API server; try again"
 	if errors.Is(err, errTooManyReads) {
-		message = "too many pods are unknown at once; ask again"
+		message = "too many pods are unknown at once; try again"
 	}
 	return value, false, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
@@ -159,9 +156,9 @@ func readLive[T any](ctx context.Context, l *liveReads, namespace, what string, 
 	}
 }
 
-var errTooManyReads = errors.New("the bound of reads past the watches is reached")
+var errTooManyReads = errors.New("the limit of live reads is reached")
 
-// run runs watches until ctx ends.
+// run runs the watches until ctx ends.
 func run(ctx context.Context, all ...*watched) {
 	var running sync.WaitGroup
 	for _, w := range all {
@@ -170,13 +167,13 @@ func run(ctx context.Context, all ...*watched) {
 	running.Wait()
 }
 
-// clients checks what both kinds of watch need, and makes the clients they use.
+// clients checks the configuration of a directory or of namespaces, and makes their clients.
 func clients(config *rest.Config, keys policy.Keys, log *slog.Logger) (metadata.Interface, corev1client.CoreV1Interface, error) {
 	if config == nil || keys.Prefix() == "" || log == nil {
 		return nil, nil, errors.New("a REST configuration, annotation keys and a Logger are required")
 	}
 	config = rest.CopyConfig(config)
-	config.QPS = -1 // liveReads bounds the reads; client-go's own limit of 5 a second would queue them.
+	config.QPS = -1 // liveReads limits the reads. client-go's own limit of 5 a second would queue them.
 	watch, err := metadata.NewForConfig(config)
 	if err != nil {
 		return nil, nil, fmt.Errorf("making a metadata client: %w", err)
@@ -188,7 +185,7 @@ func clients(config *rest.Config, keys policy.Keys, log *slog.Logger) (metadata.
 	return watch, read, nil
 }
 
-// bears returns a filter for the names of labels and annotations that bear our prefix.
-func bears(keys policy.Keys) func(name string) bool {
+// hasPrefix returns a filter for the names of labels and annotations with our prefix.
+func hasPrefix(keys policy.Keys) func(name string) bool {
 	return func(name string) bool { return strings.HasPrefix(name, keys.Prefix()+"/") }
 }

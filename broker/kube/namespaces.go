@@ -16,7 +16,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Namespaces knows the labels and annotations of every namespace that bear our prefix.
+// Namespaces has the labels and annotations of all namespaces that have our prefix. Its methods may be called concurrently.
 type Namespaces struct {
 	watched *watched
 	keys    policy.Keys
@@ -24,19 +24,19 @@ type Namespaces struct {
 	changed *broadcast
 	reads   *liveReads
 
-	mu    sync.Mutex
-	asked map[string]time.Time // :: name → when the API server last said that it is not opted in; guarded by mu
+	mu         sync.Mutex
+	notOptedIn map[string]time.Time // :: name → when the last live read found it not opted in; guarded by mu
 }
 
-// trustFor is how long the API server's word that a namespace is not opted in is not asked for again:
-// a namespace with many pods that was opted out must not use up the reads of all others.
-const trustFor = 5 * time.Second
+// readInterval is the minimum time between two live reads of a namespace that is not opted in: if such a namespace has many
+// pods, it must not use up the live reads of the others.
+const readInterval = 5 * time.Second
 
-// maxRemembered bounds what is remembered of namespaces that are not opted in. Far more than a cluster
-// has; should it be reached, all is forgotten and asked anew.
+// maxRemembered bounds notOptedIn. It is far more than a cluster has. If it is reached, Namespaces drops all entries and reads
+// these namespaces again.
 const maxRemembered = 10_000
 
-// NewNamespaces prepares a watch of namespaces. It asks the API server for nothing until Run.
+// NewNamespaces prepares a watch of namespaces. It does not call the API server; Run does.
 func NewNamespaces(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Namespaces, error) {
 	client, core, err := clients(config, keys, log)
 	if err != nil {
@@ -47,7 +47,7 @@ func NewNamespaces(config *rest.Config, keys policy.Keys, log *slog.Logger) (*Na
 
 func newNamespaces(client metadata.Interface, core corev1client.CoreV1Interface, keys policy.Keys, changed *broadcast, reads *liveReads) *Namespaces {
 	w := newWatched(client, "namespaces", changed)
-	w.labels, w.annotations = bears(keys), bears(keys)
+	w.labels, w.annotations = hasPrefix(keys), hasPrefix(keys)
 	return &Namespaces{watched: w, keys: keys, core: core, changed: changed, reads: reads}
 }
 
@@ -57,52 +57,51 @@ func (n *Namespaces) Run(ctx context.Context) error {
 	return nil
 }
 
-// Age is how old what the watch knows may be, as of [Directory.Age].
+// Age returns how old the cached state may be, see [Directory.Age].
 func (n *Namespaces) Age() time.Duration { return n.watched.age() }
 
-// Reads counts the reads past the watch that were made so far, and those that the bounds on them refused.
+// Reads returns how many live reads were made so far, and how many their limits refused.
 func (n *Namespaces) Reads() (made, refused uint64) {
 	return n.reads.made.Load(), n.reads.refused.Load()
 }
 
-// Synced reports whether all namespaces have been listed once.
+// Synced reports whether the watch has had a complete list.
 func (n *Namespaces) Synced() bool { return n.watched.synced() }
 
-// Namespace returns what is known of the namespace. One that is not known to be opted in is read
-// from the API server itself first: namespaces are labelled a moment before their first pod. It
-// returns credential.ErrNotFound for a namespace that does not exist, and credential.ErrUnavailable
-// when the API server could not be asked.
+// Namespace returns the namespace. If the watch does not have it as opted in, Namespace reads it from the API server: users
+// label a namespace a moment before they create its first pod. It returns credential.ErrNotFound for a namespace that does not
+// exist, and credential.ErrUnavailable if the live read fails.
 func (n *Namespaces) Namespace(ctx context.Context, name string) (policy.Namespace, error) {
-	// While they are still being listed the list will say; to read each of them beside it would only delay it.
-	n.changed.until(ctx, lagPatience, func() bool { return n.watched.synced() || n.watched.get("", name) != nil })
+	// Before the first list is complete, wait for it: a live read of each namespace would only delay it.
+	n.changed.until(ctx, maxLag, func() bool { return n.watched.synced() || n.watched.get("", name) != nil })
 	ns, known := n.Known(name)
-	if known && (n.keys.OptedIn(ns.Labels) || n.askedLately(name)) {
+	if known && (n.keys.OptedIn(ns.Labels) || n.readRecently(name)) {
 		return ns, nil
 	}
-	ns, err := n.ask(ctx, name)
+	ns, err := n.read(ctx, name)
 	if err == nil && !n.keys.OptedIn(ns.Labels) {
 		n.remember(name)
 	}
 	return ns, err
 }
 
-func (n *Namespaces) askedLately(name string) bool {
+func (n *Namespaces) readRecently(name string) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	at, ok := n.asked[name]
-	return ok && time.Since(at) < trustFor
+	at, ok := n.notOptedIn[name]
+	return ok && time.Since(at) < readInterval
 }
 
 func (n *Namespaces) remember(name string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.asked == nil || len(n.asked) >= maxRemembered {
-		n.asked = make(map[string]time.Time)
+	if n.notOptedIn == nil || len(n.notOptedIn) >= maxRemembered {
+		n.notOptedIn = make(map[string]time.Time)
 	}
-	n.asked[name] = time.Now()
+	n.notOptedIn[name] = time.Now()
 }
 
-// Known returns what the watch knows of the namespace, without asking anybody.
+// Known returns the namespace from the watch, without a live read.
 func (n *Namespaces) Known(name string) (policy.Namespace, bool) {
 	o := n.watched.get("", name)
 	if o == nil {
@@ -111,15 +110,14 @@ func (n *Namespaces) Known(name string) (policy.Namespace, bool) {
 	return policy.Namespace{Name: o.name, Labels: o.labels, Annotations: o.annotations}, true
 }
 
-// Latest returns what the API server has of the namespace at this moment: it was perhaps annotated a moment ago, and
-// the watch has yet to hear of it. Such reads are few in a second, of all and of one namespace. It returns errors as
-// Namespace does.
+// Latest reads the namespace from the API server: perhaps a user annotated it a moment ago, and the watch does not have that
+// yet. The number of such reads per second is limited, for all and for each namespace. It returns errors as Namespace does.
 func (n *Namespaces) Latest(ctx context.Context, name string) (policy.Namespace, error) {
-	return n.ask(ctx, name)
+	return n.read(ctx, name)
 }
 
-// ask asks the API server.
-func (n *Namespaces) ask(ctx context.Context, name string) (policy.Namespace, error) {
+// read reads the namespace from the API server.
+func (n *Namespaces) read(ctx context.Context, name string) (policy.Namespace, error) {
 	ns, found, err := readLive(ctx, n.reads, name, "namespace "+name, func(ctx context.Context) (*corev1.Namespace, error) {
 		return n.core.Namespaces().Get(ctx, name, metav1.GetOptions{})
 	})

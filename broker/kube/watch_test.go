@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
-	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,14 +27,14 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// world is an API server with objects, of which it serves lists, watches and single reads.
+// world is an API server that serves lists, watches and single reads of its objects.
 type world struct {
 	away    atomic.Bool
 	reads   atomic.Int64 // of single objects
 	largest atomic.Int64 // page
-	streams bool         // it streams lists
-	silent  atomic.Bool  // it sends no bookmarks
-	behind  atomic.Bool  // its watches bring nothing, while reads do
+	streams bool         // whether it streams lists
+	silent  atomic.Bool  // whether it sends no bookmarks
+	behind  atomic.Bool  // whether its watches send nothing, while reads return current objects
 
 	mu      sync.Mutex
 	objects map[string]map[string]metav1.PartialObjectMetadata // :: resource → path → object; guarded by mu
@@ -55,7 +54,7 @@ type change struct {
 	phase    corev1.PodPhase
 }
 
-// selects reports whether a list or watch asks for the object: by its labels, and its phase.
+// selects reports whether a list or watch selects the object, by its labels and its phase.
 func selects(r *http.Request, m metav1.PartialObjectMetadata, phase corev1.PodPhase) bool {
 	byLabels, err := labels.Parse(r.URL.Query().Get("labelSelector"))
 	if err != nil {
@@ -84,17 +83,17 @@ func (w *world) put(kind, resource, namespace, name, uid string, annotations map
 	if kind == "DELETED" {
 		delete(w.objects[resource], namespace+"/"+name)
 	}
-	w.tell(change{w.version, resource, kind, m, w.phases[namespace+"/"+name]})
+	w.record(change{w.version, resource, kind, m, w.phases[namespace+"/"+name]})
 }
 
-// tell makes a change known to watches. The caller holds mu.
-func (w *world) tell(c change) {
+// record records a change for the watches. The caller holds mu.
+func (w *world) record(c change) {
 	w.events = append(w.events, c)
 	close(w.changed)
 	w.changed = make(chan struct{})
 }
 
-// edit changes an object that is there.
+// edit changes an existing object.
 func (w *world) edit(resource, path string, edit func(*metav1.PartialObjectMetadata)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -104,11 +103,11 @@ func (w *world) edit(resource, path string, edit func(*metav1.PartialObjectMetad
 	m.ResourceVersion = strconv.Itoa(w.version)
 	edit(&m)
 	w.objects[resource][path] = m
-	w.tell(change{w.version, resource, "MODIFIED", m, w.phases[path]})
+	w.record(change{w.version, resource, "MODIFIED", m, w.phases[path]})
 }
 
-// become sets the phase of a pod of the namespace shop.
-func (w *world) become(name string, phase corev1.PodPhase) {
+// setPhase sets the phase of a pod of the namespace shop.
+func (w *world) setPhase(name string, phase corev1.PodPhase) {
 	w.mu.Lock()
 	w.phases["shop/"+name] = phase
 	w.mu.Unlock()
@@ -124,7 +123,7 @@ func (w *world) namespace(name string) {
 	w.put("ADDED", "serviceaccounts", name, "cart", "s-1", nil)
 }
 
-// end ends all watches: with "410 Gone", or as a server that ends does.
+// end ends all watches, with 410 Gone or as on shutdown.
 func (w *world) end(gone bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -138,7 +137,7 @@ func (w *world) end(gone bool) {
 
 func (w *world) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	if w.away.Load() {
-		panic(http.ErrAbortHandler) // the connection from before it went
+		panic(http.ErrAbortHandler) // on a connection from before the outage
 	}
 	rw.Header().Set("Content-Type", "application/json")
 	q := r.URL.Query()
@@ -242,7 +241,7 @@ func (w *world) watch(rw http.ResponseWriter, r *http.Request, resource string) 
 				case selects(r, e.object, e.phase):
 					send(e.kind, e.object)
 				default:
-					send("DELETED", e.object) // as of an object that is selected no longer
+					send("DELETED", e.object) // the object is no longer selected
 				}
 			}
 			after = version
@@ -265,7 +264,7 @@ func (w *world) watch(rw http.ResponseWriter, r *http.Request, resource string) 
 	}
 }
 
-// watchWorld runs a directory of that world, for as long as the test runs.
+// watchWorld runs a directory of that world until the test ends.
 func watchWorld(t *testing.T, w *world) *kube.Directory {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -284,7 +283,7 @@ func watchWorld(t *testing.T, w *world) *kube.Directory {
 	return d
 }
 
-// both runs a test against an API server that streams lists and one that has pages.
+// both runs a test with an API server that streams lists, and with one that has pages.
 func both(t *testing.T, test func(t *testing.T, w *world)) {
 	t.Helper()
 	for _, streams := range []bool{true, false} {
@@ -313,7 +312,7 @@ func TestEverythingIsListed(t *testing.T) {
 		d := watchWorld(t, w)
 		synctest.Wait()
 		if !d.Synced() {
-			t.Fatal("it has not listed everything")
+			t.Fatal("the directory is not synced")
 		}
 		for i := range pods {
 			if !has(d, fmt.Sprint("shop/p-", i), fmt.Sprint("u-", i)) {
@@ -321,40 +320,40 @@ func TestEverythingIsListed(t *testing.T) {
 			}
 		}
 		if n := w.largest.Load(); n > 500 {
-			t.Errorf("%d objects came in one piece", n)
+			t.Errorf("a page had %d objects, want 500 at most", n)
 		}
-		// What is equal is there once, and what no decision needs is not there.
+		// Pods with equal annotations share them, whatever their other annotations.
 		zero, _, _ := d.Pod("shop/p-0")
 		two, _, _ := d.Pod("shop/p-2")
-		if reflect.ValueOf(zero.Annotations).Pointer() != reflect.ValueOf(two.Annotations).Pointer() {
-			t.Error("equal annotations are kept twice")
+		if zero.Request == nil || zero.Request != two.Request {
+			t.Error("pods with equal annotations do not share them")
 		}
-		if one, _, _ := d.Pod("shop/p-1"); one.Annotations[policy.DefaultPrefix+"/role"] != "role-1" || len(one.Annotations) != 1 {
-			t.Errorf("of a pod's annotations %v are kept", one.Annotations)
+		if one, _, _ := d.Pod("shop/p-1"); roleOf(one) != "role-1" || one.Request == zero.Request {
+			t.Errorf("a pod with another role requests %q", roleOf(one))
 		}
 	})
 }
 
-func TestChangesAreTold(t *testing.T) {
+func TestHandlersAreNotified(t *testing.T) {
 	both(t, func(t *testing.T, w *world) {
 		w.namespace("shop")
 		w.pod("stays", "u-1", "a")
 		w.pod("goes", "u-2", "a")
 		d := watchWorld(t, w)
 		var mu sync.Mutex
-		var told []string
-		d.OnChange(func(key string) { mu.Lock(); defer mu.Unlock(); told = append(told, key) })
+		var notified []string
+		d.OnChange(func(key string) { mu.Lock(); defer mu.Unlock(); notified = append(notified, key) })
 		want := func(what string, keys ...string) {
 			t.Helper()
-			time.Sleep(10 * time.Second) // longer than the watch pauses
+			time.Sleep(10 * time.Second) // longer than the pause of a watch
 			synctest.Wait()
 			mu.Lock()
 			defer mu.Unlock()
-			slices.Sort(told)
-			if got := slices.Compact(told); !slices.Equal(got, keys) {
-				t.Errorf("%s: told of %q, want %q", what, got, keys)
+			slices.Sort(notified)
+			if got := slices.Compact(notified); !slices.Equal(got, keys) {
+				t.Errorf("%s: handlers were notified of %q, want %q", what, got, keys)
 			}
-			told = nil
+			notified = nil
 		}
 		want("at first", "shop/goes", "shop/stays")
 		w.pod("comes", "u-3", "a")
@@ -375,7 +374,7 @@ func TestChangesAreTold(t *testing.T) {
 		w.put("DELETED", "pods", "shop", "stays", "u-1", nil)
 		w.end(true)
 		w.away.Store(false)
-		want("a deletion while it was away", "shop/stays")
+		want("a deletion during an outage", "shop/stays")
 	})
 }
 
@@ -385,34 +384,34 @@ func TestAgeOfWatches(t *testing.T) {
 		d := watchWorld(t, w)
 		for range 4 * 60 {
 			if time.Sleep(15 * time.Second); d.Age() != 0 {
-				t.Fatalf("a watch where nothing happens is said to be %s old", d.Age())
+				t.Fatalf("the age of a healthy watch without changes is %s", d.Age())
 			}
 		}
-		// A connection that is open and dead.
+		// The connection is open, but nothing arrives.
 		w.silent.Store(true)
 		time.Sleep(4 * time.Minute)
 		if age := d.Age(); age < 3*time.Minute {
-			t.Errorf("a watch that has been silent for minutes is said to be %s old", age)
+			t.Errorf("the age of a watch without an event for four minutes is %s", age)
 		}
 		w.silent.Store(false)
 		time.Sleep(time.Minute + time.Second)
 		if age := d.Age(); age != 0 {
-			t.Errorf("a watch that is heard again is said to be %s old", age)
+			t.Errorf("after a bookmark the age is %s, want 0", age)
 		}
 		w.away.Store(true)
 		w.end(false)
 		time.Sleep(time.Minute)
 		if age := d.Age(); age < time.Minute {
-			t.Errorf("a minute after the API server went the age is %s", age)
+			t.Errorf("after an outage of a minute the age is %s", age)
 		}
 		time.Sleep(9 * time.Minute)
 		if age := d.Age(); age < 9*time.Minute || age > 11*time.Minute {
-			t.Errorf("ten minutes after the API server went the age is %s", age)
+			t.Errorf("after an outage of ten minutes the age is %s", age)
 		}
 		w.away.Store(false)
 		time.Sleep(10 * time.Second)
 		if age := d.Age(); age != 0 {
-			t.Errorf("seconds after it is back the age is %s", age)
+			t.Errorf("seconds after the outage the age is %s, want 0", age)
 		}
 	})
 }
@@ -421,7 +420,7 @@ func podOf(namespace, name, uid string) identity.Pod {
 	return identity.Pod{Namespace: namespace, Name: name, UID: uid, ServiceAccount: "cart", ServiceAccountUID: "s-1"}
 }
 
-func TestFloodOfUnknownPodsLeavesRoomForOthers(t *testing.T) {
+func TestUnknownPodsOfOneNamespaceLeaveReadsForOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		w.streams = true
@@ -442,17 +441,17 @@ func TestFloodOfUnknownPodsLeavesRoomForOthers(t *testing.T) {
 		}
 		flood.Wait()
 		if n := outcomes[credential.ReasonPodNotFound]; n < 20 || n > 30 {
-			t.Errorf("of 500 unknown pods of one namespace %d were read: %v", n, outcomes)
+			t.Errorf("%d of 500 unknown pods of one namespace were read: %v", n, outcomes)
 		}
 		for i := range 20 {
 			flood.Go(func() {
 				if _, _, err := d.Bind(t.Context(), podOf("bank", fmt.Sprint("gone-", i), "u")); credential.ReasonOf(err) != credential.ReasonPodNotFound {
-					t.Errorf("a pod of another namespace is answered %v", err)
+					t.Errorf("Bind of a pod of another namespace returned %v", err)
 				}
 			})
 		}
 		flood.Wait()
-		// Those who ask for the same pod cost one read.
+		// Concurrent calls for the same pod make one read.
 		time.Sleep(time.Minute)
 		before := w.reads.Load()
 		for range 50 {
@@ -460,12 +459,12 @@ func TestFloodOfUnknownPodsLeavesRoomForOthers(t *testing.T) {
 		}
 		flood.Wait()
 		if n := w.reads.Load() - before; n > 2 {
-			t.Errorf("50 calls of one pod made %d reads", n)
+			t.Errorf("50 calls for one pod made %d reads", n)
 		}
 	})
 }
 
-func TestUnknownPodsAreAwaited(t *testing.T) {
+func TestBindWaitsForUnknownPods(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		w.streams = true
@@ -478,23 +477,23 @@ func TestUnknownPodsAreAwaited(t *testing.T) {
 		}()
 		began := time.Now()
 		if _, _, err := d.Bind(t.Context(), podOf("shop", "late", "u-1")); err != nil || time.Since(began) != time.Second || w.reads.Load() != 0 {
-			t.Errorf("a pod that the watch brings a second later is answered %v after %s and %d reads", err, time.Since(began), w.reads.Load())
+			t.Errorf("Bind of a pod that the watch has a second later returned %v after %s and %d reads", err, time.Since(began), w.reads.Load())
 		}
 		began = time.Now()
 		if _, _, err := d.Bind(t.Context(), podOf("shop", "none", "u-1")); credential.ReasonOf(err) != credential.ReasonPodNotFound || time.Since(began) != 2*time.Second+10*time.Millisecond || w.reads.Load() != 1 {
-			t.Errorf("a pod that never comes is answered %v after %s and %d reads", err, time.Since(began), w.reads.Load())
+			t.Errorf("Bind of a pod that does not exist returned %v after %s and %d reads", err, time.Since(began), w.reads.Load())
 		}
-		// A namespace that the API server has and the watch does not bring.
+		// The namespace does not exist.
 		if _, _, err := d.Bind(t.Context(), podOf("nowhere", "none", "u-1")); credential.ReasonOf(err) != credential.ReasonNamespaceNotFound {
-			t.Errorf("a pod of a namespace that does not exist is answered %v", err)
+			t.Errorf("Bind of a pod of a namespace that does not exist returned %v", err)
 		}
 		w.away.Store(true)
 		w.end(false)
 		if _, _, err := d.Bind(t.Context(), podOf("shop", "other", "u-1")); credential.ReasonOf(err) != credential.ReasonAPIServerAway {
-			t.Errorf("without the API server an unknown pod is answered %v", err)
+			t.Errorf("during an outage, Bind of an unknown pod returned %v", err)
 		}
 		if _, _, err := d.Bind(t.Context(), podOf("shop", "late", "u-1")); err != nil {
-			t.Errorf("without the API server a known pod is answered %v", err)
+			t.Errorf("during an outage, Bind of a known pod returned %v", err)
 		}
 	})
 }

@@ -13,9 +13,8 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// The constants of type Key, the two lists of keys, the switch that parses values and the tables of
-// these tests name the same keys. One that is missing in a list would be refused as unknown, or
-// never parsed.
+// The constants of type Key, the two lists of keys, the switch that parses values and the tables of these tests have the same
+// keys. A key that is missing in a list would be refused as unknown, or never parsed.
 func TestKeysAgree(t *testing.T) {
 	constants := map[string]policy.Key{} // :: constant → key
 	var parsed []policy.Key
@@ -41,7 +40,7 @@ func TestKeysAgree(t *testing.T) {
 					constant := expression.(*ast.Ident).Name
 					key, ok := constants[constant]
 					if !ok {
-						t.Errorf("the switch that parses has a case %s, which is no key", constant)
+						t.Errorf("the switch that parses has the case %s, which is not a key", constant)
 					}
 					parsed = append(parsed, key)
 				}

@@ -1,12 +1,14 @@
 package policy_test
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// BenchmarkGrant is the decision that each call of a sidecar costs the broker.
+// BenchmarkGrant is the time of the decision that the broker makes for each call of a sidecar.
 func BenchmarkGrant(b *testing.B) {
 	permitted := map[policy.Key]string{policy.Permitted: rolePrefix + "(reader|team/.*)"}
 	limited := policy.File{KubernetesTags: true, SourceIdentity: policy.SourceServiceAccount, Namespaces: []policy.NamespaceRules{
@@ -34,16 +36,49 @@ func BenchmarkGrant(b *testing.B) {
 			if bench.name == "limited" {
 				use(b, rules, limited)
 			}
-			// What other controllers put on nearly every pod and namespace.
-			pod.Annotations["iam.amazonaws.com/service-account"] = "cart"
-			pod.Annotations["kubectl.kubernetes.io/restartedAt"] = "2026-01-01T00:00:00Z"
-			pod.Annotations["prometheus.io/scrape"] = "true"
+			// Kubernetes sets it on every namespace.
 			ns.Labels["kubernetes.io/metadata.name"] = "shop"
 			b.ReportAllocs()
 			for b.Loop() {
 				if _, err := rules.Grant(pod, ns); err != nil {
 					b.Fatal(err)
 				}
+			}
+		})
+	}
+}
+
+// BenchmarkRequest is the time to parse the annotations of a pod, which each door does once: ordinary ones, and those that
+// take the longest.
+func BenchmarkRequest(b *testing.B) {
+	keys := newKeys(b)
+	list := func(n int, form string) string {
+		var list []string
+		for i := range n {
+			list = append(list, fmt.Sprintf(form, i))
+		}
+		return strings.Join(list, ",")
+	}
+	ideographs := strings.Repeat("\U0003134a", 120) // at the end of the tables of package unicode
+	tags := list(50, ideographs+"%d="+ideographs+ideographs)
+	policies := `{"Statement":[],` + list(1500, `"%d":1`) + `}`
+	containers := list(1000, strings.Repeat("c", 50)+"%d")
+	for _, bench := range []struct {
+		name  string
+		pairs map[policy.Key]string
+	}{
+		{"plain", map[policy.Key]string{policy.Role: "reader"}},
+		{"tags", map[policy.Key]string{policy.Role: "reader", policy.SessionTags: tags}},
+		{"policy", map[policy.Key]string{policy.Role: "reader", policy.SessionPolicy: policies}},
+		{"containers", map[policy.Key]string{policy.Role: "reader", policy.Containers: containers}},
+		{"everything", map[policy.Key]string{policy.Role: "reader", policy.SessionTags: tags, policy.SessionPolicy: policies, policy.Containers: containers}},
+		{"unknown", map[policy.Key]string{policy.Role: "reader", policy.Key(strings.Repeat("x", 63)): ""}},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			annotations := annotations(bench.pairs)
+			b.ReportAllocs()
+			for b.Loop() {
+				keys.Request(annotations)
 			}
 		})
 	}

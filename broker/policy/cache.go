@@ -6,39 +6,37 @@ import (
 	"sync"
 )
 
-// Bounds of what one [Rules] caches, in bytes as estimated below.
+// Bounds of the cache of one [Rules], in estimated bytes.
 const (
-	// maxCached bounds all namespaces together. It has room for some three thousand expressions of ordinary length.
-	// Where there are more, some are compiled again now and then, which takes 20 µs.
+	// maxCached bounds all namespaces together. It has room for about three thousand expressions of ordinary length. With more,
+	// some are compiled again from time to time, which takes 20 µs.
 	maxCached = 32 << 20
-	// maxCachedEach bounds one namespace. A user who may change a namespace may write a new expression into it every
-	// second, so a bound on their number would be none. It has room for the largest expression.
+	// maxCachedEach bounds one namespace. It has room for the largest expression. A user who may change a namespace may write
+	// a new expression every second, so a bound on their number would not help.
 	maxCachedEach = 4 << 20
-	// namespaceCost, textCost and answerCost are about how many bytes a namespace, a text and an answer take besides
-	// their content. Most of it is for maps with free places.
+	// namespaceCost, textCost and answerCost are about how many bytes a namespace, a text and an answer take besides their
+	// content. Most of it is for maps with free places.
 	namespaceCost = 1000
 	textCost      = 350
 	answerCost    = 100
 )
 
-// kind says what a cached text is.
+// kind is the kind of a cached text.
 type kind string
 
-// The kinds. The text of the last three is the generation of the rules file, because their answers depend on the list of
-// the entry that matches the namespace.
+// The kinds. The text of the last three is the generation of the rules file, because the answers depend on a list in the
+// entry that matches the namespace.
 const (
 	permittedText    kind = "permitted"
 	allowedText      kind = "allowed-roles"
-	sessionTagsText  kind = "session-tags"
-	policyText       kind = "session-policy"
 	rulesRoles       kind = "roles"
 	rulesExternalIDs kind = "externalIDs"
 	rulesNames       kind = "sessionNames"
 )
 
-// cache remembers the meaning of the texts of a namespace, and their answers. A changed text is another one, so a
-// change takes effect at once. No namespace evicts what another one has, as long as that is within its equal share.
-// The zero value is ready.
+// cache holds compiled texts of namespaces, and their answers. A changed text is another text, so a change takes effect
+// immediately. A namespace evicts nothing of another namespace that uses no more than its equal share. The zero value is
+// ready.
 type cache struct {
 	mu         sync.RWMutex
 	namespaces map[string]*cached // guarded by mu
@@ -56,17 +54,17 @@ type textKey struct {
 	text string
 }
 
-// text is a text that has been seen.
+// text is the cached result of one text.
 type text struct {
-	parsed  bool // meant has been found out
-	meant   meant
-	answers map[string]answer // :: subject of the decision, such as a role's ARN → the answer
+	isCompiled bool
+	compiled   compiled
+	answers    map[string]answer // :: subject of the decision, such as a role's ARN → the answer
 }
 
-// meant is what a text means.
-type meant struct {
+// compiled is a compiled text, or the error of an invalid one.
+type compiled struct {
 	value any
-	err   error // why it means nothing
+	err   error
 }
 
 type answer struct {
@@ -74,19 +72,19 @@ type answer struct {
 	err error
 }
 
-// meaning returns what text means, or why it means nothing, if that is cached.
-func (c *cache) meaning(namespace string, key textKey) (m meant, ok bool) {
+// compiled returns the compiled text if it is cached.
+func (c *cache) compiled(namespace string, key textKey) (result compiled, ok bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	if n := c.namespaces[namespace]; n != nil {
 		if t := n.texts[key]; t != nil {
-			return t.meant, t.parsed
+			return t.compiled, t.isCompiled
 		}
 	}
-	return meant{}, false
+	return compiled{}, false
 }
 
-// answer returns what text answers about a subject, if that is cached.
+// answer returns the text's answer about a subject if it is cached.
 func (c *cache) answer(namespace string, key textKey, subject string) (answer, bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
@@ -99,20 +97,20 @@ func (c *cache) answer(namespace string, key textKey, subject string) (answer, b
 	return answer{}, false
 }
 
-// keep has change note something about a text, which takes about cost bytes more. It does nothing if there is no room.
-func (c *cache) keep(namespace string, key textKey, cost int, change func(*text)) {
+// add calls change to add something of about cost bytes to a text. If there is no room, it does nothing.
+func (c *cache) add(namespace string, key textKey, cost int, change func(*text)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// Assume that neither is there, so that the cost does not depend on the evictions below.
+	// Assume that neither namespace nor text is cached, so that the cost does not depend on the evictions below.
 	reserved := cost + textCost + len(key.text) + namespaceCost
 	if n := c.namespaces[namespace]; n != nil && n.cost+reserved > maxCachedEach {
-		c.drop(namespace)
+		c.evict(namespace)
 	}
 	if c.cost+reserved > maxCached {
-		share := maxCached / (len(c.namespaces) + 1)
+		equalShare := maxCached / (len(c.namespaces) + 1)
 		for name, n := range c.namespaces {
-			if n.cost >= share {
-				c.drop(name)
+			if n.cost >= equalShare {
+				c.evict(name)
 			}
 		}
 	}
@@ -139,60 +137,55 @@ func (c *cache) keep(namespace string, key textKey, cost int, change func(*text)
 	c.cost += cost
 }
 
-// drop forgets a namespace. The caller holds mu.
-func (c *cache) drop(namespace string) {
+// evict drops everything of a namespace. The caller holds mu.
+func (c *cache) evict(namespace string) {
 	c.cost -= c.namespaces[namespace].cost
 	delete(c.namespaces, namespace)
 }
 
-// evaluation is the part of a decision that may take long: it reads texts and matches them. It uses what the cache
-// has. Whether it may evaluate what the cache lacks is up to its caller, because that takes a turn at the gate.
+// evaluation is the part of a decision that may take long: it compiles texts and matches them. It uses cached results. Its
+// caller says whether it may compute results that are not cached, because that needs a turn at the gate.
 type evaluation struct {
-	rules     *Rules
-	namespace string
-	mayWork   bool
-	lacks     bool // the cache lacks something, and mayWork is false: what the evaluation returns means nothing
+	rules      *Rules
+	namespace  string
+	mayCompute bool
+	incomplete bool // a result is not cached, and mayCompute is false; the result of the evaluation is then invalid
 
 	file  *limits // nil: there is no rules file
-	entry *entry  // that matches the namespace; nil: there is no rules file
+	entry *entry  // the entry that matches the namespace; nil: there is no rules file
 }
 
 // errNotCached never leaves the package.
 var errNotCached = errors.New("not cached")
 
-// meaning returns what a text means: what parse returns, with about how many bytes it takes. A nil evaluation caches
-// nothing.
-func meaning[T any](e *evaluation, kind kind, of string, parse func(string) (T, int, error)) (T, error) {
-	if e == nil {
-		value, _, err := parse(of)
-		return value, err
-	}
+// compile returns the compiled text of a kind. compute returns it together with about how many bytes it takes.
+func compile[T any](e *evaluation, kind kind, of string, compute func(string) (T, int, error)) (T, error) {
 	key := textKey{kind, of}
-	if m, ok := e.rules.cache.meaning(e.namespace, key); ok {
-		return m.value.(T), m.err
+	if c, ok := e.rules.cache.compiled(e.namespace, key); ok {
+		return c.value.(T), c.err
 	}
-	if !e.mayWork {
-		e.lacks = true
+	if !e.mayCompute {
+		e.incomplete = true
 		var none T
 		return none, errNotCached
 	}
-	key.text = strings.Clone(of) // it may be a part of a longer text, which would be kept with it
-	value, cost, err := parse(key.text)
+	key.text = strings.Clone(of) // A substring would keep the longer text in memory.
+	value, cost, err := compute(key.text)
 	if err != nil {
 		cost = len(err.Error())
 	}
-	e.rules.cache.keep(e.namespace, key, cost, func(t *text) { t.parsed, t.meant = true, meant{value, err} })
+	e.rules.cache.add(e.namespace, key, cost, func(t *text) { t.isCompiled, t.compiled = true, compiled{value, err} })
 	return value, err
 }
 
-// ask returns what a text answers about a subject: what match returns.
-func (e *evaluation) ask(kind kind, of, subject string, match func(e *evaluation, of, subject string) (bool, error)) (bool, error) {
+// answer returns the answer of a text about a subject, as match returns it.
+func (e *evaluation) answer(kind kind, of, subject string, match func(e *evaluation, of, subject string) (bool, error)) (bool, error) {
 	key := textKey{kind, of}
 	if a, ok := e.rules.cache.answer(e.namespace, key, subject); ok {
 		return a.yes, a.err
 	}
-	if !e.mayWork {
-		e.lacks = true
+	if !e.mayCompute {
+		e.incomplete = true
 		return false, errNotCached
 	}
 	yes, err := match(e, of, subject)
@@ -200,7 +193,7 @@ func (e *evaluation) ask(kind kind, of, subject string, match func(e *evaluation
 	if err != nil {
 		cost += len(err.Error())
 	}
-	e.rules.cache.keep(e.namespace, key, cost, func(t *text) {
+	e.rules.cache.add(e.namespace, key, cost, func(t *text) {
 		if t.answers == nil {
 			t.answers = make(map[string]answer)
 		}

@@ -9,8 +9,8 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Whatever was decided before, a decision is the one that rules without a cache make: the texts of pods, namespaces and
-// rules files change all the time, and some are more than the cache has room for.
+// Whatever the cache has, a decision is the same as that of rules without a cache. The texts of pods, namespaces and rules
+// files change all the time, and some do not fit into the cache.
 func TestCacheChangesNoDecision(t *testing.T) {
 	padding := func(n int) string { return fmt.Sprintf("%*s", n, "") }
 	values := map[policy.Key][]string{
@@ -59,14 +59,15 @@ func TestCacheChangesNoDecision(t *testing.T) {
 			calls.Go(func() {
 				r := rand.New(rand.NewPCG(round, 2+caller))
 				for range 20 {
-					pod, ns := cart(choose(r, values)), shop(choose(r, namespaceValues))
+					chosen := choose(r, values)
+					pod, ns := cart(chosen), shop(choose(r, namespaceValues))
 					pod.Namespace = []string{"shop", "bank", "team"}[r.IntN(3)]
 					ns.Name = pod.Namespace
 					i := r.IntN(2)
 					got, err := cached[i].Decide(t.Context(), pod, ns)
 					want, wantErr := cached[i].Uncached().Grant(pod, ns)
 					if got != want || fmt.Sprint(err) != fmt.Sprint(wantErr) {
-						t.Errorf("%v in %v: decided %s (%.300v), want %s (%.300v)", pod.Annotations, ns.Name, got, err, want, wantErr)
+						t.Errorf("%v in %v: decided %s (%.300v), want %s (%.300v)", chosen, ns.Name, got, err, want, wantErr)
 					}
 				}
 			})

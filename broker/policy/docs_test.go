@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// TestAnnotationsPage: docs/annotations.md lists every key, where it belongs, and no other.
+// docs/annotations.md lists each key in its section, and no other key.
 func TestAnnotationsPage(t *testing.T) {
 	page, err := os.ReadFile("../../docs/annotations.md")
 	if err != nil {

@@ -28,7 +28,7 @@ func Example() {
 		Annotations: map[string]string{"iam.amazonaws.com/permitted": ".*:role/cart-.*"},
 	}
 	for _, role := range []string{"cart-reader", "admin"} {
-		pod := policy.Pod{Namespace: "shop", Name: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": role}}
+		pod := policy.Pod{Namespace: "shop", Name: "cart", Request: keys.Request(map[string]string{"iam.amazonaws.com/role": role})}
 		grant, err := rules.Decide(context.Background(), pod, namespace)
 		fmt.Printf("%s: %q %q\n", role, grant.Role(), credential.ReasonOf(err))
 	}

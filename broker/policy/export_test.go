@@ -1,19 +1,17 @@
 package policy
 
 import (
-	"regexp/syntax"
+	"fmt"
 	"testing"
 )
 
-// What the tests outside of the package look into.
+// Internals for the tests outside of the package.
 var (
 	PodKeys       = podKeys[:]
 	NamespaceKeys = namespaceKeys
-	MatchGlob     = matchGlob
-	EditDistance  = editDistance[Key]
 )
 
-// Cached is how many texts and answers r has cached for a namespace, and about how many bytes they take.
+// Cached returns how many texts and answers r has cached for a namespace, and about how many bytes they take.
 func (r *Rules) Cached(namespace string) (texts, answers, cost int) {
 	r.cache.mu.RLock()
 	defer r.cache.mu.RUnlock()
@@ -28,14 +26,14 @@ func (r *Rules) Cached(namespace string) (texts, answers, cost int) {
 	return texts, answers, n.cost
 }
 
-// CachedCost is about how many bytes all that r has cached takes.
+// CachedCost returns about how many bytes the whole cache of r takes.
 func (r *Rules) CachedCost() int {
 	r.cache.mu.RLock()
 	defer r.cache.mu.RUnlock()
 	return r.cache.cost
 }
 
-// Uncached returns rules that decide as r does, and have nothing cached.
+// Uncached returns rules that decide as r does, with an empty cache.
 func (r *Rules) Uncached() *Rules {
 	u := &Rules{keys: r.keys, base: r.base, cluster: r.cluster, chained: r.chained, names: r.names}
 	u.limits.Store(r.limits.Load())
@@ -48,49 +46,42 @@ const (
 	MaxCachedEach = maxCachedEach
 )
 
-// MaxVisits is the bound on what matching costs.
-const MaxVisits = maxVisits
-
-// Visits counts the visits of matching expression with text.
-func Visits(expression, text string) (int, error) {
-	re, err := syntax.Parse(expression, syntax.Perl)
-	if err != nil {
-		return 0, err
-	}
-	prog, err := syntax.Compile(re.Simplify())
-	if err != nil {
-		return 0, err
-	}
-	return visits(prog, text), nil
+// holder occupies the gate of rules, so that no evaluation gets a turn.
+type holder struct {
+	r       *Rules
+	tenants []string
 }
 
-// Compile compiles a text of [Permitted].
-func Compile(text string) error {
-	_, _, err := compile(text)
-	return err
-}
-
-// holder is the only evaluation that runs.
-type holder struct{ r *Rules }
-
-// Hold occupies all that evaluations run in, until the test ends.
-func (r *Rules) Hold(t *testing.T) holder {
+// Hold occupies the gate until release.
+func (r *Rules) Hold(t *testing.T) *holder {
 	t.Helper()
-	r.gate.mu.Lock()
-	defer r.gate.mu.Unlock()
-	r.gate.limit, r.gate.running = 1, 1
-	return holder{r}
+	h := &holder{r: r}
+	h.occupy()
+	if len(h.tenants) == 0 {
+		t.Fatal("the gate admits no evaluation")
+	}
+	return h
 }
 
-// Pause lets evaluations run while f does.
-func (h holder) Pause(f func()) {
-	h.set(0)
-	defer h.set(1)
+// occupy takes turns until the gate admits no more.
+func (h *holder) occupy() {
+	done := make(chan struct{})
+	close(done)
+	for tenant := "held-0"; h.r.gate.Enter(done, tenant); tenant = fmt.Sprint("held-", len(h.tenants)) {
+		h.tenants = append(h.tenants, tenant)
+	}
+}
+
+func (h *holder) release() {
+	for _, tenant := range h.tenants {
+		h.r.gate.Leave(tenant)
+	}
+	h.tenants = nil
+}
+
+// Pause admits evaluations while f runs.
+func (h *holder) Pause(f func()) {
+	h.release()
+	defer h.occupy()
 	f()
-}
-
-func (h holder) set(running int) {
-	h.r.gate.mu.Lock()
-	defer h.r.gate.mu.Unlock()
-	h.r.gate.running = running
 }

@@ -11,60 +11,60 @@ import (
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy/pattern"
 )
 
-// File is what the optional rules file says: the limits that the owner of the cluster sets to what
-// namespaces and pods say. It only narrows: what a namespace does not permit, no file permits.
+// File is the content of the optional rules file: limits of the cluster admin on what namespaces permit and pods request. It
+// permits nothing that a namespace does not permit.
 //
-// The names of its fields in the file are those behind json. Package rulesfile reads it.
+// The json tags are the names of its fields in the file. Package rulesfile reads it.
 type File struct {
-	// KubernetesTags puts facts about the pod on sessions as tags: with session scope
-	// service-account the namespace and the service account, with scope pod the pod's name and UID
-	// as well. With scope role there is nothing that is true of all pods of a session.
+	// KubernetesTags adds facts about the pod as tags to sessions: with session scope service-account the namespace and the
+	// service account, with scope pod the pod's name and UID too. With scope role, no fact is true for all pods of a session.
 	KubernetesTags bool `json:"kubernetesTags"`
-	// TransitiveTags are the keys of the tags that stay when a session assumes another role. None
-	// by default, because a transitive tag cannot be set anew in the chain.
+	// TransitiveTags are the keys of the tags that stay when a session assumes another role. Default: none, because the next
+	// role in the chain cannot change a transitive tag.
 	TransitiveTags []string `json:"transitiveTags"`
-	// SourceIdentity is what CloudTrail shows as the source of the session, through all roles it
-	// assumes. Trust policies must then allow sts:SetSourceIdentity. Default: none.
+	// SourceIdentity is the source of the session that CloudTrail shows, for all roles that the session assumes. Trust
+	// policies must allow sts:SetSourceIdentity. Default: none.
 	SourceIdentity SourceIdentity `json:"sourceIdentity"`
-	// Namespaces has one entry for each kind of namespace. The first that matches a namespace
-	// decides alone: so a refusal names one entry, forced tags cannot contradict each other, and
-	// an exception is written above the rule. A namespace that none matches has nothing. Required.
+	// Namespaces has one entry for each kind of namespace. Only the first entry that matches a namespace applies. So a refusal
+	// names one entry, forced tags cannot contradict each other, and an exception goes above the rule. A namespace that no
+	// entry matches may use no role. Required.
 	Namespaces []NamespaceRules `json:"namespaces"`
 }
 
-// NamespaceRules are the limits of the namespaces that an entry matches. A list that is absent allows
-// nothing, and "*" allows everything.
+// NamespaceRules is one entry: the limits of the namespaces that it matches. An absent list allows nothing, and "*" allows
+// everything.
 type NamespaceRules struct {
 	// Match are globs of the names of namespaces, in which * stands for any characters. Required.
 	Match []string `json:"match"`
-	// Accounts are the AWS accounts whose roles may be had: ids of 12 digits, or "*".
+	// Accounts are the AWS accounts whose roles pods may use: ids of 12 digits, or "*".
 	Accounts []string `json:"accounts"`
-	// Roles are globs of roles. One that begins with "arn:" is for the whole ARN, any other for
-	// path and name, as in "/team/*". It begins with / or *, and * stands for slashes too.
+	// Roles are globs of roles. A glob that begins with "arn:" matches the whole ARN. Any other matches path and name, such as
+	// "/team/*", and begins with / or *. A * stands for slashes too.
 	Roles []string `json:"roles"`
 	// ExternalIDs are globs of the external ids that pods may set.
 	ExternalIDs []string `json:"externalIDs"`
 	// SessionNames are globs of the session names that pods may set, instead of the default name.
 	SessionNames []string `json:"sessionNames"`
-	// MaxDuration is the longest session that a pod may ask for, from 15m to 12h. Default: 12h. One
-	// below the default duration shortens the sessions of pods that ask for none.
+	// MaxDuration is the maximum of the session duration, from 15m to 12h. Default: 12h. A maximum below the default duration
+	// shortens the sessions of pods that set no duration.
 	MaxDuration time.Duration `json:"maxDuration"`
-	// ForcedTags are put on every session, and replace the pod's tags of the same keys. In a value,
-	// {namespace} and {serviceAccount} stand for those of the pod.
+	// ForcedTags are added to every session, and replace the pod's tags of the same keys. In a value, {namespace} and
+	// {serviceAccount} stand for those of the pod.
 	ForcedTags map[string]string `json:"forcedTags"`
 }
 
-// SourceIdentity says what the source identity of sessions is.
+// SourceIdentity determines the source identity of sessions.
 type SourceIdentity string
 
 // The source identities.
 const (
 	// SourceNone sets none. The default.
 	SourceNone SourceIdentity = "none"
-	// SourceServiceAccount is NAMESPACE.SERVICEACCOUNT, shortened to what STS takes. Pods of
-	// different service accounts then share no session.
+	// SourceServiceAccount is NAMESPACE.SERVICEACCOUNT, shortened to the length that STS allows. Pods of different service
+	// accounts then share no session.
 	SourceServiceAccount SourceIdentity = "service-account"
 	// SourceSessionName is the name of the session.
 	SourceSessionName SourceIdentity = "session-name"
@@ -78,10 +78,10 @@ const (
 
 // Bounds of a rules file.
 const (
-	// maxEntries and maxMatches bound what each decision walks: some microseconds.
+	// maxEntries and maxMatches bound the globs that each decision tries: some microseconds.
 	maxEntries = 1000
 	maxMatches = 1000
-	// maxListed bounds each of the other lists of an entry: each decision walks one or two.
+	// maxListed bounds each of the other lists of an entry: each decision tries one or two.
 	maxListed = 1000
 	// maxForcedTags leaves room for the four tags of Kubernetes.
 	maxForcedTags = maxTags - 4
@@ -89,9 +89,8 @@ const (
 	maxNamespaceGlob = 100
 )
 
-// Use makes f the rules file from now on, in place of the one before. On an error, which names the
-// field that is wrong, the one before stays. It may be called while Grant runs: each decision is made
-// by one file as a whole.
+// Use replaces the rules file by f. Its error names the invalid field; the previous file then stays in force. Use may be
+// called while decisions are made: each decision uses one file.
 func (r *Rules) Use(f File) error {
 	l, err := f.compile()
 	if err != nil {
@@ -102,13 +101,13 @@ func (r *Rules) Use(f File) error {
 	return nil
 }
 
-// Check returns the error that [Rules.Use] would.
+// Check returns the error that [Rules.Use] would return.
 func (f File) Check() error {
 	_, err := f.compile()
 	return err
 }
 
-// compile checks f, and returns a copy in the form that decisions are made by.
+// compile checks f, and returns it compiled.
 func (f File) compile() (*limits, error) {
 	l := &limits{kubernetesTags: f.KubernetesTags, transitive: slices.Clone(f.TransitiveTags), source: f.SourceIdentity}
 	switch f.SourceIdentity {
@@ -119,7 +118,7 @@ func (f File) compile() (*limits, error) {
 		return nil, fmt.Errorf("sourceIdentity: %.100q is none of %q", f.SourceIdentity, []SourceIdentity{SourceNone, SourceServiceAccount, SourceSessionName})
 	}
 	if len(f.TransitiveTags) > maxTags {
-		return nil, fmt.Errorf("transitiveTags: has %d keys, STS takes %d", len(f.TransitiveTags), maxTags)
+		return nil, fmt.Errorf("transitiveTags: has %d keys, STS allows %d", len(f.TransitiveTags), maxTags)
 	}
 	for i, key := range f.TransitiveTags {
 		if err := checkTagKey(key, f.TransitiveTags[:i]); err != nil {
@@ -128,7 +127,7 @@ func (f File) compile() (*limits, error) {
 	}
 	switch n := len(f.Namespaces); {
 	case n == 0:
-		return nil, errors.New("namespaces: has no entry, so that every pod would be refused")
+		return nil, errors.New("namespaces: has no entry, so every pod would be refused")
 	case n > maxEntries:
 		return nil, fmt.Errorf("namespaces: has %d entries, the limit is %d", n, maxEntries)
 	}
@@ -139,7 +138,7 @@ func (f File) compile() (*limits, error) {
 	if total > maxMatches {
 		return nil, fmt.Errorf("namespaces: match %d globs together, the limit is %d", total, maxMatches)
 	}
-	var matches []string // of all entries before
+	var matches []string // of all entries above
 	for i, n := range f.Namespaces {
 		e, err := n.compile(i, matches)
 		if err != nil {
@@ -157,14 +156,14 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 	if len(n.Match) == 0 {
 		return entry{}, errors.New("match: is required, as a list of globs of namespaces")
 	}
-	for i, pattern := range n.Match {
-		if pattern == "" || len(pattern) > maxNamespaceGlob || !onlyOf(pattern, "-*") || strings.ToLower(pattern) != pattern {
-			return entry{}, fmt.Errorf("match[%d]: %.100q must be the name of a namespace, of lower-case letters, digits and -, with * for any characters", i, pattern)
+	for i, text := range n.Match {
+		if text == "" || len(text) > maxNamespaceGlob || !onlyOf(text, "-*") || strings.ToLower(text) != text {
+			return entry{}, fmt.Errorf("match[%d]: %.100q must be the name of a namespace, of lower-case letters, digits and -, with * for any characters", i, text)
 		}
-		// A * of the later glob can only be matched by a * of the earlier one, so the earlier glob
-		// matches all that the later one does.
-		if j := slices.IndexFunc(before, func(b string) bool { return matchGlob(b, pattern) }); j >= 0 {
-			return entry{}, fmt.Errorf("match[%d]: %q is never reached: %q stands before it, and the first entry that matches decides", i, pattern, before[j])
+		// Only a * of the earlier glob can match a * of the later one, so the earlier glob matches all names that the later
+		// one matches.
+		if j := slices.IndexFunc(before, func(b string) bool { return pattern.NewGlob(b).Match(text) }); j >= 0 {
+			return entry{}, fmt.Errorf("match[%d]: %q is never reached, because %q comes before it and the first entry that matches decides", i, text, before[j])
 		}
 	}
 	e.name = fmt.Sprintf("namespaces[%d], %q", at, n.Match[0])
@@ -174,7 +173,7 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 	for _, list := range []struct {
 		name  string
 		from  []string
-		to    *[]glob
+		to    *[]pattern.Glob
 		check func(string) error
 	}{
 		{"match", n.Match, &e.match, func(string) error { return nil }},
@@ -187,10 +186,10 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 			return entry{}, fmt.Errorf("%s: has %d entries, the limit is %d", list.name, len(list.from), maxListed)
 		}
 		for i, text := range list.from {
-			if err := cmp.Or(list.check(text), checkStars(text)); err != nil {
+			if err := cmp.Or(list.check(text), pattern.CheckStars(text)); err != nil {
 				return entry{}, fmt.Errorf("%s[%d]: %w", list.name, i, err)
 			}
-			*list.to = append(*list.to, newGlob(text))
+			*list.to = append(*list.to, pattern.NewGlob(text))
 		}
 	}
 	if d := n.MaxDuration; d != 0 && (d < MinDuration || d > MaxDuration || d%time.Second != 0) {
@@ -206,7 +205,7 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 			return entry{}, fmt.Errorf("forcedTags: %w", err)
 		}
 		if slices.ContainsFunc(kubernetesTags, func(k string) bool { return strings.EqualFold(k, key) }) {
-			return entry{}, fmt.Errorf("forcedTags: tag key %q is for kubernetesTags alone", key)
+			return entry{}, fmt.Errorf("forcedTags: tag key %q is reserved for kubernetesTags", key)
 		}
 		if literal := fillPlaceholders(value, "", ""); !isTagText(literal, 0, maxTagValue) {
 			return entry{}, fmt.Errorf("forcedTags: the value of %q must have at most %d letters, digits, blanks or any of _.:/=+-@, and %s or %s",
@@ -220,7 +219,7 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 
 func checkAccount(text string) error {
 	if text != "*" && !credential.IsAccount(text) {
-		return fmt.Errorf("%.100q is no AWS account id of 12 digits, and not *", text)
+		return fmt.Errorf("%.100q is not an AWS account id of 12 digits, and not *", text)
 	}
 	return nil
 }

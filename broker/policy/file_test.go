@@ -18,16 +18,17 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/policy/pattern"
 )
 
 var all = []string{"*"}
 
-// open lets the namespaces of a glob do everything.
+// open is an entry that allows everything to the namespaces that a glob matches.
 func open(match string) policy.NamespaceRules {
 	return policy.NamespaceRules{Match: []string{match}, Accounts: all, Roles: all, ExternalIDs: all, SessionNames: all}
 }
 
-// entries is a file of nothing but entries.
+// entries is a file with entries only.
 func entries(list ...policy.NamespaceRules) policy.File { return policy.File{Namespaces: list} }
 
 func use(t testing.TB, rules *policy.Rules, file policy.File) {
@@ -37,7 +38,7 @@ func use(t testing.TB, rules *policy.Rules, file policy.File) {
 	}
 }
 
-// edit is open with a change.
+// edit is open, changed.
 func edit(match string, change func(*policy.NamespaceRules)) policy.NamespaceRules {
 	e := open(match)
 	change(&e)
@@ -52,12 +53,12 @@ func TestUseRefuses(t *testing.T) {
 		file policy.File
 		want string
 	}{
-		{policy.File{}, "namespaces: has no entry, so that every pod would be refused"},
+		{policy.File{}, "namespaces: has no entry, so every pod would be refused"},
 		{policy.File{SourceIdentity: "pod", Namespaces: []policy.NamespaceRules{open("*")}}, `sourceIdentity: "pod" is none of ["none" "service-account" "session-name"]`},
 		{policy.File{TransitiveTags: []string{"a", "b;"}, Namespaces: []policy.NamespaceRules{open("*")}}, `transitiveTags[1]: tag key "b;"`},
 		{policy.File{TransitiveTags: []string{"a", "A"}, Namespaces: []policy.NamespaceRules{open("*")}}, `transitiveTags[1]: tag key "A" is set twice`},
 		{policy.File{TransitiveTags: []string{"aws:a"}, Namespaces: []policy.NamespaceRules{open("*")}}, "belong to AWS"},
-		{policy.File{TransitiveTags: many(51, "t%d"), Namespaces: []policy.NamespaceRules{open("*")}}, "transitiveTags: has 51 keys, STS takes 50"},
+		{policy.File{TransitiveTags: many(51, "t%d"), Namespaces: []policy.NamespaceRules{open("*")}}, "transitiveTags: has 51 keys, STS allows 50"},
 		{policy.File{Namespaces: make([]policy.NamespaceRules, 1001)}, "namespaces: has 1001 entries, the limit is 1000"},
 		{entries(policy.NamespaceRules{Match: many(500, "n%d")}, policy.NamespaceRules{Match: many(501, "m%d")}), "match 1001 globs together, the limit is 1000"},
 		{entries(policy.NamespaceRules{Accounts: all}), "namespaces[0].match: is required"},
@@ -67,12 +68,12 @@ func TestUseRefuses(t *testing.T) {
 		{entries(open("team_*")), "lower-case"},
 		{entries(open("team?")), "lower-case"},
 		{entries(open(long)), "must be the name of a namespace"},
-		{entries(open("*"), open("shop")), `namespaces[1].match[0]: "shop" is never reached: "*" stands before it`},
-		{entries(open("shop"), open("a"), open("shop")), `namespaces[2].match[0]: "shop" is never reached: "shop"`},
+		{entries(open("*"), open("shop")), `namespaces[1].match[0]: "shop" is never reached, because "*" comes before it`},
+		{entries(open("shop"), open("a"), open("shop")), `namespaces[2].match[0]: "shop" is never reached, because "shop"`},
 		{entries(open("team-*"), open("team-a-*")), "is never reached"},
 		{entries(open("*a*"), open("*ba")), "is never reached"},
-		{of(func(n *policy.NamespaceRules) { n.Accounts = []string{"*", "12345678901"} }), `namespaces[0].accounts[1]: "12345678901" is no AWS account id of 12 digits, and not *`},
-		{of(func(n *policy.NamespaceRules) { n.Accounts = []string{"1234*"} }), "no AWS account id"},
+		{of(func(n *policy.NamespaceRules) { n.Accounts = []string{"*", "12345678901"} }), `namespaces[0].accounts[1]: "12345678901" is not an AWS account id of 12 digits, and not *`},
+		{of(func(n *policy.NamespaceRules) { n.Accounts = []string{"1234*"} }), "not an AWS account id"},
 		{of(func(n *policy.NamespaceRules) { n.Accounts = many(1001, "123456789%03d") }), "accounts: has 1001 entries, the limit is 1000"},
 		{of(func(n *policy.NamespaceRules) { n.Roles = []string{"team-*"} }), `roles[0]: "team-*" must begin with arn: for a whole ARN, or with / or * for path and name: /team-* is that name without a path`},
 		{of(func(n *policy.NamespaceRules) { n.Roles = []string{""} }), "must begin with"},
@@ -90,7 +91,7 @@ func TestUseRefuses(t *testing.T) {
 		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"a\tb": "v"} }), "forcedTags: tag key"},
 		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"aws:a": "v"} }), "belong to AWS"},
 		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"team": "v", "Team": "v"} }), "is set twice"},
-		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"Kubernetes-Namespace": "v"} }), "is for kubernetesTags alone"},
+		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"Kubernetes-Namespace": "v"} }), "is reserved for kubernetesTags"},
 		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"team": "a;b"} }), `forcedTags: the value of "team"`},
 		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"team": "{pod}"} }), "{namespace} or {serviceAccount}"},
 		{of(func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"team": strings.Repeat("v", 257)} }), "at most 256"},
@@ -109,19 +110,19 @@ func TestUseRefuses(t *testing.T) {
 			continue
 		}
 		if check := tt.file.Check(); check == nil || check.Error() != err.Error() {
-			t.Errorf("Check says %v, Use %v", check, err)
+			t.Errorf("Check returns %v, Use %v", check, err)
 		}
 		if len(err.Error()) > 600 {
 			t.Errorf("the error has %d characters: %s", len(err.Error()), err)
 		}
-		// The file before stays.
+		// The previous file stays in force.
 		if _, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(anything)); err != nil {
 			t.Errorf("after %q: %v", tt.want, err)
 		}
 	}
 }
 
-// The file's lists bound what the pod of namespace shop may have, which its namespace permits in full.
+// The file's lists limit the pods of namespace shop, which permits everything.
 func TestFileNarrows(t *testing.T) {
 	const other = "arn:aws:iam::999999999999:role/"
 	change := func(change func(*policy.NamespaceRules)) policy.File { return entries(edit("shop", change)) }
@@ -138,7 +139,7 @@ func TestFileNarrows(t *testing.T) {
 	longest := func(d time.Duration) policy.File {
 		return change(func(n *policy.NamespaceRules) { n.MaxDuration = d })
 	}
-	role := func(said string) map[policy.Key]string { return map[policy.Key]string{policy.Role: said} }
+	role := func(name string) map[policy.Key]string { return map[policy.Key]string{policy.Role: name} }
 	with := func(key policy.Key, value string) map[policy.Key]string {
 		return map[policy.Key]string{policy.Role: "reader", key: value}
 	}
@@ -155,7 +156,7 @@ func TestFileNarrows(t *testing.T) {
 		{entries(open("sho")), role("reader"), credential.ReasonRulesNamespace},
 		{entries(open("other"), open("*-shop")), role("reader"), credential.ReasonRulesNamespace},
 
-		// The first entry that matches decides alone.
+		// Only the first entry that matches applies.
 		{entries(policy.NamespaceRules{Match: []string{"shop"}}, open("*")), role("reader"), credential.ReasonRulesAccount},
 		{entries(open("shop"), policy.NamespaceRules{Match: all}), role("reader"), ""},
 
@@ -166,7 +167,7 @@ func TestFileNarrows(t *testing.T) {
 		{accounts(), role("reader"), credential.ReasonRulesAccount},
 
 		{roles("/reader"), role("reader"), ""},
-		{roles("/reader"), role(other + "reader"), ""}, // the accounts say which
+		{roles("/reader"), role(other + "reader"), ""}, // of a permitted account
 		{roles("/reader"), role("team/reader"), credential.ReasonRulesRole},
 		{roles("*/reader"), role("team/reader"), ""},
 		{roles("/team/*"), role("team/sub/reader"), ""},
@@ -203,14 +204,14 @@ func TestFileNarrows(t *testing.T) {
 			}
 			continue
 		}
-		mustRefuse(t, what, err, credential.ErrDenied, tt.reason, "the rules file", "rules file's owner", `"shop"`)
+		mustRefuse(t, what, err, credential.ErrDenied, tt.reason, "the rules file", "ask the file's owner", `"shop"`)
 		if !grant.IsZero() {
 			t.Errorf("%s: a refusal comes with %s", what, grant)
 		}
 	}
 }
 
-// What a namespace does not permit, no file permits.
+// The file permits nothing that the namespace does not permit.
 func TestFileWidensNothing(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	use(t, rules, entries(open("*")))
@@ -227,7 +228,7 @@ func TestFileWidensNothing(t *testing.T) {
 		_, err := rules.Grant(pod, tt.ns)
 		mustRefuse(t, what, err, credential.ErrDenied, tt.reason)
 	}
-	// Nor does it open what has no annotation keys.
+	// Rules without annotation keys refuse everything with a file too.
 	var zero policy.Rules
 	use(t, &zero, entries(open("*")))
 	if grant, err := zero.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(anything)); err == nil || !grant.IsZero() {
@@ -255,10 +256,10 @@ func TestTagsOfTheFile(t *testing.T) {
 		return tags
 	}
 	for _, tt := range []struct {
-		name, said, scope string
-		forced            map[string]string
-		kubernetes        bool
-		want              []policy.Tag
+		name, podTags, scope string
+		forced               map[string]string
+		kubernetes           bool
+		want                 []policy.Tag
 	}{
 		{"nothing", "", "", nil, false, nil},
 		{"the pod's own", "cost=1", "", nil, false, []policy.Tag{{"cost", "1"}}},
@@ -277,8 +278,8 @@ func TestTagsOfTheFile(t *testing.T) {
 		rules := newRules(t, rolePrefix)
 		use(t, rules, policy.File{KubernetesTags: tt.kubernetes, Namespaces: []policy.NamespaceRules{edit("*", func(n *policy.NamespaceRules) { n.ForcedTags = tt.forced })}})
 		pod := map[policy.Key]string{policy.Role: "reader"}
-		if tt.said != "" {
-			pod[policy.SessionTags] = tt.said
+		if tt.podTags != "" {
+			pod[policy.SessionTags] = tt.podTags
 		}
 		if tt.scope != "" {
 			pod[policy.SessionScope] = tt.scope
@@ -297,11 +298,11 @@ func TestTagsOfTheFile(t *testing.T) {
 	}
 }
 
-// The longest names that Kubernetes has fit into tags, and what does not fit is said.
+// The longest names of Kubernetes fit into tags. The rules refuse longer values and too many tags, and say which.
 func TestTagLimits(t *testing.T) {
 	longNamespace, longName := strings.Repeat("n", 63), strings.Repeat("s.", 126)+"s"
 	pod := policy.Pod{Namespace: longNamespace, Name: longName, UID: "01234567-89ab-cdef-0123-456789abcdef", ServiceAccount: longName,
-		Annotations: annotations(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "pod"})}
+		Request: request(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "pod"})}
 	ns := shop(map[policy.Key]string{policy.Permitted: ".*", policy.PermittedTags: numbered(50, "t%d")})
 	ns.Name = longNamespace
 	rules := newRules(t, rolePrefix)
@@ -320,15 +321,15 @@ func TestTagLimits(t *testing.T) {
 	file.Namespaces[0].ForcedTags = map[string]string{"owner": "{namespace}/{serviceAccount}"}
 	use(t, rules, file)
 	_, err = rules.Grant(pod, ns)
-	mustRefuse(t, "a forced value too long", err, credential.ErrDenied, credential.ReasonRulesTag, `"owner" of 317 characters`, "owner has to shorten")
+	mustRefuse(t, "a forced value too long", err, credential.ErrDenied, credential.ReasonRulesTag, `"owner" with 317 characters`, "owner to shorten")
 
 	file.Namespaces[0].ForcedTags = map[string]string{"owner": "{namespace}", "t0": "v"}
 	use(t, rules, file)
-	for n, fits := range map[int]bool{45: true, 46: false} { // and four of Kubernetes, and owner; t0 is among the pod's own
-		pod.Annotations["iam.amazonaws.com/session-tags"] = numbered(n, "t%d=v")
+	for n, fits := range map[int]bool{45: true, 46: false} { // with four of Kubernetes, and owner; t0 replaces one of the pod's
+		pod.Request = request(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: "pod", policy.SessionTags: numbered(n, "t%d=v")})
 		grant, err := rules.Grant(pod, ns)
 		if !fits {
-			mustRefuse(t, "too many tags", err, credential.ErrDenied, credential.ReasonRulesTag, "would have 51 tags", "STS takes 50", `"iam.amazonaws.com/session-tags"`)
+			mustRefuse(t, "too many tags", err, credential.ErrDenied, credential.ReasonRulesTag, "would have 51 tags", "STS allows 50", `"iam.amazonaws.com/session-tags"`)
 		} else if err != nil || len(grant.Tags()) != 50 {
 			t.Errorf("%d tags of the pod's own become %d, %v", n, len(grant.Tags()), err)
 		}
@@ -346,13 +347,13 @@ func TestTransitiveTags(t *testing.T) {
 			t.Errorf("scope %s: %q, %v", scope, grant.TransitiveTagKeys(), err)
 		}
 	}
-	// What was given is copied: nobody changes a file that is in use.
+	// Use copies the file, so that a later change does not affect the rules.
 	file.TransitiveTags[1] = "absent"
 	file.Namespaces[0].ForcedTags["team"] = "y"
 	file.Namespaces[0].Accounts = nil
 	grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(anything))
 	if err != nil || len(grant.TransitiveTagKeys()) != 1 || grant.Tags()[0].Value != "x" {
-		t.Errorf("after a change from outside: %v, %v", grant.Tags(), err)
+		t.Errorf("after a change of the caller's file: %v, %v", grant.Tags(), err)
 	}
 }
 
@@ -360,14 +361,14 @@ func TestSourceIdentity(t *testing.T) {
 	long := strings.Repeat("a", 253)
 	sum := sha256.Sum256([]byte("shop." + long))
 	for _, tt := range []struct {
-		source               policy.SourceIdentity
-		account, said, scope string
-		want                 string
+		source                      policy.SourceIdentity
+		account, sessionName, scope string
+		want                        string
 	}{
 		{"", "cart", "", "role", ""},
 		{policy.SourceNone, "cart", "", "pod", ""},
 		{policy.SourceServiceAccount, "cart", "", "role", "shop.cart"},
-		{policy.SourceServiceAccount, "cart", "said", "pod", "shop.cart"},
+		{policy.SourceServiceAccount, "cart", "own", "pod", "shop.cart"},
 		{policy.SourceServiceAccount, long, "", "role", "shop." + strings.Repeat("a", 38) + "-" + hex.EncodeToString(sum[:10])},
 		{policy.SourceSessionName, "cart", "", "pod", "credence.shop.cart-1"},
 		{policy.SourceSessionName, "cart", "", "role", "credence"},
@@ -376,8 +377,8 @@ func TestSourceIdentity(t *testing.T) {
 		rules := newRules(t, rolePrefix)
 		use(t, rules, policy.File{SourceIdentity: tt.source, Namespaces: []policy.NamespaceRules{open("*")}})
 		pairs := map[policy.Key]string{policy.Role: "reader", policy.SessionScope: tt.scope}
-		if tt.said != "" {
-			pairs[policy.SessionName] = tt.said
+		if tt.sessionName != "" {
+			pairs[policy.SessionName] = tt.sessionName
 		}
 		pod := cart(pairs)
 		pod.ServiceAccount = tt.account
@@ -390,7 +391,7 @@ func TestSourceIdentity(t *testing.T) {
 			t.Errorf("source %q, scope %s: %q, want %q", tt.source, tt.scope, got, tt.want)
 		}
 	}
-	// Without a service account there is no such identity; every pod has one.
+	// Every pod has a service account. Without one, there is no such source identity.
 	rules := newRules(t, rolePrefix)
 	use(t, rules, policy.File{SourceIdentity: policy.SourceServiceAccount, Namespaces: []policy.NamespaceRules{open("*")}})
 	pod := cart(map[policy.Key]string{policy.Role: "reader"})
@@ -400,7 +401,7 @@ func TestSourceIdentity(t *testing.T) {
 	}
 }
 
-// Forced tags bring none of Kubernetes' own, whatever the scope.
+// Forced tags do not add the tags of Kubernetes, with any scope.
 func TestForcedTagsAlone(t *testing.T) {
 	for _, scope := range []string{"role", "service-account", "pod"} {
 		rules := newRules(t, rolePrefix)
@@ -415,7 +416,7 @@ func TestForcedTagsAlone(t *testing.T) {
 	}
 }
 
-// A forced tag with the service account needs one.
+// A forced tag with {serviceAccount} needs the service account.
 func TestForcedTagWithoutServiceAccount(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	use(t, rules, entries(edit("*", func(n *policy.NamespaceRules) { n.ForcedTags = map[string]string{"owner": "x-{serviceAccount}"} })))
@@ -426,7 +427,7 @@ func TestForcedTagWithoutServiceAccount(t *testing.T) {
 	}
 }
 
-// Grants are made while files change, each by one file as a whole.
+// Each decision uses one file, also while files change.
 func TestUseWhileGranting(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	files := []policy.File{
@@ -452,7 +453,7 @@ func TestUseWhileGranting(t *testing.T) {
 	wg.Wait()
 }
 
-// checkGrant holds what STS documents of AssumeRole against a grant.
+// checkGrant compares a grant with the documented limits of AssumeRole.
 func checkGrant(t *testing.T, g policy.Grant) {
 	t.Helper()
 	if again, err := credential.ParseRoleARN(g.Role().String()); err != nil || again != g.Role() {
@@ -484,7 +485,7 @@ func checkGrant(t *testing.T, g policy.Grant) {
 			t.Errorf("tag %q", tag)
 		}
 		if keys[strings.ToLower(tag.Key)] {
-			t.Errorf("tag key %q stands twice", tag.Key)
+			t.Errorf("tag key %q is there twice", tag.Key)
 		}
 		keys[strings.ToLower(tag.Key)] = true
 	}
@@ -493,13 +494,13 @@ func checkGrant(t *testing.T, g policy.Grant) {
 	}
 	for _, key := range g.TransitiveTagKeys() {
 		if !slices.ContainsFunc(g.Tags(), func(tag policy.Tag) bool { return tag.Key == key }) {
-			t.Errorf("transitive key %q is no tag's", key)
+			t.Errorf("transitive key %q has no tag", key)
 		}
 	}
 }
 
-// FuzzGrant brings whatever a pod, its namespace and a rules file may say. A grant is always one that
-// the namespace permits, that the file allows, and that STS takes; anything else is an error alone.
+// FuzzGrant decides on any annotations, namespaces and rules files. A grant is always permitted by the namespace, allowed by
+// the file and valid for STS. Any other result is an error without a grant.
 func FuzzGrant(f *testing.F) {
 	for key, values := range goodValues {
 		for _, tt := range values {
@@ -524,7 +525,7 @@ func FuzzGrant(f *testing.F) {
 		pairs[policy.Key(key)] = value
 		ns := shop(map[policy.Key]string{policy.Permitted: rolePrefix + ".*", policy.PermittedTags: "team,cost"})
 		ns.Name = namespace
-		grant, err := rules.Grant(policy.Pod{Namespace: namespace, Name: name, UID: "u-1", ServiceAccount: account, Annotations: annotations(pairs)}, ns)
+		grant, err := rules.Grant(policy.Pod{Namespace: namespace, Name: name, UID: "u-1", ServiceAccount: account, Request: request(pairs)}, ns)
 		if (err == nil) == grant.IsZero() {
 			t.Fatalf("grant %s with error %v", grant, err)
 		}
@@ -540,9 +541,9 @@ func FuzzGrant(f *testing.F) {
 		switch {
 		case path == arn:
 			t.Errorf("%s is of another account", arn)
-		case !policy.MatchGlob(roleGlob, arn) && !policy.MatchGlob(roleGlob, path):
+		case !pattern.NewGlob(roleGlob).Match(arn) && !pattern.NewGlob(roleGlob).Match(path):
 			t.Errorf("%s is granted against glob %q", arn, roleGlob)
-		case grant.ExternalID() != "" && !policy.MatchGlob(textGlob, grant.ExternalID()):
+		case grant.ExternalID() != "" && !pattern.NewGlob(textGlob).Match(grant.ExternalID()):
 			t.Errorf("external id %q is granted against glob %q", grant.ExternalID(), textGlob)
 		case grant.SessionName() == value && key == string(policy.SessionName):
 			t.Errorf("session name %q is granted, and none is allowed", value)
@@ -554,8 +555,7 @@ func FuzzGrant(f *testing.F) {
 	})
 }
 
-// Whatever is in an entry is compared, copied and documented by the names behind json, so each field
-// has one.
+// Each field of a file has a json tag, by which it is read, compared and documented.
 func TestFieldsHaveNames(t *testing.T) {
 	for _, typ := range []reflect.Type{reflect.TypeFor[policy.File](), reflect.TypeFor[policy.NamespaceRules]()} {
 		seen := map[string]bool{}

@@ -34,7 +34,7 @@ func TestNew(t *testing.T) {
 		}
 	}
 	if rules, err := policy.New(policy.Config{}); err == nil || rules != nil {
-		t.Error("rules without keys are made")
+		t.Error("New returns rules without keys")
 	}
 	rules, err := policy.New(policy.Config{Keys: keys})
 	if err != nil || rules.Keys() != keys {
@@ -47,7 +47,8 @@ func TestZeroRulesRefuse(t *testing.T) {
 	for _, pod := range []policy.Pod{
 		{},
 		cart(map[policy.Key]string{policy.Role: rolePrefix + "reader"}),
-		{Namespace: "shop", Name: "cart", Annotations: map[string]string{"/role": rolePrefix + "reader"}},
+		{Namespace: "shop", Name: "cart", Request: (policy.Keys{}).Request(map[string]string{"/role": rolePrefix + "reader"})},
+		{Namespace: "shop", Name: "cart", Request: new(policy.Request)},
 	} {
 		ns := policy.Namespace{
 			Name:        pod.Namespace,
@@ -56,6 +57,23 @@ func TestZeroRulesRefuse(t *testing.T) {
 		}
 		if grant, err := zero.Grant(pod, ns); !errors.Is(err, credential.ErrDenied) || !grant.IsZero() {
 			t.Errorf("the zero Rules grant %s, %v", grant, err)
+		}
+	}
+}
+
+// A pod that no door has read is refused, even if its namespace has a default role.
+func TestZeroRequestIsRefused(t *testing.T) {
+	rules, ns := newRules(t, rolePrefix), shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: "reader"})
+	for name, request := range map[string]*policy.Request{"zero": new(policy.Request), "nil": nil} {
+		pod := cart(nil)
+		pod.Request = request
+		grant, err := rules.Grant(pod, ns)
+		mustRefuse(t, name, err, credential.ErrInvalid, credential.ReasonRoleMissing, "requests no role")
+		if key, err := pod.RoutingKey(); !grant.IsZero() || key != "" || err == nil {
+			t.Errorf("%s: grant %s, routing key %q, %v", name, grant, key, err)
+		}
+		if request.Annotated() || request.Warnings() != "" || request.ServiceAccount() != "" {
+			t.Errorf("%s: the request has annotations", name)
 		}
 	}
 }
@@ -230,32 +248,32 @@ func TestGrant(t *testing.T) {
 func TestDefaultRole(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	ns := shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: " fallback "})
-	for said, want := range map[string]string{"": "fallback", " ": "fallback", "reader": "reader"} {
-		grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: said}), ns)
+	for name, want := range map[string]string{"": "fallback", " ": "fallback", "reader": "reader"} {
+		grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: name}), ns)
 		if err != nil || grant.Role().String() != rolePrefix+want {
-			t.Errorf("role %q is granted as %s, %v", said, grant.Role(), err)
+			t.Errorf("role %q is granted as %s, %v", name, grant.Role(), err)
 		}
 	}
-	// An empty role asks for the default one; no role asks for nothing.
+	// An empty role requests the default role. A pod without the annotation requests no role.
 	_, err := rules.Grant(cart(map[policy.Key]string{policy.Duration: "1h"}), ns)
 	mustRefuse(t, "no role annotation", err, credential.ErrInvalid, credential.ReasonRoleMissing)
 }
 
-// Session names are seen in CloudTrail, and some services refuse to go on under another one: a change
-// of these is a change for users.
+// CloudTrail shows session names, and some services refuse to continue under another name. So a change of these names is a
+// change for users.
 func TestSessionNames(t *testing.T) {
 	const longName = "a-name-that-is-as-long-as-the-names-of-generated-pods-become-5d4f8"
 	sessionNames := map[string]string{}
 	for _, tt := range []struct {
 		cluster, namespace, pod, account string
 		scope                            policy.Scope
-		said, want                       string
+		sessionName, want                string
 	}{
 		{"", "shop", "cart-1", "cart", policy.ScopeRole, "", "credence"},
 		{"prod", "shop", "cart-1", "cart", policy.ScopeRole, "", "prod"},
 		{"", "shop", "cart-1", "cart", policy.ScopeServiceAccount, "", "credence.shop.cart"},
 		{"", "shop", "cart-1", "cart", policy.ScopePod, "", "credence.shop.cart-1"},
-		{"prod", "shop", "cart-1", "cart", policy.ScopePod, "said", "said"},
+		{"prod", "shop", "cart-1", "cart", policy.ScopePod, "own", "own"},
 		{"", "shop", longName, "cart", policy.ScopePod, "", "credence.shop.a-name-that-is-as-long-as-the-names-of--ca7ba571fc"},
 		{"", "shop", longName + "x", "cart", policy.ScopePod, "", ""},
 		{"", "shop", longName + "y", "cart", policy.ScopePod, "", ""},
@@ -269,10 +287,10 @@ func TestSessionNames(t *testing.T) {
 			t.Fatal(err)
 		}
 		pairs := map[policy.Key]string{policy.Role: rolePrefix + "reader", policy.SessionScope: string(tt.scope)}
-		if tt.said != "" {
-			pairs[policy.SessionName] = tt.said
+		if tt.sessionName != "" {
+			pairs[policy.SessionName] = tt.sessionName
 		}
-		pod := policy.Pod{Namespace: tt.namespace, Name: tt.pod, UID: "u", ServiceAccount: tt.account, Annotations: annotations(pairs)}
+		pod := policy.Pod{Namespace: tt.namespace, Name: tt.pod, UID: "u", ServiceAccount: tt.account, Request: request(pairs)}
 		ns := shop(anything)
 		ns.Name = tt.namespace
 		grant, err := rules.Grant(pod, ns)
@@ -284,7 +302,7 @@ func TestSessionNames(t *testing.T) {
 			t.Errorf("the session of %s/%s, scope %s, is named %q, want %q", tt.namespace, tt.pod, tt.scope, name, tt.want)
 		}
 		if !regexp.MustCompile(`^[\w+=,.@-]{2,64}$`).MatchString(name) {
-			t.Errorf("STS does not take the session name %q of %d characters", name, len(name))
+			t.Errorf("the session name %q of %d characters is not valid for STS", name, len(name))
 		}
 		if other, taken := sessionNames[name]; taken && tt.want == "" {
 			t.Errorf("the sessions of %s and %s are both named %q", other, tt.pod, name)
@@ -292,11 +310,11 @@ func TestSessionNames(t *testing.T) {
 		sessionNames[name] = tt.pod
 	}
 	if len(sessionNames) < 8 {
-		t.Errorf("only %d names were looked at", len(sessionNames))
+		t.Errorf("only %d names were compared", len(sessionNames))
 	}
 }
 
-// subject is what one decision depends on, one field for each thing that may differ.
+// subject is the input of one decision, one field for each part that may differ.
 type subject struct {
 	role, sessionName, externalID, tags, policy, policyARNs, duration, scope string
 	namespace, account, pod, uid                                             string
@@ -305,8 +323,8 @@ type subject struct {
 	forced, kubernetes, transitive, source, maxDuration                      string // of the rules file; all empty: there is none
 }
 
-// choices are values of each field, the first of which is the default. Each list's values mean
-// different things to STS, unless the field is no matter of STS at all.
+// choices are the values of each field, the default first. The values of a list are different for STS, unless STS does not
+// receive the field.
 var choices = map[string][]string{
 	"role":         {"reader", "writer", "team/reader", "arn:aws:iam::999999999999:role/reader", ""},
 	"sessionName":  {"", "one", "two"},
@@ -333,7 +351,7 @@ var choices = map[string][]string{
 	"otherLabel":   {"", "x"},
 }
 
-// fileChoices are the same for what the rules file says.
+// fileChoices are the same for the fields of the rules file.
 var fileChoices = map[string][]string{
 	"forced":      {"", "c=1", "a=9", "A=1", "owner={serviceAccount}", "owner={namespace}.{serviceAccount}", "owner={namespace}"},
 	"kubernetes":  {"", "on"},
@@ -342,7 +360,7 @@ var fileChoices = map[string][]string{
 	"maxDuration": {"", "15m", "12h"},
 }
 
-// file is the rules file of s.
+// file returns the rules file of s.
 func (s subject) file(t *testing.T) policy.File {
 	t.Helper()
 	all := []string{"*"}
@@ -379,7 +397,7 @@ func (s subject) with(name, value string) subject {
 	return s
 }
 
-// grant decides on s, written in one of several ways that mean the same.
+// grant decides on s, written in one of several equal ways.
 func (s subject) grant(t *testing.T, rules *policy.Rules, random *rand.Rand) policy.Grant {
 	t.Helper()
 	pairs := map[policy.Key]string{policy.Role: s.role}
@@ -412,7 +430,7 @@ func (s subject) grant(t *testing.T, rules *policy.Rules, random *rand.Rand) pol
 		pairs[policy.Duration] = "60m"
 	}
 	grant, err := rules.Grant(
-		policy.Pod{Namespace: s.namespace, Name: s.pod, UID: s.uid, ServiceAccount: s.account, Annotations: annotations(pairs)},
+		policy.Pod{Namespace: s.namespace, Name: s.pod, UID: s.uid, ServiceAccount: s.account, Request: request(pairs)},
 		policy.Namespace{
 			Name:        s.namespace,
 			Labels:      map[string]string{"iam.amazonaws.com/inject": "enabled", "other": s.otherLabel},
@@ -426,8 +444,7 @@ func (s subject) grant(t *testing.T, rules *policy.Rules, random *rand.Rand) pol
 
 func blanks(random *rand.Rand) string { return []string{"", " ", "\n\t"}[random.IntN(3)] }
 
-// matters says whether a field is part of what AssumeRole is called with, or of whom the session is
-// shared by.
+// matters reports whether a field affects the inputs of AssumeRole, or which pods share the session.
 func (s subject) matters(field string) bool {
 	switch field {
 	case "role", "sessionName", "externalID", "tags", "policy", "policyARNs", "duration", "scope":
@@ -442,8 +459,8 @@ func (s subject) matters(field string) bool {
 	return false
 }
 
-// A pod never gets a session that was made for another external id, session name, set of tags,
-// policy, duration or scope; and pods that ask for the same share one.
+// A pod never gets a session for another external id, session name, set of tags, policy, duration or scope. Pods that request
+// the same share a session.
 func TestGrantsDifferExactlyWhenSessionsDo(t *testing.T) {
 	if n := reflect.TypeFor[subject]().NumField(); n != len(choices)+len(fileChoices) {
 		t.Fatalf("subject has %d fields, and %d have choices", n, len(choices)+len(fileChoices))
@@ -478,7 +495,7 @@ func TestGrantsDifferExactlyWhenSessionsDo(t *testing.T) {
 	}
 }
 
-// called is all that AssumeRole is called with.
+// called returns all inputs of AssumeRole.
 func called(g policy.Grant) string {
 	return fmt.Sprintf("%s\n%q %q %q %q %q %q %q %s", g.Role(), g.SessionName(), g.ExternalID(), g.Tags(), g.TransitiveTagKeys(), g.SourceIdentity(),
 		g.SessionPolicy(), g.PolicyARNs(), g.Duration())
@@ -486,7 +503,7 @@ func called(g policy.Grant) string {
 
 func describe(a, b policy.Grant) string { return cmp.Diff(a.String()+called(a), b.String()+called(b)) }
 
-// sharers says whom the session of s is shared by.
+// sharers returns which pods share the session of s.
 func (s subject) sharers() string {
 	switch s.scope {
 	case "service-account":
@@ -497,8 +514,8 @@ func (s subject) sharers() string {
 	return "all"
 }
 
-// Whatever pods, namespaces and the rules file say, two grants are equal exactly when AssumeRole is
-// called with the same for both, and the same pods share the sessions.
+// For all pods, namespaces and rules files, two grants are equal if and only if their inputs of AssumeRole are equal and the
+// same pods share the sessions.
 func TestGrantsAreEqualExactlyWhenCallsAre(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	random := rand.New(rand.NewPCG(3, 4))
@@ -510,7 +527,7 @@ func TestGrantsAreEqualExactlyWhenCallsAre(t *testing.T) {
 			t.Fatalf("%+v: %v", s, err)
 		}
 		if s.maxDuration == "15m" {
-			s.duration = "15m" // a longer one would be refused
+			s.duration = "15m" // a longer one is refused
 		}
 		return s.grant(t, rules, random)
 	}
@@ -541,8 +558,8 @@ func TestGrantsAreEqualExactlyWhenCallsAre(t *testing.T) {
 	}
 }
 
-// Each field of Grant tells grants apart: for each there is a pod, or a rules file, that differs from
-// another in nothing that another field shows. Whoever adds a field adds how it comes to differ.
+// Each field of Grant distinguishes grants: for each there are two pods, or two rules files, whose grants differ in this field
+// alone. A new field needs a new mutation here.
 func TestEveryFieldTellsGrantsApart(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	base := subject{role: "reader", tags: "a=1", namespace: "shop", account: "cart", pod: "cart-1", uid: "u-1"}
@@ -564,7 +581,7 @@ func TestEveryFieldTellsGrantsApart(t *testing.T) {
 		name := typ.Field(i).Name
 		pair, ok := mutations[name]
 		if !ok {
-			t.Errorf("nothing here makes two grants differ in their %s", name)
+			t.Errorf("no mutation makes two grants differ in %s", name)
 			continue
 		}
 		var grants [2]policy.Grant
@@ -589,7 +606,7 @@ func TestEveryFieldTellsGrantsApart(t *testing.T) {
 	}
 }
 
-// A broker that is a role which assumes a role asks for no session that AWS does not give.
+// With role chaining, the rules refuse sessions that are longer than the AWS maximum.
 func TestRoleChaining(t *testing.T) {
 	base, err := credential.ParseRoleBase(rolePrefix)
 	if err != nil {
@@ -601,16 +618,16 @@ func TestRoleChaining(t *testing.T) {
 			t.Fatal(err)
 		}
 		for duration, refused := range map[string]bool{"": false, "15m": false, "1h": false, "1h0m1s": chained, "12h": chained} {
-			said := map[policy.Key]string{policy.Role: "reader"}
+			pairs := map[policy.Key]string{policy.Role: "reader"}
 			if duration != "" {
-				said[policy.Duration] = duration
+				pairs[policy.Duration] = duration
 			}
-			_, err := rules.Grant(cart(said), shop(map[policy.Key]string{policy.Permitted: ".*"}))
+			_, err := rules.Grant(cart(pairs), shop(map[policy.Key]string{policy.Permitted: ".*"}))
 			if got := err != nil; got != refused {
 				t.Errorf("chained %v, duration %q: %v", chained, duration, err)
 			}
 			if refused && (!errors.Is(err, credential.ErrInvalid) || credential.ReasonOf(err) != credential.ReasonAnnotationInvalid ||
-				!strings.Contains(err.Error(), `"iam.amazonaws.com/duration": AWS gives sessions of 1h at most here`)) {
+				!strings.Contains(err.Error(), `exceeds 1h, the AWS maximum`)) {
 				t.Errorf("duration %q: the refusal is %v", duration, err)
 			}
 		}

@@ -1,10 +1,8 @@
-// Package policy decides which AWS session a pod may have. It names and parses the annotations
-// that users write, and turns (pod, namespace, rules) into a [Grant] or into a refusal that says
-// what to change.
+// Package policy decides which AWS session a pod may have. It names and parses the annotations that users write, and turns
+// a pod, its namespace and the rules into a [Grant], or into a refusal that says what to change.
 //
-// It is pure: no clock, no randomness, no network. The webhook and the broker use the same code, so
-// what admission accepts the broker grants. Only [Rules] makes a Grant, and the zero Rules
-// refuses everything.
+// It is pure: no clock, no randomness, no network. The webhook and the broker use the same code, so the broker grants what
+// the webhook admits. Only [Rules] makes a Grant, and the zero Rules refuses everything.
 package policy
 
 import (
@@ -13,10 +11,10 @@ import (
 	"slices"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/typo"
 )
 
-// DefaultPrefix is the prefix of every key: the one kiam and kube2iam use, so that their manifests
-// work unchanged.
+// DefaultPrefix is the default prefix of every key. kiam and kube2iam use it, so their manifests work unchanged.
 const DefaultPrefix = "iam.amazonaws.com"
 
 // Key is the part of a label or annotation key behind the prefix and the slash.
@@ -24,75 +22,75 @@ type Key string
 
 // Labels and annotations of namespaces.
 const (
-	// Inject is the namespace label that opts a namespace in, when its value is [Enabled].
+	// Inject is the label that opts a namespace in if its value is [Enabled].
 	Inject Key = "inject"
 	// Permitted is a regular expression on the role's ARN (kiam's form).
 	Permitted Key = "permitted"
 	// AllowedRoles is a JSON list of globs on the role's ARN (kube2iam's form).
 	AllowedRoles Key = "allowed-roles"
-	// DefaultRole is the role of annotated pods whose own role is empty.
+	// DefaultRole is the role of annotated pods whose own [Role] is empty.
 	DefaultRole Key = "default-role"
-	// PermittedTags is a comma list of the session tag keys that pods may set.
+	// PermittedTags is a comma list of the keys of session tags that pods may set.
 	PermittedTags Key = "permitted-tags"
 )
 
-// Enabled is the value of the [Inject] label that opts in.
+// Enabled is the value of the label [Inject] that opts a namespace in.
 const Enabled = "enabled"
 
 // Annotations of pods.
 const (
-	// Role is a role's name, /path/name or ARN; it asks for injection.
+	// Role is a role's name, /path/name or ARN. It requests injection.
 	Role Key = "role"
-	// SessionName is the RoleSessionName, instead of the default one.
+	// SessionName replaces the default RoleSessionName.
 	SessionName Key = "session-name"
-	// ExternalID is sent to STS for roles whose trust policy asks for one.
+	// ExternalID is sent to STS, for roles whose trust policy requires one.
 	ExternalID Key = "external-id"
-	// SessionTags is key=value,… to put on the session.
+	// SessionTags are the tags of the session, as key=value,….
 	SessionTags Key = "session-tags"
-	// SessionPolicy is an inline JSON policy that scopes the session down.
+	// SessionPolicy is an inline JSON policy that limits the session.
 	SessionPolicy Key = "session-policy"
-	// PolicyARNs is a comma list of managed policies that scope the session down.
+	// PolicyARNs is a comma list of managed policies that limit the session.
 	PolicyARNs Key = "policy-arns"
 	// SessionScope says which pods share a session: role, service-account or pod.
 	SessionScope Key = "session-scope"
-	// Duration is the length of the session.
+	// Duration is the session duration.
 	Duration Key = "duration"
-	// Region sets AWS_REGION and AWS_DEFAULT_REGION where unset.
+	// Region sets AWS_REGION and AWS_DEFAULT_REGION in containers that set neither.
 	Region Key = "region"
-	// Containers is a comma list of the only containers that get the environment.
+	// Containers is a comma list of containers; only these get the environment.
 	Containers Key = "containers"
-	// SkipContainers is a comma list of containers that do not get the environment.
+	// SkipContainers is a comma list of containers that get no environment.
 	SkipContainers Key = "skip-containers"
-	// IMDS says how the sidecar emulates instance metadata: v2, v1 or off.
+	// IMDS selects how the sidecar emulates instance metadata: v2, v1 or off.
 	IMDS Key = "imds"
-	// StartTimeout is how long the application waits for first credentials.
+	// StartTimeout is how long the application waits for its first credentials.
 	StartTimeout Key = "start-timeout"
-	// SidecarMemory is the sidecar's memory, request and limit.
+	// SidecarMemory is the sidecar's memory request and memory limit.
 	SidecarMemory Key = "sidecar-memory"
 	// SidecarCPURequest is the sidecar's CPU request.
 	SidecarCPURequest Key = "sidecar-cpu-request"
-	// SidecarCPULimit is the sidecar's CPU limit; 0 is none.
+	// SidecarCPULimit is the sidecar's CPU limit; 0 means no limit.
 	SidecarCPULimit Key = "sidecar-cpu-limit"
-	// SidecarPort is where the sidecar listens.
+	// SidecarPort is the port on which the sidecar listens.
 	SidecarPort Key = "sidecar-port"
-	// SidecarLogLevel is the least level that the sidecar logs.
+	// SidecarLogLevel is the lowest level that the sidecar logs.
 	SidecarLogLevel Key = "sidecar-log-level"
 )
 
-// What the webhook writes on pods.
+// The label and annotations that the webhook writes on pods.
 const (
 	// Injected is the pod label, with value "true", by which the broker finds injected pods.
 	Injected Key = "injected"
-	// ServiceAccount is the pod annotation that repeats spec.serviceAccountName, for prefetch. It
-	// is a hint: the token decides.
+	// ServiceAccount is the pod annotation that repeats spec.serviceAccountName, for prefetch. It is a hint: the token
+	// decides.
 	ServiceAccount Key = "service-account"
-	// Warnings is the pod annotation with the webhook's warnings about credentials that outrank the annotated role, a
-	// line each. Controllers that create pods show warnings to nobody; the broker makes an Event of it.
+	// Warnings is the pod annotation with the webhook's warnings about credentials that outrank the annotated role, one a
+	// line. Controllers that create pods show warnings to no user, so the broker writes an Event.
 	Warnings Key = "warnings"
 )
 
-// written reports whether key is an annotation that the webhook writes, and that asks for nothing.
-func written(key Key) bool { return key == ServiceAccount || key == Warnings }
+// byWebhook reports whether key is an annotation that the webhook writes. It requests nothing.
+func byWebhook(key Key) bool { return key == ServiceAccount || key == Warnings }
 
 var (
 	podKeys = [...]Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
@@ -101,10 +99,10 @@ var (
 	namespaceKeys = []Key{Inject, Permitted, AllowedRoles, DefaultRole, PermittedTags}
 )
 
-// prefixForm is a DNS subdomain, as Kubernetes asks of the prefix of a label key.
+// prefixForm is a DNS subdomain, which Kubernetes requires for the prefix of a label key.
 var prefixForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 
-// Keys makes full keys of one prefix. The zero Keys has no prefix and recognizes nothing.
+// Keys makes the full keys of one prefix. The zero Keys has no prefix and recognizes no key.
 type Keys struct {
 	prefix string
 }
@@ -123,11 +121,11 @@ func (k Keys) Prefix() string { return k.prefix }
 // Name returns the full label or annotation key, such as iam.amazonaws.com/role.
 func (k Keys) Name(key Key) string { return k.prefix + "/" + string(key) }
 
-// Annotated reports whether any annotation key is under the prefix, known or not: such a pod asks
-// for something of ours and is never let through unseen.
+// Annotated reports whether any annotation key is under the prefix, known or not, except those that the webhook writes. The
+// webhook injects or refuses such a pod.
 func (k Keys) Annotated(annotations map[string]string) bool {
 	for name := range annotations {
-		if key, ok := k.cut(name); ok && !written(key) {
+		if key, ok := k.cut(name); ok && !byWebhook(key) {
 			return true
 		}
 	}
@@ -139,13 +137,13 @@ func (k Keys) OptedIn(labels map[string]string) bool {
 	return k.prefix != "" && labels[k.Name(Inject)] == Enabled
 }
 
-// CheckOptedIn refuses a namespace that is not opted in, with what to do about it.
+// CheckOptedIn refuses a namespace that is not opted in. The refusal says how to opt it in.
 func (k Keys) CheckOptedIn(ns Namespace) error {
 	if k.OptedIn(ns.Labels) {
 		return nil
 	}
 	return credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotOpted,
-		"namespace %q is not opted in: label it %s=%s", ns.Name, k.Name(Inject), Enabled)
+		"namespace %q is not opted in; label it %s=%s", ns.Name, k.Name(Inject), Enabled)
 }
 
 // cut splits the prefix off a full key.
@@ -160,12 +158,12 @@ func (k Keys) cut(name string) (Key, bool) {
 	return Key(name[at+1:]), true
 }
 
-// refuseUnknown refuses pod annotations under the prefix that mean nothing: the first in the order of
-// their names, so that one pod always gets the same answer.
+// refuseUnknown refuses pod annotations under the prefix that are unknown. It names the first by name, so that the message is
+// the same each time.
 func (k Keys) refuseUnknown(annotations map[string]string) error {
 	var unknown []string
 	for name := range annotations {
-		if key, ok := k.cut(name); ok && !written(key) && !slices.Contains(podKeys[:], key) {
+		if key, ok := k.cut(name); ok && !byWebhook(key) && !slices.Contains(podKeys[:], key) {
 			unknown = append(unknown, name)
 		}
 	}
@@ -173,50 +171,16 @@ func (k Keys) refuseUnknown(annotations map[string]string) error {
 	key, _ := k.cut(name)
 	if slices.Contains(namespaceKeys, key) {
 		return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
-			"annotation %q has no meaning on a pod: set it on the namespace", name)
+			"annotation %q has no meaning on a pod; set it on the namespace", name)
 	}
 	if len(key) > maxKey {
 		return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
 			"annotation %.100q… is unknown, and longer than any known one", name)
 	}
 	return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
-		"annotation %q is unknown: did you mean %q?", name, k.Name(Nearest(key, podKeys[:])))
+		"annotation %q is unknown; did you mean %q?", name, k.Name(typo.Nearest(key, podKeys[:])))
 }
 
-// Nearest returns the candidate, of which there must be some, with the smallest edit distance to text. A
-// transposition, the usual typing error, counts as one edit. Of a text that is far longer than any key only
-// the beginning counts.
-func Nearest[T ~string](text T, candidates []T) T {
-	text = text[:min(len(text), maxKey)]
-	return slices.MinFunc(candidates, func(a, b T) int { return editDistance(text, a) - editDistance(text, b) })
-}
-
-// maxKey is how long Kubernetes lets the name of an annotation be behind its prefix. It checks that
-// after admission has run, so a longer one can come in there.
+// maxKey is the maximum length that Kubernetes allows for the name of an annotation behind its prefix. It checks that after
+// admission, so the webhook can receive longer names.
 const maxKey = 63
-
-// editDistance is the optimal string alignment distance. Its callers compare at most maxKey
-// characters, so the table is small.
-func editDistance[T ~string](a, b T) int {
-	d := make([][]int, len(a)+1)
-	for i := range d {
-		d[i] = make([]int, len(b)+1)
-		d[i][0] = i
-	}
-	for j := range d[0] {
-		d[0][j] = j
-	}
-	for i := 1; i <= len(a); i++ {
-		for j := 1; j <= len(b); j++ {
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
-			}
-			d[i][j] = min(d[i-1][j]+1, d[i][j-1]+1, d[i-1][j-1]+cost)
-			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
-				d[i][j] = min(d[i][j], d[i-2][j-2]+1)
-			}
-		}
-	}
-	return d[len(a)][len(b)]
-}

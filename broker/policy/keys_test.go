@@ -18,6 +18,15 @@ func newKeys(t testing.TB) policy.Keys {
 	return keys
 }
 
+// request parses annotations given by short keys.
+func request(pairs map[policy.Key]string) *policy.Request {
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		panic(err)
+	}
+	return keys.Request(annotations(pairs))
+}
+
 func TestNewKeys(t *testing.T) {
 	for _, prefix := range []string{"iam.amazonaws.com", "a", "x-1.example", strings.Repeat("a", 253)} {
 		keys, err := policy.NewKeys(prefix)
@@ -41,7 +50,7 @@ func TestAnnotated(t *testing.T) {
 		"iam.amazonaws.com/roel":            true,
 		"iam.amazonaws.com/":                true,
 		"iam.amazonaws.com/permitted":       true,
-		"iam.amazonaws.com/service-account": false, // the webhook's own
+		"iam.amazonaws.com/service-account": false, // written by the webhook
 		"iam.amazonaws.com":                 false,
 		"iam.amazonaws.com.example/role":    false,
 		"x.iam.amazonaws.com/role":          false,
@@ -102,63 +111,39 @@ func TestUnknownKeys(t *testing.T) {
 		{"skip-container", `did you mean "iam.amazonaws.com/skip-containers"?`},
 		{"imdsv2", `did you mean "iam.amazonaws.com/imds"?`},
 		{"start_timeout", `did you mean "iam.amazonaws.com/start-timeout"?`},
-		{"injected", "is unknown"}, // a label; as an annotation it means nothing
-		{"permitted", "no meaning on a pod: set it on the namespace"},
-		{"allowed-roles", "no meaning on a pod: set it on the namespace"},
-		{"default-role", "no meaning on a pod: set it on the namespace"},
-		{"permitted-tags", "no meaning on a pod: set it on the namespace"},
-		{"inject", "no meaning on a pod: set it on the namespace"},
+		{"injected", "is unknown"}, // a label, and unknown as an annotation
+		{"permitted", "no meaning on a pod; set it on the namespace"},
+		{"allowed-roles", "no meaning on a pod; set it on the namespace"},
+		{"default-role", "no meaning on a pod; set it on the namespace"},
+		{"permitted-tags", "no meaning on a pod; set it on the namespace"},
+		{"inject", "no meaning on a pod; set it on the namespace"},
 		{strings.Repeat("r", 64), "longer than any known one"},
-		// Kubernetes would refuse it, but only after admission.
+		// Kubernetes refuses it, but only after admission.
 		{strings.Repeat("r", 3<<20), "longer than any known one"},
 	} {
 		name := "iam.amazonaws.com/" + tt.key
-		settings, err := keys.Parse(map[string]string{name: "x", "iam.amazonaws.com/role": "reader"})
+		settings, err := keys.Request(map[string]string{name: "x", "iam.amazonaws.com/role": "reader"}).Settings()
 		mustRefuse(t, "key "+tt.key[:min(len(tt.key), 70)], err, credential.ErrInvalid, credential.ReasonAnnotationUnknown, name[:min(len(name), 80)], tt.want)
 		if settings.Role != "" {
-			t.Errorf("a refusal yields settings: %+v", settings)
+			t.Errorf("a refusal comes with settings: %+v", settings)
 		}
 	}
-	// The same pod always gets the same answer, whatever the order of a map.
+	// The refusal of a pod is the same each time, whatever the order of a map.
 	for range 100 {
-		_, err := keys.Parse(map[string]string{"iam.amazonaws.com/b": "", "iam.amazonaws.com/a": "", "iam.amazonaws.com/c": "", "iam.amazonaws.com/role": ""})
+		_, err := keys.Request(map[string]string{"iam.amazonaws.com/b": "", "iam.amazonaws.com/a": "", "iam.amazonaws.com/c": "", "iam.amazonaws.com/role": ""}).Settings()
 		mustRefuse(t, "three keys", err, credential.ErrInvalid, credential.ReasonAnnotationUnknown, `"iam.amazonaws.com/a"`)
 	}
-	// Other people's keys are their own, and the webhook's mark is known.
-	if _, err := keys.Parse(map[string]string{
+	// Keys under other prefixes do not matter, and the webhook's own annotation is known.
+	if _, err := keys.Request(map[string]string{
 		"iam.amazonaws.com/role": "reader", "iam.amazonaws.com/service-account": "default",
 		"example.com/roel": "", "iam.amazonaws.com.example/roel": "", "roel": "",
-	}); err != nil {
+	}).Settings(); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestEditDistance(t *testing.T) {
-	for _, tt := range []struct {
-		a, b policy.Key
-		want int
-	}{
-		{"", "", 0},
-		{"role", "role", 0},
-		{"role", "", 4},
-		{"role", "rol", 1},
-		{"role", "rolle", 1},
-		{"role", "rule", 1},
-		{"role", "roel", 1}, // a transposition is one edit
-		{"role", "orel", 2},
-		{"imds", "role", 4},
-	} {
-		if got := policy.EditDistance(tt.a, tt.b); got != tt.want {
-			t.Errorf("from %q to %q it is %d, want %d", tt.a, tt.b, got, tt.want)
-		}
-		if got := policy.EditDistance(tt.b, tt.a); got != tt.want {
-			t.Errorf("from %q to %q it is %d, want %d", tt.b, tt.a, got, tt.want)
-		}
-	}
-}
-
-// mustRefuse asks that err is one refusal, of one kind and reason, whose message holds all fragments
-// and is of a length that people read.
+// mustRefuse checks that err is a refusal of that kind and reason, and that its message has all fragments and is short enough
+// to read.
 func mustRefuse(t testing.TB, what string, err error, kind error, reason credential.Reason, fragments ...string) {
 	t.Helper()
 	e, ok := errors.AsType[*credential.Error](err)

@@ -8,11 +8,12 @@ import (
 	"unicode/utf8"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy/pattern"
 )
 
-// limits are a [File] in the form that decisions are made by. They never change.
+// limits are a compiled [File]. They never change.
 type limits struct {
-	generation     string // unlike that of every other file of the same [Rules]
+	generation     string // differs for each file of the same [Rules]
 	kubernetesTags bool
 	transitive     []string
 	source         SourceIdentity
@@ -21,77 +22,77 @@ type limits struct {
 
 // entry is one of [NamespaceRules].
 type entry struct {
-	name                      string // where it stands, for messages
-	match, accounts, roles    []glob
-	externalIDs, sessionNames []glob
+	name                      string // its place in the file, for messages
+	match, accounts, roles    []pattern.Glob
+	externalIDs, sessionNames []pattern.Glob
 	maxDuration               time.Duration // 0: no limit but STS's
 	forced                    []Tag         // sorted by key; values with placeholders
 }
 
-// find returns the entry that decides on a namespace.
+// find returns the first entry that matches a namespace.
 func (l *limits) find(namespace string) (*entry, error) {
 	for i := range l.entries {
-		if matchAny(l.entries[i].match, namespace) {
+		if pattern.MatchAny(l.entries[i].match, namespace) {
 			return &l.entries[i], nil
 		}
 	}
 	return nil, credential.Errorf(credential.ErrDenied, credential.ReasonRulesNamespace,
-		"no entry of the rules file matches namespace %q, so that its pods may have no role: the rules file's owner has to add one", namespace)
+		"no entry in the rules file matches namespace %q, so its pods may not use any role; ask the file's owner to add one", namespace)
 }
 
-// allow refuses what the entry does not allow of what the pod asks for.
-func (e *entry) allow(ev *evaluation, namespace string, role credential.RoleARN, arn string, s Settings, durationSaid bool) error {
+// allow refuses settings of the pod that the entry does not allow. setsDuration reports whether the pod sets its duration.
+func (e *entry) allow(ev *evaluation, namespace string, role credential.RoleARN, arn string, s Settings, setsDuration bool) error {
 	keys := ev.rules.keys
-	if !matchAny(e.accounts, role.Account()) {
+	if !pattern.MatchAny(e.accounts, role.Account()) {
 		return e.refuse(credential.ReasonRulesAccount, "accounts", namespace, "a role of account "+role.Account(), keys.Name(Role))
 	}
-	if ok, _ := ev.ask(rulesRoles, ev.file.generation, arn, matchRulesRole); !ok {
+	if ok, _ := ev.answer(rulesRoles, ev.file.generation, arn, matchRulesRole); !ok {
 		return e.refuse(credential.ReasonRulesRole, "roles", namespace, "role "+arn, keys.Name(Role))
 	}
 	if s.ExternalID != "" {
-		if ok, _ := ev.ask(rulesExternalIDs, ev.file.generation, s.ExternalID, matchRulesExternalID); !ok {
+		if ok, _ := ev.answer(rulesExternalIDs, ev.file.generation, s.ExternalID, matchRulesExternalID); !ok {
 			return e.refuse(credential.ReasonRulesExternalID, "externalIDs", namespace, fmt.Sprintf("external id %.100q", s.ExternalID), keys.Name(ExternalID))
 		}
 	}
 	if s.SessionName != "" {
-		if ok, _ := ev.ask(rulesNames, ev.file.generation, s.SessionName, matchRulesName); !ok {
+		if ok, _ := ev.answer(rulesNames, ev.file.generation, s.SessionName, matchRulesName); !ok {
 			return e.refuse(credential.ReasonRulesSessionName, "sessionNames", namespace, fmt.Sprintf("session name %q", s.SessionName), keys.Name(SessionName))
 		}
 	}
-	if durationSaid && e.maxDuration != 0 && s.Duration > e.maxDuration {
+	if setsDuration && e.maxDuration != 0 && s.Duration > e.maxDuration {
 		return e.refuse(credential.ReasonRulesDuration, "maxDuration", namespace,
 			fmt.Sprintf("a session of %s, which is more than %s", s.Duration, e.maxDuration), keys.Name(Duration))
 	}
 	return nil
 }
 
-// matchRulesRole, matchRulesExternalID and matchRulesName report whether a list of the evaluation's entry has a glob
-// that matches. The text that they are passed is the file's generation.
+// matchRulesRole, matchRulesExternalID and matchRulesName report whether a list of the evaluation's entry has a glob that
+// matches. Their text argument is the file's generation.
 func matchRulesRole(ev *evaluation, _, arn string) (bool, error) {
 	_, name, _ := strings.Cut(arn, ":role")
-	return slices.ContainsFunc(ev.entry.roles, func(g glob) bool {
-		if strings.HasPrefix(g.first, "arn:") {
-			return g.match(arn)
+	return slices.ContainsFunc(ev.entry.roles, func(g pattern.Glob) bool {
+		if strings.HasPrefix(g.First(), "arn:") {
+			return g.Match(arn)
 		}
-		return g.match(name)
+		return g.Match(name)
 	}), nil
 }
 
 func matchRulesExternalID(ev *evaluation, _, id string) (bool, error) {
-	return matchAny(ev.entry.externalIDs, id), nil
+	return pattern.MatchAny(ev.entry.externalIDs, id), nil
 }
 
 func matchRulesName(ev *evaluation, _, name string) (bool, error) {
-	return matchAny(ev.entry.sessionNames, name), nil
+	return pattern.MatchAny(ev.entry.sessionNames, name), nil
 }
 
 func (e *entry) refuse(reason credential.Reason, field, namespace, what, annotation string) error {
 	return credential.Errorf(credential.ErrDenied, reason,
-		"the rules file (%s) does not let namespace %q have %s: change the pod's %q, or have the rules file's owner change %s there",
+		"the rules file (%s) does not allow namespace %q to have %s; change the pod's %q, or ask the file's owner to change %s",
 		e.name, namespace, what, annotation, field)
 }
 
-// kubernetesTags are the keys of the facts about a pod, as EKS Pod Identity names them.
+// kubernetesTags are the tag keys of facts about a pod, with the names of EKS Pod Identity.
 var kubernetesTags = []string{namespaceTag, serviceAccountTag, podNameTag, podUIDTag}
 
 const (
@@ -101,8 +102,8 @@ const (
 	podUIDTag         = "kubernetes-pod-uid"
 )
 
-// tags returns the session's tags, sorted by key: the pod's, but where a forced one has the same key,
-// the forced ones, and Kubernetes' own.
+// tags returns the session's tags, sorted by key: the pod's, the forced tags, which replace the pod's tags of the same keys,
+// and those of Kubernetes.
 func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 	if len(e.forced) == 0 && !l.kubernetesTags {
 		return s.SessionTags, nil
@@ -114,7 +115,7 @@ func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 			tags = append(tags, tag)
 		}
 	}
-	pods := len(tags) // checked when they were parsed
+	pods := len(tags) // whose values parse has checked
 	for _, tag := range e.forced {
 		if strings.Contains(tag.Value, serviceAccountPlaceholder) && pod.ServiceAccount == "" {
 			return nil, errNoServiceAccount
@@ -122,7 +123,7 @@ func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 		value := fillPlaceholders(tag.Value, pod.Namespace, pod.ServiceAccount)
 		if n := utf8.RuneCountInString(value); n > maxTagValue {
 			return nil, credential.Errorf(credential.ErrDenied, credential.ReasonRulesTag,
-				"the rules file (%s) forces a tag %q of %d characters on the pod, and STS takes %d: the rules file's owner has to shorten its value",
+				"the rules file (%s) forces tag %q with %d characters on the pod, and STS allows %d; ask the file's owner to shorten its value",
 				e.name, tag.Key, n, maxTagValue)
 		}
 		tags = append(tags, Tag{Key: tag.Key, Value: value})
@@ -140,20 +141,19 @@ func (l *limits) tags(e *entry, s Settings, pod Pod, keys Keys) ([]Tag, error) {
 	}
 	for _, tag := range tags[pods:] {
 		if !isTagText(tag.Value, 0, maxTagValue) {
-			return nil, fmt.Errorf("%.300q is no value of tag %q: Kubernetes has no such names", tag.Value, tag.Key)
+			return nil, fmt.Errorf("%.300q is not a valid value of tag %q, because Kubernetes has no such names", tag.Value, tag.Key)
 		}
 	}
 	if len(tags) > maxTags {
 		return nil, credential.Errorf(credential.ErrDenied, credential.ReasonRulesTag,
-			"the session would have %d tags with those that the rules file (%s) adds, and STS takes %d: remove some from the pod's %q",
+			"the session would have %d tags with those of the rules file (%s), and STS allows %d; remove some from the pod's %q",
 			len(tags), e.name, maxTags, keys.Name(SessionTags))
 	}
 	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
 	return tags, nil
 }
 
-// transitiveOf returns those of the keys of tags that are to be transitive, a line each: STS takes no
-// others.
+// transitiveOf returns the keys of tags that are transitive, one a line. STS refuses a transitive key without a tag.
 func (l *limits) transitiveOf(tags []Tag) string {
 	var keys strings.Builder
 	for _, tag := range tags {
@@ -164,7 +164,7 @@ func (l *limits) transitiveOf(tags []Tag) string {
 	return keys.String()
 }
 
-// sourceIdentity returns the source identity of a session of that name; empty for none.
+// sourceIdentity returns the source identity of a session with that name; empty for none.
 func (l *limits) sourceIdentity(pod Pod, sessionName string) (string, error) {
 	switch l.source {
 	case SourceNone:
@@ -172,11 +172,11 @@ func (l *limits) sourceIdentity(pod Pod, sessionName string) (string, error) {
 		if pod.ServiceAccount == "" {
 			return "", errNoServiceAccount
 		}
-		// No namespace has a dot in its name, so the first one ends it. Twenty digits, because this
-		// one is for telling who did something.
+		// No namespace has a dot in its name, so the first dot ends it. Twenty hexadecimal digits of the hash, because this
+		// name identifies who did something.
 		identity := pod.Namespace + "." + pod.ServiceAccount
 		if !isSessionName(identity) {
-			return "", fmt.Errorf("%.200q is no source identity: Kubernetes has no such names", identity)
+			return "", fmt.Errorf("%.200q is not a valid source identity, because Kubernetes has no such names", identity)
 		}
 		return fit(identity, 10), nil
 	case SourceSessionName:
@@ -184,51 +184,3 @@ func (l *limits) sourceIdentity(pod Pod, sessionName string) (string, error) {
 	}
 	return "", nil
 }
-
-// glob is a pattern in which * stands for any characters, slashes too (kube2iam's form), and
-// everything else for itself.
-type glob struct {
-	first   string   // up to the first *, or all if there is none
-	middle  []string // between two *
-	last    string   // behind the last *
-	literal bool     // there is no *
-}
-
-func newGlob(text string) glob {
-	parts := strings.Split(text, "*")
-	if len(parts) == 1 {
-		return glob{first: text, literal: true}
-	}
-	return glob{first: parts[0], middle: parts[1 : len(parts)-1], last: parts[len(parts)-1]}
-}
-
-// match reports whether the whole of s matches.
-func (g glob) match(s string) bool {
-	if g.literal {
-		return g.first == s
-	}
-	rest, ok := strings.CutPrefix(s, g.first)
-	if !ok {
-		return false
-	}
-	for _, part := range g.middle {
-		at := strings.Index(rest, part)
-		if at < 0 {
-			return false
-		}
-		rest = rest[at+len(part):]
-	}
-	return strings.HasSuffix(rest, g.last)
-}
-
-func matchAny(globs []glob, s string) bool {
-	for _, g := range globs {
-		if g.match(s) {
-			return true
-		}
-	}
-	return false
-}
-
-// matchGlob is for globs that are asked once.
-func matchGlob(pattern, s string) bool { return newGlob(pattern).match(s) }

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"unicode/utf8"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
@@ -43,10 +42,10 @@ func shop(pairs map[policy.Key]string) policy.Namespace {
 
 // cart is a pod of that namespace with these annotations.
 func cart(pairs map[policy.Key]string) policy.Pod {
-	return policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Annotations: annotations(pairs)}
+	return policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Request: request(pairs)}
 }
 
-// permits asks whether the namespace's annotations permit the role.
+// permits reports whether the namespace's annotations permit the role.
 func permits(t *testing.T, rules *policy.Rules, role string, pairs map[policy.Key]string) bool {
 	t.Helper()
 	grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: role}), shop(pairs))
@@ -87,7 +86,7 @@ func TestPermitted(t *testing.T) {
 		{`arn:aws:iam::123456789012:role/team/.*`, "reader", false},
 		{`arn:aws:iam::123456789012:role/team/.*`, "arn:aws:iam::999999999999:role/team/reader", false},
 
-		// The whole ARN must match: kiam's users were surprised by less.
+		// The whole ARN must match. In kiam a part was enough, which surprised its users.
 		{"reader", "reader", false},
 		{"role/reader", "reader", false},
 		{rolePrefix + "read", "reader", false},
@@ -96,7 +95,7 @@ func TestPermitted(t *testing.T) {
 		{"^" + rolePrefix + "reader$", "reader", true},
 		{`\A` + rolePrefix + `reader\z`, "reader", true},
 
-		// kiam's hole: it anchored as ^a|b$, which is "begins with a, or ends with b".
+		// kiam anchored expressions as ^a|b$, which matches all that begins with a or ends with b.
 		{rolePrefix + "a|" + rolePrefix + "b", "a", true},
 		{rolePrefix + "a|" + rolePrefix + "b", "b", true},
 		{rolePrefix + "a|" + rolePrefix + "b", "admin", false},
@@ -107,7 +106,7 @@ func TestPermitted(t *testing.T) {
 		{".*/a|.*/b", "team/b", true},
 		{"|.*/b", "a", false},
 
-		// Flags hold within the expression, and not beyond it.
+		// Flags apply within the expression only.
 		{"(?i)" + rolePrefix + "reader", "READER", true},
 		{rolePrefix + "reader", "READER", false},
 		{"(?i:" + rolePrefix + "r)eader", "READER", false},
@@ -124,7 +123,7 @@ func TestPermitted(t *testing.T) {
 	}
 }
 
-// An expression that is wrong by itself permits nothing, however it would read inside of a group.
+// An expression that is invalid by itself permits nothing, even if it is valid inside of a group.
 func TestPermittedCannotBeInjected(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	for _, expression := range []string{
@@ -138,7 +137,7 @@ func TestPermittedCannotBeInjected(t *testing.T) {
 		"[",
 		"*",
 		`.*\`,
-		`.*\Q`, // right by itself; unclosed, it would take the closing anchor with it
+		`.*\Q`, // valid by itself, but \Q would quote the closing anchor
 		"(?P<x",
 		"a{1001}",
 		"((((a{100}){100}){100}){100}){100}",
@@ -162,7 +161,7 @@ func TestPermittedCannotBeInjected(t *testing.T) {
 		mustRefuse(t, repeat, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/permitted"`,
 			"repeats too much: it would compile to", "instructions, the limit is 8192")
 	}
-	// "Any number" of something is no less than the thing itself, and a class of many ranges is more than one step.
+	// A part repeated any number of times has at least its own steps, and a class with many ranges has more than one.
 	for _, large := range []string{"(?:" + strings.Repeat(".{0,1000}", 440) + "){0,}", strings.Repeat("[acegikmoqsuwyACEGIKMOQSUWY]{1000}", 3)} {
 		_, err := rules.Grant(cart(map[policy.Key]string{policy.Role: "reader"}), shop(map[policy.Key]string{policy.Permitted: large}))
 		mustRefuse(t, large[:20], err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/permitted"`, "repeats too much")
@@ -212,7 +211,7 @@ func TestAllowedRoles(t *testing.T) {
 		{rolePrefix, []string{}, "reader", false},
 		{rolePrefix, []string{""}, "reader", false},
 
-		// A glob is completed as a role is: below the base's path, or from the account's root.
+		// Globs are completed as roles are: below the base's path, or from the account's root.
 		{rolePrefix + "base/", []string{"reader"}, rolePrefix + "base/reader", true},
 		{rolePrefix + "base/", []string{"*"}, rolePrefix + "reader", false},
 		{rolePrefix + "base/", []string{"/team/*"}, rolePrefix + "team/reader", true},
@@ -265,7 +264,7 @@ func TestBothAnnotations(t *testing.T) {
 			t.Errorf("role %q is granted: %v", role, got)
 		}
 	}
-	// One that cannot be read permits nothing, and is not passed over for the other.
+	// An invalid annotation permits nothing, and the other annotation does not replace it.
 	for _, broken := range []map[policy.Key]string{
 		{policy.Permitted: "(", policy.AllowedRoles: `["reader"]`},
 		{policy.Permitted: "nothing", policy.AllowedRoles: `reader`},
@@ -276,7 +275,7 @@ func TestBothAnnotations(t *testing.T) {
 	}
 }
 
-// Expressions are asked for by every call at once.
+// Concurrent decisions use the same expressions.
 func TestPermittedConcurrently(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	var wg sync.WaitGroup
@@ -295,11 +294,11 @@ func TestPermittedConcurrently(t *testing.T) {
 	wg.Wait()
 }
 
-// Whoever may write the annotation may write another one every second: what is kept of them is bounded
-// by its size, and the decisions stay right.
-func TestExpressionsKeptAreBounded(t *testing.T) {
+// A user who may write the annotation may write a new expression every second. The cache of a namespace is bounded by its
+// size, and the decisions stay correct.
+func TestCachedExpressionsAreBounded(t *testing.T) {
 	rules := newRules(t, rolePrefix)
-	most := 0
+	largest := 0
 	for i := range 100 {
 		expression := fmt.Sprintf(".*/reader-%d|%s", i, strings.Repeat("x", 3900))
 		if !permits(t, rules, fmt.Sprintf("reader-%d", i), map[policy.Key]string{policy.Permitted: expression}) {
@@ -309,15 +308,15 @@ func TestExpressionsKeptAreBounded(t *testing.T) {
 		if cost > policy.MaxCachedEach || rules.CachedCost() != cost {
 			t.Fatalf("%d expressions take %d bytes of %d, the limit is %d", n, cost, rules.CachedCost(), policy.MaxCachedEach)
 		}
-		most = max(most, n)
+		largest = max(largest, n)
 	}
-	if most < 3 || most == 100 {
-		t.Errorf("at most %d of 100 large expressions were kept at a time", most)
+	if largest < 3 || largest == 100 {
+		t.Errorf("at most %d of 100 large expressions were cached at a time", largest)
 	}
 }
 
-// FuzzPermitted holds the decision against another way to ask whether the whole ARN matches, which
-// puts nothing around the expression.
+// FuzzPermitted compares the decision with another way to find out whether the whole ARN matches, which adds no anchors to the
+// expression.
 func FuzzPermitted(f *testing.F) {
 	for _, expression := range []string{
 		".*", rolePrefix + "a)|(?:.*", "a|b", rolePrefix + "a|b", "(?i)ARN:.*", `\Q`, `.*\Q`, "", "(?m)^.*$", "(?U).*?", "(", ".*/a|.*/b",
@@ -328,7 +327,7 @@ func FuzzPermitted(f *testing.F) {
 	f.Fuzz(func(t *testing.T, expression, name string) {
 		role, err := credential.ParseRoleARN(rolePrefix + name)
 		if err != nil {
-			t.Skip("no name of a role: ", err)
+			t.Skip("not a role name: ", err)
 		}
 		grant, err := rules.Grant(cart(map[policy.Key]string{policy.Role: name}), shop(map[policy.Key]string{policy.Permitted: expression}))
 		if (err == nil) == grant.IsZero() {
@@ -336,24 +335,24 @@ func FuzzPermitted(f *testing.F) {
 		}
 		for _, slow := range []string{"repeats too much", "marks of ASCII only"} {
 			if err != nil && strings.Contains(err.Error(), slow) {
-				t.Skip("compiling it here would take as long as it is refused for")
+				t.Skip("the rules refuse it because it takes long to compile")
 			}
 		}
 		alone, compileErr := regexp.Compile(expression)
 		if compileErr != nil || len(expression) > 4096 {
 			if err == nil {
-				t.Errorf("%q is no expression, and permits %s", expression, role)
+				t.Errorf("%q is not an expression, and permits %s", expression, role)
 			}
 			return
 		}
 		alone.Longest()
 		at := alone.FindStringIndex(role.String())
 		whole := at != nil && at[0] == 0 && at[1] == len(role.String())
-		// The naive form has the hole, but what it does not match is never granted either.
+		// The naive form matches too much, but the rules must not permit a role that it does not match.
 		if naive, naiveErr := regexp.Compile("^(?:" + expression + ")$"); err == nil && (naiveErr != nil || !naive.MatchString(role.String())) {
-			t.Errorf("%q, put between anchors, does not match %s, and permits it", expression, role)
+			t.Errorf("%q between anchors does not match %s, and permits it", expression, role)
 		}
-		// An expression that ends within \Q… is refused: fail closed.
+		// The rules refuse an expression that ends within \Q….
 		if err == nil && !whole {
 			t.Errorf("%q does not match the whole of %s, and permits it", expression, role)
 		}
@@ -363,27 +362,7 @@ func FuzzPermitted(f *testing.F) {
 	})
 }
 
-// FuzzGlob holds globs against the regular expressions that mean the same.
-func FuzzGlob(f *testing.F) {
-	for _, pair := range [][2]string{{"a*", "abc"}, {"*", ""}, {"", ""}, {"a*a", "a"}, {"*a*b*", "xaxbx"}, {"a**b", "ab"}, {"ab*ba", "aba"}, {"a.c", "abc"}} {
-		f.Add(pair[0], pair[1])
-	}
-	f.Fuzz(func(t *testing.T, glob, s string) {
-		if !utf8.ValidString(glob) || !utf8.ValidString(s) || len(glob) > 200 {
-			t.Skip("regular expressions read invalid UTF-8 differently, and take long globs slowly")
-		}
-		var parts []string
-		for part := range strings.SplitSeq(glob, "*") {
-			parts = append(parts, regexp.QuoteMeta(part))
-		}
-		want := regexp.MustCompile(`(?s)\A` + strings.Join(parts, ".*") + `\z`).MatchString(s)
-		if got := policy.MatchGlob(glob, s); got != want {
-			t.Errorf("glob %q matches %q: %v", glob, s, got)
-		}
-	})
-}
-
-// A refusal shows what the namespace's annotations say, and not more of it than a person reads.
+// A refusal shows the namespace's annotations, shortened to a length that users read.
 func TestRefusalShowsWhatIsPermitted(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	const begins, ends = `namespace "shop" does not permit role arn:aws:iam::123456789012:role/reader: its annotation `, `; change the namespace's annotation, or the pod's "iam.amazonaws.com/role"`

@@ -8,29 +8,27 @@ import (
 	"strings"
 )
 
-// RoutingKey says which brokers have the session of a pod warm: package placement ranks brokers by it. Pods
-// that share a session have the same one, unless their annotations say the same in two ways, such as a role as a name
-// and as an ARN. It grants nothing: any
-// broker answers any pod.
+// RoutingKey determines which brokers own the session of a pod: package placement ranks brokers by it. Pods that share a
+// session have the same key, unless their annotations write the same in two ways, such as a role as a name and as an ARN. It
+// grants nothing: any broker serves any pod.
 //
-// The webhook writes it into the sidecar's environment, and brokers make it of the pod that they watch. Where
-// the two differ, as they do after a change of this file until pods are replaced, sessions are fetched more
-// often than need be, and no pod notices.
+// The webhook writes it into the sidecar's environment, and brokers compute it for the pods that they watch. If the two
+// differ, as after a change of this file until pods are replaced, brokers fetch more sessions than necessary, and no pod
+// notices.
 type RoutingKey string
 
-// ForPod is the key of one pod among those whose sessions are their own.
+// ForPod returns the key of one pod with [ScopePod].
 func (k RoutingKey) ForPod(uid string) RoutingKey { return k + "/" + RoutingKey(uid) }
 
-// RoutingKey returns the key of a pod whose annotations these are, but for what is added by
-// [RoutingKey.ForPod] with [ScopePod]: the webhook cannot know a pod's name and UID. Beside the annotations it
-// depends on the pod's namespace and service account only where its session does whatever the rules file says, so
-// that a role which many namespaces share is fetched by two brokers and not by all.
+// RoutingKey returns the key of a pod with these settings, without the part that [RoutingKey.ForPod] adds for [ScopePod]:
+// the webhook does not know the pod's UID. It depends on the pod's namespace and service account only if the session
+// depends on them whatever the rules file says. So two brokers fetch a role that many namespaces share, not all brokers.
 func (s Settings) RoutingKey(namespace, serviceAccount string) RoutingKey {
 	var owner string
 	switch {
 	case s.Scope == ScopeServiceAccount:
 		owner = namespace + "/" + serviceAccount
-	case s.Role == "": // It is the namespace that says which.
+	case s.Role == "": // the namespace has the default role
 		owner = namespace
 	}
 	hash := sha256.New()
@@ -38,7 +36,7 @@ func (s Settings) RoutingKey(namespace, serviceAccount string) RoutingKey {
 		s.Role, s.SessionName, s.ExternalID, encodeTags(s.SessionTags), s.SessionPolicy, strings.Join(s.PolicyARNs, ","),
 		string(s.Scope), s.Duration.String(), owner,
 	} {
-		// Behind its length, so that no two lists of fields are one text.
+		// Each field is behind its length, so that no two lists of fields give one text.
 		var length [4]byte
 		binary.BigEndian.PutUint32(length[:], uint32(len(field))) //nolint:gosec // Annotations are bounded to 256 KiB.
 		hash.Write(length[:])
@@ -47,32 +45,15 @@ func (s Settings) RoutingKey(namespace, serviceAccount string) RoutingKey {
 	return RoutingKey(hex.EncodeToString(hash.Sum(nil)[:16]))
 }
 
-// RoutingKey returns the key of a live pod. It fails with the error of Parse.
-func (k Keys) RoutingKey(pod Pod) (RoutingKey, error) {
-	s, err := k.Parse(pod.Annotations)
-	return routingKey(pod, s, err)
-}
-
-// RoutingKey is [Keys.RoutingKey] with the cached texts, for a caller of [Rules.Grant].
-func (r *Rules) RoutingKey(pod Pod) (RoutingKey, error) {
-	e := evaluation{rules: r, namespace: pod.Namespace}
-	s, err := r.keys.parse(&e, pod.Annotations)
-	if e.lacks {
-		r.gate.enter(nil, noNamespace)
-		defer r.gate.leave(noNamespace)
-		s, err = r.keys.parse(&evaluation{rules: r, namespace: pod.Namespace, mayWork: true}, pod.Annotations)
-	}
-	return routingKey(pod, s, err)
-}
-
-// routingKey returns the key of a pod whose annotations parsed to s or err.
-func routingKey(pod Pod, s Settings, err error) (RoutingKey, error) {
+// RoutingKey returns the key of a live pod. It fails with the error of [Request.Settings].
+func (p Pod) RoutingKey() (RoutingKey, error) {
+	s, err := p.Request.Settings()
 	if err != nil {
-		return "", fmt.Errorf("placing pod %s/%s: %w", pod.Namespace, pod.Name, err)
+		return "", fmt.Errorf("placing pod %s/%s: %w", p.Namespace, p.Name, err)
 	}
-	key := s.RoutingKey(pod.Namespace, pod.ServiceAccount)
+	key := s.RoutingKey(p.Namespace, p.ServiceAccount)
 	if s.Scope == ScopePod {
-		key = key.ForPod(pod.UID)
+		key = key.ForPod(p.UID)
 	}
 	return key, nil
 }

@@ -8,25 +8,26 @@ import (
 
 func routingKey(t *testing.T, pod policy.Pod) policy.RoutingKey {
 	t.Helper()
-	key, err := routingKeys(t).RoutingKey(pod)
+	key, err := pod.RoutingKey()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return key
 }
 
-// Pods that share a session are asked for at the same brokers; what has no part in a session has none in its place.
+// Pods that share a session have the same owners. A setting that does not affect the session does not affect its owners.
 func TestRoutingKey(t *testing.T) {
-	with := func(key policy.Key, value string) func(*policy.Pod) {
-		return func(p *policy.Pod) { p.Annotations[policy.DefaultPrefix+"/"+string(key)] = value }
+	type change func(pod *policy.Pod, pairs map[policy.Key]string)
+	with := func(key policy.Key, value string) change {
+		return func(_ *policy.Pod, pairs map[policy.Key]string) { pairs[key] = value }
 	}
-	elsewhere := func(p *policy.Pod) { p.Namespace = "other" }
-	account := func(p *policy.Pod) { p.ServiceAccount = "other" }
-	recreated := func(p *policy.Pod) { p.Name, p.UID = "cart-2", "uid-2" }
+	elsewhere := func(p *policy.Pod, _ map[policy.Key]string) { p.Namespace = "other" }
+	account := func(p *policy.Pod, _ map[policy.Key]string) { p.ServiceAccount = "other" }
+	recreated := func(p *policy.Pod, _ map[policy.Key]string) { p.Name, p.UID = "cart-2", "uid-2" }
 	for _, tt := range []struct {
 		name   string
-		common []func(*policy.Pod)
-		change func(*policy.Pod)
+		common []change
+		change change
 		same   bool
 	}{
 		{"another pod", nil, recreated, true},
@@ -41,7 +42,7 @@ func TestRoutingKey(t *testing.T) {
 		{"its sidecar's port", nil, with(policy.SidecarPort, "9780"), true},
 		{"its sidecar's log", nil, with(policy.SidecarLogLevel, "debug"), true},
 		{"blanks", nil, with(policy.Role, " reader\n"), true},
-		{"the default said", nil, with(policy.Duration, "60m"), true},
+		{"the default, set", nil, with(policy.Duration, "60m"), true},
 		{"another role", nil, with(policy.Role, "writer"), false},
 		{"session name", nil, with(policy.SessionName, "mine"), false},
 		{"external id", nil, with(policy.ExternalID, "mine"), false},
@@ -50,20 +51,22 @@ func TestRoutingKey(t *testing.T) {
 		{"policies", nil, with(policy.PolicyARNs, "arn:aws:iam::aws:policy/ReadOnlyAccess"), false},
 		{"duration", nil, with(policy.Duration, "2h"), false},
 		{"scope", nil, with(policy.SessionScope, "pod"), false},
-		{"order of tags", []func(*policy.Pod){with(policy.SessionTags, "a=1,b=2")}, with(policy.SessionTags, "b=2, a=1"), true},
-		{"default role, another namespace", []func(*policy.Pod){with(policy.Role, "")}, elsewhere, false},
-		{"default role, another pod", []func(*policy.Pod){with(policy.Role, "")}, recreated, true},
-		{"scope service-account, another pod", []func(*policy.Pod){with(policy.SessionScope, "service-account")}, recreated, true},
-		{"scope service-account, another one", []func(*policy.Pod){with(policy.SessionScope, "service-account")}, account, false},
-		{"scope service-account, another namespace", []func(*policy.Pod){with(policy.SessionScope, "service-account")}, elsewhere, false},
-		{"scope pod, another pod", []func(*policy.Pod){with(policy.SessionScope, "pod")}, recreated, false},
+		{"order of tags", []change{with(policy.SessionTags, "a=1,b=2")}, with(policy.SessionTags, "b=2, a=1"), true},
+		{"default role, another namespace", []change{with(policy.Role, "")}, elsewhere, false},
+		{"default role, another pod", []change{with(policy.Role, "")}, recreated, true},
+		{"scope service-account, another pod", []change{with(policy.SessionScope, "service-account")}, recreated, true},
+		{"scope service-account, another one", []change{with(policy.SessionScope, "service-account")}, account, false},
+		{"scope service-account, another namespace", []change{with(policy.SessionScope, "service-account")}, elsewhere, false},
+		{"scope pod, another pod", []change{with(policy.SessionScope, "pod")}, recreated, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			made := func(changes ...func(*policy.Pod)) policy.RoutingKey {
-				pod := cart(map[policy.Key]string{policy.Role: "reader"})
+			made := func(changes ...change) policy.RoutingKey {
+				pairs := map[policy.Key]string{policy.Role: "reader"}
+				pod := cart(nil)
 				for _, change := range changes {
-					change(&pod)
+					change(&pod, pairs)
 				}
+				pod.Request = request(pairs)
 				return routingKey(t, pod)
 			}
 			one, other := made(tt.common...), made(append(tt.common, tt.change)...)
@@ -74,11 +77,11 @@ func TestRoutingKey(t *testing.T) {
 	}
 }
 
-// What the webhook writes, with the UID that the kubelet adds, is what the broker makes of the live pod.
+// The webhook writes the key that the broker computes for the live pod, except for the UID, which the sidecar adds.
 func TestRoutingKeyOfWebhookAndBroker(t *testing.T) {
 	for _, scope := range []policy.Scope{policy.ScopeRole, policy.ScopeServiceAccount, policy.ScopePod} {
 		pod := cart(map[policy.Key]string{policy.Role: "reader", policy.SessionScope: string(scope)})
-		settings, err := routingKeys(t).Parse(pod.Annotations)
+		settings, err := pod.Request.Settings()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -86,15 +89,15 @@ func TestRoutingKeyOfWebhookAndBroker(t *testing.T) {
 		if scope == policy.ScopePod {
 			written = written.ForPod(pod.UID)
 		}
-		if made := routingKey(t, pod); made != written {
-			t.Errorf("scope %s: the broker makes %s, and the webhook writes %s", scope, made, written)
+		if got := routingKey(t, pod); got != written {
+			t.Errorf("scope %s: the key of the live pod is %s, the webhook writes %s", scope, got, written)
 		}
 	}
 }
 
-// A changed form moves every session once: no change for its own sake.
+// The key is the same in each version. Another form would move every session to other brokers once.
 func TestRoutingKeyIsTheSameInEveryVersion(t *testing.T) {
-	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Annotations: annotations(map[policy.Key]string{
+	pod := policy.Pod{Namespace: "shop", Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Request: request(map[policy.Key]string{
 		policy.Role: "reader", policy.SessionTags: "b=2,a=1", policy.SessionScope: "pod", policy.Duration: "2h", policy.ExternalID: "id",
 	})}
 	if key := routingKey(t, pod); key != "c468d105de043456c8b7a90c7e6a02fb/uid-1" {
@@ -102,18 +105,9 @@ func TestRoutingKeyIsTheSameInEveryVersion(t *testing.T) {
 	}
 }
 
-func TestRoutingKeyOfWhatDoesNotParse(t *testing.T) {
+func TestRoutingKeyOfInvalidAnnotations(t *testing.T) {
 	pod := cart(map[policy.Key]string{policy.Role: "reader", policy.Duration: "long"})
-	if key, err := routingKeys(t).RoutingKey(pod); err == nil || key != "" {
+	if key, err := pod.RoutingKey(); err == nil || key != "" {
 		t.Errorf("RoutingKey = %q, %v", key, err)
 	}
-}
-
-func routingKeys(t *testing.T) policy.Keys {
-	t.Helper()
-	keys, err := policy.NewKeys(policy.DefaultPrefix)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return keys
 }

@@ -11,27 +11,27 @@ import (
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy/gate"
 )
 
-// Pod is what a decision needs to know of a pod.
+// Pod is the part of a pod that decisions need.
 type Pod struct {
 	Namespace      string
-	Name           string // may be empty at admission, where the API server has not made it yet
+	Name           string // may be empty at admission, before the API server generates it
 	UID            string // likewise
 	ServiceAccount string
-	Annotations    map[string]string
+	Request        *Request // what its annotations ask for; the rules refuse nil
 }
 
-// Namespace is what a decision needs to know of a namespace.
+// Namespace is the part of a namespace that decisions need.
 type Namespace struct {
 	Name        string
 	Labels      map[string]string
 	Annotations map[string]string
 }
 
-// Grant is one AWS session that some pod may have: everything that AssumeRole is called with, and
-// whom the session is shared by. Grants compare with ==, and two pods get the same session exactly
-// when their grants are equal. Only [Rules] makes one that is not zero.
+// Grant is one AWS session that a pod may have: all inputs of AssumeRole, and which pods share the session. Grants compare
+// with ==. Two pods share a session if and only if their grants are equal. Only [Rules] makes a Grant that is not zero.
 type Grant struct {
 	role           credential.RoleARN
 	sessionName    string
@@ -45,17 +45,17 @@ type Grant struct {
 	sharedBy       string // "", "NAMESPACE/SERVICEACCOUNT" or "NAMESPACE/POD/UID"
 }
 
-// Role is the role to assume.
+// Role returns the role to assume.
 func (g Grant) Role() credential.RoleARN { return g.role }
 
-// SessionName is the RoleSessionName: stable for a pod's life, because some services (MSK) refuse
-// to re-authenticate a connection under another one.
+// SessionName returns the RoleSessionName. It stays the same while a pod lives, because some services (MSK) refuse to
+// re-authenticate a connection under another name.
 func (g Grant) SessionName() string { return g.sessionName }
 
-// ExternalID is sent to STS when not empty.
+// ExternalID returns the external id to send to STS; empty for none.
 func (g Grant) ExternalID() string { return g.externalID }
 
-// Tags are the session tags, sorted by key.
+// Tags returns the session tags, sorted by key.
 func (g Grant) Tags() []Tag {
 	var tags []Tag
 	for line := range strings.Lines(g.tags) {
@@ -65,8 +65,7 @@ func (g Grant) Tags() []Tag {
 	return tags
 }
 
-// TransitiveTagKeys are the keys of those of the tags that stay with the session when it assumes
-// another role, sorted.
+// TransitiveTagKeys returns the keys of the tags that stay when the session assumes another role, sorted.
 func (g Grant) TransitiveTagKeys() []string {
 	var keys []string
 	for line := range strings.Lines(g.transitiveTags) {
@@ -75,13 +74,13 @@ func (g Grant) TransitiveTagKeys() []string {
 	return keys
 }
 
-// SourceIdentity is sent to STS when not empty.
+// SourceIdentity returns the source identity to send to STS; empty for none.
 func (g Grant) SourceIdentity() string { return g.sourceIdentity }
 
-// SessionPolicy is the inline policy that scopes the session down, as compact JSON; empty for none.
+// SessionPolicy returns the inline policy that limits the session, as compact JSON; empty for none.
 func (g Grant) SessionPolicy() string { return g.policy }
 
-// PolicyARNs are the managed policies that scope the session down.
+// PolicyARNs returns the managed policies that limit the session, sorted.
 func (g Grant) PolicyARNs() []string {
 	if g.policyARNs == "" {
 		return nil
@@ -89,13 +88,13 @@ func (g Grant) PolicyARNs() []string {
 	return strings.Split(g.policyARNs, ",")
 }
 
-// Duration is the length of the session to ask for.
+// Duration returns the session duration to request.
 func (g Grant) Duration() time.Duration { return g.duration }
 
 // IsZero reports whether g grants nothing.
 func (g Grant) IsZero() bool { return g == Grant{} }
 
-// String names the role, the session and who shares it, for logs.
+// String returns the role, the session name and which pods share the session, for logs.
 func (g Grant) String() string {
 	s := g.role.String() + " as " + g.sessionName
 	if g.sharedBy != "" {
@@ -108,27 +107,27 @@ func (g Grant) String() string {
 type Config struct {
 	// Keys are the annotation keys in use. Required.
 	Keys Keys
-	// Base completes role names that are not ARNs. The zero value completes none, and such roles
-	// give an error that is [ErrNoBase].
+	// Base completes role names that are not ARNs. The zero value completes none: such a role gives an error that is
+	// [ErrNoBase].
 	Base credential.RoleBase
-	// Cluster names this cluster in default session names, so that CloudTrail tells clusters apart.
-	// At most 32 characters that a session name may have. Default "credence".
+	// Cluster is the name of this cluster in default session names, so that CloudTrail shows which cluster a session is of. It
+	// has at most 32 of the characters allowed in session names. Default "credence".
 	Cluster string
-	// Chained refuses sessions of more than one hour, because the broker is a role that assumes a role: AWS gives no
-	// more then (IAM User Guide, "Role chaining"). Default: STS decides.
+	// Chained refuses sessions of more than one hour, the AWS maximum if the broker's own credentials are those of a role (IAM
+	// User Guide, "Role chaining"). Default: STS decides.
 	Chained bool
 }
 
-// maxCluster leaves half of a session name's 64 characters to what follows the cluster's name.
+// maxCluster leaves half of a session name's 64 characters to the part behind the cluster's name.
 const maxCluster = 32
 
-// maxChained is the longest session that AWS gives to a role that assumes a role.
+// maxChained is the AWS maximum of the session duration for a role that assumes a role.
 const maxChained = time.Hour
 
-// ErrNoBase says that a decision needs the base ARN, and the rules have none.
+// ErrNoBase is the cause of a refusal if the decision needs a base ARN and the rules have none.
 var ErrNoBase = errors.New("no base ARN is known")
 
-// Rules decides. The zero value refuses everything. Its methods may be called concurrently.
+// Rules decides which session a pod may have. The zero value refuses everything. Its methods may be called concurrently.
 type Rules struct {
 	keys    Keys
 	base    credential.RoleBase
@@ -137,16 +136,16 @@ type Rules struct {
 	names   names
 	limits  atomic.Pointer[limits] // nil: there is no rules file
 
-	generations atomic.Uint64 // how many rules files there were
+	generations atomic.Uint64 // the number of rules files so far
 	cache       cache
-	gate        gate
+	gate        gate.Gate
 }
 
-// names are texts that each decision needs, made once.
+// names are texts that each decision needs; New makes them once.
 type names struct {
 	permitted, allowedRoles, defaultRole, permittedTags, duration string
 
-	base, account string // what stands before the globs of allowed-roles
+	base, account string // completed globs of allowed-roles begin with one of them
 }
 
 // New checks cfg and returns its rules.
@@ -172,48 +171,49 @@ func New(cfg Config) (*Rules, error) {
 // Keys returns the annotation keys in use.
 func (r *Rules) Keys() Keys { return r.keys }
 
-// errNoServiceAccount is a fault of ours: every pod has one.
+// errNoServiceAccount is a bug of ours: every pod has a service account.
 var errNoServiceAccount = errors.New("the pod's service account is not known")
 
-// Decide decides which session the pod may have. A refusal is an [*credential.Error] whose message
-// says what to change, on the pod, on its namespace or in the rules file.
+// Decide returns the session that the pod may have. A refusal is an [*credential.Error] whose message says what to change
+// on the pod, on its namespace or in the rules file.
 //
-// A decision like one that the namespace has had before takes some microseconds. Another one takes some milliseconds
-// at most, and waits until the namespace has its turn, and not longer than ctx: then the refusal is
+// If the namespace has had such a decision before, Decide takes some microseconds. If not, it waits for the turn of the
+// namespace at a [gate.Gate], and then takes some milliseconds at most. If ctx ends first, Decide returns
 // credential.ErrUnavailable.
 func (r *Rules) Decide(ctx context.Context, pod Pod, ns Namespace) (Grant, error) {
 	return r.decide(ctx.Done(), ns.Name, pod, ns)
 }
 
-// Grant is Decide for a caller that goes through the pods of many namespaces, one after the other, such as one that
-// prefetches: it waits for a turn that all calls of Grant share, as if they were of one more namespace.
+// Grant is Decide for a caller that goes through the pods of many namespaces, such as prefetch. All calls of Grant share one
+// turn at the gate, as if they were of one more namespace. Otherwise prefetch would wait behind all callers of a namespace
+// with expensive decisions.
 func (r *Rules) Grant(pod Pod, ns Namespace) (Grant, error) {
 	return r.decide(nil, noNamespace, pod, ns)
 }
 
-// noNamespace has turns of its own at the gate. No namespace has an empty name.
+// noNamespace is the tenant of Grant at the gate. No namespace has an empty name.
 const noNamespace = ""
 
 func (r *Rules) decide(done <-chan struct{}, turn string, pod Pod, ns Namespace) (Grant, error) {
 	e := evaluation{rules: r, namespace: ns.Name}
-	if grant, err := r.grant(&e, pod, ns); !e.lacks {
+	if grant, err := r.grant(&e, pod, ns); !e.incomplete {
 		return grant, err
 	}
-	if !r.gate.enter(done, turn) {
+	if !r.gate.Enter(done, turn) {
 		return Grant{}, &credential.Error{
 			Kind: credential.ErrUnavailable, Reason: credential.ReasonNamespaceBusy, RetryAfter: busyWait,
 			Message: fmt.Sprintf("namespace %q has too many pods that need a new decision at the same time; try again", ns.Name),
 		}
 	}
-	defer r.gate.leave(turn)
-	e = evaluation{rules: r, namespace: ns.Name, mayWork: true}
+	defer r.gate.Leave(turn)
+	e = evaluation{rules: r, namespace: ns.Name, mayCompute: true}
 	return r.grant(&e, pod, ns)
 }
 
-// busyWait is the least time before a decision that did not get its turn is asked for again.
+// busyWait is the minimum time before a retry of a decision that did not get its turn.
 const busyWait = time.Second
 
-// grant decides by what the evaluation has.
+// grant decides within one evaluation. Its result is invalid if the evaluation is incomplete.
 func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	if pod.Namespace == "" || pod.Namespace != ns.Name {
 		return Grant{}, credential.Errorf(credential.ErrDenied, credential.ReasonNamespaceNotFound,
@@ -222,7 +222,7 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	if err := r.keys.CheckOptedIn(ns); err != nil {
 		return Grant{}, err
 	}
-	file := r.limits.Load() // once, so that one decision is made by one file
+	file := r.limits.Load() // once, so that one decision uses one file
 	var limit *entry
 	if file != nil {
 		var err error
@@ -231,7 +231,7 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 		}
 	}
 	e.file, e.entry = file, limit
-	s, err := r.keys.parse(e, pod.Annotations)
+	s, err := pod.Request.Settings()
 	if err != nil {
 		return Grant{}, err
 	}
@@ -248,7 +248,7 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	}
 	if r.chained && s.Duration > maxChained {
 		return Grant{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
-			"annotation %q: AWS gives sessions of 1h at most here, because the broker is a role that assumes a role (role chaining), and not %s: write 1h or less",
+			"annotation %q: %s exceeds 1h, the AWS maximum if the broker's own credentials are those of a role (role chaining); write 1h or less",
 			r.names.duration, s.Duration)
 	}
 	g := Grant{
@@ -258,17 +258,16 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 		policyARNs: strings.Join(s.PolicyARNs, ","),
 		duration:   s.Duration,
 	}
-	if g.sharedBy, g.sessionName, err = r.share(s, pod); err != nil {
+	if g.sharedBy, g.sessionName, err = r.session(s, pod); err != nil {
 		return Grant{}, err
 	}
 	tags := s.SessionTags
 	if file != nil {
-		_, said := pod.Annotations[r.names.duration]
-		if err := limit.allow(e, ns.Name, role, arn, s, said); err != nil {
+		if err := limit.allow(e, ns.Name, role, arn, s, pod.Request.setsDuration); err != nil {
 			return Grant{}, err
 		}
 		if limit.maxDuration != 0 {
-			g.duration = min(g.duration, limit.maxDuration) // less than the default, for those that ask for none
+			g.duration = min(g.duration, limit.maxDuration) // which may be below the default duration
 		}
 		if tags, err = file.tags(limit, s, pod, r.keys); err != nil {
 			return Grant{}, err
@@ -282,8 +281,8 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	return g, nil
 }
 
-// share returns whom the session is shared by, and its name.
-func (r *Rules) share(s Settings, pod Pod) (sharedBy, name string, err error) {
+// session returns which pods share the session, and its name.
+func (r *Rules) session(s Settings, pod Pod) (sharedBy, name string, err error) {
 	name = r.cluster
 	switch s.Scope {
 	case ScopeRole:
@@ -301,7 +300,7 @@ func (r *Rules) share(s Settings, pod Pod) (sharedBy, name string, err error) {
 		return sharedBy, s.SessionName, nil
 	}
 	if !isSessionName(name) {
-		return "", "", fmt.Errorf("%.200q is no name of a session: Kubernetes has no such names", name)
+		return "", "", fmt.Errorf("%.200q is not a valid session name, because Kubernetes has no such names", name)
 	}
 	return sharedBy, fit(name, 5), nil
 }
@@ -320,20 +319,20 @@ func encodeTags(tags []Tag) string {
 	return b.String()
 }
 
-// resolve returns the role that the pod asks for, completed to an ARN.
+// resolve returns the role that the pod requests, completed to an ARN.
 func (r *Rules) resolve(s Settings, ns Namespace) (credential.RoleARN, error) {
-	said, from, key := s.Role, "annotation ", Role
-	if said == "" {
-		said, from, key = strings.TrimSpace(ns.Annotations[r.names.defaultRole]), "namespace annotation ", DefaultRole
-		if said == "" {
+	roleText, from, key := s.Role, "annotation ", Role
+	if roleText == "" {
+		roleText, from, key = strings.TrimSpace(ns.Annotations[r.names.defaultRole]), "namespace annotation ", DefaultRole
+		if roleText == "" {
 			return credential.RoleARN{}, credential.Errorf(credential.ErrInvalid, credential.ReasonRoleMissing,
-				"annotation %q is empty and namespace %q has no %q: set one of them", r.keys.Name(Role), ns.Name, r.keys.Name(DefaultRole))
+				"annotation %q is empty and namespace %q has no %q; set one of them", r.keys.Name(Role), ns.Name, r.keys.Name(DefaultRole))
 		}
 	}
-	if r.base.IsZero() && !strings.HasPrefix(said, "arn:") {
-		return credential.RoleARN{}, r.needsBase(fmt.Sprintf("%s%s: %.100q is not a full ARN", from, r.keys.Name(key), said))
+	if r.base.IsZero() && !strings.HasPrefix(roleText, "arn:") {
+		return credential.RoleARN{}, r.needsBase(fmt.Sprintf("%s%s: %.100q is not a full ARN", from, r.keys.Name(key), roleText))
 	}
-	role, err := r.base.Resolve(said)
+	role, err := r.base.Resolve(roleText)
 	if err != nil {
 		return credential.RoleARN{}, &credential.Error{
 			Kind: credential.ErrInvalid, Reason: credential.ReasonRoleInvalid,
@@ -346,12 +345,12 @@ func (r *Rules) resolve(s Settings, ns Namespace) (credential.RoleARN, error) {
 func (r *Rules) needsBase(what string) error {
 	return &credential.Error{
 		Kind: credential.ErrInvalid, Reason: credential.ReasonRoleInvalid, Cause: ErrNoBase,
-		Message: what + ", and the broker has no base ARN to complete it: write the full ARN, or set the broker's --base-arn",
+		Message: what + ", and the broker has no base ARN to complete it; write the full ARN, or set the broker's --base-arn",
 	}
 }
 
-// fit shortens a name to what STS takes in the names of sessions and in source identities, keeping
-// names apart by n bytes of a hash of the whole.
+// fit shortens a name to the 64 characters that STS allows for session names and source identities. A shortened name ends
+// with n bytes of a hash of the whole, so that two names do not become the same.
 func fit(name string, n int) string {
 	if len(name) <= maxSessionName {
 		return name

@@ -14,12 +14,12 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Scope says which pods share one AWS session.
+// Scope determines which pods share one AWS session.
 type Scope string
 
 // The scopes.
 const (
-	// ScopeRole: all pods whose grants are otherwise equal. The default: fewest STS calls.
+	// ScopeRole: all pods whose grants are otherwise equal. The default, with the fewest STS calls.
 	ScopeRole Scope = "role"
 	// ScopeServiceAccount: the pods of one service account.
 	ScopeServiceAccount Scope = "service-account"
@@ -27,16 +27,16 @@ const (
 	ScopePod Scope = "pod"
 )
 
-// Metadata says how the sidecar emulates the EC2 instance metadata service.
+// Metadata is how the sidecar emulates the EC2 instance metadata service.
 type Metadata string
 
 // The forms of metadata emulation.
 const (
-	// MetadataV2 answers IMDSv2, which begins with a session token. The default.
+	// MetadataV2 serves IMDSv2, which begins with a session token. The default.
 	MetadataV2 Metadata = "v2"
-	// MetadataV1 answers IMDSv1 as well.
+	// MetadataV1 serves IMDSv1 too.
 	MetadataV1 Metadata = "v1"
-	// MetadataOff answers none.
+	// MetadataOff serves no metadata.
 	MetadataOff Metadata = "off"
 )
 
@@ -48,11 +48,11 @@ type Tag struct {
 
 // Bounds of sessions, from the STS API reference for AssumeRole.
 const (
-	// MinDuration and MaxDuration bound a session's length.
+	// MinDuration and MaxDuration bound the session duration.
 	MinDuration = 15 * time.Minute
 	MaxDuration = 12 * time.Hour
-	// DefaultDuration is what STS itself defaults to. Shorter sessions make SDKs ask again on
-	// nearly every call: botocore and the Java SDK refresh inside the last 15 minutes.
+	// DefaultDuration is also the default of STS. With shorter sessions SDKs request credentials on nearly every call:
+	// botocore and the Java SDK refresh inside the last 15 minutes.
 	DefaultDuration = time.Hour
 	// DefaultStartTimeout is how long an application waits for its first credentials.
 	DefaultStartTimeout = 2 * time.Minute
@@ -64,12 +64,11 @@ const (
 	maxTags        = 50
 	maxTagKey      = 128
 	maxTagValue    = 256
-	// tagCost is how many bytes a tag takes besides its text.
-	tagCost = 32
-	// maxPolicy is the plain-text limit of the inline policy and the managed policies' ARNs
-	// together. The packed limit beside it is known to STS alone.
+	// maxPolicy is the plain-text limit of the inline policy and the ARNs of managed policies together. Only STS knows the
+	// other limit, of the packed form.
 	maxPolicy = 2048
-	// maxPolicyText bounds the inline policy as it is written, in bytes: with indentation, which STS is not sent.
+	// maxPolicyText bounds the inline policy as the user writes it, in bytes: with indentation, which the broker does not send
+	// to STS.
 	maxPolicyText = 8 * maxPolicy
 	maxPolicyARNs = 10
 	minPolicyARN  = 20
@@ -77,11 +76,11 @@ const (
 	maxContainerNames = 1000
 	// maxDurationText is more than any duration within bounds needs.
 	maxDurationText = 64
-	// maxStartTimeout: longer than a day is a typing error. "0" waits for ever.
+	// maxStartTimeout: longer than a day is a typing error. 0 waits without a limit.
 	maxStartTimeout = 24 * time.Hour
 )
 
-// What these may have beside letters and digits of ASCII.
+// Characters that these may have besides ASCII letters and digits.
 const (
 	sessionNameMarks = "_+=,.@-"
 	externalIDMarks  = "_+=,.@:/-"
@@ -92,13 +91,13 @@ var (
 	regionForm    = regexp.MustCompile(`^[a-z]{2,}(-[a-z0-9]+)+-[0-9]{1,2}$`)
 )
 
-// reservedTags are the keys under which Kubernetes' own facts are put on sessions, ours and those of
-// EKS Pod Identity. A pod that could set them could pass for another.
+// reservedTags are the tag keys for facts about the pod, ours and those of EKS Pod Identity. A pod that could set them could
+// pass for another pod.
 var reservedTags = append([]string{"eks-cluster-arn", "eks-cluster-name"}, kubernetesTags...)
 
-// Settings is what the annotations of one pod say, parsed, with defaults filled in.
+// Settings are the parsed annotations of one pod, with defaults filled in.
 type Settings struct {
-	Role           string // as written; empty asks for the namespace's default role
+	Role           string // as written; empty requests the namespace's default role
 	SessionName    string // empty: the default name
 	ExternalID     string // empty: none
 	SessionTags    []Tag  // sorted by key
@@ -106,48 +105,42 @@ type Settings struct {
 	PolicyARNs     []string
 	Scope          Scope
 	Duration       time.Duration
-	Region         string // empty: none asked for
+	Region         string // empty: not set
 	Containers     []string
 	SkipContainers []string
 	Metadata       Metadata
-	StartTimeout   time.Duration // 0: wait for ever
+	StartTimeout   time.Duration // 0: no limit
 	Sidecar        Sidecar
 }
 
-// Parse reads the annotations of a pod. It refuses keys under the prefix that it does not know and
-// values that do not parse, with an [*credential.Error] of kind credential.ErrInvalid whose message
-// names the annotation; nothing is ignored.
-func (k Keys) Parse(annotations map[string]string) (Settings, error) {
-	return k.parse(nil, annotations)
-}
-
-// parse is Parse with what the evaluation has cached.
-func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, error) {
-	// One pass over what the pod has: it is mostly less than there are keys, and needs no full names.
+// parse reads the annotations of a pod. It refuses unknown keys under the prefix and values that do not parse, with an
+// [*credential.Error] of kind credential.ErrInvalid whose message names the annotation; nothing is ignored.
+func (k Keys) parse(annotations map[string]string) (Settings, error) {
+	// One pass over the annotations: a pod mostly has fewer than there are keys, and this needs no full names.
 	var values [len(podKeys)]string
-	var said [len(podKeys)]bool
+	var isSet [len(podKeys)]bool
 	for name, value := range annotations {
 		key, ok := k.cut(name)
-		if !ok || written(key) {
+		if !ok || byWebhook(key) {
 			continue
 		}
 		at := slices.Index(podKeys[:], key)
 		if at < 0 {
 			return Settings{}, k.refuseUnknown(annotations)
 		}
-		values[at], said[at] = value, true
+		values[at], isSet[at] = value, true
 	}
-	if !said[0] { // Role is the first of podKeys
+	if !isSet[0] { // Role is the first of podKeys
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonRoleMissing,
-			"the pod has annotations of %s but no role: set %q (empty asks for the namespace's %q)",
+			"the pod has annotations of %s but no role; set %q (an empty value requests the namespace's %q)",
 			k.prefix, k.Name(Role), k.Name(DefaultRole))
 	}
 	s := Settings{Scope: ScopeRole, Duration: DefaultDuration, Metadata: MetadataV2, StartTimeout: DefaultStartTimeout}
 	for at, value := range values {
-		if !said[at] {
+		if !isSet[at] {
 			continue
 		}
-		if err := s.set(e, podKeys[at], strings.TrimSpace(value)); err != nil {
+		if err := s.set(podKeys[at], strings.TrimSpace(value)); err != nil {
 			return Settings{}, &credential.Error{
 				Kind: credential.ErrInvalid, Reason: credential.ReasonAnnotationInvalid,
 				Message: fmt.Sprintf("annotation %q: %v", k.Name(podKeys[at]), err),
@@ -156,11 +149,11 @@ func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, err
 	}
 	if len(s.Containers) > 0 && len(s.SkipContainers) > 0 {
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
-			"annotations %q and %q exclude each other: keep one", k.Name(Containers), k.Name(SkipContainers))
+			"annotations %q and %q exclude each other; keep one", k.Name(Containers), k.Name(SkipContainers))
 	}
 	if limit := s.Sidecar.CPULimit; limit != nil && *limit != 0 && *limit < s.Sidecar.CPURequest {
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
-			"annotation %q: %s is below %s, the %q: raise it, or remove one of the two", k.Name(SidecarCPULimit), *limit, s.Sidecar.CPURequest, k.Name(SidecarCPURequest))
+			"annotation %q: %s is below %s, the %q; raise it, or remove one of the two", k.Name(SidecarCPULimit), *limit, s.Sidecar.CPURequest, k.Name(SidecarCPURequest))
 	}
 	n := utf8.RuneCountInString(s.SessionPolicy)
 	for _, arn := range s.PolicyARNs {
@@ -168,14 +161,14 @@ func (k Keys) parse(e *evaluation, annotations map[string]string) (Settings, err
 	}
 	if n > maxPolicy {
 		return Settings{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
-			"annotations %q and %q have %d characters together, STS takes %d", k.Name(SessionPolicy), k.Name(PolicyARNs), n, maxPolicy)
+			"annotations %q and %q have %d characters together, STS allows %d", k.Name(SessionPolicy), k.Name(PolicyARNs), n, maxPolicy)
 	}
 	return s, nil
 }
 
-// set parses the value of one key. What it says of a value quotes at most 100 characters: Kubernetes
-// bounds annotations only after admission has run.
-func (s *Settings) set(e *evaluation, key Key, value string) (err error) {
+// set parses the value of one key. Its errors quote at most 100 characters of a value: Kubernetes bounds annotations only
+// after admission.
+func (s *Settings) set(key Key, value string) (err error) {
 	switch key {
 	case Role:
 		s.Role = value
@@ -184,9 +177,9 @@ func (s *Settings) set(e *evaluation, key Key, value string) (err error) {
 	case ExternalID:
 		s.ExternalID, err = parseText(value, isExternalID, minExternalID, maxExternalID, "letters, digits and any of _+=,.@:/-")
 	case SessionTags:
-		s.SessionTags, err = meaning(e, sessionTagsText, value, parseTags)
+		s.SessionTags, err = parseTags(value)
 	case SessionPolicy:
-		s.SessionPolicy, err = meaning(e, policyText, value, compactPolicy)
+		s.SessionPolicy, err = compactPolicy(value)
 	case PolicyARNs:
 		s.PolicyARNs, err = parsePolicyARNs(value)
 	case SessionScope:
@@ -206,7 +199,7 @@ func (s *Settings) set(e *evaluation, key Key, value string) (err error) {
 	case SidecarMemory, SidecarCPURequest, SidecarCPULimit, SidecarPort, SidecarLogLevel:
 		err = s.Sidecar.set(key, value)
 	default:
-		// podKeys and this switch list the same keys; a test walks both.
+		// podKeys and this switch list the same keys; a test compares them.
 		return fmt.Errorf("key %q is not parsed", key)
 	}
 	return err
@@ -237,15 +230,15 @@ func parseDuration(value string, shortest, longest time.Duration) (time.Duration
 	if d < shortest || d > longest {
 		return 0, fmt.Errorf("%s is out of bounds: from %s to %s", d, shortest, longest)
 	}
-	// STS counts in seconds: what it cannot be told must not tell two grants apart.
+	// STS counts in seconds, so two grants must not differ by less.
 	if d%time.Second != 0 {
 		return 0, fmt.Errorf("%s must be whole seconds", d)
 	}
 	return d, nil
 }
 
-// parseList splits a comma list. Blanks around names are dropped; empty names are refused.
-func parseList(value string, most int) ([]string, error) {
+// parseList splits a comma list of at most limit names. It drops blanks around names, and refuses empty names.
+func parseList(value string, limit int) ([]string, error) {
 	var list []string
 	seen := make(map[string]bool)
 	for name := range strings.SplitSeq(value, ",") {
@@ -255,8 +248,8 @@ func parseList(value string, most int) ([]string, error) {
 			return nil, fmt.Errorf("%.100q has an empty name in its comma list", value)
 		case seen[name]:
 			return nil, fmt.Errorf("%.100q is named twice", name)
-		case len(list) == most:
-			return nil, fmt.Errorf("has more than %d names", most)
+		case len(list) == limit:
+			return nil, fmt.Errorf("has more than %d names", limit)
 		}
 		list = append(list, name)
 		seen[name] = true
@@ -264,38 +257,38 @@ func parseList(value string, most int) ([]string, error) {
 	return list, nil
 }
 
-// parseTags returns the tags of a text, sorted by key, and about how many bytes they take.
-func parseTags(value string) ([]Tag, int, error) {
+// parseTags returns the tags of a text, sorted by key.
+func parseTags(value string) ([]Tag, error) {
 	pairs, err := parseList(value, maxTags)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	var tags []Tag
 	var keys []string
 	for _, pair := range pairs {
 		key, val, ok := strings.Cut(pair, "=")
 		if !ok {
-			return nil, 0, fmt.Errorf("%.100q is not key=value", pair)
+			return nil, fmt.Errorf("%.100q is not key=value", pair)
 		}
-		// Blanks are legal within keys, so those around one would make another key of it.
+		// Blanks are allowed in keys, so blanks around a key would make it another key.
 		key, val = strings.TrimSpace(key), strings.TrimSpace(val)
 		if err := checkTagKey(key, keys); err != nil {
-			return nil, 0, err
+			return nil, err
 		}
 		if slices.ContainsFunc(reservedTags, func(r string) bool { return strings.EqualFold(r, key) }) {
-			return nil, 0, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
+			return nil, fmt.Errorf("tag key %q is reserved for facts about the pod", key)
 		}
 		if !isTagText(val, 0, maxTagValue) {
-			return nil, 0, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
+			return nil, fmt.Errorf("the value of tag %q must have at most %d letters, digits, blanks or any of _.:/=+-@", key, maxTagValue)
 		}
 		keys = append(keys, key)
 		tags = append(tags, Tag{Key: key, Value: val})
 	}
 	slices.SortFunc(tags, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
-	return tags, tagCost*len(tags) + len(value), nil
+	return tags, nil
 }
 
-// checkTagKey refuses what STS takes for no tag's key, and one that is among before.
+// checkTagKey refuses a tag key that STS does not allow, and one that before has already.
 func checkTagKey(key string, before []string) error {
 	switch {
 	case !isTagText(key, 1, maxTagKey):
@@ -309,8 +302,8 @@ func checkTagKey(key string, before []string) error {
 	return nil
 }
 
-// isTagText reports whether s has the characters that STS takes in tags, [\p{L}\p{Z}\p{N}_.:/=+\-@],
-// and between shortest and longest of them.
+// isTagText reports whether s has between shortest and longest characters, all of them allowed by STS in tags:
+// [\p{L}\p{Z}\p{N}_.:/=+\-@].
 func isTagText(s string, shortest, longest int) bool {
 	n := 0
 	for _, r := range s {
@@ -329,7 +322,7 @@ func isTagText(s string, shortest, longest int) bool {
 func isSessionName(s string) bool { return onlyOf(s, sessionNameMarks) }
 func isExternalID(s string) bool  { return onlyOf(s, externalIDMarks) }
 
-// onlyOf reports whether s has nothing but letters and digits of ASCII, and marks.
+// onlyOf reports whether s has only ASCII letters, digits and marks.
 func onlyOf(s, marks string) bool {
 	for i := range len(s) {
 		switch c := s[i]; {
@@ -341,29 +334,29 @@ func onlyOf(s, marks string) bool {
 	return true
 }
 
-// compactPolicy returns a policy without blanks, and about how many bytes it takes.
-func compactPolicy(value string) (string, int, error) {
+// compactPolicy returns a policy without blanks.
+func compactPolicy(value string) (string, error) {
 	if len(value) > maxPolicyText {
-		return "", 0, fmt.Errorf("has %d characters with its blanks, the limit is %d", len(value), maxPolicyText)
+		return "", fmt.Errorf("has %d characters with its blanks, the limit is %d", len(value), maxPolicyText)
 	}
-	// The characters that STS takes in a policy; invalid UTF-8 comes out as one that it does not.
+	// STS allows these characters in a policy. Invalid UTF-8 becomes a character that it does not allow.
 	for _, r := range value {
 		if r > 0xFF {
-			return "", 0, fmt.Errorf("has the character %q, and STS takes none above U+00FF: write it as an escape of JSON", r)
+			return "", fmt.Errorf("has the character %q, and STS allows none above U+00FF; write it as a JSON escape", r)
 		}
 	}
 	var object map[string]json.RawMessage
 	if err := json.Unmarshal([]byte(value), &object); err != nil {
-		return "", 0, fmt.Errorf("is not a JSON object: %w", err)
+		return "", fmt.Errorf("is not a JSON object: %w", err)
 	}
 	if _, ok := object["Statement"]; !ok {
-		return "", 0, fmt.Errorf("is not an IAM policy: it has no Statement")
+		return "", fmt.Errorf("is not an IAM policy: it has no Statement")
 	}
 	var compact bytes.Buffer
 	if err := json.Compact(&compact, []byte(value)); err != nil {
-		return "", 0, err
+		return "", err
 	}
-	return compact.String(), compact.Len(), nil
+	return compact.String(), nil
 }
 
 func parsePolicyARNs(value string) ([]string, error) {
@@ -372,7 +365,7 @@ func parsePolicyARNs(value string) ([]string, error) {
 		return nil, err
 	}
 	if n := len(strings.Join(arns, "")); len(arns) > 1 && n > maxPolicy {
-		return nil, fmt.Errorf("has ARNs of %d characters together, STS takes %d", n, maxPolicy)
+		return nil, fmt.Errorf("has ARNs of %d characters together, STS allows %d", n, maxPolicy)
 	}
 	for _, arn := range arns {
 		if len(arn) < minPolicyARN || len(arn) > maxPolicy || !policyARNForm.MatchString(arn) {

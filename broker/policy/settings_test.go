@@ -42,7 +42,7 @@ func numbered(n int, form string) string {
 
 const statement = `{"Statement":[]}`
 
-// goodValues is, for each key, what parses and what becomes of it.
+// goodValues has, for each key, valid values and the resulting settings.
 var goodValues = map[policy.Key][]struct {
 	value string
 	want  func(*policy.Settings)
@@ -165,9 +165,9 @@ var goodValues = map[policy.Key][]struct {
 	},
 }
 
-// badValues is, for each key, what does not parse and what the message says of it.
+// badValues has, for each key, invalid values and a part of the message.
 var badValues = map[policy.Key][]struct{ value, want string }{
-	// A role's form is judged with the base, by Rules.Grant.
+	// Rules.Grant checks the form of a role, because it needs the base.
 	policy.Role: nil,
 	policy.SessionName: {
 		{"", "has 0 characters, must have 2 to 64"},
@@ -224,12 +224,12 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{`{"statement":[]}`, "has no Statement"},
 		{statement + statement, "is not a JSON object"},
 		{`{"Statement":[]`, "is not a JSON object"},
-		{`{"Statement":"→"}`, "STS takes none above U+00FF"},
-		{"{\"Statement\":\"\xff\"}", "STS takes none above U+00FF"},
+		{`{"Statement":"→"}`, "STS allows none above U+00FF"},
+		{"{\"Statement\":\"\xff\"}", "STS allows none above U+00FF"},
 		{strings.Repeat("[", 16<<10), "is not a JSON object"},
 		{statement + strings.Repeat(" ", 16<<10) + "x", "characters with its blanks, the limit is 16384"},
 		{`{"Statement":1` + strings.Repeat(`,"a":1`, 3000) + `}`, "has 18015 characters with its blanks, the limit is 16384"},
-		{`{"Statement":"` + strings.Repeat("x", 2049-len(statement)) + `"}`, "have 2049 characters together, STS takes 2048"},
+		{`{"Statement":"` + strings.Repeat("x", 2049-len(statement)) + `"}`, "have 2049 characters together, STS allows 2048"},
 	},
 	policy.PolicyARNs: {
 		{"", "empty name"},
@@ -241,7 +241,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"arn:aws:iam::aws:policy/a,arn:aws:iam::aws:policy/a", "named twice"},
 		{"arn:aws:iam::aws:policy/" + strings.Repeat("p", 2048), "is not the ARN"},
 		{numbered(11, "arn:aws:iam::aws:policy/p%d"), "more than 10 names"},
-		{numbered(2, "arn:aws:iam::aws:policy/"+strings.Repeat("p", 1100)+"%d"), "has ARNs of 2250 characters together, STS takes 2048"},
+		{numbered(2, "arn:aws:iam::aws:policy/"+strings.Repeat("p", 1100)+"%d"), "has ARNs of 2250 characters together, STS allows 2048"},
 	},
 	policy.SessionScope: {
 		{"", `"" is none of ["role" "service-account" "pod"]`},
@@ -295,7 +295,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"0.5s", "must be whole seconds"},
 	},
 	policy.SidecarMemory: {
-		{"", `"" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
+		{"", `"" is not an amount of memory; write whole mebibytes, such as 16Mi or 64Mi`},
 		{"64", "write whole mebibytes"},
 		{"64M", "write whole mebibytes"},
 		{"1Gi", "write whole mebibytes"},
@@ -311,7 +311,7 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{strings.Repeat("1", 100_000) + "Mi", "write whole mebibytes"},
 	},
 	policy.SidecarCPURequest: {
-		{"", `"" is no amount of CPU: write thousandths of a processor, such as 50m, or 1`},
+		{"", `"" is not an amount of CPU; write thousandths of a processor, such as 50m, or 1`},
 		{"0.05", "write thousandths of a processor, such as 50m"},
 		{"50M", "write thousandths"},
 		{"-5m", "write thousandths"},
@@ -327,15 +327,15 @@ var badValues = map[policy.Key][]struct{ value, want string }{
 		{"1001m", "out of bounds"},
 	},
 	policy.SidecarPort: {
-		{"", `"" is no port: write a number from 1024 to 65535`},
-		{"http", "is no port"},
-		{"127.0.0.1:9779", "is no port"},
-		{"09779", "is no port"},
+		{"", `"" is not a port; write a number from 1024 to 65535`},
+		{"http", "is not a port"},
+		{"127.0.0.1:9779", "is not a port"},
+		{"09779", "is not a port"},
 		{"1023", "1023 is out of bounds: from 1024 to 65535"},
 		{"0", "out of bounds"},
 		{"65536", "out of bounds"},
-		{"-1", "is no port"},
-		{"4294977075", "is no port"},
+		{"-1", "is not a port"},
+		{"4294977075", "is not a port"},
 	},
 	policy.SidecarLogLevel: {
 		{"", `"" is none of ["debug" "info" "warn" "error"]`},
@@ -351,7 +351,7 @@ func TestParse(t *testing.T) {
 			pairs := map[policy.Key]string{policy.Role: "", key: tt.value}
 			want := defaults()
 			tt.want(&want)
-			got, err := keys.Parse(annotations(pairs))
+			got, err := keys.Request(annotations(pairs)).Settings()
 			if err != nil {
 				t.Errorf("%s=%.80q: %v", key, tt.value, err)
 				continue
@@ -367,44 +367,44 @@ func TestParseRefuses(t *testing.T) {
 	keys := newKeys(t)
 	for key, values := range badValues {
 		for _, tt := range values {
-			got, err := keys.Parse(annotations(map[policy.Key]string{policy.Role: "reader", key: tt.value}))
+			got, err := keys.Request(annotations(map[policy.Key]string{policy.Role: "reader", key: tt.value})).Settings()
 			what := fmt.Sprintf("%s=%.80q", key, tt.value)
 			mustRefuse(t, what, err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"`+keys.Name(key)+`"`, tt.want)
 			if !reflect.ValueOf(got).IsZero() {
-				t.Errorf("%s: a refusal yields %+v", what, got)
+				t.Errorf("%s: a refusal comes with %+v", what, got)
 			}
 		}
 	}
-	_, err := keys.Parse(nil)
+	_, err := keys.Request(nil).Settings()
 	mustRefuse(t, "no annotations", err, credential.ErrInvalid, credential.ReasonRoleMissing, `set "iam.amazonaws.com/role"`, `"iam.amazonaws.com/default-role"`)
-	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Region: "eu-central-1"}))
+	_, err = keys.Request(annotations(map[policy.Key]string{policy.Region: "eu-central-1"})).Settings()
 	mustRefuse(t, "a region alone", err, credential.ErrInvalid, credential.ReasonRoleMissing, "no role")
-	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.Containers: "a", policy.SkipContainers: "b"}))
+	_, err = keys.Request(annotations(map[policy.Key]string{policy.Role: "r", policy.Containers: "a", policy.SkipContainers: "b"})).Settings()
 	mustRefuse(t, "both lists", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/containers"`, `"iam.amazonaws.com/skip-containers"`, "exclude each other")
-	_, err = keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: "49m"}))
+	_, err = keys.Request(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: "49m"})).Settings()
 	mustRefuse(t, "limit below request", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/sidecar-cpu-limit"`, `"iam.amazonaws.com/sidecar-cpu-request"`, "49m is below 50m", "raise it")
 	for _, limit := range []string{"50m", "0"} {
-		if _, err := keys.Parse(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: limit})); err != nil {
+		if _, err := keys.Request(annotations(map[policy.Key]string{policy.Role: "r", policy.SidecarCPURequest: "50m", policy.SidecarCPULimit: limit})).Settings(); err != nil {
 			t.Errorf("limit %s: %v", limit, err)
 		}
 	}
-	_, err = keys.Parse(annotations(map[policy.Key]string{
+	_, err = keys.Request(annotations(map[policy.Key]string{
 		policy.Role: "r", policy.SessionPolicy: `{"Statement":"` + strings.Repeat("x", 2000) + `"}`, policy.PolicyARNs: "arn:aws:iam::aws:policy/ReadOnlyAccess",
-	}))
-	mustRefuse(t, "policies too long together", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/session-policy"`, `"iam.amazonaws.com/policy-arns"`, "STS takes 2048")
+	})).Settings()
+	mustRefuse(t, "policies too long together", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"iam.amazonaws.com/session-policy"`, `"iam.amazonaws.com/policy-arns"`, "STS allows 2048")
 }
 
-// Another prefix changes every key, and what the messages call it.
+// Another prefix changes every key, also in messages.
 func TestParseWithAnotherPrefix(t *testing.T) {
 	keys, err := policy.NewKeys("aws.example.com")
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := keys.Parse(map[string]string{"aws.example.com/role": "reader", "iam.amazonaws.com/duration": "nonsense"})
+	got, err := keys.Request(map[string]string{"aws.example.com/role": "reader", "iam.amazonaws.com/duration": "nonsense"}).Settings()
 	if err != nil || got.Role != "reader" {
-		t.Errorf("Parse = %+v, %v", got, err)
+		t.Errorf("Settings = %+v, %v", got, err)
 	}
-	_, err = keys.Parse(map[string]string{"aws.example.com/role": "reader", "aws.example.com/duration": "nonsense"})
+	_, err = keys.Request(map[string]string{"aws.example.com/role": "reader", "aws.example.com/duration": "nonsense"}).Settings()
 	mustRefuse(t, "duration", err, credential.ErrInvalid, credential.ReasonAnnotationInvalid, `"aws.example.com/duration"`)
 }
 
@@ -421,7 +421,7 @@ func FuzzParse(f *testing.F) {
 	}
 	keys := newKeys(f)
 	f.Fuzz(func(t *testing.T, key, value, role string) {
-		got, err := keys.Parse(map[string]string{keys.Name(policy.Role): role, keys.Name(policy.Key(key)): value})
+		got, err := keys.Request(map[string]string{keys.Name(policy.Role): role, keys.Name(policy.Key(key)): value}).Settings()
 		if err != nil {
 			if !reflect.ValueOf(got).IsZero() {
 				t.Errorf("an error (%v) comes with %+v", err, got)
@@ -439,7 +439,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// checkSettings holds STS's own limits against what was parsed.
+// checkSettings compares parsed settings with the limits of STS.
 func checkSettings(t *testing.T, s policy.Settings) {
 	t.Helper()
 	if s.Duration < 15*time.Minute || s.Duration > 12*time.Hour || s.Duration%time.Second != 0 {

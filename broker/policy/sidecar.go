@@ -6,30 +6,30 @@ import (
 	"strings"
 )
 
-// Sidecar is what a pod says of its own sidecar, where what the platform's team has set for all does not suit
-// it. It is nothing to AWS: neither grants nor routing keys have any of it.
+// Sidecar is the part of a pod's settings for its own sidecar, which replaces the sidecar settings of the webhook. It does not
+// concern AWS: neither grants nor routing keys depend on it.
 type Sidecar struct {
-	Memory     Memory // 0: not said
-	CPURequest CPU    // 0: not said
-	CPULimit   *CPU   // nil: not said; 0: no limit
-	Port       int    // 0: not said
+	Memory     Memory // 0: not set
+	CPURequest CPU    // 0: not set
+	CPULimit   *CPU   // nil: not set; 0: no limit
+	Port       int    // 0: not set
 	LogLevel   LogLevel
 }
 
-// Bounds of what a sidecar may be given, by a pod and by the webhook's settings.
+// Bounds of the settings of a sidecar, by a pod and by the webhook's sidecar settings.
 const (
-	// DefaultMemory is several times what the sidecar touches at rest, 4 MB, and enough for all connections that it
-	// takes: the kernel counts their buffers and its own pages on top, and must never kill it.
+	// DefaultMemory is several times the memory that an idle sidecar uses, 4 MB, and is enough for all connections that it
+	// accepts. The kernel counts their buffers and its own pages too, and must never kill the sidecar.
 	DefaultMemory Memory = 16
-	// MinMemory is enough for 16 connections at a time, and not for all that the sidecar takes.
+	// MinMemory is enough for 16 connections at a time, but not for all that the sidecar accepts.
 	MinMemory Memory = 12
 	// MaxMemory is for LimitRanges with a minimum. The sidecar cannot use it, because it bounds its own heap.
 	MaxMemory Memory = 256
-	// MinCPU is the least that Kubernetes knows.
+	// MinCPU is the minimum of Kubernetes.
 	MinCPU CPU = 1
-	// MinCPULimit: with this, first credentials take two seconds, in which the pod waits.
+	// MinCPULimit: with this limit, first credentials take two seconds, during which the pod waits.
 	MinCPULimit CPU = 10
-	// MaxCPU is far more than a pod's SDKs make it use: a millisecond of it answers 40 of them.
+	// MaxCPU is far more than the SDKs of a pod can use: the sidecar serves 40 of their requests in a millisecond of CPU.
 	MaxCPU CPU = 1000
 	// MinPort: the sidecar has no capability to bind a lower one.
 	MinPort = 1024
@@ -45,13 +45,13 @@ func (m Memory) String() string { return strconv.Itoa(int(m)) + "Mi" }
 // MarshalText implements [encoding.TextMarshaler].
 func (m Memory) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
-// UnmarshalText implements [encoding.TextUnmarshaler]. It takes one form of those that Kubernetes has, and
-// within bounds.
+// UnmarshalText implements [encoding.TextUnmarshaler]. It accepts only one of the forms of Kubernetes, such as 16Mi, and
+// checks the bounds.
 func (m *Memory) UnmarshalText(text []byte) error {
 	digits, ok := strings.CutSuffix(string(text), "Mi")
 	n, ok := number(digits, ok)
 	if !ok {
-		return fmt.Errorf("%.100q is no amount of memory: write whole mebibytes, such as %s or 64Mi", text, DefaultMemory)
+		return fmt.Errorf("%.100q is not an amount of memory; write whole mebibytes, such as %s or 64Mi", text, DefaultMemory)
 	}
 	if err := Memory(n).Check(); err != nil {
 		return err
@@ -60,7 +60,7 @@ func (m *Memory) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Check refuses what is out of bounds.
+// Check refuses an amount out of bounds.
 func (m Memory) Check() error {
 	if m < MinMemory || m > MaxMemory {
 		return fmt.Errorf("%s is out of bounds: from %s to %s", m, MinMemory, MaxMemory)
@@ -68,8 +68,7 @@ func (m Memory) Check() error {
 	return nil
 }
 
-// CPU is processor time in thousandths of a processor, written 50m. Whether 0 means something is said where it
-// is used.
+// CPU is processor time in thousandths of a processor, written 50m. The meaning of 0 depends on the field.
 type CPU int
 
 // String writes c as Kubernetes does.
@@ -83,13 +82,13 @@ func (c CPU) String() string {
 // MarshalText implements [encoding.TextMarshaler].
 func (c CPU) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
-// UnmarshalText implements [encoding.TextUnmarshaler]: thousandths such as 50m, or whole processors. Its bounds
-// are those of the use.
+// UnmarshalText implements [encoding.TextUnmarshaler]. It accepts thousandths such as 50m, or whole processors. The caller
+// checks the bounds.
 func (c *CPU) UnmarshalText(text []byte) error {
 	digits, thousandths := strings.CutSuffix(string(text), "m")
 	n, ok := number(digits, true)
 	if !ok {
-		return fmt.Errorf("%.100q is no amount of CPU: write thousandths of a processor, such as 50m, or 1", text)
+		return fmt.Errorf("%.100q is not an amount of CPU; write thousandths of a processor, such as 50m, or 1", text)
 	}
 	if !thousandths {
 		n *= 1000
@@ -98,7 +97,7 @@ func (c *CPU) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// CheckRequest refuses what is out of the bounds of a request.
+// CheckRequest refuses a CPU request out of bounds.
 func (c CPU) CheckRequest() error {
 	if c < MinCPU || c > MaxCPU {
 		return fmt.Errorf("%s is out of bounds: from %s to %s", c, MinCPU, MaxCPU)
@@ -106,7 +105,7 @@ func (c CPU) CheckRequest() error {
 	return nil
 }
 
-// CheckLimit refuses what is out of the bounds of a limit. 0 is none.
+// CheckLimit refuses a CPU limit out of bounds. 0 means no limit.
 func (c CPU) CheckLimit() error {
 	if c != 0 && (c < MinCPULimit || c > MaxCPU) {
 		return fmt.Errorf("%s is out of bounds: from %s to %s, or 0 for no limit", c, MinCPULimit, MaxCPU)
@@ -114,8 +113,8 @@ func (c CPU) CheckLimit() error {
 	return nil
 }
 
-// number reads a decimal number of at most six digits, without a sign and without zeros in front; ok is false for
-// all else, and where it was before.
+// number reads a decimal number of at most six digits, without a sign or leading zeros. Its result is false for any other
+// text, and if ok is false.
 func number(digits string, ok bool) (int, bool) {
 	n, err := strconv.ParseUint(digits, 10, 32)
 	return int(n), ok && err == nil && len(digits) <= 6 && strconv.FormatUint(n, 10) == digits
@@ -129,7 +128,7 @@ func CheckPort(port int) error {
 	return nil
 }
 
-// LogLevel is the least level that the sidecar logs.
+// LogLevel is the lowest level that the sidecar logs.
 type LogLevel string
 
 // The levels.
@@ -140,7 +139,7 @@ const (
 	LogError LogLevel = "error"
 )
 
-// Check refuses what is no level.
+// Check refuses an unknown level.
 func (l LogLevel) Check() error {
 	_, err := parseChoice(string(l), LogDebug, LogInfo, LogWarn, LogError)
 	return err
@@ -158,7 +157,7 @@ func (l *LogLevel) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// set parses the value of a key of the sidecar.
+// set parses the value of one of the sidecar's keys.
 func (s *Sidecar) set(key Key, value string) error {
 	switch text := []byte(value); key {
 	case SidecarMemory:
@@ -177,7 +176,7 @@ func (s *Sidecar) set(key Key, value string) error {
 	case SidecarPort:
 		n, ok := number(value, true)
 		if !ok {
-			return fmt.Errorf("%.100q is no port: write a number from %d to %d", value, MinPort, MaxPort)
+			return fmt.Errorf("%.100q is not a port; write a number from %d to %d", value, MinPort, MaxPort)
 		}
 		s.Port = n
 		return CheckPort(n)

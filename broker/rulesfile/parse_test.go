@@ -146,7 +146,7 @@ var refused = []struct{ text, want string }{
 	{"namespaces:\n- match: [~]", "namespaces[0].match[0]: has no value"},
 	{"namespaces:\n- match: [a]\n  maxDuration: 3600", `line 3: namespaces[0].maxDuration: "3600" is not a duration`},
 	{"namespaces:\n- match: [a]\n  maxDuration: 1m", "namespaces[0].maxDuration: 1m0s is out of bounds"},
-	{"namespaces:\n- match: [a]\n  accounts: [1.23456789012e+11]", `namespaces[0].accounts[0]: "1.23456789012e+11" is no AWS account`},
+	{"namespaces:\n- match: [a]\n  accounts: [1.23456789012e+11]", `namespaces[0].accounts[0]: "1.23456789012e+11" is not an AWS account`},
 	{"kubernetesTags: yes\nnamespaces:\n- match: [a]", `line 1: kubernetesTags: "yes" is neither true nor false`},
 	{"kubernetesTags: \"true\"\nnamespaces:\n- match: [a]", "is neither true nor false"},
 	{"kubernetesTags: 1\nnamespaces:\n- match: [a]", "is neither true nor false"},

@@ -43,7 +43,7 @@ func newRules(t *testing.T) *policy.Rules {
 // reason returns why the rules refuse a pod in namespace shop; empty if they allow it.
 func reason(rules *policy.Rules) credential.Reason {
 	_, err := rules.Grant(
-		policy.Pod{Namespace: "shop", Name: "cart", ServiceAccount: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/reader"}},
+		policy.Pod{Namespace: "shop", Name: "cart", ServiceAccount: "cart", Request: rules.Keys().Request(map[string]string{"iam.amazonaws.com/role": "arn:aws:iam::123456789012:role/reader"})},
 		policy.Namespace{Name: "shop", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, Annotations: map[string]string{"iam.amazonaws.com/permitted": ".*"}})
 	return credential.ReasonOf(err)
 }

@@ -8,9 +8,9 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program/programtest"
 )
 
-// TestChartArguments: the broker takes what the Helm chart passes to it.
+// The broker accepts the arguments that the Helm chart passes.
 func TestChartArguments(t *testing.T) {
-	t.Setenv("POD_IPS", "10.0.0.1") // which the chart takes from the pod
+	t.Setenv("POD_IPS", "10.0.0.1") // the chart takes it from the pod
 	for file, args := range programtest.ChartArguments(t, "broker") {
 		f := flag.NewFlagSet("credence-broker", flag.ContinueOnError)
 		f.SetOutput(io.Discard)

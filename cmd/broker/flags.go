@@ -20,14 +20,14 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
-// options are the flags, parsed.
+// options are the parsed flags.
 type options struct {
 	listen, adminListen         string
 	tlsCert, tlsKey, kubeconfig string
 	keys                        policy.Keys
 	audience                    string
 	issuers                     []string // nil: the API server's own
-	tokenReview                 bool     // ask the API server about each token
+	tokenReview                 bool     // verify each token by a TokenReview
 	maxTokenLife                time.Duration
 	base                        credential.RoleBase // zero: the broker's own account
 	cluster                     string
@@ -37,18 +37,18 @@ type options struct {
 	stsConcurrency              int
 	maxGrants                   int
 	service                     string       // empty: this broker is the only one
-	podIPs                      []netip.Addr // set where service is
+	podIPs                      []netip.Addr // set if service is
 	settleTime                  time.Duration
 	auditRequired               bool
 	rulesFile                   string // empty: there is none
-	rootsFile                   string // empty: nothing is published
-	rootsRequired               bool   // the flag was given, so the file must be there
+	rootsFile                   string // empty: this broker publishes no roots
+	rootsRequired               bool   // the flag is set, so the file must exist
 	namespace, trustConfigMap   string
 	trustOwner                  string // empty: none
 	trustPropagation            time.Duration
 	level                       slog.Level
 	debugListen                 string // empty: no debug pages
-	traceEndpoint               string // empty: nothing is traced
+	traceEndpoint               string // empty: calls are not traced
 	traceRatio                  float64
 }
 
@@ -57,49 +57,50 @@ const (
 	debugListenFlag = "debug-listen"
 )
 
-// minTokenLife is the shortest life that the webhook gives to tokens (webhook/inject): with less, no pod would be served.
+// minTokenLife is the shortest lifetime of the tokens that the webhook requests (webhook/inject). A lower maximum would refuse
+// every pod.
 const minTokenLife = 2 * time.Hour
 
 const usage = `credence-broker exchanges the identities of injected pods for AWS credentials.
 
 Usage: credence-broker [flags]`
 
-// flags defines the flags; what it returns parses their values.
+// flags defines the flags, and returns the function that parses their values.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	var o options
 	var prefix, issuers, base, firstHop, audit, verification, podIPs string
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz, /readyz and /metrics on")
-	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on, to whoever reaches it: keep it on loopback; empty serves them nowhere")
-	f.StringVar(&o.traceEndpoint, "trace-endpoint", "", "`URL` of an OpenTelemetry collector, http://HOST:PORT (OTLP over gRPC), that is sent traces; empty traces nothing")
-	f.Float64Var(&o.traceRatio, "trace-ratio", 0.01, "`part` of the traces that is recorded, from 0 to 1")
-	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; replaced files are taken up without a restart")
-	f.StringVar(&o.tlsKey, "tls-key", "/etc/credence/tls/tls.key", "PEM `file` with its private key")
-	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty inside a cluster")
+	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on. Anyone who can connect to it can use them, so keep it on loopback; empty: none")
+	f.StringVar(&o.traceEndpoint, "trace-endpoint", "", "`URL` of the OpenTelemetry collector that receives traces, http://HOST:PORT (OTLP over gRPC); empty: no traces")
+	f.Float64Var(&o.traceRatio, "trace-ratio", 0.01, "`fraction` of the calls that are traced, from 0 to 1")
+	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; a replaced file takes effect without a restart")
+	f.StringVar(&o.tlsKey, "tls-key", "/etc/credence/tls/tls.key", "PEM `file` with the private key of --tls-cert")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig `file`; empty: the configuration inside a cluster")
 	f.StringVar(&prefix, "annotation-prefix", policy.DefaultPrefix, "`prefix` of every label and annotation key")
-	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must be made for")
-	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty asks the API server for its own")
-	f.StringVar(&verification, "token-verification", "jwks", "`mode` of verifying tokens: jwks by the API server's published keys, tokenreview by asking it about each")
-	f.DurationVar(&o.maxTokenLife, "max-token-life", verify.DefaultMaxTokenLife, "longest `life` of a token that is accepted: the webhook has kubelets request tokens of 24h at most, and a user who may create tokens could otherwise create one that is valid for years")
-	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty asks STS for the broker's own account")
-	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; default credence")
-	f.StringVar(&o.region, "region", "", "AWS `region` whose STS is used, and which pods are told; empty takes AWS_REGION")
+	f.StringVar(&o.audience, "audience", "credence-broker", "`audience` that pod tokens must have")
+	f.StringVar(&issuers, "issuer", "", "comma `list` of accepted token issuers; empty: the API server's own")
+	f.StringVar(&verification, "token-verification", "jwks", "`mode` of token verification: jwks uses the API server's published keys, tokenreview sends it each token")
+	f.DurationVar(&o.maxTokenLife, "max-token-life", verify.DefaultMaxTokenLife, "maximum `lifetime` of an accepted token. Kubelets request tokens of 24h at most for injected pods; without a maximum, a user who may create tokens could create one that is valid for years")
+	f.StringVar(&base, "base-arn", "", "`ARN` that completes role names, such as arn:aws:iam::123456789012:role/; empty: the broker's own account, from STS")
+	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; empty: credence")
+	f.StringVar(&o.region, "region", "", "AWS `region` of STS, and of pods that set none; empty: AWS_REGION")
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
-	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other; sessions behind it last one hour at most, and longer ones are refused")
-	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "`calls` of STS that all brokers of --service together begin per second, of which each takes an equal part: AWS is reported to take 600 of an account in a region, and is used by others too. Fewer while STS throttles")
-	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "`number` of calls of STS under way at once")
-	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "`number` of distinct sessions that the pods of one namespace may have at a time, of those that this broker has; 0 sets no bound")
-	f.StringVar(&o.service, "service", "", "`name` of the Service that brings sidecars to the brokers, in --namespace: its endpoints are the brokers that share the work; empty makes this one keep every session by itself")
-	f.StringVar(&podIPs, "pod-ips", "", "comma `list` of this broker's addresses among those endpoints, one of each family; empty takes POD_IPS")
-	f.DurationVar(&o.settleTime, "settle-time", placement.DefaultSettleTime, "`time` without a change of those endpoints after which this broker takes up the sessions that it is to have for the loss of another one; more than a step of a rolling update takes, so that they are fetched once")
-	f.StringVar(&audit, "audit", "best-effort", "best-effort counts audit lines that are lost; required refuses instead (`mode`)")
-	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits to what namespaces permit and pods ask for; a replaced file is taken up without a restart; empty sets no limits")
-	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the roots that verify --tls-cert, which are published to opted-in namespaces; empty publishes nothing")
-	f.StringVar(&o.namespace, "namespace", "", "`namespace` that this broker runs in; empty takes POD_NAMESPACE, or that of the service account")
-	f.StringVar(&o.trustConfigMap, "trust-config-map", "credence-trust", "`name` of the ConfigMaps that hold the published roots")
-	f.StringVar(&o.trustOwner, "trust-owner", "", "`name` of the ClusterRole that owns those ConfigMaps, so that they go when it goes; empty leaves them")
-	f.DurationVar(&o.trustPropagation, "trust-propagation", trust.DefaultPropagation, "`time` that a root is published before a certificate under it is served: what kubelets need to bring a changed ConfigMap into pods; 0 serves at once")
-	f.TextVar(&o.level, "log-level", slog.LevelInfo, "least `level` that is logged: debug, info, warn or error")
+	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other (role chaining); AWS then limits sessions to one hour, and the broker refuses longer ones")
+	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "STS `calls` per second of all brokers of --service together; each makes an equal share, and fewer while STS throttles. AWS is reported to allow 600 per account and region, for all its users")
+	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "maximum `number` of STS calls at the same time")
+	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "maximum `number` of distinct sessions of one namespace in this broker; 0: no maximum")
+	f.StringVar(&o.service, "service", "", "`name` of the brokers' Service, in --namespace: its endpoints are the brokers that share the sessions; empty: this broker owns all sessions")
+	f.StringVar(&podIPs, "pod-ips", "", "comma `list` of this broker's addresses among those endpoints, one of each family; empty: POD_IPS")
+	f.DurationVar(&o.settleTime, "settle-time", placement.DefaultSettleTime, "`time` without a change of those endpoints after which this broker fetches the sessions of which it is the second owner. It should exceed a step of a rolling update, so that each is fetched once")
+	f.StringVar(&audit, "audit", "best-effort", "`mode` of the audit log: best-effort counts lost lines, required refuses a call whose line would be lost")
+	f.StringVar(&o.rulesFile, "rules-file", "", "YAML or JSON `file` with limits on what namespaces permit and pods request; a replaced file takes effect without a restart; empty: no limits")
+	f.StringVar(&o.rootsFile, rootsFileFlag, "/etc/credence/tls/ca.crt", "PEM `file` with the root certificates of --tls-cert, which the broker publishes in opted-in namespaces; empty: none")
+	f.StringVar(&o.namespace, "namespace", "", "`namespace` of this broker; empty: POD_NAMESPACE, or that of the service account")
+	f.StringVar(&o.trustConfigMap, "trust-config-map", "credence-trust", "`name` of the ConfigMaps with the published roots")
+	f.StringVar(&o.trustOwner, "trust-owner", "", "`name` of the ClusterRole that owns those ConfigMaps, so that they are deleted with it; empty: none")
+	f.DurationVar(&o.trustPropagation, "trust-propagation", trust.DefaultPropagation, "minimum `time` between the publication of a root and the first use of a certificate under it: kubelets need it to update ConfigMaps in pods; 0: none")
+	f.TextVar(&o.level, "log-level", slog.LevelInfo, "lowest `level` that is logged: debug, info, warn or error")
 	return func(args []string) (options, error) {
 		err := program.NoArguments(args)
 		if err != nil {
@@ -143,7 +144,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 		}
 		o.tokenReview = verification == "tokenreview"
 		if o.maxTokenLife < minTokenLife {
-			return options{}, fmt.Errorf("--max-token-life=%s: must be at least %s, the shortest life of the tokens that the webhook has kubelets request", o.maxTokenLife, minTokenLife)
+			return options{}, fmt.Errorf("--max-token-life=%s: must be at least %s, the shortest lifetime of the tokens of injected pods", o.maxTokenLife, minTokenLife)
 		}
 		if o.trustPropagation < 0 {
 			return options{}, fmt.Errorf("--trust-propagation=%s: must not be negative", o.trustPropagation)

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,7 +22,6 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 
-	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/assume/ststest"
@@ -33,21 +31,21 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// starting is a broker that starts, as far as its readiness depends on AWS: the real STS client before a real STS, the real
-// cache, and Events that are written to an API server that takes nothing else.
+// starting is a starting broker, with the parts of its readiness that depend on AWS: the real STS client with an STS double, the
+// real cache, and Events in an API server that accepts nothing else.
 type starting struct {
 	t      *testing.T
 	sts    *ststest.Server
 	keys   string // the file with the broker's credentials
 	parts  parts
 	checks []admin.Check
-	proof  *proof
+	check  *identityCheck
 	noBase bool
 	logged *buffer
 	events *eventServer
 }
 
-// start starts it. Its STS has no GetCallerIdentity if compatible is set. It runs in a synctest bubble, and has wrong keys.
+// start starts it with wrong keys, in a synctest bubble. If compatible is set, its STS has no GetCallerIdentity.
 func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *starting {
 	t.Helper()
 	server, err := ststest.StartInMemory(t.Context(), ststest.Config{})
@@ -71,14 +69,14 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	must(t, err)
 	recorder, err := events.New(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
 	must(t, err)
-	s.parts = parts{log: log, own: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: recorder}
+	s.parts = parts{log: log, self: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: recorder}
 	began := time.Now()
-	s.checks, s.proof = s.parts.readiness(t.Context(), new(atomic.Pointer[broker.Prefetch]))
+	s.checks, s.check = s.parts.readiness(nil, nil)
 	s.checks = slices.DeleteFunc(s.checks, func(c admin.Check) bool { return c.Name != "AWS identity" }) // All others need a cluster.
-	s.proof.based = func() bool { return !s.noBase }
-	s.proof.warmed = func() bool {
+	s.check.deciding = func() bool { return !s.noBase }
+	s.check.warm = func() bool {
 		settled, kept := sessions.Settled()
-		return settled == kept || time.Since(began) >= warmTime
+		return settled == kept || time.Since(began) >= maxWarmTime
 	}
 	for i := range pods {
 		must(t, sessions.Retain(grantOf(t, fmt.Sprint("role-", i)), "shop"))
@@ -88,7 +86,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	for _, run := range []func(context.Context) error{
 		sessions.Run, recorder.Run,
 		func(ctx context.Context) error { source.AwaitIdentity(ctx, log); return nil },
-		func(ctx context.Context) error { return s.proof.run(ctx, s.parts.reportIdentity) },
+		func(ctx context.Context) error { return s.check.run(ctx, s.parts.reportIdentity) },
 	} {
 		running.Go(func() { _ = run(ctx) })
 	}
@@ -100,13 +98,13 @@ func (s *starting) setKeys(id, secret string) {
 	must(s.t, os.WriteFile(s.keys, fmt.Appendf(nil, "[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret), 0o600))
 }
 
-// rightKeys are what an operator puts in the place of the wrong ones.
+// rightKeys replaces the wrong keys, as a cluster admin does.
 func (s *starting) rightKeys() {
 	id, secret := s.sts.Keys()
 	s.setKeys(id, secret.Reveal())
 }
 
-// ready returns what /readyz answers.
+// ready returns the response of /readyz.
 func (s *starting) ready() (ok bool, text string) {
 	synctest.Wait()
 	w := httptest.NewRecorder()
@@ -122,7 +120,7 @@ func (s *starting) want(what string, want bool, words ...string) {
 	}
 	for _, w := range words {
 		if !strings.Contains(text, w) {
-			s.t.Errorf("%s: /readyz does not say %q: %s", what, w, text)
+			s.t.Errorf("%s: /readyz does not have %q: %s", what, w, text)
 		}
 	}
 	if strings.Contains(text, "wrong-secret") || strings.Contains(s.logged.String(), "wrong-secret") {
@@ -130,7 +128,7 @@ func (s *starting) want(what string, want bool, words ...string) {
 	}
 }
 
-// buffer is a log that is read while it is written.
+// buffer is a log that tests read while the broker writes it.
 type buffer struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -148,7 +146,7 @@ func (b *buffer) String() string {
 	return b.buf.String()
 }
 
-// eventServer is an API server that takes Events.
+// eventServer is an API server that accepts Events.
 type eventServer struct {
 	mu    sync.Mutex
 	taken []eventsv1.Event
@@ -169,7 +167,7 @@ func (e *eventServer) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: http.StatusCreated, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader(`{"kind":"Event","apiVersion":"events.k8s.io/v1"}`))}, nil
 }
 
-// notes are those of the Events so far, which are warnings on the broker's own pod.
+// notes returns the notes of the Events so far, which must be warnings on the broker's own pod.
 func (e *eventServer) notes(t *testing.T) (all []string) {
 	t.Helper()
 	e.mu.Lock()
@@ -191,15 +189,16 @@ func grantOf(t *testing.T, role string) policy.Grant {
 	must(t, err)
 	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
 	must(t, err)
-	g, err := rules.Grant(policy.Pod{Namespace: "shop", Name: "p", UID: "u", Annotations: map[string]string{keys.Name(policy.Role): role}}, policy.Namespace{
+	g, err := rules.Grant(policy.Pod{Namespace: "shop", Name: "p", UID: "u", Request: keys.Request(map[string]string{keys.Name(policy.Role): role})}, policy.Namespace{
 		Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled}, Annotations: map[string]string{keys.Name(policy.Permitted): ".*"},
 	})
 	must(t, err)
 	return g
 }
 
-// A broker with wrong keys never is in the place of one that works, and says why where an operator looks.
-func TestWrongKeysAreNotReady(t *testing.T) {
+// A broker with wrong keys does not become ready, so it replaces no broker that works. It reports why in /readyz, in the log and
+// in an Event.
+func TestBrokerWithWrongKeysIsNotReady(t *testing.T) {
 	for name, pods := range map[string]int{"no pods": 0, "with pods": 3} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -209,19 +208,19 @@ func TestWrongKeysAreNotReady(t *testing.T) {
 				s.want("wrong keys", false, problem, "Secret")
 				notes := s.events.notes(t)
 				if len(notes) != 1 || !strings.Contains(notes[0], problem) || !strings.Contains(notes[0], "not ready") {
-					t.Errorf("the Events say %q, want one with the problem", notes)
+					t.Errorf("the Events have %q, want one with the problem", notes)
 				}
 				if !strings.Contains(s.logged.String(), problem) {
-					t.Errorf("the log does not say %q:\n%.2000s", problem, s.logged)
+					t.Errorf("the log does not have %q:\n%.2000s", problem, s.logged)
 				}
-				// Another mistake is another Event, and the same one comes again when the first has expired.
+				// Another problem gets another Event. A lasting problem gets a new Event when the first has expired.
 				id, _ := s.sts.Keys()
 				s.setKeys(id, "wrong-secret")
 				time.Sleep(2 * time.Minute)
 				s.want("a wrong secret", false, "(SignatureDoesNotMatch)")
 				time.Sleep(time.Hour)
 				if notes := s.events.notes(t); len(notes) != 3 || !strings.Contains(notes[1], "SignatureDoesNotMatch") || notes[2] != notes[1] {
-					t.Errorf("after an hour the Events say %q", notes)
+					t.Errorf("after an hour the Events have %q", notes)
 				}
 				s.rightKeys()
 				time.Sleep(2 * time.Minute)
@@ -231,7 +230,7 @@ func TestWrongKeysAreNotReady(t *testing.T) {
 	}
 }
 
-// A broker that starts in an outage of STS leaves the work to the others, and is ready by itself as soon as STS answers.
+// A broker that starts in an outage of STS is not ready, so the other brokers serve. It becomes ready as soon as STS responds.
 func TestRestartInAnOutage(t *testing.T) {
 	for name, outage := range map[string]ststest.Outage{"failing": ststest.Failing, "unreachable": ststest.Refusing} {
 		t.Run(name, func(t *testing.T) {
@@ -243,7 +242,7 @@ func TestRestartInAnOutage(t *testing.T) {
 				time.Sleep(time.Hour)
 				s.want("in the outage", false, "STS")
 				if notes := s.events.notes(t); len(notes) == 0 {
-					t.Error("no Event says why")
+					t.Error("no Event has the reason")
 				}
 				s.sts.SetOutage(ststest.NoOutage)
 				time.Sleep(10 * time.Second)
@@ -253,25 +252,25 @@ func TestRestartInAnOutage(t *testing.T) {
 	}
 }
 
-// A call that is lost at the start is no news.
+// A lost call at the start makes no Event.
 func TestShortTroubleIsNotReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 0, func(s *starting) {
 			s.rightKeys()
 			s.sts.SetOutage(ststest.Failing)
 		})
-		time.Sleep(identityLook + 500*time.Millisecond) // The next call comes within 8 s.
+		time.Sleep(identityInterval + 500*time.Millisecond) // The next call comes within 8 s.
 		s.want("in the outage", false, "STS")
 		s.sts.SetOutage(ststest.NoOutage)
 		time.Sleep(time.Minute)
 		s.want("after it", true)
 		if notes := s.events.notes(t); len(notes) != 0 {
-			t.Errorf("the Events say %q", notes)
+			t.Errorf("the Events have %q", notes)
 		}
 	})
 }
 
-// A ready broker stays ready, whatever happens to STS and to the broker's keys.
+// A ready broker stays ready if STS or the broker's keys fail later.
 func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 2, (*starting).rightKeys)
@@ -280,16 +279,16 @@ func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 		for _, outage := range []ststest.Outage{ststest.Failing, ststest.Refusing, ststest.NoOutage} {
 			s.sts.SetOutage(outage)
 			s.setKeys("AKIAWRONG", "wrong-secret")
-			time.Sleep(90 * time.Minute) // Every session has ended.
+			time.Sleep(90 * time.Minute) // Every session has expired.
 			s.want("when no session is left", true)
 		}
 		if notes := s.events.notes(t); len(notes) != 0 {
-			t.Errorf("the Events say %q", notes)
+			t.Errorf("the Events have %q", notes)
 		}
 	})
 }
 
-// A service without GetCallerIdentity, such as MinIO, does not say who the broker is. Its sessions do.
+// A service without GetCallerIdentity, such as MinIO, cannot confirm the broker's identity. A session confirms it.
 func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 	t.Run("a first installation has no pods", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -323,7 +322,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 				s.rightKeys()
 				s.sts.SetDefault(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Message: "Access Denied.", Status: http.StatusForbidden}})
 			})
-			time.Sleep(warmTime)
+			time.Sleep(maxWarmTime)
 			s.want("refused", true)
 		})
 	})
@@ -333,7 +332,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 			time.Sleep(5 * time.Minute)
 			s.want("wrong keys", false, "none of 2 sessions could be fetched", "--sts-endpoint")
 			if notes := s.events.notes(t); len(notes) != 1 {
-				t.Errorf("the Events say %q", notes)
+				t.Errorf("the Events have %q", notes)
 			}
 			s.rightKeys()
 			time.Sleep(2 * time.Minute)
@@ -342,7 +341,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 	})
 }
 
-// If STS does not respond to GetCallerIdentity, but does for a role that pods want, the broker can do its job.
+// If STS does not respond to GetCallerIdentity, but returns a session for a role that pods request, the broker is ready.
 func TestSessionProvesIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := start(t, false, 1, func(s *starting) {
@@ -354,7 +353,7 @@ func TestSessionProvesIdentity(t *testing.T) {
 	})
 }
 
-// The program itself, with wrong keys: it lives, is not ready, and says why on its own pod.
+// The program with wrong keys is alive, is not ready, and writes an Event on its own pod.
 func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -373,8 +372,8 @@ func TestProgramWithWrongKeysIsNotReady(t *testing.T) {
 		}
 		return false
 	})
-	b.Logged(t, "This broker is not ready, because STS has not confirmed who it is")
+	b.Logged(t, "This broker is not ready, STS has not confirmed its identity")
 	if code, _ := b.get(b.admin, "/healthz"); code != http.StatusOK || b.ready() {
-		t.Errorf("/healthz answers %d, and ready is %v", code, b.ready())
+		t.Errorf("/healthz returns %d, and ready is %v", code, b.ready())
 	}
 }

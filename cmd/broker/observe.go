@@ -3,14 +3,16 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"time"
 
 	"google.golang.org/grpc"
 
+	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/admin"
-	"github.com/credence-iam/credence/broker/audit"
+	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
@@ -18,8 +20,8 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
-// sources are what metrics ask of the parts that build makes.
-func (p *parts) sources() admin.Sources {
+// sources returns what the metrics read from the parts.
+func (p parts) sources() admin.Sources {
 	s := admin.Sources{
 		Cache: p.sessions.Stats,
 		Audit: func() admin.AuditStats {
@@ -31,6 +33,7 @@ func (p *parts) sources() admin.Sources {
 		ClockSkew:       p.sts.ClockSkew,
 		InformerAge:     p.informerAge,
 		LiveReads:       p.directory.Reads,
+		PodsQueued:      p.prefetch.Pending,
 		VerificationAge: p.verifier.Age,
 		TokensWaiting:   p.verifier.Waiting,
 		Events: func() admin.EventStats {
@@ -50,7 +53,7 @@ func (p *parts) sources() admin.Sources {
 	return s
 }
 
-// informerAge is that of the watch that has heard nothing for longest.
+// informerAge returns the age of the watch that has received nothing for the longest time.
 func (p parts) informerAge() time.Duration {
 	age := p.directory.Age()
 	if p.endpoints != nil {
@@ -59,28 +62,31 @@ func (p parts) informerAge() time.Duration {
 	return age
 }
 
-// traced returns what the cache fetches from: STS, with a span for each call where traces are asked for.
-func (p *parts) traced(ctx context.Context, o options) (credential.Source[policy.Grant], error) {
+// newTracing returns the tracing, nil if calls are not traced, and the source from which the cache fetches: STS, with a span
+// for each call if calls are traced.
+func newTracing(ctx context.Context, o options, sts *assume.STS, log *slog.Logger) (*tracing.Tracing, credential.Source[policy.Grant], error) {
 	if o.traceEndpoint == "" {
-		return p.sts, nil
+		return nil, sts, nil
 	}
-	var err error
-	p.traces, err = tracing.New(ctx, tracing.Config{Endpoint: o.traceEndpoint, Ratio: o.traceRatio, Version: program.Version(), Logger: p.log})
+	traces, err := tracing.New(ctx, tracing.Config{Endpoint: o.traceEndpoint, Ratio: o.traceRatio, Version: program.Version(), Logger: log})
 	if err != nil {
-		return nil, fmt.Errorf("--trace-endpoint: %w", err)
+		return nil, nil, fmt.Errorf("--trace-endpoint: %w", err)
 	}
-	return tracing.Source(p.traces, p.sts, func(g policy.Grant) string { return g.Role().String() }), nil
+	return traces, tracing.Source(traces, sts, func(g policy.Grant) string { return g.Role().String() }), nil
 }
 
-// decided is what the broker tells of each decision; nil where nobody asks.
-func (p parts) decided() func(context.Context, audit.Entry) {
-	if p.traces == nil {
-		return nil
+// observers are notified of each call: the metrics, and the trace of the call if calls are traced.
+func (p parts) observers() []broker.Observer {
+	all := []broker.Observer{func(_ context.Context, call broker.Call) { p.metrics.Answer(credential.ReasonOf(call.Err), call.Took) }}
+	if p.traces != nil {
+		all = append(all, func(ctx context.Context, call broker.Call) {
+			tracing.Describe(ctx, call.Entry.Namespace, call.Entry.Role)
+		})
 	}
-	return func(ctx context.Context, e audit.Entry) { tracing.Describe(ctx, e.Namespace, e.Role) }
+	return all
 }
 
-// interceptors are what calls go through; none where nothing is traced.
+// interceptors are the gRPC interceptors of calls; none if calls are not traced.
 func (p parts) interceptors() []grpc.UnaryServerInterceptor {
 	if p.traces == nil {
 		return nil
@@ -88,19 +94,11 @@ func (p parts) interceptors() []grpc.UnaryServerInterceptor {
 	return []grpc.UnaryServerInterceptor{p.traces.Interceptor()}
 }
 
-// debugPages returns the debug pages with their listener; nil where there are none.
-func (p parts) debugPages(ctx context.Context, o options) (net.Listener, http.Handler, error) {
-	if o.debugListen == "" {
-		return nil, nil, nil
-	}
-	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", o.debugListen)
-	if err != nil {
-		return nil, nil, fmt.Errorf("--%s: %w", debugListenFlag, err)
-	}
-	loopback := admin.Loopback(listener.Addr())
+// debugPages returns the handler of the debug pages on the listener with that address.
+func (p parts) debugPages(ctx context.Context, address net.Addr) (http.Handler, error) {
+	loopback := admin.Loopback(address)
 	if !loopback {
-		p.log.WarnContext(ctx, "The debug pages take orders from whoever reaches them, and are not on loopback", "address", listener.Addr().String())
+		p.log.WarnContext(ctx, "Anyone who can connect to the debug pages can use them: they are not on loopback", "address", address.String())
 	}
-	handler, err := admin.Debug(admin.DebugConfig{Sessions: p.sessions, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback})
-	return listener, handler, err
+	return admin.Debug(admin.DebugConfig{Sessions: p.sessions, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback})
 }

@@ -40,8 +40,7 @@ func (s *sink) Write(p []byte) (int, error) {
 	return s.buf.Write(p)
 }
 
-// TestOneTrace: the sidecar's client, a broker with its cache, and STS are in one trace, of which the client
-// knows the id.
+// The sidecar's client, a broker with its cache, and STS are in one trace. The client has its id.
 func TestOneTrace(t *testing.T) {
 	collector := otlptest.Start(t)
 	log := slog.New(slog.DiscardHandler)
@@ -59,7 +58,7 @@ func TestOneTrace(t *testing.T) {
 	})
 	source := tracing.Source(traces, credential.Source[policy.Grant](refusing), func(g policy.Grant) string { return g.Role().String() })
 	b := brokertest.Start(t, source.Credential, &sink{}, func(cfg *broker.Config, server *broker.ServerConfig) {
-		cfg.Observe, cfg.Decided, server.Interceptors = metrics.Answer, p.decided(), p.interceptors()
+		cfg.Observers, server.Interceptors = p.observers(), p.interceptors()
 	})
 	b.Set(brokertest.Pod{
 		Token: "cart-token", Identity: identity.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", ServiceAccountUID: "s-1"},
@@ -83,7 +82,7 @@ func TestOneTrace(t *testing.T) {
 	}
 	ended, end := context.WithCancel(t.Context())
 	end()
-	if err := traces.Run(ended); err != nil { // hands over what there is
+	if err := traces.Run(ended); err != nil { // sends all spans
 		t.Fatal(err)
 	}
 
@@ -107,14 +106,14 @@ func TestOneTrace(t *testing.T) {
 	}
 }
 
-// TestNothingIsTracedByDefault: the path of a call is then the one without tracing.
+// Without --trace-endpoint, calls pass no interceptor, and only the metrics observe them.
 func TestNothingIsTracedByDefault(t *testing.T) {
-	if p := (parts{}); p.decided() != nil || p.interceptors() != nil {
-		t.Error("calls go through tracing that is off")
+	if p := (parts{}); len(p.observers()) != 1 || p.interceptors() != nil {
+		t.Error("calls go through tracing, which is off")
 	}
 }
 
-// TestDebugPagesAreOnLoopback: unless another address is given, on purpose.
+// The debug pages are on loopback unless a flag sets another address, and then the broker logs a warning.
 func TestDebugPagesAreOnLoopback(t *testing.T) {
 	for _, tt := range []struct {
 		args       []string
@@ -130,43 +129,48 @@ func TestDebugPagesAreOnLoopback(t *testing.T) {
 		f := flag.NewFlagSet("credence-broker", flag.ContinueOnError)
 		f.SetOutput(io.Discard)
 		finish := flags(f)
-		if err := f.Parse(tt.args); err != nil {
+		if err := f.Parse(append(tt.args, "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")); err != nil {
 			t.Fatal(err)
 		}
 		o, err := finish(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var logged bytes.Buffer
-		p := parts{log: slog.New(slog.NewJSONHandler(&logged, nil))}
-		p.sessions, p.decisions = newSessions(t), newDecisions(t)
-		listener, handler, err := p.debugPages(t.Context(), o)
+		l, err := listen(t.Context(), o)
 		if tt.wantsError != "" {
 			if err == nil || !strings.Contains(err.Error(), tt.wantsError) {
-				t.Errorf("%v: %v", tt.args, err)
+				t.Errorf("%v: %v, want an error with %q", tt.args, err, tt.wantsError)
 			}
 			continue
 		}
-		if err != nil || (listener != nil) != tt.serves || (handler != nil) != tt.serves {
-			t.Errorf("%v: listener %v, handler %v, %v", tt.args, listener, handler, err)
+		must(t, err)
+		defer func() { _, _ = l.calls.Close(), l.admin.Close() }()
+		if (l.debug != nil) != tt.serves {
+			t.Errorf("%v: debug pages have the listener %v, want one: %t", tt.args, l.debug, tt.serves)
 		}
-		if listener != nil {
-			_ = listener.Close()
+		if l.debug == nil {
+			continue
+		}
+		defer func() { _ = l.debug.Close() }()
+		var logged bytes.Buffer
+		p := parts{log: slog.New(slog.NewJSONHandler(&logged, nil)), sessions: newSessions(t), decisions: newDecisions(t)}
+		if handler, err := p.debugPages(t.Context(), l.debug.Addr()); err != nil || handler == nil {
+			t.Errorf("%v: debug pages %v, %v", tt.args, handler, err)
 		}
 		if strings.Contains(logged.String(), "WARN") != tt.warns {
-			t.Errorf("%v: logged %q", tt.args, logged.String())
+			t.Errorf("%v: logged %q, want a warning: %t", tt.args, logged.String(), tt.warns)
 		}
 	}
 	f := flag.NewFlagSet("credence-broker", flag.ContinueOnError)
 	flags(f)
 	if value := f.Lookup("debug-listen").DefValue; !strings.HasPrefix(value, "127.0.0.1:") {
-		t.Errorf("by default they are on %s", value)
+		t.Errorf("the default of --debug-listen is %s, want a loopback address", value)
 	}
 }
 
 func TestTraceFlags(t *testing.T) {
 	for args, want := range map[string]string{
-		"--trace-ratio=7":                                                           "", // of no effect, as nothing is traced
+		"--trace-ratio=7":                                                           "", // has no effect without --trace-endpoint
 		"--trace-endpoint=http://127.0.0.1:4317":                                    "",
 		"--trace-endpoint=127.0.0.1:4317":                                           "--trace-endpoint",
 		"--trace-endpoint=http://127.0.0.1:4317 --trace-ratio=1.5":                  "from 0 to 1",

@@ -10,8 +10,8 @@ import (
 	"strings"
 	"time"
 
-	// AWS's certificates have public roots, and an image of one program has no file of them. These are used only
-	// where the system has none; see cmd/broker/roots_test.go.
+	// AWS's certificates have public roots, and an image with one program has no file of them. The program uses these only if
+	// the system has none; see cmd/broker/roots_test.go.
 	_ "golang.org/x/crypto/x509roots/fallback"
 	"golang.org/x/time/rate"
 	"k8s.io/client-go/rest"
@@ -23,7 +23,6 @@ import (
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
-	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/kube/events"
@@ -37,12 +36,12 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 )
 
-// parts are what the broker is made of.
+// parts are the parts of the broker that need nothing from AWS. build makes all of them before any method uses one.
 type parts struct {
 	log       *slog.Logger
-	own       policy.Pod // this broker's; without a UID outside a cluster
+	self      policy.Pod // this broker's pod; without a UID outside a cluster
 	pair      *certs.KeyPair
-	trust     *trust.Trust // nil: nothing is published
+	trust     *trust.Trust // nil: this broker publishes no roots
 	directory *kube.Directory
 	placement *placement.Placement
 	endpoints *kube.Endpoints // nil: this broker is the only one
@@ -51,12 +50,99 @@ type parts struct {
 	budget    *broker.Budget
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
+	prefetch  *broker.Prefetch
 	decisions *audit.Log
 	metrics   *admin.Metrics
-	traces    *tracing.Tracing // nil: nothing is traced
+	traces    *tracing.Tracing // nil: calls are not traced
 }
 
-// verifier is either of the two that kube has.
+// build makes the parts. Each takes the parts that it depends on as values, so a wrong order does not compile.
+func build(ctx context.Context, o options) (parts, error) {
+	log := program.NewLogger(os.Stderr, o.level)
+	klog.SetSlogLogger(log) // client-go's own lines
+	if o.rulesFile != "" {
+		// The rules file is read again when the account is known. An invalid one should fail before STS has responded.
+		if err := rulesfile.Check(o.rulesFile); err != nil {
+			return parts{}, fmt.Errorf("--rules-file: %w", err)
+		}
+	}
+	metrics, err := admin.NewMetrics(program.Version(), log)
+	if err != nil {
+		return parts{}, err
+	}
+	pair, err := certs.NewKeyPair(o.tlsCert, o.tlsKey, log)
+	if err != nil {
+		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
+	}
+	if o.namespace == "" {
+		o.namespace = ownNamespace()
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
+	if err != nil {
+		return parts{}, fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
+	}
+	publisher, err := newTrust(ctx, o, config, pair, log)
+	if err != nil {
+		return parts{}, err
+	}
+	directory, err := kube.NewDirectory(config, o.keys, log)
+	if err != nil {
+		return parts{}, err
+	}
+	verifier, err := newVerifier(o, config, directory, log)
+	if err != nil {
+		return parts{}, err
+	}
+	name, err := os.Hostname() // in a pod, the pod's name
+	if err != nil {
+		return parts{}, fmt.Errorf("reading the name of this broker: %w", err)
+	}
+	self := policy.Pod{Namespace: o.namespace, Name: name, UID: os.Getenv("POD_UID")}
+	recorder, err := events.New(config, name, log)
+	if err != nil {
+		return parts{}, err
+	}
+	sts, err := assume.New(ctx, assume.Config{
+		Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop, Logger: log,
+		Observe: func(c assume.Call) { metrics.STSCall(c.Action, c.Outcome, c.Took) },
+	})
+	if err != nil {
+		return parts{}, err
+	}
+	traces, source, err := newTracing(ctx, o, sts, log)
+	if err != nil {
+		return parts{}, err
+	}
+	sessions, err := cache.New(cache.Config[policy.Grant]{
+		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerTenant: o.maxGrants, Logger: log,
+	})
+	if err != nil {
+		return parts{}, err
+	}
+	place, endpoints, err := newPlacement(o, config, sessions, log)
+	if err != nil {
+		return parts{}, err
+	}
+	prefetch, err := newPrefetch(directory, place, sessions, log)
+	if err != nil {
+		return parts{}, err
+	}
+	budget, err := newBudget(sessions, recorder, self, log)
+	if err != nil {
+		return parts{}, err
+	}
+	decisions, err := audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: log})
+	if err != nil {
+		return parts{}, err
+	}
+	p := parts{
+		log: log, self: self, pair: pair, trust: publisher, directory: directory, placement: place, endpoints: endpoints, verifier: verifier,
+		events: recorder, budget: budget, sts: sts, sessions: sessions, prefetch: prefetch, decisions: decisions, metrics: metrics, traces: traces,
+	}
+	return p, metrics.Watch(p.sources())
+}
+
+// verifier is either of the two verifiers of package kube.
 type verifier interface {
 	identity.Verifier
 	Run(ctx context.Context) error
@@ -65,7 +151,7 @@ type verifier interface {
 	Waiting() int
 }
 
-// newVerifier makes the one that was asked for.
+// newVerifier makes the verifier of --token-verification.
 func newVerifier(o options, rest *rest.Config, directory *kube.Directory, log *slog.Logger) (verifier, error) {
 	cfg := verify.Config{
 		REST: rest, Audience: o.audience, Issuers: o.issuers, MaxLife: o.maxTokenLife, Expected: directory.Expects, Logger: log,
@@ -76,87 +162,13 @@ func newVerifier(o options, rest *rest.Config, directory *kube.Directory, log *s
 	return verify.NewJWKS(cfg)
 }
 
-// build makes the parts that need nothing from AWS.
-func build(ctx context.Context, o options) (p parts, err error) {
-	p.log = program.NewLogger(os.Stderr, o.level)
-	klog.SetSlogLogger(p.log) // client-go's own lines
-	if o.rulesFile != "" {
-		// It is read again once the account is known. A wrong one is better told of before STS has answered.
-		if err := rulesfile.Check(o.rulesFile); err != nil {
-			return parts{}, fmt.Errorf("--rules-file: %w", err)
-		}
-	}
-	if p.metrics, err = admin.NewMetrics(program.Version(), p.log); err != nil {
-		return parts{}, err
-	}
-	if p.pair, err = certs.NewKeyPair(o.tlsCert, o.tlsKey, p.log); err != nil {
-		return parts{}, fmt.Errorf("--tls-cert, --tls-key: %w", err)
-	}
-	if o.namespace == "" {
-		o.namespace = ownNamespace()
-	}
-	rest, err := clientcmd.BuildConfigFromFlags("", o.kubeconfig)
-	if err != nil {
-		return parts{}, fmt.Errorf("reaching the API server (set --kubeconfig outside a cluster): %w", err)
-	}
-	if p.trust, err = publisher(ctx, o, rest, p.pair, p.log); err != nil {
-		return parts{}, err
-	}
-	if p.directory, err = kube.NewDirectory(rest, o.keys, p.log); err != nil {
-		return parts{}, err
-	}
-	if p.verifier, err = newVerifier(o, rest, p.directory, p.log); err != nil {
-		return parts{}, err
-	}
-	name, err := os.Hostname() // in a pod, the pod's
-	if err != nil {
-		return parts{}, fmt.Errorf("finding out the name of this broker: %w", err)
-	}
-	if p.events, err = events.New(rest, name, p.log); err != nil {
-		return parts{}, err
-	}
-	if p.sts, err = assume.New(ctx, assume.Config{
-		Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop, Logger: p.log,
-		Observe: func(c assume.Call) { p.metrics.STSCall(c.Action, c.Outcome, c.Took) },
-	}); err != nil {
-		return parts{}, err
-	}
-	source, err := p.traced(ctx, o)
-	if err != nil {
-		return parts{}, err
-	}
-	if p.sessions, err = cache.New(cache.Config[policy.Grant]{
-		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerTenant: o.maxGrants, Logger: p.log,
-	}); err != nil {
-		return parts{}, err
-	}
-	if err := p.place(o, rest); err != nil {
-		return parts{}, err
-	}
-	p.own = policy.Pod{Namespace: o.namespace, Name: name, UID: os.Getenv("POD_UID")}
-	if p.budget, err = broker.NewBudget(broker.BudgetConfig{
-		Stats: p.sessions.Stats, Logger: p.log,
-		Tell: func(note string) {
-			if p.own.UID != "" { // outside a cluster there is no pod to tell it of
-				p.events.BudgetShort(p.own, note)
-			}
-		},
-	}); err != nil {
-		return parts{}, err
-	}
-	if p.decisions, err = audit.New(audit.Config{Writer: os.Stdout, Required: o.auditRequired, Logger: p.log}); err != nil {
-		return parts{}, err
-	}
-	return p, p.metrics.Watch(p.sources())
-}
-
-// publisher makes what publishes the roots; nil when nothing is to be published.
-func publisher(ctx context.Context, o options, rest *rest.Config, pair *certs.KeyPair, log *slog.Logger) (*trust.Trust, error) {
+// newTrust makes the publisher of roots; nil if this broker publishes none.
+func newTrust(ctx context.Context, o options, rest *rest.Config, pair *certs.KeyPair, log *slog.Logger) (*trust.Trust, error) {
 	if o.rootsFile == "" {
 		return nil, nil
 	}
 	if o.rootsRequired {
-		// At the start an operator looks; later the broker goes on with the roots it knew.
+		// At the start a cluster admin sees an error. Later the broker keeps the roots that it has read.
 		if _, err := certs.NewRoots(o.rootsFile, nil); err != nil {
 			return nil, fmt.Errorf("--%s: %w", rootsFileFlag, err)
 		}
@@ -178,7 +190,7 @@ func publisher(ctx context.Context, o options, rest *rest.Config, pair *certs.Ke
 	return t, nil
 }
 
-// ownNamespace is the namespace of the pod that this process runs in; empty outside a cluster.
+// ownNamespace returns the namespace of this process's pod; empty outside a cluster.
 func ownNamespace() string {
 	if name := os.Getenv("POD_NAMESPACE"); name != "" {
 		return name
@@ -190,68 +202,45 @@ func ownNamespace() string {
 	return strings.TrimSpace(string(name))
 }
 
-// place makes what says which sessions this broker keeps, and what says which brokers there are.
-func (p *parts) place(o options, rest *rest.Config) (err error) {
-	p.placement = placement.New(o.settleTime)
-	p.placement.OnChange(func() { p.sessions.ShareRate(p.placement.Brokers()) })
+// newPlacement makes the part that decides which sessions this broker owns, and the part that tells it which brokers there
+// are; nil if this broker is the only one.
+func newPlacement(o options, rest *rest.Config, sessions *cache.Cache[policy.Grant], log *slog.Logger) (*placement.Placement, *kube.Endpoints, error) {
+	p := placement.New(o.settleTime)
+	p.OnChange(func() { sessions.ShareRate(p.Brokers()) })
 	if o.service == "" {
-		self := netip.IPv6Loopback() // any will do where there is no other
-		p.placement.Update(placement.Members{Self: self, Ready: []netip.Addr{self}})
-		return nil
+		self := netip.IPv6Loopback() // any address will do for the only broker
+		p.Update(placement.Members{Self: self, Ready: []netip.Addr{self}})
+		return p, nil, nil
 	}
 	if o.namespace == "" {
-		return errors.New("--service: set --namespace outside a cluster")
+		return nil, nil, errors.New("--service: set --namespace outside a cluster")
 	}
-	p.endpoints, err = kube.NewEndpoints(kube.EndpointsConfig{
-		REST: rest, Namespace: o.namespace, Service: o.service, Own: o.podIPs, Update: p.placement.Update, Logger: p.log,
+	endpoints, err := kube.NewEndpoints(kube.EndpointsConfig{
+		REST: rest, Namespace: o.namespace, Service: o.service, Own: o.podIPs, Update: p.Update, Logger: log,
 	})
-	return err
+	return p, endpoints, err
 }
 
-// deciding is what needs the base ARN.
-type deciding struct {
-	broker   *broker.Broker
-	prefetch *broker.Prefetch
-	rules    *rulesfile.Follower // nil: there is no rules file
+// newPrefetch makes the prefetch of the sessions that this broker owns. It looks at a pod when the pod or its namespace
+// changes, and at all pods when the brokers change.
+func newPrefetch(directory *kube.Directory, place *placement.Placement, sessions *cache.Cache[policy.Grant], log *slog.Logger) (*broker.Prefetch, error) {
+	prefetch, err := broker.NewPrefetch(broker.PrefetchConfig{Lookup: directory.Pod, Owns: place.Owns, Sessions: sessions, Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	directory.OnChange(func(key string) { prefetch.Changed(key) })
+	place.OnChange(func() { prefetch.Changed(directory.Pods()...) })
+	return prefetch, nil
 }
 
-// decide makes it.
-func (p parts) decide(o options, base credential.RoleBase) (d deciding, err error) {
-	rules, err := policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster, Chained: o.firstHop != (credential.RoleARN{})})
-	if err != nil {
-		return deciding{}, fmt.Errorf("--cluster-name: %w", err)
-	}
-	d.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-		Lookup: p.directory.Pod, Owns: p.placement.Owns, Rules: rules, Sessions: p.sessions, Logger: p.log,
+// newBudget makes the early warning that --sts-rate is too low. It writes an Event on this broker's own pod.
+func newBudget(sessions *cache.Cache[policy.Grant], recorder *events.Recorder, self policy.Pod, log *slog.Logger) (*broker.Budget, error) {
+	return broker.NewBudget(broker.BudgetConfig{
+		Stats: sessions.Stats, Logger: log,
+		Report: func(note string) {
+			if self.UID != "" { // outside a cluster there is no pod to write an Event on
+				recorder.BudgetShort(self, note)
+			}
+		},
 	})
-	if err != nil {
-		return deciding{}, err
-	}
-	all := func() { d.prefetch.Changed(p.directory.Pods()...) }
-	if o.rulesFile != "" {
-		d.rules, err = rulesfile.New(rulesfile.Config{
-			Path: o.rulesFile, Rules: rules, Logger: p.log, OnChange: all,
-		})
-		if err != nil {
-			return deciding{}, fmt.Errorf("--rules-file: %w", err)
-		}
-	}
-	deciders := admin.Sources{PodsQueued: d.prefetch.Pending}
-	if d.rules != nil {
-		deciders.RulesFile = func() (admin.RulesFile, bool) {
-			status := d.rules.Status()
-			return admin.RulesFile{Loaded: status.Loaded, OK: status.Err == nil}, true
-		}
-	}
-	if err := p.metrics.Watch(deciders); err != nil {
-		return deciding{}, err
-	}
-	p.directory.OnChange(func(key string) { d.prefetch.Changed(key) })
-	p.placement.OnChange(all)
-	all() // for a change between the two
-	d.broker, err = broker.New(broker.Config{
-		Verifier: p.verifier, Binder: p.directory, Rules: rules, Sessions: p.sessions, Audit: p.decisions,
-		Region: p.sts.Region(), Logger: p.log, Notify: p.events.Refused, Shadowed: p.events.Shadowed, Expects: p.directory.Expects, Observe: p.metrics.Answer, Decided: p.decided(),
-	})
-	return d, err
 }

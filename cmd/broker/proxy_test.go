@@ -27,19 +27,20 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program/programtest"
 )
 
-// Variables of the process that calls behind a proxy. It is one of its own, since net/http reads a process's proxies once.
+// Variables of the process that makes calls through a proxy. It is a separate process, because net/http reads the proxies of a
+// process once.
 const (
 	behindProxy   = "CREDENCE_TEST_BEHIND_PROXY" // set: this is that process
-	podIdentityAt = "CREDENCE_TEST_POD_IDENTITY" // where its 169.254.170.23:80 really is
-	apiServerAt   = "10.96.0.1:443"              // which is nowhere
+	podIdentityAt = "CREDENCE_TEST_POD_IDENTITY" // the address behind its 169.254.170.23:80
+	apiServerAt   = "10.96.0.1:443"              // where no server is
 	stsHost       = "sts.example.com"            // which only the proxy reaches; httptest has a certificate for it
 	podIdentity   = "http://169.254.170.23/v1/credentials"
 	ownToken      = "the-broker's-own-token"
 )
 
-// found is what that process has found.
+// found is the result of that process.
 type found struct {
-	Dialled   []string // addresses that it has opened connections to
+	Dialled   []string // addresses of its connections
 	Confirmed bool
 	Problem   string
 	Err       string
@@ -50,7 +51,7 @@ func behind(t *testing.T) (f found) {
 	if _, err := program.DirectCalls(); err != nil {
 		t.Fatal(err)
 	}
-	var mu sync.Mutex // transports dial on goroutines of their own
+	var mu sync.Mutex // transports dial in other goroutines
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		mu.Lock()
 		f.Dialled = append(f.Dialled, address)
@@ -67,7 +68,7 @@ func behind(t *testing.T) (f found) {
 	must(t, err)
 	_, err = client.Namespaces().List(t.Context(), metav1.ListOptions{})
 	if err == nil {
-		t.Error("an API server that is not there answered")
+		t.Error("an API server that does not exist responded")
 	}
 	sts, err := assume.New(t.Context(), assume.Config{Region: "eu-test-1", Endpoint: "https://" + stsHost, Dial: dial})
 	must(t, err)
@@ -81,7 +82,7 @@ func behind(t *testing.T) (f found) {
 	return f
 }
 
-// A proxy is for AWS. The API server, and what serves this machine alone, are called directly: the proxy could not reach
+// The broker uses a proxy for AWS only. It calls the API server and link-local addresses directly: a proxy could not reach
 // them, and would read the broker's own token.
 func TestWhatGoesThroughAProxy(t *testing.T) {
 	if out := os.Getenv(behindProxy); out != "" {
@@ -139,7 +140,7 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 
 	f := run()
 	if !f.Confirmed || f.Err != "" {
-		t.Errorf("behind a proxy, STS says %+v", f)
+		t.Errorf("through a proxy, STS returned %+v", f)
 	}
 	if want := []string{apiServerAt, "169.254.170.23:80", proxy.Addr}; !slices.Equal(slices.Compact(f.Dialled), want) {
 		t.Errorf("connections were opened to %v, want %v", f.Dialled, want)
@@ -149,17 +150,17 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 	}
 	hosts, authorizations := proxy.Asked()
 	if !slices.Equal(slices.Compact(hosts), []string{stsHost + ":443"}) || len(authorizations) > 0 {
-		t.Errorf("the proxy was asked for %v, and read %d Authorization headers", hosts, len(authorizations))
+		t.Errorf("the proxy received requests for %v, and read %d Authorization headers", hosts, len(authorizations))
 	}
 
-	// What a proxy refuses is told apart from what AWS says.
+	// A refusal by the proxy is not reported as one by AWS.
 	proxy.Refuse(http.StatusForbidden)
 	f = run()
 	refused := fmt.Sprintf("the proxy %s refuses a connection to %s:443 with status 403", proxy.Addr, stsHost)
 	if f.Confirmed || !strings.Contains(f.Problem, refused) || !strings.Contains(f.Err, refused) {
 		t.Errorf("a proxy that refuses: %+v, want %q", f, refused)
 	}
-	// One that does not answer is named too.
+	// The error names a proxy that does not respond, too.
 	gone := httptest.NewServer(nil)
 	gone.Close()
 	f = run("HTTPS_PROXY=http://user:pa55word@" + gone.Listener.Addr().String())
@@ -168,15 +169,15 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 	}
 }
 
-// The program keeps local calls off proxies before it makes its first client. It refuses a value that is
-// not a proxy's address.
+// The program excludes local calls from proxies before it makes its first client. It refuses a value that is not a proxy's
+// address.
 func TestProgramKeepsLocalCallsOffProxies(t *testing.T) {
 	t.Setenv("HTTPS_PROXY", "http://proxy.example.com:3128")
 	t.Setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
 	t.Setenv("NO_PROXY", "")
 	t.Setenv("no_proxy", "")
 	if err := run(t.Context(), options{rulesFile: "/nonexistent"}); err == nil || !strings.Contains(err.Error(), "--rules-file") {
-		t.Fatalf("without files, the broker says %v", err)
+		t.Fatalf("without files, the broker ended with %v", err)
 	}
 	for _, name := range []string{"NO_PROXY", "no_proxy"} {
 		if direct := os.Getenv(name); !strings.Contains(direct, "10.96.0.1") || !strings.Contains(direct, "169.254.0.0/16") {
@@ -185,6 +186,6 @@ func TestProgramKeepsLocalCallsOffProxies(t *testing.T) {
 	}
 	t.Setenv("HTTPS_PROXY", "ftp://user:pa55word@proxy")
 	if err := run(t.Context(), options{rulesFile: "/nonexistent"}); err == nil || !strings.Contains(err.Error(), "HTTPS_PROXY") || strings.Contains(err.Error(), "pa55word") {
-		t.Errorf("with a wrong HTTPS_PROXY, the broker says %v", err)
+		t.Errorf("with a wrong HTTPS_PROXY, the broker ended with %v", err)
 	}
 }

@@ -5,32 +5,32 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/cache"
 )
 
-// readiness are the conditions under which this broker should be asked, until serving ends. prefetched is
-// empty until the base ARN is known.
-func (p parts) readiness(serving context.Context, prefetched *atomic.Pointer[broker.Prefetch]) ([]admin.Check, *proof) {
-	known := func() bool { return prefetched.Load() != nil && p.directory.Synced() && p.placement.Known() }
-	warmth := &warmth{known: known, pending: func() int { return prefetched.Load().Pending() }, settled: p.sessions.Settled}
-	proof := &proof{
-		of: p.sts.Identity, held: p.sessions.Stats,
-		based: func() bool { return prefetched.Load() != nil }, warmed: func() bool { return warmth.check() == nil },
+// readiness returns the checks that this broker must pass to receive calls, and the check of its identity. shutdown is
+// closed when the shutdown begins. deciding is closed when the base ARN is known and prefetch runs.
+func (p parts) readiness(shutdown, deciding <-chan struct{}) ([]admin.Check, *identityCheck) {
+	warmth := &warmthCheck{
+		known:   func() bool { return closed(deciding) && p.directory.Synced() && p.placement.Known() },
+		pending: p.prefetch.Pending, settled: p.sessions.Settled,
+	}
+	identity := &identityCheck{
+		identity: p.sts.Identity, sessions: p.sessions.Stats,
+		deciding: func() bool { return closed(deciding) }, warm: func() bool { return warmth.check() == nil },
 	}
 	return []admin.Check{
-		{Name: "shutdown", Err: func() error { return unless(serving.Err() == nil, "this broker was told to end") }},
+		{Name: "shutdown", Err: func() error { return unless(!closed(shutdown), "this broker shuts down") }},
 		{Name: "certificate", Err: func() error {
 			end := p.pair.NotAfter()
 			return unless(time.Now().Before(end), "it expired at "+end.UTC().Format(time.RFC3339))
 		}},
 		{Name: "base ARN", Err: func() error {
-			return unless(prefetched.Load() != nil, "STS has not said which account this is")
+			return unless(closed(deciding), "STS has not returned the account of this broker")
 		}},
 		{Name: "informers", Err: func() error {
 			return unless(p.directory.Synced(), "not all pods, namespaces and service accounts are listed yet")
@@ -41,67 +41,77 @@ func (p parts) readiness(serving context.Context, prefetched *atomic.Pointer[bro
 		{Name: "token verification", Err: func() error {
 			return unless(p.verifier.Ready(), "the API server has neither published keys nor reviewed a token yet")
 		}},
-		{Name: "AWS identity", Err: proof.check},
+		{Name: "AWS identity", Err: identity.check},
 		{Name: "sessions", Err: warmth.check},
-	}, proof
+	}, identity
 }
 
-// proof is whether this broker can do its job: STS has confirmed its identity, or it holds a session that pods want.
-// Otherwise a broker with wrong keys would replace one that works.
-type proof struct {
-	of     func() assume.Identity
-	held   func() cache.Stats
-	based  func() bool // whether the base ARN is known
-	warmed func() bool // whether the sessions that pods want at the start are held, or were waited for
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// identityCheck checks that this broker can get sessions: STS has confirmed its identity, or it has a valid session that pods
+// use. Without the check, a broker with wrong keys would replace one that works.
+type identityCheck struct {
+	identity func() assume.Identity
+	sessions func() cache.Stats
+	deciding func() bool // whether the base ARN is known
+	warm     func() bool // whether the sessions that pods use at the start are cached, or the broker has waited long enough
 
 	mu   sync.Mutex
 	done bool // guarded by mu
 }
 
-// check passes once this broker has proved that it can, and from then on always: in an outage of STS a broker that serves
-// its cached sessions is worth more than none.
-func (i *proof) check() error {
+// check passes always after it has passed once: in an outage of STS, a broker that serves its cached sessions is better than
+// none.
+func (i *identityCheck) check() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.done {
 		return nil
 	}
-	is, held := i.of(), i.held()
+	identity, sessions := i.identity(), i.sessions()
 	switch {
-	case is.Confirmed || held.Warm > 0:
+	case identity.Confirmed || sessions.Warm > 0:
 		i.done = true
-	case is.Unsupported && i.based() && !i.warmed():
-		is.Problem = noSessionYet
-	case is.Unsupported && i.based():
-		// Nothing but a session can prove it there. A refused role does too, and if no pod wants one there is nothing to
-		// wait for: a first installation has no pods.
-		i.done = held.Active == 0 || held.Refused > 0
-		is.Problem = fmt.Sprintf("the STS-compatible service has no GetCallerIdentity, and none of %d sessions could be fetched: check the keys of the broker and --sts-endpoint (aws.stsEndpoint); the log has each failure", held.Active)
-	case is.Problem == "":
-		is.Problem = "STS has not answered yet"
+	case identity.Unsupported && i.deciding() && !i.warm():
+		identity.Problem = noSessionYet
+	case identity.Unsupported && i.deciding():
+		// Only a session can confirm the identity here. A refused role confirms it too. If no pod requests a role, there is
+		// nothing to wait for: a new installation has no pods.
+		i.done = sessions.Active == 0 || sessions.Refused > 0
+		identity.Problem = fmt.Sprintf("the STS-compatible service has no GetCallerIdentity, and none of %d sessions could be fetched; check the keys of the broker and --sts-endpoint (aws.stsEndpoint), the log has each failure", sessions.Active)
+	case identity.Problem == "":
+		identity.Problem = "STS has not responded yet"
 	}
-	return unless(i.done, is.Problem)
+	return unless(i.done, identity.Problem)
 }
 
-// noSessionYet is what a broker waits for that is on its way.
-const noSessionYet = "the STS-compatible service has no GetCallerIdentity, and no session has come yet"
+// noSessionYet is the problem of a broker whose first sessions are being fetched. It is not reported.
+const noSessionYet = "the STS-compatible service has no GetCallerIdentity, and no session has been fetched yet"
 
 const (
-	// identityLook is how often the identity is looked at until it is confirmed.
-	identityLook = 5 * time.Second
-	// identityLooks is how many looks in a row must find the same problem before it is reported: a call that is lost at
-	// the start is no news.
-	identityLooks = 3
-	// identityAgain is how often a problem that lasts is reported: an API server keeps an Event for an hour.
-	identityAgain = time.Hour + identityLook
+	// identityInterval is the time between two checks until the identity is confirmed.
+	identityInterval = 5 * time.Second
+	// identityChecks is how many checks in a row must find the same problem before it is reported: one lost call at the start
+	// is normal.
+	identityChecks = 3
+	// identityRepeat is how often a lasting problem is reported again: an API server keeps an Event for an hour.
+	identityRepeat = time.Hour + identityInterval
 )
 
-// run reports what keeps this broker from being ready, until nothing does or ctx ends. tell must not block.
-func (i *proof) run(ctx context.Context, tell func(problem string)) error {
-	ticker := time.NewTicker(identityLook)
+// run reports the problem that keeps this broker from being ready, until the check passes or ctx ends. report must not
+// block.
+func (i *identityCheck) run(ctx context.Context, report func(problem string)) error {
+	ticker := time.NewTicker(identityInterval)
 	defer ticker.Stop()
-	var last string
-	var told time.Time // when last was
+	var problem string
+	var reported time.Time // when problem was reported last; zero: not yet
 	for found := 0; ; {
 		select {
 		case <-ctx.Done():
@@ -112,59 +122,59 @@ func (i *proof) run(ctx context.Context, tell func(problem string)) error {
 		if err == nil {
 			return nil
 		}
-		if found++; err.Error() != last {
-			last, found, told = err.Error(), 1, time.Time{}
+		if found++; err.Error() != problem {
+			problem, found, reported = err.Error(), 1, time.Time{}
 		}
-		if last != noSessionYet && found >= identityLooks && time.Since(told) >= identityAgain {
-			told = time.Now()
-			tell(last)
+		if problem != noSessionYet && found >= identityChecks && time.Since(reported) >= identityRepeat {
+			reported = time.Now()
+			report(problem)
 		}
 	}
 }
 
-// reportIdentity has an Event on the broker's own pod say why it is not ready.
+// reportIdentity logs why this broker is not ready, and writes an Event on its own pod.
 func (p parts) reportIdentity(problem string) {
-	p.log.Warn("This broker is not ready, because STS has not confirmed who it is", "problem", problem)
-	if p.own.UID != "" { // outside a cluster there is no pod to tell it of
-		p.events.IdentityUnconfirmed(p.own, "This broker is not ready: "+problem)
+	p.log.Warn("This broker is not ready, STS has not confirmed its identity", "problem", problem)
+	if p.self.UID != "" { // outside a cluster there is no pod to write an Event on
+		p.events.IdentityUnconfirmed(p.self, "This broker is not ready: "+problem)
 	}
 }
 
-// warmTime is how long a broker that cannot warm all sessions, because STS is slow or away, stays unready.
-const warmTime = 30 * time.Second
+// maxWarmTime is how long a broker stays unready because it cannot fetch all sessions, when STS is slow or unavailable.
+const maxWarmTime = 30 * time.Second
 
-// warmth is whether the sessions of the pods that there were at the start are held.
-type warmth struct {
-	known   func() bool // which pods there are
-	pending func() int  // how many have not been looked at
-	settled func() (settled, kept int)
+// warmthCheck checks that the sessions of the pods at the start are cached.
+type warmthCheck struct {
+	known   func() bool // whether the broker knows these pods
+	pending func() int  // how many of them prefetch must still look at
+	settled func() (settled, active int)
 
 	mu    sync.Mutex
-	since time.Time // when known held first; guarded by mu
+	since time.Time // when known was true first; guarded by mu
 	done  bool      // guarded by mu
 }
 
-// check passes once all sessions have been held at the same time, or have been waited for long enough. From then
-// on it passes always: a broker that STS leaves alone later is no worse than any other.
-func (w *warmth) check() error {
+// check passes when all sessions are cached at the same time, or after maxWarmTime. Then it passes always: if STS fails
+// later, this broker is no worse than any other.
+func (w *warmthCheck) check() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.done {
 		return nil
 	}
 	if !w.known() {
-		return errors.New("it is not known yet which are wanted")
+		return errors.New("the broker does not know yet which sessions pods request")
 	}
 	if w.since.IsZero() {
 		w.since = time.Now()
 	}
 	pending := w.pending()
-	settled, kept := w.settled()
-	w.done = pending == 0 && settled == kept || time.Since(w.since) >= warmTime
-	return unless(w.done, fmt.Sprintf("%d of %d are warm, and %d pods are not looked at", settled, kept, pending))
+	settled, active := w.settled()
+	w.done = pending == 0 && settled == active || time.Since(w.since) >= maxWarmTime
+	return unless(w.done, fmt.Sprintf("%d of %d are warm, and prefetch has not looked at %d pods", settled, active, pending))
 }
 
-// unless is nil when ok, and otherwise an error of that text.
+// unless returns nil if ok, and otherwise an error with that text.
 func unless(ok bool, text string) error {
 	if ok {
 		return nil

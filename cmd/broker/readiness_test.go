@@ -10,36 +10,36 @@ import (
 	"github.com/credence-iam/credence/broker/cache"
 )
 
-// That no pod wants a session proves a broker only once it has looked at all pods: before that, it knows of none.
-func TestProofWaitsUntilPodsAreKnown(t *testing.T) {
+// A broker for which no pod requests a role is ready only after it has looked at all pods.
+func TestIdentityCheckWaitsUntilPodsAreKnown(t *testing.T) {
 	var (
-		held          cache.Stats
-		based, warmed bool
+		sessions       cache.Stats
+		deciding, warm bool
 	)
-	p := &proof{
-		of:    func() assume.Identity { return assume.Identity{Unsupported: true, Problem: "set --base-arn"} },
-		held:  func() cache.Stats { return held },
-		based: func() bool { return based }, warmed: func() bool { return warmed },
+	i := &identityCheck{
+		identity: func() assume.Identity { return assume.Identity{Unsupported: true, Problem: "set --base-arn"} },
+		sessions: func() cache.Stats { return sessions },
+		deciding: func() bool { return deciding }, warm: func() bool { return warm },
 	}
 	check := func(when, want string) {
 		t.Helper()
-		if err := p.check(); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+		if err := i.check(); want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: %v, want %q", when, err, want)
 		}
 	}
 	check("without a base ARN", "set --base-arn")
-	based = true
+	deciding = true
 	check("before pods are known", noSessionYet)
-	held.Active, warmed = 2, true
+	sessions.Active, warm = 2, true
 	check("without a session for them", "none of 2 sessions")
-	held.Refused = 1
+	sessions.Refused = 1
 	check("when STS has refused a role", "")
-	held = cache.Stats{Active: 2}
+	sessions = cache.Stats{Active: 2}
 	check("later", "")
 }
 
 func TestWarmth(t *testing.T) {
-	// What is found out at each look, and whether the broker is ready then.
+	// A look is what the broker knows at one check, and whether it is ready then.
 	type look struct {
 		after                  time.Duration
 		known                  bool
@@ -47,13 +47,13 @@ func TestWarmth(t *testing.T) {
 		ready                  bool
 	}
 	for name, looks := range map[string][]look{
-		"all warm":                           {{0, true, 0, 3, 3, true}},
-		"nothing is wanted":                  {{0, true, 0, 0, 0, true}},
-		"pods are listed, not looked at":     {{0, true, 7, 0, 0, false}, {time.Second, true, 0, 7, 7, true}},
-		"never goes back":                    {{0, true, 0, 3, 3, true}, {time.Hour, true, 5, 0, 9, true}},
-		"waits no longer than half a minute": {{0, true, 0, 1, 3, false}, {29 * time.Second, true, 0, 2, 3, false}, {time.Second, true, 0, 2, 3, true}},
-		// STS or the API server may be away for long at the start; the half minute begins after that.
-		"the time begins when it is known": {
+		"all warm":                            {{0, true, 0, 3, 3, true}},
+		"no pod requests a role":              {{0, true, 0, 0, 0, true}},
+		"prefetch has not looked at the pods": {{0, true, 7, 0, 0, false}, {time.Second, true, 0, 7, 7, true}},
+		"never goes back":                     {{0, true, 0, 3, 3, true}, {time.Hour, true, 5, 0, 9, true}},
+		"waits no longer than half a minute":  {{0, true, 0, 1, 3, false}, {29 * time.Second, true, 0, 2, 3, false}, {time.Second, true, 0, 2, 3, true}},
+		// STS or the API server may be unavailable for long at the start. The half minute begins after that.
+		"the time begins when the pods are known": {
 			{0, false, 0, 0, 0, false}, {time.Hour, false, 0, 0, 0, false}, {0, true, 0, 0, 5, false},
 			{29 * time.Second, true, 0, 4, 5, false}, {time.Second, true, 0, 5, 5, true},
 		},
@@ -61,7 +61,7 @@ func TestWarmth(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var now look
-				w := warmth{
+				w := warmthCheck{
 					known:   func() bool { return now.known },
 					pending: func() int { return now.pending },
 					settled: func() (int, int) { return now.settled, now.kept },

@@ -12,8 +12,8 @@ import (
 // sees makes this test binary print whether its process trusts the root of AWS's certificates.
 const sees = "CREDENCE_TEST_SEES_ROOTS"
 
-// TestPublicRootsWithoutFiles runs in a process of its own, since a process reads its roots once. The binary
-// of this test links what the program does.
+// TestPublicRootsWithoutFiles runs in a separate process, because a process reads its roots once. The binary of this test links
+// the same packages as the program.
 func TestPublicRootsWithoutFiles(t *testing.T) {
 	if os.Getenv(sees) != "" {
 		pool, err := x509.SystemCertPool()
@@ -30,6 +30,6 @@ func TestPublicRootsWithoutFiles(t *testing.T) {
 	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.count=1")
 	child.Env = append(os.Environ(), sees+"=1", "SSL_CERT_FILE=/nonexistent", "SSL_CERT_DIR=/nonexistent")
 	if output, err := child.CombinedOutput(); err != nil || !bytes.Contains(output, []byte("PASS")) {
-		t.Errorf("where the system has no roots: %v\n%s", err, output)
+		t.Errorf("on a system without roots: %v\n%s", err, output)
 	}
 }

@@ -28,7 +28,7 @@ func TestMaxTokenLife(t *testing.T) {
 		o, err := parse(f.Args())
 		switch {
 		case tt.want == 0 && (err == nil || !strings.Contains(err.Error(), "--max-token-life")):
-			t.Errorf("%q is answered %v", tt.args, err)
+			t.Errorf("%q: %v", tt.args, err)
 		case tt.want != 0 && (err != nil || o.maxTokenLife != tt.want):
 			t.Errorf("%q is %s (%v), want %s", tt.args, o.maxTokenLife, err, tt.want)
 		}

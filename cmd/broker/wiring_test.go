@@ -44,14 +44,14 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// wiring has a row for each flag: what changes when it is given. A flag can have several. Each row runs the program
-// against a real API server double and a real STS double, and sees from outside what the flag does; so a row fails when
-// a flag is parsed and then forgotten. A new flag needs a row here.
+// wiring has one or several rows for each flag. Each row runs the program with doubles of the API server and of STS, and checks
+// from outside what the flag changes. So a row fails if the program parses a flag and then ignores it. A new flag needs a row
+// here.
 var wiring = []struct {
 	flag, shows string
 	run         func(w *world)
 }{
-	{"listen", "gRPC is served there", func(w *world) {
+	{"listen", "the broker serves gRPC on it", func(w *world) {
 		address := freeAddress(w)
 		b := w.start("--listen=" + address)
 		if b.address != address {
@@ -59,25 +59,25 @@ var wiring = []struct {
 		}
 		b.mustServe(w.pod("cart-1", "cart"))
 	}},
-	{"admin-listen", "health, readiness and metrics are served there", func(w *world) {
+	{"admin-listen", "the broker serves health, readiness and metrics on it", func(w *world) {
 		address := freeAddress(w)
 		b := w.start("--admin-listen=" + address)
 		if b.admin != address || b.metric("ready") != 1 {
 			w.Errorf("the admin pages are on %s, want %s; ready is %v", b.admin, address, b.metric("ready"))
 		}
 		if code, _ := b.get(address, "/healthz"); code != http.StatusOK {
-			w.Errorf("/healthz answers %d", code)
+			w.Errorf("/healthz returns %d", code)
 		}
 	}},
-	{"debug-listen", "the grants are shown there", func(w *world) {
+	{"debug-listen", "the broker shows its grants on it", func(w *world) {
 		address := freeAddress(w)
 		b := w.start("--debug-listen=" + address)
 		b.mustServe(w.pod("cart-1", "cart"))
 		if code, text := b.get(address, "/debug/grants"); code != http.StatusOK || !strings.Contains(text, roleARN("cart")) {
-			w.Errorf("/debug/grants answers %d: %s", code, text)
+			w.Errorf("/debug/grants returns %d: %s", code, text)
 		}
 	}},
-	{"trace-endpoint", "calls are traced, from the server to STS", func(w *world) {
+	{"trace-endpoint", "the broker traces calls, from the server to STS", func(w *world) {
 		collector := otlptest.Start(w)
 		b := w.start("--trace-endpoint="+collector.Endpoint(), "--trace-ratio=1")
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -92,7 +92,7 @@ var wiring = []struct {
 			}
 		}
 	}},
-	{"trace-ratio", "of none, no trace is recorded", func(w *world) {
+	{"trace-ratio", "with 0, no trace is recorded", func(w *world) {
 		collector := otlptest.Start(w)
 		b := w.start("--trace-endpoint="+collector.Endpoint(), "--trace-ratio=0")
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -101,27 +101,27 @@ var wiring = []struct {
 			w.Errorf("%d spans were recorded", n)
 		}
 	}},
-	{"tls-cert", "the certificate in that file is served, and one that replaces it", func(w *world) {
+	{"tls-cert", "the broker serves the certificate in that file, and one that replaces it", func(w *world) {
 		dir := w.TempDir()
 		leaf := w.ca.Leaf(brokerName)
 		certFile, keyFile := leaf.WriteTo(dir)
 		b := w.start("--tls-cert="+certFile, "--tls-key="+keyFile, "--roots-file=")
 		if got := b.serial(); got != serialOf(leaf) {
-			w.Errorf("another certificate is served than that in the file")
+			w.Errorf("the broker serves another certificate than that in the file")
 		}
 		next := w.ca.Leaf(brokerName)
 		next.WriteTo(dir)
 		b.Await(w.T, "the replaced certificate is served", func() bool { return b.serial() == serialOf(next) })
 	}},
-	{"tls-key", "its key is read from that file", func(w *world) {
+	{"tls-key", "the broker reads the key from that file", func(w *world) {
 		leaf, file := w.ca.Leaf(brokerName), filepath.Join(w.TempDir(), "key.pem")
-		certFile, _ := w.ca.Leaf(brokerName).WriteTo(w.TempDir()) // with another key beside it
+		certFile, _ := w.ca.Leaf(brokerName).WriteTo(w.TempDir()) // with another key
 		certstest.WriteVolume(w, filepath.Dir(certFile), map[string][]byte{"tls.crt": leaf.CertPEM, "tls.key": w.ca.Leaf(brokerName).KeyPEM})
 		must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
 		b := w.start("--tls-cert="+certFile, "--tls-key="+file, "--roots-file=")
 		b.mustServe(w.pod("cart-1", "cart"))
 	}},
-	{"kubeconfig", "pods, namespaces and service accounts are those of that API server", func(w *world) {
+	{"kubeconfig", "the broker watches the pods, namespaces and service accounts of that API server", func(w *world) {
 		w.start()
 		for _, resource := range []string{"pods", "namespaces", "serviceaccounts"} {
 			if w.api.Requests(http.MethodGet, resource, "") == 0 {
@@ -129,7 +129,7 @@ var wiring = []struct {
 			}
 		}
 	}},
-	{"annotation-prefix", "keys have that prefix, and no other", func(w *world) {
+	{"annotation-prefix", "annotation keys have that prefix, and no other", func(w *world) {
 		w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 			Name: "new", Labels: map[string]string{"aws.example.com/inject": "enabled"}, Annotations: map[string]string{"aws.example.com/permitted": ".*"},
 		}})
@@ -143,7 +143,7 @@ var wiring = []struct {
 		b.mustRefuse(w.pod("old-1", "cart"), credential.ReasonNamespaceNotOpted)
 		b.Await(w.T, "roots are published in the namespace that is opted in by that prefix", func() bool { return w.roots("new", "credence-trust") != "" })
 		if w.roots("shop", "credence-trust") != "" {
-			w.Error("roots are published in a namespace that is opted in by another prefix")
+			w.Error("the broker publishes roots in a namespace that is opted in by another prefix")
 		}
 	}},
 	{"audience", "tokens for another audience are refused", func(w *world) {
@@ -158,13 +158,13 @@ var wiring = []struct {
 		b.mustServe(pod, apitest.Token{Audience: "credentials.example"})
 		b.mustRefuse(pod, credential.ReasonTokenAudience)
 	}},
-	{"issuer", "tokens of any other issuer are refused, the API server's own included", func(w *world) {
+	{"issuer", "tokens of any other issuer are refused, also of the API server", func(w *world) {
 		b := w.start("--issuer=https://one.example,https://two.example")
 		pod := w.pod("cart-1", "cart")
 		b.mustServe(pod, apitest.Token{Issuer: "https://two.example"})
 		b.mustRefuse(pod, credential.ReasonTokenIssuer)
 	}},
-	{"issuer", "the same holds where the API server reviews tokens", func(w *world) {
+	{"issuer", "the same with token review", func(w *world) {
 		b := w.start("--issuer=https://one.example,https://two.example", "--token-verification=tokenreview")
 		pod := w.pod("cart-1", "cart")
 		b.mustServe(pod, apitest.Token{Issuer: "https://one.example"})
@@ -177,7 +177,7 @@ var wiring = []struct {
 			w.Errorf("the broker has created %d TokenReviews", n)
 		}
 	}},
-	{"token-verification", "tokenreview has the API server review the token", func(w *world) {
+	{"token-verification", "tokenreview sends the token to the API server", func(w *world) {
 		b := w.start("--token-verification=tokenreview")
 		before := w.api.Requests(http.MethodPost, "tokenreviews", "")
 		b.mustServe(w.pod("cart-1", "cart"))
@@ -196,21 +196,21 @@ var wiring = []struct {
 		b.mustServe(w.pod("cart-1", "cart"))
 		for _, call := range w.calls("cart") {
 			if !strings.HasPrefix(call.SessionName, "blue") {
-				w.Errorf("the session is called %s", call.SessionName)
+				w.Errorf("the session name is %s", call.SessionName)
 			}
 		}
 	}},
-	{"region", "pods are told that region", func(w *world) {
+	{"region", "responses have that region", func(w *world) {
 		b := w.start("--region=ap-southeast-2")
 		if lease := b.mustServe(w.pod("cart-1", "cart")); lease.Region != "ap-southeast-2" {
 			w.Errorf("the region is %q", lease.Region)
 		}
 	}},
-	{"sts-endpoint", "STS is called there", func(w *world) {
+	{"sts-endpoint", "the broker calls STS at that URL", func(w *world) {
 		b := w.start("--sts-endpoint=" + w.sts.URL())
 		b.mustServe(w.pod("cart-1", "cart"))
 		if len(w.calls("cart")) == 0 {
-			w.Error("the role was not assumed there")
+			w.Error("the role was not assumed at that endpoint")
 		}
 	}},
 	{"assume-role", "that role is assumed first, and its session assumes the pod's role", func(w *world) {
@@ -224,16 +224,16 @@ var wiring = []struct {
 		long := w.pod("long-1", "long")
 		long.Annotations["iam.amazonaws.com/duration"] = "2h"
 		w.api.Put(long)
-		b.mustRefuse(long, credential.ReasonAnnotationInvalid) // which AWS gives to no chained role
+		b.mustRefuse(long, credential.ReasonAnnotationInvalid) // AWS does not allow it with role chaining
 	}},
-	{"sts-rate", "it is the rate, which brokers share", func(w *world) {
+	{"sts-rate", "the brokers share that rate", func(w *world) {
 		w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
 		b := w.start("--sts-rate=100", "--service=credence-broker", "--pod-ips=10.0.0.1")
 		if share := b.metric("fetch_rate_share"); share != 25 {
 			w.Errorf("one of four brokers may make %v calls per second", share)
 		}
 	}},
-	{"sts-concurrency", "no more calls of STS are made at once", func(w *world) {
+	{"sts-concurrency", "the broker makes no more STS calls at a time", func(w *world) {
 		hold := make(chan struct{})
 		w.sts.SetDefault(ststest.Behavior{Hold: hold})
 		cart, till := w.pod("cart-1", "cart"), w.pod("till-1", "till")
@@ -242,14 +242,14 @@ var wiring = []struct {
 			return b.metric("fetches_in_flight") == 1 && b.metric(`fetches_queued{kind="ahead"}`) == 1
 		})
 		if n := w.sts.Count("AssumeRole", ""); n != 1 {
-			w.Errorf("%d calls have arrived at STS", n)
+			w.Errorf("STS has received %d calls", n)
 		}
 		close(hold)
 		b.mustServe(cart)
 		b.mustServe(till)
 	}},
-	{"max-token-life", "tokens that live longer are refused", func(w *world) { w.limitsLife() }},
-	{"max-token-life", "the same holds where the API server reviews tokens", func(w *world) { w.limitsLife("--token-verification=tokenreview") }},
+	{"max-token-life", "tokens with a longer lifetime are refused", func(w *world) { w.limitsLife() }},
+	{"max-token-life", "the same with token review", func(w *world) { w.limitsLife("--token-verification=tokenreview") }},
 	{"max-grants-per-namespace", "further sessions of a namespace are refused", func(w *world) {
 		pods := []*corev1.Pod{w.pod("cart-1", "cart"), w.pod("till-1", "till")}
 		b := w.start("--max-grants-per-namespace=1")
@@ -266,7 +266,7 @@ var wiring = []struct {
 			w.Errorf("%d of two sessions are refused", refused)
 		}
 	}},
-	{"service", "of the sessions, a broker keeps its own, and takes up others when brokers go", func(w *world) {
+	{"service", "a broker fetches the sessions that it owns, and others when brokers leave", func(w *world) {
 		pods := w.pods(24)
 		ready := w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
 		w.slice("another-service", "10.0.0.1")
@@ -276,19 +276,19 @@ var wiring = []struct {
 		w.mustFetch(b, owned(w, pods, ready[:1], "10.0.0.1", 1))
 		b.Await(w.T, "the broker takes the others' share of the rate", func() bool { return b.metric("fetch_rate_share") == 50 })
 	}},
-	{"pod-ips", "it says which of the brokers this one is", func(w *world) {
+	{"pod-ips", "it selects which of the brokers this one is", func(w *world) {
 		pods := w.pods(24)
 		ready := w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
 		b := w.start("--service=credence-broker", "--pod-ips=fd00::4,10.0.0.4", "--settle-time=1h")
 		w.mustFetch(b, owned(w, pods, ready, "10.0.0.4", 1))
 	}},
-	{"settle-time", "after it, a broker has the sessions that it is second for", func(w *world) {
+	{"settle-time", "after that time, a broker fetches the sessions of which it is the second owner", func(w *world) {
 		pods := w.pods(24)
 		ready := w.brokers("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5")
 		b := w.start("--service=credence-broker", "--pod-ips=10.0.0.1", "--settle-time=1ms")
 		w.mustFetch(b, owned(w, pods, ready, "10.0.0.1", placement.Owners))
 	}},
-	{"audit", "required refuses when a line would be lost", func(w *world) {
+	{"audit", "required refuses a call whose line would be lost", func(w *world) {
 		w.stdout = w.unwritable()
 		b := w.start("--audit=required")
 		pod := w.pod("cart-1", "cart")
@@ -305,7 +305,7 @@ var wiring = []struct {
 		b.Await(w.T, "a lost line is counted", func() bool { return b.metric("audit_lines_lost_total") >= 1 })
 		b.mustServe(pod)
 	}},
-	{"rules-file", "it limits what pods get, a changed one too, and permitted sessions are still renewed", func(w *world) {
+	{"rules-file", "it limits pods, also after a change, and allowed sessions are still renewed", func(w *world) {
 		w.sts = w.startSTS(ststest.Config{SessionLife: func(time.Duration) time.Duration { return 4 * time.Second }})
 		file := filepath.Join(w.TempDir(), "rules.yaml")
 		rules := func(roles ...string) {
@@ -319,36 +319,36 @@ var wiring = []struct {
 		b.mustServe(till)
 		b.mustRefuse(other, credential.ReasonRulesRole)
 		if kept := b.metric("sessions_kept"); kept != 2 || b.metric("rules_file_ok") != 1 {
-			w.Errorf("%v sessions are kept, rules_file_ok is %v", kept, b.metric("rules_file_ok"))
+			w.Errorf("%v sessions are active, rules_file_ok is %v", kept, b.metric("rules_file_ok"))
 		}
 		rules(roleARN("cart"))
 		b.Await(w.T, "a role that is not permitted any more is refused", func() bool {
 			_, err := b.credentials(till)
 			return credential.ReasonOf(err) == credential.ReasonRulesRole
 		})
-		b.Await(w.T, "its session is kept no longer", func() bool { return b.metric("sessions_kept") == 1 })
+		b.Await(w.T, "its session is no longer active", func() bool { return b.metric("sessions_kept") == 1 })
 		renewed := len(w.calls("cart"))
 		b.Await(w.T, "the session that is permitted is renewed", func() bool { return len(w.calls("cart")) > renewed })
 		b.mustServe(cart)
 	}},
-	{"roots-file", "the roots in it are published in opted-in namespaces and in the broker's own", func(w *world) {
+	{"roots-file", "the broker publishes its roots in opted-in namespaces and in its own", func(w *world) {
 		w.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "elsewhere"}})
 		b := w.start("--roots-file=" + w.rootsFile)
 		for _, namespace := range []string{"shop", "credence"} {
 			b.Await(w.T, "roots are published in "+namespace, func() bool { return w.roots(namespace, "credence-trust") == string(w.ca.PEM) })
 		}
 		if w.roots("elsewhere", "credence-trust") != "" {
-			w.Error("roots are published in a namespace that is not opted in")
+			w.Error("the broker publishes roots in a namespace that is not opted in")
 		}
 	}},
-	{"roots-file", "without one nothing is published, and the broker does not ask to lead", func(w *world) {
+	{"roots-file", "without one, the broker publishes nothing and does not request the Lease", func(w *world) {
 		b := w.start("--roots-file=")
 		b.mustServe(w.pod("cart-1", "cart"))
 		if n := w.api.Requests("", "leases", "") + w.api.Requests("", "configmaps", ""); n > 0 {
 			w.Errorf("%d requests are about Leases and ConfigMaps", n)
 		}
 	}},
-	{"namespace", "it is where the Lease, the record of roots and the brokers' endpoints are", func(w *world) {
+	{"namespace", "it has the Lease, the trust record and the brokers' endpoints", func(w *world) {
 		w.namespace = "iam-system"
 		w.brokers("10.0.0.1", "10.0.0.2")
 		b := w.start("--namespace=iam-system", "--roots-file="+w.rootsFile, "--service=credence-broker", "--pod-ips=10.0.0.1", "--sts-rate=10")
@@ -362,7 +362,7 @@ var wiring = []struct {
 		b := w.start("--roots-file="+w.rootsFile, "--trust-config-map=brokers-roots")
 		b.Await(w.T, "roots are published", func() bool { return w.roots("shop", "brokers-roots") == string(w.ca.PEM) })
 	}},
-	{"trust-owner", "the ConfigMaps belong to that ClusterRole", func(w *world) {
+	{"trust-owner", "that ClusterRole owns the ConfigMaps", func(w *world) {
 		owner := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "credence-owner"}}
 		w.api.Put(owner)
 		b := w.start("--roots-file="+w.rootsFile, "--trust-owner=credence-owner")
@@ -372,22 +372,22 @@ var wiring = []struct {
 			w.Errorf("the owners are %+v, want %s with UID %s", owners, owner.Name, owner.UID)
 		}
 	}},
-	{"trust-propagation", "a certificate under a root that pods may not know is not served for that time", func(w *world) {
+	{"trust-propagation", "the broker does not serve a certificate under a new root for that time", func(w *world) {
 		w.stage("1h", func(b *running, next *certstest.Leaf) {
 			b.Await(w.T, "the new root is published, and said to be", func() bool {
 				return strings.Count(w.configMap("credence", "credence-trust").Data[trust.RecordKey], `"published":`) == 2
 			})
 			if b.serial() == serialOf(next) {
-				w.Error("the new certificate is served at once")
+				w.Error("the broker serves the new certificate immediately")
 			}
 		})
 	}},
-	{"trust-propagation", "0 serves it at once", func(w *world) {
+	{"trust-propagation", "0 serves it immediately", func(w *world) {
 		w.stage("0", func(b *running, next *certstest.Leaf) {
 			b.Await(w.T, "the new certificate is served", func() bool { return b.serial() == serialOf(next) })
 		})
 	}},
-	{"log-level", "error leaves out all but errors", func(w *world) {
+	{"log-level", "error logs errors only", func(w *world) {
 		b := &running{w: w, admin: freeAddress(w)}
 		b.Process = w.process("--log-level=error", "--admin-listen="+b.admin)
 		b.Await(w.T, "the broker is ready", b.ready)
@@ -395,7 +395,7 @@ var wiring = []struct {
 			w.Errorf("the log is %s", b.Stderr)
 		}
 	}},
-	{"log-level", "debug says why a session is not fetched ahead", func(w *world) {
+	{"log-level", "debug logs why a session is not prefetched", func(w *world) {
 		pod := w.pod("cart-1", "cart")
 		pod.Annotations["iam.amazonaws.com/duration"] = "soon"
 		w.api.Put(pod)
@@ -406,7 +406,7 @@ var wiring = []struct {
 	}},
 }
 
-// exempt are the flags whose effect no row shows, with the reason.
+// exempt are the flags without a row, with the reason.
 var exempt = map[string]string{}
 
 // TestFlagsAreWired runs the rows.
@@ -423,7 +423,7 @@ func TestFlagsAreWired(t *testing.T) {
 	processtest.CheckFlags(t, flags, rows, exempt)
 }
 
-// TestEnvironmentIsWired: what the chart sets instead of flags.
+// The program reads the variables that the chart sets instead of flags.
 func TestEnvironmentIsWired(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -439,9 +439,8 @@ func TestEnvironmentIsWired(t *testing.T) {
 	}
 }
 
-// TestAnswersLeaveTraces: each answer has a line in the audit log and is counted, and a refusal that a user must fix
-// has an Event on its pod.
-func TestAnswersLeaveTraces(t *testing.T) {
+// Each response has a line in the audit log and is counted. A refusal that a user must fix has an Event on its pod.
+func TestResponsesAreRecorded(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	b := w.start()
@@ -461,14 +460,14 @@ func TestAnswersLeaveTraces(t *testing.T) {
 		return len(names) == 1 && strings.HasPrefix(names[0], "wrong-1.")
 	})
 	if n := b.metric(`refusals_total{reason="ANNOTATION_INVALID"}`); n != 1 {
-		t.Errorf("%v refusals are counted", n)
+		t.Errorf("the metrics count %v refusals", n)
 	}
 	if n := b.metric(`sts_calls_total{action="AssumeRole",outcome="ok"}`); n < 1 {
-		t.Errorf("%v calls of STS are counted", n)
+		t.Errorf("the metrics count %v STS calls", n)
 	}
 }
 
-// TestMetricsAreWired: a broker that does all it can exports every metric of docs/metrics.md.
+// A broker with all its features in use exports every metric of docs/metrics.md.
 func TestMetricsAreWired(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("../../docs/metrics.md")
@@ -484,7 +483,7 @@ func TestMetricsAreWired(t *testing.T) {
 	b := w.start("--rules-file="+rules, "--token-verification=tokenreview", "--assume-role="+roleARN("hop"), "--trace-endpoint="+otlptest.Start(t).Endpoint(),
 		"--roots-file="+w.rootsFile, "--service=credence-broker", "--pod-ips=10.0.0.1")
 	b.mustServe(w.pod("cart-1", "cart"))
-	b.Await(t, "the session is kept", func() bool { return b.metric("sessions_warm") == 1 })
+	b.Await(t, "the session is warm", func() bool { return b.metric("sessions_warm") == 1 })
 	_, text := b.get(b.admin, "/metrics")
 	for _, metric := range documented {
 		if name := string(metric[1]); !regexp.MustCompile(`(?m)^` + name + `(_count)?[ {]`).MatchString(text) {
@@ -493,7 +492,7 @@ func TestMetricsAreWired(t *testing.T) {
 	}
 }
 
-// TestPodsAreFollowed: sessions are fetched for pods that appear, without a call.
+// The broker prefetches the sessions of new pods.
 func TestPodsAreFollowed(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -501,11 +500,10 @@ func TestPodsAreFollowed(t *testing.T) {
 	pod := w.pod("cart-1", "cart")
 	b.Await(t, "the session is warm", func() bool { return b.metric("sessions_warm") == 1 })
 	w.api.Delete(pod)
-	b.Await(t, "the session is kept no longer", func() bool { return b.metric("sessions_kept") == 0 })
+	b.Await(t, "the session is no longer active", func() bool { return b.metric("sessions_kept") == 0 })
 }
 
-// TestLeadIsGivenUpWhileDraining: another broker leads while this one lets the calls under way end, which the chart
-// gives it minutes for.
+// A broker that shuts down gives up the lead before it drains, so that another broker leads meanwhile.
 func TestLeadIsGivenUpWhileDraining(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -528,23 +526,23 @@ func TestLeadIsGivenUpWhileDraining(t *testing.T) {
 	}
 	select {
 	case err := <-answered:
-		t.Fatalf("the call ended with %v before the broker gave the lead up", err)
+		t.Fatalf("the call ended with %v before the broker gave up the lead", err)
 	default:
 	}
 	close(hold)
 	if err := <-answered; err != nil {
-		t.Errorf("the call that was under way failed: %v", err)
+		t.Errorf("the running call failed: %v", err)
 	}
 	b.end()
 	if lines := b.Stdout.Lines("pod", "cart-1"); len(lines) != 1 || lines[0]["decision"] != "allow" {
-		t.Errorf("the audit log has %v of the call that was under way", lines)
+		t.Errorf("the audit log has %v for the running call", lines)
 	}
 	if holder := w.leader("credence"); holder != "" {
 		t.Errorf("%s leads again", holder)
 	}
 }
 
-// TestAliveWithoutSTS: a broker that does not know its account is alive, not ready, and ends when it is told to.
+// A broker that does not know its account is alive, not ready, and shuts down on SIGTERM.
 func TestAliveWithoutSTS(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -559,7 +557,7 @@ func TestAliveWithoutSTS(t *testing.T) {
 	b.end()
 }
 
-// TestWrongFilesStopTheStart: before STS has answered, and with the name of the flag.
+// An invalid file stops the start before STS has responded, with an error that names the flag.
 func TestWrongFilesStopTheStart(t *testing.T) {
 	t.Parallel()
 	missing := filepath.Join(t.TempDir(), "missing")
@@ -579,10 +577,10 @@ func TestWrongFilesStopTheStart(t *testing.T) {
 	}
 }
 
-// brokerName is what the brokers' certificates are for.
+// brokerName is the name in the brokers' certificates.
 const brokerName = "credence-broker.credence.svc"
 
-// world is what a broker runs in.
+// world is the environment of a broker.
 type world struct {
 	*testing.T
 	api       *apitest.Server
@@ -591,10 +589,10 @@ type world struct {
 	rootsFile string
 	namespace string // of the brokers
 	args, env []string
-	stdout    *os.File // nil: kept
+	stdout    *os.File // nil: captured
 }
 
-// newWorld makes one with the opted-in namespace shop, which permits all roles.
+// newWorld returns a world with the opted-in namespace shop, which permits all roles.
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{T: t, api: apitest.Start(t), ca: certstest.NewCA(t), namespace: "credence"}
@@ -616,7 +614,7 @@ func newWorld(t *testing.T) *world {
 
 func (w *world) startSTS(cfg ststest.Config) *ststest.Server {
 	w.Helper()
-	// Until after the broker has ended, which is in a cleanup.
+	// It must live until the broker has ended, in a cleanup.
 	sts, err := ststest.Start(context.WithoutCancel(w.Context()), cfg)
 	must(w, err)
 	w.Cleanup(sts.Close)
@@ -633,7 +631,7 @@ func (w *world) pod(name, role string) *corev1.Pod {
 	return pod
 }
 
-// pods makes n of them, each with a role of its own.
+// pods makes n pods, each with its own role.
 func (w *world) pods(n int) (pods []*corev1.Pod) {
 	for i := range n {
 		pods = append(pods, w.pod(fmt.Sprintf("pod-%d", i), fmt.Sprintf("role-%d", i)))
@@ -641,7 +639,7 @@ func (w *world) pods(n int) (pods []*corev1.Pod) {
 	return pods
 }
 
-// brokers makes the brokers' Service have these ready endpoints.
+// brokers sets the ready endpoints of the brokers' Service.
 func (w *world) brokers(addresses ...string) (ready []netip.Addr) {
 	w.slice("credence-broker", addresses...)
 	for _, address := range addresses {
@@ -661,14 +659,14 @@ func (w *world) slice(service string, addresses ...string) {
 	w.api.Put(slice)
 }
 
-// owned are the roles of the pods for which self is among the first owners of the ready brokers.
+// owned returns the roles of the pods for which self is among the first owners of the ready brokers.
 func owned(w *world, pods []*corev1.Pod, ready []netip.Addr, self string, owners int) (roles []string) {
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	must(w, err)
 	for _, pod := range pods {
-		key, err := keys.RoutingKey(policy.Pod{
-			Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ServiceAccount: "default", Annotations: pod.Annotations,
-		})
+		key, err := policy.Pod{
+			Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ServiceAccount: "default", Request: keys.Request(pod.Annotations),
+		}.RoutingKey()
 		must(w, err)
 		rank := placement.Rank(string(key), ready)
 		if slices.Contains(rank[:min(owners, len(rank))], netip.MustParseAddr(self)) {
@@ -681,7 +679,7 @@ func owned(w *world, pods []*corev1.Pod, ready []netip.Addr, self string, owners
 	return roles
 }
 
-// limitsLife is the rows of --max-token-life.
+// limitsLife checks the maximum of a row of --max-token-life.
 func (w *world) limitsLife(args ...string) {
 	pod := w.pod("cart-1", "cart")
 	b := w.start(append(args, "--max-token-life=3h")...)
@@ -691,10 +689,10 @@ func (w *world) limitsLife(args ...string) {
 	}
 }
 
-// mustFetch waits until the broker keeps these roles' sessions, and has fetched no others.
+// mustFetch waits until the broker has fetched the sessions of these roles, and no others.
 func (w *world) mustFetch(b *running, roles []string) {
 	w.Helper()
-	b.Await(w.T, fmt.Sprintf("the broker keeps %d sessions", len(roles)), func() bool {
+	b.Await(w.T, fmt.Sprintf("the broker has %d active sessions", len(roles)), func() bool {
 		return b.metric("sessions_kept") == float64(len(roles)) && b.metric("sessions_warm") == float64(len(roles))
 	})
 	fetched := make(map[string]bool)
@@ -708,7 +706,7 @@ func (w *world) mustFetch(b *running, roles []string) {
 	}
 }
 
-// calls are those of AssumeRole for a role that have ended.
+// calls returns the AssumeRole calls for a role that have ended.
 func (w *world) calls(role string) (calls []ststest.Call) {
 	for _, call := range w.sts.Calls() {
 		if call.Action == "AssumeRole" && call.RoleARN == roleARN(role) && call.Status != 0 {
@@ -720,19 +718,19 @@ func (w *world) calls(role string) (calls []ststest.Call) {
 
 func roleARN(name string) string { return "arn:aws:iam::123456789012:role/" + name }
 
-// configMap is the one of that name; without data if there is none.
+// configMap returns the ConfigMap of that name; without data if there is none.
 func (w *world) configMap(namespace, name string) *corev1.ConfigMap {
 	m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}}
 	w.api.Load(m)
 	return m
 }
 
-// roots are those that are published in a namespace.
+// roots returns the roots that are published in a namespace.
 func (w *world) roots(namespace, name string) string {
 	return w.configMap(namespace, name).Data[trust.RootsKey]
 }
 
-// leader is who holds the Lease; empty if nobody does.
+// leader returns the holder of the Lease; empty if there is none.
 func (w *world) leader(namespace string) string {
 	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: trust.Lease}}
 	if !w.api.Load(lease) || lease.Spec.HolderIdentity == nil {
@@ -752,12 +750,12 @@ func (w *world) stage(propagation string, check func(b *running, next *certstest
 	next := certstest.NewCA(w).Leaf(brokerName)
 	next.WriteTo(dir)
 	if serialOf(next) == before {
-		w.Fatal("the two certificates have one serial number")
+		w.Fatal("the two certificates have the same serial number")
 	}
 	check(b, next)
 }
 
-// unwritable is a file to which every write fails.
+// unwritable returns a file to which every write fails.
 func (w *world) unwritable() *os.File {
 	f, err := os.Open(os.DevNull)
 	must(w, err)
@@ -792,7 +790,7 @@ func (w *world) start(args ...string) *running {
 	return b
 }
 
-// running is a broker that runs.
+// running is a running broker.
 type running struct {
 	*processtest.Process
 	w              *world
@@ -804,7 +802,7 @@ func (b *running) ready() bool {
 	return code == http.StatusOK
 }
 
-// get is a request over plain HTTP. Its status is 0 if nobody answers.
+// get makes a request over plain HTTP. Its status is 0 if there is no response.
 func (b *running) get(address, path string) (status int, body string) {
 	// Not on the test's context, which does not end before the test's goroutines do.
 	request, err := http.NewRequestWithContext(context.Background(), http.MethodGet, "http://"+address+path, nil)
@@ -823,7 +821,7 @@ func (b *running) get(address, path string) (status int, body string) {
 	return response.StatusCode, string(text)
 }
 
-// metric is the value of one, called without the broker's prefix; -1 if there is none.
+// metric returns the value of a metric, named without the prefix of the broker's metrics; -1 if there is none.
 func (b *running) metric(name string) float64 {
 	_, text := b.get(b.admin, "/metrics")
 	found := regexp.MustCompile(`(?m)^credence_broker_` + regexp.QuoteMeta(name) + ` (\S+)$`).FindStringSubmatch(text)
@@ -851,7 +849,7 @@ func (b *running) credentials(pod *corev1.Pod, token ...apitest.Token) (credenti
 	if err != nil {
 		return credential.Lease{}, err
 	}
-	return c.Credentials(context.WithoutCancel(b.w.Context())) // which bounds the call itself
+	return c.Credentials(context.WithoutCancel(b.w.Context())) // the client limits the call
 }
 
 func (b *running) mustServe(pod *corev1.Pod, token ...apitest.Token) credential.Lease {
@@ -870,9 +868,9 @@ func (b *running) mustRefuse(pod *corev1.Pod, reason credential.Reason) {
 	}
 }
 
-// serial identifies the certificate that the broker serves now; "" if there is none.
+// serial returns the serial number of the certificate that the broker serves; empty if there is none.
 func (b *running) serial() string {
-	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}} // it looks, and trusts nothing
+	dialer := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}} // it only reads the certificate
 	conn, err := dialer.DialContext(b.w.Context(), "tcp", b.address)
 	if err != nil {
 		return ""
@@ -883,7 +881,7 @@ func (b *running) serial() string {
 
 func serialOf(l *certstest.Leaf) string { return l.TLS().Leaf.SerialNumber.String() }
 
-// end ends the broker, which must do so well.
+// end shuts the broker down, which must succeed.
 func (b *running) end() {
 	b.w.Helper()
 	b.Terminate()
@@ -892,7 +890,7 @@ func (b *running) end() {
 	}
 }
 
-// freeAddress returns a loopback address that nobody listens on.
+// freeAddress returns a loopback address without a listener.
 func freeAddress(w *world) string {
 	listener, err := new(net.ListenConfig).Listen(w.Context(), "tcp", "127.0.0.1:0")
 	must(w, err)

@@ -13,7 +13,7 @@ func TestRoleChaining(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = o.Rules.Grant(
-			policy.Pod{Namespace: "shop", Name: "cart", ServiceAccount: "cart", Annotations: map[string]string{"iam.amazonaws.com/role": "r", "iam.amazonaws.com/duration": "12h"}},
+			policy.Pod{Namespace: "shop", Name: "cart", ServiceAccount: "cart", Request: o.Rules.Keys().Request(map[string]string{"iam.amazonaws.com/role": "r", "iam.amazonaws.com/duration": "12h"})},
 			policy.Namespace{Name: "shop", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled"}, Annotations: map[string]string{"iam.amazonaws.com/permitted": ".*"}})
 		if got := err != nil; got != refused {
 			t.Errorf("%s: a session of 12 hours is refused: %v, want %v (%v)", flag, got, refused, err)

@@ -87,11 +87,13 @@ func warmBroker(choose func(scene) (ours, bare side)) func(*world) []report.Run 
 
 // makePods returns a pod for each sidecar, and a token for each.
 func makePods(api *apiServer) (pods podMap, tokens []string) {
+	keys := must(policy.NewKeys(policy.DefaultPrefix))
+	request := keys.Request(map[string]string{keys.Name(policy.Role): "bench"})
 	pods = make(podMap)
 	for i := range sidecars {
 		pod := policy.Pod{
 			Namespace: namespace, Name: fmt.Sprintf("bench-6d4cf56db6-%05d", i), UID: uid(1, i), ServiceAccount: "default",
-			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): "bench"},
+			Request: request,
 		}
 		pods[pod.UID] = pod
 		tokens = append(tokens, api.token(pod, uid(4, 0)))

@@ -69,11 +69,16 @@ func (w *world) coldStart(pods, roles int, limit xrate.Limit) coldStart {
 	}
 	source := must(assume.New(ctx, assume.Config{Region: region, Endpoint: sts.URL()}))
 	sessions := must(cache.New(cache.Config[policy.Grant]{Source: source, Rate: limit, Logger: discard}))
+	rules := newRules()
+	requests := make([]*policy.Request, roles)
+	for i := range requests {
+		requests[i] = rules.Keys().Request(map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): fmt.Sprintf("bench-%d", i)})
+	}
 	all := make(map[string]policy.Pod, pods)
 	for i := range pods {
 		pod := policy.Pod{
 			Namespace: fmt.Sprintf("ns-%d", i%podNamespaces), Name: fmt.Sprintf("pod-%d", i), ServiceAccount: "default",
-			Annotations: map[string]string{policy.DefaultPrefix + "/" + string(policy.Role): fmt.Sprintf("bench-%d", i%roles)},
+			Request: requests[i%roles],
 		}
 		all[pod.Namespace+"/"+pod.Name] = pod
 	}
@@ -82,9 +87,9 @@ func (w *world) coldStart(pods, roles int, limit xrate.Limit) coldStart {
 			pod, ok := all[key]
 			return pod, optedIn(pod.Namespace), ok
 		},
-		Rules: newRules(), Sessions: sessions, Logger: discard,
+		Sessions: sessions, Logger: discard,
 	}))
-	for _, run := range []func(context.Context) error{sessions.Run, prefetch.Run} {
+	for _, run := range []func(context.Context) error{sessions.Run, func(ctx context.Context) error { return prefetch.Run(ctx, rules) }} {
 		go func() { _ = run(ctx) }()
 	}
 	began := time.Now()
@@ -331,10 +336,10 @@ func (f *brokers) sidecars() (clients []*client.Client) {
 	for i := range failoverClients {
 		role := i % failoverRoles
 		m := podMetadata(i/failoverRoles*podRoles + role)
-		pod := policy.Pod{Namespace: m.Namespace, Name: m.Name, UID: string(m.UID), ServiceAccount: accountName(role), Annotations: m.Annotations}
+		pod := policy.Pod{Namespace: m.Namespace, Name: m.Name, UID: string(m.UID), ServiceAccount: accountName(role), Request: keys.Request(m.Annotations)}
 		token := f.api.token(pod, string(accountMetadata(role*podNamespaces+role%podNamespaces).UID))
 		clients = append(clients, newClient(filepath.Join(dir, fmt.Sprint("token-", i)), token, client.Config{
-			Target: net.JoinHostPort(serverName, f.port), TLS: f.trust.client(), RoutingKey: must(keys.RoutingKey(pod)),
+			Target: net.JoinHostPort(serverName, f.port), TLS: f.trust.client(), RoutingKey: must(pod.RoutingKey()),
 			Lookup: func(context.Context, string, string) ([]netip.Addr, error) { return f.addresses(), nil },
 		}))
 	}

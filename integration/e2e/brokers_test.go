@@ -160,7 +160,7 @@ func TestBrokersComeAndGo(t *testing.T) {
 			pod = caller(t, app(name, map[string]string{roleKey: name}, "watch", "1h"))
 		}
 		stored := create(t, ns, pod)
-		key, err := keys.RoutingKey(policy.Pod{Namespace: ns, Name: name, UID: string(stored.UID), ServiceAccount: "default", Annotations: stored.Annotations})
+		key, err := policy.Pod{Namespace: ns, Name: name, UID: string(stored.UID), ServiceAccount: "default", Request: keys.Request(stored.Annotations)}.RoutingKey()
 		if err != nil {
 			t.Fatal(err)
 		}

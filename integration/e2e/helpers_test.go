@@ -249,7 +249,7 @@ func caller(t *testing.T, pod *corev1.Pod) *corev1.Pod {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := keys.RoutingKey(policy.Pod{Annotations: pod.Annotations})
+	key, err := policy.Pod{Request: keys.Request(pod.Annotations)}.RoutingKey()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -31,6 +31,15 @@ func known(d *kube.Directory, p *corev1.Pod) bool {
 	return ok && found.UID == string(p.UID)
 }
 
+// roleOf returns the role that the pod requests; empty if its annotations are refused.
+func roleOf(pod policy.Pod) string {
+	settings, err := pod.Request.Settings()
+	if err != nil {
+		return ""
+	}
+	return settings.Role
+}
+
 // TestDirectoryKeepsWhatIsNeeded shows that the directory keeps only what a decision needs, follows changes, and removes
 // a finished pod, such as a Job's, although it exists.
 func TestDirectoryKeepsWhatIsNeeded(t *testing.T) {
@@ -40,14 +49,14 @@ func TestDirectoryKeepsWhatIsNeeded(t *testing.T) {
 	p := pod(t, ns, "app", nil)
 	eventually(t, "the directory has a new pod", func() bool { return known(d, p) })
 	got, gotNS, _ := d.Pod(ns + "/app")
-	if len(got.Annotations) != 1 || got.Annotations[roleKey] != "cart" {
-		t.Errorf("the directory keeps annotations %v of the pod, want the role only", got.Annotations)
+	if roleOf(got) != "cart" {
+		t.Errorf("the pod requests role %q, want cart", roleOf(got))
 	}
 	if gotNS.Labels[injectKey] != "enabled" || len(gotNS.Labels) != 1 {
 		t.Errorf("the directory keeps labels %v of the namespace, want ours only", gotNS.Labels)
 	}
 	bound, _, err := d.Bind(t.Context(), idOf(t, p))
-	if err != nil || bound.UID != string(p.UID) || bound.ServiceAccount != "app" || bound.Annotations[roleKey] != "cart" {
+	if err != nil || bound.UID != string(p.UID) || bound.ServiceAccount != "app" || roleOf(bound) != "cart" {
 		t.Errorf("Bind returns %+v (%v)", bound, err)
 	}
 	p.Annotations[roleKey] = "till"
@@ -56,7 +65,7 @@ func TestDirectoryKeepsWhatIsNeeded(t *testing.T) {
 	}
 	eventually(t, "the directory has the changed annotation", func() bool {
 		got, _, _ := d.Pod(ns + "/app")
-		return got.Annotations[roleKey] == "till"
+		return roleOf(got) == "till"
 	})
 	stays := pod(t, ns, "stays", nil)
 	finish(t, p)

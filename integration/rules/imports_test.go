@@ -13,12 +13,15 @@ import (
 // package that does not exist yet.
 var floors = map[string]int{
 	// 0: the types of the domain. Standard library only.
-	"broker/clip":       0,
-	"broker/connlimit":  0,
-	"broker/credential": 0,
-	"broker/identity":   0,
-	"certs":             0,
-	"sidecar/contract":  0,
+	"broker/clip":           0,
+	"broker/connlimit":      0,
+	"broker/credential":     0,
+	"broker/identity":       0,
+	"broker/policy/gate":    0,
+	"broker/policy/pattern": 0,
+	"broker/typo":           0,
+	"certs":                 0,
+	"sidecar/contract":      0,
 
 	// 1: pure mechanisms on these types, and the wire format.
 	"broker/brokerpb":       1,

@@ -101,7 +101,9 @@ func (f *fleet) startAt(addr netip.Addr, number, zone int) {
 		f.mu.RUnlock()
 		b.hear(latest)
 		b.prefetch.Changed(f.podKeys()...)
-		for _, run := range []func(context.Context) error{b.sessions.Run, b.prefetch.Run, b.placement.Run} {
+		for _, run := range []func(context.Context) error{
+			b.sessions.Run, func(ctx context.Context) error { return b.prefetch.Run(ctx, f.rules) }, b.placement.Run,
+		} {
 			go func() { _ = run(ctx) }()
 		}
 		b.warm(ctx)
@@ -122,7 +124,7 @@ func (b *instance) build() {
 	fatal(f.t, err)
 	b.placement = placement.New(placement.DefaultSettleTime)
 	b.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{
-		Lookup: f.lookup, Owns: b.placement.Owns, Rules: f.rules, Sessions: b.sessions, Logger: log,
+		Lookup: f.lookup, Owns: b.placement.Owns, Sessions: b.sessions, Logger: log,
 	})
 	fatal(f.t, err)
 	b.placement.OnChange(func() {

@@ -235,7 +235,7 @@ func (f *fleet) add(spec, node int, calls time.Duration) {
 	p := &pod{Pod: f.specified(spec), spec: spec, node: node}
 	p.Name, p.UID = fmt.Sprintf("pod-%d", n), fmt.Sprintf("uid-%d", n)
 	p.key = p.Namespace + "/" + p.Name
-	routing, err := f.keys.RoutingKey(p.Pod)
+	routing, err := p.RoutingKey()
 	fatal(f.t, err)
 	p.routing = string(routing)
 	f.mu.Lock()
@@ -303,10 +303,8 @@ func (f *fleet) nodeBut(not func(node int) bool) int {
 func (f *fleet) specified(spec int) policy.Pod {
 	role := spec % f.roles
 	namespaces := max(20, f.grants()/(maxGrants*4/5)) // so that none has more grants than allowed
-	p := policy.Pod{
-		Namespace: fmt.Sprintf("ns-%d", role%namespaces), ServiceAccount: "default",
-		Annotations: map[string]string{f.keys.Name(policy.Role): fmt.Sprintf("role-%d", role)},
-	}
+	p := policy.Pod{Namespace: fmt.Sprintf("ns-%d", role%namespaces), ServiceAccount: "default"}
+	annotations := map[string]string{f.keys.Name(policy.Role): fmt.Sprintf("role-%d", role)}
 	switch f.scope {
 	case policy.ScopePod:
 		p.Namespace = fmt.Sprintf("ns-%d", spec%namespaces)
@@ -315,11 +313,12 @@ func (f *fleet) specified(spec int) policy.Pod {
 	case policy.ScopeRole:
 	}
 	if f.scope != "" {
-		p.Annotations[f.keys.Name(policy.SessionScope)] = string(f.scope)
+		annotations[f.keys.Name(policy.SessionScope)] = string(f.scope)
 	}
 	if f.duration != time.Hour {
-		p.Annotations[f.keys.Name(policy.Duration)] = f.duration.String()
+		annotations[f.keys.Name(policy.Duration)] = f.duration.String()
 	}
+	p.Request = f.keys.Request(annotations)
 	return p
 }
 

@@ -258,7 +258,7 @@ func TestAssumeAgainstMinIO(t *testing.T) {
 		t.Fatal(err)
 	}
 	grant, err := rules.Grant(
-		policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Annotations: map[string]string{keys.Name(policy.Role): roleARN}},
+		policy.Pod{Namespace: "shop", Name: "cart-1", UID: "u-1", ServiceAccount: "cart", Request: keys.Request(map[string]string{keys.Name(policy.Role): roleARN})},
 		policy.Namespace{Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled}, Annotations: map[string]string{keys.Name(policy.Permitted): ".*"}})
 	if err != nil {
 		t.Fatal(err)

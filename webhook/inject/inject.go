@@ -170,12 +170,12 @@ func (i *Injector) inject(ended func() error, raw []byte, namespace string, rese
 		Name:           p.Metadata.Name,
 		UID:            p.Metadata.UID,
 		ServiceAccount: podview.DefaultServiceAccount,
-		Annotations:    p.Metadata.Annotations,
 	}
 	if n := length(p.Metadata.Annotations); n > maxAnnotations {
 		return result, unsupported("the pod's annotations have %d bytes, and Kubernetes accepts %d; shorten them", n, maxAnnotations)
 	}
-	settings, err := i.cfg.Keys.Parse(p.Metadata.Annotations)
+	result.Pod.Request = i.cfg.Keys.Request(p.Metadata.Annotations)
+	settings, err := result.Pod.Request.Settings()
 	if err != nil {
 		return result, err
 	}

@@ -270,7 +270,7 @@ func TestRefusals(t *testing.T) {
 		{"no containers", `{` + role + `,"spec":{}}`, credential.ReasonPodUnsupported, "the pod has no containers"},
 		{"null container", `{` + role + `,"spec":{"containers":[null]}}`, credential.ReasonPodUnsupported, "the pod has a container without a name"},
 		{"misspelled", `{"metadata":{"annotations":{"iam.amazonaws.com/roel":"reader"}},"spec":{"containers":[{"name":"app"}]}}`,
-			credential.ReasonAnnotationUnknown, `annotation "iam.amazonaws.com/roel" is unknown: did you mean "iam.amazonaws.com/role"?`},
+			credential.ReasonAnnotationUnknown, `annotation "iam.amazonaws.com/roel" is unknown; did you mean "iam.amazonaws.com/role"?`},
 		{"hostNetwork", `{` + role + `,"spec":{"hostNetwork":true,"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`the pod has hostNetwork, so every process on its node could get its credentials from the sidecar; remove hostNetwork, or annotation "iam.amazonaws.com/role"`},
 		{"windows", `{` + role + `,"spec":{"os":{"name":"windows"},"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
@@ -308,7 +308,7 @@ func TestRefusals(t *testing.T) {
 		{"port of the present sidecar", present(`"127.0.0.1:9779"`, `"127.0.0.1:8080"`, `{"name":"app"`, `{"name":"app","ports":[{"containerPort":8080}]`), credential.ReasonPodUnsupported,
 			`container "app" has port 8080, on which the sidecar listens, and containers of a pod share ports; change the port, or set the sidecar's with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"bad memory", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/sidecar-memory":"64M"}},"spec":{"containers":[{"name":"app"}]}}`,
-			credential.ReasonAnnotationInvalid, `annotation "iam.amazonaws.com/sidecar-memory": "64M" is no amount of memory: write whole mebibytes, such as 16Mi or 64Mi`},
+			credential.ReasonAnnotationInvalid, `annotation "iam.amazonaws.com/sidecar-memory": "64M" is not an amount of memory; write whole mebibytes, such as 16Mi or 64Mi`},
 		{"no authorization", present(`"CREDENCE_AUTHORIZATION"`, `"OTHER"`), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_AUTHORIZATION is not the pod's UID`)},
 		{"authorization overridden", present(`{"name":"CREDENCE_ROUTING_KEY"`, `{"name":"CREDENCE_AUTHORIZATION","value":"known"},{"name":"CREDENCE_ROUTING_KEY"`,
 			`{"name":"CREDENCE_AUTHORIZATION","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}},`, ``), credential.ReasonPodUnsupported, differs(`its variable CREDENCE_AUTHORIZATION is not the pod's UID`)},
@@ -360,7 +360,7 @@ func TestRoutingKey(t *testing.T) {
 		if hasUID {
 			got = got.ForPod("uid-1")
 		}
-		want, err := keys.RoutingKey(policy.Pod{Namespace: namespace, Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Annotations: pod.Annotations})
+		want, err := policy.Pod{Namespace: namespace, Name: "cart-1", UID: "uid-1", ServiceAccount: "cart", Request: keys.Request(pod.Annotations)}.RoutingKey()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -581,7 +581,8 @@ func TestPlatformUser(t *testing.T) {
 
 func TestResult(t *testing.T) {
 	raw := []byte(`{"metadata":{"generateName":"app-","annotations":{"iam.amazonaws.com/role":"r"}},"spec":{"serviceAccount":"old-name","hostNetwork":true,"containers":[{"name":"app"}]}}`)
-	got, err := newInjector(t).Inject(raw, namespace)
+	injector := newInjector(t)
+	got, err := injector.Inject(raw, namespace)
 	if err == nil {
 		t.Fatal("Inject accepts a pod with hostNetwork")
 	}
@@ -590,10 +591,10 @@ func TestResult(t *testing.T) {
 		Name:      "app-",
 		Pod: policy.Pod{
 			Namespace: namespace, ServiceAccount: "old-name",
-			Annotations: map[string]string{"iam.amazonaws.com/role": "r"},
+			Request: injector.Keys().Request(map[string]string{"iam.amazonaws.com/role": "r"}),
 		},
 	}
-	if diff := gocmp.Diff(want, got); diff != "" {
+	if diff := gocmp.Diff(want, got, gocmp.AllowUnexported(policy.Request{})); diff != "" {
 		t.Errorf("result (-want +got):\n%s", diff)
 	}
 }
