@@ -3,10 +3,10 @@
 //
 // It guarantees: a line is written, or its loss is counted, or (if audit is required) the decision is refused. While the
 // process lives, no line is lost silently; if it is killed, the queued lines are lost. An entry is one line of at most
-// [MaxLine] bytes, whatever its fields contain. An [Entry] has no field for a secret.
+// 4,096 bytes, whatever its fields contain. An [Entry] has no field for a secret.
 //
 // Any client that reaches the broker can cause denials as fast as it can call. So repeated denials share one line per
-// [Window], and all other lines are written first.
+// 10 s, and all other lines are written first.
 package audit
 
 import (
@@ -56,10 +56,10 @@ type Entry struct {
 }
 
 // buffered is how many entries wait for a slow writer. At 10,000 decisions per second, more than any broker was measured
-// at, it bridges 0.8 s. It takes about 4 MB when full, and never more than MaxLine for each entry.
+// at, it bridges 0.8 s. It takes about 4 MB when full, and never more than maxLine for each entry.
 const buffered = 8 << 10
 
-// bufferedDenials is how many denials wait. Further ones are counted, and written when the [Window] ends.
+// bufferedDenials is how many denials wait. Further ones are counted, and written when the window ends.
 const bufferedDenials = 1 << 10
 
 // retryWait is the pause before a failed write of required lines is repeated.
@@ -156,7 +156,7 @@ func (l *Log) Run(ctx context.Context) error {
 		b       batch
 		repeats []Entry // lines of the last window, written after all others
 	)
-	window := time.NewTicker(Window)
+	window := time.NewTicker(denialWindow)
 	defer window.Stop()
 	for ctx.Err() == nil {
 		select {

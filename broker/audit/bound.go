@@ -6,9 +6,9 @@ import (
 	"unicode/utf8"
 )
 
-// MaxLine is the maximum size of a line with its newline, in bytes: PIPE_BUF on Linux, which a pipe takes in one piece,
+// maxLine is the maximum size of a line with its newline, in bytes: PIPE_BUF on Linux, which a pipe takes in one piece,
 // and a quarter of what container runtimes pass on as one line (16 kB).
-const MaxLine = 4096
+const maxLine = 4096
 
 // cutMark ends a field that was cut.
 const cutMark = "…[cut]"

@@ -9,18 +9,18 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// Window is how often repeated denials are written. One line then stands for all of them.
-const Window = 10 * time.Second
+// denialWindow is the window in which repeated denials are counted. At its end, one line stands for all of them.
+const denialWindow = 10 * time.Second
 
 // Limits of the denials that are counted.
 const (
-	// OtherPeers is the peer of the line that counts unauthenticated callers beyond maxPeers.
-	OtherPeers = "other peers"
+	// otherPeers is the peer of the line that counts unauthenticated callers beyond maxPeers.
+	otherPeers = "other peers"
 	// maxPeers is how many pairs of address and reason are counted separately among unauthenticated callers. Each takes at
-	// most two lines per Window, of some 300 bytes: 15 kB/s in all. So 50 MB of history last an hour, however many
-	// addresses call. The reasons of OtherPeers are few, and the caller does not choose them.
+	// most two lines per window, of some 300 bytes: 15 kB/s in all. So 50 MB of history last an hour, however many
+	// addresses call. The reasons of otherPeers are few, and the caller does not choose them.
 	maxPeers = 256
-	// podLines is how many denials of one pod and reason have their own line per Window. A sidecar retries after 30 s, so
+	// podLines is how many denials of one pod and reason have their own line per window. A sidecar retries after 30 s, so
 	// only a program that calls the broker itself with the pod's token reaches this limit.
 	podLines = 10
 	// maxPods is how many pairs of pod and reason are counted: 4 MB if each repeats the longest message. Each denial of
@@ -66,7 +66,7 @@ func network(peer string) string {
 type denials struct {
 	mu      sync.Mutex
 	sources map[source]*repeated // guarded by mu
-	peers   int                  // sources that are no pods, without OtherPeers; guarded by mu
+	peers   int                  // sources that are no pods, without otherPeers; guarded by mu
 	pods    int                  // guarded by mu
 }
 
@@ -88,14 +88,14 @@ func (d *denials) record(e Entry, write func(Entry) bool) (recorded bool) {
 	defer d.mu.Unlock()
 	r := d.sources[key]
 	if r == nil && !key.pod && d.peers >= maxPeers {
-		key.caller, e.Peer = OtherPeers, OtherPeers
+		key.caller, e.Peer = otherPeers, otherPeers
 		r = d.sources[key]
 	}
 	allowed := 1
 	switch {
 	case key.pod:
 		allowed = podLines
-	case key.caller == OtherPeers:
+	case key.caller == otherPeers:
 		allowed = 0 // A line of its own would name no caller.
 	}
 	if r == nil {
@@ -127,7 +127,7 @@ func (d *denials) countSource(key source, n int) {
 	switch {
 	case key.pod:
 		d.pods += n
-	case key.caller != OtherPeers:
+	case key.caller != otherPeers:
 		d.peers += n
 	}
 }
@@ -148,7 +148,7 @@ func (d *denials) end() (lines []Entry) {
 		if !key.pod {
 			e.Peer = key.caller
 		}
-		if key.caller == OtherPeers {
+		if key.caller == otherPeers {
 			e.Message = "" // It may quote one of many callers.
 		}
 		lines = append(lines, e)

@@ -1,0 +1,8 @@
+package audit
+
+// Bounds and names for tests.
+const (
+	MaxLine    = maxLine
+	Window     = denialWindow
+	OtherPeers = otherPeers
+)
