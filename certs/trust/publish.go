@@ -143,7 +143,7 @@ func (p *publisher) publish(ctx context.Context, namespace string) (later bool, 
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
 	m := corev1ac.ConfigMap(p.cfg.ConfigMap, namespace).
-		WithLabels(map[string]string{"app.kubernetes.io/managed-by": FieldManager}).
+		WithLabels(map[string]string{"app.kubernetes.io/managed-by": fieldManager}).
 		WithData(map[string]string{RootsKey: data[RootsKey]})
 	if own {
 		m.WithData(data)
@@ -152,7 +152,7 @@ func (p *publisher) publish(ctx context.Context, namespace string) (later bool, 
 		m.WithOwnerReferences(metav1ac.OwnerReference().
 			WithAPIVersion(rbacv1.SchemeGroupVersion.String()).WithKind(ownerKind).WithName(p.cfg.Owner).WithUID(uid))
 	}
-	_, err = p.core.ConfigMaps(namespace).Apply(ctx, m, metav1.ApplyOptions{FieldManager: FieldManager, Force: true})
+	_, err = p.core.ConfigMaps(namespace).Apply(ctx, m, metav1.ApplyOptions{FieldManager: fieldManager, Force: true})
 	p.mu.Lock()
 	p.written[namespace] = time.Now()
 	p.mu.Unlock()

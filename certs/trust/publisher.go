@@ -34,7 +34,7 @@ type configMapState struct {
 
 	roots, record [sha256.Size]byte // digests of the data
 	owners        []types.UID
-	drop          string // DropAnnotation
+	drop          string // dropAnnotation
 }
 
 // strip replaces a ConfigMap by its configMapState. The informer may pass a result to strip again.
@@ -47,7 +47,7 @@ func strip(obj any) (any, error) {
 		ObjectMeta: metav1.ObjectMeta{Namespace: m.Namespace, Name: m.Name, UID: m.UID, ResourceVersion: m.ResourceVersion},
 		roots:      sha256.Sum256([]byte(m.Data[RootsKey])),
 		record:     sha256.Sum256([]byte(m.Data[RecordKey])),
-		drop:       strings.Clone(m.Annotations[DropAnnotation]), // a copy, so that the object can be freed
+		drop:       strings.Clone(m.Annotations[dropAnnotation]), // a copy, so that the object can be freed
 	}
 	for _, owner := range m.OwnerReferences {
 		if owner.Kind == ownerKind {

@@ -43,20 +43,20 @@ func readRoots(name string) ([]*x509.Certificate, error) {
 	return roots, nil
 }
 
-// digest returns the digest that identifies a certificate in the record and in DropAnnotation.
+// digest returns the digest that identifies a certificate in the record and in dropAnnotation.
 func digest(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.Raw)
 	return hex.EncodeToString(sum[:])
 }
 
-// parseDigests parses the value of DropAnnotation. It accepts colons between the bytes and capital letters, as openssl prints
+// parseDigests parses the value of dropAnnotation. It accepts colons between the bytes and capital letters, as openssl prints
 // them.
 func parseDigests(list string) (map[string]bool, error) {
 	digests := make(map[string]bool)
 	for text := range strings.FieldsFuncSeq(list, func(r rune) bool { return r == ',' || r == ' ' || r == '\n' }) {
 		id := strings.ToLower(strings.ReplaceAll(text, ":", ""))
 		if raw, err := hex.DecodeString(id); err != nil || len(raw) != sha256.Size {
-			return nil, errors.New("annotation " + DropAnnotation + ": not a list of SHA-256 digests, so no root is dropped; write 64 hexadecimal digits for each, separated by commas")
+			return nil, errors.New("annotation " + dropAnnotation + ": not a list of SHA-256 digests, so no root is dropped; write 64 hexadecimal digits for each, separated by commas")
 		}
 		digests[id] = true
 	}

@@ -49,12 +49,12 @@ const (
 	// RecordKey is the ConfigMap's key for the trust record, in JSON: when each root was published and when it was retired. Only
 	// the broker's own namespace has it.
 	RecordKey = "record.json"
-	// DropAnnotation, on the ConfigMap in the broker's own namespace, lists roots to withdraw, even if the file has them. Its
+	// dropAnnotation, on the ConfigMap in the broker's own namespace, lists roots to withdraw, even if the file has them. Its
 	// value has the SHA-256 digests of their certificates in hexadecimal digits, separated by commas. A root that verifies the
 	// served leaf is withdrawn when another leaf is served.
-	DropAnnotation = "credence-iam.github.io/drop-roots"
-	// FieldManager is the owner of our fields of a ConfigMap (server-side apply).
-	FieldManager = "credence-broker"
+	dropAnnotation = "credence-iam.github.io/drop-roots"
+	// fieldManager is the owner of our fields of a ConfigMap (server-side apply).
+	fieldManager = "credence-broker"
 	// Lease is the name of the Lease that the leading replica holds.
 	Lease = "credence-broker"
 )
@@ -165,9 +165,6 @@ func (t *Trust) Run(ctx context.Context) error {
 	running.Wait()
 	return nil
 }
-
-// Leading reports whether this replica publishes.
-func (t *Trust) Leading() bool { return t.leading.Load() }
 
 // Err returns the present failures of this replica, or nil. A pending leaf is not a failure; the key pair's Err reports it. Err
 // is for metrics and users: a broker that cannot publish should keep serving.
