@@ -18,8 +18,8 @@ const (
 // CredentialsPath is the path of AWS_CONTAINER_CREDENTIALS_FULL_URI.
 const CredentialsPath = "/v1/credentials"
 
-// EnvPrefix starts the name of each environment variable that the sidecar reads.
-const EnvPrefix = "CREDENCE_"
+// envPrefix starts the name of each environment variable that the sidecar reads.
+const envPrefix = "CREDENCE_"
 
 // Flags of the sidecar. Each can be set by the environment variable that [Env] names, which is how the webhook sets them.
 const (
@@ -51,5 +51,5 @@ const (
 
 // Env returns the name of the environment variable that sets a flag.
 func Env(flag string) string {
-	return EnvPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
