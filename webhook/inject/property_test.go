@@ -246,8 +246,8 @@ func (g generator) settings() inject.Settings {
 	s.CPU.Request = []policy.CPU{policy.MinCPU, 5, 50}[g.IntN(3)]
 	s.CPU.Limit = []policy.CPU{0, 50, 100, policy.MaxCPU}[g.IntN(4)]
 	s.CPU.Guaranteed = []policy.CPU{policy.MinCPULimit, 50, policy.MaxCPU}[g.IntN(3)]
-	s.Port = []int{policy.MinPort, inject.DefaultPort, policy.MaxPort}[g.IntN(3)]
-	s.RunAsUser = []int64{1, inject.DefaultRunAsUser, inject.PlatformUser}[g.IntN(3)]
+	s.Port = []int{policy.MinPort, s.Port, policy.MaxPort}[g.IntN(3)]
+	s.RunAsUser = []int64{1, s.RunAsUser, inject.PlatformUser}[g.IntN(3)]
 	s.LogLevel = []policy.LogLevel{policy.LogDebug, policy.LogInfo, policy.LogError}[g.IntN(3)]
 	if g.some(50) {
 		s.PodAnnotations = map[string]string{"sidecar.example/ports": []string{"9443", ""}[g.IntN(2)]}

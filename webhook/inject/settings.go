@@ -15,9 +15,9 @@ import (
 
 // Defaults of [Settings].
 const (
-	DefaultPort = 9779
-	// DefaultRunAsUser is the "nonroot" user of distroless images.
-	DefaultRunAsUser int64 = 65532
+	defaultPort = 9779
+	// defaultRunAsUser is the "nonroot" user of distroless images.
+	defaultRunAsUser int64 = 65532
 	// PlatformUser means that the platform chooses a user for each namespace (OpenShift).
 	PlatformUser int64 = -1
 )
@@ -68,8 +68,8 @@ func DefaultSettings() Settings {
 			Limit:      100,
 			Guaranteed: 50,
 		},
-		Port:      DefaultPort,
-		RunAsUser: DefaultRunAsUser,
+		Port:      defaultPort,
+		RunAsUser: defaultRunAsUser,
 		LogLevel:  policy.LogInfo,
 	}
 }
