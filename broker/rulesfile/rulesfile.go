@@ -13,9 +13,6 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// Interval is the time between two reads of the file.
-const Interval = configfile.Interval
-
 // Config configures [New].
 type Config struct {
 	// Path is the file. It may be a symbolic link, or be reached through one that is swapped, as in a mounted ConfigMap.

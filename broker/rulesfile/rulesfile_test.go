@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/credence-iam/credence/broker/configfile"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/rulesfile"
@@ -174,7 +175,7 @@ func TestFollow(t *testing.T) {
 		} {
 			step.do()
 			before := f.Status()
-			time.Sleep(rulesfile.Interval)
+			time.Sleep(configfile.Interval)
 			synctest.Wait()
 			s := f.Status()
 			if s.Digest != step.digest || (s.Err == nil) != (step.err == "") || s.Err != nil && !strings.Contains(s.Err.Error(), step.err) {
@@ -233,7 +234,7 @@ func TestConfigMapSwap(t *testing.T) {
 		go func() { ended <- f.Run(ctx) }()
 		for i, text := range []string{forNobody, forShop, broken, forNobody} {
 			swap("..2"+string(rune('a'+i)), text)
-			time.Sleep(rulesfile.Interval + time.Second)
+			time.Sleep(configfile.Interval + time.Second)
 			synctest.Wait()
 			s := f.Status()
 			want := digest(text)
@@ -248,7 +249,7 @@ func TestConfigMapSwap(t *testing.T) {
 		if err := os.Remove(filepath.Join(dir, "..data")); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(rulesfile.Interval)
+		time.Sleep(configfile.Interval)
 		synctest.Wait()
 		if s := f.Status(); !errors.Is(s.Err, fs.ErrNotExist) || s.Digest != digest(forNobody) || reason(rules) != credential.ReasonRulesNamespace {
 			t.Errorf("without the directory: %+v, %s", s, reason(rules))
