@@ -53,7 +53,7 @@ type Config struct {
 
 // Call describes one finished call for metrics. All its values are from small sets.
 type Call struct {
-	// Action is AssumeRole, GetCallerIdentity, or [ActionOwnCredentials].
+	// Action is AssumeRole, GetCallerIdentity, or OwnCredentials.
 	Action string
 	// Outcome is "ok", or the text of the [credential.Reason] of the failure.
 	Outcome string
@@ -61,9 +61,9 @@ type Call struct {
 	Took time.Duration
 }
 
-// ActionOwnCredentials is a call to the source of the broker's own credentials: a file, instance metadata, or STS with a
+// actionOwnCredentials is a call to the source of the broker's own credentials: a file, instance metadata, or STS with a
 // web identity token.
-const ActionOwnCredentials = "OwnCredentials"
+const actionOwnCredentials = "OwnCredentials"
 
 // STS assumes roles. It implements credential.Source for grants.
 type STS struct {
@@ -308,10 +308,10 @@ func (s *STS) load(ctx context.Context, options []func(*config.LoadOptions) erro
 			creds, err = cfg.Credentials.Retrieve(ctx)
 		}
 		if err == nil {
-			s.report(ActionOwnCredentials, success, began)
+			s.report(actionOwnCredentials, success, began)
 			return creds, nil
 		}
-		s.report(ActionOwnCredentials, ownFault, began) // For each cause, there are no credentials.
+		s.report(actionOwnCredentials, ownFault, began) // For each cause, there are no credentials.
 		if v := outcomeOf(err); repeated || v != stale && v != identity {
 			return aws.Credentials{}, err
 		}

@@ -405,7 +405,7 @@ func TestClassification(t *testing.T) {
 			if e != nil && (e.Cause == nil || !strings.Contains(e.Cause.Error(), tt.code)) {
 				t.Errorf("%s: the cause is %v", what, e.Cause)
 			}
-			want := []assume.Call{{Action: assume.ActionOwnCredentials, Outcome: "ok"}, {Action: "AssumeRole", Outcome: string(tt.reason), Took: 2 * time.Second}}
+			want := []assume.Call{{Action: "OwnCredentials", Outcome: "ok"}, {Action: "AssumeRole", Outcome: string(tt.reason), Took: 2 * time.Second}}
 			if tt.calls == twice {
 				want = append(want, want...)
 			}

@@ -15,8 +15,8 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// ErrorDomain is the domain in each google.rpc.ErrorInfo that the broker sends.
-const ErrorDomain = "credence"
+// errorDomain is the domain in each google.rpc.ErrorInfo that the broker sends.
+const errorDomain = "credence"
 
 // Limits of what a caller accepts from an error. A message is shown to users and may become an HTTP body, and the AWS
 // common runtime refuses bodies over 10,000 bytes. A delay from a faulty or hostile broker must not silence a sidecar for
@@ -59,7 +59,7 @@ func ToStatus(err error) *status.Status {
 		}
 	}
 	st := status.New(code, clip.Bytes(e.Message, maxMessage))
-	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Reason: string(e.Reason), Domain: ErrorDomain}}
+	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Reason: string(e.Reason), Domain: errorDomain}}
 	if e.RetryAfter > 0 {
 		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(e.RetryAfter)})
 	}
@@ -89,7 +89,7 @@ func FromError(err error) error {
 	for _, d := range st.Details() {
 		switch d := d.(type) {
 		case *errdetails.ErrorInfo:
-			if d.GetDomain() == ErrorDomain && reasonForm.MatchString(d.GetReason()) {
+			if d.GetDomain() == errorDomain && reasonForm.MatchString(d.GetReason()) {
 				e.Reason = credential.Reason(d.GetReason())
 			}
 		case *errdetails.RetryInfo:

@@ -98,7 +98,7 @@ func (c *call) run(ctx context.Context) (credential.Lease, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer c.running.Wait()
 	defer cancel()
-	c.timer = time.NewTimer(CallTimeout)
+	c.timer = time.NewTimer(callTimeout)
 	defer c.timer.Stop()
 
 	for c.callNext(ctx); c.inFlight > 0 || c.lookingUp; {

@@ -8,7 +8,7 @@
 //   - It calls the two owners of the session first. A broker that fails or does not respond costs little time, because
 //     the client calls another one. It calls no broker twice in one call.
 //   - It does not make an outage of all brokers worse, nor slow brokers slower: see [Client.Credentials].
-//   - A call ends within [CallTimeout], whatever brokers and DNS do. Only a look-up of the brokers' name without a
+//   - A call ends within 10 s, whatever brokers and DNS do. Only a look-up of the brokers' name without a
 //     response continues, for up to 30 s. The next call uses its result.
 //   - A response that is incomplete, expired or too large never becomes a lease.
 //
@@ -37,10 +37,10 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// CallTimeout limits one call, from the look-up of the brokers' name to the response of the last broker. A broker waits
+// callTimeout limits one call, from the look-up of the brokers' name to the response of the last broker. A broker waits
 // up to 2 s for a pod that it does not know yet, and STS responds within a second or two. A call that times out loses
 // nothing: the brokers continue, and the next call gets the result.
-const CallTimeout = 10 * time.Second
+const callTimeout = 10 * time.Second
 
 const (
 	// maxAnswer limits the response message. A session has about 1.5 kB. AWS does not limit the length of its token, but
@@ -171,7 +171,7 @@ func (c *Client) Credentials(ctx context.Context) (credential.Lease, error) {
 		return credential.Lease{}, err
 	}
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, CallTimeout)
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 
 	found, current, err := c.addresses.find(ctx)

@@ -1,22 +1,22 @@
 // Package clip shortens text from outside before it enters a log line, an error, an Event or a response. A shortened
-// text ends with [Mark], so that a reader sees that there was more.
+// text ends with "…", so that a reader sees that there was more.
 package clip
 
 import "strings"
 
-// Mark ends a shortened text. It has three bytes.
-const Mark = "…"
+// mark ends a shortened text. It has three bytes.
+const mark = "…"
 
 // Bytes returns s without invalid UTF-8. If s has more than limit bytes, Bytes returns the longest prefix of whole
-// characters that has at most limit bytes together with [Mark]. The minimum of limit is len(Mark).
+// characters that has at most limit bytes together with "…". The minimum of limit is 3.
 func Bytes(s string, limit int) string {
 	if len(s) <= limit {
 		return strings.ToValidUTF8(s, "")
 	}
-	return strings.ToValidUTF8(s[:limit-len(Mark)], "") + Mark
+	return strings.ToValidUTF8(s[:limit-len(mark)], "") + mark
 }
 
-// Runes returns s if it has at most limit characters. Otherwise it returns the first limit-1 characters and [Mark].
+// Runes returns s if it has at most limit characters. Otherwise it returns the first limit-1 characters and "…".
 // The minimum of limit is 1.
 func Runes(s string, limit int) string {
 	if len(s) <= limit { // A character has at least one byte.
@@ -28,7 +28,7 @@ func Runes(s string, limit int) string {
 			last = at
 		}
 		if n++; n > limit {
-			return s[:last] + Mark
+			return s[:last] + mark
 		}
 	}
 	return s

@@ -87,7 +87,7 @@ func New(cfg Config) (*Follower, error) {
 
 // Check reads the file at path, validates it with use, and returns the error that [New] would return.
 func Check(path, name string, use func(text []byte) error) error {
-	text, err := Read(path)
+	text, err := read(path)
 	if err == nil {
 		err = use(text)
 	}
@@ -145,7 +145,7 @@ func (f *Follower) reload() {
 
 // load reads the file, and applies it unless it is the one in force.
 func (f *Follower) load() (digest string, err error) {
-	text, err := Read(f.cfg.Path)
+	text, err := read(f.cfg.Path)
 	if err != nil {
 		return "", err
 	}
@@ -162,8 +162,8 @@ func (f *Follower) load() (digest string, err error) {
 	return digest, err
 }
 
-// Read is like os.ReadFile, but refuses files of more than 1 MiB.
-func Read(path string) ([]byte, error) {
+// read is like os.ReadFile, but refuses files of more than 1 MiB.
+func read(path string) ([]byte, error) {
 	file, err := os.Open(path) //nolint:gosec // G304: a cluster admin sets the path by a flag
 	if err != nil {
 		return nil, err

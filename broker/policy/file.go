@@ -192,8 +192,8 @@ func (n NamespaceRules) compile(at int, before []string) (entry, error) {
 			*list.to = append(*list.to, pattern.NewGlob(text))
 		}
 	}
-	if d := n.MaxDuration; d != 0 && (d < MinDuration || d > MaxDuration || d%time.Second != 0) {
-		return entry{}, fmt.Errorf("maxDuration: %s is out of bounds: whole seconds from %s to %s", d, MinDuration, MaxDuration)
+	if d := n.MaxDuration; d != 0 && (d < minDuration || d > maxDuration || d%time.Second != 0) {
+		return entry{}, fmt.Errorf("maxDuration: %s is out of bounds: whole seconds from %s to %s", d, minDuration, maxDuration)
 	}
 	if len(n.ForcedTags) > maxForcedTags {
 		return entry{}, fmt.Errorf("forcedTags: has %d keys, the limit is %d", len(n.ForcedTags), maxForcedTags)

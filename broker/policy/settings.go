@@ -48,9 +48,9 @@ type Tag struct {
 
 // Bounds of sessions, from the STS API reference for AssumeRole.
 const (
-	// MinDuration and MaxDuration bound the session duration.
-	MinDuration = 15 * time.Minute
-	MaxDuration = 12 * time.Hour
+	// minDuration and maxDuration bound the session duration.
+	minDuration = 15 * time.Minute
+	maxDuration = 12 * time.Hour
 	// DefaultDuration is also the default of STS. With shorter sessions SDKs request credentials on nearly every call:
 	// botocore and the Java SDK refresh inside the last 15 minutes.
 	DefaultDuration = time.Hour
@@ -185,7 +185,7 @@ func (s *Settings) set(key Key, value string) (err error) {
 	case SessionScope:
 		s.Scope, err = parseChoice(value, ScopeRole, ScopeServiceAccount, ScopePod)
 	case Duration:
-		s.Duration, err = parseDuration(value, MinDuration, MaxDuration)
+		s.Duration, err = parseDuration(value, minDuration, maxDuration)
 	case Region:
 		s.Region, err = parseText(value, regionForm.MatchString, 1, 64, "a region such as eu-central-1")
 	case Containers:

@@ -5,6 +5,9 @@ import (
 	"maps"
 )
 
+// Forever is for tests.
+const Forever = forever
+
 // Check returns what is wrong with the schedule, whose items are those given.
 func (s *Schedule[T]) Check(items []*Item[T]) error {
 	planned, demand := map[slot]int{}, [64]int64{}

@@ -162,9 +162,9 @@ func (s *Schedule[T]) Finish(now time.Time, outcome Outcome, failedBefore bool) 
 }
 
 // Wait returns how long until Due or Begin may return an item, unless another method is called first. It returns
-// [Forever] if only another method can change that.
+// the longest time.Duration if only another method can change that.
 func (s *Schedule[T]) Wait(now time.Time) time.Duration {
-	wait := Forever
+	wait := forever
 	if len(s.due) > 0 {
 		wait = max(s.due[0].at.Sub(now), 0)
 	}
@@ -174,8 +174,8 @@ func (s *Schedule[T]) Wait(now time.Time) time.Duration {
 	return wait
 }
 
-// Forever is the result of [Schedule.Wait] if nothing is due or queued.
-const Forever time.Duration = math.MaxInt64
+// forever is the result of [Schedule.Wait] if nothing is due or queued.
+const forever time.Duration = math.MaxInt64
 
 // ShareRate makes the rate and the burst one of n equal shares, and reports whether that changes them. Less than 1
 // counts as 1.

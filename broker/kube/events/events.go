@@ -34,22 +34,22 @@ import (
 
 // Reasons and the controller of the Events.
 const (
-	// ReasonRefused is the reason of an Event on a pod that the broker refuses.
-	ReasonRefused = "CredentialsRefused"
-	// ReasonShadowed is the reason of an Event on a pod in which something takes precedence over its role.
-	ReasonShadowed = "CredentialsShadowed"
-	// ReasonBudget is the reason of an Event on a broker's own pod: --sts-rate is too low for its sessions.
-	ReasonBudget = "STSBudgetShort"
+	// reasonRefused is the reason of an Event on a pod that the broker refuses.
+	reasonRefused = "CredentialsRefused"
+	// reasonShadowed is the reason of an Event on a pod in which something takes precedence over its role.
+	reasonShadowed = "CredentialsShadowed"
+	// reasonBudget is the reason of an Event on a broker's own pod: --sts-rate is too low for its sessions.
+	reasonBudget = "STSBudgetShort"
 	// ReasonIdentity is the reason of an Event on a broker's own pod: it is not ready, because STS has not confirmed its
 	// identity.
 	ReasonIdentity = "AWSIdentityUnconfirmed"
-	// Controller is the reporting controller of all Events.
-	Controller = "credence-iam.github.io/broker"
+	// controller is the reporting controller of all Events.
+	controller = "credence-iam.github.io/broker"
 )
 
 // actions are the broker's actions, by the reason of the Event.
 var actions = map[string]string{
-	ReasonRefused: "GetCredentials", ReasonShadowed: "GetCredentials", ReasonBudget: "RenewSessions", ReasonIdentity: "ConfirmIdentity",
+	reasonRefused: "GetCredentials", reasonShadowed: "GetCredentials", reasonBudget: "RenewSessions", ReasonIdentity: "ConfirmIdentity",
 }
 
 const (
@@ -144,7 +144,7 @@ func (e *Recorder) Refused(pod policy.Pod, err *credential.Error) {
 		!errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) && err.Reason != credential.ReasonTokenAudience {
 		return
 	}
-	e.enqueue(pod, ReasonRefused, err.Reason, string(err.Reason)+": "+err.Message)
+	e.enqueue(pod, reasonRefused, err.Reason, string(err.Reason)+": "+err.Message)
 }
 
 // Shadowed queues an Event on the pod with the warnings of its admission, which say what takes precedence over its role.
@@ -152,7 +152,7 @@ func (e *Recorder) Shadowed(pod policy.Pod, warnings string) {
 	if warnings == "" || pod.UID == "" {
 		return
 	}
-	e.enqueue(pod, ReasonShadowed, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxNote)))
+	e.enqueue(pod, reasonShadowed, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxNote)))
 }
 
 // printable returns s on one line, with a replacement for each unprintable character. Every user who may create pods can
@@ -171,7 +171,7 @@ func printable(s string) string {
 }
 
 // BudgetShort queues an Event with this note on the broker's own pod.
-func (e *Recorder) BudgetShort(pod policy.Pod, note string) { e.enqueue(pod, ReasonBudget, "", note) }
+func (e *Recorder) BudgetShort(pod policy.Pod, note string) { e.enqueue(pod, reasonBudget, "", note) }
 
 // IdentityUnconfirmed queues an Event with this note on the broker's own pod.
 func (e *Recorder) IdentityUnconfirmed(pod policy.Pod, note string) {
@@ -191,7 +191,7 @@ func (e *Recorder) enqueue(pod policy.Pod, reason string, refusal credential.Rea
 		return
 	}
 	key := pod.Namespace
-	if reason == ReasonShadowed {
+	if reason == reasonShadowed {
 		key = "/" + key // Not a valid namespace: warnings do not use the limit of refusals.
 	}
 	if !e.canRemember(now) || !e.limiter(key).AllowN(now, 1) {
@@ -201,7 +201,7 @@ func (e *Recorder) enqueue(pod policy.Pod, reason string, refusal credential.Rea
 	select {
 	case e.queue <- queued:
 		quiet := refusedQuiet
-		if reason == ReasonShadowed {
+		if reason == reasonShadowed {
 			quiet = shadowedQuiet
 		}
 		e.seen[queued.eventKey] = now.Add(quiet)
@@ -279,7 +279,7 @@ func (e *Recorder) write(ctx context.Context, queued event) error {
 	name := queued.pod.Name[:min(len(queued.pod.Name), maxName-len(suffix))]
 	object := &eventsv1.Event{
 		ObjectMeta: metav1.ObjectMeta{Namespace: queued.pod.Namespace, Name: strings.TrimRight(name, ".-") + suffix},
-		EventTime:  metav1.NewMicroTime(queued.at), ReportingController: Controller, ReportingInstance: e.instance,
+		EventTime:  metav1.NewMicroTime(queued.at), ReportingController: controller, ReportingInstance: e.instance,
 		Action: actions[queued.reason], Reason: queued.reason, Type: corev1.EventTypeWarning, Note: queued.note,
 		Regarding: corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: queued.pod.Namespace, Name: queued.pod.Name, UID: types.UID(queued.pod.UID),

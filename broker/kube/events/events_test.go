@@ -125,7 +125,7 @@ func TestWarningsAreAnEvent(t *testing.T) {
 			if len(event.Note) > 1024 {
 				t.Errorf("a note has %d bytes, want at most 1024", len(event.Note))
 			}
-			if event.Reason == events.ReasonRefused {
+			if event.Reason == "CredentialsRefused" {
 				refusals++
 			}
 		}

@@ -1,0 +1,4 @@
+package client
+
+// CallTimeout is for tests.
+const CallTimeout = callTimeout
