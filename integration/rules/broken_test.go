@@ -2,6 +2,7 @@ package rules_test
 
 import (
 	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -159,8 +160,8 @@ func TestBrokenTrees(t *testing.T) {
 			"cmd/broker/main.go: has 123 lines of code"},
 		{"large package", tree{"broker/more.go": bare("broker") + strings.Repeat("// line\n", maxLines)},
 			"broker: has 1506 lines of Go, more than 1500"},
-		{"large package above its ceiling", tree{"broker/kube/more.go": bare("kube") + strings.Repeat("// line\n", 3000)},
-			"broker/kube: has "},
+		{"large package above its ceiling", tree{"broker/policy/more.go": bare("policy") + strings.Repeat("// line\n", 3000)},
+			"broker/policy: has 3"},
 		{"unused exported function", tree{"broker/more.go": bare("broker") + "func Unused() {}\n"},
 			"broker/more.go: exports Unused, which no other folder uses"},
 		{"exported constant used by its own tests only", tree{"broker/more.go": bare("broker") + "const Unused = 1\n",
@@ -169,6 +170,10 @@ func TestBrokenTrees(t *testing.T) {
 		{"unused exported method", tree{"broker/more.go": bare("broker") + "type private struct{}\ntype Type struct{}\nfunc (private) Unused() {}\nfunc (*Type) Unused() {}\n",
 			"cmd/broker/more.go": bare("main") + "import \"" + module + "/broker\"\nvar _ broker.Type\n"},
 			"exports Type.Unused"},
+		{"unused constant without a type of the package", tree{"broker/more.go": bare("broker") +
+			"type Kind int\nconst (\n\tA Kind = iota\n\tB\n\tUnused = 1\n)\n",
+			"cmd/broker/more.go": bare("main") + "import \"" + module + "/broker\"\nvar _ broker.Kind\n"},
+			"exports Unused"},
 
 		{"generated file without its marker", tree{"broker/brokerpb/broker.pb.go": bare("brokerpb")},
 			"has the name of a generated file"},
@@ -196,6 +201,34 @@ func TestEmptyTrees(t *testing.T) {
 	got := check(t, tree{}.fs())
 	if len(got) != 2 {
 		t.Errorf("got %v; want one violation for no Go and one for no Markdown", got)
+	}
+}
+
+// TestStaleExceptions expects a violation for each entry of the tables that nothing needs.
+func TestStaleExceptions(t *testing.T) {
+	files := good.with(tree{
+		"broker/policy/more.go": bare("policy") + "const Needed = 1\nconst Used = 1\n",
+		"broker/use.go":         bare("broker") + "import \"" + module + "/broker/policy\"\nvar _ = policy.Used\n",
+		"broker/large.go":       bare("broker") + strings.Repeat("// line\n", maxLines),
+		"docs/why.md":           "broker has one subject\n",
+	}).fs()
+	packages, _, err := load(files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := checkExceptions(packages,
+		map[string]string{"broker/policy.Needed": "a reason", "broker/policy.Used": "a reason", "broker/policy.Gone": "a reason"},
+		map[string]string{"Unwrap": "errors", "Format": "fmt"})
+	got = append(got, checkLarge(files, packages, map[string]exception{"broker": {record: "docs/why.md"}})...)
+	got = append(got, checkLarge(files, packages, map[string]exception{"broker/policy": {record: "docs/why.md"}})...)
+	got = append(got, checkLarge(files, packages, map[string]exception{"broker": {record: "docs/gone.md"}})...)
+	var names []string
+	for _, v := range got {
+		names = append(names, v.where)
+	}
+	want := []string{"broker/policy.Gone", "broker/policy.Used", "Format", "broker/policy", "broker/policy", "broker"}
+	if !slices.Equal(names, want) {
+		t.Errorf("got violations %v\nof %v, want %v", got, names, want)
 	}
 }
 

@@ -3,58 +3,27 @@ package rules_test
 import (
 	"go/ast"
 	"go/token"
+	"maps"
+	"os"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
+	"testing"
 )
 
 // exportedAnyway are exported names that no other folder uses, with the reason why they stay exported.
 // A name is written as FOLDER.Name or FOLDER.Type.Method.
 var exportedAnyway = map[string]string{}
 
-// exportedToday are the unused exported names that the code has today. The list may only shrink: make the name
-// private or delete it, then remove it here.
-var exportedToday = []string{
-	"broker/assume.ActionOwnCredentials",
-	"broker/audit.MaxLine",
-	"broker/audit.Window",
-	"broker/audit.OtherPeers",
-	"broker/brokerpb.ErrorDomain",
-	"broker/client.CallTimeout",
-	"broker/clip.Mark",
-	"broker/configfile.Read",
-	"broker/connlimit.Late",
-	"broker/kube.EventReason",
-	"broker/kube.ShadowedReason",
-	"broker/kube.BudgetReason",
-	"broker/kube.EventController",
-	"broker/policy.AllowedRoles",
-	"broker/policy.DefaultRole",
-	"broker/policy.IMDS",
-	"broker/policy.StartTimeout",
-	"broker/policy.SidecarMemory",
-	"broker/policy.SidecarCPURequest",
-	"broker/policy.SidecarCPULimit",
-	"broker/policy.SidecarLogLevel",
-	"broker/policy.MinDuration",
-	"broker/policy.MaxDuration",
-	"broker/rulesfile.Interval",
-	"certs/trust.DropAnnotation",
-	"certs/trust.FieldManager",
-	"certs/trust.Trust.Leading",
-	"sidecar/contract.ContainerName",
-	"sidecar/contract.Binary",
-	"sidecar/contract.EnvPrefix",
-	"webhook/inject.WarnShadowed",
-	"webhook/inject.DefaultPort",
-	"webhook/inject.DefaultRunAsUser",
-	"webhook/inject.MaxDepth",
+// calledByOthers are methods that other modules call through an interface, with that interface. The check knows the
+// interfaces of this module only.
+var calledByOthers = map[string]string{
+	"GoString":      "fmt.GoStringer",
+	"LogValue":      "slog.LogValuer",
+	"UnmarshalJSON": "json.Unmarshaler",
+	"Unwrap":        "errors.Is and errors.As",
 }
-
-// calledByOthers are methods that other modules call through their interfaces: fmt, log/slog and errors. The check
-// knows the interfaces of this module only.
-var calledByOthers = []string{"GoString", "LogValue", "Unwrap"}
 
 // isProduct reports whether p is a package that a program is built from: neither tests nor a double nor a main.
 func isProduct(p *pkg) bool {
@@ -64,8 +33,57 @@ func isProduct(p *pkg) bool {
 }
 
 // checkExported finds exported names of product packages that no other folder uses. The tests of the package itself
-// are no use. A type is used if an exported function, method, field or variable of its package mentions it.
+// are no use. A type is used if an exported function, method, field or variable of its package mentions it. The
+// constants of an exported type are an enumeration, which is exported as a whole.
 func checkExported(packages []*pkg) (all []violation) {
+	for _, u := range findUnused(packages) {
+		_, anyway := exportedAnyway[u.full()]
+		_, called := calledByOthers[u.method()]
+		if !anyway && !called {
+			all = append(all, violation{u.file, "exports " + u.name + ", which no other folder uses: make it private"})
+		}
+	}
+	return all
+}
+
+// checkExceptions finds entries of exceptions and methods that no unused name needs any more.
+func checkExceptions(packages []*pkg, exceptions, methods map[string]string) (all []violation) {
+	needed := map[string]bool{}
+	for _, u := range findUnused(packages) {
+		needed[u.full()], needed[u.method()] = true, true
+	}
+	for _, table := range []map[string]string{exceptions, methods} {
+		for _, name := range slices.Sorted(maps.Keys(table)) {
+			if !needed[name] {
+				all = append(all, violation{name, "needs no exception: remove it from the table"})
+			}
+		}
+	}
+	return all
+}
+
+func TestExportedExceptions(t *testing.T) {
+	packages, _, err := load(os.DirFS("../.."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range checkExceptions(packages, exportedAnyway, calledByOthers) {
+		t.Error(v)
+	}
+}
+
+// unused is an exported name that no other folder uses.
+type unused struct{ dir, file, name string }
+
+func (u unused) full() string { return u.dir + "." + u.name }
+
+// method returns the name of a method, or "" if the name is not that of a method.
+func (u unused) method() string {
+	_, method, _ := strings.Cut(u.name, ".")
+	return method
+}
+
+func findUnused(packages []*pkg) (all []unused) {
 	uses := findUses(packages)
 	for _, p := range packages {
 		if !isProduct(p) {
@@ -76,10 +94,8 @@ func checkExported(packages []*pkg) (all []violation) {
 				continue
 			}
 			for _, name := range exported(f.syntax) {
-				full := p.dir + "." + name
-				_, allowed := exportedAnyway[full]
-				if !uses.have(p.dir, name) && !allowed && !slices.Contains(exportedToday, full) {
-					all = append(all, violation{f.path, "exports " + name + ", which no other folder uses: make it private"})
+				if !uses.have(p.dir, name) {
+					all = append(all, unused{p.dir, f.path, name})
 				}
 			}
 		}
@@ -103,7 +119,7 @@ func (u *uses) have(dir, name string) bool {
 	if u.selected[method][dir] {
 		others--
 	}
-	return others > 0 || u.required[method] || slices.Contains(calledByOthers, method)
+	return others > 0 || u.required[method]
 }
 
 func findUses(packages []*pkg) *uses {
@@ -161,7 +177,8 @@ func importedFolders(f *ast.File) map[string]string {
 	return folders
 }
 
-// exported returns the exported names that a file declares: Name, or Type.Method if both are exported.
+// exported returns the exported names that a file declares: Name, or Type.Method if both are exported. It leaves out
+// constants of a type of the package.
 func exported(f *ast.File) (names []string) {
 	for _, decl := range f.Decls {
 		switch d := decl.(type) {
@@ -172,11 +189,19 @@ func exported(f *ast.File) (names []string) {
 				names = append(names, receiver+"."+d.Name.Name)
 			}
 		case *ast.GenDecl:
+			member := false
 			for _, spec := range d.Specs {
 				switch s := spec.(type) {
 				case *ast.TypeSpec:
 					names = append(names, s.Name.Name)
 				case *ast.ValueSpec:
+					if s.Type != nil || len(s.Values) > 0 { // otherwise, it repeats the type of the constant above
+						name, own := s.Type.(*ast.Ident)
+						member = d.Tok == token.CONST && own && ast.IsExported(name.Name)
+					}
+					if member {
+						continue
+					}
 					for _, name := range s.Names {
 						names = append(names, name.Name)
 					}

@@ -46,7 +46,7 @@ var floors = map[string]int{
 	"broker/kube/events": 2, // besides the watches, the two other users of the API server
 	"broker/kube/verify": 2,
 
-	// 3: the components and their configuration files.
+	// 3: the components, and the files that they read or edit.
 	"broker":               3,
 	"broker/admin":         3,
 	"broker/rulesfile":     3,

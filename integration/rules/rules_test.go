@@ -55,7 +55,7 @@ func check(t *testing.T, tree fs.FS) []violation {
 		all = append(all, checkDoc(p)...)
 		all = append(all, checkMain(p)...)
 		all = append(all, checkGenerated(p)...)
-		all = append(all, checkSize(tree, p)...)
+		all = append(all, checkSize(p)...)
 	}
 	all = append(all, checkExported(packages)...)
 	return append(all, checkLinks(tree, documents)...)
