@@ -393,7 +393,7 @@ func TestServerName(t *testing.T) {
 	// dialed is the name that a caller such as gRPC sets in its clone of the Config.
 	tests := []struct {
 		given, dialed string
-		ok             bool
+		ok            bool
 	}{
 		{given: name, dialed: name, ok: true},
 		{given: "127.0.0.1", dialed: "127.0.0.1", ok: true},

@@ -29,6 +29,7 @@ var floors = map[string]int{
 	"broker/placement":      1,
 	"broker/policy":         1,
 	"certs/certstest":       1,
+	"operator/yamledit":     1, // YAML and JSON only
 
 	"webhook/inject/podview": 1, // the parts of a pod that injection reads
 
@@ -50,7 +51,6 @@ var floors = map[string]int{
 	"broker":               3,
 	"broker/admin":         3,
 	"broker/rulesfile":     3,
-	"operator/yamledit":    3, // YAML and JSON only
 	"sidecar":              3,
 	"webhook":              3,
 	"webhook/settingsfile": 3,
