@@ -58,6 +58,7 @@ func check(t *testing.T, tree fs.FS) []violation {
 		all = append(all, checkSize(p)...)
 	}
 	all = append(all, checkExported(packages)...)
+	all = append(all, checkQuotedPaths(tree, documents)...)
 	return append(all, checkLinks(tree, documents)...)
 }
 
