@@ -3,6 +3,7 @@ package rules_test
 import (
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"regexp"
 	"slices"
@@ -91,6 +92,22 @@ func TestBrokenQuotedPaths(t *testing.T) {
 		}
 		if got := checkQuotedPaths(files.fs(), []string{"docs/a.md"}); !slices.Equal(got, want) {
 			t.Errorf("%q: got violations %v, want %v", c.text, got, want)
+		}
+	}
+}
+
+// TestFormerPaths fails for exceptions that nothing needs.
+func TestFormerPaths(t *testing.T) {
+	tree := os.DirFS("../..")
+	for document, names := range formerPaths {
+		lines, err := code(tree, document)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			if exists(tree, name) || !strings.Contains(strings.Join(lines, "\n"), name) {
+				t.Errorf("%s of %s exists, or the document does not name it; remove it from formerPaths", name, document)
+			}
 		}
 	}
 }
