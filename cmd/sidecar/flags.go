@@ -42,7 +42,7 @@ func flags(f *flag.FlagSet) func([]string) (options, error) {
 	f.StringVar(&o.metadata, contract.Metadata, string(policy.MetadataV2), "`mode` of the emulated instance metadata: v2 (IMDSv2 only), v1 (IMDSv1 too) or off")
 	f.StringVar(&o.zone, contract.Zone, "", "availability `zone` of the pod's node, for the emulated instance metadata; empty if unknown")
 	f.DurationVar(&o.startTimeout, contract.StartTimeout, policy.DefaultStartTimeout,
-		"how long the probe waits for the first credentials (`duration`); 0 means no limit")
+		"maximum `time` that the startup probe waits for the first credentials; 0 means no limit")
 	f.TextVar(&o.level, contract.LogLevel, slog.LevelInfo, "lowest `level` that is logged: debug, info, warn or error")
 	envError := setFromEnv(f)
 
