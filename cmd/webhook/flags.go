@@ -18,8 +18,8 @@ type options struct {
 	injectflags.Options
 }
 
-const usage = `credence-webhook responds to the API server's admission reviews: it adds to each pod with a role
-annotation a sidecar that provides AWS credentials, or refuses the pod with the reason.
+const usage = `credence-webhook responds to the API server's admission reviews. It adds a sidecar, which provides AWS
+credentials, to each annotated pod, or refuses the pod with a reason.
 
 Usage: credence-webhook --broker=ADDRESS --sidecar-image=IMAGE [flags]`
 
@@ -31,7 +31,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; a replaced file takes effect without a restart")
 	f.StringVar(&o.tlsKey, "tls-key", "/etc/credence/tls/tls.key", "PEM `file` with the certificate's private key")
 	f.StringVar(&o.kubeconfig, "kubeconfig", "", "kubeconfig `file`; leave empty inside a cluster")
-	f.TextVar(&o.level, "log-level", slog.LevelInfo, "lowest `level` to log: debug, info, warn or error")
+	f.TextVar(&o.level, "log-level", slog.LevelInfo, "lowest `level` that is logged: debug, info, warn or error")
 	injection := injectflags.Define(f)
 	return func(args []string) (options, error) {
 		err := program.NoArguments(args)
