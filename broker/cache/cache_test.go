@@ -667,6 +667,24 @@ func TestFailuresAreRemoved(t *testing.T) {
 	})
 }
 
+// A machine was suspended while a failure was kept, so the wall clock is far ahead of the monotonic clock. The failure is
+// removed. If its entry were due again, Run would never return from it. Clocks in a bubble of synctest are not monotonic.
+func TestFailureOfASuspendedMachine(t *testing.T) {
+	s := new(source)
+	s.fail(refusal())
+	c, stop := startStoppable(t, s, cache.Config[string]{})
+	if _, err := c.Get(t.Context(), "key", ""); err == nil {
+		t.Error("Get returns no error")
+	}
+	stop()
+	if err := c.RescheduleSuspended(time.Hour); err != nil {
+		t.Error(err)
+	}
+	if c.Len() != 0 {
+		t.Errorf("the cache has %d keys, want 0: the failure is an hour old", c.Len())
+	}
+}
+
 // Thousands of sessions that begin together are renewed in time, with the broker's default limits.
 func TestManyKeysFallDueTogether(t *testing.T) {
 	for _, duration := range []time.Duration{2 * time.Minute, 15 * time.Minute} {

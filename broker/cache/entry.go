@@ -100,6 +100,9 @@ func (c *Cache[K]) dropUnneeded(e *entry[K]) (dropped bool) {
 // reschedule decides when an entry without a fetch needs attention next, and removes an entry that nothing needs. It is
 // called when the key becomes active or inactive, and when its session or its fetch has changed.
 func (c *Cache[K]) reschedule(e *entry[K], now time.Time) {
+	// The schedule uses the wall clock. If the comparisons below used the monotonic clock, which stops while a machine is
+	// suspended, an entry could be due immediately again, and Run would look at it for ever.
+	now = now.Round(0)
 	active, valid := e.refs > 0, e.session.Valid(now)
 	c.schedule.Cancel(e.item)
 	if active && valid {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"time"
+	"unsafe"
 )
 
 // Len returns how many keys the cache has.
@@ -86,4 +87,29 @@ func (c *Cache[K]) Suspend(d time.Duration) {
 			c.schedule.At(e.item, at.Add(-d))
 		}
 	}
+}
+
+// RescheduleSuspended reschedules each entry as if the machine was suspended for d since its last failure: the wall clock
+// went on, the monotonic clock stood still. It returns an error for an inactive entry that is due again: Run would look at
+// it for ever.
+func (c *Cache[K]) RescheduleSuspended(d time.Duration) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	for key, e := range c.entries {
+		e.notBefore = wallEarlier(e.notBefore, d)
+		c.reschedule(e, now)
+		if at := c.schedule.DueAt(e.item); e.refs == 0 && !at.IsZero() && !at.After(now) {
+			return fmt.Errorf("%v is inactive, and due %s ago after it was rescheduled", key, now.Round(0).Sub(at))
+		}
+	}
+	return nil
+}
+
+// wallEarlier returns t with a wall clock that is earlier by d, in whole seconds, and the same monotonic clock. Package time
+// has no function for that, so it changes the first word of t: a flag, 33 bits of seconds and 30 bits of nanoseconds.
+func wallEarlier(t time.Time, d time.Duration) time.Time {
+	word := (*uint64)(unsafe.Pointer(&t)) //nolint:gosec // The layout is checked by the test that uses it.
+	*word -= uint64(d/time.Second) << 30
+	return t
 }
