@@ -21,7 +21,9 @@ import (
 // other. Nor does a broken sidecar help: the variables that injection adds send SDKs to loopback, never to the node's role.
 // So checkPresent looks for mistakes: it refuses what the admission policy credence-injected would refuse, but with the fix.
 // It also requires the mount, for the token, and the pod's UID as authorization: an attacker who makes an application send
-// requests (SSRF) would know a constant.
+// requests (SSRF) would know a constant. A manifest that was copied from another cluster must not send the pod's token to
+// the broker of that cluster, and the webhook can only point containers to a sidecar on loopback. Another token or other
+// roots need no check here: the broker refuses the token with an Event, and the kubelet reports a missing ConfigMap.
 func (p *plan) checkPresent(spec *podview.Spec) (bool, error) {
 	const fix = "remove it from the manifest, with volume %q and variables %s*; the webhook adds it to each new pod"
 	if slices.ContainsFunc(spec.Containers, func(c podview.Container) bool { return c.Name == contract.ContainerName }) {
@@ -46,7 +48,7 @@ func (p *plan) checkPresent(spec *podview.Spec) (bool, error) {
 // sidecarFault returns why c cannot be the sidecar; empty if it can. Other webhooks may add to a container, move its image
 // to a mirror, or change its resources and security context.
 func (p *plan) sidecarFault(c *podview.Container) string {
-	authorization := last(c.Env, authorizationEnv)
+	authorization, broker := last(c.Env, authorizationEnv), last(c.Env, brokerEnv)
 	switch {
 	case splitImage(c.Image).name != splitImage(p.cfg.Image).name:
 		return fmt.Sprintf("its image is %.300q, not %q", c.Image, p.cfg.Image)
@@ -60,6 +62,10 @@ func (p *plan) sidecarFault(c *podview.Container) string {
 		return fmt.Sprintf("it does not mount volume %q at %s", volumeName, mountPath)
 	case authorization < 0 || !isFromUID(c.Env[authorization]):
 		return fmt.Sprintf("its variable %s is not the pod's UID", authorizationEnv)
+	case broker < 0 || c.Env[broker].Value != p.cfg.Broker:
+		return fmt.Sprintf("its variable %s is not %q", brokerEnv, p.cfg.Broker)
+	case portOf(c) == 0:
+		return fmt.Sprintf("its variable %s is not 127.0.0.1:PORT", listenEnv)
 	}
 	return ""
 }
@@ -81,13 +87,16 @@ func (p *plan) warnPresent(c *podview.Container, w *warnings) {
 	}
 }
 
-// presentPort returns the port of the sidecar that the pod already has; 0 if there is none, or if no webhook could have
-// chosen its port.
+// presentPort returns the port of the sidecar that the pod already has; 0 if there is none.
 func presentPort(spec *podview.Spec) int {
-	c := spec.Sidecar()
-	if c == nil {
-		return 0
+	if c := spec.Sidecar(); c != nil {
+		return portOf(c)
 	}
+	return 0
+}
+
+// portOf returns the port of a sidecar; 0 if it does not listen on loopback, or if no webhook could have chosen its port.
+func portOf(c *podview.Container) int {
 	at := last(c.Env, listenEnv)
 	if at < 0 {
 		return 0
