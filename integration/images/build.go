@@ -15,41 +15,40 @@ import (
 	"strings"
 )
 
-// module is ours: whoever builds does so from somewhere inside it.
 const module = "github.com/credence-iam/credence"
 
-// products are the programs that clusters run, and what their images say of them.
+// products are the programs that clusters run, with the descriptions in their images.
 var products = []struct{ name, pkg, description string }{
 	{"credence-broker", module + "/cmd/broker", "Exchanges the identities of pods for AWS credentials"},
 	{"credence-webhook", module + "/cmd/webhook", "Gives annotated pods the sidecar at admission"},
 	{"credence-sidecar", module + "/cmd/sidecar", "Serves AWS credentials to the containers of its pod"},
 }
 
-// Architectures are what Build builds for by default.
+// Architectures returns the architectures that Build builds for by default.
 func Architectures() []string { return []string{"amd64", "arm64"} }
 
-// Config says how the images of Credence are built.
+// Config configures Build.
 type Config struct {
-	// Folder gets an archive for each image, NAME.tar, and the programs. Required; it is made.
+	// Folder receives an archive of each image, NAME.tar, and the programs. Required. Build creates it.
 	Folder string
-	// Registry begins the references, up to the image's name. Default: localhost, which nobody serves, so
-	// that no cluster can take somebody else's image for ours.
+	// Registry is the part of the references before the image's name. Default: localhost. No registry is there, so a
+	// cluster cannot pull another image under our name.
 	Registry string
-	// Tag ends the references. Default: the version that Go records in the programs, else dev.
+	// Tag is the tag of the references. Default: the version that Go records in the programs, or dev without one.
 	Tag string
-	// Architectures to build for. Default: Architectures().
+	// Architectures are the architectures to build for. Default: those of function Architectures.
 	Architectures []string
 	// Plain leaves the programs uncompressed; see Image.
 	Plain bool
-	// Progress gets a line for each program that is built. Default: nobody is told.
+	// Progress receives a line for each program that is built. Default: none.
 	Progress io.Writer
 }
 
-// Build builds the images of Credence from the checkout around the working folder: credence-broker,
-// credence-webhook and credence-sidecar, in this order.
+// Build builds the images of credence-broker, credence-webhook and credence-sidecar, and returns them in this order. The
+// working folder must be in a checkout of Credence.
 func Build(ctx context.Context, config Config) ([]Archive, error) {
 	if config.Folder == "" {
-		return nil, errors.New("building images: no folder to put them into")
+		return nil, errors.New("building images: no folder is set; set Folder")
 	}
 	if len(config.Architectures) == 0 {
 		config.Architectures = Architectures()
@@ -68,7 +67,7 @@ func Build(ctx context.Context, config Config) ([]Archive, error) {
 			}
 			image.Programs[architecture] = program
 		}
-		// All are of one version: it is one build of one checkout.
+		// One checkout has one version, for all architectures.
 		version, revision, err := builtFrom(image.Programs[config.Architectures[0]])
 		if err != nil {
 			return nil, fmt.Errorf("reading the version of %s: %w", product.name, err)
@@ -93,9 +92,8 @@ func Build(ctx context.Context, config Config) ([]Archive, error) {
 	return archives, nil
 }
 
-// BuildLocal builds the program in a package of this module, and an image of it, for this machine's
-// architecture alone and plain: what tests run in pods beside Credence. The archive lies in folder, under the
-// name in the reference.
+// BuildLocal builds the program of a package of this module and an image with it, for programs that tests run in pods.
+// The image is plain and only for this machine's architecture. The archive is in folder and has the name in the reference.
 func BuildLocal(ctx context.Context, folder, reference, pkg string) (Archive, error) {
 	name, _, _ := strings.Cut(path.Base(reference), ":")
 	program := filepath.Join(folder, "programs", runtime.GOARCH, name)
@@ -106,14 +104,14 @@ func BuildLocal(ctx context.Context, folder, reference, pkg string) (Archive, er
 	return image.Write(filepath.Join(folder, name+".tar"))
 }
 
-// Compile builds a static program for Linux into a file, whose folder it makes. The same source gives the
-// same bytes in any folder and on any machine with the same Go, and the version of the source is recorded
-// where git can tell it: so nothing of the environment counts that would change what is built.
+// Compile builds a static program for Linux into a file, and creates the file's folder. The same source gives the same
+// bytes in each folder and on each machine with the same version of Go, because Compile overrides the variables that would
+// change them. If git knows the version of the source, the program records it.
 func Compile(ctx context.Context, pkg, architecture, file string) error {
 	if err := os.MkdirAll(filepath.Dir(file), 0o750); err != nil {
-		return fmt.Errorf("making the folder of %s: %w", file, err)
+		return fmt.Errorf("creating the folder of %s: %w", file, err)
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=auto", "-tags=grpcnotrace", //nolint:gosec // builds what it is told
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=auto", "-tags=grpcnotrace", //nolint:gosec // the caller's package
 		"-ldflags=-s -w", "-o", file, pkg)
 	cmd.Env = append(os.Environ(), "GOFLAGS=", "GOWORK=off", "GOEXPERIMENT=", "CGO_ENABLED=0",
 		"GOOS=linux", "GOARCH="+architecture, "GOAMD64=v1", "GOARM64=v8.0")
@@ -123,7 +121,7 @@ func Compile(ctx context.Context, pkg, architecture, file string) error {
 	return nil
 }
 
-// builtFrom returns the version that a program says it was built from, and the commit; empty without one.
+// builtFrom returns the version and the commit that a program records. They are empty if it records none.
 func builtFrom(program string) (version, revision string, err error) {
 	info, err := buildinfo.ReadFile(program)
 	if err != nil {
@@ -137,7 +135,7 @@ func builtFrom(program string) (version, revision string, err error) {
 	return info.Main.Version, revision, nil
 }
 
-// tag makes a tag of a version: build metadata begins with a sign that no tag may have.
+// tag returns the tag for a version. A tag cannot have the plus sign before build metadata.
 func tag(version string) string {
 	if version == "" || version == "(devel)" {
 		return "dev"

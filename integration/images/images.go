@@ -1,12 +1,11 @@
 // Package images makes container images of single static programs, without Docker and without a registry.
 //
-// An image holds one file, the program, and starts it as a user without rights. There is no shell, no package
-// manager and no file that anybody would have to patch. An archive is an OCI image layout in a tar file: what
-// containerd imports, and what skopeo, crane and docker read. Equal programs give equal archives, whoever
-// makes them and wherever.
+// An image has one file, the program, and runs it as a user without rights. It has no shell, no package manager and no
+// other file that would need patches. An archive is an OCI image layout in a tar file, which containerd imports and skopeo,
+// crane and docker read. Equal programs give equal archives on all machines.
 //
-// It cannot hold programs that need files: a dynamic linker, a list of certificates, a folder to write in.
-// Pushing is left to the tools that exist for it.
+// The package does not support programs that need other files: a dynamic linker, a list of certificates, a writable folder.
+// It does not push images; other tools do.
 package images
 
 import (
@@ -35,61 +34,60 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// User and group of every image: no user of any machine, and what such images commonly have. Numbers, since
-// there is no file that could give a name a meaning, and the kubelet believes runAsNonRoot only of a number.
+// User is the user and group of every image, as in most images of this kind. No machine has a user with this ID. It is a
+// number because the image has no file of user names, and the kubelet can check runAsNonRoot only with a number.
 const User = "65532:65532"
 
-// Where the annotations of the reference are read: the first by containerd, the second, a tag alone, by
-// tools that follow the specification of layouts.
+// The annotations with the reference.
 const (
-	nameAnnotation = "io.containerd.image.name"
-	tagAnnotation  = "org.opencontainers.image.ref.name"
+	nameAnnotation = "io.containerd.image.name"          // the whole reference, for containerd
+	tagAnnotation  = "org.opencontainers.image.ref.name" // the tag, by the specification of OCI layouts
 )
 
-// created is the age of images and of what is in them: it must not depend on when they were made.
+// created is the creation time of all images and files. It is constant, so that equal programs give equal archives.
 var created = time.Unix(0, 0).UTC()
 
-// machines are the architectures that images can be made for, all of them with Linux.
+// machines has the supported architectures. The operating system is always Linux.
 var machines = map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}
 
-// An Image says what is in an image.
+// Image describes an image.
 type Image struct {
-	// Reference is the name that it is imported under, with host and tag, such as
-	// localhost/credence-pause:1. Required. Nobody has to serve it.
+	// Reference is the image's name in the store of a node, with host and tag, such as localhost/credence-pause:1. Required.
+	// No registry needs to have it.
 	Reference string
 	// Name is the program's name, at the root of the image's file system. Required.
 	Name string
-	// Programs are the program's files, by architecture: amd64, arm64. Required. Of one the image is for
-	// that platform alone; of more, there is an index.
+	// Programs are the paths of the program, by architecture: amd64, arm64. Required. If there are several, the archive has
+	// an index of their images.
 	Programs map[string]string
-	// Annotations describe the image. They become labels too, which more tools show. Default: none.
+	// Annotations describe the image. They also become labels, because more tools show labels. Default: none.
 	Annotations map[string]string
-	// Plain leaves the program uncompressed, which is several times faster to make and to import: for an
-	// image that is used where it is made, and never downloaded.
+	// Plain leaves the program uncompressed, which makes writing and importing several times faster. It is for images that
+	// are never downloaded.
 	Plain bool
 }
 
-// An Archive is an image that was written.
+// Archive describes a written image.
 type Archive struct {
 	Path      string
 	Reference string
-	Digest    string // of what the reference names: the image, or the index of several
+	Digest    string // of the image, or of the index if there are several platforms
 	Platforms []Platform
 }
 
-// A Platform is what an archive has for one platform.
+// Platform describes an archive's image for one platform.
 type Platform struct {
 	Architecture string
-	Digest       string // of the image for this platform
-	Program      int64  // bytes
-	Layer        int64  // bytes of the layer, compressed unless plain: what a node downloads
+	Digest       string
+	Program      int64 // bytes
+	Layer        int64 // bytes that a node downloads: the layer, compressed unless plain
 }
 
-// Write writes the image as an archive, which is whole or not there.
+// Write writes the image as an archive. If it fails, there is no archive.
 func (i Image) Write(archive string) (_ Archive, err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("making image %s: %w", i.Reference, err)
+			err = fmt.Errorf("writing image %s: %w", i.Reference, err)
 		}
 	}()
 	index, result, err := i.build()
@@ -115,17 +113,17 @@ func (i Image) Write(archive string) (_ Archive, err error) {
 	return result, nil
 }
 
-// build makes the index of the layout, with the one entry that the reference names.
+// build returns the index of the layout. Its only entry is the image, or the index of several platforms.
 func (i Image) build() (v1.ImageIndex, Archive, error) {
 	reference, err := name.NewTag(i.Reference, name.StrictValidation)
 	if err != nil {
 		return nil, Archive{}, fmt.Errorf("reading the reference: %w", err)
 	}
 	if i.Name == "" || i.Name != path.Base(i.Name) {
-		return nil, Archive{}, fmt.Errorf("%q can't name a program", i.Name)
+		return nil, Archive{}, fmt.Errorf("name %q is not a file name such as credence-pause", i.Name)
 	}
 	if len(i.Programs) == 0 {
-		return nil, Archive{}, errors.New("there is no program to put into it")
+		return nil, Archive{}, errors.New("it has no program")
 	}
 	result := Archive{Reference: i.Reference}
 	platforms := make([]mutate.IndexAddendum, 0, len(i.Programs))
@@ -156,7 +154,7 @@ func (i Image) build() (v1.ImageIndex, Archive, error) {
 	return mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), entry), result, nil
 }
 
-// platform makes the image for one platform.
+// platform returns the image for one platform.
 func (i Image) platform(architecture string) (v1.Image, Platform, error) {
 	file := i.Programs[architecture]
 	program, err := os.ReadFile(file)
@@ -213,7 +211,7 @@ func (i Image) platform(architecture string) (v1.Image, Platform, error) {
 	}, nil
 }
 
-// layer makes a layer of files in a tar file.
+// layer returns a layer with the files of a tar file.
 func (i Image) layer(files []byte) (v1.Layer, error) {
 	if i.Plain {
 		return static.NewLayer(files, types.OCIUncompressedLayer), nil
@@ -223,26 +221,26 @@ func (i Image) layer(files []byte) (v1.Layer, error) {
 	}, tarball.WithMediaType(types.OCILayer), tarball.WithCompressionLevel(gzip.DefaultCompression), tarball.WithCompressedCaching)
 }
 
-// checkStatic refuses what would not start in an image: there, the system says "no such file or directory" of
-// a program whose dynamic linker is missing, and "exec format error" of one for another processor.
+// checkStatic returns an error for a file that would not start in an image. The errors of Linux there do not help: "no such
+// file or directory" if the dynamic linker is missing, and "exec format error" for the program of another processor.
 func checkStatic(program []byte, architecture string) error {
 	machine, known := machines[architecture]
 	if !known {
-		return fmt.Errorf("unknown architecture %q (one of %v)", architecture, slices.Sorted(maps.Keys(machines)))
+		return fmt.Errorf("unknown architecture %q; use one of %v", architecture, slices.Sorted(maps.Keys(machines)))
 	}
 	file, err := elf.NewFile(bytes.NewReader(program))
 	if err != nil {
 		return fmt.Errorf("not a program for Linux: %w", err)
 	}
 	if file.Machine != machine || file.Class != elf.ELFCLASS64 {
-		return fmt.Errorf("not a program for %s: it is for %v", architecture, file.Machine)
+		return fmt.Errorf("not a program for %s, but for %v", architecture, file.Machine)
 	}
 	if file.Type != elf.ET_EXEC && file.Type != elf.ET_DYN {
-		return fmt.Errorf("not a program: its type is %v", file.Type)
+		return fmt.Errorf("not a program, but of type %v", file.Type)
 	}
 	for _, segment := range file.Progs {
 		if segment.Type == elf.PT_INTERP {
-			return errors.New("not static: it wants a dynamic linker, which the image has not (build it with CGO_ENABLED=0)")
+			return errors.New("it needs a dynamic linker, which the image does not have; build it with CGO_ENABLED=0")
 		}
 	}
 	return nil
@@ -277,7 +275,7 @@ func pack(file, folder string) (err error) {
 	return packed.Close()
 }
 
-// add adds a file of root's to a tar file. Nothing of it depends on who writes it, or when.
+// add adds a file, owned by root, to a tar file. The result depends only on the arguments.
 func add(to *tar.Writer, name string, mode, size int64, content io.Reader) error {
 	if err := to.WriteHeader(&tar.Header{
 		Typeflag: tar.TypeReg, Name: name, Mode: mode, Size: size, ModTime: created, Format: tar.FormatUSTAR,

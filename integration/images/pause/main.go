@@ -1,10 +1,10 @@
 //go:build unix
 
-// Command pause holds a pod's namespaces open and does nothing else: it is the sandbox container of the
-// clusters that tests start, where no registry serves the usual one.
+// Command pause keeps the namespaces of a pod open and does nothing else. It is the sandbox container in test clusters,
+// where no registry has the usual one.
 //
-// It ends at once on SIGTERM or SIGINT. In a pod whose containers share their processes it is process 1, and
-// takes the exit of those that have lost their parent, which would stay in the table of processes otherwise.
+// It exits immediately on SIGTERM or SIGINT. In a pod with a shared process namespace it is process 1: it reaps orphaned
+// processes, which would otherwise stay in the process table.
 package main
 
 import (
@@ -24,7 +24,7 @@ func main() {
 	}
 }
 
-// reap takes the exits of all children that have ended. Several may stand behind one signal.
+// reap waits for all exited children. One signal can stand for several.
 func reap() {
 	for {
 		pid, err := syscall.Wait4(-1, nil, syscall.WNOHANG, nil)
