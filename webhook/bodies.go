@@ -33,8 +33,8 @@ func cost(bytes, values, containers int) int64 {
 	return costPerReview + costPerByte*int64(bytes) + costPerValue*int64(values) + costPerContainer*int64(containers)
 }
 
-// readingCost is the memory that the webhook reserves while a body arrives into a buffer of that size: the buffer, the
-// smaller one that it replaces, and the connection.
+// readingCost is the memory that the webhook reserves while a body arrives into a buffer of that size. It covers the
+// buffer, the smaller buffer that it replaces, and the connection.
 func readingCost(size int) int64 { return costPerReview + 2*int64(size) }
 
 // The memory for all reviews, in bytes. It is half of the 256 MiB that the chart gives the webhook, as

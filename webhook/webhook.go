@@ -98,7 +98,7 @@ const (
 	idleTimeout = 2 * time.Minute
 	// shutdownTimeout is how long a shutdown waits for reviews in flight. It is longer than any review.
 	shutdownTimeout = writeTimeout + time.Second
-	// maxHeader, plus the 4 kB that net/http adds, is far above the headers of an API server: some hundred bytes, and a
+	// maxHeader limits the headers of a request; net/http adds 4 kB. An API server sends some hundred bytes, and a
 	// token if it authenticates to webhooks. Each small header costs 20 times its bytes in memory.
 	maxHeader = 1 << 10
 )
@@ -115,8 +115,8 @@ const (
 	// socketBuffer limits the kernel's buffers of a connection, in each direction; the kernel takes twice as much. A review
 	// of usual size fits.
 	socketBuffer = 32 << 10
-	// HeldPerConnection is the maximum memory of a connection, in bytes, without the body of a review and what comes from
-	// it. An idle connection has 27 kB, and one with the maximum of headers 155 kB; integration/siege/connections measures
+	// HeldPerConnection is the maximum memory of a connection, in bytes, without the memory that a review costs. An
+	// idle connection has 27 kB, and one with the maximum of headers 155 kB; integration/siege/connections measures
 	// them.
 	HeldPerConnection = 168 << 10
 	// MaxHeldUnauthenticated is the maximum memory of all connections, in bytes. It is less than a quarter of the memory
@@ -184,16 +184,17 @@ func New(cfg Config) (*Server, error) {
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if s.stopping.Load() {
 		// The API server calls webhooks with HTTP/1.1. If the server closes a connection while a review arrives, the
-		// admission fails: the API server does not retry. So the response asks the API server to close the connection.
-		// http.Server.SetKeepAlivesEnabled would close idle connections at once, even those just taken for a review.
+		// admission fails: the API server does not retry. So the response requests that the API server close the
+		// connection. http.Server.SetKeepAlivesEnabled would close idle connections at once, even those just taken for
+		// a review.
 		w.Header().Set("Connection", "close")
 	}
 	s.router.ServeHTTP(w, r)
 }
 
-// Run serves TLS on listener, which it closes, until ctx ends. It then reports not ready, accepts connections for the drain
-// delay, asks clients to close theirs, finishes the reviews in flight and returns nil. It returns an error if it cannot
-// serve, or if it interrupted reviews.
+// Run serves TLS on listener, which it closes, until ctx ends. It then reports not ready, accepts connections for the
+// drain delay, requests that clients close theirs, finishes the reviews in flight and returns nil. It returns an error
+// if it cannot serve, or if it interrupted reviews.
 func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	server := &http.Server{
 		Handler:           s,

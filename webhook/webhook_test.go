@@ -616,8 +616,8 @@ func TestConnectionBound(t *testing.T) {
 	}
 }
 
-// TestShutdownClosesConnections: during a shutdown, each response asks the client to close its connection. So the server
-// closes none while a review arrives.
+// TestShutdownClosesConnections: during a shutdown, each response requests that the client close its connection. So the
+// server closes no connection while a review arrives.
 func TestShutdownClosesConnections(t *testing.T) {
 	for _, tc := range []struct {
 		name, protocol string
@@ -746,7 +746,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// TestRefusalsAreBounded: a message has at most maxMessage characters, and asks clients to wait at most a minute.
+// TestRefusalsAreBounded: a message has at most maxMessage characters, and clients wait at most a minute before they
+// retry.
 func TestRefusalsAreBounded(t *testing.T) {
 	got := webhook.Refusal(&admissionv1.AdmissionRequest{UID: "1"}, &credential.Error{
 		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, Message: strings.Repeat("é", 2049), RetryAfter: time.Hour,

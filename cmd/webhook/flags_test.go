@@ -39,7 +39,7 @@ func TestBadFlags(t *testing.T) {
 		{append(good, "--sidecar-run-as-user=0"), "--sidecar-run-as-user: 0 is not a user ID from 1 to 2147483647, and the sidecar never runs as root; with -1 the platform chooses"},
 		{append(good, "--sidecar-memory=8Mi"), `invalid value "8Mi" for flag -sidecar-memory: 8Mi is out of bounds: from 12Mi to 256Mi`},
 		{append(good, "--sidecar-cpu-request=0"), "--sidecar-cpu-request: 0 is out of bounds: from 1m to 1"},
-		{append(good, "--sidecar-cpu-request=200m"), "--sidecar-cpu-limit: 100m is less than the request, 200m"},
+		{append(good, "--sidecar-cpu-request=200m"), "--sidecar-cpu-limit: 100m is less than the request, 200m; raise the limit, or lower the request"},
 		{append(good, "--sidecar-cpu-limit=5m"), "--sidecar-cpu-limit: 5m is out of bounds: from 10m to 1, or 0 for no limit"},
 		{append(good, "--sidecar-cpu-guaranteed=0"), "--sidecar-cpu-guaranteed: 0 is out of bounds: from 10m to 1"},
 		{append(good, "--sidecar-log-level=trace"), `invalid value "trace" for flag -sidecar-log-level: "trace" is none of ["debug" "info" "warn" "error"]`},

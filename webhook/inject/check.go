@@ -53,7 +53,7 @@ func (p *plan) checkLists(spec *podview.Spec, w *warnings) error {
 		if len(names) > shown {
 			more = fmt.Sprintf(" and %d more", len(names)-shown)
 		}
-		return unsupported("annotation %q names %.100q, and the pod has only %q%s",
+		return unsupported("annotation %q names %.100q, and the pod has only %q%s; correct the name",
 			p.cfg.Keys.Name(policy.Containers), unknown[:min(len(unknown), shown)], names[:min(len(names), shown)], more)
 	}
 	// Another webhook may add a skipped container later, so this is no reason to refuse. Nor does any container lose its

@@ -70,8 +70,8 @@ func (d DNS) fullName(broker string) string {
 	}
 }
 
-// serviceHost returns the host of broker. It reports whether the host is the name of a Service, NAME.NAMESPACE.svc with or
-// without the cluster's domain, and not an address or a name outside the cluster.
+// serviceHost returns the host of broker. It reports whether the host is the name of a Service: NAME.NAMESPACE.svc,
+// with or without the cluster's domain. Addresses and names outside the cluster are not.
 func serviceHost(broker string) (host string, ok bool) {
 	host, _, err := net.SplitHostPort(broker)
 	labels := strings.Split(host, ".")

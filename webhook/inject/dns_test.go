@@ -124,9 +124,9 @@ func TestBrokerFullName(t *testing.T) {
 	}
 }
 
-// TestDomainIsLearnedBetweenCalls: webhooks that do and do not know the cluster's domain accept each other's sidecars, and
+// TestDomainSetBetweenCalls: webhooks that do and do not know the cluster's domain accept each other's sidecars, and
 // those of "credence inject".
-func TestDomainIsLearnedBetweenCalls(t *testing.T) {
+func TestDomainSetBetweenCalls(t *testing.T) {
 	with := func(domain string) *inject.Injector {
 		i := newInjector(t)
 		if err := i.UseDNS(inject.DNS{Domain: domain}); err != nil {

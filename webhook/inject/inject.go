@@ -1,6 +1,6 @@
-// Package inject adds what a pod needs to get its own AWS credentials: one sidecar, one volume, and environment variables
-// that point AWS SDKs to the sidecar. It is a pure function of a pod's JSON and a configuration: no clock, no randomness,
-// no network.
+// Package inject adds to a pod all that it needs for its own AWS credentials: one sidecar, one volume, and environment
+// variables that send AWS SDKs to the sidecar. It is a pure function of a pod's JSON and a configuration: no clock, no
+// randomness, no network.
 //
 // It guarantees:
 //   - a pod without Credence's annotations does not change. An annotated pod is injected, or refused with a message that
@@ -204,8 +204,8 @@ func length(annotations map[string]string) (n int) {
 	return n
 }
 
-// patch orders the operations so that the indices of the received pod stay valid: changes of existing containers come
-// first, and the container that shifts all others comes last.
+// patch returns the operations in an order in which the indices of the received pod stay valid. Changes of existing
+// containers come first. The sidecar comes last, because it shifts all other init containers.
 func (p *plan) patch(ended func() error, pod *podview.Pod, spec *podview.Spec, namespace string, w *warnings) (ops []Operation, err error) {
 	if err := p.checkSupported(pod, spec); err != nil {
 		return nil, err

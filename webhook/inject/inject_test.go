@@ -282,7 +282,7 @@ func TestRefusals(t *testing.T) {
 		{"port of init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","ports":[{"containerPort":9779}]}],"containers":[{"name":"app"}]}}`, credential.ReasonPodUnsupported,
 			`container "i" has port 9779, on which the sidecar listens, and containers of a pod share ports; change the port, or set the sidecar's with annotation "iam.amazonaws.com/sidecar-port"`},
 		{"containers", `{"metadata":{"annotations":{"iam.amazonaws.com/role":"reader","iam.amazonaws.com/containers":"app,ap"}},"spec":{"initContainers":[{"name":"i"}],"containers":[{"name":"app"}]}}`,
-			credential.ReasonPodUnsupported, `annotation "iam.amazonaws.com/containers" names ["ap"], and the pod has only ["app" "i"]`},
+			credential.ReasonPodUnsupported, `annotation "iam.amazonaws.com/containers" names ["ap"], and the pod has only ["app" "i"]; correct the name`},
 		{"web identity", `{` + role + `,"spec":{"containers":[{"name":"app","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","value":"/token"}]}]}}`, credential.ReasonShadowed,
 			`container "app" has AWS_WEB_IDENTITY_TOKEN_FILE, which SDKs prefer to the annotated role; remove it (and what sets it, such as the service account's eks.amazonaws.com/role-arn), or list the container in "iam.amazonaws.com/skip-containers"`},
 		{"web identity in init container", `{` + role + `,"spec":{"initContainers":[{"name":"i","env":[{"name":"AWS_WEB_IDENTITY_TOKEN_FILE","valueFrom":{"configMapKeyRef":{"name":"c","key":"k"}}}]}],"containers":[{"name":"app"}]}}`, credential.ReasonShadowed,

@@ -111,8 +111,8 @@ func portOf(c *podview.Container) int {
 
 type image struct{ name, tag, digest string }
 
-// canBe reports whether i can be the image other after another webhook moved it to a mirror or pinned its tag to a digest:
-// the last component of the name is the same, and so are tag and digest if both images have one.
+// canBe reports whether i can be the image other after another webhook moved it to a mirror or pinned its tag to a
+// digest. Then the last component of the name is the same. Tag and digest are the same, too, if both images have them.
 func (i image) canBe(other image) bool {
 	same := func(x, y string) bool { return x == y || x == "" || y == "" }
 	untagged := func(x image) bool { return x.tag == "" && x.digest == "" }

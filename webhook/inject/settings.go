@@ -148,7 +148,7 @@ func (c CPU) checkLimit() error {
 		return err
 	}
 	if c.Limit != 0 && c.Limit < c.Request {
-		return fmt.Errorf("%s is less than the request, %s", c.Limit, c.Request)
+		return fmt.Errorf("%s is less than the request, %s; raise the limit, or lower the request", c.Limit, c.Request)
 	}
 	return nil
 }

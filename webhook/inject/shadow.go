@@ -29,10 +29,11 @@ var outranking = []struct {
 	{"AWS_CONFIG_FILE", false, "SDKs use credentials to which the file leads, not the annotated role"},
 }
 
-// podIdentityTokens is where EKS Pod Identity mounts the token for its agent, and podIdentityAgents are the addresses of
-// the agent on the node. The source of its webhook and its user guide have them.
+// podIdentityTokens is the folder into which EKS Pod Identity mounts the token for its agent. The source code of its webhook
+// has it.
 const podIdentityTokens = "/var/run/secrets/pods.eks.amazonaws.com/"
 
+// podIdentityAgents are the addresses of that agent on the node. The user guide of EKS has them.
 var podIdentityAgents = []netip.Addr{netip.MustParseAddr("169.254.170.23"), netip.MustParseAddr("fd00:ec2::23")}
 
 // ofPodIdentity reports whether v, a variable of the AWS_CONTAINER_ family, points to EKS Pod Identity.
@@ -72,9 +73,9 @@ func identityOf(c podview.Container) *otherIdentity {
 	return found
 }
 
-// shadowed finds variables that SDKs prefer to the sidecar. It refuses web identity: nearly all SDKs use it before container
-// credentials, and do not fall back if it fails, so the pod would run with another role than the annotated one, or with
-// none. It refuses EKS Pod Identity, which uses the same variables as the sidecar, for the same reason.
+// shadowed finds variables that SDKs prefer to the sidecar. It refuses web identity: nearly all SDKs use it before
+// container credentials, and do not fall back if it fails. The pod would run with another role than the annotated one,
+// or with none. It refuses EKS Pod Identity, which uses the same variables as the sidecar, for the same reason.
 func (p *plan) shadowed(c podview.Container, w *warnings) error {
 	identity := identityOf(c)
 	if identity != nil && p.cfg.OnShadowed != WarnShadowed {

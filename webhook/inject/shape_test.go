@@ -145,7 +145,7 @@ func TestLongNames(t *testing.T) {
 func TestManyNames(t *testing.T) {
 	raw := `{"metadata":{"annotations":{"iam.amazonaws.com/role":"r","iam.amazonaws.com/containers":"x"}},"spec":{"containers":[{"name":"c"}` + strings.Repeat(`,{"name":"c"}`, 99) + `]}}`
 	_, err := newInjector(t).Inject([]byte(raw), namespace)
-	if err == nil || !strings.HasSuffix(err.Error(), `"c" "c"] and 80 more`) || strings.Count(err.Error(), `"c"`) != 20 {
+	if err == nil || !strings.HasSuffix(err.Error(), `"c" "c"] and 80 more; correct the name`) || strings.Count(err.Error(), `"c"`) != 20 {
 		t.Errorf("refusal is %v", err)
 	}
 }

@@ -15,8 +15,8 @@ import (
 // The volume of the sidecar.
 const (
 	volumeName = "credence-identity"
-	// mountPath is where the API server mounts an API token into each container that has no volume there. The sidecar
-	// needs no API token, so it takes the path.
+	// mountPath is the path at which the API server mounts an API token, unless the container has a volume there. The
+	// sidecar needs no API token, so it takes the path.
 	mountPath = "/var/run/secrets/kubernetes.io/serviceaccount"
 	tokenFile = "token"
 	rootsFile = "roots.pem"
@@ -133,9 +133,9 @@ func startupProbe(startTimeout time.Duration) *corev1.Probe {
 	}
 }
 
-// resources returns the sidecar's requests and limits. A Guaranteed pod keeps its class. The sidecar declares no resource
-// that the pod declares as a whole: it uses that budget, which must cover the requests of all containers, or the API
-// server refuses the pod.
+// resources returns the sidecar's requests and limits. A Guaranteed pod keeps its class. The sidecar declares no
+// resource that the pod declares as a whole, but uses the pod's budget. If the requests of all containers exceed that
+// budget, the API server refuses the pod.
 func (p *plan) resources(spec *podview.Spec) corev1.ResourceRequirements {
 	memory := *resource.NewQuantity(int64(p.settings.Memory)<<20, resource.BinarySI)
 	request, limit := p.settings.CPU.Request, p.settings.CPU.Limit
@@ -197,9 +197,10 @@ const (
 )
 
 // tokenSeconds returns the lifetime of the token. The kubelet renews a token at 80% of its lifetime, but not in a
-// terminating pod. During the grace period, the sidecar thus has at least a fifth of the lifetime, and then credentials
-// that are valid for at least another 25 minutes. So a fifth of the lifetime must cover the grace period minus 25 minutes.
-// A shorter lifetime than two hours has no benefit, and the kubelet renews each token after a day.
+// terminating pod. So at the start of the grace period, the token is valid for at least a fifth of its lifetime. After
+// that, the sidecar has credentials for at least another 25 minutes. So a fifth of the lifetime must cover the grace
+// period minus 25 minutes. A shorter lifetime than two hours has no benefit, and the kubelet renews each token after a
+// day.
 func tokenSeconds(grace *int64) int64 {
 	seconds := defaultGraceSeconds
 	if grace != nil {

@@ -20,7 +20,7 @@ import (
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
-// Pod has the fields that tell whether a pod is annotated. Make it with [Parse].
+// Pod has the fields that show whether a pod is annotated. Make it with [Parse].
 type Pod struct {
 	Metadata struct {
 		Name         string            `json:"name"`
@@ -156,14 +156,14 @@ func (p *Pod) ParseSpec() (*Spec, error) {
 		return nil, unsupported("the pod has %v", tooManyContainers(n))
 	}
 	if name := spec.ServiceAccount(); len(name) > maxName {
-		return nil, unsupported("service account %.63q… is longer than %d characters, the maximum of Kubernetes", name, maxName)
+		return nil, unsupported("service account %.63q… is longer than %d characters, the maximum of Kubernetes; shorten it", name, maxName)
 	}
 	for c := range spec.All() {
 		switch {
 		case c.Name == "":
 			return nil, unsupported("the pod has a container without a name")
 		case len(c.Name) > maxName:
-			return nil, unsupported("container name %.63q… is longer than %d characters, the maximum of Kubernetes", c.Name, maxName)
+			return nil, unsupported("container name %.63q… is longer than %d characters, the maximum of Kubernetes; shorten it", c.Name, maxName)
 		}
 	}
 	return &spec, nil
@@ -260,8 +260,9 @@ func (s *Spec) Guaranteed() bool {
 // MaxUser is the maximum user ID in Kubernetes.
 const MaxUser = 1<<31 - 1
 
-// CommonUser returns the user ID as which all containers run. It reports false if they declare different users, if the user
-// is root, or if a container declares none and so runs as the user of its image.
+// CommonUser returns the user ID as which all containers run. It reports false if they declare different users, or if
+// the user is root. It also reports false if a container declares no user, because that container runs as the user of
+// its image.
 //
 // The kubelet makes this user the owner of projected tokens, trust bundles and pod certificates, with mode 0600 (KEP-1205,
 // FsUserFrom in pkg/volume/util of Kubernetes). A sidecar with another user would end that: root would own a file of mode
