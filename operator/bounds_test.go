@@ -33,7 +33,7 @@ func TestListsOfAliases(t *testing.T) {
 	}
 }
 
-// TestListsInLists: the command reads lists in lists, up to a maximum depth that nobody needs.
+// TestListsInLists: the command reads lists in lists, up to a maximum depth that no user needs.
 func TestListsInLists(t *testing.T) {
 	for lists, injected := range map[int]bool{1: true, 9: true, 10: false, 30: false} {
 		text := strings.Repeat(`{"apiVersion":"v1","kind":"List","items":[`, lists) +
@@ -140,7 +140,7 @@ func work(ctx context.Context, t *testing.T, text string) error {
 	return err
 }
 
-// counted is a context that has ended once it was asked more than until times.
+// counted is a context that ends after until calls of its Err.
 type counted struct {
 	context.Context
 	until int64

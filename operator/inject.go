@@ -255,8 +255,8 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 	return r, nil
 }
 
-// passedBy returns a note about an object of an unknown kind, if it has annotations of ours that its controller may copy to
-// pods, as Argo's Rollout and Knative's Service do. Otherwise it returns "".
+// passedBy returns a note about an object of an unknown kind if it has annotations of Credence that its controller may
+// copy to pods. Argo's Rollout and Knative's Service are such kinds. Otherwise it returns "".
 func (in *injection) passedBy(d *document, o object) string {
 	keys := in.injector.Keys()
 	path, n := annotationsOf(o.node, keys.Prefix()+"/")

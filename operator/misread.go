@@ -154,8 +154,8 @@ func (d *document) misreadPod(path []string, pod []byte, err error) error {
 	return err
 }
 
-// templated returns an error if the pod at path has an annotation with the prefix whose value is a Helm template, because
-// such a value decides nothing.
+// templated returns an error if the pod at path has an annotation with the prefix whose value is a Helm template. No
+// decision is possible before "helm template" replaces that value.
 func (d *document) templated(path []string, prefix string) error {
 	annotations := yamledit.Value(find(d.root, append(slices.Clone(path), "metadata", "annotations")))
 	if annotations == nil || annotations.Kind != yaml.MappingNode {

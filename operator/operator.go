@@ -79,7 +79,7 @@ func Inject(ctx context.Context, cfg InjectConfig) error {
 			err = in.learn(ctx, documents)
 		}
 		if err == nil && len(in.namespaces) == 0 {
-			err = fmt.Errorf("%s has no Namespace", cfg.NamespacesFile)
+			err = fmt.Errorf("%s has no Namespace; use the output of kubectl get namespaces -o yaml", cfg.NamespacesFile)
 		}
 		if err != nil {
 			return fmt.Errorf("--namespaces: %w", err)

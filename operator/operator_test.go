@@ -371,8 +371,8 @@ const (
 	aPod    = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations: {iam.amazonaws.com/role: r}\nspec:\n  containers: [{name: app}]\n"
 )
 
-// TestJudgement has the messages, and whether the command refuses.
-func TestJudgement(t *testing.T) {
+// TestDecisions has the messages, and whether the command refuses.
+func TestDecisions(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) string {
 		file := filepath.Join(dir, name)
@@ -455,7 +455,7 @@ func TestErrors(t *testing.T) {
 		{"a: b\x85---\na: c\n", func(*operator.InjectConfig) {}, "standard input is not UTF-8 text"},
 		{"a: b\u0085---\na: c\n", func(*operator.InjectConfig) {}, "it has several documents; separate them by lines that begin with ---"},
 		{"", func(c *operator.InjectConfig) { c.Files = []string{filepath.Join(dir, "absent")} }, "no such file"},
-		{"", func(c *operator.InjectConfig) { c.NamespacesFile = none }, "--namespaces: " + none + " has no Namespace"},
+		{"", func(c *operator.InjectConfig) { c.NamespacesFile = none }, "--namespaces: " + none + " has no Namespace; use the output of kubectl get namespaces -o yaml"},
 		{"", func(c *operator.InjectConfig) { c.RulesFile = none }, "--rules-file: "},
 		{"apiVersion: v1\nkind: Namespace\nmetadata: {name: x, labels: {a: 1}}\n", func(*operator.InjectConfig) {}, "standard input: document 1 (line 1): cannot read the Namespace: "},
 	} {

@@ -22,9 +22,9 @@ func NewTree(root *yaml.Node) *Tree {
 	return &Tree{Root: root, replaced: map[*yaml.Node]*yaml.Node{}}
 }
 
-// Add adds a value at path, a list of keys and indices, with the meaning of an "add" operation of JSON Patch (RFC 6902,
-// 4.1): it sets a key of a mapping, and inserts into a list before an index or, with "-", at the end. It returns
-// [ErrAliased] if the path leads through an alias or a merged key.
+// Add adds a value at path, a list of keys and indices, like an "add" operation of JSON Patch (RFC 6902, section 4.1).
+// In a mapping, it sets a key. In a list, it inserts before an index or, with "-", at the end. It returns [ErrAliased]
+// if the path leads through an alias or a merged key.
 func (t *Tree) Add(path []string, v any) error {
 	parent := t.Root
 	for _, token := range path[:len(path)-1] {
