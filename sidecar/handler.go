@@ -116,8 +116,8 @@ func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
 // of the server.
 const readyPoll = 5 * time.Second
 
-// serveReady responds with 204 when there is a session, when the start timeout has passed, or when the broker has said that
-// the pod was not injected. It responds with 503 if none of these happens within readyPoll.
+// serveReady responds with 204 when there is a session, when the start timeout has passed, or when the broker has
+// reported that the pod was not injected. It responds with 503 if none of these happens within readyPoll.
 func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 	started := s.startTimeout > 0 && time.Since(s.started) >= s.startTimeout
 	if st := s.state.Load(); started || st.valid(time.Now()) || st.uninjected() {

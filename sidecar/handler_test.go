@@ -196,7 +196,7 @@ func TestReadyWhileManyWait(t *testing.T) {
 	})
 }
 
-// Host is checked before the path, so that a foreign host learns nothing about paths.
+// Host is checked before the path, so that the response to a foreign host reveals nothing about paths.
 func TestHostIsCheckedFirst(t *testing.T) {
 	s, err := sidecar.New(sidecar.Config{Source: sourceFunc(hangs), Authorization: authorization, Metadata: policy.MetadataOff})
 	if err != nil {

@@ -11,9 +11,9 @@ import (
 	"syscall"
 )
 
-// limitedListener limits how many connections are open. More connections wait in the kernel's queue and are not refused.
-// Package connlimit would accept them all, which takes 20 MB for 10,000 clients, and its fairness between addresses does
-// not help: all clients on loopback have the same address.
+// limitedListener limits how many connections are open. More connections wait in the kernel's queue and are not
+// refused. Package connlimit would accept them all, which takes 20 MB for 10,000 clients. Its fairness between
+// addresses does not help, because all clients on loopback have the same address.
 type limitedListener struct {
 	net.Listener
 	slots     chan struct{} // one element per open connection

@@ -30,8 +30,8 @@ const (
 	maxTokenTTL = 21600 * time.Second
 )
 
-// metadataEarly is how long before its expiration a session expires on the metadata path. The SDK for Go uses such a
-// session to its last second. Several SDKs use it even longer if they cannot renew it: EC2 tolerates that, STS does not.
+// metadataEarly is the time by which a session expires earlier on the metadata path. The SDK for Go uses such a session
+// to its last second. Several SDKs use it even longer if they cannot renew it: EC2 tolerates that, STS does not.
 const metadataEarly = 5 * time.Minute
 
 // routeMetadata registers the metadata service. Its other paths give 404, also security-credentials-extended: SDKs that try

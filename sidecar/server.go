@@ -31,9 +31,10 @@ const (
 	// keepAliveLimit is the number of open connections above which each response closes its connection. So clients that
 	// keep connections open do not make others wait.
 	keepAliveLimit = maxConnections / 2
-	// maxLines is how many lines a request may have, several times as many as SDKs and tracers send. A header of 12 kB can
-	// have so many lines that they take 280 kB when parsed. Without this limit, TestMemory of cmd/sidecar fails: if every
-	// fourth request is such, the program takes 13 MB of the container's 16 MiB, and the kernel needs another 2 MB.
+	// maxLines is how many lines a request may have, several times as many as SDKs and tracers send. A header of 12 kB
+	// can have so many lines that they take 280 kB when parsed. Without this limit, TestMemory of cmd/sidecar fails. If
+	// every fourth request has such a header, the program takes 13 MB of the container's 16 MiB, and the kernel needs
+	// another 2 MB.
 	maxLines = 64
 	// socketBuffer is in bytes, and far larger than a request or a response. By default, the kernel buffers 4 MB for a
 	// client that does not read, and counts them as the container's memory.

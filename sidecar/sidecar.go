@@ -7,9 +7,9 @@
 //     failure of its listener ends [Sidecar.Run].
 //   - It serves a valid session, even if its renewal has failed. It never serves an expired one.
 //   - A response begins within 900 ms, because many SDKs time out after a second.
-//   - Only a program that reaches the pod's loopback gets credentials, and only with the authorization that the webhook
-//     put into the pod, or after the handshake of IMDSv2. Browsers that reach it by DNS rebinding, and programs that
-//     fetch URLs for others, can do neither.
+//   - Only a program that reaches the pod's loopback gets credentials. It needs the authorization that the webhook put into
+//     the pod, or the handshake of IMDSv2. Browsers that reach it by DNS rebinding, and programs that fetch URLs for
+//     others, can do neither.
 //   - Secrets are only in the responses for them.
 //
 // It does not isolate containers of one pod from each other, because they share its loopback. It stores nothing on disk,
@@ -70,7 +70,7 @@ type Sidecar struct {
 
 	// state is the current state. Only the renewal loop replaces it. Each request reads it.
 	state atomic.Pointer[state]
-	// wake tells the renewal loop that a request found the renewal overdue.
+	// wake notifies the renewal loop that a request found the renewal overdue.
 	wake chan struct{}
 	// waiting has one element for each waiting request.
 	waiting chan struct{}
