@@ -78,8 +78,8 @@ func saveMemory() {
 	debug.SetMemoryLimit(memoryLimit)
 }
 
-// memorySaver is a source that returns the memory of its connection to the system a second after each fetch,
-// when the application has the credentials it may have waited for.
+// memorySaver is a source that returns the memory of its connection to the system a second after each fetch. By then,
+// the application has the credentials that it may have waited for.
 type memorySaver struct{ sidecar.Source }
 
 // Credentials implements [sidecar.Source].

@@ -1,5 +1,5 @@
 // Package injectflags defines the flags that the webhook and "credence inject" share, because both must have the same
-// result: what injection adds to pods and which roles are permitted. It parses values and opens no files. Each program
+// result. The flags configure injection and the check of roles. It parses values and opens no files. Each program
 // defines its other flags itself.
 package injectflags
 

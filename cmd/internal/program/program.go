@@ -32,8 +32,8 @@ type Program[O any] struct {
 	Run func(ctx context.Context, options O) error
 }
 
-// Main runs the program with the process's arguments and exits: with 0 after success, with 1 after a failure, and with 2
-// if the command line is invalid. It prints an error as one line on standard error.
+// Main runs the program with the process's arguments and exits. The exit code is 0 after success, 1 after a failure,
+// and 2 if the command line is invalid. It prints an error as one line on standard error.
 func (p Program[O]) Main() {
 	os.Exit(p.main(os.Args[1:], os.Stdout, os.Stderr))
 }

@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// direct are hosts that are never called through a proxy, in the form of NO_PROXY: this machine, and addresses at which a
-// node or AWS serves only this machine. A proxy could not reach them, and must not see the data sent to them, such as a
-// token for the broker's own credentials. 169.254.0.0/16 has instance metadata and EKS Pod Identity. fd00:ec2::/32 has
-// both over IPv6.
+// direct has the hosts that are never called through a proxy, in the form of NO_PROXY. They are this machine, and
+// addresses at which a node or AWS serves only this machine. A proxy could not reach them, and must not see the data
+// sent to them, such as a token for the broker's own credentials. 169.254.0.0/16 has instance metadata and EKS Pod
+// Identity. fd00:ec2::/32 has both over IPv6.
 var direct = []string{"localhost", "127.0.0.0/8", "::1", "169.254.0.0/16", "fe80::/10", "fd00:ec2::/32"}
 
 // apiServer is the variable with the API server's host. Kubernetes sets it in each pod, and client-go reads it.
@@ -37,9 +37,9 @@ type Proxies struct {
 // It returns the proxies for all other calls, from HTTP_PROXY and HTTPS_PROXY. If a variable has no valid address, it
 // returns an error that does not quote it, because net/http would ignore the variable and call directly.
 //
-// It adds to NO_PROXY and no_proxy, because all HTTP clients of the process read them, also at each redirect: those of
-// client-go, the AWS SDK and OpenTelemetry. Call it before the first of them is used, because net/http reads the variables
-// once.
+// It adds to NO_PROXY and no_proxy, because all HTTP clients of the process read them, even at each redirect. These are
+// the clients of client-go, the AWS SDK and OpenTelemetry. Call it before the first of them is used, because net/http
+// reads the variables once.
 func DirectCalls() (Proxies, error) {
 	var p Proxies
 	for _, v := range []struct {
