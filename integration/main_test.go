@@ -9,9 +9,7 @@ package integration
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -22,9 +20,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/aws/aws-sdk-go-v2/aws"
-	awscredentials "github.com/aws/aws-sdk-go-v2/credentials"
-	"github.com/aws/aws-sdk-go-v2/service/s3"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -62,25 +57,10 @@ const shortLife = 70 * time.Second
 var dryRun = metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 
 func TestMain(m *testing.M) {
-	flag.Parse()
-	if missing := cluster.Missing(0); testing.Short() && len(missing) > 0 {
-		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
-		return
-	}
-	ctx := context.Background()
-	var failed error
-	code := cluster.RunTests(ctx, cluster.Config{Progress: os.Stderr}, func(c *cluster.Cluster) {
-		control = c
-		failed = setUp(ctx)
-	}, func() int {
-		if failed != nil {
-			fmt.Fprintln(os.Stderr, "setting up:", failed)
-			return 1
-		}
+	os.Exit(cluster.RunTests(cluster.Config{Progress: os.Stderr}, setUp, func() int {
 		defer credence.Close()
 		return m.Run()
-	})
-	os.Exit(code)
+	}))
 }
 
 // TestSourcesAreRead makes Go's test cache depend on the sources of the programs that the tests run.
@@ -91,29 +71,17 @@ func TestSourcesAreRead(t *testing.T) {
 	}
 }
 
-func setUp(ctx context.Context) (err error) {
+func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
+	control = c
 	if store, err = minio.Start(ctx, control.Run(), control.Host(), os.Stderr); err != nil {
 		return err
 	}
-	accessKey, secretKey := store.Root()
-	admin := s3.New(s3.Options{
-		Region: stack.Region, BaseEndpoint: aws.String(store.Endpoint()), UsePathStyle: true,
-		Credentials: awscredentials.NewStaticCredentialsProvider(accessKey, secretKey, ""),
-	})
-	if _, err := admin.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: aws.String(bucket)}); err != nil {
-		return fmt.Errorf("creating a bucket: %w", err)
-	}
-	allow, err := json.Marshal(map[string]any{"Version": "2012-10-17", "Statement": []any{map[string]any{
-		"Effect": "Allow", "Action": []string{"s3:*"}, "Resource": []string{"arn:aws:s3:::" + bucket, "arn:aws:s3:::" + bucket + "/*"},
-	}}})
+	sessions, err := stack.FillStore(ctx, store, bucket)
 	if err != nil {
 		return err
 	}
 	credence, err = stack.Start(ctx, stack.Config{Cluster: control, Progress: os.Stderr, STS: ststest.Config{
-		MinIO: &ststest.MinIO{
-			Endpoint: store.Endpoint(), AccessKey: accessKey, SecretKey: credential.NewSecret(secretKey),
-			Policies: map[string]string{arn("shelf"): string(allow)},
-		},
+		MinIO: sessions,
 		SessionLife: func(requested time.Duration) time.Duration {
 			if requested == 15*time.Minute {
 				return shortLife
@@ -134,8 +102,8 @@ func setUp(ctx context.Context) (err error) {
 
 func logger(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }
 
-// arn is the ARN of a role in the broker's account.
-func arn(role string) string { return "arn:aws:iam::" + stack.Account + ":role/" + role }
+// arn returns the ARN of a role in the broker's account.
+func arn(role string) string { return stack.RoleARN(role) }
 
 // assumed is the ARN that STS gives a session of role with the default session name.
 func assumed(role string) string {

@@ -17,15 +17,18 @@ package cluster
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
+	"testing"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -429,10 +432,20 @@ func (c *Cluster) Command(ctx context.Context, path string, args ...string) *exe
 // Logs returns the folder of the components' logs.
 func (c *Cluster) Logs() string { return c.run.Logs() }
 
-// RunTests is the body of a TestMain whose tests share a cluster. It starts the cluster, passes it to use, calls run,
-// which is the Run of a testing.M, and stops the cluster. It returns the exit code. If tests have failed, it keeps the
-// logs and prints their folder. Under -short, call it only if Missing returns nothing.
-func RunTests(ctx context.Context, config Config, use func(*Cluster), run func() int) (code int) {
+// RunTests is the body of a TestMain whose tests share a cluster, and returns the exit code. It starts the cluster, passes
+// it to setUp, calls run, which is the Run of a testing.M, and stops the cluster. The context of setUp ends after that. If
+// setUp or a test fails, RunTests keeps the logs and prints their folder.
+//
+// Under -short it skips the tests if a program of the cluster or one of needed is not built, because building takes minutes.
+func RunTests(config Config, setUp func(context.Context, *Cluster) error, run func() int, needed ...tools.Tool) (code int) {
+	flag.Parse()
+	missing := slices.DeleteFunc(needed, tools.Built)
+	if missing = append(missing, Missing(config.Nodes)...); testing.Short() && len(missing) > 0 {
+		fmt.Printf("SKIP: -short, and %v are not built (go run ./integration/tools/install)\n", missing)
+		return 0
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	c, err := Start(ctx, config)
 	if err != nil {
 		_, _ = fmt.Fprintln(os.Stderr, err)
@@ -448,7 +461,10 @@ func RunTests(ctx context.Context, config Config, use func(*Cluster), run func()
 			code = max(code, 1)
 		}
 	}()
-	use(c)
+	if err := setUp(ctx, c); err != nil {
+		_, _ = fmt.Fprintln(os.Stderr, "setting up:", err)
+		return 1
+	}
 	return run()
 }
 

@@ -35,14 +35,16 @@ var shared *cluster.Cluster
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	ctx := context.Background()
 	if runs := os.Getenv(ownerVariable); runs != "" {
-		own(ctx, runs)
+		own(context.Background(), runs)
 	}
 	if testing.Short() && len(cluster.Missing(0)) > 0 {
 		os.Exit(m.Run())
 	}
-	os.Exit(cluster.RunTests(ctx, cluster.Config{Progress: os.Stderr}, func(c *cluster.Cluster) { shared = c }, m.Run))
+	os.Exit(cluster.RunTests(cluster.Config{Progress: os.Stderr}, func(_ context.Context, c *cluster.Cluster) error {
+		shared = c
+		return nil
+	}, m.Run))
 }
 
 // own starts a cluster and prints its folder.

@@ -55,31 +55,17 @@ func TestMain(m *testing.M) {
 		fmt.Printf("SKIP: these tests run by make e2e, which sets %s\n", variable)
 		return
 	}
-	os.Exit(runTests(m.Run))
-}
-
-func runTests(run func() int) int {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel() // stops the STS
-	var failed error
-	return cluster.RunTests(ctx, cluster.Config{
+	os.Exit(cluster.RunTests(cluster.Config{
 		Nodes: 1, Progress: os.Stderr,
 		// Before Kubernetes 1.37, the API server keeps using connections to a webhook that is no longer an endpoint. This is
 		// the harder case for a terminating webhook.
 		APIServerFlags: []string{"--feature-gates=WebhookRoundTripLoadBalancing=false"},
-	}, func(c *cluster.Cluster) {
-		world = c
-		failed = setUp(ctx)
-	}, func() int {
-		if failed != nil {
-			fmt.Fprintln(os.Stderr, "setting up:", failed)
-			return 1
-		}
-		return run()
-	})
+	}, setUp, m.Run))
 }
 
-func setUp(ctx context.Context) (err error) {
+// setUp installs Credence. Its STS stops when ctx ends.
+func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
+	world = c
 	began := time.Now()
 	step := func(what string) {
 		fmt.Fprintf(os.Stderr, "%s: %.1f s\n", what, time.Since(began).Seconds())

@@ -8,8 +8,6 @@ package kube_test
 import (
 	"context"
 	"errors"
-	"flag"
-	"fmt"
 	"log/slog"
 	"os"
 	"strings"
@@ -47,25 +45,14 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	flag.Parse()
-	if missing := cluster.Missing(0); testing.Short() && len(missing) > 0 {
-		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
-		return
-	}
 	config := cluster.Config{Progress: os.Stderr, APIServerFlags: []string{"--service-account-issuer=" + secondIssuer}}
-	var failed error
-	os.Exit(cluster.RunTests(context.Background(), config, func(c *cluster.Cluster) {
+	os.Exit(cluster.RunTests(config, func(_ context.Context, c *cluster.Cluster) (err error) {
 		control = c
 		config := c.Config()
 		config.WarningHandler = rest.NoWarnings{}
-		client, failed = kubernetes.NewForConfig(config)
-	}, func() int {
-		if failed != nil {
-			fmt.Fprintln(os.Stderr, "setting up:", failed)
-			return 1
-		}
-		return m.Run()
-	}))
+		client, err = kubernetes.NewForConfig(config)
+		return err
+	}, m.Run))
 }
 
 func keys(t *testing.T) policy.Keys {

@@ -9,7 +9,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -49,28 +48,14 @@ func TestMain(m *testing.M) {
 	if attack.Main() {
 		return
 	}
-	flag.Parse()
-	if missing := cluster.Missing(0); testing.Short() && len(missing) > 0 {
-		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
-		return
-	}
 	if stack.Race {
 		fmt.Println("SKIP: programs with the race detector need many times the memory limit")
 		return
 	}
-	ctx := context.Background()
-	var failed error
-	code := cluster.RunTests(ctx, cluster.Config{Progress: os.Stderr}, func(c *cluster.Cluster) {
-		failed = setUp(ctx, c)
-	}, func() int {
-		if failed != nil {
-			fmt.Fprintln(os.Stderr, "setting up:", failed)
-			return 1
-		}
+	os.Exit(cluster.RunTests(cluster.Config{Progress: os.Stderr}, setUp, func() int {
 		defer credence.Close()
 		return m.Run()
-	})
-	os.Exit(code)
+	}))
 }
 
 func setUp(ctx context.Context, c *cluster.Cluster) (err error) {

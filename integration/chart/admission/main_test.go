@@ -8,7 +8,6 @@ package admission
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -43,31 +42,11 @@ var (
 const nodeName = "node-1"
 
 func TestMain(m *testing.M) {
-	flag.Parse()
-	missing := cluster.Missing(0)
-	if !tools.Built(tools.Helm) {
-		missing = append(missing, tools.Helm)
-	}
-	if testing.Short() && len(missing) > 0 {
-		fmt.Printf("SKIP: -short, and %v would have to be built first (go run ./integration/tools/install)\n", missing)
-		return
-	}
-	ctx := context.Background()
-	var failed error
-	code := cluster.RunTests(ctx, cluster.Config{Progress: os.Stderr}, func(c *cluster.Cluster) {
-		control = c
-		failed = setUp(ctx)
-	}, func() int {
-		if failed != nil {
-			fmt.Fprintln(os.Stderr, "setting up:", failed)
-			return 1
-		}
-		return m.Run()
-	})
-	os.Exit(code)
+	os.Exit(cluster.RunTests(cluster.Config{Progress: os.Stderr}, setUp, m.Run, tools.Helm))
 }
 
-func setUp(ctx context.Context) (err error) {
+func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
+	control = c
 	config := control.Config()
 	config.WarningHandler = rest.NoWarnings{}
 	if client, err = kubernetes.NewForConfig(config); err != nil {
