@@ -79,7 +79,7 @@ func Install(ctx context.Context, cfg Config) error {
 // render runs a command of Helm on copies of the chart and the files of values. Go's test cache knows only the files that
 // the test binary reads itself: if Helm read the originals, a cached result of an earlier chart would pass.
 func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err error) {
-	chart, err := folder()
+	chart, err := Folder()
 	if err != nil {
 		return nil, err
 	}
@@ -110,15 +110,21 @@ func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err err
 	return Helm(ctx, cfg, args...)
 }
 
-// folder returns charts/credence of the checkout. The working directory is at most three folders below its root.
-func folder() (string, error) {
-	for _, root := range []string{".", "..", "../..", "../../.."} {
-		chart := filepath.Join(root, "charts", "credence")
+// Folder returns the folder of the chart, in the checkout around the working folder.
+func Folder() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("finding the chart: %w", err)
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		chart := filepath.Join(dir, "charts", "credence")
 		if _, err := os.Stat(filepath.Join(chart, "Chart.yaml")); err == nil {
 			return chart, nil
 		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("no charts/credence at or above the working folder; run this within the checkout")
+		}
 	}
-	return "", errors.New("cannot find charts/credence in this folder or the three above it")
 }
 
 // Helm runs Helm in the release's namespace and returns its output. The plugins, repositories and clusters of the user have

@@ -27,6 +27,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/certmanager"
+	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/minio"
@@ -168,7 +169,7 @@ func RoleARN(role string) string { return stack.RoleARN(role) }
 // prepareCredence makes the namespace with the keys of the broker's AWS user, as outside AWS, and writes the values of
 // the chart.
 func (d *Deployment) prepareCredence(ctx context.Context) error {
-	chart, err := stack.Chart()
+	chartFolder, err := chart.Folder()
 	if err != nil {
 		return err
 	}
@@ -189,7 +190,7 @@ func (d *Deployment) prepareCredence(ctx context.Context) error {
 		return fmt.Errorf("writing the chart's values: %w", err)
 	}
 	d.Credence = []string{
-		"upgrade", "--install", release, chart, "--namespace=" + Namespace,
+		"upgrade", "--install", release, chartFolder, "--namespace=" + Namespace,
 		"--values=" + values, "--wait", "--timeout=" + helmTimeout,
 	}
 	return nil

@@ -26,34 +26,14 @@ const (
 	optedIn        = "iam.amazonaws.com/inject" // the label of namespaces
 )
 
-// Chart returns the folder of the chart, in the checkout around the working folder.
-func Chart() (string, error) { return find("charts/credence") }
-
-// find returns the path of a file or folder of the checkout around the working folder.
-func find(name string) (string, error) {
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", fmt.Errorf("finding %s: %w", name, err)
-	}
-	for ; ; dir = filepath.Dir(dir) {
-		path := filepath.Join(dir, name)
-		if _, err := os.Stat(path); err == nil {
-			return path, nil
-		}
-		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("no %s at or above the working folder; run this within the checkout", name)
-		}
-	}
-}
-
 // chartObjects returns the objects of the chart with default values. They come from a golden file, which tests of package
 // chart compare with Helm's output, so that a stack needs no Helm.
 func chartObjects() ([]runtime.Object, error) {
-	file, err := find("integration/chart/testdata/defaults.golden.yaml")
+	folder, err := chart.Folder()
 	if err != nil {
 		return nil, err
 	}
-	rendered, err := os.ReadFile(file)
+	rendered, err := os.ReadFile(filepath.Join(folder, "..", "..", "integration", "chart", "testdata", "defaults.golden.yaml"))
 	if err != nil {
 		return nil, fmt.Errorf("reading the chart's objects: %w", err)
 	}
