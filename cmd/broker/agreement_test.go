@@ -18,6 +18,7 @@ import (
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/kube/apitest"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
@@ -26,18 +27,18 @@ import (
 // bearer of a token.
 func TestWebhookAndBrokerAgree(t *testing.T) {
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
-	must(t, err)
+	processtest.Must(t, err)
 	base, err := credential.BaseOf("aws", "123456789012")
-	must(t, err)
+	processtest.Must(t, err)
 	rules, err := policy.New(policy.Config{Keys: keys, Base: base, Chained: true})
-	must(t, err)
+	processtest.Must(t, err)
 	injector, err := inject.New(inject.Config{Keys: keys, Image: "image", Broker: "broker.credence.svc:9443", Settings: inject.DefaultSettings()})
-	must(t, err)
+	processtest.Must(t, err)
 	api := apitest.Start(t)
 	config, err := clientcmd.BuildConfigFromFlags("", api.Kubeconfig(t))
-	must(t, err)
+	processtest.Must(t, err)
 	directory, err := kube.NewDirectory(config, keys, slog.New(slog.DiscardHandler))
-	must(t, err)
+	processtest.Must(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { _ = directory.Run(ctx) })
@@ -83,7 +84,7 @@ func TestWebhookAndBrokerAgree(t *testing.T) {
 		pod.Spec.ServiceAccountName = "till"
 		pod.Spec.Containers = []corev1.Container{{Name: "a"}}
 		raw, err := json.Marshal(pod)
-		must(t, err)
+		processtest.Must(t, err)
 
 		// The API server has the label and the annotation that the webhook adds, whether it refuses the pod or not: pods
 		// that were admitted by another version may have any annotations.
@@ -92,7 +93,7 @@ func TestWebhookAndBrokerAgree(t *testing.T) {
 		api.Put(pod)
 		id := identity.Pod{Namespace: "shop", Name: pod.Name, UID: string(pod.UID), ServiceAccount: "till", ServiceAccountUID: "s-1"}
 		bound, ns, err := directory.Bind(t.Context(), id)
-		must(t, err)
+		processtest.Must(t, err)
 		watched, _, ok := directory.Pod("shop/" + pod.Name)
 		if !ok {
 			t.Fatalf("%v: the watch does not have the pod that Bind returned", annotations)

@@ -29,6 +29,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
 )
 
 // starting is a starting broker, with the parts of its readiness that depend on AWS: the real STS client with an STS double, the
@@ -49,7 +50,7 @@ type starting struct {
 func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *starting {
 	t.Helper()
 	server, err := ststest.StartInMemory(t.Context(), ststest.Config{})
-	must(t, err)
+	processtest.Must(t, err)
 	s := &starting{t: t, sts: server, keys: filepath.Join(t.TempDir(), "credentials"), logged: new(buffer), events: new(eventServer)}
 	if compatible {
 		server.SetIdentity(ststest.Behavior{Fault: &ststest.Fault{Code: "InvalidParameterValue", Message: "Unsupported action GetCallerIdentity"}})
@@ -64,11 +65,11 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	prepare(s)
 	log := slog.New(slog.NewJSONHandler(s.logged, nil))
 	source, err := assume.New(t.Context(), assume.Config{Region: "eu-central-1", Endpoint: server.URL(), Dial: server.Dial, Logger: log})
-	must(t, err)
+	processtest.Must(t, err)
 	sessions, err := cache.New(cache.Config[policy.Grant]{Source: source, Logger: log})
-	must(t, err)
+	processtest.Must(t, err)
 	recorder, err := events.New(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
-	must(t, err)
+	processtest.Must(t, err)
 	s.parts = parts{log: log, self: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: recorder}
 	began := time.Now()
 	s.checks, s.check = s.parts.readiness(nil, nil)
@@ -79,7 +80,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 		return settled == kept || time.Since(began) >= maxWarmTime
 	}
 	for i := range pods {
-		must(t, sessions.Retain(grantOf(t, fmt.Sprint("role-", i)), "shop"))
+		processtest.Must(t, sessions.Retain(grantOf(t, fmt.Sprint("role-", i)), "shop"))
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
@@ -95,7 +96,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 }
 
 func (s *starting) setKeys(id, secret string) {
-	must(s.t, os.WriteFile(s.keys, fmt.Appendf(nil, "[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret), 0o600))
+	processtest.Must(s.t, os.WriteFile(s.keys, fmt.Appendf(nil, "[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", id, secret), 0o600))
 }
 
 // rightKeys replaces the wrong keys, as a cluster admin does.
@@ -184,15 +185,15 @@ func (e *eventServer) notes(t *testing.T) (all []string) {
 func grantOf(t *testing.T, role string) policy.Grant {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
-	must(t, err)
+	processtest.Must(t, err)
 	base, err := credential.BaseOf("aws", "123456789012")
-	must(t, err)
+	processtest.Must(t, err)
 	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
-	must(t, err)
+	processtest.Must(t, err)
 	g, err := rules.Grant(policy.Pod{Namespace: "shop", Name: "p", UID: "u", Request: keys.Request(map[string]string{keys.Name(policy.Role): role})}, policy.Namespace{
 		Name: "shop", Labels: map[string]string{keys.Name(policy.Inject): policy.Enabled}, Annotations: map[string]string{keys.Name(policy.Permitted): ".*"},
 	})
-	must(t, err)
+	processtest.Must(t, err)
 	return g
 }
 
@@ -297,7 +298,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 			s.want("without pods", true)
 			s.setKeys("AKIAWRONG", "wrong-secret")
 			s.sts.SetOutage(ststest.Failing)
-			must(t, s.parts.sessions.Retain(grantOf(t, "role"), "shop"))
+			processtest.Must(t, s.parts.sessions.Retain(grantOf(t, "role"), "shop"))
 			time.Sleep(time.Hour)
 			s.want("when it was ready once", true)
 		})

@@ -26,6 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/broker/tracing"
 	"github.com/credence-iam/credence/broker/tracing/otlptest"
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
 )
 
 // sink takes audit lines.
@@ -143,7 +144,7 @@ func TestDebugPagesAreOnLoopback(t *testing.T) {
 			}
 			continue
 		}
-		must(t, err)
+		processtest.Must(t, err)
 		defer func() { _, _ = l.calls.Close(), l.admin.Close() }()
 		if (l.debug != nil) != tt.serves {
 			t.Errorf("%v: debug pages have the listener %v, want one: %t", tt.args, l.debug, tt.serves)

@@ -24,6 +24,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
 	"github.com/credence-iam/credence/cmd/internal/program/programtest"
 )
 
@@ -65,13 +66,13 @@ func behind(t *testing.T) (f found) {
 		return new(net.Dialer).DialContext(ctx, network, address)
 	}
 	client, err := corev1client.NewForConfig(&rest.Config{Host: "https://" + apiServerAt, Dial: dial})
-	must(t, err)
+	processtest.Must(t, err)
 	_, err = client.Namespaces().List(t.Context(), metav1.ListOptions{})
 	if err == nil {
 		t.Error("an API server that does not exist responded")
 	}
 	sts, err := assume.New(t.Context(), assume.Config{Region: "eu-test-1", Endpoint: "https://" + stsHost, Dial: dial})
-	must(t, err)
+	processtest.Must(t, err)
 	if _, err := sts.Base(t.Context()); err != nil {
 		f.Err = err.Error()
 	}
@@ -87,12 +88,12 @@ func behind(t *testing.T) (f found) {
 func TestWhatGoesThroughAProxy(t *testing.T) {
 	if out := os.Getenv(behindProxy); out != "" {
 		text, err := json.Marshal(behind(t))
-		must(t, err)
-		must(t, os.WriteFile(out, text, 0o600))
+		processtest.Must(t, err)
+		processtest.Must(t, os.WriteFile(out, text, 0o600))
 		return
 	}
 	sts, err := ststest.New(ststest.Config{})
-	must(t, err)
+	processtest.Must(t, err)
 	front := httptest.NewUnstartedServer(sts)
 	front.StartTLS()
 	defer front.Close()
@@ -108,8 +109,8 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 
 	dir := t.TempDir()
 	tokenFile, bundle := filepath.Join(dir, "token"), filepath.Join(dir, "ca.pem")
-	must(t, os.WriteFile(tokenFile, []byte(ownToken), 0o600))
-	must(t, os.WriteFile(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw}), 0o600))
+	processtest.Must(t, os.WriteFile(tokenFile, []byte(ownToken), 0o600))
+	processtest.Must(t, os.WriteFile(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw}), 0o600))
 	run := func(more ...string) found {
 		t.Helper()
 		out := filepath.Join(dir, "found")
@@ -129,9 +130,9 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 			t.Fatalf("%v\n%s", err, output)
 		}
 		text, err := os.ReadFile(out)
-		must(t, err)
+		processtest.Must(t, err)
 		var f found
-		must(t, json.Unmarshal(text, &f))
+		processtest.Must(t, json.Unmarshal(text, &f))
 		if strings.Contains(string(text), "pa55word") || strings.Contains(string(text), ownToken) {
 			t.Errorf("the proxy's password or the broker's token is in a message: %s", text)
 		}

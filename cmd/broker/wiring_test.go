@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -52,7 +51,7 @@ var wiring = []struct {
 	run         func(w *world)
 }{
 	{"listen", "the broker serves gRPC on it", func(w *world) {
-		address := freeAddress(w)
+		address := processtest.FreeAddress(w)
 		b := w.start("--listen=" + address)
 		if b.address != address {
 			w.Errorf("the broker serves on %s, want %s", b.address, address)
@@ -60,7 +59,7 @@ var wiring = []struct {
 		b.mustServe(w.pod("cart-1", "cart"))
 	}},
 	{"admin-listen", "the broker serves health, readiness and metrics on it", func(w *world) {
-		address := freeAddress(w)
+		address := processtest.FreeAddress(w)
 		b := w.start("--admin-listen=" + address)
 		if b.admin != address || b.metric("ready") != 1 {
 			w.Errorf("the admin pages are on %s, want %s; ready is %v", b.admin, address, b.metric("ready"))
@@ -70,7 +69,7 @@ var wiring = []struct {
 		}
 	}},
 	{"debug-listen", "the broker shows its grants on it", func(w *world) {
-		address := freeAddress(w)
+		address := processtest.FreeAddress(w)
 		b := w.start("--debug-listen=" + address)
 		b.mustServe(w.pod("cart-1", "cart"))
 		if code, text := b.get(address, "/debug/grants"); code != http.StatusOK || !strings.Contains(text, roleARN("cart")) {
@@ -117,7 +116,7 @@ var wiring = []struct {
 		leaf, file := w.ca.Leaf(brokerName), filepath.Join(w.TempDir(), "key.pem")
 		certFile, _ := w.ca.Leaf(brokerName).WriteTo(w.TempDir()) // with another key
 		certstest.WriteVolume(w, filepath.Dir(certFile), map[string][]byte{"tls.crt": leaf.CertPEM, "tls.key": w.ca.Leaf(brokerName).KeyPEM})
-		must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
+		processtest.Must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
 		b := w.start("--tls-cert="+certFile, "--tls-key="+file, "--roots-file=")
 		b.mustServe(w.pod("cart-1", "cart"))
 	}},
@@ -310,7 +309,7 @@ var wiring = []struct {
 		file := filepath.Join(w.TempDir(), "rules.yaml")
 		rules := func(roles ...string) {
 			text := fmt.Sprintf("namespaces: [{match: [shop], accounts: ['*'], roles: %q}]", roles)
-			must(w, os.WriteFile(file, []byte(strings.ReplaceAll(text, `" "`, `", "`)), 0o600))
+			processtest.Must(w, os.WriteFile(file, []byte(strings.ReplaceAll(text, `" "`, `", "`)), 0o600))
 		}
 		rules(roleARN("cart"), roleARN("till"))
 		cart, till, other := w.pod("cart-1", "cart"), w.pod("till-1", "till"), w.pod("other-1", "other")
@@ -388,7 +387,7 @@ var wiring = []struct {
 		})
 	}},
 	{"log-level", "error logs errors only", func(w *world) {
-		b := &running{w: w, admin: freeAddress(w)}
+		b := &running{w: w, admin: processtest.FreeAddress(w)}
 		b.Process = w.process("--log-level=error", "--admin-listen="+b.admin)
 		b.Await(w.T, "the broker is ready", b.ready)
 		if len(b.Stderr.Lines("level", "INFO")) > 0 || len(b.Stderr.Lines("level", "WARN")) > 0 {
@@ -471,14 +470,14 @@ func TestResponsesAreRecorded(t *testing.T) {
 func TestMetricsAreWired(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("../../docs/metrics.md")
-	must(t, err)
+	processtest.Must(t, err)
 	documented := regexp.MustCompile("(?m)^\\| `(credence_broker_[a-z_]+)` \\|").FindAllSubmatch(page, -1)
 	if len(documented) == 0 {
 		t.Fatal("docs/metrics.md has no metric of the broker")
 	}
 	w := newWorld(t)
 	rules := filepath.Join(t.TempDir(), "rules.yaml")
-	must(t, os.WriteFile(rules, []byte("namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]"), 0o600))
+	processtest.Must(t, os.WriteFile(rules, []byte("namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]"), 0o600))
 	w.brokers("10.0.0.1")
 	b := w.start("--rules-file="+rules, "--token-verification=tokenreview", "--assume-role="+roleARN("hop"), "--trace-endpoint="+otlptest.Start(t).Endpoint(),
 		"--roots-file="+w.rootsFile, "--service=credence-broker", "--pod-ips=10.0.0.1")
@@ -547,10 +546,10 @@ func TestAliveWithoutSTS(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.sts.SetIdentity(ststest.Behavior{Fault: ststest.Hang()})
-	b := &running{w: w, admin: freeAddress(w)}
+	b := &running{w: w, admin: processtest.FreeAddress(w)}
 	b.Process = w.process("--admin-listen=" + b.admin)
 	b.Await(t, "the broker is alive", func() bool { code, _ := b.get(b.admin, "/healthz"); return code == http.StatusOK })
-	must(t, w.sts.AwaitCount(t.Context(), "GetCallerIdentity", "", 1))
+	processtest.Must(t, w.sts.AwaitCount(t.Context(), "GetCallerIdentity", "", 1))
 	if b.ready() {
 		t.Error("the broker is ready")
 	}
@@ -616,7 +615,7 @@ func (w *world) startSTS(cfg ststest.Config) *ststest.Server {
 	w.Helper()
 	// It must live until the broker has ended, in a cleanup.
 	sts, err := ststest.Start(context.WithoutCancel(w.Context()), cfg)
-	must(w, err)
+	processtest.Must(w, err)
 	w.Cleanup(sts.Close)
 	return sts
 }
@@ -662,12 +661,12 @@ func (w *world) slice(service string, addresses ...string) {
 // owned returns the roles of the pods for which self is among the first owners of the ready brokers.
 func owned(w *world, pods []*corev1.Pod, ready []netip.Addr, self string, owners int) (roles []string) {
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
-	must(w, err)
+	processtest.Must(w, err)
 	for _, pod := range pods {
 		key, err := policy.Pod{
 			Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID), ServiceAccount: "default", Request: keys.Request(pod.Annotations),
 		}.RoutingKey()
-		must(w, err)
+		processtest.Must(w, err)
 		rank := placement.Rank(string(key), ready)
 		if slices.Contains(rank[:min(owners, len(rank))], netip.MustParseAddr(self)) {
 			roles = append(roles, roleARN(pod.Annotations["iam.amazonaws.com/role"]))
@@ -758,7 +757,7 @@ func (w *world) stage(propagation string, check func(b *running, next *certstest
 // unwritable returns a file to which every write fails.
 func (w *world) unwritable() *os.File {
 	f, err := os.Open(os.DevNull)
-	must(w, err)
+	processtest.Must(w, err)
 	w.Cleanup(func() { _ = f.Close() })
 	return f
 }
@@ -887,20 +886,5 @@ func (b *running) end() {
 	b.Terminate()
 	if err := b.Wait(); err != nil {
 		b.w.Fatalf("the broker ended with %v", err)
-	}
-}
-
-// freeAddress returns a loopback address without a listener.
-func freeAddress(w *world) string {
-	listener, err := new(net.ListenConfig).Listen(w.Context(), "tcp", "127.0.0.1:0")
-	must(w, err)
-	defer listener.Close()
-	return listener.Addr().String()
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
 	}
 }

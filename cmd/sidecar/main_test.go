@@ -4,7 +4,6 @@ import (
 	"go/build"
 	"go/parser"
 	"go/token"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,7 +35,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"sigterm": sigterm},
 		Setup: func(env *testscript.Env) error {
 			certstest.NewCA(t).WriteTo(filepath.Join(env.WorkDir, "mounted"))
-			env.Setenv("ADDRESS", freeAddress(t))
+			env.Setenv("ADDRESS", processtest.FreeAddress(t))
 			return nil
 		},
 	})
@@ -47,16 +46,6 @@ func sigterm(ts *testscript.TestScript, _ bool, _ []string) {
 	for _, cmd := range ts.BackgroundCmds() {
 		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
 	}
-}
-
-// freeAddress returns a free loopback address.
-func freeAddress(t *testing.T) string {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
 }
 
 const module = "github.com/credence-iam/credence"

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/credence-iam/credence/cmd/internal/program/processtest"
 	"github.com/credence-iam/credence/sidecar/contract"
 )
 
@@ -49,7 +50,7 @@ func TestMemory(t *testing.T) {
 	}
 	program := filepath.Join(t.TempDir(), "credence-sidecar")
 	buildReleased(t, program)
-	address := freeAddress(t)
+	address := processtest.FreeAddress(t)
 	pid, ended := startProgram(t, program, address)
 
 	call := func(ctx context.Context, fields ...string) (net.Conn, error) {
@@ -147,7 +148,7 @@ func startProgram(t *testing.T, program, address string) (pid int, ended <-chan 
 	cmd.Env = []string{} // not that of the test
 	var log bytes.Buffer
 	cmd.Stderr = &log
-	must(t, cmd.Start())
+	processtest.Must(t, cmd.Start())
 	var err error
 	done := make(chan struct{})
 	go func() {

@@ -53,7 +53,7 @@ var wiring = []struct {
 		}
 	}},
 	{"listen", "SDKs are served at this address", func(w *world) {
-		address := freeAddress(w.T)
+		address := processtest.FreeAddress(w)
 		s := w.start("--listen=" + address)
 		if s.address != address {
 			w.Errorf("the sidecar serves on %s, want %s", s.address, address)
@@ -62,7 +62,7 @@ var wiring = []struct {
 	}},
 	{"token-file", "its token identifies the pod", func(w *world) {
 		file := filepath.Join(w.TempDir(), "other-token")
-		must(w, os.WriteFile(file, []byte("till-token"), 0o600))
+		processtest.Must(w, os.WriteFile(file, []byte("till-token"), 0o600))
 		w.start("--token-file=" + file).mustServe("till")
 	}},
 	{"roots-file", "its roots verify the brokers", func(w *world) {
@@ -109,12 +109,12 @@ var wiring = []struct {
 		}
 	}},
 	{"start-timeout", "after it, the application starts without credentials", func(w *world) {
-		s := w.start("--broker="+net.JoinHostPort(brokerHost, portOf(freeAddress(w.T))), "--start-timeout=1ms")
+		s := w.start("--broker="+net.JoinHostPort(brokerHost, portOf(processtest.FreeAddress(w))), "--start-timeout=1ms")
 		s.Await(w.T, "the sidecar is ready", func() bool { status, _ := s.get("/v1/ready", ""); return status == http.StatusNoContent })
-		must(w, processtest.Start(w.T, processtest.Command{Args: []string{"--listen=" + s.address, "probe"}}).Wait())
+		processtest.Must(w, processtest.Start(w.T, processtest.Command{Args: []string{"--listen=" + s.address, "probe"}}).Wait())
 	}},
 	{"log-level", "warn does not log received credentials", func(w *world) {
-		address := freeAddress(w.T)
+		address := processtest.FreeAddress(w)
 		s := &running{Process: w.process("--log-level=warn", "--listen="+address), w: w, address: address}
 		s.mustServe("cart")
 		if len(s.Stderr.Lines("level", "INFO")) > 0 {
@@ -189,7 +189,7 @@ func newWorld(t *testing.T) *world {
 	w := &world{T: t, ca: certstest.NewCA(t)}
 	w.rootsFile = w.ca.WriteTo(t.TempDir())
 	tokenFile := filepath.Join(t.TempDir(), "token")
-	must(t, os.WriteFile(tokenFile, []byte("cart-token"), 0o600))
+	processtest.Must(t, os.WriteFile(tokenFile, []byte("cart-token"), 0o600))
 	listener := listen(t, "127.0.0.1:0")
 	w.broker(brokerHost, listener)
 	w.target = net.JoinHostPort(brokerHost, portOf(listener.Addr().String()))
@@ -204,7 +204,7 @@ func (w *world) broker(name string, listener net.Listener) {
 	w.Helper()
 	certFile, keyFile := w.ca.Leaf(name).WriteTo(w.TempDir())
 	pair, err := certs.NewKeyPair(certFile, keyFile, nil)
-	must(w, err)
+	processtest.Must(w, err)
 	b := brokertest.Start(w, func(context.Context, policy.Grant) (credential.Credential, error) {
 		return credential.Credential{
 			AccessKeyID:     "ASIAEXAMPLE", // the secrets have usual lengths
@@ -289,7 +289,7 @@ func (w *world) start(args ...string) *running {
 func (w *world) startWith(hosts string, args ...string) *running {
 	w.Helper()
 	file := filepath.Join(w.TempDir(), "hosts")
-	must(w, os.WriteFile(file, []byte(hosts), 0o644))
+	processtest.Must(w, os.WriteFile(file, []byte(hosts), 0o644))
 	return w.await(processtest.Start(w.T, processtest.Command{Args: slices.Concat(w.args, args), Hosts: file}))
 }
 
@@ -346,18 +346,11 @@ func (s *running) mustServe(role string) {
 func listen(t *testing.T, address string) net.Listener {
 	t.Helper()
 	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", address)
-	must(t, err)
+	processtest.Must(t, err)
 	return listener
 }
 
 func portOf(address string) string {
 	_, port, _ := net.SplitHostPort(address)
 	return port
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -39,7 +38,7 @@ var wiring = []struct {
 	run         func(w *world)
 }{
 	{"listen", "the webhook serves reviews there", func(w *world) {
-		address := freeAddress(w)
+		address := processtest.FreeAddress(w)
 		h := w.start("--listen=" + address)
 		if h.address != address {
 			w.Errorf("webhook serves on %s, want %s", h.address, address)
@@ -47,7 +46,7 @@ var wiring = []struct {
 		h.mustInject(cart())
 	}},
 	{"admin-listen", "the webhook serves metrics there", func(w *world) {
-		address := freeAddress(w)
+		address := processtest.FreeAddress(w)
 		h := w.start("--admin-listen=" + address)
 		h.mustInject(cart())
 		_, text := h.get("http://" + address + "/metrics")
@@ -74,7 +73,7 @@ var wiring = []struct {
 		leaf, file := w.ca.Leaf(webhookName), filepath.Join(w.TempDir(), "key.pem")
 		dir := w.TempDir() // has the certificate with another key
 		certstest.WriteVolume(w, dir, map[string][]byte{"tls.crt": leaf.CertPEM, "tls.key": w.ca.Leaf(webhookName).KeyPEM})
-		must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
+		processtest.Must(w, os.WriteFile(file, leaf.KeyPEM, 0o600))
 		h := w.start("--tls-cert="+filepath.Join(dir, "tls.crt"), "--tls-key="+file)
 		h.mustInject(cart())
 	}},
@@ -89,7 +88,7 @@ var wiring = []struct {
 		}
 	}},
 	{"log-level", "with warn, the log lacks the decisions", func(w *world) {
-		h := &running{w: w, address: freeAddress(w)}
+		h := &running{w: w, address: processtest.FreeAddress(w)}
 		h.Process = w.process("--listen="+h.address, "--log-level=warn")
 		h.Await(w.T, "the webhook is ready", h.ready)
 		h.mustInject(cart())
@@ -137,20 +136,20 @@ var wiring = []struct {
 	}},
 	{"rules-file", "the webhook applies it, and a changed one", func(w *world) {
 		file := filepath.Join(w.TempDir(), "rules.yaml")
-		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['*']}]"), 0o600))
+		processtest.Must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['*']}]"), 0o600))
 		h := w.start("--rules-file="+file, "--base-arn=arn:aws:iam::123456789012:role/")
 		h.mustInject(cart())
-		must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['/other/*']}]"), 0o600))
+		processtest.Must(w, os.WriteFile(file, []byte("namespaces: [{match: [shop], accounts: ['*'], roles: ['/other/*']}]"), 0o600))
 		h.Await(w.T, "webhook refuses the role that is no longer permitted", func() bool { return h.review(cart()).reason() == credential.ReasonRulesRole })
 	}},
 	{"sidecar-settings-file", "it takes precedence over the flags, and a changed one, too", func(w *world) {
 		file := filepath.Join(w.TempDir(), "settings.yaml")
-		must(w, os.WriteFile(file, []byte("port: 9800"), 0o600))
+		processtest.Must(w, os.WriteFile(file, []byte("port: 9800"), 0o600))
 		h := w.start("--sidecar-settings-file="+file, "--sidecar-port=9801")
 		if got := env(h.mustInject(cart()), "CREDENCE_LISTEN"); got != "127.0.0.1:9800" {
 			w.Errorf("sidecar listens on %s, want 127.0.0.1:9800", got)
 		}
-		must(w, os.WriteFile(file, []byte("port: 9802"), 0o600))
+		processtest.Must(w, os.WriteFile(file, []byte("port: 9802"), 0o600))
 		h.Await(w.T, "webhook uses the changed settings", func() bool { return env(h.mustInject(cart()), "CREDENCE_LISTEN") == "127.0.0.1:9802" })
 	}},
 	{"on-shadowed", "with warn, the webhook injects a pod with web identity and warns", func(w *world) {
@@ -251,15 +250,15 @@ func TestFlagsAreWired(t *testing.T) {
 func TestMetricsAreWired(t *testing.T) {
 	t.Parallel()
 	page, err := os.ReadFile("../../docs/metrics.md")
-	must(t, err)
+	processtest.Must(t, err)
 	documented := regexp.MustCompile("(?m)^\\| `(credence_webhook_[a-z_]+)` \\|").FindAllSubmatch(page, -1)
 	if len(documented) == 0 {
 		t.Fatal("docs/metrics.md has no metric of the webhook")
 	}
 	w := newWorld(t, t, "")
-	rules, settings, admin := filepath.Join(t.TempDir(), "rules.yaml"), filepath.Join(t.TempDir(), "settings.yaml"), freeAddress(w)
-	must(t, os.WriteFile(rules, []byte("namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]"), 0o600))
-	must(t, os.WriteFile(settings, []byte("port: 9800"), 0o600))
+	rules, settings, admin := filepath.Join(t.TempDir(), "rules.yaml"), filepath.Join(t.TempDir(), "settings.yaml"), processtest.FreeAddress(w)
+	processtest.Must(t, os.WriteFile(rules, []byte("namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]"), 0o600))
+	processtest.Must(t, os.WriteFile(settings, []byte("port: 9800"), 0o600))
 	h := w.start("--admin-listen="+admin, "--rules-file="+rules, "--sidecar-settings-file="+settings)
 	h.mustInject(cart())
 	_, text := h.get("http://" + admin + "/metrics")
@@ -276,9 +275,9 @@ func TestNotReadyWithoutNamespaces(t *testing.T) {
 	w := newWorld(t, t, "")
 	kubeconfig := filepath.Join(t.TempDir(), "kubeconfig")
 	text, err := os.ReadFile(w.api.Kubeconfig(t))
-	must(t, err)
-	unreachable := regexp.MustCompile(`http://[0-9.:]+`).ReplaceAll(text, []byte("http://"+freeAddress(w)))
-	must(t, os.WriteFile(kubeconfig, unreachable, 0o600))
+	processtest.Must(t, err)
+	unreachable := regexp.MustCompile(`http://[0-9.:]+`).ReplaceAll(text, []byte("http://"+processtest.FreeAddress(w)))
+	processtest.Must(t, os.WriteFile(kubeconfig, unreachable, 0o600))
 	h := &running{Process: w.process("--kubeconfig=" + kubeconfig), w: w}
 	h.address = fmt.Sprint(h.Logged(t, "Serving")["address"])
 	if status, text := h.get("https://" + h.address + "/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(text, "namespaces") {
@@ -447,7 +446,7 @@ func (a response) reason() credential.Reason { return credential.Reason(a.AuditA
 func (h *running) review(pod *corev1.Pod) response {
 	h.w.Helper()
 	object, err := json.Marshal(pod)
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	review := admissionv1.AdmissionReview{TypeMeta: metav1.TypeMeta{APIVersion: "admission.k8s.io/v1", Kind: "AdmissionReview"}}
 	review.Request = &admissionv1.AdmissionRequest{
 		UID: "uid-1", Operation: admissionv1.Create, Resource: metav1.GroupVersionResource{Version: "v1", Resource: "pods"},
@@ -455,12 +454,12 @@ func (h *running) review(pod *corev1.Pod) response {
 	}
 	review.Request.Object.Raw = object
 	body, err := json.Marshal(review)
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	request, err := http.NewRequestWithContext(h.w.Context(), http.MethodPost, "https://"+h.address+"/mutate", bytes.NewReader(body))
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	request.Header.Set("Content-Type", "application/json")
 	reply, err := h.client().Do(request)
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	defer reply.Body.Close()
 	review.Response = nil
 	if err := json.NewDecoder(reply.Body).Decode(&review); err != nil || review.Response == nil {
@@ -480,13 +479,13 @@ func (h *running) mustAdmit(pod *corev1.Pod) *corev1.Pod {
 		return pod
 	}
 	object, err := json.Marshal(pod)
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	patch, err := jsonpatch.DecodePatch(a.Patch)
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	object, err = patch.Apply(object)
-	must(h.w, err)
+	processtest.Must(h.w, err)
 	var admitted corev1.Pod
-	must(h.w, json.Unmarshal(object, &admitted))
+	processtest.Must(h.w, json.Unmarshal(object, &admitted))
 	return &admitted
 }
 
@@ -518,18 +517,3 @@ func (h *running) serial() string {
 }
 
 func serialOf(l *certstest.Leaf) string { return l.TLS().Leaf.SerialNumber.String() }
-
-// freeAddress returns an unused loopback address.
-func freeAddress(w *world) string {
-	listener, err := new(net.ListenConfig).Listen(w.Context(), "tcp", "127.0.0.1:0")
-	must(w, err)
-	defer listener.Close()
-	return listener.Addr().String()
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
