@@ -1,7 +1,8 @@
 //go:build unix
 
-// Package integration tests Credence end to end on a real control plane: the real webhook and broker programs, the
-// injected sidecar started as its pod's spec says, unmodified AWS SDKs, and a real object store behind the credentials.
+// Package integration tests Credence end to end on a real control plane. It runs the real programs of the webhook and
+// the broker, and the injected sidecar as in its pod's spec. Unmodified AWS SDKs use the credentials on a real object
+// store.
 //
 // The tests see Credence only from outside. There are no nodes: package e2e has them. Each package's own tests and the
 // wiring tests of the programs hold the details, such as flags, metrics and the kinds of tokens.

@@ -101,8 +101,8 @@ var templates = map[string][]string{
 	"pods/pod":                    {},
 }
 
-// TestInjectedManifests shows that the API server accepts the output of "credence inject", and that its pods leave
-// admission equal to those of the original manifests: the webhook adds everything to these and nothing to those.
+// TestInjectedManifests shows that the API server accepts the output of "credence inject". Its pods are stored equal to
+// those of the original manifests, although the webhook adds nothing to the former and everything to the latter.
 func TestInjectedManifests(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "credence")

@@ -29,9 +29,9 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 )
 
-// apiServer serves what a broker needs from an API server: the metadata of pods that it generates for each response
-// and does not store, the keys of tokens, which it signs, and the brokers' EndpointSlice. It speaks Kubernetes'
-// protobuf, as real API servers do with client-go.
+// apiServer is a double with what a broker needs from an API server. It has the metadata of pods, the keys of the
+// tokens that it signs, and the brokers' EndpointSlice. It generates the metadata for each response and does not store
+// it. It speaks Kubernetes' protobuf, as real API servers do with client-go.
 type apiServer struct {
 	pods     int
 	streams  bool // it streams lists, as Kubernetes does since 1.34; otherwise it serves pages

@@ -203,8 +203,8 @@ func (w *world) binarySize(arch string) []report.Run {
 	return []report.Run{{Value: float64(must(os.Stat(file)).Size())}}
 }
 
-// besideBare measures a sidecar beside a bare server, both started again for each run: where a process lies in memory
-// can make it a tenth faster or slower for all its life.
+// besideBare measures a sidecar beside a bare server. It starts both again for each run, because the place of a process
+// in memory can make it a tenth faster or slower for all its life.
 func (w *world) besideBare(measure func(*server) side) []report.Run {
 	return w.repeat(w.runs, func(w *world, i int) report.Run {
 		p := w.newPod()

@@ -1,7 +1,7 @@
 //go:build unix
 
-// Command demo shows the whole path from an annotated pod to an object in a bucket, step by step, on a real Kubernetes
-// that it starts and removes again.
+// Command demo shows the path from an annotated pod to an object in a bucket, step by step. It starts a real Kubernetes
+// for that, and removes it again.
 //
 //	make demo
 //	DEMO_ROLE=other make demo

@@ -1,8 +1,8 @@
 //go:build linux
 
-// Package e2e tests Credence on a real cluster with real nodes, installed with Helm next to a real cert-manager: how a
-// kubelet runs the sidecar, how workloads get credentials, and that failures, rotations and upgrades have no effect on
-// running pods.
+// Package e2e tests Credence on a real cluster with real nodes, installed with Helm next to a real cert-manager. It
+// tests how a kubelet runs the sidecar, and how workloads get credentials. Failures, rotations and upgrades must not
+// affect running pods.
 //
 // "make e2e" runs it and sets CREDENCE_E2E. It needs root and several minutes. What needs no nodes is tested in package
 // integration and in integration/chart/admission.

@@ -137,8 +137,8 @@ func TestWebhookCountsItsDecisions(t *testing.T) {
 	}
 }
 
-// TestWebhookUnavailable shows the API server's refusal of an annotated pod without a webhook: its message leads to
-// docs/operations.md, and controllers retry after it. integration/chart/admission shows that other pods are admitted.
+// TestWebhookUnavailable shows how the API server refuses an annotated pod without a webhook. The message leads to
+// docs/operations.md, and controllers retry. integration/chart/admission shows that other pods are admitted.
 func TestWebhookUnavailable(t *testing.T) {
 	ns := namespace(t)
 	stop(t, "webhook")

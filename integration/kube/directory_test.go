@@ -110,8 +110,8 @@ func (g *gate) set(shut bool) {
 
 // The other tests of this file stop the API server for all tests, so they do not run in parallel.
 
-// TestAPIServerUnavailable shows what the directory and the verifiers do while they cannot reach the API server, and that
-// they catch up afterwards: after a cut connection, and after a restart, when the server no longer knows their watches.
+// TestAPIServerUnavailable shows what the directory and the verifiers do while they cannot reach the API server. They
+// catch up after a cut connection, and after a restart, when the server has lost their watches.
 func TestAPIServerUnavailable(t *testing.T) {
 	ns := namespace(t)
 	var way gate

@@ -12,8 +12,8 @@ import (
 	"syscall"
 )
 
-// The range is below the ports that Linux (from 32768) and macOS (from 49152) give to outgoing connections and to
-// listeners on port 0, and below Kubernetes' NodePorts (from 30000). So a port stays free while its server restarts.
+// Linux (from 32768) and macOS (from 49152) give higher ports to outgoing connections and to listeners on port 0.
+// Kubernetes' NodePorts (from 30000) are also higher. So a port stays free while its server restarts.
 const (
 	firstPort = 20000
 	lastPort  = 29999

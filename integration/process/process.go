@@ -195,7 +195,7 @@ func (p *Process) WaitReady(ctx context.Context, probe func(context.Context) err
 		attempt, cancel := context.WithTimeout(ctx, time.Second)
 		err := probe(attempt)
 		cancel()
-		// If the program failed to get its port, another server may have answered the probe.
+		// If the program failed to get its port, another server may have responded to the probe.
 		if p.Ended() {
 			return p.startError()
 		}

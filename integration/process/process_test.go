@@ -54,7 +54,7 @@ func TestMain(m *testing.M) {
 // grace is longer than any wait takes.
 const grace = time.Minute
 
-// alive reports whether a process runs and is no zombie: in a container nobody may reap an orphan.
+// alive reports whether a process runs and is no zombie. In a container, orphans may stay zombies.
 func alive(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // proc_pid_stat(5): PID (NAME) STATE …
 	_, state, _ := strings.Cut(string(stat), ") ")

@@ -23,8 +23,8 @@ var starter = sync.OnceValue(func() chan<- func() {
 	return work
 })
 
-// start starts cmd so that the kernel kills it when this process dies. If this process dies before the child has asked
-// the kernel for that, the child (os/exec) notices and kills itself.
+// start starts cmd so that the kernel kills it when this process dies. If this process dies before the child has set
+// that up, the child (os/exec) notices and kills itself.
 func start(cmd *exec.Cmd) error {
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	result := make(chan error, 1)

@@ -1,6 +1,6 @@
-// Package rules_test checks the house rules of this repository: which package may import which, which packages may
-// import heavy modules, how large a package is, what it exports, what its comment says, and that links between
-// documents have a target. A rule without a test is broken within a month.
+// Package rules_test checks the house rules of this repository. They limit which packages a package may import, which
+// packages may import heavy modules, and how large a package is. They also check its exports and its comment, and that
+// links between documents have a target. A rule without a test is broken within a month.
 //
 // Each rule is a function that returns the violations in a file tree. TestRepository runs all rules on this
 // repository. TestBrokenTrees runs them on small trees that break one rule each, and so detects a rule that finds

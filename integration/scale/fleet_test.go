@@ -167,7 +167,7 @@ func (f *fleet) dialSTS() {
 	}
 }
 
-// await waits until n brokers are ready and everybody knows it.
+// await waits until n brokers are ready, and all brokers and nodes have the news.
 func (f *fleet) await(n int) {
 	f.awaitReady(n)
 	time.Sleep(published + dnsDelay)

@@ -129,8 +129,8 @@ func (r *run) guaranteed(part string, s summary) {
 	}
 }
 
-// unnoticed is guaranteed while no broker starts or ends: no pod waits, except the few that call just when half of their
-// session has passed, which wait for the renewal in progress.
+// unnoticed is guaranteed while no broker starts or ends: no pod waits. A few pods call just when half of their session
+// has passed, and wait for the renewal in progress.
 func (r *run) unnoticed(part string, s summary) {
 	r.Helper()
 	r.guaranteed(part, s)
@@ -268,11 +268,11 @@ func perSession(s summary) string {
 	return fmt.Sprintf("%+.2f per session, %.2f fetched", s.extra(), s.fetched())
 }
 
-// noticing is how long it takes until everybody knows that a node is lost.
+// noticing is the time until all brokers and nodes know that a node is lost.
 const noticing = noticed + published + dnsDelay
 
-// loss measures the time until everybody knows of a loss, and then until the lost brokers are replaced. Pods call as always,
-// and no pod waits longer than longest.
+// loss measures the time until all brokers and nodes know of a loss, and then the time until the lost brokers are
+// replaced. Pods call as always, and no pod waits longer than longest.
 func (r *run) loss(f *fleet, longest time.Duration, lose, replace func()) summary {
 	r.Helper()
 	soon := f.measure(func() {

@@ -38,9 +38,9 @@ const (
 	// sessionDuration leaves time for a renewal: a broker makes a sidecar wait at least half a minute.
 	sessionDuration = 90 * time.Second
 
-	// Minimum times between two calls of a sidecar to the broker, see storms: in general, as a broker renews with at most
-	// 0.6 of the session left and a sidecar returns with at least 0.5 left; if the broker refuses; and if STS does not
-	// respond, for which a broker waits 10 s.
+	// Minimum times between two calls of a sidecar to the broker, see storms. The first is the general one: a broker
+	// renews with at most 0.6 of the session left, and a sidecar returns with at least 0.5 left. The second applies if
+	// the broker refuses. The third applies if STS does not respond, for which a broker waits 10 s.
 	renewEvery   = sessionDuration * 2 / 5
 	refusedEvery = 5 * time.Second
 	heldEvery    = 10 * time.Second
@@ -333,7 +333,7 @@ func newDoor(ctx context.Context, env []string) (*door, error) {
 	opened := sync.OnceFunc(func() { close(d.first) })
 	server := &http.Server{
 		Handler:           &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(target) }},
-		ReadHeaderTimeout: answerTimeout,
+		ReadHeaderTimeout: responseTimeout,
 		ConnState:         func(net.Conn, http.ConnState) { opened() },
 	}
 	go func() { _ = server.Serve(listener) }()
@@ -366,8 +366,9 @@ func brokerCalls(log string) (map[string]int, error) {
 	return calls, nil
 }
 
-// storms returns a line for each sidecar that called the broker too often or never, and for each role for which the
-// broker called STS too often or never: then the calls are not counted. It stops all pods.
+// storms returns a line for each sidecar that called the broker too often, and for each role for which the broker
+// called STS too often. It also returns a line if there was no call, because then the count is wrong. It stops all
+// pods.
 func (l *lab) storms() ([]string, error) {
 	for _, p := range l.pods {
 		l.stop(p)

@@ -23,8 +23,8 @@ const (
 	margin = 2 * time.Second
 	// recovery is how long a client may fail after the broker has returned: the sidecar retries within 5 s.
 	recovery = 30 * time.Second
-	// slowness is the time from a client's first request to its first credentials: well over the second after which many
-	// clients give up a request, and the 0.9 s that a sidecar lets a request wait.
+	// slowness is the time from a client's first request to its first credentials. It is well over a second, after
+	// which many clients give up a request, and over 0.9 s, the longest wait of a request in a sidecar.
 	slowness = 1500 * time.Millisecond
 	// justBefore the expiration a client makes its last call without a broker.
 	justBefore = 3 * time.Second
@@ -97,11 +97,11 @@ type result struct {
 	key        string
 }
 
-// judge classifies a call. It must succeed as role, or, if there is a refusal, fail.
-func judge(a answer, err error, role string, refused *refusal) result {
+// classify classifies a call. It must succeed as role, or, if there is a refusal, fail.
+func classify(a output, err error, role string, refused *refusal) result {
 	got := result{text: a.Error, code: a.Code, key: a.Key}
 	switch {
-	case errors.Is(err, errSilent):
+	case errors.Is(err, errTimeout):
 		got.outcome, got.text = hangs, err.Error()
 	case err != nil:
 		got.outcome, got.text = fails, err.Error()
@@ -123,11 +123,11 @@ func judge(a answer, err error, role string, refused *refusal) result {
 	return got
 }
 
-// judgeRegion classifies a look-up of the region.
-func judgeRegion(a answer, err error) result {
+// classifyRegion classifies a look-up of the region.
+func classifyRegion(a output, err error) result {
 	got := result{text: a.Error, code: a.Code}
 	switch {
-	case errors.Is(err, errSilent):
+	case errors.Is(err, errTimeout):
 		got.outcome, got.text = hangs, err.Error()
 	case err != nil:
 		got.outcome, got.text = fails, err.Error()
@@ -146,7 +146,7 @@ func judgeRegion(a answer, err error) result {
 // try makes a call that must succeed as role.
 func (s *script) try(ctx context.Context, command, role string) result {
 	a, err := s.call(ctx, command)
-	return judge(a, err, role, nil)
+	return classify(a, err, role, nil)
 }
 
 func (l *lab) startLife(ctx context.Context, r *row) (err error) {
@@ -289,7 +289,7 @@ func (l *lab) longer(ctx context.Context, r *row) error {
 		return err
 	}
 	a, err := r.script.call(ctx, "call")
-	return r.set(longer, judge(a, err, lifeRole, refused))
+	return r.set(longer, classify(a, err, lifeRole, refused))
 }
 
 // back waits for the client to recover by itself, and otherwise tries a new session.
@@ -334,13 +334,13 @@ func (l *lab) others(ctx context.Context) error {
 }
 
 // once makes one call with a script of its own.
-func (l *lab) once(ctx context.Context, r *row, scenario string, env []string, command string, judge func(answer, error) result) error {
+func (l *lab) once(ctx context.Context, r *row, scenario string, env []string, command string, classify func(output, error) result) error {
 	s, err := l.start(ctx, r, env, strings.ReplaceAll(scenario, " ", "-")+"-"+r.name())
 	if err != nil {
 		return err
 	}
 	defer s.stop()
-	return r.set(scenario, judge(s.call(ctx, command)))
+	return r.set(scenario, classify(s.call(ctx, command)))
 }
 
 // refusals gives each client a role that STS refuses. The clients share a pod for each version of instance metadata.
@@ -362,8 +362,8 @@ func (l *lab) refusals(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return l.once(ctx, r, refused, p.on(r.path), "call", func(a answer, err error) result {
-			return judge(a, err, refusedRole, response)
+		return l.once(ctx, r, refused, p.on(r.path), "call", func(a output, err error) result {
+			return classify(a, err, refusedRole, response)
 		})
 	})
 }
@@ -379,8 +379,8 @@ func (l *lab) wrongToken(ctx context.Context, r *row) error {
 	if err != nil {
 		return err
 	}
-	return l.once(ctx, r, token, env, "call", func(a answer, err error) result {
-		got := judge(a, err, lifeRole, response)
+	return l.once(ctx, r, token, env, "call", func(a output, err error) result {
+		got := classify(a, err, lifeRole, response)
 		if err == nil && a.Error == "" && a.ARN == assumed(lifeRole) {
 			got = result{outcome: byMetadata}
 		}
@@ -390,7 +390,7 @@ func (l *lab) wrongToken(ctx context.Context, r *row) error {
 
 func (l *lab) region(ctx context.Context, r *row) error {
 	env := without(r.pod.on(r.path), "AWS_REGION", "AWS_DEFAULT_REGION", noMetadataVariable)
-	return l.once(ctx, r, region, env, "region", judgeRegion)
+	return l.once(ctx, r, region, env, "region", classifyRegion)
 }
 
 // slowStart starts a client whose first credentials arrive slowness after its first request.

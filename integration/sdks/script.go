@@ -19,14 +19,14 @@ import (
 )
 
 const (
-	// answerTimeout limits the start of a script and each call: an SDK with its default retries needs a fifth of it.
-	answerTimeout = 60 * time.Second
+	// responseTimeout limits the start of a script and each call: an SDK with its default retries needs a fifth of it.
+	responseTimeout = 60 * time.Second
 	// maxLine limits a line of a script: the text of an error has some kilobytes.
 	maxLine = 256 << 10
 )
 
-// errSilent is the error of a script that reaches answerTimeout.
-var errSilent = fmt.Errorf("no line came within %v", answerTimeout)
+// errTimeout is the error of a script that reaches responseTimeout.
+var errTimeout = fmt.Errorf("no line came within %v", responseTimeout)
 
 // hello is the first line of a script.
 type hello struct {
@@ -34,8 +34,8 @@ type hello struct {
 	Version string `json:"version"`
 }
 
-// answer is the line by which a script answers a command.
-type answer struct {
+// output is the line that a script writes for a command.
+type output struct {
 	ARN    string `json:"arn"`
 	Key    string `json:"access_key_id"`
 	Region string `json:"region"`
@@ -43,7 +43,7 @@ type answer struct {
 	Code   string `json:"code"`
 }
 
-// script is a client that runs: it reads commands, one per line, and answers each with a line of JSON. One goroutine
+// script is a client that runs: it reads commands, one per line, and responds to each with a line of JSON. One goroutine
 // at a time uses it.
 type script struct {
 	hello
@@ -52,7 +52,7 @@ type script struct {
 	stdin io.WriteCloser
 	lines chan []byte // closed when the program has exited
 	turns chan struct{}
-	err   error // of the first call without an answer: the next line might belong to that call
+	err   error // of the first call without a line: the next line might belong to that call
 }
 
 // startScript starts a script and waits for its first line. env is its whole environment, dir its working folder, and
@@ -100,10 +100,10 @@ func startScript(ctx context.Context, command, env []string, dir, log string, tu
 	return s, nil
 }
 
-// call sends one command and returns the answer. After an error, every call fails.
-func (s *script) call(ctx context.Context, command string) (a answer, err error) {
+// call sends one command and returns the script's output. After an error, every call fails.
+func (s *script) call(ctx context.Context, command string) (a output, err error) {
 	if s.err != nil {
-		return answer{}, fmt.Errorf("sending %q after an error: %w", command, s.err)
+		return output{}, fmt.Errorf("sending %q after an error: %w", command, s.err)
 	}
 	defer func() { s.err = err }()
 	if s.turns != nil {
@@ -111,20 +111,20 @@ func (s *script) call(ctx context.Context, command string) (a answer, err error)
 		defer func() { <-s.turns }()
 	}
 	if err := ctx.Err(); err != nil {
-		return answer{}, fmt.Errorf("sending %q: %w", command, err)
+		return output{}, fmt.Errorf("sending %q: %w", command, err)
 	}
 	if _, err := io.WriteString(s.stdin, command+"\n"); err != nil {
-		return answer{}, fmt.Errorf("sending %q: %w", command, err)
+		return output{}, fmt.Errorf("sending %q: %w", command, err)
 	}
 	if err := s.receive(ctx, &a); err != nil {
-		return answer{}, fmt.Errorf("waiting for the answer to %q: %w", command, err)
+		return output{}, fmt.Errorf("waiting for the line for %q: %w", command, err)
 	}
 	return a, nil
 }
 
 // receive reads one line into v.
 func (s *script) receive(ctx context.Context, v any) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTimeout, errSilent)
+	ctx, cancel := context.WithTimeoutCause(ctx, responseTimeout, errTimeout)
 	defer cancel()
 	select {
 	case line, ok := <-s.lines:

@@ -24,44 +24,44 @@ import (
 func TestJudge(t *testing.T) {
 	t.Parallel()
 	denied := &refusal{Code: "STS_ACCESS_DENIED", Message: "AWS refuses the role"}
-	good := answer{ARN: assumed("r"), Key: "k"}
+	good := output{ARN: assumed("r"), Key: "k"}
 	for name, test := range map[string]struct {
-		answer  answer
+		output  output
 		err     error
 		refused *refusal
 		want    outcome
 	}{
-		"success":                   {answer: good, want: works},
-		"another role":              {answer: answer{ARN: assumed("other")}, want: fails},
-		"no identity":               {answer: answer{}, want: fails},
-		"success despite a refusal": {answer: good, refused: denied, want: fails},
-		"a script that exited":      {answer: good, err: errors.New("exited"), want: fails},
-		"a script that hangs":       {err: errSilent, want: hangs},
-		"the code in the error":     {answer: answer{Error: "x: STS_ACCESS_DENIED: y"}, refused: denied, want: reason},
-		"the code beside it":        {answer: answer{Error: "x", Code: "STS_ACCESS_DENIED"}, refused: denied, want: reason},
-		"the message alone":         {answer: answer{Error: "x: AWS refuses the role."}, refused: denied, want: reason},
-		"another error":             {answer: answer{Error: "Unable to locate credentials"}, refused: denied, want: noReason},
-		"an error without refusal":  {answer: answer{Error: "Unable to locate credentials"}, want: fails},
-		"expired credentials":       {answer: answer{Error: "An error occurred", Code: "ExpiredToken"}, refused: denied, want: expired},
+		"success":                   {output: good, want: works},
+		"another role":              {output: output{ARN: assumed("other")}, want: fails},
+		"no identity":               {output: output{}, want: fails},
+		"success despite a refusal": {output: good, refused: denied, want: fails},
+		"a script that exited":      {output: good, err: errors.New("exited"), want: fails},
+		"a script that hangs":       {err: errTimeout, want: hangs},
+		"the code in the error":     {output: output{Error: "x: STS_ACCESS_DENIED: y"}, refused: denied, want: reason},
+		"the code beside it":        {output: output{Error: "x", Code: "STS_ACCESS_DENIED"}, refused: denied, want: reason},
+		"the message alone":         {output: output{Error: "x: AWS refuses the role."}, refused: denied, want: reason},
+		"another error":             {output: output{Error: "Unable to locate credentials"}, refused: denied, want: noReason},
+		"an error without refusal":  {output: output{Error: "Unable to locate credentials"}, want: fails},
+		"expired credentials":       {output: output{Error: "An error occurred", Code: "ExpiredToken"}, refused: denied, want: expired},
 	} {
-		if got := judge(test.answer, test.err, "r", test.refused); got.outcome != test.want {
+		if got := classify(test.output, test.err, "r", test.refused); got.outcome != test.want {
 			t.Errorf("%s: got %s (%s), want %s", name, got.outcome, got.text, test.want)
 		}
 	}
 	for _, test := range []struct {
-		answer answer
+		output output
 		err    error
 		want   outcome
 	}{
-		{answer{Region: stack.Region}, nil, works},
-		{answer{Region: "us-east-1"}, nil, fails},
-		{answer{}, nil, fails},
-		{answer{Error: "unsupported"}, nil, none},
-		{answer{Error: "no region"}, nil, notFound},
-		{answer{Region: stack.Region}, errSilent, hangs},
+		{output{Region: stack.Region}, nil, works},
+		{output{Region: "us-east-1"}, nil, fails},
+		{output{}, nil, fails},
+		{output{Error: "unsupported"}, nil, none},
+		{output{Error: "no region"}, nil, notFound},
+		{output{Region: stack.Region}, errTimeout, hangs},
 	} {
-		if got := judgeRegion(test.answer, test.err); got.outcome != test.want {
-			t.Errorf("region %+v, %v: got %s, want %s", test.answer, test.err, got.outcome, test.want)
+		if got := classifyRegion(test.output, test.err); got.outcome != test.want {
+			t.Errorf("region %+v, %v: got %s, want %s", test.output, test.err, got.outcome, test.want)
 		}
 	}
 }

@@ -1,8 +1,8 @@
 //go:build unix
 
-// Package siege_test attacks a broker and a webhook that run as programs with the memory limits of the chart, on a real
-// control plane, while a running pod calls the broker and pods are created. When first tried, each attack killed a program
-// or blocked its other clients.
+// Package siege_test attacks a broker and a webhook on a real control plane. Both run as programs with the memory
+// limits of the chart. Meanwhile a running pod calls the broker, and pods are created. When first tried, each attack
+// killed a program or blocked its other clients.
 package siege_test
 
 import (

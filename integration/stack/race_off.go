@@ -2,5 +2,5 @@
 
 package stack
 
-// Race says that programs are built with the race detector, as the tests are.
+// Race reports that programs are built with the race detector, as the tests are.
 const Race = false

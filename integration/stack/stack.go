@@ -314,9 +314,9 @@ const module = "github.com/credence-iam/credence"
 // programs are the programs that a stack runs.
 var programs = []string{"broker", "webhook", "sidecar"}
 
-// ReadSources reads the source files of the programs, and returns their number. Go's test cache records the files that a
-// test reads, but not those that a compiler reads which the test starts: after a change of the programs, a package whose
-// tests do not call ReadSources counts as passed.
+// ReadSources reads the source files of the programs, and returns their number. Go's test cache records the files that
+// a test reads, but not those that a compiler reads for the test. So without ReadSources, a package counts as passed
+// after a change of the programs.
 func ReadSources(ctx context.Context) (int, error) {
 	args := []string{"list", "-deps", "-f", `{{if .Module}}{{if eq .Module.Path "` + module + `"}}{{range .GoFiles}}{{$.Dir}}/{{.}}{{"\n"}}{{end}}{{end}}{{end}}`}
 	for _, name := range programs {

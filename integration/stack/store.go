@@ -20,7 +20,7 @@ import (
 func RoleARN(role string) string { return "arn:aws:iam::" + Account + ":role/" + role }
 
 // FillStore makes buckets in store, each with one object, and returns the configuration of an STS whose sessions open
-// them: the role of a bucket's name may do everything in it, and other roles may do nothing.
+// them. The role of a bucket's name may do everything in it. Other roles may do nothing.
 func FillStore(ctx context.Context, store *minio.Server, buckets ...string) (*ststest.MinIO, error) {
 	accessKey, secretKey := store.Root()
 	root := s3.New(s3.Options{

@@ -1,8 +1,8 @@
 // Package report is the form of benchmark results: what was measured, beside which baseline, against which goal, and
 // on which commit.
 //
-// It guarantees that a report says what it does not know: a metric that was not run has a reason and no value, a
-// metric without a goal says why, and every run is listed beside the median. It measures nothing.
+// It guarantees that a report shows what is unknown. A metric that was not run has a reason and no value. A metric
+// without a goal has the reason. Every run is listed beside the median. It measures nothing.
 package report
 
 import (

@@ -195,8 +195,8 @@ func uninstall(t *testing.T) {
 	}
 }
 
-// webhookUnavailable shows that the API server refuses annotated pods while no webhook runs, and does not call it for
-// any other pod: with failurePolicy Fail, such a call would fail.
+// webhookUnavailable shows that the API server refuses annotated pods while no webhook runs. It admits all other pods,
+// so it does not call the webhook for them: with failurePolicy Fail, such a call would fail.
 func (w *world) webhookUnavailable(t *testing.T) {
 	optedIn, plain := w.namespace(t, true), w.namespace(t, false)
 	await.Until(t, "an annotated pod of an opted-in namespace is refused", func() error {

@@ -1,8 +1,8 @@
 //go:build unix
 
-// Package admission installs the chart on a real API server and tests what the API server does with it: it accepts each
-// object, our own pods pass its strictest checks, and the admission policies stop all attempts to bypass them without an
-// effect on other pods. The webhook does not run here, because the policies must hold without it.
+// Package admission installs the chart on a real API server and tests the effects. The API server accepts each object,
+// and Credence's own pods pass its strictest checks. The admission policies stop all attempts to bypass them, and do
+// not affect other pods. The webhook does not run here, because the policies must hold without it.
 package admission
 
 import (

@@ -59,8 +59,8 @@ func listening(t *testing.T) (kubernetes.Interface, *heard) {
 	return c, h
 }
 
-// warned shows that a pod that starts without credentials, because its namespace is not opted in, causes a warning, and so
-// does an object that creates such pods. Other objects cause none.
+// warned shows that an annotated pod of a namespace that is not opted in causes a warning, because it starts without
+// credentials. So does an object that creates such pods. Other objects cause none.
 func (w *world) warned(t *testing.T) {
 	client, h := listening(t)
 	optIn := w.prefix + "/inject"

@@ -1,9 +1,10 @@
-// Package attack does to a server what a client without a token can do: hold silent connections, send requests that never
-// end, send headers that cost as much memory as possible, flood it with frames, and reconnect at once.
+// Package attack attacks a server as a client without a token can. It keeps silent connections open, sends requests
+// that never end, sends headers that cost as much memory as possible, floods the server with frames, and reconnects
+// immediately.
 //
 // An attack by connections is a step of a table, which one connection goes through. [Start] runs it in a process of its
 // own, with as many connections as it can keep in that step. It guarantees that nothing of an attack remains after its
-// end. It does not judge the server: tests beside the attack do.
+// end. It does not check the server: tests beside the attack do.
 package attack
 
 import (
@@ -236,8 +237,8 @@ func large(size int) []hpack.HeaderField {
 	return []hpack.HeaderField{{Name: "authorization", Value: filler(size), Sensitive: true}}
 }
 
-// many is as many fields as a server may accept that counts size bytes, each as small as a field can be, so that the
-// overhead of each counts most. Servers count 32 bytes more for each field (RFC 9113, 10.5.1).
+// many has the maximum number of fields that a server with a limit of size bytes accepts. Each is as small as a field
+// can be, so the overhead counts most. Servers count 32 bytes more for each field (RFC 9113, 10.5.1).
 func many(size int) []hpack.HeaderField {
 	fields := make([]hpack.HeaderField, size/34-10)
 	for i := range fields {
@@ -268,8 +269,9 @@ func (c *h2) crumbledMessage(size int) {
 	}
 }
 
-// everything makes a server fill each of its buffers: a frame and a TLS record of the maximum size, a call with many
-// headers, part of its message in crumbs, and a block of many headers without end. It sends at most total bytes.
+// everything makes a server fill each of its buffers. It sends a frame and a TLS record of the maximum size, and a call
+// with many headers and a part of its message in crumbs. Then it sends a block of many headers without end. It sends at
+// most total bytes.
 func (c *h2) everything(size, total int) {
 	_ = c.framer.WriteRawFrame(0xfe, 0, 0, make([]byte, maxFrame-64)) // an extension frame, which servers ignore (RFC 9113, 5.5)
 	c.flush()

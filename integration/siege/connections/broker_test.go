@@ -195,8 +195,8 @@ func TestFloods(t *testing.T) {
 	}
 }
 
-// TestLimits checks the memory that all limits together allow, beside the memory limits of the chart: unknown callers can
-// make a server use a quarter, and all callers of a broker three quarters.
+// TestLimits compares the memory that all limits together allow with the memory limits of the chart. Unknown callers
+// can make a server use a quarter, and all callers of a broker three quarters.
 func TestLimits(t *testing.T) {
 	brokerLimit, webhookLimit, err := stack.ChartMemory()
 	if err != nil {

@@ -1,6 +1,6 @@
 // Command go is a script of integration/sdks for the SDKs of Go. Its argument chooses one: go-v2, go-v1 or
 // minio-go. It needs the environment of a pod, and the URL of STS in STS_ENDPOINT. It writes the name and the
-// version of the SDK. Then it reads commands from standard input, one per line, and answers each with a line
+// version of the SDK. Then it reads commands from standard input, one per line, and responds to each with a line
 // of JSON:
 //
 //	call    calls GetCallerIdentity, always with the same session and client

@@ -1,5 +1,5 @@
-// Command cert-manager runs cert-manager from its library, for tests and the demonstration: the project's own
-// programs are not in the module that the Go proxy serves, and its images need a registry.
+// Command cert-manager runs cert-manager from its library, for tests and the demonstration. The module of cert-manager
+// does not contain its programs, and its images need a registry.
 //
 // MODE lists the parts to run, with commas: controller, cainjector, webhook, and startupapicheck, which exits
 // when the others are ready. The command accepts the official chart's flags and ignores those that it does not
