@@ -149,7 +149,7 @@ func TestWhatGoesThroughAProxy(t *testing.T) {
 	if token.Load() != ownToken {
 		t.Errorf("EKS Pod Identity got the token %q", token.Load())
 	}
-	hosts, authorizations := proxy.Asked()
+	hosts, authorizations := proxy.Requested()
 	if !slices.Equal(slices.Compact(hosts), []string{stsHost + ":443"}) || len(authorizations) > 0 {
 		t.Errorf("the proxy received requests for %v, and read %d Authorization headers", hosts, len(authorizations))
 	}

@@ -84,8 +84,8 @@ func (p *Proxy) Refuse(status int) {
 	p.refuse = status
 }
 
-// Asked returns the requested hosts, and the Authorization headers that the proxy has read.
-func (p *Proxy) Asked() (hosts, authorizations []string) {
+// Requested returns the requested hosts, and the Authorization headers that the proxy has read.
+func (p *Proxy) Requested() (hosts, authorizations []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.Clone(p.hosts), slices.Clone(p.secret)
