@@ -18,7 +18,7 @@ var quotedPath = regexp.MustCompile("(?:^|[\\s`'\"=(])(?:\\./)?([A-Za-z][A-Za-z0
 // formerPaths are paths that records of decisions name although they no longer exist, because the decision removed them.
 var formerPaths = map[string][]string{
 	"docs/decisions/0023-smaller-packages.md": {"certs/pki"},
-	"docs/decisions/0027-one-module.md": {"integration/go.mod"},
+	"docs/decisions/0027-one-module.md":       {"integration/go.mod"},
 }
 
 // checkQuotedPaths requires that a path in the code of a document exists if it begins with a top-level folder: a file, a
