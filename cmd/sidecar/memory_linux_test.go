@@ -31,9 +31,12 @@ const (
 	// Every fourth client sends wordy header fields, nearly as many as a header has room for, and far more than a request
 	// may have. Another fourth sends as much as a request may have: fat fields of fatSize bytes.
 	wordy, fat, fatSize = 1_800, 55, 140
-	// maxResets is how many connections may be reset. Their clients retry, as SDKs do. If the kernel's queue is full, it
-	// makes clients resend after ever longer pauses, and the sidecar closes a connection that is silent for two seconds.
-	maxResets = crowd / 100
+	// silence is after which time the sidecar closes a connection without a request. If the kernel's queue is full, it
+	// makes clients resend after ever longer pauses, and on a loaded machine clients also write late. They retry, as
+	// SDKs do, but not after a reset that comes earlier.
+	silence = 2 * time.Second
+	// maxResets is how often one client may retry. It only ends the test if the sidecar never responds.
+	maxResets = 30
 	// maxAnonymous limits the anonymous memory of the process in bytes, whatever clients send. It is 8 MB of the 16.8 MB
 	// that the container may have by default. The kernel needs 2 MB for sockets, threads and tables. The first pod on a
 	// node also pays for the pages of the program, 6.5 MB all the time, because it is the first to read them.
@@ -99,10 +102,7 @@ func TestMemory(t *testing.T) {
 				succeeded.Add(1)
 				return
 			}
-			conn, err := call(t.Context(), fields...)
-			for (errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF)) && resets.Add(1) <= maxResets {
-				conn, err = call(t.Context(), fields...)
-			}
+			conn, err := callPatiently(func() (net.Conn, error) { return call(t.Context(), fields...) }, &resets)
 			if err != nil {
 				failed <- err
 				return
@@ -163,6 +163,21 @@ func startProgram(t *testing.T, program, address string) (pid int, ended <-chan 
 		}
 	})
 	return cmd.Process.Pid, done
+}
+
+// callPatiently repeats call if the sidecar may have closed the connection because it was silent. It counts these resets.
+func callPatiently(call func() (net.Conn, error), resets *atomic.Int32) (net.Conn, error) {
+	for n := 1; ; n++ {
+		begin := time.Now()
+		conn, err := call()
+		if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			return conn, err
+		}
+		if spent := time.Since(begin); spent < silence || n > maxResets {
+			return nil, fmt.Errorf("reset number %d of a client, %s after it began to connect: %w", n, spent, err)
+		}
+		resets.Add(1)
+	}
 }
 
 // callOnce requests credentials on a new connection, and returns the connection when it has the response.
