@@ -139,10 +139,10 @@ func TestSecretsAreNotLogged(t *testing.T) {
 		options := &slog.HandlerOptions{Level: slog.LevelDebug}
 		for _, handler := range []slog.Handler{slog.NewJSONHandler(&out, options), slog.NewTextHandler(&out, options)} {
 			log := slog.New(handler)
-			log.Info("value", "v", value)
-			log.Info("group", slog.Group("g", slog.Any("v", value)))
-			log.With("with", value).WithGroup("g").Info("attached", "v", value)
-			log.Info("odd", value)
+			log.Info("Value", "v", value)
+			log.Info("Group", slog.Group("g", slog.Any("v", value)))
+			log.With("with", value).WithGroup("g").Info("Attached", "v", value)
+			log.Info("Odd", value)
 		}
 		if out.Len() == 0 {
 			t.Fatal("nothing was logged")

@@ -178,7 +178,7 @@ func (d *demo) projected() (token *corev1.ServiceAccountTokenProjection, roots *
 func (d *demo) showRefusals(ctx context.Context) error {
 	for _, pod := range []struct{ why, annotation, message string }{
 		{"A role that the namespace does not permit:", "role=admin", "does not permit role"},
-		{"A misspelt annotation, which would otherwise mean a pod without credentials:", "roel=" + d.role, "did you mean"},
+		{"A misspelled annotation, which would otherwise mean a pod without credentials:", "roel=" + d.role, "did you mean"},
 	} {
 		d.say(pod.why)
 		out, err := d.kube(ctx, "", "run", "greedy", "-n", namespace, "--image=amazon/aws-cli", "--annotations=iam.amazonaws.com/"+pod.annotation)

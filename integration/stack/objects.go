@@ -109,7 +109,7 @@ func (s *Stack) registerWebhook(ctx context.Context) error {
 	if err := s.Namespace(ctx, namespace, nil); err != nil {
 		return err
 	}
-	// The webhook refuses a misspelt key. As a dry run, the pod is never stored.
+	// The webhook refuses a misspelled key. As a dry run, the pod is never stored.
 	pod := Pod("check", map[string]string{"iam.amazonaws.com/roel": "x"})
 	if err := poll(ctx, func() bool {
 		_, err := s.Client.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})

@@ -170,7 +170,7 @@ func (s *Stack) Close() {
 }
 
 // BrokerAddress is the broker's gRPC target. It has a host name, as a Service has, because a certificate is compared with
-// the dialled name.
+// the dialed name.
 func (s *Stack) BrokerAddress() string {
 	return brokerHost + strings.TrimPrefix(s.broker.address, loopback)
 }

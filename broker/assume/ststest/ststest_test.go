@@ -821,8 +821,8 @@ func TestSecretsDoNotShow(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log strings.Builder
-	slog.New(slog.NewTextHandler(&log, nil)).Info("text", "secret", cfg.SecretAccessKey)
-	slog.New(slog.NewJSONHandler(&log, nil)).Info("json", "secret", cfg.SecretAccessKey, "minio", cfg.MinIO)
+	slog.New(slog.NewTextHandler(&log, nil)).Info("Text", "secret", cfg.SecretAccessKey)
+	slog.New(slog.NewJSONHandler(&log, nil)).Info("JSON", "secret", cfg.SecretAccessKey, "minio", cfg.MinIO)
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 		fmt.Fprintf(&log, verb+verb+verb, cfg, s, *cfg.MinIO)
 	}
