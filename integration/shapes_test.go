@@ -194,7 +194,7 @@ func TestLargePods(t *testing.T) {
 		t.Errorf("1.25 MB: %v", err)
 	}
 	_, err = credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(2_500_000), dryRun)
-	if err == nil || !strings.Contains(err.Error(), "an API server takes") || len(err.Error()) > 1000 {
+	if err == nil || !strings.Contains(err.Error(), "an API server accepts at most") || len(err.Error()) > 1000 {
 		t.Errorf("2.5 MB: got %.500v", err)
 	}
 	_, err = credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(4_000_000), dryRun)
