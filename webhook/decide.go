@@ -163,7 +163,7 @@ func (s *Server) check(ctx context.Context, pod policy.Pod) (policy.Grant, error
 			"namespace %q does not exist", pod.Namespace)
 	case err != nil:
 		return policy.Grant{}, &credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, Cause: err, RetryAfter: time.Second,
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerUnavailable, Cause: err, RetryAfter: time.Second,
 			Message: fmt.Sprintf("cannot check whether namespace %q permits the role: the API server does not respond; try again", pod.Namespace),
 		}
 	}

@@ -750,7 +750,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 // retry.
 func TestRefusalsAreBounded(t *testing.T) {
 	got := webhook.Refusal(&admissionv1.AdmissionRequest{UID: "1"}, &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, Message: strings.Repeat("é", 2049), RetryAfter: time.Hour,
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerUnavailable, Message: strings.Repeat("é", 2049), RetryAfter: time.Hour,
 	}).Result
 	want := strings.Repeat("é", 2047) + "…"
 	if got.Message != "credence: "+want || got.Details.Causes[0].Message != want {

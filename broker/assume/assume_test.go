@@ -327,7 +327,7 @@ func dialed(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS
 // TestClassification has each error code with a consequence of its own, as the service returns it.
 func TestClassification(t *testing.T) {
 	unavailable, denied, invalid := credential.ErrUnavailable, credential.ErrDenied, credential.ErrInvalid
-	throttled, own, away := credential.ReasonSTSThrottled, credential.ReasonBaseCredential, credential.ReasonSTSUnavailable
+	throttled, own, away := credential.ReasonSTSThrottled, credential.ReasonBrokerCredentials, credential.ReasonSTSUnavailable
 	const once, twice = 1, 2
 	for _, tt := range []struct {
 		status        int
@@ -586,7 +586,7 @@ func TestOwnCredentials(t *testing.T) {
 
 	isolate(t, "", "", "")
 	_, err := newSTS(t, assume.Config{Endpoint: server.URL()}).Credential(t.Context(), g)
-	check(t, "none", err, credential.ErrUnavailable, credential.ReasonBaseCredential, admin)
+	check(t, "none", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, admin)
 	if n := server.Count("", ""); n != 0 {
 		t.Errorf("%d calls were made without credentials", n)
 	}
@@ -602,7 +602,7 @@ func TestOwnCredentials(t *testing.T) {
 		if own[2] != "" {
 			secrets = append(secrets, own[2])
 		}
-		check(t, name, err, credential.ErrUnavailable, credential.ReasonBaseCredential, admin, secrets...)
+		check(t, name, err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, admin, secrets...)
 	}
 
 	// They may come from a file, such as a mounted Secret.
@@ -651,7 +651,7 @@ func TestFirstHop(t *testing.T) {
 	// A refused first hop is for a cluster admin to fix, not for the pod's user.
 	server.SetRole(hopARN, ststest.Behavior{Deny: true})
 	_, err = newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop}).Credential(t.Context(), grant(t, nil))
-	check(t, "a refused hop", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, secret.Reveal())
+	check(t, "a refused hop", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"}, secret.Reveal())
 	if !strings.Contains(err.Error(), hopARN) {
 		t.Errorf("the cause does not name the hop: %v", err)
 	}

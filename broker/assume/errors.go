@@ -121,7 +121,7 @@ func (v outcome) reason() credential.Reason {
 	case throttle:
 		return credential.ReasonSTSThrottled
 	case stale, identity, ownFault, region:
-		return credential.ReasonBaseCredential
+		return credential.ReasonBrokerCredentials
 	case denied:
 		return credential.ReasonSTSDenied
 	case rejected:

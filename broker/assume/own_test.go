@@ -74,10 +74,10 @@ func TestCredentialsFileChanges(t *testing.T) {
 		t.Setenv("AWS_SHARED_CREDENTIALS_FILE", file)
 		write(t, file, keysFile(otherID, otherSecret.Reveal())) // which server does not know
 		check(t, "wrong keys", calls(t, 2, sts, g, func() int { return server.Count("", "") }),
-			credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, otherSecret.Reveal())
+			credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"}, otherSecret.Reveal())
 
 		// Refused again within the wait: the source is not called.
-		check(t, "refused again", call(t, sts, g, func() int { return server.Count("", "") }), credential.ErrUnavailable, credential.ReasonBaseCredential, nil)
+		check(t, "refused again", call(t, sts, g, func() int { return server.Count("", "") }), credential.ErrUnavailable, credential.ReasonBrokerCredentials, nil)
 		time.Sleep(2 * time.Second)
 
 		// The call with the refused old keys uses the new ones.
@@ -144,7 +144,7 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 		}
 		time.Sleep(3 * time.Minute)
 		_, err := sts.Credential(t.Context(), g)
-		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, "token-2")
+		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"}, "token-2")
 		if !strings.Contains(err.Error(), "InvalidIdentityToken") {
 			t.Errorf("the cause does not say why: %v", err)
 		}
@@ -182,7 +182,7 @@ func TestWebIdentityErrors(t *testing.T) {
 			webIdentity(t, server, "planted-token")
 			server.SetRole(baseARN, ststest.Behavior{Fault: tt.fault})
 			_, err := sts.Credential(t.Context(), grant(t, nil))
-			check(t, what, err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{tt.words}, "planted-secret", "planted-token")
+			check(t, what, err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{tt.words}, "planted-secret", "planted-token")
 			if n := server.Count("AssumeRoleWithWebIdentity", ""); n != tt.asked {
 				t.Errorf("%s: STS was called %d times, want %d", what, n, tt.asked)
 			}
@@ -245,7 +245,7 @@ func TestSourceIsCalledByOne(t *testing.T) {
 			wg.Go(func() {
 				if _, err := sts.Credential(t.Context(), g); err != nil {
 					n.Add(1)
-					check(t, "failing source", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"})
+					check(t, "failing source", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"})
 				}
 			})
 		}
@@ -282,7 +282,7 @@ func TestSourceIsLeftAlone(t *testing.T) {
 		for range 40 * 60 { // grants want sessions all the time
 			_, err := sts.Credential(t.Context(), g)
 			e, ok := errors.AsType[*credential.Error](err)
-			if !ok || e.Reason != credential.ReasonBaseCredential || e.RetryAfter <= 0 || e.RetryAfter > time.Minute {
+			if !ok || e.Reason != credential.ReasonBrokerCredentials || e.RetryAfter <= 0 || e.RetryAfter > time.Minute {
 				t.Fatalf("got %v", err)
 			}
 			if n := server.Count("", ""); n > len(asked) {
@@ -321,7 +321,7 @@ func TestSourceIsNotTheCallers(t *testing.T) {
 		wg.Go(func() {
 			began := time.Now()
 			_, err := sts.Credential(ctx, g)
-			check(t, "impatient", err, credential.ErrUnavailable, credential.ReasonBaseCredential, nil)
+			check(t, "impatient", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, nil)
 			if time.Since(began) != time.Second {
 				t.Errorf("left after %v", time.Since(began))
 			}
@@ -385,7 +385,7 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 			time.Sleep(2 * time.Minute)
 			before := server.Count("AssumeRole", roleARN)
 			_, err := sts.Credential(t.Context(), g)
-			check(t, fmt.Sprintf("%+v", *fault), err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"})
+			check(t, fmt.Sprintf("%+v", *fault), err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"})
 			if server.Count("AssumeRole", roleARN) != before {
 				t.Error("a role was assumed without the first hop")
 			}
@@ -490,7 +490,7 @@ func TestCorrectedSecretOfTheSameKey(t *testing.T) {
 		write(t, file, keysFile(id, "wrong-secret"))
 		g := grant(t, nil)
 		_, err := sts.Credential(t.Context(), g)
-		check(t, "a wrong secret", err, credential.ErrUnavailable, credential.ReasonBaseCredential, []string{"cluster admin"}, "wrong-secret")
+		check(t, "a wrong secret", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"}, "wrong-secret")
 		write(t, file, keysFile(id, secret.Reveal()))
 		time.Sleep(time.Minute)
 		if _, err := sts.Credential(t.Context(), g); err != nil {

@@ -41,7 +41,7 @@ const (
 // too many already. But perhaps only the owners fail, with their node or zone, so one more is called while the hedge
 // budget lasts. Throttling applies to the whole account.
 var sharedReasons = []credential.Reason{
-	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
+	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBrokerCredentials, credential.ReasonAPIServerUnavailable,
 }
 
 // call is one call of [Client.Credentials]. One goroutine uses it. Attempts and the second look-up run in other

@@ -345,7 +345,7 @@ func TestRefusalWhileAnotherHangs(t *testing.T) {
 // more is called while the hedge budget lasts, because perhaps only the owners' node fails.
 func TestSharedOutage(t *testing.T) {
 	for reason, more := range map[credential.Reason]int{
-		credential.ReasonSTSThrottled: 0, credential.ReasonSTSUnavailable: 1, credential.ReasonBaseCredential: 1, credential.ReasonAPIServerAway: 1,
+		credential.ReasonSTSThrottled: 0, credential.ReasonSTSUnavailable: 1, credential.ReasonBrokerCredentials: 1, credential.ReasonAPIServerUnavailable: 1,
 	} {
 		in(t, func(t *testing.T, n *network) {
 			ranked := n.brokers(5)

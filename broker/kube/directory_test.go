@@ -190,7 +190,7 @@ func TestSharedReadOutlivesItsFirstCaller(t *testing.T) {
 		defer leave()
 		var all sync.WaitGroup
 		all.Go(func() {
-			if _, _, err := d.Bind(first, podOf("shop", "late", "u-1")); credential.ReasonOf(err) != credential.ReasonAPIServerAway {
+			if _, _, err := d.Bind(first, podOf("shop", "late", "u-1")); credential.ReasonOf(err) != credential.ReasonAPIServerUnavailable {
 				t.Errorf("the caller that gives up got %v", err)
 			}
 		})

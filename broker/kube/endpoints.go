@@ -156,7 +156,7 @@ func (e *Endpoints) members() (m placement.Members, found, listed bool) {
 				c := endpoint.Conditions
 				switch {
 				case c.Terminating != nil && *c.Terminating:
-					m.Ending = m.Ending || address == m.Self
+					m.ShuttingDown = m.ShuttingDown || address == m.Self
 				case c.Ready == nil || *c.Ready:
 					m.Ready = append(m.Ready, address)
 				default:
@@ -166,7 +166,7 @@ func (e *Endpoints) members() (m placement.Members, found, listed bool) {
 		}
 	}
 	// A new pod may already have the address of a terminating one.
-	m.Ending = m.Ending && !slices.Contains(slices.Concat(m.Ready, m.Starting), m.Self)
+	m.ShuttingDown = m.ShuttingDown && !slices.Contains(slices.Concat(m.Ready, m.Starting), m.Self)
 	return m, found, listed
 }
 

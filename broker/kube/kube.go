@@ -151,7 +151,7 @@ func readLive[T any](ctx context.Context, l *liveReads, namespace, what string, 
 		message = "too many pods are unknown at once; try again"
 	}
 	return value, false, &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerUnavailable, RetryAfter: time.Second,
 		Message: message, Cause: fmt.Errorf("reading %s: %w", what, err),
 	}
 }

@@ -489,7 +489,7 @@ func TestBindWaitsForUnknownPods(t *testing.T) {
 		}
 		w.away.Store(true)
 		w.end(false)
-		if _, _, err := d.Bind(t.Context(), podOf("shop", "other", "u-1")); credential.ReasonOf(err) != credential.ReasonAPIServerAway {
+		if _, _, err := d.Bind(t.Context(), podOf("shop", "other", "u-1")); credential.ReasonOf(err) != credential.ReasonAPIServerUnavailable {
 			t.Errorf("during an outage, Bind of an unknown pod returned %v", err)
 		}
 		if _, _, err := d.Bind(t.Context(), podOf("shop", "late", "u-1")); err != nil {

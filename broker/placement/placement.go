@@ -14,8 +14,8 @@ type Members struct {
 	Self netip.Addr
 	// Ready are those that sidecars call. Starting are those that sidecars do not call yet.
 	Ready, Starting []netip.Addr
-	// Ending is set once Self is shutting down.
-	Ending bool
+	// ShuttingDown is set once Self is shutting down.
+	ShuttingDown bool
 }
 
 // DefaultSettleTime is how long the brokers must be unchanged before a broker owns sessions as second owner. A rolling
@@ -119,7 +119,7 @@ func (p *Placement) apply(m Members) (changed bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	known := len(p.all) > 0
-	if m.Ending && known {
+	if m.ShuttingDown && known {
 		// It keeps what it owns, and fetches nothing new for its last seconds.
 		p.ending, p.promoteAt = true, time.Time{}
 		return false

@@ -58,7 +58,7 @@ func (f *fleet) gone(n int) {
 
 func (f *fleet) update() {
 	for self, p := range f.all {
-		m := Members{Self: self, Ending: f.states[self] == ending}
+		m := Members{Self: self, ShuttingDown: f.states[self] == ending}
 		for a, s := range f.states {
 			switch s {
 			case ready:
@@ -300,7 +300,7 @@ func TestLossAndGrowth(t *testing.T) {
 
 // A broker that shuts down keeps its sessions and fetches no others: neither as second owner, nor after the loss of other
 // brokers. Each would be an STS call for the broker's last seconds.
-func TestEndingBrokerFetchesNothing(t *testing.T) {
+func TestShuttingDownBrokerFetchesNothing(t *testing.T) {
 	for name, change := range map[string]func(f *fleet){
 		"nothing else changes": func(*fleet) {},
 		"another leaves":       func(f *fleet) { f.gone(3) },

@@ -283,7 +283,7 @@ func TestNotReadyWithoutNamespaces(t *testing.T) {
 	if status, text := h.get("https://" + h.address + "/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(text, "namespaces") {
 		t.Errorf("/readyz returns %d: %s", status, text)
 	}
-	h.mustRefuse(cart(), credential.ReasonAPIServerAway)
+	h.mustRefuse(cart(), credential.ReasonAPIServerUnavailable)
 }
 
 // TestMissingFilesStopTheStart: the webhook exits if a file is missing, and names the flag.

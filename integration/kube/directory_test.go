@@ -136,12 +136,12 @@ func TestAPIServerUnavailable(t *testing.T) {
 		t.Helper()
 		eventually(t, "the directory's age shows the outage", func() bool { return d.Age() > 0 })
 		bind("a known pod", staysID, accepted)
-		bind("an unknown pod", unknown, string(credential.ReasonAPIServerAway))
+		bind("an unknown pod", unknown, string(credential.ReasonAPIServerUnavailable))
 		if _, err := jwks.Verify(t.Context(), identity.NewUnverifiedToken(token)); err != nil {
 			t.Errorf("jwks returns %v for a token", err)
 		}
-		if _, err := review.Verify(t.Context(), identity.NewUnverifiedToken(token)); credential.ReasonOf(err) != credential.ReasonAPIServerAway {
-			t.Errorf("tokenreview returns %v for a token, want %s", err, credential.ReasonAPIServerAway)
+		if _, err := review.Verify(t.Context(), identity.NewUnverifiedToken(token)); credential.ReasonOf(err) != credential.ReasonAPIServerUnavailable {
+			t.Errorf("tokenreview returns %v for a token, want %s", err, credential.ReasonAPIServerUnavailable)
 		}
 		if review.Age() == 0 {
 			t.Error("the age of tokenreview does not show the outage")

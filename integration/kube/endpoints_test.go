@@ -81,7 +81,7 @@ func (w *updates) add(m placement.Members) {
 func (w *updates) String() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return fmt.Sprintf("self %s, ready %v, starting %v, ending %v", w.last.Self, w.last.Ready, w.last.Starting, w.last.Ending)
+	return fmt.Sprintf("self %s, ready %v, starting %v, ending %v", w.last.Self, w.last.Ready, w.last.Starting, w.last.ShuttingDown)
 }
 
 func (w *updates) want(t *testing.T, want string) {

@@ -194,7 +194,7 @@ func (b *instance) shutDown() {
 	b.fleet.setState(b.addr, isEnding)
 	b.set(b.behavior(), true)
 	b.updating.Lock()
-	b.placement.Update(placement.Members{Self: b.addr, Ending: true})
+	b.placement.Update(placement.Members{Self: b.addr, ShuttingDown: true})
 	b.updating.Unlock()
 	time.AfterFunc(lingers, func() {
 		b.set(refuses, true)
@@ -308,7 +308,7 @@ func (n news) members(self netip.Addr) placement.Members {
 		case isStarting, isUnready:
 			m.Starting = append(m.Starting, a)
 		case isEnding, isGone:
-			m.Ending = m.Ending || a == self
+			m.ShuttingDown = m.ShuttingDown || a == self
 		}
 	}
 	return m

@@ -169,5 +169,5 @@ func (p *pod) hedge() bool {
 
 // shared are reasons for which all brokers but the owners would probably fail too.
 var shared = []credential.Reason{
-	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBaseCredential, credential.ReasonAPIServerAway,
+	credential.ReasonSTSThrottled, credential.ReasonSTSUnavailable, credential.ReasonBrokerCredentials, credential.ReasonAPIServerUnavailable,
 }

@@ -278,7 +278,7 @@ func TestAssumeAgainstMinIO(t *testing.T) {
 	}
 	for what, pair := range map[string][2]string{"unknown key": {"AKIAUNKNOWNUNKNOWN00", secret}, "wrong secret": {access, secret + "x"}} {
 		_, err := call(pair[0], pair[1])
-		if credential.ReasonOf(err) != credential.ReasonBaseCredential || strings.Contains(fmt.Sprintf("%+v", err), secret) {
+		if credential.ReasonOf(err) != credential.ReasonBrokerCredentials || strings.Contains(fmt.Sprintf("%+v", err), secret) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

@@ -126,7 +126,7 @@ func (v *JWKS) Verify(ctx context.Context, token identity.UnverifiedToken) (iden
 	v.mu.Unlock()
 	if len(issuers) == 0 {
 		return identity.Pod{}, &credential.Error{
-			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: keysMinAge,
+			Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerUnavailable, RetryAfter: keysMinAge,
 			Message: "cannot check the token's issuer: the broker could not fetch the issuer from the API server yet; try again, or set --issuer",
 		}
 	}
@@ -187,7 +187,7 @@ func (v *JWKS) keysOf(ctx context.Context, id string) ([]jose.JSONWebKey, error)
 		return nil, unauthenticated(credential.ReasonTokenInvalid, nil, "the token is signed with a key that this cluster's API server does not publish")
 	}
 	return nil, &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: max(wait, time.Second),
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerUnavailable, RetryAfter: max(wait, time.Second),
 		Message: "the broker does not know the token's signing key: it could not fetch the API server's keys since the request arrived; try again",
 	}
 }

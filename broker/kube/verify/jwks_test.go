@@ -362,7 +362,7 @@ func TestKeysAreFollowed(t *testing.T) {
 			t.Errorf("after three hours without the API server Age is %s", age)
 		}
 		// An unknown key may be new, so the token is not at fault.
-		wantReason(t, v, newSigner(t, "newest").token(t, nil), credential.ReasonAPIServerAway)
+		wantReason(t, v, newSigner(t, "newest").token(t, nil), credential.ReasonAPIServerUnavailable)
 	})
 }
 
@@ -417,7 +417,7 @@ func TestWithoutKeysCallersRetry(t *testing.T) {
 		server, config := startAPIServer(t, key)
 		server.network.SetDown(true)
 		v := newVerifier(t, config)
-		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerAway)
+		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerUnavailable)
 		server.network.SetDown(false)
 		time.Sleep(11 * time.Second)
 		wantReason(t, v, key.token(t, nil), "")

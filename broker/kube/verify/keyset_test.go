@@ -197,7 +197,7 @@ func TestNoIssuerIsAcceptedWhileItIsUnknown(t *testing.T) {
 		go func() { _ = v.Run(ctx) }()
 		synctest.Wait()
 		for _, name := range []string{issuer, "https://elsewhere.example", ""} {
-			wantReason(t, v, key.token(t, func(c map[string]any) { c["iss"] = name }), credential.ReasonAPIServerAway)
+			wantReason(t, v, key.token(t, func(c map[string]any) { c["iss"] = name }), credential.ReasonAPIServerUnavailable)
 		}
 		if v.Ready() {
 			t.Error("Ready is true without an issuer")
@@ -219,7 +219,7 @@ func TestFirstToLeaveDoesNotEndTheFetchOfKeys(t *testing.T) {
 		defer leave()
 		var all sync.WaitGroup
 		all.Go(func() {
-			if _, err := v.Verify(first, key.token(t, nil)); credential.ReasonOf(err) != credential.ReasonAPIServerAway {
+			if _, err := v.Verify(first, key.token(t, nil)); credential.ReasonOf(err) != credential.ReasonAPIServerUnavailable {
 				t.Errorf("the caller that gives up gets error %v", err)
 			}
 		})

@@ -378,7 +378,7 @@ func (v *TokenReview) isRecent(d digest) bool {
 // notReviewed returns the error for a token without a review.
 func notReviewed(cause error) error {
 	return &credential.Error{
-		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerAway, RetryAfter: time.Second,
+		Kind: credential.ErrUnavailable, Reason: credential.ReasonAPIServerUnavailable, RetryAfter: time.Second,
 		Message: "cannot verify the token: the Kubernetes API server did not review it; try again", Cause: cause,
 	}
 }

@@ -119,9 +119,9 @@ func TestResultsOfReviews(t *testing.T) {
 			{"expired", says("[invalid bearer token, service account token has expired]"), credential.ReasonTokenExpired},
 			{"not valid yet", says("[invalid bearer token, service account token is not valid yet]"), credential.ReasonTokenEarly},
 			{"issued in the future", says("[invalid bearer token, service account token is issued in the future]"), credential.ReasonTokenEarly},
-			{"a webhook's certificate has expired", says("Post \"https://authenticator.example\": x509: certificate has expired"), credential.ReasonAPIServerAway},
-			{"an unknown text", says("unknown"), credential.ReasonAPIServerAway},
-			{"a webhook did not respond", says("Post \"https://authenticator.example\": context deadline exceeded"), credential.ReasonAPIServerAway},
+			{"a webhook's certificate has expired", says("Post \"https://authenticator.example\": x509: certificate has expired"), credential.ReasonAPIServerUnavailable},
+			{"an unknown text", says("unknown"), credential.ReasonAPIServerUnavailable},
+			{"a webhook did not respond", says("Post \"https://authenticator.example\": context deadline exceeded"), credential.ReasonAPIServerUnavailable},
 			// An authenticator that does not support audiences.
 			{"no audience", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = nil }), credential.ReasonTokenAudience},
 			{"another audience", status(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = []string{"x"} }), credential.ReasonTokenAudience},
@@ -233,7 +233,7 @@ func TestReviewWithoutRightsOrServer(t *testing.T) {
 		if v.Ready() {
 			t.Error("Ready is true without the right to create reviews")
 		}
-		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerAway)
+		wantReason(t, v, key.token(t, nil), credential.ReasonAPIServerUnavailable)
 		time.Sleep(time.Minute)
 		if age := v.Age(); age < time.Minute {
 			t.Errorf("after a minute without a review Age is %s", age)

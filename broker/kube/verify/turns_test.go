@@ -389,7 +389,7 @@ func TestErrorsOfCallersThatGiveUp(t *testing.T) {
 			synctest.Wait()
 		}
 		for i := range 32 {
-			call(i, credential.ReasonAPIServerAway)
+			call(i, credential.ReasonAPIServerUnavailable)
 		}
 		call(32, credential.ReasonBrokerBusy)
 		calls.Wait()
