@@ -19,7 +19,7 @@ type Members struct {
 }
 
 // DefaultSettleTime is how long the brokers must be unchanged before a broker owns sessions as second owner. A rolling
-// update changes them every few seconds, and a second owner on the way is hardly ever second at the end. Without the
+// update changes them every few seconds, and nearly every second owner in between is not second at the end. Without the
 // wait, an update of 3 brokers fetched each session 2.4 times, and one of 10 brokers 3.2 times. With it they fetch 2.1
 // and 2.3 times; the minimum is 2 (TestRollingUpdate).
 const DefaultSettleTime = 2 * time.Minute
@@ -34,18 +34,18 @@ type Placement struct {
 	settleTime time.Duration
 	wake       chan struct{} // holds one
 
-	// notifying is held while handlers run, so that the last call of each handler follows the last change.
+	// notifying is locked while handlers run, so that the last call of each handler follows the last change.
 	notifying sync.Mutex
 
-	mu        sync.Mutex
-	known     bool         // handlers ran after the first Update; guarded by mu
-	ending    bool         // guarded by mu
-	self      netip.Addr   // guarded by mu
-	all       []netip.Addr // ready, starting and self, sorted; empty before Update; guarded by mu
-	ready     []netip.Addr // those that sidecars call, sorted; guarded by mu
-	settled   []netip.Addr // ready and self, when they were last unchanged for settleTime; guarded by mu
-	promoteAt time.Time    // when settled becomes the present brokers; zero if it is; guarded by mu
-	handlers  []func()     // guarded by mu
+	mu           sync.Mutex
+	known        bool         // handlers ran after the first Update; guarded by mu
+	shuttingDown bool         // guarded by mu
+	self         netip.Addr   // guarded by mu
+	all          []netip.Addr // ready, starting and self, sorted; empty before Update; guarded by mu
+	ready        []netip.Addr // those that sidecars call, sorted; guarded by mu
+	stable       []netip.Addr // ready and self, as they were when last unchanged for settleTime; guarded by mu
+	promoteAt    time.Time    // when stable becomes the present brokers; zero if it is; guarded by mu
+	handlers     []func()     // guarded by mu
 }
 
 // New returns a placement that owns nothing before Update. settleTime is how long the brokers must be unchanged before
@@ -77,7 +77,7 @@ func (p *Placement) Owns(key string) bool {
 	}
 	rank := rankOf(key, p.self, p.all)
 	return rank == 0 || rank < Owners && p.ownsAllPositions() ||
-		slices.Contains(p.settled, p.self) && rankOf(key, p.self, p.settled) < Owners
+		slices.Contains(p.stable, p.self) && rankOf(key, p.self, p.stable) < Owners
 }
 
 // ownsAllPositions reports whether there are so few brokers that this one can own sessions as second owner at once. Two
@@ -120,17 +120,17 @@ func (p *Placement) apply(m Members) (changed bool) {
 	defer p.mu.Unlock()
 	known := len(p.all) > 0
 	if m.ShuttingDown && known {
-		// It keeps what it owns, and fetches nothing new for its last seconds.
-		p.ending, p.promoteAt = true, time.Time{}
+		// It keeps its sessions, and fetches no others in its last seconds.
+		p.shuttingDown, p.promoteAt = true, time.Time{}
 		return false
 	}
-	if known && !p.ending && slices.Equal(all, p.all) && slices.Equal(ready, p.ready) {
+	if known && !p.shuttingDown && slices.Equal(all, p.all) && slices.Equal(ready, p.ready) {
 		return false
 	}
-	if !known || p.ending || !slices.Equal(ready, p.ready) {
+	if !known || p.shuttingDown || !slices.Equal(ready, p.ready) {
 		p.promoteAt = time.Now().Add(p.settleTime)
 	}
-	p.ending, p.self, p.all, p.ready = false, m.Self.Unmap(), all, ready
+	p.shuttingDown, p.self, p.all, p.ready = false, m.Self.Unmap(), all, ready
 	return true
 }
 
@@ -165,7 +165,7 @@ func (p *Placement) promoteSecond() time.Duration {
 		p.mu.Unlock()
 		return wait
 	}
-	p.settled, p.promoteAt = sorted(append(slices.Clone(p.ready), p.self)), time.Time{}
+	p.stable, p.promoteAt = sorted(append(slices.Clone(p.ready), p.self)), time.Time{}
 	p.mu.Unlock()
 	p.notify()
 	return 0
