@@ -9,7 +9,7 @@
 //   - A connection whose request does not arrive in time, or needs more bytes than a request may have, is closed.
 //   - At most [Config.Handshakes] handshakes are computed at once, and addresses take turns. So the handshakes of one
 //     address do not delay those of another.
-//   - A connection of an authenticated caller never gives way to an unknown one. Authenticated connections have their
+//   - A connection of an authenticated caller is never closed for an unknown one. Authenticated connections have their
 //     own limit, which tenants share in the same way.
 //
 // It knows neither TLS nor HTTP: the server reports the progress of each connection with the methods of [Conn].
@@ -164,7 +164,7 @@ func (l *Limiter) end(c *Conn, why Cause) {
 	}
 	l.closed[why]++
 	l.remove(c)
-	// Closing can take time, so it does not happen with the lock held.
+	// Closing can take time, so it does not happen while mu is locked.
 	go func() { _ = c.Conn.Close() }()
 }
 
@@ -200,9 +200,9 @@ func (l *Limiter) move(c *Conn, to stage) {
 type stage int
 
 const (
-	idle      stage = iota // the server has responded to its last request
-	arriving               // its first request has not arrived
-	answering              // the server is responding to its request
+	idle       stage = iota // the server has responded to its last request
+	arriving                // its first request has not arrived
+	responding              // the server is responding to its request
 	ended
 	stages = int(ended) // number of stages in a pool
 )
@@ -296,7 +296,7 @@ func (c *Conn) Begin() {
 	if c.stage == idle || c.stage == arriving {
 		c.late.Stop()
 		c.since = time.Now()
-		l.move(c, answering)
+		l.move(c, responding)
 	}
 }
 
@@ -308,7 +308,7 @@ func (c *Conn) Authenticated(tenant, caller string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case c.stage != answering:
+	case c.stage != responding:
 		return false // there is no request, or the connection is closed
 	case c.known:
 		return true
@@ -324,7 +324,7 @@ func (c *Conn) Authenticated(tenant, caller string) bool {
 	l.unknown.remove(c.address, c)
 	c.known, c.tenant, c.caller = true, tenant, caller
 	l.callers[caller]++
-	l.known.add(tenant, c, answering)
+	l.known.add(tenant, c, responding)
 	if victim != nil {
 		l.end(victim, Crowded)
 	}
@@ -338,7 +338,7 @@ func (c *Conn) End() {
 	l := c.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.stage != answering && c.stage != arriving {
+	if c.stage != responding && c.stage != arriving {
 		return
 	}
 	c.late.Stop()
@@ -381,8 +381,8 @@ func (c *Conn) arrive() {
 	l.move(c, arriving)
 }
 
-// tooLate closes a connection whose request has not arrived in time.
-func (c *Conn) tooLate() {
+// closeLate closes a connection whose request has not arrived in time.
+func (c *Conn) closeLate() {
 	l := c.limiter
 	l.mu.Lock()
 	defer l.mu.Unlock()

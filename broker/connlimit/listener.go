@@ -105,7 +105,7 @@ func (l *listener) offer(raw net.Conn) {
 		go func() { _ = raw.Close() }()
 		return
 	}
-	c.late = time.AfterFunc(m.cfg.RequestTime, c.tooLate)
+	c.late = time.AfterFunc(m.cfg.RequestTime, c.closeLate)
 	if m.unknown.total < m.cfg.Max {
 		m.enter(c)
 		return

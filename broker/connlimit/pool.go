@@ -100,8 +100,8 @@ func (p *pool[K]) count(key K) int {
 }
 
 // victim returns the connection that gives way to a new one of key at that time; nil if none does. It is a connection of
-// the largest holder: an idle one; otherwise one whose request has not arrived; otherwise one that the server has been
-// answering for minAge. In each stage it is the oldest. So a server that responds in milliseconds never loses a response.
+// the largest holder: an idle one; otherwise one whose request has not arrived; otherwise one to which the server has been
+// responding for minAge. In each stage it is the oldest. So a server that responds in milliseconds never loses a response.
 //
 // If key would then have as many connections, no holder has too many. Then no response is lost, responses have time to
 // leave, and a request may take minAge to arrive, or any time if equal is false. Without minAge, clients that connect
@@ -124,7 +124,7 @@ func (p *pool[K]) victim(key K, now time.Time, equal bool) *Conn {
 			gives = !fair || age >= linger
 		case arriving:
 			gives = !fair || equal && age >= minAge
-		case answering, ended:
+		case responding, ended:
 			gives = !fair && age >= minAge
 		}
 		if gives {
@@ -177,5 +177,5 @@ func (p *pool[K]) giveWay(key K) *Conn {
 	if first := h.stages[idle].Front(); first != nil {
 		return first.Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 	}
-	return h.stages[answering].Back().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
+	return h.stages[responding].Back().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 }
