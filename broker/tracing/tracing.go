@@ -3,7 +3,7 @@
 //
 // It guarantees: no span contains a token or a secret; callers, which are unverified at first, decide neither which of
 // their calls are recorded nor how many; the broker never waits for the collector. Spans that the collector does not
-// take in time are dropped and counted.
+// accept in time are dropped and counted.
 //
 // It is the only importer of OpenTelemetry. The sidecar writes its part of the trace, the header traceparent, itself
 // (package client), and records nothing.
@@ -45,8 +45,8 @@ const (
 	exportTimeout = 5 * time.Second
 	// maxQueued is how many spans wait for the collector: 10 s of maxSampled.
 	maxQueued = 2048
-	// complainEvery is how often a failure is logged while the collector is unavailable.
-	complainEvery = time.Minute
+	// failureLogInterval is how often a failure is logged while the collector is unavailable.
+	failureLogInterval = time.Minute
 )
 
 // Config configures [New].
@@ -112,7 +112,7 @@ func New(ctx context.Context, cfg Config) (*Tracing, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading OTEL_RESOURCE_ATTRIBUTES: %w", err)
 	}
-	t := &Tracing{complaint: rate.Sometimes{Interval: complainEvery}}
+	t := &Tracing{complaint: rate.Sometimes{Interval: failureLogInterval}}
 	ours := bounded{sdk.TraceIDRatioBased(cfg.Ratio), rate.NewLimiter(maxSampled, maxSampled)}
 	t.provider = sdk.NewTracerProvider(
 		sdk.WithResource(about),
@@ -130,7 +130,7 @@ func New(ctx context.Context, cfg Config) (*Tracing, error) {
 	return t, nil
 }
 
-// limits of a span. Ours have at most ten attributes. The longest is a role ARN.
+// limits bound a span. Our spans have at most ten attributes. The longest is a role ARN.
 var limits = sdk.SpanLimits{
 	AttributeValueLengthLimit: 1024, AttributeCountLimit: 16, EventCountLimit: 4, LinkCountLimit: 1,
 	AttributePerEventCountLimit: 4, AttributePerLinkCountLimit: 1,
@@ -145,8 +145,8 @@ func (t *Tracing) Run(ctx context.Context) error {
 	return nil
 }
 
-// Spans returns how many spans ended, and how many of them the collector took. While none are queued, the difference was
-// lost.
+// Spans returns how many spans ended, and how many of them the collector accepted. If none are queued, the difference is the number of
+// lost spans.
 func (t *Tracing) Spans() (ended, exported uint64) { return t.ended.Load(), t.exported.Load() }
 
 // bounded is a sampler that records at most a rate.
@@ -172,7 +172,7 @@ func (c countEnded) OnEnd(sdk.ReadOnlySpan)                   { c.n.Add(1) }
 func (countEnded) Shutdown(context.Context) error             { return nil }
 func (countEnded) ForceFlush(context.Context) error           { return nil }
 
-// countExported counts the spans that the collector took.
+// countExported counts the spans that the collector accepted.
 type countExported struct {
 	sdk.SpanExporter
 	n *atomic.Uint64

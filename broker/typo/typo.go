@@ -5,7 +5,7 @@ package typo
 import "slices"
 
 // maxText is how much of a text counts, in bytes. It is the maximum that Kubernetes allows for the name of an annotation
-// behind its prefix. Kubernetes checks that after admission, so the webhook can receive longer names. The table of
+// after its prefix. Kubernetes checks that after admission, so the webhook can receive longer names. The table of
 // editDistance stays small with it.
 const maxText = 63
 
