@@ -93,7 +93,7 @@ func (g *gate) allow(serving, next *tls.Certificate) error {
 		return nil
 	}
 	if !since.IsZero() {
-		return fmt.Errorf("its root was published at %s, and pods have it at %s",
+		return fmt.Errorf("its root was published at %s, and pods can need until %s to get it",
 			since.Format(time.TimeOnly), since.Add(g.propagation).Format(time.TimeOnly))
 	}
 	return errors.New("no root that is published in every opted-in namespace verifies the new leaf")

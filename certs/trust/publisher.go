@@ -245,7 +245,7 @@ func (p *publisher) reconcile(ctx context.Context) {
 	before := p.record
 	record, changes := before.next(facts{now: now, file: file, serving: serving, drop: drop})
 	if len(record) > 0 && !verifies(serving, now, record.certs()...) {
-		noRoot = fmt.Errorf("no root in %[2]s and no earlier root verifies the broker's leaf, which expires at %[1]s",
+		noRoot = fmt.Errorf("no root in %[2]s and no earlier root verifies the broker's leaf, which expires at %[1]s; add its root to that file",
 			serving.Leaf.NotAfter.Format(time.RFC3339), p.cfg.RootsFile)
 	}
 	newErrors := p.newErrors(fileErr, dropErr, noRoot)

@@ -21,7 +21,7 @@ const retention = 24 * time.Hour
 type root struct {
 	cert      *x509.Certificate
 	published time.Time // when every opted-in namespace had it; zero before
-	retired   time.Time // when both the file and the served leaf stopped to need it; zero while one needs it
+	retired   time.Time // since when neither the file nor the served leaf needs it; zero while one does
 }
 
 // record has the published roots by digest. It is immutable: next and stamped return new records.
