@@ -32,7 +32,7 @@ import (
 
 // Binder finds the live pod of a verified identity.
 //
-// Bind returns the current pod and its namespace. It refuses a pod that is gone, was recreated, has finished or was not
+// Bind returns the current pod and its namespace. It refuses a pod that was deleted or recreated, has finished or was not
 // injected, with credential.ErrNotFound or credential.ErrDenied. If it cannot find out, it returns credential.ErrUnavailable.
 type Binder interface {
 	Bind(ctx context.Context, id identity.Pod) (policy.Pod, policy.Namespace, error)

@@ -14,8 +14,8 @@ const (
 	// maxDemand is the part of its rate share that a broker's renewals may need without a report. The rest is for new pods, for
 	// the loss of another broker, and for retries.
 	maxDemand = 0.8
-	// budgetInterval is the time between two checks, and budgetChecks how many of them in a row must find the demand too high:
-	// during a rolling update that is normal.
+	// budgetInterval is the time between two checks, and budgetChecks how many checks in a row must find the demand too
+	// high before it is reported. During a rolling update, a high demand is normal.
 	budgetInterval, budgetChecks = 30 * time.Second, 4
 	// budgetRepeat is how often a lasting problem is reported again: an API server keeps an Event for an hour, and package
 	// kube does not write an equal one during that time.
@@ -32,8 +32,8 @@ type BudgetConfig struct {
 	Logger *slog.Logger
 }
 
-// Budget reports early that renewals need more STS calls than the broker may make. Until somebody raises the rate, the broker
-// renews sessions late; those that expire first come first.
+// Budget reports early that renewals need more STS calls than the broker may make. Until a cluster admin raises the rate, the
+// broker renews sessions late, in the order of their expirations.
 type Budget struct{ cfg BudgetConfig }
 
 // NewBudget checks cfg.
@@ -65,12 +65,12 @@ func (b *Budget) Run(ctx context.Context) error {
 		switch now := found >= budgetChecks; {
 		case now && (!before || time.Since(reported) >= budgetRepeat):
 			reported = time.Now()
-			b.cfg.Logger.WarnContext(ctx, "The rate of STS calls is nearly too low to renew the sessions that this broker keeps",
+			b.cfg.Logger.WarnContext(ctx, "Found the rate of STS calls nearly too low to renew this broker's sessions",
 				"sessions", s.Active, "needed", s.Demand, "allowed", s.Share)
-			b.cfg.Report(fmt.Sprintf("Renewing the %d sessions that this broker keeps needs %.1f STS calls per second, and it may make %.1f. "+
+			b.cfg.Report(fmt.Sprintf("To renew its %d sessions, this broker needs %.1f STS calls per second, and it may make %.1f. "+
 				"Raise --sts-rate if AWS allows more, or let pods share sessions by a wider session-scope", s.Active, s.Demand, s.Share))
 		case before && !now:
-			b.cfg.Logger.InfoContext(ctx, "The rate of STS calls is sufficient again", "needed", s.Demand, "allowed", s.Share)
+			b.cfg.Logger.InfoContext(ctx, "Found the rate of STS calls sufficient again", "needed", s.Demand, "allowed", s.Share)
 		}
 	}
 }

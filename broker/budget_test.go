@@ -68,7 +68,7 @@ func TestBudget(t *testing.T) {
 		if !strings.Contains(reported[0], "7 sessions") || !strings.Contains(reported[0], "81.0 STS calls") || !strings.Contains(reported[0], "may make 100.0") {
 			t.Errorf("reported %q", reported[0])
 		}
-		if n := strings.Count(log.String(), "is sufficient again"); n != 1 {
+		if n := strings.Count(log.String(), "sufficient again"); n != 1 {
 			t.Errorf("the demand fell once, and the log says so %d times:\n%s", n, log.String())
 		}
 	})

@@ -23,7 +23,7 @@ type Call struct {
 	Pod policy.Pod
 	// Err is why the pod gets no credentials; nil if it gets some.
 	Err error
-	// RenewalErr is why the session could not be renewed that the pod still gets; nil if it could.
+	// RenewalErr is why the session that the pod gets could not be renewed; nil if no renewal failed.
 	RenewalErr error
 	// Took is the time from the arrival of the call.
 	Took time.Duration
@@ -41,8 +41,8 @@ type Events interface {
 // still get, and credentials that outrank a pod's role.
 //
 // It also reports a token for another audience if nothing else is wrong with it: the webhook and the broker then have
-// different settings. It does so only if expects has the token's pod, which makes no live read. Otherwise a service that
-// pods send tokens to could have this reported on any pod.
+// different settings. It does so only if expects returns true for the token's pod; expects makes no live read. Otherwise a
+// service that receives tokens of pods could have this reported on any pod.
 func ReportTo(events Events, expects func(identity.Pod) bool) Observer {
 	return func(_ context.Context, call Call) {
 		if warnings := call.Pod.Request.Warnings(); warnings != "" {

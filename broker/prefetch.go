@@ -18,7 +18,7 @@ type Retainer interface {
 }
 
 // Prefetch retains the grant of every injected pod that this broker owns, so that no pod waits for STS, and releases it
-// when its last pod is gone.
+// when its last pod is deleted.
 //
 // Changed pods wait in a set of keys: however many changes a pod has, Prefetch looks at it once, and misses none. Namespaces
 // take turns, one pod each. So the pods of one namespace, however many and however expensive to decide on, delay those of
@@ -66,7 +66,7 @@ func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
 	}, nil
 }
 
-// Changed records that the pods of those keys appeared, changed or are gone. It does not block, and may be called before Run.
+// Changed records that the pods of those keys were created, changed or deleted. It does not block, and may be called before Run.
 func (p *Prefetch) Changed(keys ...string) {
 	p.mu.Lock()
 	for _, key := range keys {
@@ -146,7 +146,7 @@ func (p *Prefetch) look(ctx context.Context, rules *policy.Rules, key string) {
 	}
 }
 
-// grantFor returns the grant to retain for the pod; zero if the pod is gone or refused, or if other brokers own its session.
+// grantFor returns the grant to retain for the pod; zero if the pod was deleted or refused, or if other brokers own its session.
 func (p *Prefetch) grantFor(ctx context.Context, rules *policy.Rules, key string) policy.Grant {
 	pod, ns, ok := p.cfg.Lookup(key)
 	if !ok {
@@ -161,7 +161,7 @@ func (p *Prefetch) grantFor(ctx context.Context, rules *policy.Rules, key string
 	grant, err := rules.Grant(pod, ns)
 	if err != nil {
 		// The pod gets the refusal when it calls.
-		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
+		p.cfg.Logger.DebugContext(ctx, "Skipped the prefetch of a session", "pod", key, "error", err)
 		return policy.Grant{}
 	}
 	return grant
@@ -182,7 +182,7 @@ func (p *Prefetch) retain(ctx context.Context, key, namespace string, grant poli
 		return
 	}
 	if err := p.cfg.Sessions.Retain(grant, namespace); err != nil {
-		p.cfg.Logger.DebugContext(ctx, "Not prefetching", "pod", key, "error", err)
+		p.cfg.Logger.DebugContext(ctx, "Skipped the prefetch of a session", "pod", key, "error", err)
 		p.full.add(namespace, key)
 		return
 	}

@@ -35,7 +35,7 @@ const (
 	// maxStreams: a sidecar or a health check makes one call on a connection.
 	maxStreams = 1
 	// maxHandshake bounds the bytes of a handshake. Go's has 1.7 kB, with a post-quantum key share; other clients may send more
-	// extensions. It includes bytes that the client sends immediately behind the handshake.
+	// extensions. It includes bytes that the client sends immediately after the handshake.
 	maxHandshake = 16 << 10
 	// maxCallBytes bounds the bytes between handshake and response, and between responses: one header block, one message, the
 	// frames of HTTP/2 itself, and the bytes of TLS. So a client cannot send PINGs, SETTINGS or resets for long.

@@ -83,7 +83,7 @@ func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	}
 	credence, err = stack.Start(ctx, stack.Config{Cluster: control, Progress: os.Stderr, STS: ststest.Config{
 		MinIO: sessions,
-		SessionLife: func(requested time.Duration) time.Duration {
+		SessionDuration: func(requested time.Duration) time.Duration {
 			if requested == 15*time.Minute {
 				return shortLife
 			}

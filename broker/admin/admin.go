@@ -64,7 +64,7 @@ func writeText(w http.ResponseWriter, status int, text string) {
 	_, _ = w.Write([]byte(text + "\n")) //nolint:gosec // G705: with nosniff, no browser renders plain text as a page.
 }
 
-// Limits of a request. Probes and scrapes are small, and their clients are near.
+// Limits of a request. Probes and scrapes are small, and their clients are in the same cluster.
 const (
 	readTimeout = 5 * time.Second
 	// writeTimeout is longer than a scrape, and enough for a debug page over a slow port-forward.

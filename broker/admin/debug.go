@@ -98,8 +98,8 @@ func withoutDeadline(handler http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// guard refuses requests that a web page makes a browser send. If the page used a name of its own for our address (DNS
-// rebinding), Host is that name. If it knows our address, the browser says where the request comes from.
+// guard refuses requests that a web page makes a browser send. If the page uses its own name for our address (DNS
+// rebinding), Host has that name. If it uses our address, Origin or Sec-Fetch-Site shows the page.
 func (d debug) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
@@ -115,7 +115,7 @@ func (d debug) guard(next http.Handler) http.Handler {
 	})
 }
 
-// trustedHost reports whether no foreign name can have led a browser that sends this Host here.
+// trustedHost reports whether host is an address or localhost, and not a name of a foreign web site.
 func (d debug) trustedHost(host string) bool {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
@@ -292,7 +292,7 @@ func (p page) table(w io.Writer, now time.Time) {
 		_, _ = fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n", printable(g.Grant), printable(namespaces(g.Namespaces)), g.Pods, printable(cmp.Or(g.AccessKeyID, "-")), remaining, next,
 			g.Waiters, g.Failures, printable(cmp.Or(g.Reason, "-")), printable(g.Message))
 	}
-	_ = table.Flush() // A client that has gone does not matter.
+	_ = table.Flush() // A client that has disconnected does not matter.
 	_, _ = fmt.Fprintf(w, "\n%d of %d grants, from offset %d; %d left out", len(p.Grants), p.Matched, p.Offset, p.LeftOut)
 	if p.LeftOut > 0 {
 		_, _ = fmt.Fprintf(w, ": use offset=%d, or one role", p.Offset+len(p.Grants))
@@ -344,7 +344,7 @@ func (d debug) command(w http.ResponseWriter, r *http.Request, what audit.Decisi
 		return
 	}
 	n := do(func(g policy.Grant) bool { return g.Role().String() == role })
-	d.cfg.Logger.InfoContext(r.Context(), "Carried out a command", "order", what, "role", role, "sessions", n, "peer", r.RemoteAddr)
+	d.cfg.Logger.InfoContext(r.Context(), "Carried out a command", "command", what, "role", role, "sessions", n, "peer", r.RemoteAddr)
 	writeJSON(w, commandResult{role, what, n})
 }
 
@@ -352,7 +352,7 @@ func writeJSON(w http.ResponseWriter, value any) {
 	w.Header().Set("Content-Type", "application/json")
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
-	_ = encoder.Encode(value) // A client that has gone does not matter.
+	_ = encoder.Encode(value) // A client that has disconnected does not matter.
 }
 
 // Loopback reports whether only this host or this pod can reach addr.

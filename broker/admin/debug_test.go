@@ -278,7 +278,7 @@ func TestCommands(t *testing.T) {
 		if len(d.entries) != 1 || d.entries[0].Decision != command || d.entries[0].Role != cartRole || d.entries[0].Peer == "" {
 			t.Errorf("%s: audit entries: %+v", command, d.entries)
 		}
-		if text := d.log.String(); !strings.Contains(text, `"level":"INFO"`) || !strings.Contains(text, cartRole) || !strings.Contains(text, `"sessions":2`) || !strings.Contains(text, `"order":"`+string(command)) {
+		if text := d.log.String(); !strings.Contains(text, `"level":"INFO"`) || !strings.Contains(text, cartRole) || !strings.Contains(text, `"sessions":2`) || !strings.Contains(text, `"command":"`+string(command)) {
 			t.Errorf("%s: log: %s", command, text)
 		}
 	}

@@ -118,7 +118,7 @@ func everything() admin.Sources {
 		Events:          func() admin.EventStats { return admin.EventStats{Queued: 9, Written: 10, Suppressed: 18, Dropped: 11} },
 		PodsQueued:      func() int { return 12 },
 		Certificate:     func() time.Time { return at },
-		BaseCredentials: func() (time.Time, bool) { return at, true },
+		OwnCredentials:  func() (time.Time, bool) { return at, true },
 		ClockSkew:       func() (time.Duration, bool) { return -1500 * time.Millisecond, true },
 		InformerAge:     func() time.Duration { return 14 * time.Second },
 		VerificationAge: func() time.Duration { return 15 * time.Second },
@@ -194,11 +194,11 @@ func TestUnknownValuesAreAbsent(t *testing.T) {
 		}
 	}
 	if err := m.Watch(admin.Sources{
-		Cache:           func() cache.Stats { return cache.Stats{} },
-		Certificate:     func() time.Time { return time.Time{} },
-		BaseCredentials: func() (time.Time, bool) { return time.Time{}, false },
-		ClockSkew:       func() (time.Duration, bool) { return 0, false },
-		RulesFile:       func() (admin.RulesFile, bool) { return admin.RulesFile{}, false },
+		Cache:          func() cache.Stats { return cache.Stats{} },
+		Certificate:    func() time.Time { return time.Time{} },
+		OwnCredentials: func() (time.Time, bool) { return time.Time{}, false },
+		ClockSkew:      func() (time.Duration, bool) { return 0, false },
+		RulesFile:      func() (admin.RulesFile, bool) { return admin.RulesFile{}, false },
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -38,9 +38,9 @@ type Sources struct {
 	Cache           func() cache.Stats
 	Audit           func() AuditStats
 	Events          func() EventStats
-	PodsQueued      func() int                   // changed pods whose session has not been decided
+	PodsQueued      func() int                   // changed pods for which prefetching has not been decided
 	Certificate     func() time.Time             // end of validity of the serving certificate; zero: unknown
-	BaseCredentials func() (time.Time, bool)     // expiration of the broker's own credentials
+	OwnCredentials  func() (time.Time, bool)     // expiration of the broker's own credentials
 	ClockSkew       func() (time.Duration, bool) // how far AWS's clock is ahead of this machine's
 	InformerAge     func() time.Duration         // time since the watches last worked; 0 while they work
 	VerificationAge func() time.Duration         // time since the API server last provided signing keys or a review
@@ -174,7 +174,7 @@ func always(def metricDef, value func() float64) source {
 	return sometimes(def, func() (float64, bool) { return value(), true })
 }
 
-// fromBool returns 1 for true.
+// fromBool returns 1 for true and 0 for false.
 func fromBool(b bool) float64 {
 	if b {
 		return 1
@@ -212,8 +212,8 @@ func (s Sources) collector() (all collector) {
 	if s.Certificate != nil {
 		all = append(all, sometimes(certificateEnd, func() (float64, bool) { end := s.Certificate(); return unix(end), !end.IsZero() }))
 	}
-	if s.BaseCredentials != nil {
-		all = append(all, sometimes(ownCredentialsEnd, func() (float64, bool) { end, known := s.BaseCredentials(); return unix(end), known }))
+	if s.OwnCredentials != nil {
+		all = append(all, sometimes(ownCredentialsEnd, func() (float64, bool) { end, known := s.OwnCredentials(); return unix(end), known }))
 	}
 	if s.ClockSkew != nil {
 		all = append(all, sometimes(clockSkew, func() (float64, bool) { skew, known := s.ClockSkew(); return skew.Seconds(), known }))

@@ -2,7 +2,7 @@
 //
 // It guarantees:
 //   - it sends exactly the inputs of the grant;
-//   - its errors tell refusals (a user must change something) from throttling and outages (a retry may help) and from
+//   - its errors distinguish refusals (a user must change something), throttling and outages (a retry may help), and
 //     failures of the broker's own credentials (a cluster admin must act);
 //   - a response that is not from STS gives no session, and no error passes on its content.
 //
@@ -40,9 +40,9 @@ type Config struct {
 	Region string
 	// Endpoint replaces the regional STS endpoint, for STS-compatible services. Default: AWS's own.
 	Endpoint string
-	// FirstHop is a role that the broker assumes first; it then signs all other calls. Default: none. AWS limits sessions to
-	// one hour if the caller is itself an assumed role (role chaining).
-	FirstHop credential.RoleARN
+	// AssumeRole is a role that the broker assumes first; its session then signs all other calls. AWS limits sessions to one
+	// hour if the caller is itself an assumed role (role chaining). Default: none.
+	AssumeRole credential.RoleARN
 	// Observe gets each call after it finished, on the goroutine of the call. It must not block. Default: none.
 	Observe func(Call)
 	// Logger gets failures to renew the broker's own credentials, and a wrong clock. Default: none.
@@ -77,7 +77,7 @@ type STS struct {
 
 var _ credential.Source[policy.Grant] = (*STS)(nil)
 
-// callTimeout bounds one HTTP exchange with STS. STS responds in 50 to 300 ms. After 10 s, the slot serves another role better.
+// callTimeout bounds one HTTP exchange with STS. STS responds in 50 to 300 ms. After 10 s, another role needs the slot more.
 const callTimeout = 10 * time.Second
 
 // maxIdleConns is the number of idle connections to STS. It equals the default concurrency of package cache, so that a burst
@@ -130,9 +130,9 @@ func New(ctx context.Context, cfg Config) (*STS, error) {
 		}
 	})
 	s.own = &own{clock: s.clock, log: log, load: func(ctx context.Context) (aws.Credentials, error) { return s.load(ctx, options) }}
-	if !cfg.FirstHop.IsZero() {
+	if !cfg.AssumeRole.IsZero() {
 		base := s.own
-		s.own = &own{clock: s.clock, log: log, load: func(ctx context.Context) (aws.Credentials, error) { return s.hop(ctx, base, cfg.FirstHop) }}
+		s.own = &own{clock: s.clock, log: log, load: func(ctx context.Context) (aws.Credentials, error) { return s.assumeFirst(ctx, base, cfg.AssumeRole) }}
 	}
 	return s, nil
 }
@@ -144,9 +144,9 @@ func (s *STS) Region() string { return s.region }
 // first response.
 func (s *STS) ClockSkew() (skew time.Duration, known bool) { return s.clock.read() }
 
-// BaseExpiration returns when the broker's own credentials expire, by AWS's clock. It returns false if there are none, or
+// OwnExpiration returns when the broker's own credentials expire, by AWS's clock. It returns false if there are none, or
 // if they do not expire.
-func (s *STS) BaseExpiration() (time.Time, bool) { return s.own.expiration() }
+func (s *STS) OwnExpiration() (time.Time, bool) { return s.own.expiration() }
 
 // Base calls GetCallerIdentity, and returns the base that completes role names to ARNs of the broker's own account.
 func (s *STS) Base(ctx context.Context) (credential.RoleBase, error) {
@@ -220,7 +220,7 @@ func inputFor(g policy.Grant) *sts.AssumeRoleInput {
 	return input
 }
 
-// session makes a session of a response.
+// session converts a response to a session.
 //
 // Pods get the expiration that AWS states, because they compare it with clocks other than ours. The broker schedules renewals
 // by its own clock, which may be wrong. AWS gives exactly the requested duration or fails. So if the stated end is later than
@@ -262,7 +262,7 @@ func complete(c *types.Credentials) bool {
 }
 
 // signed makes a call with credentials from keys. If STS refuses these as expired or wrong, it loads them again and repeats the
-// call once. The repeated call also solves a wrong clock: from the first response, the SDK learned to correct the date.
+// call once. The repeated call also helps if the clock is wrong: the SDK corrects the date after the first response.
 func (s *STS) signed(ctx context.Context, keys *own, action string, call func(sign func(*sts.Options)) error) error {
 	for repeated := false; ; repeated = true {
 		creds, version, err := keys.get(ctx)
@@ -318,17 +318,17 @@ func (s *STS) load(ctx context.Context, options []func(*config.LoadOptions) erro
 	}
 }
 
-// hopDuration is the maximum session duration for role chaining. Every role allows it.
-const hopDuration = time.Hour
+// chainingDuration is the maximum session duration for role chaining. Every role allows it.
+const chainingDuration = time.Hour
 
-// hop assumes the role of Config.FirstHop with credentials from base.
-func (s *STS) hop(ctx context.Context, base *own, role credential.RoleARN) (aws.Credentials, error) {
+// assumeFirst assumes the role of Config.AssumeRole with credentials from base.
+func (s *STS) assumeFirst(ctx context.Context, base *own, role credential.RoleARN) (aws.Credentials, error) {
 	var out *sts.AssumeRoleOutput
 	err := s.signed(ctx, base, "AssumeRole", func(sign func(*sts.Options)) (err error) {
 		out, err = s.client.AssumeRole(ctx, &sts.AssumeRoleInput{
 			RoleArn:         aws.String(role.String()),
 			RoleSessionName: aws.String("credence-broker"),
-			DurationSeconds: aws.Int32(int32(hopDuration / time.Second)),
+			DurationSeconds: aws.Int32(int32(chainingDuration / time.Second)),
 		}, sign)
 		if err == nil && !complete(out.Credentials) {
 			err = errors.New("STS returned incomplete credentials")
@@ -336,7 +336,7 @@ func (s *STS) hop(ctx context.Context, base *own, role credential.RoleARN) (aws.
 		return err
 	})
 	if err != nil {
-		return aws.Credentials{}, &hopError{role: role, err: cause(err)}
+		return aws.Credentials{}, &assumeFirstError{role: role, err: cause(err)}
 	}
 	c := out.Credentials
 	return aws.Credentials{

@@ -32,8 +32,8 @@ import (
 )
 
 const (
-	roleARN = "arn:aws:iam::210987654321:role/apps/reader"
-	hopARN  = "arn:aws:iam::123456789012:role/hop"
+	roleARN  = "arn:aws:iam::210987654321:role/apps/reader"
+	firstARN = "arn:aws:iam::123456789012:role/first"
 )
 
 // isolate hides the AWS configuration of the user who runs the tests, and gives the SDK these keys. An empty key is not set.
@@ -327,7 +327,7 @@ func dialed(t *testing.T, server *ststest.Server, cfg assume.Config) *assume.STS
 // TestClassification has each error code with a consequence of its own, as the service returns it.
 func TestClassification(t *testing.T) {
 	unavailable, denied, invalid := credential.ErrUnavailable, credential.ErrDenied, credential.ErrInvalid
-	throttled, own, away := credential.ReasonSTSThrottled, credential.ReasonBrokerCredentials, credential.ReasonSTSUnavailable
+	throttled, own, unreachable := credential.ReasonSTSThrottled, credential.ReasonBrokerCredentials, credential.ReasonSTSUnavailable
 	const once, twice = 1, 2
 	for _, tt := range []struct {
 		status        int
@@ -377,16 +377,16 @@ func TestClassification(t *testing.T) {
 		{403, "IDPRejectedClaim", "", once, unavailable, own, nil},
 		{400, "IDPCommunicationError", "", once, unavailable, own, nil},
 
-		{503, "ServiceUnavailable", "", once, unavailable, away, []string{"STS is unavailable"}},
-		{500, "InternalFailure", "", once, unavailable, away, nil},
-		{500, "InternalError", "", once, unavailable, away, nil},
-		{502, "Bad", "", once, unavailable, away, nil},
-		{504, "Bad", "", once, unavailable, away, nil},
-		{509, "Bad", "", once, unavailable, away, nil},
-		{400, "RequestTimeout", "", once, unavailable, away, nil},
-		{400, "RequestTimeoutException", "", once, unavailable, away, nil},
-		{400, "Unheard", "", once, unavailable, away, nil},
-		{404, "InvalidAction", "", once, unavailable, away, nil},
+		{503, "ServiceUnavailable", "", once, unavailable, unreachable, []string{"STS is unavailable"}},
+		{500, "InternalFailure", "", once, unavailable, unreachable, nil},
+		{500, "InternalError", "", once, unavailable, unreachable, nil},
+		{502, "Bad", "", once, unavailable, unreachable, nil},
+		{504, "Bad", "", once, unavailable, unreachable, nil},
+		{509, "Bad", "", once, unavailable, unreachable, nil},
+		{400, "RequestTimeout", "", once, unavailable, unreachable, nil},
+		{400, "RequestTimeoutException", "", once, unavailable, unreachable, nil},
+		{400, "Unheard", "", once, unavailable, unreachable, nil},
+		{404, "InvalidAction", "", once, unavailable, unreachable, nil},
 	} {
 		what := fmt.Sprintf("%s with status %d, %q", tt.code, tt.status, tt.message)
 		synctest.Test(t, func(t *testing.T) {
@@ -460,8 +460,8 @@ func TestDeniedSaysWhatTheTrustPolicyNeeds(t *testing.T) {
 			t.Errorf("the message has the external ID: %s", e.Message)
 		}
 		// The message mentions external IDs to a pod without one. To a pod with one, it says that it may be wrong.
-		const asks = "; if its trust policy requires an external id (sts:ExternalId), set the annotation external-id"
-		if _, has := tt.pairs[policy.ExternalID]; ok && has == strings.Contains(e.Message, asks) {
+		const hint = "; if its trust policy requires an external id (sts:ExternalId), set the annotation external-id"
+		if _, has := tt.pairs[policy.ExternalID]; ok && has == strings.Contains(e.Message, hint) {
 			t.Errorf("with an external id: %v, the message is: %s", has, e.Message)
 		}
 	}
@@ -475,11 +475,11 @@ func TestConnectionFaults(t *testing.T) {
 	sts := newSTS(t, assume.Config{Endpoint: server.URL()})
 	_, secret := server.Keys()
 	g := grant(t, nil)
-	away := []string{"STS is unavailable"}
+	unreachable := []string{"STS is unavailable"}
 
 	server.SetRole(roleARN, ststest.Behavior{Fault: ststest.Drop()})
 	_, err := sts.Credential(t.Context(), g)
-	check(t, "drop", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, away, secret.Reveal())
+	check(t, "drop", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, unreachable, secret.Reveal())
 
 	server.SetRole(roleARN, ststest.Behavior{Fault: ststest.Hang()})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -491,7 +491,7 @@ func TestConnectionFaults(t *testing.T) {
 		cancel()
 	}()
 	_, err = sts.Credential(ctx, g)
-	check(t, "hang", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, away, secret.Reveal())
+	check(t, "hang", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, unreachable, secret.Reveal())
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("a canceled call gives %v", err)
 	}
@@ -503,10 +503,10 @@ func TestConnectionFaults(t *testing.T) {
 	closed := listener.Addr().String()
 	listener.Close()
 	_, err = newSTS(t, assume.Config{Endpoint: "http://" + closed}).Credential(t.Context(), g)
-	check(t, "refused connection", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, away, secret.Reveal())
+	check(t, "refused connection", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, unreachable, secret.Reveal())
 }
 
-const goodAnswer = `<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult><Credentials>` +
+const goodResponse = `<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult><Credentials>` +
 	`<AccessKeyId>ASIAEXAMPLE</AccessKeyId><SecretAccessKey>planted-secret</SecretAccessKey><SessionToken>planted-token</SessionToken>` +
 	`<Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`
 
@@ -523,13 +523,13 @@ func TestNonsense(t *testing.T) {
 	sts := newSTS(t, assume.Config{Endpoint: server.URL})
 	g := grant(t, nil)
 
-	good := func(w http.ResponseWriter) { _, _ = io.WriteString(w, goodAnswer) }
+	good := func(w http.ResponseWriter) { _, _ = io.WriteString(w, goodResponse) }
 	answer.Store(&good)
 	if cred, err := sts.Credential(t.Context(), g); err != nil || cred.SecretAccessKey.Reveal() != "planted-secret" || cred.SessionToken.Reveal() != "planted-token" {
-		t.Fatalf("the answer that the others are made from gives %s, %v", cred, err)
+		t.Fatalf("the response that the others are made from gives %s, %v", cred, err)
 	}
 	without := func(element string) string {
-		before, rest, ok := strings.Cut(goodAnswer, "<"+element+">")
+		before, rest, ok := strings.Cut(goodResponse, "<"+element+">")
 		_, after, ok2 := strings.Cut(rest, "</"+element+">")
 		if !ok || !ok2 {
 			t.Fatalf("there is no %s", element)
@@ -544,14 +544,14 @@ func TestNonsense(t *testing.T) {
 		"garbage":               {200, "\x00\x01 planted-secret"},
 		"HTML":                  {200, "<html><body>planted-secret"},
 		"JSON":                  {200, `{"Credentials":{"SecretAccessKey":"planted-secret"}}`},
-		"cut":                   {200, goodAnswer[:len(goodAnswer)/2]},
+		"cut":                   {200, goodResponse[:len(goodResponse)/2]},
 		"no credentials":        {200, without("Credentials")},
 		"no key id":             {200, without("AccessKeyId")},
 		"no secret":             {200, without("SecretAccessKey")},
 		"no token":              {200, without("SessionToken")},
 		"no expiration":         {200, without("Expiration")},
-		"wrong expiration":      {200, strings.Replace(goodAnswer, "2099-01-01T00:00:00Z", "tomorrow", 1)},
-		"empty secret":          {200, strings.Replace(goodAnswer, "planted-secret", "", 1)},
+		"wrong expiration":      {200, strings.Replace(goodResponse, "2099-01-01T00:00:00Z", "tomorrow", 1)},
+		"empty secret":          {200, strings.Replace(goodResponse, "planted-secret", "", 1)},
 		"error without a code":  {400, "planted-secret"},
 		"error as HTML":         {403, "<html>planted-secret</html>"},
 		"empty error":           {500, ""},
@@ -618,14 +618,14 @@ func TestOwnCredentials(t *testing.T) {
 	}
 }
 
-func TestFirstHop(t *testing.T) {
+func TestAssumeRoleFirst(t *testing.T) {
 	server := start(t, ststest.Config{})
 	id, secret := server.Keys()
-	hop, err := credential.ParseRoleARN(hopARN)
+	first, err := credential.ParseRoleARN(firstARN)
 	if err != nil {
 		t.Fatal(err)
 	}
-	sts := newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop})
+	sts := newSTS(t, assume.Config{Endpoint: server.URL(), AssumeRole: first})
 	if n := server.Count("", ""); n != 0 {
 		t.Errorf("New made %d calls", n)
 	}
@@ -635,12 +635,12 @@ func TestFirstHop(t *testing.T) {
 		}
 	}
 	calls := server.Calls()
-	if len(calls) != 4 || calls[0].RoleARN != hopARN || calls[0].SessionName != "credence-broker" || calls[0].AccessKeyID != id {
+	if len(calls) != 4 || calls[0].RoleARN != firstARN || calls[0].SessionName != "credence-broker" || calls[0].AccessKeyID != id {
 		t.Fatalf("the calls are %+v", calls)
 	}
 	for _, call := range calls[1:] {
 		if call.RoleARN != roleARN || call.AccessKeyID != calls[0].IssuedAccessKeyID {
-			t.Errorf("after the first hop, %s is assumed by %s, not by %s", call.RoleARN, call.AccessKeyID, calls[0].IssuedAccessKeyID)
+			t.Errorf("after the first role, %s is assumed by %s, not by %s", call.RoleARN, call.AccessKeyID, calls[0].IssuedAccessKeyID)
 		}
 	}
 
@@ -648,12 +648,12 @@ func TestFirstHop(t *testing.T) {
 	_, err = sts.Credential(t.Context(), grant(t, map[policy.Key]string{policy.Duration: "2h"}))
 	check(t, "two hours", err, credential.ErrInvalid, credential.ReasonSTSRejected, []string{"1 hour", "role chaining"}, secret.Reveal())
 
-	// A refused first hop is for a cluster admin to fix, not for the pod's user.
-	server.SetRole(hopARN, ststest.Behavior{Deny: true})
-	_, err = newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop}).Credential(t.Context(), grant(t, nil))
-	check(t, "a refused hop", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"}, secret.Reveal())
-	if !strings.Contains(err.Error(), hopARN) {
-		t.Errorf("the cause does not name the hop: %v", err)
+	// A cluster admin must fix a refusal of the role of --assume-role, not the pod's user.
+	server.SetRole(firstARN, ststest.Behavior{Deny: true})
+	_, err = newSTS(t, assume.Config{Endpoint: server.URL(), AssumeRole: first}).Credential(t.Context(), grant(t, nil))
+	check(t, "a refused first role", err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"}, secret.Reveal())
+	if !strings.Contains(err.Error(), firstARN) {
+		t.Errorf("the cause does not name the first role: %v", err)
 	}
 }
 
@@ -672,7 +672,7 @@ func TestBase(t *testing.T) {
 	}
 
 	// Partition and account come from the response.
-	for answered, want := range map[string]string{
+	for arn, want := range map[string]string{
 		"arn:aws-cn:sts::123456789012:assumed-role/x/y":    "arn:aws-cn:iam::123456789012:role/",
 		"arn:aws-us-gov:iam::123456789012:user/x":          "arn:aws-us-gov:iam::123456789012:role/",
 		"arn:aws:iam::123456789012:root":                   "arn:aws:iam::123456789012:role/",
@@ -689,11 +689,11 @@ func TestBase(t *testing.T) {
 	} {
 		front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			_, _ = fmt.Fprintf(w, `<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult>`+
-				`<Arn>%s</Arn><Account>123456789012</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, answered)
+				`<Arn>%s</Arn><Account>123456789012</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, arn)
 		}))
 		base, err := newSTS(t, assume.Config{Endpoint: front.URL}).Base(t.Context())
 		if base.String() != want || (err == nil) != (want != "") {
-			t.Errorf("for %q, Base = %s, %v", answered, base, err)
+			t.Errorf("for %q, Base = %s, %v", arn, base, err)
 		}
 		front.Close()
 	}

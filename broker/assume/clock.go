@@ -26,11 +26,11 @@ type clock struct {
 	mu    sync.Mutex
 	skew  time.Duration // AWS's clock less ours
 	known bool
-	wrong bool // reported, and not correct again since
+	wrong bool // the skew was reported, and the clock is not correct again
 }
 
-// saw learns from a response with AWS's date, which has whole seconds.
-func (c *clock) saw(ctx context.Context, date, began, ended time.Time) {
+// update computes the skew from a response with AWS's date, which has whole seconds.
+func (c *clock) update(ctx context.Context, date, began, ended time.Time) {
 	if ended.Sub(began) > maxExchange {
 		return
 	}

@@ -116,7 +116,7 @@ func TestSkewDoesNotDelayRenewal(t *testing.T) {
 				if ahead.Abs() <= assume.MaxSkew && !cred.Expiration.Equal(stated) {
 					t.Errorf("%s: until %v, though AWS stated %v and the clock is good enough", what, cred.Expiration, stated)
 				}
-				latest := cred.Expiration.Add(-cred.Life() / 2) // of renewal
+				latest := cred.Expiration.Add(-cred.Duration() / 2) // of renewal
 				if left := float64(really.Sub(latest)) / float64(asked); left < 0.45 {
 					t.Errorf("%s: %.2f of the session is left when it is renewed", what, left)
 				}
@@ -128,16 +128,16 @@ func TestSkewDoesNotDelayRenewal(t *testing.T) {
 // TestExpiredAnswer: without a date in responses, no skew is assumed. A session that has expired is refused nevertheless.
 func TestExpiredAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		server, sts := inMemory(t, ststest.Config{SessionLife: func(time.Duration) time.Duration { return -time.Minute }}, assume.Config{})
+		server, sts := inMemory(t, ststest.Config{SessionDuration: func(time.Duration) time.Duration { return -time.Minute }}, assume.Config{})
 		err := call(t, sts, grant(t, nil), func() int { return server.Count("", "") })
 		check(t, "expired", err, credential.ErrUnavailable, credential.ReasonSTSUnavailable, []string{"already expired", "STS-compatible service", roleARN})
 	})
 	// A session with a stated end in years counts as the requested duration.
 	synctest.Test(t, func(t *testing.T) {
-		_, sts := inMemory(t, ststest.Config{SessionLife: func(time.Duration) time.Duration { return 1e5 * time.Hour }}, assume.Config{})
+		_, sts := inMemory(t, ststest.Config{SessionDuration: func(time.Duration) time.Duration { return 1e5 * time.Hour }}, assume.Config{})
 		cred, err := sts.Credential(t.Context(), grant(t, nil))
-		if err != nil || cred.Life() != time.Hour {
-			t.Errorf("a session for years lives %v, %v", cred.Life(), err)
+		if err != nil || cred.Duration() != time.Hour {
+			t.Errorf("a session for years lives %v, %v", cred.Duration(), err)
 		}
 	})
 }

@@ -41,7 +41,7 @@ var (
 		"PackedPolicyTooLarge", "PackedPolicyTooLargeException", "InvalidParameterValue",
 		"InvalidParameterCombination", "MissingParameter",
 	}
-	// regionCodes: STS is not active in the broker's region, which no pod chose.
+	// regionCodes: STS is not active in the broker's region. Pods do not choose that region.
 	regionCodes = []string{"RegionDisabledException", "RegionDisabled"}
 )
 
@@ -148,7 +148,7 @@ const throttledWait = time.Second
 // classify returns the error of AssumeRole in the form for the waiting pod.
 func (s *STS) classify(g policy.Grant, err error) error {
 	if e, ok := errors.AsType[*credential.Error](err); ok {
-		return e // already in its final form
+		return e // It has its final form already.
 	}
 	v, a := outcomeOf(err), stsErrorOf(err)
 	e := &credential.Error{Kind: credential.ErrUnavailable, Reason: v.reason(), Cause: cause(err)}
@@ -179,7 +179,7 @@ func (s *STS) classify(g policy.Grant, err error) error {
 }
 
 // denial returns the conditions to check if STS denies a role. STS's own message names the denied action. It is not passed on,
-// because it tells a pod the broker's identity.
+// because it would reveal the broker's identity to a pod.
 func denial(g policy.Grant, words string) string {
 	switch {
 	case strings.Contains(words, "sts:SetSourceIdentity"):
@@ -270,7 +270,7 @@ type unreadable struct {
 	call   string
 	status int
 	proxy  string // of the connection; empty: none
-	err    error  // why it was not read to its end; nil: it was
+	err    error  // why it was not read completely; nil if it was
 }
 
 func (u *unreadable) Error() string {

@@ -19,16 +19,16 @@ import (
 func FuzzAnswer(f *testing.F) {
 	const planted, token = "planted-secret", "planted-token"
 	for _, body := range []string{
-		goodAnswer, "", "<", "\x00\x01 planted-secret", "<html><body>planted-secret", `{"SecretAccessKey":"planted-secret"}`,
-		goodAnswer[:len(goodAnswer)/2],
-		strings.Replace(goodAnswer, "2099", "1999", 1),
-		strings.Replace(goodAnswer, "2099-01-01T00:00:00Z", "planted-secret", 1),
-		strings.Replace(goodAnswer, "2099-01-01T00:00:00Z", "99999999999999", 1),
-		strings.Replace(goodAnswer, "AccessKeyId", "planted-secret", 1),
-		strings.Replace(goodAnswer, "<Credentials>", "&planted-secret;<Credentials>", 1),
-		strings.Replace(goodAnswer, "<SessionToken>planted-token</SessionToken>", "<SessionToken/>", 1),
-		`<?xml version="1.0" encoding="planted-secret"?>` + goodAnswer,
-		`<!DOCTYPE a [<!ENTITY b "planted-secret">]>` + goodAnswer,
+		goodResponse, "", "<", "\x00\x01 planted-secret", "<html><body>planted-secret", `{"SecretAccessKey":"planted-secret"}`,
+		goodResponse[:len(goodResponse)/2],
+		strings.Replace(goodResponse, "2099", "1999", 1),
+		strings.Replace(goodResponse, "2099-01-01T00:00:00Z", "planted-secret", 1),
+		strings.Replace(goodResponse, "2099-01-01T00:00:00Z", "99999999999999", 1),
+		strings.Replace(goodResponse, "AccessKeyId", "planted-secret", 1),
+		strings.Replace(goodResponse, "<Credentials>", "&planted-secret;<Credentials>", 1),
+		strings.Replace(goodResponse, "<SessionToken>planted-token</SessionToken>", "<SessionToken/>", 1),
+		`<?xml version="1.0" encoding="planted-secret"?>` + goodResponse,
+		`<!DOCTYPE a [<!ENTITY b "planted-secret">]>` + goodResponse,
 		`<ErrorResponse><Error><Type>Sender</Type><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>`,
 		`<ErrorResponse><Error><Code>ValidationError</Code><Message>too long</Message></Error></ErrorResponse>`,
 		`<ErrorResponse><Error><Code>ExpiredTokenException</Code></Error></ErrorResponse>` + planted,
@@ -38,8 +38,8 @@ func FuzzAnswer(f *testing.F) {
 			f.Add(status, "text/xml", "", []byte(body))
 		}
 	}
-	f.Add(uint16(200), "application/json", "Wed, 25 Nov 2026 13:00:00 GMT", []byte(goodAnswer))
-	f.Add(uint16(403), "", "not a date", []byte(goodAnswer))
+	f.Add(uint16(200), "application/json", "Wed, 25 Nov 2026 13:00:00 GMT", []byte(goodResponse))
+	f.Add(uint16(403), "", "not a date", []byte(goodResponse))
 
 	var answer atomic.Pointer[http.HandlerFunc]
 	// isolate does not work here, because the environment of a fuzz test is set once, before its body runs.
@@ -74,7 +74,7 @@ func FuzzAnswer(f *testing.F) {
 		answer.Store(&handler)
 		cred, err := sts.Credential(t.Context(), grant(t, nil))
 		if err == nil {
-			if !cred.Valid(time.Now()) || cred.Issued.IsZero() || cred.Life() > time.Hour+assume.MaxSkew {
+			if !cred.Valid(time.Now()) || cred.Issued.IsZero() || cred.Duration() > time.Hour+assume.MaxSkew {
 				t.Errorf("got %s, issued %v", cred, cred.Issued)
 			}
 			return

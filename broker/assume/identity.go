@@ -119,28 +119,28 @@ func await(ctx context.Context, log *slog.Logger, try func() error) {
 	}
 }
 
-// hopError is a failure to assume the role of --assume-role.
-type hopError struct {
+// assumeFirstError is a failure to assume the role of --assume-role.
+type assumeFirstError struct {
 	role credential.RoleARN
 	err  error // in the form for our log
 }
 
-func (e *hopError) Error() string {
+func (e *assumeFirstError) Error() string {
 	return fmt.Sprintf("assuming %s, the role of --assume-role: %v", e.role, e.err)
 }
 
-func (e *hopError) Unwrap() error { return e.err }
+func (e *assumeFirstError) Unwrap() error { return e.err }
 
 // problem describes a failure of the broker's identity, with its fix. It returns the same text for the same cause. The text has
 // no role and no request ID, because not every client of /readyz may know the ARNs. The log has them.
 func (s *STS) problem(err error) string {
-	hop, behind := errors.AsType[*hopError](err)
-	if behind {
-		// The call that failed had other credentials.
-		if outcomeOf(hop.err) == denied {
+	first, ok := errors.AsType[*assumeFirstError](err)
+	if ok {
+		// The failed call was signed with other credentials.
+		if outcomeOf(first.err) == denied {
 			return "STS does not let the broker assume the role of --assume-role (aws.assumeRole); name the broker's identity in its trust policy, and allow that identity to call sts:AssumeRole on it"
 		}
-		return "the broker cannot assume the role of --assume-role (aws.assumeRole): " + s.problem(hop.err)
+		return "the broker cannot assume the role of --assume-role (aws.assumeRole): " + s.problem(first.err)
 	}
 	if own, ok := errors.AsType[*ownError](err); ok {
 		return s.noCredentials(own.err)
@@ -177,7 +177,7 @@ func (s *STS) problem(err error) string {
 
 // noCredentials describes why the broker has no credentials to sign with.
 func (s *STS) noCredentials(err error) string {
-	_, behind := errors.AsType[*hopError](err)
+	_, behind := errors.AsType[*assumeFirstError](err)
 	op, called := errors.AsType[*smithy.OperationError](err)
 	switch {
 	case err == nil:

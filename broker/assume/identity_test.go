@@ -23,8 +23,8 @@ func form(code, message string) string {
 	return fmt.Sprintf(`<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type></Type><Code>%s</Code><Message>%s</Message></Error><RequestId>18EC3C10FE2E4612</RequestId></ErrorResponse>`, code, message)
 }
 
-// TestIdentityByAnswer: the response of STS decides whether the broker's identity is confirmed, and which problem is reported.
-func TestIdentityByAnswer(t *testing.T) {
+// TestIdentityByResponse: the response of STS decides whether the broker's identity is confirmed, and which problem is reported.
+func TestIdentityByResponse(t *testing.T) {
 	const confirmed, unsupported = "confirmed", "unsupported"
 	user := "User: arn:aws:iam::123456789012:user/broker is not authorized to perform: "
 	for name, tt := range map[string]struct {
@@ -35,16 +35,16 @@ func TestIdentityByAnswer(t *testing.T) {
 	}{
 		"STS": {200, `<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult>` +
 			`<Arn>arn:aws:iam::123456789012:user/broker</Arn><Account>123456789012</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, confirmed, nil},
-		"unknown key":                {403, form("InvalidClientTokenId", "The security token included in the request is invalid."), "", []string{"InvalidClientTokenId", "access key does not exist", "Secret"}},
-		"wrong secret":               {403, form("SignatureDoesNotMatch", "The request signature we calculated does not match"), "", []string{"SignatureDoesNotMatch", "secret access key"}},
-		"unknown key, MinIO":         {403, form("AccessDenied", "The Access Key Id you provided does not exist in our records."), "", []string{"access key does not exist"}},
-		"expired":                    {400, form("ExpiredToken", "The security token included in the request is expired"), "", []string{"have expired", "replace"}},
-		"clock":                      {400, form("RequestExpired", "Request has expired"), "", []string{"clock"}},
-		"no account":                 {403, form("OptInRequired", "The AWS Access Key Id needs a subscription for the service"), "", []string{"subscribed"}},
-		"region":                     {403, form("RegionDisabledException", "STS is not activated in this region"), "", []string{"eu-central-1", "--region"}},
-		"throttled":                  {400, form("Throttling", "Rate exceeded"), "", []string{"throttles", "keeps trying"}},
-		"failing":                    {503, form("ServiceUnavailable", "try later"), "", []string{"ServiceUnavailable", "status 503", "keeps trying"}},
-		"a denial that names nobody": {403, form("AccessDenied", "Access Denied."), "", []string{"denies the broker", "VPC endpoint"}},
+		"unknown key":               {403, form("InvalidClientTokenId", "The security token included in the request is invalid."), "", []string{"InvalidClientTokenId", "access key does not exist", "Secret"}},
+		"wrong secret":              {403, form("SignatureDoesNotMatch", "The request signature we calculated does not match"), "", []string{"SignatureDoesNotMatch", "secret access key"}},
+		"unknown key, MinIO":        {403, form("AccessDenied", "The Access Key Id you provided does not exist in our records."), "", []string{"access key does not exist"}},
+		"expired":                   {400, form("ExpiredToken", "The security token included in the request is expired"), "", []string{"have expired", "replace"}},
+		"clock":                     {400, form("RequestExpired", "Request has expired"), "", []string{"clock"}},
+		"no account":                {403, form("OptInRequired", "The AWS Access Key Id needs a subscription for the service"), "", []string{"subscribed"}},
+		"region":                    {403, form("RegionDisabledException", "STS is not activated in this region"), "", []string{"eu-central-1", "--region"}},
+		"throttled":                 {400, form("Throttling", "Rate exceeded"), "", []string{"throttles", "keeps trying"}},
+		"failing":                   {503, form("ServiceUnavailable", "try later"), "", []string{"ServiceUnavailable", "status 503", "keeps trying"}},
+		"a denial without a caller": {403, form("AccessDenied", "Access Denied."), "", []string{"denies the broker", "VPC endpoint"}},
 		// An endpoint policy allows only AssumeRole. STS knew the caller.
 		"a policy against the action": {403, form("AccessDenied", user+"sts:GetCallerIdentity because no VPC endpoint policy allows the sts:GetCallerIdentity action"), confirmed, nil},
 		// A real MinIO responds so, whatever the keys are.
@@ -121,23 +121,23 @@ func TestIdentityIsConfirmedByAnyCallAndStays(t *testing.T) {
 	}
 }
 
-// TestIdentityBehindAHop: with --assume-role, the first hop must work, too.
-func TestIdentityBehindAHop(t *testing.T) {
-	hop, err := credential.ParseRoleARN(hopARN)
+// TestIdentityWithAssumeRole: with --assume-role, that role must be assumed, too.
+func TestIdentityWithAssumeRole(t *testing.T) {
+	first, err := credential.ParseRoleARN(firstARN)
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := start(t, ststest.Config{})
 	for name, tt := range map[string]struct {
-		hop   ststest.Behavior
+		first ststest.Behavior
 		words []string
 	}{
-		"refused":   {ststest.Behavior{Deny: true}, []string{"--assume-role", "trust policy", "sts:AssumeRole"}},
-		"throttled": {ststest.Behavior{Fault: ststest.Throttling()}, []string{"--assume-role", "throttles"}},
-		"away":      {ststest.Behavior{Fault: ststest.Drop()}, []string{"--assume-role", "cannot reach STS"}},
+		"refused":     {ststest.Behavior{Deny: true}, []string{"--assume-role", "trust policy", "sts:AssumeRole"}},
+		"throttled":   {ststest.Behavior{Fault: ststest.Throttling()}, []string{"--assume-role", "throttles"}},
+		"unreachable": {ststest.Behavior{Fault: ststest.Drop()}, []string{"--assume-role", "cannot reach STS"}},
 	} {
-		server.SetRole(hopARN, tt.hop)
-		s := newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop})
+		server.SetRole(firstARN, tt.first)
+		s := newSTS(t, assume.Config{Endpoint: server.URL(), AssumeRole: first})
 		_, _ = s.Base(t.Context())
 		is := s.Identity()
 		if is.Confirmed || is.Unsupported {
@@ -149,10 +149,10 @@ func TestIdentityBehindAHop(t *testing.T) {
 			}
 		}
 	}
-	server.SetRole(hopARN, ststest.Behavior{})
-	s := newSTS(t, assume.Config{Endpoint: server.URL(), FirstHop: hop})
+	server.SetRole(firstARN, ststest.Behavior{})
+	s := newSTS(t, assume.Config{Endpoint: server.URL(), AssumeRole: first})
 	if _, err := s.Base(t.Context()); err != nil || !s.Identity().Confirmed {
-		t.Errorf("a hop that works: %v, %+v", err, s.Identity())
+		t.Errorf("a first role that works: %v, %+v", err, s.Identity())
 	}
 }
 
@@ -217,8 +217,8 @@ func TestAwaitIdentity(t *testing.T) {
 				server.SetOutage(outage)
 				done := make(chan struct{})
 				go func() { defer close(done); s.AwaitIdentity(t.Context(), slog.New(slog.DiscardHandler)) }()
-				const away = time.Hour
-				time.Sleep(away)
+				const unreachable = time.Hour
+				time.Sleep(unreachable)
 				first := s.Identity()
 				if first.Confirmed || first.Problem == "" {
 					t.Errorf("during the outage: %+v", first)

@@ -55,8 +55,8 @@ type own struct {
 // revoked: IAM does that by a policy that denies everything, with the message of a role that does not trust the caller.
 const manyDenials = 20
 
-// forEver is longer than any process runs.
-const forEver = 100 * 365 * 24 * time.Hour
+// forever is longer than any process runs.
+const forever = 100 * 365 * 24 * time.Hour
 
 // get returns credentials and their version. If they have expired, it waits for a load. If their renewal time has passed, it
 // starts a load and does not wait. Its errors are of type *ownError.
@@ -70,16 +70,16 @@ func (o *own) get(ctx context.Context) (aws.Credentials, int, error) {
 			// It must not end with this caller, because others wait for the same load.
 			go o.fetch(context.WithoutCancel(ctx), o.loading)
 		}
-		held, version, asking, failure, wait := o.creds, o.version, o.loading, o.failure, o.notBefore.Sub(now)
+		creds, version, loading, failure, wait := o.creds, o.version, o.loading, o.failure, o.notBefore.Sub(now)
 		o.mu.Unlock()
 		switch {
 		case usable:
-			return held, version, nil
-		case asking == nil:
+			return creds, version, nil
+		case loading == nil:
 			return aws.Credentials{}, 0, &ownError{err: failure, wait: wait}
 		}
 		select {
-		case <-asking:
+		case <-loading:
 		case <-ctx.Done():
 			return aws.Credentials{}, 0, &ownError{err: context.Cause(ctx)}
 		}
@@ -113,7 +113,7 @@ func (o *own) fetch(ctx context.Context, done chan struct{}) {
 	o.creds, o.failure, o.failures, o.notBefore = creds, nil, 0, time.Time{}
 	o.version++
 	if !creds.CanExpire {
-		o.until, o.renewAt = now.Add(forEver), now.Add(reread)
+		o.until, o.renewAt = now.Add(forever), now.Add(reread)
 		return
 	}
 	// Use the credentials even if they seem expired. In an outage, instance metadata returns old credentials, and AWS accepts

@@ -109,14 +109,14 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{Roles: map[string]ststest.Behavior{baseARN: {WebIdentityToken: "token-1"}}}, assume.Config{})
 		file := webIdentity(t, server, "token-1")
 		g := grant(t, nil)
-		if _, ok := sts.BaseExpiration(); ok {
+		if _, ok := sts.OwnExpiration(); ok {
 			t.Error("own credentials expire before there are any")
 		}
 		began := time.Now()
 		if _, err := sts.Credential(t.Context(), g); err != nil {
 			t.Fatal(err)
 		}
-		if at, ok := sts.BaseExpiration(); !ok || !at.Equal(began.Add(time.Hour)) {
+		if at, ok := sts.OwnExpiration(); !ok || !at.Equal(began.Add(time.Hour)) {
 			t.Errorf("own credentials expire at %v, %v, want %v", at, ok, began.Add(time.Hour))
 		}
 
@@ -132,7 +132,7 @@ func TestWebIdentityTokenChanges(t *testing.T) {
 		if n := server.Count("AssumeRoleWithWebIdentity", baseARN); n != 2 {
 			t.Errorf("own credentials were loaded %d times, want 2", n)
 		}
-		if end, _ := sts.BaseExpiration(); !end.Equal(at.Add(time.Hour + 3*time.Second)) {
+		if end, _ := sts.OwnExpiration(); !end.Equal(at.Add(time.Hour + 3*time.Second)) {
 			t.Errorf("the new ones expire at %v, asked for at %v", end, at)
 		}
 
@@ -269,8 +269,8 @@ func TestSourceIsCalledByOne(t *testing.T) {
 	}
 }
 
-// TestSourceIsLeftAlone: the waits between loads from a failing source, in virtual time, and their log lines.
-func TestSourceIsLeftAlone(t *testing.T) {
+// TestWaitsBetweenLoads: the waits between loads from a failing source, in virtual time, and their log lines.
+func TestWaitsBetweenLoads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		server, sts := inMemory(t, ststest.Config{}, assume.Config{Logger: slog.New(slog.NewJSONHandler(&log, nil))})
@@ -279,7 +279,7 @@ func TestSourceIsLeftAlone(t *testing.T) {
 		g := grant(t, nil)
 		began := time.Now()
 		var asked []time.Duration
-		for range 40 * 60 { // grants want sessions all the time
+		for range 40 * 60 { // grants need sessions all the time
 			_, err := sts.Credential(t.Context(), g)
 			e, ok := errors.AsType[*credential.Error](err)
 			if !ok || e.Reason != credential.ReasonBrokerCredentials || e.RetryAfter <= 0 || e.RetryAfter > time.Minute {
@@ -339,16 +339,16 @@ func TestSourceIsNotTheCallers(t *testing.T) {
 	})
 }
 
-// TestFirstHopIsRenewedAhead: the first hop is called once per session, before the session expires.
-func TestFirstHopIsRenewedAhead(t *testing.T) {
+// TestAssumedRoleIsRenewedAhead: the role of --assume-role is assumed once per session, before the session expires.
+func TestAssumedRoleIsRenewedAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		hop, err := credential.ParseRoleARN(hopARN)
+		first, err := credential.ParseRoleARN(firstARN)
 		if err != nil {
 			t.Fatal(err)
 		}
 		var observed []assume.Call
 		var mu sync.Mutex
-		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop, Observe: func(c assume.Call) {
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{AssumeRole: first, Observe: func(c assume.Call) {
 			mu.Lock()
 			defer mu.Unlock()
 			observed = append(observed, c)
@@ -361,33 +361,33 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 				t.Fatal(err)
 			}
 			synctest.Wait()
-			if n := server.Count("AssumeRole", hopARN); n > len(at) {
+			if n := server.Count("AssumeRole", firstARN); n > len(at) {
 				at = append(at, time.Since(began))
 			}
 			time.Sleep(time.Minute)
 		}
 		if diff := cmp.Diff([]time.Duration{0, 55 * time.Minute, 110 * time.Minute, 165 * time.Minute}, at); diff != "" {
-			t.Errorf("the first hop was assumed at (-want +got):\n%s", diff)
+			t.Errorf("the first role was assumed at (-want +got):\n%s", diff)
 		}
-		if end, ok := sts.BaseExpiration(); !ok || !end.Equal(began.Add((165+60)*time.Minute)) {
+		if end, ok := sts.OwnExpiration(); !ok || !end.Equal(began.Add((165+60)*time.Minute)) {
 			t.Errorf("own credentials expire at %v, %v", end, ok)
 		}
 
 		// It fails: the old session is used until it expires. Then a cluster admin must act.
-		server.SetRole(hopARN, ststest.Behavior{Fault: ststest.Unavailable()})
+		server.SetRole(firstARN, ststest.Behavior{Fault: ststest.Unavailable()})
 		time.Sleep(40 * time.Minute)
 		if _, err := sts.Credential(t.Context(), g); err != nil {
 			t.Errorf("with five minutes left: %v", err)
 		}
 		time.Sleep(6 * time.Minute)
 		for _, fault := range []*ststest.Fault{ststest.Unavailable(), ststest.Throttling(), ststest.Drop(), {Code: "AccessDenied", Status: 403}, ststest.EmptyBody(), ststest.HTMLPage()} {
-			server.SetRole(hopARN, ststest.Behavior{Fault: fault})
+			server.SetRole(firstARN, ststest.Behavior{Fault: fault})
 			time.Sleep(2 * time.Minute)
 			before := server.Count("AssumeRole", roleARN)
 			_, err := sts.Credential(t.Context(), g)
 			check(t, fmt.Sprintf("%+v", *fault), err, credential.ErrUnavailable, credential.ReasonBrokerCredentials, []string{"cluster admin"})
 			if server.Count("AssumeRole", roleARN) != before {
-				t.Error("a role was assumed without the first hop")
+				t.Error("a role was assumed without the first role")
 			}
 		}
 		mu.Lock()
@@ -400,18 +400,18 @@ func TestFirstHopIsRenewedAhead(t *testing.T) {
 	})
 }
 
-// TestDoubtedCredentialsAreBetterThanNone: credentials that STS refused once are used again if no others are available.
-func TestDoubtedCredentialsAreBetterThanNone(t *testing.T) {
+// TestRefusedCredentialsAreBetterThanNone: credentials that STS refused once are used again if no others are available.
+func TestRefusedCredentialsAreBetterThanNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		hop, err := credential.ParseRoleARN(hopARN)
+		first, err := credential.ParseRoleARN(firstARN)
 		if err != nil {
 			t.Fatal(err)
 		}
-		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop})
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{AssumeRole: first})
 		if _, err := sts.Credential(t.Context(), grant(t, nil)); err != nil {
 			t.Fatal(err)
 		}
-		server.SetRole(hopARN, ststest.Behavior{Fault: ststest.Unavailable()})
+		server.SetRole(firstARN, ststest.Behavior{Fault: ststest.Unavailable()})
 		server.SetRole(roleARN, ststest.Behavior{Fault: &ststest.Fault{Code: "ExpiredToken", Status: 403, Times: 1}})
 		_, _ = sts.Credential(t.Context(), grant(t, nil)) // finds out that there is nothing else
 		if _, err := sts.Credential(t.Context(), grant(t, nil)); err != nil {
@@ -424,12 +424,12 @@ func TestDoubtedCredentialsAreBetterThanNone(t *testing.T) {
 // denials, the broker loads its own credentials again. One role that denies does not cause that.
 func TestRevokedByPolicy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		hop, err := credential.ParseRoleARN(hopARN)
+		first, err := credential.ParseRoleARN(firstARN)
 		if err != nil {
 			t.Fatal(err)
 		}
-		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop})
-		hops := func() int { return server.Count("AssumeRole", hopARN) }
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{AssumeRole: first})
+		firstCalls := func() int { return server.Count("AssumeRole", firstARN) }
 		call := func(times int) {
 			for range times {
 				_, _ = sts.Credential(t.Context(), grant(t, nil))
@@ -443,24 +443,24 @@ func TestRevokedByPolicy(t *testing.T) {
 			call(1)
 			server.SetRole(roleARN, ststest.Behavior{Deny: true})
 		}
-		if n := hops(); n != 1 {
-			t.Errorf("%d first hops, though STS accepted other calls", n)
+		if n := firstCalls(); n != 1 {
+			t.Errorf("%d calls for the first role, though STS accepted other calls", n)
 		}
 		call(21)
-		if n := hops(); n != 2 {
-			t.Errorf("after denials only: %d first hops", n)
+		if n := firstCalls(); n != 2 {
+			t.Errorf("after denials only: %d calls for the first role", n)
 		}
 	})
 }
 
-// TestRevokedHop: the call that detects a revoked session of the first hop replaces it.
-func TestRevokedHop(t *testing.T) {
+// TestRevokedSessionOfAssumedRole: the call that detects a revoked session of the role of --assume-role replaces it.
+func TestRevokedSessionOfAssumedRole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		hop, err := credential.ParseRoleARN(hopARN)
+		first, err := credential.ParseRoleARN(firstARN)
 		if err != nil {
 			t.Fatal(err)
 		}
-		server, sts := inMemory(t, ststest.Config{}, assume.Config{FirstHop: hop})
+		server, sts := inMemory(t, ststest.Config{}, assume.Config{AssumeRole: first})
 		once := &ststest.Fault{Code: "ExpiredToken", Status: 403, Times: 1}
 		server.SetRole(roleARN, ststest.Behavior{Fault: once})
 		if _, err := sts.Credential(t.Context(), grant(t, nil)); err != nil {
@@ -470,7 +470,7 @@ func TestRevokedHop(t *testing.T) {
 		for _, c := range server.Calls() {
 			roles = append(roles, c.RoleARN)
 		}
-		if diff := cmp.Diff([]string{hopARN, roleARN, hopARN, roleARN}, roles); diff != "" {
+		if diff := cmp.Diff([]string{firstARN, roleARN, firstARN, roleARN}, roles); diff != "" {
 			t.Errorf("the calls (-want +got):\n%s", diff)
 		}
 		// AWS limits role chaining to one hour.

@@ -13,7 +13,7 @@ import (
 )
 
 // proxied adds the proxy to the error of a call that went through one. Otherwise users may think that the proxy's message comes
-// from STS, or that STS is unavailable when the proxy refuses a connection.
+// from STS. Or they may think that STS is unavailable when the proxy refuses a connection.
 type proxied struct {
 	of func(*http.Request) (*url.URL, error) // the proxy of a request; nil: none
 }

@@ -38,7 +38,7 @@ func (w wire) HandleDeserialize(ctx context.Context, in middleware.DeserializeIn
 		// Use only dates of STS, because instance metadata has another clock. A response from an HTTP cache (Age) is old.
 		if awsmiddleware.GetServiceID(ctx) == sts.ServiceID && resp.Header.Get("Age") == "" {
 			if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
-				w.clock.saw(ctx, date, began, time.Now())
+				w.clock.update(ctx, date, began, time.Now())
 			}
 		}
 	}

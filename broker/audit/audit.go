@@ -2,7 +2,7 @@
 // joins the line to AWS CloudTrail.
 //
 // It guarantees: a line is written, or its loss is counted, or (if audit is required) the decision is refused. While the
-// process lives, no line is lost silently; if it is killed, the queued lines are lost. An entry is one line of at most
+// process runs, no line is lost silently; if it is killed, the queued lines are lost. An entry is one line of at most
 // 4,096 bytes, whatever its fields contain. An [Entry] has no field for a secret.
 //
 // Any client that reaches the broker can cause denials as fast as it can call. So repeated denials share one line per
@@ -120,7 +120,7 @@ func (l *Log) Record(e Entry) error {
 		return nil
 	}
 	return credential.Errorf(credential.ErrUnavailable, credential.ReasonAuditUnavailable,
-		"the broker cannot write its audit log, which is required")
+		"the broker cannot write its audit log, which is required; try again, and report it to a cluster admin if it lasts")
 }
 
 // queueDenial queues a denial, and reports whether there was space.
@@ -136,9 +136,9 @@ func (l *Log) queueDenial(e Entry) bool {
 // lose counts lines that will not be written. It logs the number each time that it has doubled: a writer that hangs must
 // neither hide its losses nor fill the log with them.
 func (l *Log) lose(n int) {
-	lost := l.lost.Add(uint64(n))                                           //nolint:gosec // Never negative.
-	if before := lost - uint64(n); bits.Len64(lost) != bits.Len64(before) { //nolint:gosec // Likewise.
-		l.cfg.Logger.Error("Audit lines were lost", "lost", lost)
+	lost := l.lost.Add(uint64(n))                                           //nolint:gosec // It is never negative.
+	if before := lost - uint64(n); bits.Len64(lost) != bits.Len64(before) { //nolint:gosec // It is never negative.
+		l.cfg.Logger.Error("Lost audit lines", "lost", lost)
 	}
 }
 

@@ -70,7 +70,7 @@ type denials struct {
 	pods    int                  // guarded by mu
 }
 
-// repeated is what one source did in the current window.
+// repeated counts the denials of one source in the current window.
 type repeated struct {
 	lines int       // written for it
 	count int       // further denials, without a line

@@ -282,13 +282,13 @@ func (c *Cache[K]) wakeRun() {
 
 // valueOf returns what a caller receives with session.
 func valueOf(session credential.Credential, now time.Time) Value {
-	after := session.Remaining(now) - randomPart(session.Life(), refreshLow, refreshHigh)
+	after := session.Remaining(now) - randomPart(session.Duration(), refreshLow, refreshHigh)
 	return Value{Credential: session, RefreshAfter: min(max(after, minRefreshAfter), maxRefreshAfter)}
 }
 
 // fractionLeft returns the fraction of the session duration that is left.
 func fractionLeft(session credential.Credential, now time.Time) float64 {
-	return float64(session.Remaining(now)) / float64(session.Life())
+	return float64(session.Remaining(now)) / float64(session.Duration())
 }
 
 // randomPart returns a random part of d between the fractions low and high.

@@ -432,7 +432,7 @@ func TestFailedRenewalKeepsTheOldSession(t *testing.T) {
 		if _, err := c.Get(t.Context(), "a", ""); !errors.Is(err, credential.ErrUnavailable) || credential.ReasonOf(err) != credential.ReasonSTSUnavailable {
 			t.Errorf("after the expiration Get returns %v", err)
 		}
-		if warm, active := c.Settled(); warm != 0 || active != 1 {
+		if warm, active := c.Progress(); warm != 0 || active != 1 {
 			t.Errorf("%d of %d keys are warm", warm, active)
 		}
 		s.respond(nil)
@@ -441,7 +441,7 @@ func TestFailedRenewalKeepsTheOldSession(t *testing.T) {
 		if v := mustGet(t, c, "a"); v.AccessKeyID == first.AccessKeyID || s.count() != calls {
 			t.Errorf("after the outage Get returns %s, which it fetched itself: %v", v, s.count() != calls)
 		}
-		if warm, active := c.Settled(); warm != 1 || active != 1 {
+		if warm, active := c.Progress(); warm != 1 || active != 1 {
 			t.Errorf("%d of %d keys are warm", warm, active)
 		}
 	})
@@ -540,7 +540,6 @@ func TestRefusalsAreCached(t *testing.T) {
 }
 
 // Callers get a copy of a cached error with RetryAfter. The source's error does not change.
-// source's error stays as it was.
 func TestCachedRefusalIsACopy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source)
@@ -569,7 +568,7 @@ func TestCachedRefusalIsACopy(t *testing.T) {
 	})
 }
 
-func TestActiveKeysAreRenewedForEver(t *testing.T) {
+func TestActiveKeysAreRenewedForever(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := new(source).slow(50 * time.Millisecond)
 		c := start(t, s, cache.Config[string]{})
@@ -578,7 +577,7 @@ func TestActiveKeysAreRenewedForEver(t *testing.T) {
 		const week = 7 * 24 * time.Hour
 		for range 7 * 24 * 6 {
 			time.Sleep(10 * time.Minute)
-			if warm, active := c.Settled(); warm != 1 || active != 1 {
+			if warm, active := c.Progress(); warm != 1 || active != 1 {
 				t.Fatalf("%d of %d keys are warm", warm, active)
 			}
 		}
@@ -708,7 +707,7 @@ func TestManyKeysFallDueTogether(t *testing.T) {
 				retain(t, c, fmt.Sprint(i))
 			}
 			time.Sleep(time.Until(issued))
-			if warm, active := c.Settled(); warm != keys || active != keys || s.count() != keys {
+			if warm, active := c.Progress(); warm != keys || active != keys || s.count() != keys {
 				t.Fatalf("%d of %d keys are warm after %d fetches", warm, active, s.count())
 			}
 			time.Sleep(time.Duration(0.55 * float64(duration)))
@@ -812,7 +811,7 @@ func TestConcurrencyBound(t *testing.T) {
 			if n, _ := s.maxAtOnce(); n != want {
 				t.Errorf("with a concurrency of %d, %d fetches ran at a time", bound, n)
 			}
-			if warm, _ := c.Settled(); warm != 200 {
+			if warm, _ := c.Progress(); warm != 200 {
 				t.Errorf("%d of 200 keys are warm", warm)
 			}
 		})
@@ -1166,7 +1165,7 @@ func TestRandomDays(t *testing.T) {
 			for _, n := range refs {
 				want += min(n, 1)
 			}
-			if warm, n := c.Settled(); warm != want || n != want || c.Len() != want {
+			if warm, n := c.Progress(); warm != want || n != want || c.Len() != want {
 				t.Errorf("%d of %d active keys are warm, the cache has %d; want %d", warm, n, c.Len(), want)
 			}
 		})
@@ -1210,7 +1209,7 @@ func TestStress(t *testing.T) {
 	}
 	wg.Go(func() {
 		for range 200 {
-			c.Settled()
+			c.Progress()
 			if err := c.Check(); err != nil {
 				t.Error(err)
 			}
@@ -1220,7 +1219,7 @@ func TestStress(t *testing.T) {
 	if gets.Load() == 0 {
 		t.Error("no caller called Get")
 	}
-	if warm, active := c.Settled(); active != 0 || warm != 0 {
+	if warm, active := c.Progress(); active != 0 || warm != 0 {
 		t.Errorf("%d keys are active after all were released", active)
 	}
 }

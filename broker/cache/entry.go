@@ -57,10 +57,10 @@ func (c *Cache[K]) ensureFetch(e *entry[K], tenant string) *pendingFetch {
 	return e.fetch
 }
 
-// join adds a caller to a fetch. needy says that the caller has no session.
-func (c *Cache[K]) join(e *entry[K], f *pendingFetch, tenant string, needy bool) {
+// join adds a caller to a fetch. waits is set if the caller has no session.
+func (c *Cache[K]) join(e *entry[K], f *pendingFetch, tenant string, waits bool) {
 	f.callers++
-	if !needy {
+	if !waits {
 		return
 	}
 	if !f.hasWaiters() {
@@ -70,15 +70,15 @@ func (c *Cache[K]) join(e *entry[K], f *pendingFetch, tenant string, needy bool)
 }
 
 // leave removes a caller from a fetch, and drops the fetch if nothing needs it any more.
-func (c *Cache[K]) leave(e *entry[K], f *pendingFetch, needy bool) {
+func (c *Cache[K]) leave(e *entry[K], f *pendingFetch, waits bool) {
 	f.callers--
-	if needy {
+	if waits {
 		f.waiters--
 	}
 	if e.fetch != f {
 		return
 	}
-	if needy && !f.hasWaiters() {
+	if waits && !f.hasWaiters() {
 		c.schedule.ClearWaiting(e.item)
 	}
 	if c.dropUnneeded(e) {
@@ -106,7 +106,7 @@ func (c *Cache[K]) reschedule(e *entry[K], now time.Time) {
 	active, valid := e.refs > 0, e.session.Valid(now)
 	c.schedule.Cancel(e.item)
 	if active && valid {
-		c.schedule.SetDemand(e.item, e.session.Life())
+		c.schedule.SetDemand(e.item, e.session.Duration())
 	} else {
 		c.schedule.SetDemand(e.item, 0)
 	}

@@ -43,7 +43,7 @@ func (c *Cache[K]) Check() error {
 			running++
 		}
 		if e.refs > 0 && !e.session.Expiration.IsZero() {
-			demand += 1 / (0.45 * e.session.Life().Seconds())
+			demand += 1 / (0.45 * e.session.Duration().Seconds())
 		}
 		refs := 0
 		for _, u := range e.usages {

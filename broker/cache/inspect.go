@@ -92,9 +92,9 @@ func (c *Cache[K]) Stats() Stats {
 	return s
 }
 
-// Settled returns how many active keys need no fetch now, because they are warm or the source refuses them, and how many
+// Progress returns how many active keys need no fetch now, because they are warm or the source refuses them, and how many
 // are active.
-func (c *Cache[K]) Settled() (settled, active int) {
+func (c *Cache[K]) Progress() (done, active int) {
 	s := c.Stats()
 	return s.Warm + s.Refused, s.Active
 }

@@ -184,8 +184,8 @@ func TestStatsAndStates(t *testing.T) {
 		s.fail(refusal())
 		retain(t, c, "refused")
 		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: fullDuration - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
-		if settled, active := c.Settled(); settled != 2 || active != 2 {
-			t.Errorf("%d of %d are settled", settled, active)
+		if done, active := c.Progress(); done != 2 || active != 2 {
+			t.Errorf("%d of %d need no fetch", done, active)
 		}
 
 		time.Sleep(time.Second)
@@ -203,8 +203,8 @@ func TestStatsAndStates(t *testing.T) {
 			Entries: 5, Active: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1,
 			Stalest: fullDuration - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
 		})
-		if settled, active := c.Settled(); settled != 2 || active != 3 {
-			t.Errorf("%d of %d are settled", settled, active)
+		if done, active := c.Progress(); done != 2 || active != 3 {
+			t.Errorf("%d of %d need no fetch", done, active)
 		}
 		if state := stateOf(t, c, "waits"); !state.Fetching || state.Waiters != 1 || len(state.Tenants) != 1 || state.Tenants[0] != "shop" || !state.NextLook.IsZero() {
 			t.Errorf("state %+v", state)

@@ -21,7 +21,7 @@ const (
 	minRefusedWait, maxRefusedWait = 10 * time.Second, 60 * time.Second
 )
 
-// failureMemory is how long a failure of a key that is not active is kept after its wait. The next failure then counts
+// failureMemory is how long a failure of a key that is not active stays cached after its wait. The next failure then counts
 // as one more in a row and has a longer wait.
 const failureMemory = maxRefusedWait
 
@@ -169,8 +169,8 @@ func refused(err error) bool {
 	return errors.Is(err, credential.ErrDenied) || errors.Is(err, credential.ErrInvalid)
 }
 
-// failureWait returns how long to wait after the nth failure of a key in a row. It is never less than the failure itself
-// asks for.
+// failureWait returns how long to wait after the nth failure of a key in a row. It is never less than the
+// RetryAfter of the failure.
 func failureWait(err error, n int) time.Duration {
 	shortest, longest := minUnavailableWait, maxUnavailableWait
 	if refused(err) {

@@ -130,7 +130,7 @@ func (a *addresses) runLookup(ctx context.Context, p *pendingLookup) {
 			break
 		}
 		if err == nil || isNotFound(err) {
-			err = failure // All names but one are expected not to exist, so another error tells more.
+			err = failure // All names but one are expected not to exist, so another error is more useful.
 		}
 	}
 	a.mu.Lock()
@@ -232,7 +232,7 @@ func (a *addresses) lookupName(ctx context.Context, name string, limit time.Dura
 			return v6.found, nil
 		case v4.failed() && v6.failed():
 			if isNotFound(v4.err) {
-				return nil, v6.err // Either not found, or the reason for the doubt.
+				return nil, v6.err // Either the name does not exist, or this is why that is unknown.
 			}
 			return nil, v4.err
 		case v6.found != nil && grace == nil:

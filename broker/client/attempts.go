@@ -74,7 +74,7 @@ type attempt struct {
 	addr     netip.Addr
 	accepted *atomic.Bool // the broker is verified and has the call
 	err      error        // nil while in flight
-	detail   int          // how much err tells the user
+	detail   int          // how useful err is to the user
 }
 
 // outcome is the result of attempt number index.
@@ -233,7 +233,7 @@ func (c *call) anyAccepted() bool {
 	return slices.ContainsFunc(c.attempts, func(a attempt) bool { return a.err == nil && a.accepted.Load() })
 }
 
-// How much an error tells the user who must fix the cause. [call.finalError] returns the error with the most detail.
+// How useful an error is to the user who must fix the cause. [call.finalError] returns the error with the most detail.
 const (
 	detailNone   = iota // no broker's error: no connection, or no response
 	detailLow           // a failure of the broker itself, or it is shutting down

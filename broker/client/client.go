@@ -158,7 +158,7 @@ func splitTarget(target string) (host string, port uint16, err error) {
 // the same policy. Only that the token has expired must be confirmed by a second broker, if there is one: clocks differ.
 //
 // The lease is valid. Its RefreshAfter is between 30 s and 1 h. Its Issued is when this call began, not when the broker
-// got the session from STS, which can be half a session duration earlier. So the lease's Life is the time left of the
+// got the session from STS, which can be half a session duration earlier. So the lease's Duration is the time left of the
 // session; only the broker knows the full session duration.
 //
 // The error is or wraps a [*credential.Error]. Its kind is credential.ErrUnavailable if no broker said anything about the

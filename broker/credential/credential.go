@@ -1,8 +1,8 @@
 // Package credential has the types that all parts of Credence share: an AWS session, its role, the source of sessions,
 // and the errors that cross the wire between a pod and the broker.
 //
-// It guarantees: no verb, logger or encoder prints a secret; a [RoleARN] is valid or zero; an [Error] tells the user
-// what to change, and its cause never leaves the process. It imports only the standard library and makes no calls.
+// It guarantees: no verb, logger or encoder prints a secret; a [RoleARN] is valid or zero; an [Error] says
+// what the user must change, and its cause never leaves the process. It imports only the standard library and makes no calls.
 package credential
 
 import (
@@ -26,8 +26,8 @@ type Credential struct {
 	Expiration time.Time
 }
 
-// Life returns the session duration, L in the rules for renewal.
-func (c Credential) Life() time.Duration { return c.Expiration.Sub(c.Issued) }
+// Duration returns the session duration, L in the rules for renewal.
+func (c Credential) Duration() time.Duration { return c.Expiration.Sub(c.Issued) }
 
 // Remaining returns the time left at now. It is negative after the expiration.
 func (c Credential) Remaining(now time.Time) time.Duration { return c.Expiration.Sub(now) }

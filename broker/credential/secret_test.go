@@ -242,8 +242,8 @@ func TestCredentialTimes(t *testing.T) {
 		AccessKeyID: "ASIA", SecretAccessKey: credential.NewSecret("s"), SessionToken: credential.NewSecret("t"),
 		Issued: issued, Expiration: issued.Add(time.Hour),
 	}
-	if whole.Life() != time.Hour {
-		t.Errorf("Life = %s", whole.Life())
+	if whole.Duration() != time.Hour {
+		t.Errorf("Life = %s", whole.Duration())
 	}
 	if got := whole.Remaining(issued.Add(90 * time.Minute)); got != -30*time.Minute {
 		t.Errorf("Remaining after the expiration = %s", got)

@@ -118,7 +118,7 @@ func (d *Directory) Bind(ctx context.Context, id identity.Pod) (policy.Pod, poli
 // the API server has it. Sidecars rely on that, and stop delaying the start of their pod.
 func (d *Directory) notInjected(id identity.Pod, lacks string) error {
 	return credential.Errorf(credential.ErrDenied, credential.ReasonPodNotInjected,
-		"pod %s was not injected: it has %s. A copy made by kubectl debug --copy-to lacks label and annotations, and gets no credentials", id, lacks)
+		"pod %s was not injected: it has %s; recreate it, so that the webhook injects it. A copy made by kubectl debug --copy-to never gets credentials", id, lacks)
 }
 
 // Expects reports whether the watches have the injected pod and the service account of id, by name and UID. It makes no live
@@ -139,7 +139,7 @@ func (d *Directory) accountIsLive(id identity.Pod) bool {
 	return o != nil && o.uid == id.ServiceAccountUID
 }
 
-// readPod reads the pod from the API server, and returns what its annotations ask for. The limits of live reads also limit how
+// readPod reads the pod from the API server, and returns what its annotations request. The limits of live reads also limit how
 // often it parses annotations.
 func (d *Directory) readPod(ctx context.Context, id identity.Pod) (*policy.Request, error) {
 	pod, found, err := readLive(ctx, d.reads, id.Namespace, "pod "+id.String(), func(ctx context.Context) (*corev1.Pod, error) {
@@ -176,7 +176,7 @@ func (d *Directory) readServiceAccount(ctx context.Context, id identity.Pod) err
 }
 
 // Pod returns the injected pod with the key NAMESPACE/NAME and its namespace from the watches, without a live read. Its service
-// account is the webhook's hint. ok is false if the pod is gone or has finished, or if the watch does not have its namespace.
+// account is the webhook's hint. ok is false if the pod was deleted or has finished, or if the watch does not have its namespace.
 func (d *Directory) Pod(key string) (pod policy.Pod, ns policy.Namespace, ok bool) {
 	namespace, name, _ := strings.Cut(key, "/")
 	o := d.pods.get(namespace, name)

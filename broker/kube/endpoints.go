@@ -69,7 +69,7 @@ func NewEndpoints(cfg EndpointsConfig) (*Endpoints, error) {
 
 // Run watches until ctx ends.
 func (e *Endpoints) Run(ctx context.Context) error {
-	e.heard(nil)
+	e.record(nil)
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
@@ -94,7 +94,7 @@ func (e *Endpoints) Run(ctx context.Context) error {
 			continue
 		}
 		if patience == nil {
-			patience = time.After(e.cfg.Patience) //nolint:forbidigo // Once in a process's life.
+			patience = time.After(e.cfg.Patience) //nolint:forbidigo // Once per process.
 		}
 		if started = started || listed; started {
 			e.cfg.Update(m)
@@ -115,12 +115,12 @@ func (e *Endpoints) source() *cache.ListWatch {
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list, err := e.client.List(ctx, ofService(o))
-			e.heard(err)
+			e.record(err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := e.client.Watch(ctx, ofService(o))
-			e.heard(err)
+			e.record(err)
 			if err != nil {
 				return nil, err
 			}

@@ -38,7 +38,7 @@ type metaSubset struct {
 	result *policy.Request // set by parsed, which drops the annotations
 }
 
-// request returns what the annotations of a pod ask for. The first call parses them, once for all pods with equal ones. So
+// request returns what the annotations of a pod request. The first call parses them, once for all pods with equal ones. So
 // parsing never delays the watch: a caller waits for its own pod, and prefetch for one pod of each namespace in turn. The
 // pods of one namespace make the broker parse at most once for each pod created, and for 4 ms at most
 // ([policy.Keys.Request]), less than the API server and the webhook need to admit the pod.

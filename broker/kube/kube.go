@@ -1,5 +1,5 @@
-// Package kube tells the broker and the webhook which pods are injected, what their namespaces permit, and whether a token is
-// genuine. It watches metadata only, stores only what a decision needs, and keeps serving from its cache while the API server
+// Package kube reports to the broker and the webhook which pods are injected, what their namespaces permit, and whether a token
+// is genuine. It watches metadata only, stores only what a decision needs, and keeps serving from its cache while the API server
 // is unavailable. It decides nothing; package policy does.
 package kube
 

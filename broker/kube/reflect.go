@@ -40,7 +40,7 @@ func (s source) ListWithContext(ctx context.Context, o metav1.ListOptions) (runt
 	all := new(internalversion.List)
 	for range maxPages {
 		page, err := s.w.client.List(ctx, o)
-		s.w.heard(err)
+		s.w.record(err)
 		if err != nil {
 			return nil, fmt.Errorf("listing %s: %w", s.w.resource, err)
 		}
@@ -58,7 +58,7 @@ func (s source) ListWithContext(ctx context.Context, o metav1.ListOptions) (runt
 // WatchWithContext watches, and records each event in the watch's freshness.
 func (s source) WatchWithContext(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 	w, err := s.w.client.Watch(ctx, s.options(o))
-	s.w.heard(err)
+	s.w.record(err)
 	if err != nil {
 		return nil, fmt.Errorf("watching %s: %w", s.w.resource, err)
 	}
@@ -84,9 +84,9 @@ func (r *recorded) forward(f *freshness) {
 	defer close(r.events)
 	for e := range r.Interface.ResultChan() {
 		if e.Type == watch.Error {
-			f.heard(apierrors.FromObject(e.Object))
+			f.record(apierrors.FromObject(e.Object))
 		} else {
-			f.heard(nil)
+			f.record(nil)
 		}
 		select {
 		case r.events <- e:

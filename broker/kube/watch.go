@@ -44,7 +44,7 @@ func newWatched(client metadata.Interface, resource string, changed *broadcast) 
 
 // run watches until ctx ends.
 func (w *watched) run(ctx context.Context) {
-	w.heard(nil)
+	w.record(nil)
 	cache.NewReflectorWithOptions(source{w}, &metav1.PartialObjectMetadata{}, sink{w}, cache.ReflectorOptions{
 		Name:    "credence/" + w.resource,
 		Backoff: &wait.Backoff{Duration: minPause, Cap: maxPause, Steps: 16, Factor: 2, Jitter: 0.5},
@@ -76,9 +76,9 @@ func (f *freshness) age() time.Duration {
 	return 0
 }
 
-// heard records the outcome of a request or an event. A refusal, for example for lack of rights, also stops the watch from
+// record records the outcome of a request or an event. A refusal, for example for lack of rights, also stops the watch from
 // receiving changes. An expired version does not, because a new list follows immediately.
-func (f *freshness) heard(err error) {
+func (f *freshness) record(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err != nil && !apierrors.IsResourceExpired(err) && !apierrors.IsGone(err) {

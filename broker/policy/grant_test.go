@@ -613,7 +613,7 @@ func TestRoleChaining(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, chained := range []bool{true, false} {
-		rules, err := policy.New(policy.Config{Keys: newKeys(t), Base: base, Chained: chained})
+		rules, err := policy.New(policy.Config{Keys: newKeys(t), Base: base, RoleChaining: chained})
 		if err != nil {
 			t.Fatal(err)
 		}

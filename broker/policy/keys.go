@@ -17,7 +17,7 @@ import (
 // DefaultPrefix is the default prefix of every key. kiam and kube2iam use it, so their manifests work unchanged.
 const DefaultPrefix = "iam.amazonaws.com"
 
-// Key is the part of a label or annotation key behind the prefix and the slash.
+// Key is the part of a label or annotation key after the prefix and the slash.
 type Key string
 
 // Labels and annotations of namespaces.
@@ -175,12 +175,12 @@ func (k Keys) refuseUnknown(annotations map[string]string) error {
 	}
 	if len(key) > maxKey {
 		return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
-			"annotation %.100q… is unknown, and longer than any known one", name)
+			"annotation %.100q… is unknown, and longer than any known one; correct its name or remove it", name)
 	}
 	return credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationUnknown,
 		"annotation %q is unknown; did you mean %q?", name, k.Name(typo.Nearest(key, podKeys[:])))
 }
 
-// maxKey is the maximum length that Kubernetes allows for the name of an annotation behind its prefix. It checks that after
+// maxKey is the maximum length that Kubernetes allows for the name of an annotation after its prefix. It checks that after
 // admission, so the webhook can receive longer names.
 const maxKey = 63

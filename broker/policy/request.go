@@ -2,8 +2,8 @@ package policy
 
 import "github.com/credence-iam/credence/broker/credential"
 
-// Request is what the annotations of a pod ask for: parsed settings, or the refusal of annotations that do not parse.
-// Each door makes it once: package inject at admission, package kube for live pods. Every decision about the pod reads it,
+// Request is what the annotations of a pod request: parsed settings, or the refusal of annotations that do not parse.
+// Package inject makes it once at admission, and package kube once for a live pod. Every decision about the pod uses it,
 // so the webhook and the broker cannot read the same annotations in two ways. It never changes, and pods with equal
 // annotations may share one. The zero Request and a nil one are refused.
 //
@@ -19,7 +19,7 @@ type Request struct {
 	warnings       string
 }
 
-// Request parses the annotations of a pod. It keeps none of them that is not under the prefix.
+// Request parses the annotations of a pod. The result contains no annotation of another prefix.
 func (k Keys) Request(annotations map[string]string) *Request {
 	r := &Request{
 		annotated: k.Annotated(annotations), serviceAccount: annotations[k.Name(ServiceAccount)], warnings: annotations[k.Name(Warnings)],
@@ -30,10 +30,10 @@ func (k Keys) Request(annotations map[string]string) *Request {
 	return r
 }
 
-// errNoRequest is the error of a pod that no door has read.
+// errNoRequest is the error of a pod without a Request.
 var errNoRequest = credential.Errorf(credential.ErrInvalid, credential.ReasonRoleMissing, "the pod requests no role")
 
-// Settings returns what the pod asks for, with defaults filled in. Its error is an [*credential.Error] of kind
+// Settings returns what the pod requests, with defaults filled in. Its error is an [*credential.Error] of kind
 // credential.ErrInvalid whose message names the annotation: one that is unknown, or one whose value does not parse. The
 // caller does not change the slices of the result.
 func (r *Request) Settings() (Settings, error) {
@@ -46,7 +46,7 @@ func (r *Request) Settings() (Settings, error) {
 	return r.settings, nil
 }
 
-// Annotated reports whether the pod has any annotation that asks for something of ours, see [Keys.Annotated].
+// Annotated reports whether the pod has an annotation under the prefix that a user sets, see [Keys.Annotated].
 func (r *Request) Annotated() bool { return r != nil && r.annotated }
 
 // ServiceAccount returns the webhook's copy of the pod's service account. It is a hint for prefetch: the token decides.

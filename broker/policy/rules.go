@@ -20,7 +20,7 @@ type Pod struct {
 	Name           string // may be empty at admission, before the API server generates it
 	UID            string // likewise
 	ServiceAccount string
-	Request        *Request // what its annotations ask for; the rules refuse nil
+	Request        *Request // what its annotations request; the rules refuse nil
 }
 
 // Namespace is the part of a namespace that decisions need.
@@ -48,7 +48,7 @@ type Grant struct {
 // Role returns the role to assume.
 func (g Grant) Role() credential.RoleARN { return g.role }
 
-// SessionName returns the RoleSessionName. It stays the same while a pod lives, because some services (MSK) refuse to
+// SessionName returns the RoleSessionName. It stays the same while a pod exists, because some services (MSK) refuse to
 // re-authenticate a connection under another name.
 func (g Grant) SessionName() string { return g.sessionName }
 
@@ -113,16 +113,16 @@ type Config struct {
 	// Cluster is the name of this cluster in default session names, so that CloudTrail shows which cluster a session is of. It
 	// has at most 32 of the characters allowed in session names. Default "credence".
 	Cluster string
-	// Chained refuses sessions of more than one hour, the AWS maximum if the broker's own credentials are those of a role (IAM
-	// User Guide, "Role chaining"). Default: STS decides.
-	Chained bool
+	// RoleChaining refuses sessions of more than one hour, the AWS maximum if the broker's own credentials are those of a
+	// role (IAM User Guide, "Role chaining"). Default: STS decides.
+	RoleChaining bool
 }
 
-// maxCluster leaves half of a session name's 64 characters to the part behind the cluster's name.
+// maxCluster leaves half of a session name's 64 characters to the part after the cluster's name.
 const maxCluster = 32
 
-// maxChained is the AWS maximum of the session duration for a role that assumes a role.
-const maxChained = time.Hour
+// maxChainedDuration is the AWS maximum of the session duration for a role that assumes a role.
+const maxChainedDuration = time.Hour
 
 // ErrNoBase is the cause of a refusal if the decision needs a base ARN and the rules have none.
 var ErrNoBase = errors.New("no base ARN is known")
@@ -161,7 +161,7 @@ func New(cfg Config) (*Rules, error) {
 	}
 	base := cfg.Base.String()
 	account, _, _ := strings.Cut(base, "/")
-	return &Rules{keys: cfg.Keys, base: cfg.Base, cluster: cfg.Cluster, chained: cfg.Chained, names: names{
+	return &Rules{keys: cfg.Keys, base: cfg.Base, cluster: cfg.Cluster, chained: cfg.RoleChaining, names: names{
 		permitted: cfg.Keys.Name(Permitted), allowedRoles: cfg.Keys.Name(AllowedRoles), defaultRole: cfg.Keys.Name(DefaultRole),
 		permittedTags: cfg.Keys.Name(PermittedTags), duration: cfg.Keys.Name(Duration),
 		base: base, account: account,
@@ -246,7 +246,7 @@ func (r *Rules) grant(e *evaluation, pod Pod, ns Namespace) (Grant, error) {
 	if err := r.permitTags(s.SessionTags, ns); err != nil {
 		return Grant{}, err
 	}
-	if r.chained && s.Duration > maxChained {
+	if r.chained && s.Duration > maxChainedDuration {
 		return Grant{}, credential.Errorf(credential.ErrInvalid, credential.ReasonAnnotationInvalid,
 			"annotation %q: %s exceeds 1h, the AWS maximum if the broker's own credentials are those of a role (role chaining); write 1h or less",
 			r.names.duration, s.Duration)

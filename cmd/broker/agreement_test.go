@@ -30,7 +30,7 @@ func TestWebhookAndBrokerAgree(t *testing.T) {
 	processtest.Must(t, err)
 	base, err := credential.BaseOf("aws", "123456789012")
 	processtest.Must(t, err)
-	rules, err := policy.New(policy.Config{Keys: keys, Base: base, Chained: true})
+	rules, err := policy.New(policy.Config{Keys: keys, Base: base, RoleChaining: true})
 	processtest.Must(t, err)
 	injector, err := inject.New(inject.Config{Keys: keys, Image: "image", Broker: "broker.credence.svc:9443", Settings: inject.DefaultSettings()})
 	processtest.Must(t, err)

@@ -32,7 +32,7 @@ type options struct {
 	base                        credential.RoleBase // zero: the broker's own account
 	cluster                     string
 	region, stsEndpoint         string
-	firstHop                    credential.RoleARN // zero: none
+	assumeRole                  credential.RoleARN // zero: none
 	stsRate                     float64
 	stsConcurrency              int
 	maxGrants                   int
@@ -68,7 +68,7 @@ Usage: credence-broker [flags]`
 // flags defines the flags, and returns the function that parses their values.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	var o options
-	var prefix, issuers, base, firstHop, audit, verification, podIPs string
+	var prefix, issuers, base, assumeRole, audit, verification, podIPs string
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz, /readyz and /metrics on")
 	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on. Anyone who can connect to it can use them, so keep it on loopback; empty: none")
@@ -86,7 +86,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.cluster, "cluster-name", "", "`name` of this cluster in session names; empty: credence")
 	f.StringVar(&o.region, "region", "", "AWS `region` of STS, and of pods that set none; empty: AWS_REGION")
 	f.StringVar(&o.stsEndpoint, "sts-endpoint", "", "`URL` of an STS-compatible service instead of AWS's regional endpoint")
-	f.StringVar(&firstHop, "assume-role", "", "`ARN` of a role to assume before any other (role chaining); AWS then limits sessions to one hour, and the broker refuses longer ones")
+	f.StringVar(&assumeRole, "assume-role", "", "`ARN` of a role to assume before any other (role chaining); AWS then limits sessions to one hour, and the broker refuses longer ones")
 	f.Float64Var(&o.stsRate, "sts-rate", cache.DefaultRate, "STS `calls` per second of all brokers of --service together; each makes an equal share, and fewer while STS throttles. AWS is reported to allow 600 per account and region, for all its users")
 	f.IntVar(&o.stsConcurrency, "sts-concurrency", 64, "maximum `number` of STS calls at the same time")
 	f.IntVar(&o.maxGrants, "max-grants-per-namespace", 500, "maximum `number` of distinct sessions of one namespace in this broker; 0: no maximum")
@@ -114,8 +114,8 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 				return options{}, fmt.Errorf("--base-arn: %w", err)
 			}
 		}
-		if firstHop != "" {
-			if o.firstHop, err = credential.ParseRoleARN(firstHop); err != nil {
+		if assumeRole != "" {
+			if o.assumeRole, err = credential.ParseRoleARN(assumeRole); err != nil {
 				return options{}, fmt.Errorf("--assume-role: %w", err)
 			}
 		}

@@ -76,8 +76,8 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	s.checks = slices.DeleteFunc(s.checks, func(c admin.Check) bool { return c.Name != "AWS identity" }) // All others need a cluster.
 	s.check.deciding = func() bool { return !s.noBase }
 	s.check.warm = func() bool {
-		settled, kept := sessions.Settled()
-		return settled == kept || time.Since(began) >= maxWarmTime
+		done, active := sessions.Progress()
+		return done == active || time.Since(began) >= maxWarmTime
 	}
 	for i := range pods {
 		processtest.Must(t, sessions.Retain(grantOf(t, fmt.Sprint("role-", i)), "shop"))

@@ -29,7 +29,7 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	if proxies != (program.Proxies{}) {
-		p.log.InfoContext(ctx, "Calling AWS through a proxy", "https_proxy", proxies.HTTPS, "http_proxy", proxies.HTTP)
+		p.log.InfoContext(ctx, "Found a proxy for calls to AWS", "https_proxy", proxies.HTTPS, "http_proxy", proxies.HTTP)
 	}
 	l, err := listen(ctx, o)
 	if err != nil {

@@ -29,7 +29,7 @@ func (p parts) sources() admin.Sources {
 			return admin.AuditStats{Queued: queued, Capacity: capacity, Lost: p.decisions.Lost()}
 		},
 		Certificate:     p.pair.NotAfter,
-		BaseCredentials: p.sts.BaseExpiration,
+		OwnCredentials:  p.sts.OwnExpiration,
 		ClockSkew:       p.sts.ClockSkew,
 		InformerAge:     p.informerAge,
 		LiveReads:       p.directory.Reads,
@@ -42,7 +42,7 @@ func (p parts) sources() admin.Sources {
 		},
 	}
 	if reviews, ok := p.verifier.(*verify.TokenReview); ok {
-		s.TokenReviews = reviews.UnderWay
+		s.TokenReviews = reviews.InFlight
 	}
 	if p.traces != nil {
 		s.Spans = func() admin.SpanStats {
@@ -98,7 +98,7 @@ func (p parts) interceptors() []grpc.UnaryServerInterceptor {
 func (p parts) debugPages(ctx context.Context, address net.Addr) (http.Handler, error) {
 	loopback := admin.Loopback(address)
 	if !loopback {
-		p.log.WarnContext(ctx, "Anyone who can connect to the debug pages can use them: they are not on loopback", "address", address.String())
+		p.log.WarnContext(ctx, "Started debug pages beyond loopback, anyone who can connect can use them", "address", address.String())
 	}
 	return admin.Debug(admin.DebugConfig{Sessions: p.sessions, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback})
 }

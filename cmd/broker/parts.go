@@ -103,7 +103,7 @@ func build(ctx context.Context, o options) (parts, error) {
 		return parts{}, err
 	}
 	sts, err := assume.New(ctx, assume.Config{
-		Region: o.region, Endpoint: o.stsEndpoint, FirstHop: o.firstHop, Logger: log,
+		Region: o.region, Endpoint: o.stsEndpoint, AssumeRole: o.assumeRole, Logger: log,
 		Observe: func(c assume.Call) { metrics.STSCall(c.Action, c.Outcome, c.Took) },
 	})
 	if err != nil {
@@ -177,7 +177,7 @@ func newTrust(ctx context.Context, o options, rest *rest.Config, pair *certs.Key
 		if o.rootsRequired {
 			return nil, fmt.Errorf("--%s: set --namespace outside a cluster", rootsFileFlag)
 		}
-		log.InfoContext(ctx, "Publishing no roots: there is no namespace to publish from; set --namespace outside a cluster")
+		log.InfoContext(ctx, "Could not publish roots without a namespace, set --namespace outside a cluster")
 		return nil, nil
 	}
 	t, err := trust.New(trust.Config{
@@ -202,13 +202,13 @@ func ownNamespace() string {
 	return strings.TrimSpace(string(name))
 }
 
-// newPlacement makes the part that decides which sessions this broker owns, and the part that tells it which brokers there
+// newPlacement makes the part that decides which sessions this broker owns, and the part that reports to it which brokers there
 // are; nil if this broker is the only one.
 func newPlacement(o options, rest *rest.Config, sessions *cache.Cache[policy.Grant], log *slog.Logger) (*placement.Placement, *kube.Endpoints, error) {
 	p := placement.New(o.settleTime)
 	p.OnChange(func() { sessions.ShareRate(p.Brokers()) })
 	if o.service == "" {
-		self := netip.IPv6Loopback() // any address will do for the only broker
+		self := netip.IPv6Loopback() // the only broker may have any address
 		p.Update(placement.Members{Self: self, Ready: []netip.Addr{self}})
 		return p, nil, nil
 	}

@@ -17,14 +17,14 @@ import (
 func (p parts) readiness(shutdown, deciding <-chan struct{}) ([]admin.Check, *identityCheck) {
 	warmth := &warmthCheck{
 		known:   func() bool { return closed(deciding) && p.directory.Synced() && p.placement.Known() },
-		pending: p.prefetch.Pending, settled: p.sessions.Settled,
+		pending: p.prefetch.Pending, progress: p.sessions.Progress,
 	}
 	identity := &identityCheck{
 		identity: p.sts.Identity, sessions: p.sessions.Stats,
 		deciding: func() bool { return closed(deciding) }, warm: func() bool { return warmth.check() == nil },
 	}
 	return []admin.Check{
-		{Name: "shutdown", Err: func() error { return unless(!closed(shutdown), "this broker shuts down") }},
+		{Name: "shutdown", Err: func() error { return unless(!closed(shutdown), "this broker is shutting down") }},
 		{Name: "certificate", Err: func() error {
 			end := p.pair.NotAfter()
 			return unless(time.Now().Before(end), "it expired at "+end.UTC().Format(time.RFC3339))
@@ -145,9 +145,9 @@ const maxWarmTime = 30 * time.Second
 
 // warmthCheck checks that the sessions of the pods at the start are cached.
 type warmthCheck struct {
-	known   func() bool // whether the broker knows these pods
-	pending func() int  // how many of them prefetch must still look at
-	settled func() (settled, active int)
+	known    func() bool // whether the broker knows these pods
+	pending  func() int  // how many of them prefetch must still look at
+	progress func() (done, active int)
 
 	mu    sync.Mutex
 	since time.Time // when known was true first; guarded by mu
@@ -169,9 +169,9 @@ func (w *warmthCheck) check() error {
 		w.since = time.Now()
 	}
 	pending := w.pending()
-	settled, active := w.settled()
-	w.done = pending == 0 && settled == active || time.Since(w.since) >= maxWarmTime
-	return unless(w.done, fmt.Sprintf("%d of %d are warm, and prefetch has not looked at %d pods", settled, active, pending))
+	done, active := w.progress()
+	w.done = pending == 0 && done == active || time.Since(w.since) >= maxWarmTime
+	return unless(w.done, fmt.Sprintf("%d of %d are warm, and prefetch has not looked at %d pods", done, active, pending))
 }
 
 // unless returns nil if ok, and otherwise an error with that text.

@@ -41,10 +41,10 @@ func TestIdentityCheckWaitsUntilPodsAreKnown(t *testing.T) {
 func TestWarmth(t *testing.T) {
 	// A look is what the broker knows at one check, and whether it is ready then.
 	type look struct {
-		after                  time.Duration
-		known                  bool
-		pending, settled, kept int
-		ready                  bool
+		after                 time.Duration
+		known                 bool
+		pending, done, active int
+		ready                 bool
 	}
 	for name, looks := range map[string][]look{
 		"all warm":                            {{0, true, 0, 3, 3, true}},
@@ -62,9 +62,9 @@ func TestWarmth(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var now look
 				w := warmthCheck{
-					known:   func() bool { return now.known },
-					pending: func() int { return now.pending },
-					settled: func() (int, int) { return now.settled, now.kept },
+					known:    func() bool { return now.known },
+					pending:  func() int { return now.pending },
+					progress: func() (int, int) { return now.done, now.active },
 				}
 				for i, l := range looks {
 					now = l

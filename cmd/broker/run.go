@@ -110,7 +110,7 @@ type deciders struct {
 
 // decide makes the deciders.
 func (p parts) decide(o options, base credential.RoleBase) (d deciders, err error) {
-	d.rules, err = policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster, Chained: o.firstHop != (credential.RoleARN{})})
+	d.rules, err = policy.New(policy.Config{Keys: o.keys, Base: base, Cluster: o.cluster, RoleChaining: o.assumeRole != (credential.RoleARN{})})
 	if err != nil {
 		return deciders{}, fmt.Errorf("--cluster-name: %w", err)
 	}

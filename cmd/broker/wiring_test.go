@@ -305,7 +305,7 @@ var wiring = []struct {
 		b.mustServe(pod)
 	}},
 	{"rules-file", "it limits pods, also after a change, and allowed sessions are still renewed", func(w *world) {
-		w.sts = w.startSTS(ststest.Config{SessionLife: func(time.Duration) time.Duration { return 4 * time.Second }})
+		w.sts = w.startSTS(ststest.Config{SessionDuration: func(time.Duration) time.Duration { return 4 * time.Second }})
 		file := filepath.Join(w.TempDir(), "rules.yaml")
 		rules := func(roles ...string) {
 			text := fmt.Sprintf("namespaces: [{match: [shop], accounts: ['*'], roles: %q}]", roles)
@@ -399,7 +399,7 @@ var wiring = []struct {
 		pod.Annotations["iam.amazonaws.com/duration"] = "soon"
 		w.api.Put(pod)
 		b := w.start("--log-level=debug")
-		if record := b.Logged(w.T, "Not prefetching"); record["level"] != "DEBUG" || record["pod"] != "shop/cart-1" {
+		if record := b.Logged(w.T, "Skipped the prefetch of a session"); record["level"] != "DEBUG" || record["pod"] != "shop/cart-1" {
 			w.Errorf("the record is %v", record)
 		}
 	}},

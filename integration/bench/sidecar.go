@@ -53,7 +53,7 @@ func (w *world) newPod() *pod {
 	check(os.WriteFile(token, []byte("header."+strings.Repeat("p", 900)+"."+strings.Repeat("s", 342)), 0o600))
 	response := &brokerpb.GetCredentialsResponse{
 		AccessKeyId: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey.Reveal(), SessionToken: c.SessionToken.Reveal(),
-		Expiration: timestamppb.New(c.Expiration), RefreshAfter: durationpb.New(c.Life() / 2),
+		Expiration: timestamppb.New(c.Expiration), RefreshAfter: durationpb.New(c.Duration() / 2),
 		RoleArn: "arn:aws:iam::" + account + ":role/bench", AccountId: account, Region: region,
 	}
 	address := bareBroker{

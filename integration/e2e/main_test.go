@@ -73,7 +73,7 @@ func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	}
 	if d, err = deployment.Prepare(ctx, deployment.Config{
 		Cluster: world, Progress: os.Stderr, Buckets: []string{bucket},
-		STS: ststest.Config{SessionLife: func(requested time.Duration) time.Duration {
+		STS: ststest.Config{SessionDuration: func(requested time.Duration) time.Duration {
 			if requested == 15*time.Minute {
 				return shortLife
 			}

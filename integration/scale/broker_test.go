@@ -158,7 +158,7 @@ func (b *instance) warm(ctx context.Context) {
 		return
 	}
 	for {
-		settled, active := b.sessions.Settled()
+		settled, active := b.sessions.Progress()
 		if b.placement.Known() && b.prefetch.Pending() == 0 && settled == active || time.Since(since) >= warmTime {
 			break
 		}

@@ -107,7 +107,7 @@ func measure(ctx context.Context, list []sdk, root string, progress io.Writer) (
 		err = errors.Join(err, control.Stop())
 	}()
 	credence, err := stack.Start(ctx, stack.Config{Cluster: control, Progress: progress, STS: ststest.Config{
-		SessionLife: func(requested time.Duration) time.Duration {
+		SessionDuration: func(requested time.Duration) time.Duration {
 			if requested == shortest {
 				return sessionDuration
 			}

@@ -56,7 +56,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 		return errors.New("the broker's own credentials are missing; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 	}
 	if *limit > 0 {
-		cfg.SessionLife = func(requested time.Duration) time.Duration { return min(requested, *limit) }
+		cfg.SessionDuration = func(requested time.Duration) time.Duration { return min(requested, *limit) }
 	}
 	if endpoint := getenv("MINIO_ENDPOINT"); endpoint != "" {
 		cfg.MinIO = &ststest.MinIO{Endpoint: endpoint, AccessKey: getenv("MINIO_ROOT_USER"), SecretKey: credential.NewSecret(getenv("MINIO_ROOT_PASSWORD"))}

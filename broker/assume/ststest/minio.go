@@ -33,7 +33,7 @@ const denyAll = `{"Version":"2012-10-17","Statement":[{"Effect":"Deny","Action":
 // MinIO is a MinIO server that makes the keys.
 //
 // MinIO's own AssumeRole has no roles. It gives the caller a session with the rights of one MinIO user, limited by the policy
-// in the request, for at least 15 minutes. So a role is a policy here. If Config.SessionLife shortens sessions, they end early
+// in the request, for at least 15 minutes. So a role is a policy here. If Config.SessionDuration shortens sessions, they end early
 // for this server and its callers, but MinIO accepts the keys for the requested duration. Their IDs do not begin with ASIA.
 type MinIO struct {
 	// Endpoint is its base URL, such as http://127.0.0.1:9000. Required.

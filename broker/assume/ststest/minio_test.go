@@ -53,7 +53,7 @@ func TestMinIOMints(t *testing.T) {
 
 func TestMinIOExpiration(t *testing.T) {
 	life := time.Minute
-	s, _ := front(t, ststest.Config{SessionLife: func(time.Duration) time.Duration { return life }}, nil)
+	s, _ := front(t, ststest.Config{SessionDuration: func(time.Duration) time.Duration { return life }}, nil)
 	short := assume(t, s, input(roleARN)).Credentials.Expiration
 	life = 100 * time.Hour
 	long := assume(t, s, input(roleARN)).Credentials.Expiration

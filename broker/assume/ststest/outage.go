@@ -67,8 +67,8 @@ func (s *Server) now() time.Time {
 	return time.Now().Add(s.skew)
 }
 
-// upAndWilling returns the error for a call during an outage or with an empty bucket.
-func (s *Server) upAndWilling() error {
+// checkCapacity returns the error for a call during an outage or with an empty bucket.
+func (s *Server) checkCapacity() error {
 	s.mu.Lock()
 	outage, limit := s.outage, s.limit
 	s.mu.Unlock()

@@ -65,9 +65,9 @@ type Config struct {
 	// Roles has the behavior of single roles, by ARN. Default: none.
 	Roles map[string]Behavior
 
-	// SessionLife maps the requested duration (after the check: 15 minutes to 12 hours) to the real duration. Tests of renewal
+	// SessionDuration maps the requested duration (after the check: 15 minutes to 12 hours) to the real duration. Tests of renewal
 	// use it for sessions of seconds. Expirations have whole seconds, as in AWS. Default: the requested duration.
-	SessionLife func(requested time.Duration) time.Duration
+	SessionDuration func(requested time.Duration) time.Duration
 
 	// Throttle limits the calls of all roles together. Default: no limit.
 	Throttle *Throttle
@@ -145,7 +145,7 @@ func New(cfg Config) (*Server, error) {
 		secret = newSecret()
 	}
 	s := &Server{
-		sessionLife: cfg.SessionLife,
+		sessionLife: cfg.SessionDuration,
 		baseKeyID:   cmp.Or(cfg.AccessKeyID, "AKIA"+rand.Text()[:16]),
 		base: principal{
 			secret:  secret,
@@ -258,7 +258,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // answer decides one call: first the outage, then throttling, then the faults of the test. So callers with invalid keys get
 // them, too.
 func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth authorization, authErr error) (result any, garble func(*Answer), err error) {
-	if err := s.upAndWilling(); err != nil {
+	if err := s.checkCapacity(); err != nil {
 		return nil, nil, err
 	}
 	action := form.Get("Action")

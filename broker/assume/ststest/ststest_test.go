@@ -178,7 +178,7 @@ func TestIdentityOfUser(t *testing.T) {
 func TestExpiry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, err := ststest.StartInMemory(t.Context(), ststest.Config{
-			SessionLife: func(requested time.Duration) time.Duration { return requested / 360 },
+			SessionDuration: func(requested time.Duration) time.Duration { return requested / 360 },
 		})
 		if err != nil {
 			t.Fatal(err)

@@ -117,7 +117,7 @@ func (c *rateControl) wait(now time.Time) time.Duration {
 	return time.Duration(min(nanoseconds, float64(maxWait)))
 }
 
-// maxWait bounds wait, in which no more than its caller's patience matters.
+// maxWait bounds the result of wait. Callers wait for less, so a higher result would change nothing.
 const maxWait = time.Hour
 
 // adapt changes the rate after a fetch. failedBefore says that the same key's previous fetch failed too.

@@ -27,7 +27,7 @@ const (
 	// slotWidth is short compared with the shortest window between renewHigh and RenewLow, 90 s for sessions of 15 minutes.
 	slotWidth = 10 * time.Second
 	// headroom is how many times the average a slot takes. All renewals of a cycle then fit into 0.45/1.2 of a session
-	// duration, which is less than lies between earliestAge and the latest renewal. Renewals that are random already
+	// duration, which is less than the time between earliestAge and the latest renewal. Renewals that are random already
 	// mostly find their slot open.
 	headroom = 1.2
 	// minRoom is what a slot takes while all renewals together are fewer than that: one per second is no load, and then
@@ -38,8 +38,8 @@ const (
 	maxTries = 512
 )
 
-// slot is a slot of time for sessions of similar duration: up to a power of two. Each such octave is kept even by
-// itself, and so the whole is. In common slots, long sessions, which are planned hours ahead, would leave no room to
+// slot is a slot of time for sessions of similar duration: up to a power of two. Each such octave is even by
+// itself, and so the whole is even. In common slots, long sessions, which are planned hours ahead, would leave no room for
 // short ones.
 type slot struct {
 	octave int
@@ -55,7 +55,7 @@ type renewals struct {
 	demand [64]int64
 }
 
-// renewal is what renewals counted for an item.
+// renewal records what was counted for an item.
 type renewal struct {
 	octave  int
 	share   int64 // of the octave's demand; 0: none
@@ -123,7 +123,7 @@ func (r *renewals) find(octave int, at, earliest, latest time.Time) time.Time {
 	return at
 }
 
-// cancel takes back what plan counted for e.
+// cancel undoes what plan counted for e.
 func (r *renewals) cancel(e *renewal) {
 	if !e.planned {
 		return

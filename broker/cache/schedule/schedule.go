@@ -107,7 +107,7 @@ func (s *Schedule[T]) Due(now time.Time) *Item[T] {
 }
 
 // Enqueue queues a new fetch for i, which must be idle or due. expiration is that of the cached session, zero without
-// one. tenant is whose turn the fetch takes among prefetches.
+// one. The fetch takes a turn of tenant among prefetches.
 func (s *Schedule[T]) Enqueue(i *Item[T], tenant string, expiration time.Time) {
 	s.Cancel(i)
 	i.expiration, i.waiting, i.turns = expiration, false, [kinds]turn{}

@@ -230,7 +230,6 @@ func (s *Server) respond(ctx context.Context, query []byte, packets bool) []byte
 }
 
 // parse returns a response without records to a query, and the query.
-// parse returns a response without records to a query, and the query.
 func parse(query []byte) (response dnsmessage.Message, q Query, err error) {
 	var parser dnsmessage.Parser
 	header, err := parser.Start(query)

@@ -57,7 +57,7 @@ const (
 	// as long by default, so that there is always one.
 	refusedQuiet = time.Hour
 	// shadowedQuiet is the minimum time between two Events for the warnings of one pod. They do not change while the pod
-	// lives.
+	// exists.
 	shadowedQuiet = 24 * time.Hour
 	// maxSeen bounds the remembered Events, at about 150 bytes each.
 	maxSeen = 20_000

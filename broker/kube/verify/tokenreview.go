@@ -24,18 +24,18 @@ const (
 	// reviewsAtOnce bounds the concurrent reviews. An API server responds within milliseconds, so this allows thousands a
 	// second. If many sidecars request at once, they wait here by turns, not at the API server.
 	reviewsAtOnce = 32
-	// reviewsOfVerified bounds further reviews, only for tokens that were verified before. An API server that asks an
-	// authenticating webhook about unknown tokens may take seconds for each of those.
+	// reviewsOfVerified bounds further reviews, only for tokens that were verified before. An API server that calls an
+	// authenticating webhook for unknown tokens may take seconds for each of those.
 	reviewsOfVerified = 4
 	// reviewTimeout bounds one review. An API server waits for its authenticating webhook for 30 s by default; sidecars do
 	// not wait that long.
 	reviewTimeout = 10 * time.Second
-	// reviewKept is how long an accepted token needs no further review. API servers cache reviews as long. The watches
+	// acceptedFor is how long an accepted token needs no further review. API servers cache reviews as long. The watches
 	// notice earlier that the pod or service account was deleted.
-	reviewKept = 10 * time.Second
-	// maxReviewsKept bounds the accepted tokens in memory, at about 400 bytes each. A broker responds to fewer calls in
-	// reviewKept. Above the limit, each call needs a review.
-	maxReviewsKept = 20_000
+	acceptedFor = 10 * time.Second
+	// maxAccepted bounds the accepted tokens in memory, at about 400 bytes each. A broker responds to fewer calls in
+	// acceptedFor. Above the limit, each call needs a review.
+	maxAccepted = 20_000
 	// maxRecent bounds the recently verified tokens in each of two sets, at about 50 bytes each.
 	maxRecent = 50_000
 )
@@ -75,7 +75,7 @@ type acceptedToken struct {
 	until time.Time
 }
 
-// pendingReview is the review of one token that waits for its turn or is under way. All callers with that token share it.
+// pendingReview is the review of one token that waits for its turn or is in flight. All callers with that token share it.
 type pendingReview struct {
 	callers int           // those that wait; guarded by the TokenReview's mu
 	begun   bool          // the review has its turn; guarded by the TokenReview's mu
@@ -112,8 +112,8 @@ func (v *TokenReview) Ready() bool {
 	return v.ready
 }
 
-// UnderWay returns the number of reviews under way and its limit. Further reviews wait.
-func (v *TokenReview) UnderWay() (now, limit int) {
+// InFlight returns the number of reviews under way and its limit. Further reviews wait.
+func (v *TokenReview) InFlight() (now, limit int) {
 	now, _ = v.turns.state()
 	return now, reviewsAtOnce + reviewsOfVerified
 }
@@ -131,9 +131,9 @@ func (v *TokenReview) Age() time.Duration {
 // probe is not a token. Run has it reviewed to find out whether the API server makes reviews for the broker.
 const probe = "credence-asks-whether-it-may-review-tokens"
 
-// Run checks that the API server makes reviews, and forgets accepted tokens after reviewKept, until ctx ends.
+// Run checks that the API server makes reviews, and forgets accepted tokens after acceptedFor, until ctx ends.
 func (v *TokenReview) Run(ctx context.Context) error {
-	ticker := time.NewTicker(reviewKept)
+	ticker := time.NewTicker(acceptedFor)
 	defer ticker.Stop()
 	for {
 		v.mu.Lock()
@@ -239,7 +239,7 @@ func (v *TokenReview) run(turn context.Context, r *pendingReview, d digest, by c
 	defer v.mu.Unlock()
 	switch {
 	case err == nil:
-		v.remember(d, acceptedToken{pod, time.Now().Add(reviewKept)})
+		v.remember(d, acceptedToken{pod, time.Now().Add(acceptedFor)})
 	case errors.Is(err, credential.ErrUnauthenticated):
 		delete(v.recent, d)
 		delete(v.older, d)
@@ -358,7 +358,7 @@ func sole(values authenticationv1.ExtraValue) string {
 
 // remember stores an accepted token. The caller holds mu.
 func (v *TokenReview) remember(d digest, a acceptedToken) {
-	if len(v.accepted) < maxReviewsKept {
+	if len(v.accepted) < maxAccepted {
 		v.accepted[d] = a
 	}
 	delete(v.older, d)

@@ -24,7 +24,7 @@ const (
 type Glob struct {
 	first   string   // up to the first *, or all if there is none
 	middle  []string // between two *
-	last    string   // behind the last *
+	last    string   // after the last *
 	literal bool     // there is no *
 }
 

@@ -73,7 +73,7 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 				return Options{}, fmt.Errorf("--base-arn: %w", err)
 			}
 		}
-		if o.Rules, err = policy.New(policy.Config{Keys: keys, Base: base, Cluster: cluster, Chained: chained}); err != nil {
+		if o.Rules, err = policy.New(policy.Config{Keys: keys, Base: base, Cluster: cluster, RoleChaining: chained}); err != nil {
 			return Options{}, fmt.Errorf("--cluster-name: %w", err)
 		}
 		sidecar.ImagePullPolicy = corev1.PullPolicy(pullPolicy)
