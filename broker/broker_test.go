@@ -93,7 +93,7 @@ func call(t *testing.T, b *brokertest.Broker, md ...string) (*brokerpb.GetCreden
 	return brokerpb.NewBrokerClient(conn).GetCredentials(ctx, &brokerpb.GetCredentialsRequest{})
 }
 
-func TestAnswersTheAnnotatedRole(t *testing.T) {
+func TestRespondsWithTheAnnotatedRole(t *testing.T) {
 	var audited lines
 	b := brokertest.Start(t, session, &audited)
 	b.Set(cart)
@@ -214,7 +214,7 @@ func TestHealthIsChecked(t *testing.T) {
 	}
 }
 
-func TestCallerHearsWhatTookSoLong(t *testing.T) {
+func TestCallerLearnsWhatTookSoLong(t *testing.T) {
 	release := make(chan struct{})
 	b := brokertest.Start(t, func(ctx context.Context, g policy.Grant) (credential.Credential, error) {
 		select {

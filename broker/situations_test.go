@@ -124,7 +124,7 @@ func TestManyIdleGrantsFallDueTogether(t *testing.T) {
 
 // STS throttles or is unavailable for 25 minutes, from just before or while sessions are due. Callers do not notice. When STS
 // recovers, the broker does not call it for all sessions at once.
-func TestSTSAwayForLong(t *testing.T) {
+func TestLongOutageOfSTS(t *testing.T) {
 	const (
 		grants = 30
 		outage = 25 * time.Minute

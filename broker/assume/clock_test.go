@@ -125,8 +125,8 @@ func TestSkewDoesNotDelayRenewal(t *testing.T) {
 	}
 }
 
-// TestExpiredAnswer: without a date in responses, no skew is assumed. A session that has expired is refused nevertheless.
-func TestExpiredAnswer(t *testing.T) {
+// TestExpiredResponse: without a date in responses, no skew is assumed. A session that has expired is refused nevertheless.
+func TestExpiredResponse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server, sts := inMemory(t, ststest.Config{SessionDuration: func(time.Duration) time.Duration { return -time.Minute }}, assume.Config{})
 		err := call(t, sts, grant(t, nil), func() int { return server.Count("", "") })

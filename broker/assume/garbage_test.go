@@ -90,8 +90,8 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
-// TestAnswerIsBounded: a response may have the maximum size. The rest is not read.
-func TestAnswerIsBounded(t *testing.T) {
+// TestResponseIsBounded: a response may have the maximum size. The rest is not read.
+func TestResponseIsBounded(t *testing.T) {
 	const huge = 64 << 20
 	for size, fits := range map[int]bool{
 		assume.MaxAnswer:        true,

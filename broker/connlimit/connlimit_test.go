@@ -561,7 +561,7 @@ func TestWaitingForAnIdleOne(t *testing.T) {
 }
 
 // If the server responds within a second, no response is lost, however many connections wait.
-func TestAnswersAreNotBrokenOff(t *testing.T) {
+func TestResponsesAreNotCutOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 4, MaxWaiting: 2})
 		var busy []*link

@@ -48,7 +48,7 @@ func BenchmarkGrant(b *testing.B) {
 	}
 }
 
-// BenchmarkRequest is the time to parse the annotations of a pod, which each door does once: ordinary ones, and those that
+// BenchmarkRequest is the time to parse the annotations of a pod, which the webhook and the broker each do once: ordinary ones, and those that
 // take the longest.
 func BenchmarkRequest(b *testing.B) {
 	keys := newKeys(b)

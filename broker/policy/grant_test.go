@@ -61,7 +61,7 @@ func TestZeroRulesRefuse(t *testing.T) {
 	}
 }
 
-// A pod that no door has read is refused, even if its namespace has a default role.
+// A pod without a Request is refused, even if its namespace has a default role.
 func TestZeroRequestIsRefused(t *testing.T) {
 	rules, ns := newRules(t, rolePrefix), shop(map[policy.Key]string{policy.Permitted: ".*", policy.DefaultRole: "reader"})
 	for name, request := range map[string]*policy.Request{"zero": new(policy.Request), "nil": nil} {
@@ -560,7 +560,7 @@ func TestGrantsAreEqualExactlyWhenCallsAre(t *testing.T) {
 
 // Each field of Grant distinguishes grants: for each there are two pods, or two rules files, whose grants differ in this field
 // alone. A new field needs a new mutation here.
-func TestEveryFieldTellsGrantsApart(t *testing.T) {
+func TestEveryFieldDistinguishesGrants(t *testing.T) {
 	rules := newRules(t, rolePrefix)
 	base := subject{role: "reader", tags: "a=1", namespace: "shop", account: "cart", pod: "cart-1", uid: "u-1"}
 	pod := base.with("scope", "pod")

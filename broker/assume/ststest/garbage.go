@@ -16,7 +16,7 @@ const garbled = "Garbled"
 func HTMLPage() *Fault {
 	return garble(func(a *Answer) {
 		a.Header.Set("Content-Type", "text/html; charset=utf-8")
-		a.Body = append(append([]byte("<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body><p>Sign in to go on.<pre>"), a.Body...), "</pre></body></html>"...)
+		a.Body = append(append([]byte("<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body><p>Sign in to continue.<pre>"), a.Body...), "</pre></body></html>"...)
 	})
 }
 

@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// Uniform returns latencies for Behavior.Latencies, uniformly distributed from least to most. The same seed gives the same
+// Uniform returns latencies for Behavior.Latencies, uniformly distributed from minimum to maximum. The same seed gives the same
 // sequence.
-func Uniform(least, most time.Duration, seed uint64) func() time.Duration {
+func Uniform(minimum, maximum time.Duration, seed uint64) func() time.Duration {
 	return draw(seed, func(r *rand.Rand) time.Duration {
-		return least + time.Duration(r.Float64()*float64(most-least))
+		return minimum + time.Duration(r.Float64()*float64(maximum-minimum))
 	})
 }
 
