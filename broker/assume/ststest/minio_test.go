@@ -107,7 +107,7 @@ func TestMinIOFails(t *testing.T) {
 	}{
 		"a bad request is the caller's": {&ststest.Fault{Code: "InvalidParameterValue", Message: "invalid policy"}, 400, "InvalidParameterValue", "invalid policy"},
 		"a refusal is not":              {&ststest.Fault{Code: "AccessDenied", Message: "key details", Status: 403}, 503, "ServiceUnavailable", "status 403 AccessDenied"},
-		"unavailable for a moment":             {ststest.Unavailable(), 503, "ServiceUnavailable", "status 503"},
+		"unavailable for a moment":      {ststest.Unavailable(), 503, "ServiceUnavailable", "status 503"},
 		"connection lost":               {ststest.Drop(), 503, "ServiceUnavailable", "cannot be reached"},
 	} {
 		t.Run(name, func(t *testing.T) {
