@@ -5,19 +5,23 @@ package main
 import (
 	"context"
 	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
-	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/audit"
@@ -26,10 +30,10 @@ import (
 	"github.com/credence-iam/credence/broker/client"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
+	"github.com/credence-iam/credence/broker/kube/apitest"
 	"github.com/credence-iam/credence/broker/kube/verify"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/certs"
-	"github.com/credence-iam/credence/integration/bench/report"
 )
 
 const (
@@ -38,7 +42,6 @@ const (
 
 	account   = "123456789012"
 	region    = "eu-central-1"
-	issuer    = "https://kubernetes.default.svc.cluster.local"
 	audience  = "credence-broker"
 	namespace = "bench"
 )
@@ -56,26 +59,22 @@ type callers struct {
 }
 
 // warmBroker measures two sides of a scene.
-func warmBroker(choose func(scene) (ours, bare side)) func(*world) []report.Run {
-	return func(w *world) []report.Run {
-		t := w.newTrust()
-		api, address := w.serveAPI(t, 0, true)
-		pods, tokens := makePods(api)
-		verifier := must(verify.NewJWKS(verify.Config{
-			REST:     &rest.Config{Host: "https://" + address, TLSClientConfig: rest.TLSClientConfig{CAData: t.ca.PEM}},
-			Audience: audience, Logger: discard,
-		}))
+func warmBroker(choose func(scene) (ours, bare side)) func(*world) []measurement {
+	return func(w *world) []measurement {
+		t, keys := w.newTrust(), newSigner()
+		pods, tokens := makePods(keys)
+		verifier := must(verify.NewJWKS(verify.Config{REST: apitest.Serve(w, keys).Config(), Audience: audience, Logger: discard}))
 		brokerAddress, decisions := w.serveBroker(t, verifier, pods)
 		response := must(call(w.ctx, w.dial(brokerAddress, t), tokens[0]))
 		token := identity.NewUnverifiedToken(tokens[0])
 		ours, bare := choose(scene{
 			ours: w.callers(brokerAddress, t, tokens),
-			bare: w.callers(verifying(api.key.Public(), response).serve(w, t), t, tokens),
+			bare: w.callers(verifying(keys.Public(), response).serve(w, t), t, tokens),
 			verify: func() error {
 				_, err := verifier.Verify(w.ctx, token)
 				return err
 			},
-			verifySignature: func() error { return verifySignature(api.key.Public(), tokens[0]) },
+			verifySignature: func() error { return verifySignature(keys.Public(), tokens[0]) },
 		})
 		runs := w.paired(ours, bare)
 		if lost := decisions.Lost(); lost > 0 {
@@ -86,9 +85,9 @@ func warmBroker(choose func(scene) (ours, bare side)) func(*world) []report.Run 
 }
 
 // makePods returns a pod for each sidecar, and a token for each.
-func makePods(api *apiServer) (pods podMap, tokens []string) {
-	keys := must(policy.NewKeys(policy.DefaultPrefix))
-	request := keys.Request(map[string]string{keys.Name(policy.Role): "bench"})
+func makePods(keys signer) (pods podMap, tokens []string) {
+	annotations := must(policy.NewKeys(policy.DefaultPrefix))
+	request := annotations.Request(map[string]string{annotations.Name(policy.Role): "bench"})
 	pods = make(podMap)
 	for i := range sidecars {
 		pod := policy.Pod{
@@ -96,7 +95,7 @@ func makePods(api *apiServer) (pods podMap, tokens []string) {
 			Request: request,
 		}
 		pods[pod.UID] = pod
-		tokens = append(tokens, api.token(pod, uid(4, 0)))
+		tokens = append(tokens, keys.token(pod, uid(4, 0)))
 	}
 	return pods, tokens
 }
@@ -187,7 +186,7 @@ func call(ctx context.Context, conn *grpc.ClientConn, token string) (*brokerpb.G
 
 // callers makes a caller of each kind for each token.
 func (w *world) callers(address string, t trust, tokens []string) (c callers) {
-	dir := w.folder()
+	dir := w.TempDir()
 	for i, token := range tokens {
 		conn := w.dial(address, t)
 		c.open = append(c.open, func() error {
@@ -215,56 +214,60 @@ type bareBroker struct {
 	brokerpb.UnimplementedBrokerServer
 
 	respond func(context.Context) (*brokerpb.GetCredentialsResponse, error)
-	// reached is called at each moment of a call. Nil: not called.
-	reached func(moment)
-}
-
-// moment is a stage of a call, as its server sees it.
-type moment int
-
-const (
-	accepted  moment = iota // the connection is open
-	secured                 // the handshake is done
-	arrived                 // the request is complete
-	responded               // the response is known
-	moments
-)
-
-func (b bareBroker) report(m moment) {
-	if b.reached != nil {
-		b.reached(m)
-	}
 }
 
 // GetCredentials implements brokerpb.BrokerServer.
 func (b bareBroker) GetCredentials(ctx context.Context, _ *brokerpb.GetCredentialsRequest) (*brokerpb.GetCredentialsResponse, error) {
-	b.report(arrived)
-	defer b.report(responded)
 	return b.respond(ctx)
 }
 
 // serve serves b until the world ends, with no setting but TLS, and returns the address.
 func (b bareBroker) serve(w *world, t trust) string {
 	listener, address := w.listen()
-	server := grpc.NewServer(grpc.Creds(reporting{credentials.NewTLS(certs.ServerConfig(t.pair)), b}))
+	server := grpc.NewServer(grpc.Creds(credentials.NewTLS(certs.ServerConfig(t.pair))))
 	brokerpb.RegisterBrokerServer(server, b)
 	go func() { _ = server.Serve(listener) }()
 	w.Cleanup(server.Stop)
 	return address
 }
 
-// reporting are credentials that report handshakes to a broker. gRPC begins a handshake when it has accepted.
-type reporting struct {
-	credentials.TransportCredentials
-	broker bareBroker
+// signer signs tokens as API servers create them, and serves its key. Its signatures of 2,048 bits are cheap to verify.
+// Package apitest signs with ECDSA, whose keys are cheap to make.
+type signer struct{ *rsa.PrivateKey }
+
+const keyID = "bench"
+
+func newSigner() signer { return signer{must(rsa.GenerateKey(rand.Reader, 2048))} }
+
+// token makes a token with the claims of projected tokens.
+func (s signer) token(pod policy.Pod, accountUID string) string {
+	type object struct {
+		Name string `json:"name"`
+		UID  string `json:"uid"`
+	}
+	key := must(jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: s.PrivateKey, KeyID: keyID}}, nil))
+	now := time.Now()
+	return must(jwt.Signed(key).Claims(jwt.Claims{
+		Issuer: apitest.Issuer, Subject: "system:serviceaccount:" + pod.Namespace + ":" + pod.ServiceAccount, Audience: jwt.Audience{audience},
+		Expiry: jwt.NewNumericDate(now.Add(2 * time.Hour)), IssuedAt: jwt.NewNumericDate(now), NotBefore: jwt.NewNumericDate(now),
+		ID: "jti-" + pod.UID,
+	}).Claims(map[string]any{"kubernetes.io": map[string]any{
+		"namespace": pod.Namespace, "node": object{"node-1", uid(3, 0)}, "pod": object{pod.Name, pod.UID},
+		"serviceaccount": object{pod.ServiceAccount, accountUID}, "warnafter": now.Add(time.Hour).Unix(),
+	}}).Serialize())
 }
 
-// ServerHandshake implements credentials.TransportCredentials.
-func (r reporting) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	r.broker.report(accepted)
-	conn, info, err := r.TransportCredentials.ServerHandshake(conn)
-	if err == nil {
-		r.broker.report(secured)
+// ServeHTTP implements http.Handler: it serves the documents with the key, as an API server does.
+func (s signer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	documents := map[string]any{
+		"/openid/v1/jwks":                   jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: s.Public(), KeyID: keyID, Algorithm: string(jose.RS256), Use: "sig"}}},
+		"/.well-known/openid-configuration": map[string]string{"issuer": apitest.Issuer},
 	}
-	return conn, info, err
+	document, ok := documents[r.URL.Path]
+	if !ok {
+		http.NotFound(w, r)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(document)
 }

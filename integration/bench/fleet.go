@@ -13,22 +13,27 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	xrate "golang.org/x/time/rate"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/client"
+	"github.com/credence-iam/credence/broker/kube/apitest"
 	"github.com/credence-iam/credence/broker/placement"
 	"github.com/credence-iam/credence/broker/policy"
-	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 func (w *world) startSTS(latency time.Duration) *ststest.Server {
@@ -38,12 +43,9 @@ func (w *world) startSTS(latency time.Duration) *ststest.Server {
 }
 
 // stsEnv is the environment of a program that calls sts.
-func stsEnv(sts *ststest.Server) map[string]string {
+func stsEnv(sts *ststest.Server) []string {
 	keyID, secret := sts.Keys()
-	return map[string]string{
-		"AWS_ACCESS_KEY_ID": keyID, "AWS_SECRET_ACCESS_KEY": secret.Reveal(), "AWS_SESSION_TOKEN": "", "AWS_EC2_METADATA_DISABLED": "true",
-		"AWS_CONFIG_FILE": os.DevNull, "AWS_SHARED_CREDENTIALS_FILE": os.DevNull,
-	}
+	return append(stack.NoAWSFiles(), "AWS_ACCESS_KEY_ID="+keyID, "AWS_SECRET_ACCESS_KEY="+secret.Reveal(), "AWS_SESSION_TOKEN=")
 }
 
 // coldStart is the result of one start of a broker among pods.
@@ -56,15 +58,16 @@ type coldStart struct {
 const warmTimeout = 2 * time.Minute
 
 // coldStarts starts brokers among pods, one after the other.
-func (w *world) coldStarts(pods, roles int, limit xrate.Limit, value func(coldStart) float64) []report.Run {
-	return w.repeat(w.runs, func(w *world, _ int) report.Run { return report.Run{Value: value(w.coldStart(pods, roles, limit))} })
+func (w *world) coldStarts(pods, roles int, limit xrate.Limit, value func(coldStart) float64) []measurement {
+	return w.repeat(w.runs, func(w *world, _ int) measurement { return measurement{Value: value(w.coldStart(pods, roles, limit))} })
 }
 
 func (w *world) coldStart(pods, roles int, limit xrate.Limit) coldStart {
 	ctx, cancel := context.WithTimeout(w.ctx, warmTimeout)
 	defer cancel()
 	sts := w.startSTS(100 * time.Millisecond)
-	for name, value := range stsEnv(sts) { // which assume.New reads
+	for _, variable := range stsEnv(sts) { // which assume.New reads
+		name, value, _ := strings.Cut(variable, "=")
 		check(os.Setenv(name, value))
 	}
 	source := must(assume.New(ctx, assume.Config{Region: region, Endpoint: sts.URL()}))
@@ -105,65 +108,44 @@ func (w *world) coldStart(pods, roles int, limit xrate.Limit) coldStart {
 	return coldStart{calls: sts.Count("AssumeRole", ""), took: time.Since(began)}
 }
 
-// cluster is what brokers that run as programs need.
-type cluster struct {
-	*world
-
-	trust      trust
-	api        *apiServer
-	kubeconfig string
-	sts        *ststest.Server
-}
-
-func (w *world) newCluster(pods int, streams bool) *cluster {
-	c := &cluster{world: w, trust: w.newTrust(), sts: w.startSTS(0)}
-	var address string
-	c.api, address = w.serveAPI(c.trust, pods, streams)
-	c.kubeconfig = w.kubeconfig(c.trust, address)
-	return c
-}
-
 // program is a broker that runs as a program.
 type program struct {
 	*process.Process
 
 	admin string
+	sts   *ststest.Server
 }
 
 // startBroker starts a broker at an address with more flags. It is stopped when the world ends.
-func (c *cluster) startBroker(address string, flags ...string) program {
-	file := c.build(c.ctx, "cmd/broker", "credence-broker")
-	admin := freeAddress(c.ctx)
-	var env []string
-	for name, value := range stsEnv(c.sts) {
-		env = append(env, name+"="+value)
-	}
-	p := must(c.programs.Start(process.Command{
-		Name: "credence-broker-" + filepath.Base(filepath.Dir(c.kubeconfig)) + "-" + address, Path: file, Env: env,
+func (w *world) startBroker(kubeconfig string, t trust, sts *ststest.Server, address string, flags ...string) program {
+	admin := freeAddress(w.ctx)
+	p := must(w.programs.Start(process.Command{
+		Name: "credence-broker-" + filepath.Base(filepath.Dir(kubeconfig)) + "-" + address,
+		Path: w.build(w.ctx, "cmd/broker", "credence-broker"), Env: stsEnv(sts),
 		Args: append([]string{
-			"--listen=" + address, "--admin-listen=" + admin, "--debug-listen=", "--kubeconfig=" + c.kubeconfig, "--roots-file=",
-			"--tls-cert=" + c.trust.certFile, "--tls-key=" + c.trust.keyFile, "--audience=" + audience,
-			"--sts-endpoint=" + c.sts.URL(), "--region=" + region, "--base-arn=arn:aws:iam::" + account + ":role/",
+			"--listen=" + address, "--admin-listen=" + admin, "--debug-listen=", "--kubeconfig=" + kubeconfig, "--roots-file=",
+			"--tls-cert=" + t.certFile, "--tls-key=" + t.keyFile, "--audience=" + audience,
+			"--sts-endpoint=" + sts.URL(), "--region=" + region, "--base-arn=arn:aws:iam::" + account + ":role/",
 		}, flags...),
 	}))
-	c.Cleanup(func() { p.Stop(stopGrace) })
-	return program{p, admin}
+	w.Cleanup(func() { p.Stop(stopGrace) })
+	return program{p, admin, sts}
 }
 
 // await waits until a condition of a broker has no error.
-func (c *cluster) await(p program, condition func() error) {
-	ctx, cancel := context.WithTimeout(c.ctx, warmTimeout)
+func (w *world) await(p program, condition func() error) {
+	ctx, cancel := context.WithTimeout(w.ctx, warmTimeout)
 	defer cancel()
 	check(p.WaitReady(ctx, func(context.Context) error { return condition() }))
 }
 
 // ready waits until a broker is ready and STS has had that many calls.
-func (c *cluster) ready(p program, calls int) {
-	c.await(p, func() error {
-		if n := c.sts.Count("AssumeRole", ""); n < calls {
+func (w *world) ready(p program, calls int) {
+	w.await(p, func() error {
+		if n := p.sts.Count("AssumeRole", ""); n < calls {
 			return fmt.Errorf("%d of %d sessions are warm", n, calls)
 		}
-		request := must(http.NewRequestWithContext(c.ctx, http.MethodGet, "http://"+p.admin+"/readyz", nil))
+		request := must(http.NewRequestWithContext(w.ctx, http.MethodGet, "http://"+p.admin+"/readyz", nil))
 		response, err := http.DefaultClient.Do(request)
 		if err != nil {
 			return err
@@ -178,28 +160,32 @@ func (c *cluster) ready(p program, calls int) {
 
 // resident starts a broker for each run and each kind of API server, and reads a line of /proc/PID/status when it is
 // warm. A run has the largest value, so that no median hides the cost of one kind of API server.
-func (w *world) resident(pods int, line string, relist bool, streams ...bool) []report.Run {
+func (w *world) resident(pods int, line string, relist bool, streams ...bool) []measurement {
 	needsProc(line)
-	return w.repeat(min(w.runs, 3), func(w *world, _ int) (run report.Run) { // Equal processes differ by a few percent.
+	return w.repeat(min(w.runs, 3), func(w *world, _ int) (r measurement) { // Equal processes differ by a few percent.
 		for _, streams := range streams {
-			c := w.newCluster(pods, streams)
-			p := c.startBroker(freeAddress(c.ctx))
-			c.ready(p, podRoles)
+			api, kubeconfig := w.servePods(pods, streams)
+			p := w.startBroker(kubeconfig, w.newTrust(), w.startSTS(0), freeAddress(w.ctx))
+			w.ready(p, podRoles)
 			if relist {
-				listed := c.api.lists.Load()
-				c.api.relist()
-				c.await(p, func() error {
-					if c.api.lists.Load() == listed {
+				listed := api.lists.Load()
+				select {
+				case api.expire <- struct{}{}:
+				case <-p.Done():
+					check(p.Err())
+				}
+				w.await(p, func() error {
+					if api.lists.Load() == listed {
 						return errors.New("the broker has not listed pods again")
 					}
 					return nil
 				})
 			}
 			w.sleep(settle) // until the broker has processed the list
-			run.Value = max(run.Value, procBytes(p.PID(), line))
+			r.Value = max(r.Value, procBytes(p.PID(), line))
 			p.Stop(stopGrace)
 		}
-		return run
+		return r
 	})
 }
 
@@ -208,13 +194,14 @@ const (
 	// failoverClients are many and call rarely, so that each is a sidecar that calls once during the loss.
 	failoverClients = 600
 	failoverPause   = 6 * time.Second
-	// failoverRoles are the roles for whose service accounts the API server has objects.
-	failoverRoles = 25
+	failoverRoles   = 100
 	// noticing is how long the lost broker stays in DNS. Kubernetes removes an ended process after a second or two,
 	// DNS caches up to 5 s more, and a lost node is noticed after 40 s.
 	noticing = 5 * time.Second
 	// calm is how long clients call before the loss and after it.
 	calm = 2 * time.Second
+
+	brokerNamespace, brokerService = "credence", "credence-broker"
 )
 
 // failover is the result of the loss of one broker.
@@ -224,7 +211,7 @@ type failover struct {
 }
 
 // failovers loses brokers, one killed and one stopped for each run. It does so once for all metrics.
-func (w *world) failovers(value func(failover) float64) (runs []report.Run) {
+func (w *world) failovers(value func(failover) float64) (runs []measurement) {
 	if w.losses == nil {
 		var losses []failover
 		for range min(w.runs, 3) {
@@ -235,15 +222,14 @@ func (w *world) failovers(value func(failover) float64) (runs []report.Run) {
 		w.losses = losses
 	}
 	for _, f := range w.losses {
-		runs = append(runs, report.Run{Value: value(f)})
+		runs = append(runs, measurement{Value: value(f)})
 	}
 	return runs
 }
 
 // failover starts brokers, lets clients call them, and sends a signal to one broker.
 func (w *world) failover(sig syscall.Signal) (result failover) {
-	f := w.startBrokers()
-	clients := f.sidecars()
+	f, clients := w.startBrokers()
 	ctx, stop := context.WithCancel(w.ctx)
 	defer stop()
 	var mu sync.Mutex
@@ -275,7 +261,7 @@ func (w *world) failover(sig syscall.Signal) (result failover) {
 	lost.Store(new(time.Now()))
 	check(syscall.Kill(f.programs[0].PID(), sig))
 	w.sleep(noticing)
-	f.set(f.addresses()[1:])
+	f.set((*f.dns.Load())[1:])
 	w.sleep(calm)
 	stop()
 	calling.Wait()
@@ -289,58 +275,74 @@ func (w *world) failover(sig syscall.Signal) (result failover) {
 
 // brokers are programs that share the work.
 type brokers struct {
-	*cluster
+	*world
 
+	api      *apitest.Server
 	port     string
+	trust    trust
 	programs []program
 	dns      atomic.Pointer[[]netip.Addr]
 }
 
-func (f *brokers) addresses() []netip.Addr { return *f.dns.Load() }
-
-// set sets the addresses in DNS and in the EndpointSlice.
+// set sets the addresses in DNS and in the EndpointSlice. A real API server accepts no loopback addresses, which brokers
+// have here.
 func (f *brokers) set(addresses []netip.Addr) {
 	f.dns.Store(&addresses)
-	var ready []string
-	for _, a := range addresses {
-		ready = append(ready, a.String())
+	slice := &discoveryv1.EndpointSlice{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: brokerNamespace, Name: brokerService, Labels: map[string]string{discoveryv1.LabelServiceName: brokerService},
+		},
+		AddressType: discoveryv1.AddressTypeIPv4,
 	}
-	f.api.setBrokers(ready...)
+	for _, a := range addresses {
+		slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{Addresses: []string{a.String()}})
+	}
+	f.api.Put(slice)
 }
 
-// startBrokers returns when all brokers are ready and two of them have each session.
-func (w *world) startBrokers() *brokers {
-	f := &brokers{
-		cluster: w.newCluster(podRoles*(failoverClients/failoverRoles), true), port: strconv.Itoa(must(process.FreePort(w.ctx))),
-	}
+// startBrokers returns when all brokers are ready and two of them have each session, and returns the clients of the pods'
+// sidecars.
+func (w *world) startBrokers() (*brokers, []*client.Client) {
+	f := &brokers{world: w, api: apitest.Start(w), port: strconv.Itoa(must(process.FreePort(w.ctx))), trust: w.newTrust()}
+	clients := f.sidecars()
 	var addresses []netip.Addr
 	for i := range failoverBrokers {
 		addresses = append(addresses, netip.AddrFrom4([4]byte{127, 0, 0, byte(2 + i)}))
 	}
 	f.set(addresses)
+	kubeconfig, sts := f.api.Kubeconfig(w), w.startSTS(0)
 	for _, a := range addresses {
-		p := f.startBroker(net.JoinHostPort(a.String(), f.port), "--namespace="+brokerNamespace, "--service="+brokerService,
-			"--pod-ips="+a.String(), "--settle-time=1s")
+		p := w.startBroker(kubeconfig, f.trust, sts, net.JoinHostPort(a.String(), f.port),
+			"--namespace="+brokerNamespace, "--service="+brokerService, "--pod-ips="+a.String(), "--settle-time=1s")
 		w.Cleanup(func() { _ = syscall.Kill(p.PID(), syscall.SIGCONT) }) // runs before its stop, which a stopped program ignores
 		f.programs = append(f.programs, p)
 	}
 	for _, p := range f.programs {
-		f.ready(p, placement.Owners*podRoles)
+		w.ready(p, placement.Owners*failoverRoles)
 	}
-	return f
+	return f, clients
 }
 
-// sidecars are the clients of sidecars, each of another pod.
+// sidecars makes injected pods, and returns the client of each pod's sidecar.
 func (f *brokers) sidecars() (clients []*client.Client) {
-	keys, dir := must(policy.NewKeys(policy.DefaultPrefix)), f.folder()
+	keys, dir := must(policy.NewKeys(policy.DefaultPrefix)), f.TempDir()
+	ns, account := optedIn(namespace), &corev1.ServiceAccount{}
+	account.Namespace, account.Name = namespace, "default"
+	f.api.Put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace, Labels: ns.Labels, Annotations: ns.Annotations}}, account)
 	for i := range failoverClients {
-		role := i % failoverRoles
-		m := podMetadata(i/failoverRoles*podRoles + role)
-		pod := policy.Pod{Namespace: m.Namespace, Name: m.Name, UID: string(m.UID), ServiceAccount: accountName(role), Request: keys.Request(m.Annotations)}
-		token := f.api.token(pod, string(accountMetadata(role*podNamespaces+role%podNamespaces).UID))
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+			Namespace: namespace, Name: fmt.Sprint("pod-", i), Labels: map[string]string{keys.Name(policy.Injected): "true"},
+			Annotations: map[string]string{keys.Name(policy.Role): fmt.Sprint("bench-", i%failoverRoles)},
+		}}
+		pod.Spec.ServiceAccountName = account.Name
+		f.api.Put(pod)
+		bound := policy.Pod{
+			Namespace: namespace, Name: pod.Name, UID: string(pod.UID), ServiceAccount: account.Name, Request: keys.Request(pod.Annotations),
+		}
+		token := f.api.Token(f, pod, apitest.Token{Audience: audience})
 		clients = append(clients, newClient(filepath.Join(dir, fmt.Sprint("token-", i)), token, client.Config{
-			Target: net.JoinHostPort(serverName, f.port), TLS: f.trust.client(), RoutingKey: must(pod.RoutingKey()),
-			Lookup: func(context.Context, string, string) ([]netip.Addr, error) { return f.addresses(), nil },
+			Target: net.JoinHostPort(serverName, f.port), TLS: f.trust.client(), RoutingKey: must(bound.RoutingKey()),
+			Lookup: func(context.Context, string, string) ([]netip.Addr, error) { return *f.dns.Load(), nil },
 		}))
 	}
 	return clients

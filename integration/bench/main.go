@@ -32,7 +32,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
 )
 
@@ -77,7 +76,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 		flags.PrintDefaults()
 		_, _ = fmt.Fprintln(stderr, "\nMetrics:")
 		for _, m := range metrics {
-			_, _ = fmt.Fprintf(stderr, "  %s (%s)\n", m.Name, m.Unit)
+			_, _ = fmt.Fprintf(stderr, "  %s (%s)\n", m.name, m.unit)
 			for line := range strings.Lines(m.about) {
 				_, _ = fmt.Fprintln(stderr, "\t"+strings.TrimSpace(line))
 			}
@@ -120,11 +119,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	b := &bench{
 		root: filepath.Dir(gomod), bin: filepath.Join(programs.Dir(), "bin"), programs: programs, runs: *runs, duration: *duration,
 	}
-	r, measureErr := b.measure(ctx, metrics, selected, stderr)
+	r := b.describe(ctx)
+	err = b.measure(ctx, &r, metrics, selected, stderr)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	err = errors.Join(measureErr, r.WriteTable(stdout))
+	err = errors.Join(err, r.writeTable(stdout))
 	for _, file := range []string{filepath.Join(out, "bench.json"), os.Getenv("BENCH_OUT")} {
 		if file != "" {
 			err = errors.Join(err, write(r, file))
@@ -132,7 +132,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	missed := 0
 	for _, m := range r.Metrics {
-		if m.Missed() {
+		if m.missed() {
 			missed++
 			_, _ = fmt.Fprintln(stderr, "MISSED:", m.Name)
 		}
@@ -143,42 +143,33 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	return err
 }
 
-// measure measures the selected metrics. The report is complete even if the error says that some metrics failed,
-// unless ctx ended.
-func (b *bench) measure(ctx context.Context, all []metric, selected func(name string) bool, progress io.Writer) (report.Report, error) {
-	r := b.describe(ctx)
-	var errs []error
+// measure measures the selected metrics into r. A metric that fails is in the report as not run, and in the error.
+func (b *bench) measure(ctx context.Context, r *report, all []metric, selected func(name string) bool, progress io.Writer) (failed error) {
 	for _, m := range all {
-		if err := ctx.Err(); err != nil {
-			return r, err
-		}
-		if !selected(m.Name) {
-			r.Metrics = append(r.Metrics, m.NotRun("left out by --only"))
+		if !selected(m.name) {
+			r.Metrics = append(r.Metrics, m.notRun("left out by --only"))
 			continue
 		}
-		_, _ = fmt.Fprintln(progress, "measuring", m.Name)
-		result, err := b.result(ctx, m)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("measuring %s: %w", m.Name, err))
+		_, _ = fmt.Fprintln(progress, "measuring", m.name)
+		runs, err := inWorld(ctx, b, m.measure)
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
-		r.Metrics = append(r.Metrics, result)
-	}
-	return r, errors.Join(errs...)
-}
-
-// result measures m. After a failure it returns m as not run, and the error.
-func (b *bench) result(ctx context.Context, m metric) (report.Metric, error) {
-	runs, err := b.runsOf(ctx, m)
-	if reason, ok := errors.AsType[notRun](err); ok {
-		return m.NotRun(string(reason)), nil
-	}
-	if err == nil {
-		var result report.Metric
-		if result, err = m.Measured(runs); err == nil {
-			return result, nil
+		var measured result
+		reason, impossible := errors.AsType[notRun](err)
+		if err == nil {
+			measured, err = m.result(runs)
 		}
+		switch {
+		case impossible:
+			measured = m.notRun(string(reason))
+		case err != nil:
+			measured = m.notRun("failed: " + err.Error())
+			failed = errors.Join(failed, fmt.Errorf("measuring %s: %w", m.name, err))
+		}
+		r.Metrics = append(r.Metrics, measured)
 	}
-	return m.NotRun("failed: " + err.Error()), err
+	return failed
 }
 
 // choose returns a function that reports whether a metric is in the comma list. An empty list has all metrics.
@@ -188,7 +179,7 @@ func choose(list string) (func(name string) bool, error) {
 	}
 	names := strings.Split(list, ",")
 	for _, name := range names {
-		if !slices.ContainsFunc(metrics, func(m metric) bool { return m.Name == name }) {
+		if !slices.ContainsFunc(metrics, func(m metric) bool { return m.name == name }) {
 			return nil, fmt.Errorf("there is no metric %q; -h lists them", name)
 		}
 	}
@@ -196,17 +187,15 @@ func choose(list string) (func(name string) bool, error) {
 }
 
 // describe begins a report. If git does not name the commit, the report says that it is unknown.
-func (b *bench) describe(ctx context.Context) report.Report {
-	r := report.Report{
-		Schema: report.Schema, Commit: "unknown", Dirty: true,
+func (b *bench) describe(ctx context.Context) report {
+	r := report{
+		Schema: 1, Commit: "unknown", Dirty: true,
 		Go: runtime.Version(), CPUs: runtime.GOMAXPROCS(0), Started: time.Now().UTC().Truncate(time.Second),
 	}
-	commit, err := output(ctx, "git", "-C", b.root, "rev-parse", "--verify", "--quiet", "HEAD")
-	if err != nil {
-		return r
+	if commit, err := output(ctx, "git", "-C", b.root, "rev-parse", "--verify", "--quiet", "HEAD"); err == nil {
+		changes, err := output(ctx, "git", "-C", b.root, "status", "--porcelain")
+		r.Commit, r.Dirty = commit, err != nil || changes != ""
 	}
-	changes, err := output(ctx, "git", "-C", b.root, "status", "--porcelain")
-	r.Commit, r.Dirty = commit, err != nil || changes != ""
 	return r
 }
 
@@ -219,12 +208,12 @@ func output(ctx context.Context, name string, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-func write(r report.Report, file string) error {
+func write(r report, file string) error {
 	err := os.MkdirAll(filepath.Dir(file), 0o750)
 	if err == nil {
 		var f *os.File
 		if f, err = os.Create(file); err == nil {
-			err = errors.Join(r.WriteJSON(f), f.Close())
+			err = errors.Join(r.writeJSON(f), f.Close())
 		}
 	}
 	if err != nil {

@@ -19,7 +19,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/metadata"
 
-	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
 )
 
@@ -48,57 +47,74 @@ func measured[T any](t *testing.T, w *world, measure func(*world) T) T {
 	return result
 }
 
-// A metric without a goal, or with a goal of an unknown form, would pass unnoticed.
+// A metric that another one hides, or that says nothing about itself, would pass unnoticed.
 func TestMetricsAreDescribed(t *testing.T) {
-	r := newWorld(t).describe(t.Context())
+	names := make(map[string]bool)
 	for _, m := range metrics {
-		if m.about == "" {
-			t.Errorf("%s has no description", m.Name)
+		if m.name == "" || m.unit == "" || m.about == "" || names[m.name] {
+			t.Errorf("metric %q has no name, no unit, no description, or the name of another", m.name)
 		}
-		r.Metrics = append(r.Metrics, m.NotRun("not in a test"))
-	}
-	if err := r.Check(); err != nil {
-		t.Error(err)
+		if m.goal.none == "" && (m.goal.Of != "value" && m.goal.Of != "ratio" || m.goal.Op != "<=" && m.goal.Op != ">=") {
+			t.Errorf("metric %q has neither a goal nor a reason for none", m.name)
+		}
+		names[m.name] = true
 	}
 }
 
 // A failure must be in the report and in the error.
 func TestOutcomes(t *testing.T) {
-	runs := func(value float64) func(*world) []report.Run {
-		return func(*world) []report.Run { return []report.Run{{Value: value}} }
+	runs := func(values ...measurement) func(*world) []measurement {
+		return func(*world) []measurement { return values }
 	}
-	fails := func(err error) func(*world) []report.Run {
-		return func(*world) []report.Run { check(err); return nil }
+	fails := func(err error) func(*world) []measurement {
+		return func(*world) []measurement { check(err); return nil }
 	}
 	broken := errors.New("broken")
-	var all []metric
-	for name, measure := range map[string]func(*world) []report.Run{
-		"met": runs(1), "missed": runs(2), "elsewhere": fails(notRun("no such system")), "failed": fails(broken),
-		"useless": fails(nil), "unselected": fails(broken),
-	} {
-		all = append(all, metric{Metric: report.Metric{Name: name, Unit: "u", Goal: atMost(1)}, measure: measure})
+	value := func(x float64) measurement { return measurement{Value: x} }
+	tests := map[string]struct {
+		goal    goal
+		measure func(*world) []measurement
+		want    string // in the row of the table
+	}{
+		"odd":               {atMost(2), runs(value(3), value(1), value(2)), "<= 2  met"},
+		"even":              {atLeast(2), runs(value(1), value(2)), ">= 2  MISSED"},
+		"equal is below":    {atMost(1), runs(value(1)), "<= 1  met"},
+		"equal is above":    {atLeast(1), runs(value(1)), ">= 1  met"},
+		"too much":          {atMost(1), runs(value(1.01)), "<= 1  MISSED"},
+		"a bound on values": {atMost(1), runs(beside(2, 4)), "<= 1  MISSED"},
+		"a bound on ratios": {ratioAtMost(1), runs(beside(2, 4)), "ratio <= 1  met"},
+		// The ratio of the medians would be 1.
+		"ratios of runs":    {ratioAtMost(1.5), runs(beside(20, 10), beside(10, 20), beside(400, 200)), "0.5…2  ratio <= 1.5  MISSED"},
+		"no such goal":      {goal{}, runs(value(1)), "MISSED"},
+		"without a goal":    {noGoal("watched"), runs(value(1)), "no goal: watched"},
+		"elsewhere":         {atMost(1), fails(notRun("no such system\nand more that a table has no room for")), "not run: no such system"},
+		"failed":            {atMost(1), fails(broken), "not run: failed: broken"},
+		"no runs":           {atMost(1), runs(), "not run: failed: 0 of 0 runs have a baseline"},
+		"half a baseline":   {ratioAtMost(1), runs(beside(1, 2), value(1)), "not run: failed: 1 of 2 runs"},
+		"ratio to nothing":  {ratioAtMost(1), runs(value(1)), "not run: failed: the goal is a ratio"},
+		"division by zero":  {ratioAtMost(1), runs(beside(1, 0)), "not run: failed: a run's value or ratio is not a number"},
+		"zero against zero": {ratioAtMost(1), runs(beside(0, 0)), "not run: failed: a run's value or ratio is not a number"},
+		"unselected":        {atMost(1), fails(broken), "not run: left out by --only"},
 	}
-	r, err := newWorld(t).measure(t.Context(), all, func(name string) bool { return name != "unselected" }, io.Discard)
-	if !errors.Is(err, broken) {
-		t.Errorf("the error does not contain the failure: %v", err)
-	}
-	if err := r.WriteJSON(io.Discard); err != nil {
-		t.Errorf("the report is invalid after a failure: %v", err)
-	}
-	got := make(map[string]string)
-	for _, m := range r.Metrics {
-		got[m.Name] = m.Reason
-		if m.Met != nil {
-			got[m.Name] = map[bool]string{true: "met", false: "missed"}[*m.Met]
-		}
-	}
-	want := map[string]string{
-		"met": "met", "missed": "missed", "elsewhere": "no such system", "failed": "failed: broken",
-		"useless":    "failed: metric useless: 0 of 0 runs have a baseline; all or none must have one",
-		"unselected": "left out by --only",
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("outcomes (-want +got):\n%s", diff)
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			var r report
+			all := []metric{{name: name, unit: "u", goal: test.goal, measure: test.measure}}
+			err := newWorld(t).measure(t.Context(), &r, all, func(name string) bool { return name != "unselected" }, io.Discard)
+			if failed := strings.Contains(test.want, "failed"); (err != nil) != failed {
+				t.Errorf("the error is %v", err)
+			}
+			if m := r.Metrics[0]; m.missed() != strings.Contains(test.want, "MISSED") || (m.Value == nil) != (m.Reason != "") {
+				t.Errorf("the result is %+v", m)
+			}
+			var table strings.Builder
+			if err := errors.Join(r.writeTable(&table), r.writeJSON(io.Discard)); err != nil {
+				t.Error(err)
+			}
+			if !strings.Contains(table.String(), test.want) {
+				t.Errorf("the table lacks %q:\n%s", test.want, table.String())
+			}
+		})
 	}
 }
 
@@ -115,7 +131,7 @@ func TestPaired(t *testing.T) {
 	}
 	w := &world{ctx: t.Context(), bench: &bench{runs: 2, duration: 3 * slice}}
 	got := w.paired(record('a', 1000, 1, 2, 3, 1000, 4, 5, 6), record('b', 1000, 10, 20, 30, 1000, 40, 50, 60))
-	if diff := cmp.Diff([]report.Run{beside(2, 20), beside(5, 50)}, got); diff != "" {
+	if diff := cmp.Diff([]measurement{beside(2, 20), beside(5, 50)}, got); diff != "" {
 		t.Errorf("runs (-want +got):\n%s", diff)
 	}
 	if want := "abbaabba" + "baabbaab"; order.String() != want {
@@ -126,7 +142,7 @@ func TestPaired(t *testing.T) {
 func TestPairedEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	stops := func(time.Duration) []float64 { cancel(); return []float64{1} }
-	_, err := inWorld(ctx, &bench{runs: 1000, duration: time.Hour}, func(w *world) []report.Run { return w.paired(stops, stops) })
+	_, err := inWorld(ctx, &bench{runs: 1000, duration: time.Hour}, func(w *world) []measurement { return w.paired(stops, stops) })
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("the error is %v", err)
 	}
@@ -193,21 +209,6 @@ func TestSwitches(t *testing.T) {
 	})
 }
 
-// The parts of a start are complete and in order, and each is shorter than the whole.
-func TestStartParts(t *testing.T) {
-	w := newWorld(t)
-	for _, run := range measured(t, w, func(w *world) []report.Run { return w.startTime(0) }) {
-		if len(run.Parts) != len(startParts) {
-			t.Fatalf("the parts are %+v", run.Parts)
-		}
-		for n, part := range run.Parts {
-			if part.Name != startParts[n] || part.Value < 0 || part.Value > run.Value {
-				t.Errorf("of %g ms, part %d is %+v", run.Value, n, part)
-			}
-		}
-	}
-}
-
 // A CPU limit has the quota that the metric's name says, and its cgroup is removed with the programs.
 func TestStartUnderALimit(t *testing.T) {
 	w := newWorld(t)
@@ -233,10 +234,10 @@ func TestStartUnderALimit(t *testing.T) {
 // The metrics of the broker that have a baseline run, and both sides respond; how fast does not matter here.
 func TestBrokerThroughput(t *testing.T) {
 	brokers := slices.DeleteFunc(slices.Clone(metrics), func(m metric) bool {
-		return !slices.Contains([]string{"broker_get_rps", "broker_fresh_connection_rps", "broker_verify_ns"}, m.Name)
+		return !slices.Contains([]string{"broker_get_rps", "broker_fresh_connection_rps", "broker_verify_ns"}, m.name)
 	})
-	r, err := newWorld(t).measure(t.Context(), brokers, func(string) bool { return true }, io.Discard)
-	if err != nil {
+	var r report
+	if err := newWorld(t).measure(t.Context(), &r, brokers, func(string) bool { return true }, io.Discard); err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range r.Metrics {
@@ -250,16 +251,13 @@ func TestBrokerThroughput(t *testing.T) {
 
 // A baseline that accepted every token would be too fast, and make the broker look slow.
 func TestBaselineVerifies(t *testing.T) {
-	measured(t, newWorld(t), func(w *world) any {
-		api, _ := w.serveAPI(w.newTrust(), 0, true)
-		_, tokens := makePods(api)
-		first, second := strings.Split(tokens[0], "."), strings.Split(tokens[1], ".")
-		for token, genuine := range map[string]bool{tokens[0]: true, first[0] + "." + second[1] + "." + first[2]: false} {
-			ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer "+token))
-			if _, err := verifying(api.key.Public(), nil).respond(ctx); (err == nil) != genuine {
-				t.Errorf("genuine is %v, and the error is %v", genuine, err)
-			}
+	keys := newSigner()
+	_, tokens := makePods(keys)
+	first, second := strings.Split(tokens[0], "."), strings.Split(tokens[1], ".")
+	for token, genuine := range map[string]bool{tokens[0]: true, first[0] + "." + second[1] + "." + first[2]: false} {
+		ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("authorization", "Bearer "+token))
+		if _, err := verifying(keys.Public(), nil).respond(ctx); (err == nil) != genuine {
+			t.Errorf("genuine is %v, and the error is %v", genuine, err)
 		}
-		return nil
-	})
+	}
 }

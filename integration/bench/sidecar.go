@@ -15,14 +15,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/credence-iam/credence/broker/brokerpb"
-	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
 	"github.com/credence-iam/credence/sidecar/contract"
 )
@@ -36,9 +34,6 @@ type pod struct {
 	size          int      // bytes of the sidecar's response
 	started       int      // number of started programs, for their names
 	wrap          []string // a program and its first arguments, which runs the started program; empty: none
-
-	mu      sync.Mutex
-	reached [moments]time.Time // of the broker's last call; guarded by mu
 }
 
 const authorization = "00000000-0000-4000-8000-000000000000" // has the form of a pod's UID
@@ -49,21 +44,14 @@ func (w *world) newPod() *pod {
 		sidecar: w.build(w.ctx, "cmd/sidecar", "credence-sidecar"), bare: w.build(w.ctx, "integration/bench/barehttp", "barehttp"),
 	}
 	t, c := w.newTrust(), session()
-	token := filepath.Join(w.folder(), "token") // of the usual size; the broker does not read it
+	token := filepath.Join(w.TempDir(), "token") // of the usual size; the broker does not read it
 	check(os.WriteFile(token, []byte("header."+strings.Repeat("p", 900)+"."+strings.Repeat("s", 342)), 0o600))
 	response := &brokerpb.GetCredentialsResponse{
 		AccessKeyId: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey.Reveal(), SessionToken: c.SessionToken.Reveal(),
 		Expiration: timestamppb.New(c.Expiration), RefreshAfter: durationpb.New(c.Duration() / 2),
 		RoleArn: "arn:aws:iam::" + account + ":role/bench", AccountId: account, Region: region,
 	}
-	address := bareBroker{
-		respond: func(context.Context) (*brokerpb.GetCredentialsResponse, error) { return response, nil },
-		reached: func(m moment) {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			p.reached[m] = time.Now()
-		},
-	}.serve(w, t)
+	address := bareBroker{respond: func(context.Context) (*brokerpb.GetCredentialsResponse, error) { return response, nil }}.serve(w, t)
 	p.env = []string{
 		"CREDENCE_BROKER=" + address, "CREDENCE_TOKEN_FILE=" + token, "CREDENCE_ROOTS_FILE=" + t.rootsFile,
 		"CREDENCE_AUTHORIZATION=" + authorization, "CREDENCE_START_TIMEOUT=0s", "CREDENCE_METADATA=v2",
@@ -82,7 +70,6 @@ type server struct {
 	conn    net.Conn
 	reader  *bufio.Reader
 	size    int           // bytes of its last response
-	began   time.Time     // just before its start
 	took    time.Duration // from its start to its first response
 }
 
@@ -118,7 +105,7 @@ func (p *pod) start(command func(address string) process.Command) *server {
 	if len(p.wrap) > 0 {
 		c.Path, c.Args = p.wrap[0], slices.Concat(p.wrap[1:], []string{c.Path}, c.Args)
 	}
-	s.began = time.Now()
+	began := time.Now()
 	s.Process = must(p.programs.Start(c))
 	for ; ; time.Sleep(pause) {
 		err := s.connect(ctx, address)
@@ -126,7 +113,7 @@ func (p *pod) start(command func(address string) process.Command) *server {
 			err = s.get()
 		}
 		if err == nil {
-			s.took = time.Since(s.began)
+			s.took = time.Since(began)
 			return s
 		}
 		if s.Ended() {
@@ -198,15 +185,15 @@ func (w *world) throughput(s *server) side {
 	}
 }
 
-func (w *world) binarySize(arch string) []report.Run {
+func (w *world) binarySize(arch string) []measurement {
 	file := w.build(w.ctx, "cmd/sidecar", "credence-sidecar-linux-"+arch, "GOOS=linux", "GOARCH="+arch)
-	return []report.Run{{Value: float64(must(os.Stat(file)).Size())}}
+	return []measurement{{Value: float64(must(os.Stat(file)).Size())}}
 }
 
-// besideBare measures a sidecar beside a bare server. It starts both again for each run, because the place of a process
-// in memory can make it a tenth faster or slower for all its life.
-func (w *world) besideBare(measure func(*server) side) []report.Run {
-	return w.repeat(w.runs, func(w *world, i int) report.Run {
+// besideBare measures a sidecar beside a bare server, both started again for each run: where a process lies in memory
+// can make it a tenth faster or slower for all its life.
+func (w *world) besideBare(measure func(*server) side) []measurement {
+	return w.repeat(w.runs, func(w *world, i int) measurement {
 		p := w.newPod()
 		ours, bare := p.startSidecar(), p.startBare()
 		w.Cleanup(ours.stop)
@@ -218,37 +205,18 @@ func (w *world) besideBare(measure func(*server) side) []report.Run {
 	})
 }
 
-// startParts name the parts of a start. Each but the last ends with the moment of its index.
-var startParts = [moments + 1]string{"until the broker accepts", "handshake", "request", "broker", "until the first 200"}
-
 // startTime measures starts under a CPU limit; 0: no limit.
-func (w *world) startTime(milliCPUs int) []report.Run {
+func (w *world) startTime(milliCPUs int) []measurement {
 	p := w.newPod()
-	return w.repeat(w.runs, func(w *world, i int) report.Run {
-		var parts [moments + 1][]float64
-		start := func(program func() *server, started func(*server)) side {
-			return repeated(func() float64 {
-				p.limitCPU(milliCPUs)
-				s := program()
-				s.stop()
-				started(s)
-				return float64(s.took) / float64(time.Millisecond)
-			})
-		}
-		run := w.pair(i, start(p.startSidecar, func(s *server) {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			last := s.began
-			for n, at := range append(p.reached[:], s.began.Add(s.took)) {
-				parts[n] = append(parts[n], float64(at.Sub(last))/float64(time.Millisecond))
-				last = at
-			}
-		}), start(p.startBare, func(*server) {}))
-		for n, name := range startParts {
-			run.Parts = append(run.Parts, report.Part{Name: name, Value: report.Median(parts[n])})
-		}
-		return run
-	})
+	start := func(program func() *server) side {
+		return repeated(func() float64 {
+			p.limitCPU(milliCPUs)
+			s := program()
+			s.stop()
+			return float64(s.took) / float64(time.Millisecond)
+		})
+	}
+	return w.paired(start(p.startSidecar), start(p.startBare))
 }
 
 // limitCPU puts the next started program into a cgroup with a CPU limit. The cgroups are removed with all that this
@@ -288,7 +256,7 @@ func (w *world) idle() (pids [][2]int) {
 	return pids
 }
 
-func (w *world) sidecarMemory() (runs []report.Run) {
+func (w *world) sidecarMemory() (runs []measurement) {
 	needsProc("RssAnon")
 	for _, pair := range w.idle() {
 		runs = append(runs, beside(procBytes(pair[0], "RssAnon"), procBytes(pair[1], "RssAnon")))
@@ -296,7 +264,7 @@ func (w *world) sidecarMemory() (runs []report.Run) {
 	return runs
 }
 
-func (w *world) wakeups() (runs []report.Run) {
+func (w *world) wakeups() (runs []measurement) {
 	needsProc("the number of context switches")
 	pids := w.idle()
 	count := func() (counts [][2]float64) {

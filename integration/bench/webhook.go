@@ -9,8 +9,8 @@ import (
 	stdjson "encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -21,12 +21,11 @@ import (
 	"k8s.io/apimachinery/pkg/util/json"
 
 	"github.com/credence-iam/credence/broker/policy"
-	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/webhook"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
-// reviewers is how many reviews a client sends at a time, which keeps two processors busy.
+// reviewers is how many reviews are sent at a time, which keeps two processors busy.
 const reviewers = 8
 
 // permitting has an opted-in namespace of every name.
@@ -77,22 +76,6 @@ func reviewOf(containers int) []byte {
 		`"options":{"kind":"CreateOptions","apiVersion":"meta.k8s.io/v1"}}}`)
 }
 
-// recorder is an http.ResponseWriter that keeps the response.
-type recorder struct {
-	header http.Header
-	status int
-	body   bytes.Buffer
-}
-
-// Header implements http.ResponseWriter.
-func (r *recorder) Header() http.Header { return r.header }
-
-// WriteHeader implements http.ResponseWriter.
-func (r *recorder) WriteHeader(status int) { r.status = status }
-
-// Write implements http.ResponseWriter.
-func (r *recorder) Write(p []byte) (int, error) { return r.body.Write(p) }
-
 // microseconds makes a side of the time of one call.
 func microseconds(once func() error) side { return timed(time.Microsecond, once) }
 
@@ -108,7 +91,7 @@ func allocations(once func() error) side {
 	})
 }
 
-func (w *world) reviews(containers int, measure func(once func() error) side) []report.Run {
+func (w *world) reviews(containers int, measure func(once func() error) side) []measurement {
 	server, body := w.newWebhook(w.newTrust()), reviewOf(containers)
 	ours := func() error {
 		request, err := http.NewRequestWithContext(w.ctx, http.MethodPost, "/mutate", bytes.NewReader(body))
@@ -116,10 +99,10 @@ func (w *world) reviews(containers int, measure func(once func() error) side) []
 			return err
 		}
 		request.Header.Set("Content-Type", "application/json")
-		response := &recorder{header: make(http.Header)}
+		response := httptest.NewRecorder()
 		server.ServeHTTP(response, request)
-		if !bytes.Contains(response.body.Bytes(), []byte(`"patchType":"JSONPatch"`)) {
-			return fmt.Errorf("the webhook responds %d %s", response.status, response.body.Bytes())
+		if !bytes.Contains(response.Body.Bytes(), []byte(`"patchType":"JSONPatch"`)) {
+			return fmt.Errorf("the webhook responds %d %s", response.Code, response.Body)
 		}
 		return nil
 	}
@@ -141,30 +124,31 @@ func (w *world) reviews(containers int, measure func(once func() error) side) []
 	return w.paired(measure(ours), measure(bare))
 }
 
-func (w *world) reviewsOverTLS() []report.Run {
+func (w *world) reviewsOverTLS() []measurement {
 	t := w.newTrust()
 	server := w.newWebhook(t)
 	listener, address := w.listen()
 	go func() { _ = server.Run(w.ctx, listener) }()
 	patch := bytes.Repeat([]byte("x"), 4<<10) // about the size of a patch
-	bare := w.serveHTTP(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	bare := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(patch)
 	}))
-	return w.paired(rate(w.reviewClients(address, t)), rate(w.reviewClients(bare, t)))
+	w.Cleanup(bare.Close)
+	bare.Client().Transport.(*http.Transport).MaxIdleConnsPerHost = reviewers //nolint:forcetypeassert // It is httptest's.
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: t.ca.Pool(), MinVersion: tls.VersionTLS13}, MaxIdleConnsPerHost: reviewers}
+	w.Cleanup(transport.CloseIdleConnections)
+	return w.paired(
+		rate(w.reviewClients(&http.Client{Transport: transport}, "https://"+address)), rate(w.reviewClients(bare.Client(), bare.URL)),
+	)
 }
 
-// reviewClients send reviews to a server over one connection.
-func (w *world) reviewClients(address string, t trust) []func() error {
-	transport := &http.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: t.ca.Pool(), MinVersion: tls.VersionTLS13}, ForceAttemptHTTP2: true,
-		DialContext: new(net.Dialer).DialContext,
-	}
-	w.Cleanup(transport.CloseIdleConnections)
-	client, body := &http.Client{Transport: transport}, reviewOf(1)
+// reviewClients send reviews to a server, each over a connection of its own.
+func (w *world) reviewClients(client *http.Client, url string) []func() error {
+	body := reviewOf(1)
 	return slices.Repeat([]func() error{func() error {
-		request, err := http.NewRequestWithContext(w.ctx, http.MethodPost, "https://"+address+"/mutate", bytes.NewReader(body))
+		request, err := http.NewRequestWithContext(w.ctx, http.MethodPost, url+"/mutate", bytes.NewReader(body))
 		if err != nil {
 			return err
 		}

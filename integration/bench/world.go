@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,18 +18,19 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"testing"
 	"time"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
-	"github.com/credence-iam/credence/integration/bench/report"
 	"github.com/credence-iam/credence/integration/process"
 )
 
 // world is where one metric is measured. It works like a testing.B: check, must and Fatalf end the measurement, and
 // Cleanup registers a function that undoes a start. Only the goroutine of the measurement may call these.
 type world struct {
+	testing.TB // nil: doubles for tests take one, and call only the methods below
 	*bench
 
 	ctx      context.Context // ends with the measurement
@@ -58,19 +58,20 @@ func must[T any](value T, err error) T {
 	return value
 }
 
-// Helper implements certstest.TB.
+// Helper implements testing.TB.
 func (w *world) Helper() {}
 
-// Fatalf implements certstest.TB.
+// Fatal implements testing.TB.
+func (w *world) Fatal(args ...any) { check(errors.New(fmt.Sprint(args...))) }
+
+// Fatalf implements testing.TB.
 func (w *world) Fatalf(format string, args ...any) { check(fmt.Errorf(format, args...)) }
+
+// TempDir makes a folder, which is removed with everything that this program started.
+func (w *world) TempDir() string { return must(os.MkdirTemp(w.programs.Dir(), "world-")) }
 
 // Cleanup calls undo at the end of the measurement, the last one first.
 func (w *world) Cleanup(undo func()) { w.cleanups = append(w.cleanups, undo) }
-
-// runsOf measures m in a world of its own.
-func (b *bench) runsOf(ctx context.Context, m metric) ([]report.Run, error) {
-	return inWorld(ctx, b, m.measure)
-}
 
 func inWorld[T any](ctx context.Context, b *bench, measure func(*world) T) (result T, err error) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -94,10 +95,10 @@ func inWorld[T any](ctx context.Context, b *bench, measure func(*world) T) (resu
 }
 
 // repeat measures n runs, each in a world of its own.
-func (w *world) repeat(n int, run func(w *world, i int) report.Run) []report.Run {
-	var runs []report.Run
+func (w *world) repeat(n int, once func(w *world, i int) measurement) []measurement {
+	var runs []measurement
 	for i := range n {
-		runs = append(runs, must(inWorld(w.ctx, w.bench, func(w *world) report.Run { return run(w, i) })))
+		runs = append(runs, must(inWorld(w.ctx, w.bench, func(w *world) measurement { return once(w, i) })))
 	}
 	return runs
 }
@@ -111,8 +112,8 @@ type side func(length time.Duration) []float64
 const slice = 100 * time.Millisecond
 
 // paired measures ours beside bare in all runs.
-func (w *world) paired(ours, bare side) []report.Run {
-	var runs []report.Run
+func (w *world) paired(ours, bare side) []measurement {
+	var runs []measurement
 	for i := range w.runs {
 		runs = append(runs, w.pair(i, ours, bare))
 	}
@@ -121,7 +122,7 @@ func (w *world) paired(ours, bare side) []report.Run {
 
 // pair is the i-th run. Its values are the medians of each side's measurements. The side that begins alternates, so
 // that neither always profits from what the other has warmed. The first turn of both warms up and does not count.
-func (w *world) pair(i int, ours, bare side) report.Run {
+func (w *world) pair(i int, ours, bare side) measurement {
 	var measured [2][]float64
 	for turn := range 1 + max(1, int(w.duration/slice)) {
 		for n := range 2 {
@@ -133,10 +134,8 @@ func (w *world) pair(i int, ours, bare side) report.Run {
 			}
 		}
 	}
-	return beside(report.Median(measured[0]), report.Median(measured[1]))
+	return beside(median(measured[0]), median(measured[1]))
 }
-
-func beside(value, baseline float64) report.Run { return report.Run{Value: value, Baseline: &baseline} }
 
 // repeated makes a side of a function that measures once.
 func repeated(once func() float64) side {
@@ -243,9 +242,6 @@ func figure(out []byte, name string) float64 {
 	return must(strconv.ParseFloat(string(found[1]), 64))
 }
 
-// folder makes a folder, which is removed with everything that this program started.
-func (w *world) folder() string { return must(os.MkdirTemp(w.programs.Dir(), "world-")) }
-
 func (w *world) sleep(d time.Duration) {
 	select {
 	case <-time.After(d):
@@ -302,7 +298,7 @@ type trust struct {
 }
 
 func (w *world) newTrust() trust {
-	ca, dir := certstest.NewCA(w), w.folder()
+	ca, dir := certstest.NewCA(w), w.TempDir()
 	t := trust{ca: ca, rootsFile: ca.WriteTo(filepath.Join(dir, "roots"))}
 	t.certFile, t.keyFile = ca.Leaf(serverName).WriteTo(filepath.Join(dir, "tls"))
 	t.pair, t.roots = must(certs.NewKeyPair(t.certFile, t.keyFile, discard)), must(certs.NewRoots(t.rootsFile, discard))
@@ -317,17 +313,6 @@ func (w *world) listen() (net.Listener, string) {
 	_, port, err := net.SplitHostPort(listener.Addr().String())
 	check(err)
 	return listener, net.JoinHostPort(serverName, port)
-}
-
-// serveHTTP serves handler over TLS with these protocols until the world ends, and returns the address.
-func (w *world) serveHTTP(t trust, handler http.Handler, protocols ...string) string {
-	listener, address := w.listen()
-	config := certs.ServerConfig(t.pair)
-	config.NextProtos = protocols
-	server := &http.Server{TLSConfig: config, ReadHeaderTimeout: time.Minute, Handler: handler}
-	go func() { _ = server.ServeTLS(listener, "", "") }()
-	w.Cleanup(func() { _ = server.Close() })
-	return address
 }
 
 // session is an AWS session of the usual lengths.
