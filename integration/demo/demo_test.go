@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 
@@ -41,7 +40,7 @@ func testDemo(t *testing.T, kind func(*demo) play, runs string, texts ...string)
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	d := &demo{printer: newPrinter(&out, false), role: "other", runs: runs}
+	d := &demo{printer: &printer{out: &out}, role: "other", runs: runs}
 	err := d.run(t.Context(), kind(d))
 	shown := out.String()
 	for name, unwanted := range map[string]string{
@@ -53,12 +52,6 @@ func testDemo(t *testing.T, kind func(*demo) play, runs string, texts ...string)
 	} {
 		if regexp.MustCompile(unwanted).MatchString(shown) {
 			t.Fatalf("the demo showed %s; its output is not repeated here", name)
-		}
-	}
-	for line := range strings.Lines(shown) {
-		// A single word is not folded, such as a path that a user copies.
-		if words := strings.Fields(strings.TrimSuffix(line, "\\\n")); len(line) > width+1 && len(words) > 1 {
-			t.Errorf("the demo showed a long line: %s", line)
 		}
 	}
 	if err != nil {
@@ -93,7 +86,7 @@ func TestInterruptedDemo(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	out := &watcher{text: "kubectl apply", seen: cancel}
-	d := &demo{printer: newPrinter(out, false), role: "other", runs: t.TempDir()}
+	d := &demo{printer: &printer{out: out}, role: "other", runs: t.TempDir()}
 	err := d.run(ctx, onControlPlane(d))
 	if err == nil || !strings.Contains(err.Error(), "interrupted") {
 		t.Errorf("the demo ended with %v, want an error that says that it was interrupted", err)
@@ -118,20 +111,4 @@ func (w *watcher) Write(b []byte) (int, error) {
 		w.seen()
 	}
 	return w.shown.Write(b)
-}
-
-// TestFold checks that folding loses only spaces at the folds, and keeps to the width.
-func TestFold(t *testing.T) {
-	for line, want := range map[string][]string{
-		"":               nil,
-		"0123456789":     {"0123456789"},
-		"012345678 9ab":  {"012345678", "9ab"},
-		`{"a":1,"b":23}`: {`{"a":1,`, `"b":23}`},
-		"0123456789abc":  {"0123456789", "abc"},
-		"012345678é":     {"012345678", "é"},
-	} {
-		if got := fold(line, 10); !slices.Equal(got, want) {
-			t.Errorf("fold(%q) = %q, want %q", line, got, want)
-		}
-	}
 }

@@ -39,7 +39,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer stop()
 	d := &demo{
-		printer: newPrinter(os.Stdout, wantsColor(os.Stdout)),
+		printer: &printer{out: os.Stdout, color: wantsColor(os.Stdout)},
 		role:    cmp.Or(os.Getenv("DEMO_ROLE"), "reports"), keep: os.Getenv("KEEP") != "" && os.Getenv("KEEP") != "0",
 	}
 	kind := onNodes
@@ -73,10 +73,10 @@ type play struct {
 	kept    func() // says how to use what is kept
 }
 
-// step is a headline, and what is shown below it.
+// step is a headline, an explanation, and what is shown below them.
 type step struct {
-	headline string
-	do       func(context.Context) error
+	headline, explanation string
+	do                    func(context.Context) error
 }
 
 // signalDelay is how long after a command's end the signal may arrive that ended it. It is ample, and too short to notice.
@@ -106,34 +106,24 @@ func (d *demo) run(ctx context.Context, p play) (err error) {
 		}
 		err = errors.Join(err, d.cluster.Stop())
 	}()
-	d.say("Credence gives each annotated pod its own short-lived AWS credentials. This demo shows the whole path on a real " + p.opening)
-	var total time.Duration
-	took := make([]time.Duration, len(p.steps))
+	d.say("Credence gives each annotated pod its own short-lived AWS credentials.\nThis demo shows the whole path on a real " + p.opening)
 	for i, step := range p.steps {
 		d.headline(fmt.Sprintf("%d  %s", i, step.headline))
+		if step.explanation != "" {
+			d.say(step.explanation)
+		}
 		began := time.Now()
 		if err := step.do(ctx); err != nil {
 			return err
 		}
-		took[i] = time.Since(began)
-		total += took[i]
-		d.line(faint, fmt.Sprintf("%s(%.2f s)", proseIndent, took[i].Seconds()))
+		d.print(faint, "   ", fmt.Sprintf("(%.2f s)", time.Since(began).Seconds()))
 	}
-	d.headline("Times")
-	for i, step := range p.steps {
-		d.line(plain, fmt.Sprintf("%s%6.2f s   %2d  %s", proseIndent, took[i].Seconds(), i, step.headline))
-	}
-	d.line(plain, fmt.Sprintf("%s%6.2f s   in all", proseIndent, total.Seconds()))
 	d.headline("Try next")
-	for _, try := range [][2]string{
-		{"DEMO_ROLE=" + d.foreign() + " make demo", "the other role: it opens the other bucket, but not this one"},
-		{"DEMO_ROLE=admin make demo", "a role that the namespace does not permit"},
-		{"KEEP=1 make demo", "the same, running until you press Ctrl-C"},
-		{"docs/architecture.md", "how it works, with one diagram"},
-		{"make test", "the tests, on the same control plane"},
-	} {
-		d.line(plain, fmt.Sprintf("%s%-26s %s", proseIndent, try[0], try[1]))
-	}
+	d.say(fmt.Sprintf(`DEMO_ROLE=%-16s the other role: it opens the other bucket, but not this one
+DEMO_ROLE=admin make demo  a role that the namespace does not permit
+KEEP=1 make demo           the same, running until you press Ctrl-C
+docs/architecture.md       how it works, with one diagram
+make test                  the tests, on the same control plane`, d.foreign()+" make demo"))
 	if d.keep {
 		d.headline("Running until you press Ctrl-C")
 		d.say("In another terminal:")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	_ "embed" // for the manifest
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/deployment"
 )
@@ -29,17 +31,21 @@ func onNodes(d *demo) play {
 	return play{
 		opening: "Kubernetes with a node, in its own networks on this machine.",
 		steps: []step{
-			{"Start a cluster: control plane, DNS, a node with kubelet and containerd", p.start},
-			{"Build the images; start an STS and an object store that pods can reach", p.prepare},
-			{"Install cert-manager with Helm", func(ctx context.Context) error { return p.install(ctx, p.deployment.CertManager) }},
-			{"Install Credence with Helm", p.installCredence},
-			{"A namespace opts in and permits roles", p.optIn},
-			{"A Deployment requests a role, and runs", p.deploy},
-			{"What the webhook added to its pod", func(ctx context.Context) error { return p.showInjected(ctx, "-l", "app="+app) }},
-			{"The application: an unmodified AWS SDK", p.runApplication},
-			{"What Credence refuses when a user creates a pod", p.showRefusals},
-			{"What Credence refuses when a Deployment creates a pod", p.showRefusedDeployment},
-			{"What the broker logged", func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
+			{"Start a cluster: control plane, DNS, a node with kubelet and containerd", "", p.start},
+			{"Build the images; start an STS and an object store that pods can reach", `The images are built FROM scratch, without Docker, and loaded on the node. Beside them run an STS with AWS's
+protocol and MinIO, which makes the STS's credentials. Each bucket opens only for the role of the same name.
+The demo runs each command as shown.`, p.prepare},
+			{"Install cert-manager with Helm", "", func(ctx context.Context) error { return p.install(ctx, p.deployment.CertManager) }},
+			{"Install Credence with Helm", "The values name the images, the local STS, and a Secret with the broker's own AWS keys.", p.installCredence},
+			{"A namespace opts in and permits roles", optInText, p.optIn},
+			{"A Deployment requests a role, and runs", "", p.deploy},
+			{"What the webhook added to its pod", "", p.showInjected},
+			{"The application: an unmodified AWS SDK", `awsclient is a small program with the AWS SDK for Go, alone in its image. Its only settings are those in the
+manifest and those that the webhook added.`, p.runApplication},
+			{"What Credence refuses when a user creates a pod", "", p.showRefusals},
+			{"What Credence refuses when a Deployment creates a pod", `The API server stores the Deployment, because Credence checks only pods. The Events of its ReplicaSet say
+why it has no pod.`, p.showRefusedDeployment},
+			{"What the broker logged", auditText, func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
 		},
 		kept: func() {
 			for _, node := range d.cluster.Nodes() {
@@ -60,8 +66,6 @@ func (p *nodes) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	p.kubectl = p.deployment.Kubectl
-	p.say("The images are built FROM scratch, without Docker, and loaded on the node. MinIO runs, with the buckets " +
-		strings.Join(buckets, " and ") + ", and an STS with AWS's protocol, whose credentials MinIO makes. The demo runs each command as shown.")
 	_, err = p.kube(ctx, "", "get", "nodes")
 	return err
 }
@@ -81,7 +85,6 @@ func (p *nodes) installCredence(ctx context.Context) error {
 	if err := p.install(ctx, p.deployment.Credence); err != nil {
 		return err
 	}
-	p.say("The values name the images, the local STS, and a Secret with the broker's own AWS keys.")
 	_, err := p.kube(ctx, "", "get", "pods,certificates", "-n", deployment.Namespace)
 	return err
 }
@@ -113,8 +116,6 @@ func (p *nodes) deploy(ctx context.Context) error {
 }
 
 func (p *nodes) runApplication(ctx context.Context) error {
-	p.say("awsclient is a small program with the AWS SDK for Go, alone in its image. Its only settings are those in the " +
-		"manifest and those that the webhook added.")
 	return p.showCalls(func(stdin string, args ...string) (string, error) {
 		command := []string{"exec", "-n", namespace, "deploy/" + app, "-c", "app"}
 		if stdin != "" {
@@ -129,18 +130,18 @@ const describeTimeout = time.Minute
 
 // describe shows the Events of the Deployment's ReplicaSet when they include a refusal.
 func (p *nodes) describe(ctx context.Context, name string) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, describeTimeout, errors.New("no Event reports the refusal"))
+	ctx, cancel := context.WithTimeout(ctx, describeTimeout)
 	defer cancel()
 	args := []string{"describe", "replicaset", "-l", "app=" + name, "-n", namespace}
-	return every(ctx, 200*time.Millisecond, func() (bool, error) {
+	return await.Poll(ctx, func() error {
 		out, err := p.deployment.Run(ctx, "", p.kubectl, args...)
 		if err != nil || !strings.Contains(out, "does not permit role") {
-			return false, nil //nolint:nilerr // kubectl may fail now and then; ctx bounds the wait.
+			return cmp.Or(err, errors.New("no Event reports the refusal"))
 		}
 		p.typed("", append([]string{filepath.Base(p.kubectl)}, args...)...)
 		_, events, _ := strings.Cut(out, "\nEvents:")
 		p.output("…\nEvents:" + events)
-		return true, nil
+		return nil
 	})
 }
 
@@ -148,7 +149,6 @@ func (p *nodes) showRefusedDeployment(ctx context.Context) error {
 	if _, err := p.kube(ctx, p.manifest("greedy", "admin"), "apply", "-n", namespace, "-f", "-"); err != nil {
 		return err
 	}
-	p.say("The API server stored the Deployment, because Credence checks only pods. The Events of its ReplicaSet say why it has no pod:")
 	return p.describe(ctx, "greedy")
 }
 

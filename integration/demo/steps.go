@@ -18,6 +18,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -28,6 +29,12 @@ const (
 
 // buckets are the buckets in the object store, and the roles that the namespace permits.
 var buckets = []string{"reports", "other"}
+
+// The explanations of steps that every demo has.
+const (
+	optInText = `The broker publishes its root certificate in each opted-in namespace, as ConfigMap credence-trust.`
+	auditText = `The broker writes one line for each decision. AWS CloudTrail records the session under the access key ID.`
+)
 
 // errUnexpected says that a command succeeded but had other output than expected.
 var errUnexpected = errors.New("unexpected output")
@@ -78,22 +85,6 @@ func (d *demo) kube(ctx context.Context, stdin string, args ...string) (string, 
 	return out, err
 }
 
-// every calls do each interval until it returns true or an error, or ctx ends.
-func every(ctx context.Context, interval time.Duration, do func() (bool, error)) error {
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
-	for {
-		if done, err := do(); done || err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-ticker.C:
-		}
-	}
-}
-
 // optIn makes the namespace.
 func (d *demo) optIn(ctx context.Context) error {
 	for _, args := range [][]string{
@@ -114,64 +105,38 @@ func quoteYAML(text string) string {
 	return strings.TrimSpace(string(quoted))
 }
 
-// showInjected gets a pod and shows what the webhook added to it.
-func (d *demo) showInjected(ctx context.Context, pods ...string) error {
-	out, err := d.quietKube(ctx, "", append([]string{"get", "pods", "-n", namespace, "-o", "json"}, pods...)...)
+// showInjected gets the pod, and shows what the webhook added to it.
+func (d *demo) showInjected(ctx context.Context) error {
+	out, err := d.quietKube(ctx, "", "get", "pods", "-n", namespace, "-l", "app="+app, "-o", "json")
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, out)
 	}
-	var response struct { // one pod, or a list
-		corev1.Pod
-
-		Items []corev1.Pod `json:"items"`
-	}
-	if err := json.Unmarshal([]byte(out), &response); err != nil {
+	var pods corev1.PodList
+	if err := json.Unmarshal([]byte(out), &pods); err != nil {
 		return fmt.Errorf("decoding the pod: %w", err)
 	}
-	d.pod = &append(response.Items, response.Pod)[0]
+	if len(pods.Items) == 0 {
+		return errors.New("the pod is not stored")
+	}
+	d.pod = &pods.Items[0]
 	at := slices.IndexFunc(d.pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == stack.SidecarName })
-	token, roots := d.projected()
-	if at < 0 || token == nil || roots == nil {
+	volume := slices.IndexFunc(d.pod.Spec.Volumes, func(v corev1.Volume) bool { return strings.HasPrefix(v.Name, "credence-") })
+	if at < 0 || volume < 0 {
 		return errors.New("the stored pod lacks the sidecar, or its token and roots")
 	}
-	sidecar := d.pod.Spec.InitContainers[at]
-	d.say("The webhook added:")
-	d.output(fmt.Sprintf("spec.initContainers[%d]: %s", at, sidecar.Name))
-	d.output(fmt.Sprintf("  command        %s, restartPolicy %s", strings.Join(sidecar.Command, " "), *sidecar.RestartPolicy))
-	d.output("  startupProbe   exec " + strings.Join(sidecar.StartupProbe.Exec.Command, " "))
-	d.showEnv(sidecar)
-	for _, mount := range sidecar.VolumeMounts {
-		d.output(fmt.Sprintf("  volumeMounts   %s at %s", mount.Name, mount.MountPath))
-	}
-	d.output("spec.containers[0]: " + d.pod.Spec.Containers[0].Name)
-	d.showEnv(d.pod.Spec.Containers[0])
-	d.output("spec.volumes: " + sidecar.VolumeMounts[0].Name)
-	d.output(fmt.Sprintf("  token          audience %s, valid for %s", token.Audience, time.Duration(*token.ExpirationSeconds)*time.Second))
-	d.output(fmt.Sprintf("  %-14s from ConfigMap %s", roots.Items[0].Path, roots.Name))
-	return nil
-}
-
-func (d *demo) showEnv(c corev1.Container) {
-	for i, e := range c.Env {
-		value := e.Value
-		if e.ValueFrom != nil && e.ValueFrom.FieldRef != nil {
-			value = "(the pod's " + e.ValueFrom.FieldRef.FieldPath + ")"
-		}
-		d.output(fmt.Sprintf("  %-14s %s=%s", []string{"env", ""}[min(i, 1)], e.Name, value))
-	}
-}
-
-// projected returns the token and the roots in the volumes that the webhook added.
-func (d *demo) projected() (token *corev1.ServiceAccountTokenProjection, roots *corev1.ConfigMapProjection) {
-	for _, volume := range d.pod.Spec.Volumes {
-		if volume.Projected == nil || !strings.HasPrefix(volume.Name, "credence-") {
-			continue
-		}
-		for _, source := range volume.Projected.Sources {
-			token, roots = cmp.Or(source.ServiceAccountToken, token), cmp.Or(source.ConfigMap, roots)
-		}
-	}
-	return token, roots
+	sidecar, application := d.pod.Spec.InitContainers[at], d.pod.Spec.Containers[0]
+	// Without the fields that every container has.
+	added, err := yaml.Marshal(corev1.PodSpec{
+		InitContainers: []corev1.Container{{
+			Name: sidecar.Name, Command: sidecar.Command, RestartPolicy: sidecar.RestartPolicy, Env: sidecar.Env, VolumeMounts: sidecar.VolumeMounts,
+			StartupProbe: &corev1.Probe{ProbeHandler: sidecar.StartupProbe.ProbeHandler},
+		}},
+		Containers: []corev1.Container{{Name: application.Name, Env: application.Env}},
+		Volumes:    []corev1.Volume{d.pod.Spec.Volumes[volume]},
+	})
+	d.say("The webhook added, in short:")
+	d.output(string(added))
+	return err
 }
 
 // showRefusals shows how Credence refuses pods that a user makes.
@@ -222,21 +187,23 @@ const auditTimeout = 10 * time.Second
 
 // showAudit shows the audit line of the pod. read returns the brokers' logs.
 func (d *demo) showAudit(ctx context.Context, read func(context.Context) (string, error)) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, auditTimeout, errors.New("the broker has not written an audit line for the pod"))
+	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
 	defer cancel()
-	return every(ctx, 50*time.Millisecond, func() (bool, error) {
+	return await.Poll(ctx, func() error {
 		log, err := read(ctx)
+		if err != nil {
+			return await.Never{Err: err}
+		}
 		for line := range strings.Lines(log) {
 			var entry struct {
 				Decision string `json:"decision"`
 				PodUID   string `json:"pod_uid"`
 			}
 			if json.Unmarshal([]byte(line), &entry) == nil && entry.Decision == "allow" && entry.PodUID == string(d.pod.UID) {
-				d.say("The broker writes one line for each decision. AWS CloudTrail records the session under the access key ID:")
 				d.output(line)
-				return true, nil
+				return nil
 			}
 		}
-		return false, err
+		return errors.New("the broker has not written an audit line for the pod")
 	})
 }
