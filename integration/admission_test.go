@@ -49,7 +49,7 @@ func TestAnnotatedPodGetsExactlyOneSidecarFirst(t *testing.T) {
 		t.Errorf("the sidecar has mounts %v, want its own only", sidecar.VolumeMounts)
 	}
 	// Cluster admins read the webhook's log. It names the decision, but no value of the pod's environment.
-	log, err := os.ReadFile(credence.WebhookLog())
+	log, err := os.ReadFile(credence.Webhook.Log())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +222,7 @@ func TestSettingsFileIsFollowed(t *testing.T) {
 		if got != want {
 			return fmt.Errorf("the pod has %s, want %s", got, want)
 		}
-		metrics, err := credence.WebhookMetrics(t.Context())
+		metrics, err := credence.Metrics(t.Context(), credence.Webhook)
 		if err == nil && !strings.Contains(metrics, "\ncredence_webhook_sidecar_settings_file_ok "+ok+"\n") {
 			err = fmt.Errorf("credence_webhook_sidecar_settings_file_ok is not %s", ok)
 		}

@@ -253,7 +253,7 @@ func call(t *testing.T, token string) (credential.Lease, error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := client.New(client.Config{Target: credence.BrokerAddress(), TLS: certs.ClientConfig(roots, ""), TokenFile: file})
+	c, err := client.New(client.Config{Target: credence.Broker.Address, TLS: certs.ClientConfig(roots, ""), TokenFile: file})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,13 +273,13 @@ func refused(lease credential.Lease, err error, reason credential.Reason) error 
 // restartWebhook restarts the webhook with more flags until the test ends.
 func restartWebhook(t *testing.T, flags ...string) {
 	t.Helper()
-	restart(t, credence.StopWebhook, credence.StartWebhook, flags)
+	restart(t, credence.Webhook.ShutDown, credence.StartWebhook, flags)
 }
 
 // restartBroker restarts the broker with more flags until the test ends.
 func restartBroker(t *testing.T, flags ...string) {
 	t.Helper()
-	restart(t, credence.StopBroker, credence.StartBroker, flags)
+	restart(t, credence.Broker.ShutDown, credence.StartBroker, flags)
 }
 
 func restart(t *testing.T, stop func(), start func(context.Context, ...string) error, flags []string) {

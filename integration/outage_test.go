@@ -20,7 +20,7 @@ import (
 
 func TestSidecarServesWhileTheBrokerIsUnavailable(t *testing.T) {
 	env, _ := app(t, create(t, namespace(t, ".*"), "app", role("cart")))
-	credence.StopBroker()
+	credence.Broker.ShutDown()
 	got, err := command(t, env, "", awsclient, "whoami")
 	if startErr := credence.StartBroker(t.Context()); startErr != nil {
 		t.Fatal(startErr)
@@ -59,7 +59,7 @@ func TestReplacedCertificatesAreServedAndTrustedWithoutRestart(t *testing.T) {
 	if err := sidecar.WriteVolumes(t.Context()); err != nil { // as a kubelet does when the ConfigMap changes
 		t.Fatal(err)
 	}
-	for _, address := range []string{credence.BrokerAddress(), credence.WebhookAddress()} {
+	for _, address := range []string{credence.Broker.Address, credence.Webhook.Address} {
 		await.Until(t, address+" serves the new certificate", func() error {
 			newest, err := credence.ServedBy(t.Context(), address)
 			if err == nil && !newest {

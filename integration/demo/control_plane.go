@@ -139,7 +139,7 @@ func (p *controlPlane) runApplication(ctx context.Context) error {
 }
 
 func (p *controlPlane) readAudit(context.Context) (string, error) {
-	log, err := os.ReadFile(p.stack.BrokerLog())
+	log, err := os.ReadFile(p.stack.Broker.Log())
 	if err != nil {
 		return "", fmt.Errorf("reading the broker's log: %w", err)
 	}

@@ -373,7 +373,7 @@ func (l *lab) storms() ([]string, error) {
 	for _, p := range l.pods {
 		l.stop(p)
 	}
-	calls, err := brokerCalls(l.stack.BrokerLog())
+	calls, err := brokerCalls(l.stack.Broker.Log())
 	if err != nil {
 		return nil, err
 	}

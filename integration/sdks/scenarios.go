@@ -60,7 +60,7 @@ func (l *lab) run(ctx context.Context) error {
 			if err := l.each(ctx, -1, l.restartExpired); err != nil {
 				return err
 			}
-			l.stack.StopBroker()
+			l.stack.Broker.ShutDown()
 			l.brokerStopped = time.Now()
 			return l.each(ctx, -1, l.away)
 		}},

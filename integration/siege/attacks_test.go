@@ -52,7 +52,7 @@ func TestConnectionsToTheBroker(t *testing.T) {
 		"calls by nobody":             64,
 	} {
 		t.Run(step, func(t *testing.T) {
-			calls := besiege(t, credence.BrokerAddress(), "h2", connections, step)
+			calls := besiege(t, credence.Broker.Address, "h2", connections, step)
 			longest = max(longest, calls.quantile(0.99))
 		})
 	}
@@ -71,14 +71,14 @@ func TestConnectionsToTheWebhook(t *testing.T) {
 		"head without end": {500, "http/1.1", "many headers without end"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			besiege(t, credence.WebhookAddress(), test.protocol, test.connections, test.step)
+			besiege(t, credence.Webhook.Address, test.protocol, test.connections, test.step)
 		})
 	}
 }
 
 // Health and metrics have no TLS, for every client that reaches the pod.
 func TestConnectionsForHealthAndMetrics(t *testing.T) {
-	for name, address := range map[string]string{"broker": credence.BrokerAdminAddress(), "webhook": credence.WebhookAdminAddress()} {
+	for name, address := range map[string]string{"broker": credence.Broker.Admin, "webhook": credence.Webhook.Admin} {
 		t.Run(name, func(t *testing.T) { besiege(t, address, "", 1000, "a scrape and then silence") })
 	}
 }
@@ -87,7 +87,7 @@ func TestConnectionsForHealthAndMetrics(t *testing.T) {
 func TestReviewOfManyContainers(t *testing.T) {
 	body := manyContainers(60_000)
 	siege(t, func(ctx context.Context) string {
-		reviews := attack.RepeatReviews(ctx, credence.WebhookAddress(), 2, body, attackers...)
+		reviews := attack.RepeatReviews(ctx, credence.Webhook.Address, 2, body, attackers...)
 		if !strings.Contains(reviews, "200") {
 			t.Error("the webhook responded to no review")
 		}
@@ -115,7 +115,7 @@ func manyContainers(n int) []byte {
 func repeatCalls(t *testing.T, n int, token func() string) *record {
 	t.Helper()
 	return siege(t, func(ctx context.Context) string {
-		refused := attack.RepeatCalls(ctx, credence.BrokerAddress(), n, token, attackers...)
+		refused := attack.RepeatCalls(ctx, credence.Broker.Address, n, token, attackers...)
 		if refused < int64(n) {
 			t.Errorf("the broker refused only %d calls", refused)
 		}
@@ -190,7 +190,7 @@ func TestCallsWithoutToken(t *testing.T) {
 // auditLines counts the broker's audit lines by decision.
 func auditLines(t *testing.T) map[string]int {
 	t.Helper()
-	log, err := os.Open(credence.BrokerLog())
+	log, err := os.Open(credence.Broker.Log())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func auditLines(t *testing.T) map[string]int {
 // restartBroker starts the broker again with further flags.
 func restartBroker(t *testing.T, flags ...string) {
 	t.Helper()
-	credence.StopBroker()
+	credence.Broker.ShutDown()
 	// The test's context has ended when this is deferred.
 	if err := credence.StartBroker(context.WithoutCancel(t.Context()), flags...); err != nil {
 		t.Fatal(err)

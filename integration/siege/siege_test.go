@@ -96,7 +96,7 @@ func allowFiles(n uint64) error {
 func siege(t *testing.T, run func(context.Context) string) (calls *record) {
 	t.Helper()
 	pod, broker := running(t)
-	programs := map[string]*stack.Program{"broker": credence.Broker(), "webhook": credence.Webhook()}
+	programs := map[string]*stack.Program{"broker": credence.Broker, "webhook": credence.Webhook}
 	ctx, cancel := context.WithTimeout(t.Context(), length)
 	defer cancel()
 	calls, endTraffic := traffic(t, pod, broker)
@@ -202,7 +202,7 @@ func running(t *testing.T) (*corev1.Pod, *client.Client) {
 	if err := os.WriteFile(file, []byte(token(t, pod)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c, err := client.New(client.Config{Target: credence.BrokerAddress(), TLS: brokerTLS(t), TokenFile: file})
+	c, err := client.New(client.Config{Target: credence.Broker.Address, TLS: brokerTLS(t), TokenFile: file})
 	if err != nil {
 		t.Fatal(err)
 	}

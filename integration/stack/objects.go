@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/chart"
 )
 
@@ -99,7 +100,7 @@ func (s *Stack) install(ctx context.Context) error {
 
 // registerWebhook registers the webhook as the chart does, but at its address here. It returns when the API server calls it.
 func (s *Stack) registerWebhook(ctx context.Context) error {
-	url := "https://" + s.webhook.address + "/mutate"
+	url := "https://" + s.Webhook.Address + "/mutate"
 	s.registration.Webhooks[0].ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
 	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
 	if _, err := configs.Create(ctx, s.registration, metav1.CreateOptions{}); err != nil {
@@ -111,9 +112,11 @@ func (s *Stack) registerWebhook(ctx context.Context) error {
 	}
 	// The webhook refuses a misspelled key. As a dry run, the pod is never stored.
 	pod := Pod("check", map[string]string{"iam.amazonaws.com/roel": "x"})
-	if err := poll(ctx, func() bool {
-		_, err := s.Client.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
-		return err != nil
+	if err := await.Poll(ctx, func() error {
+		if _, err := s.Client.CoreV1().Pods(namespace).Create(ctx, pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}); err != nil {
+			return nil //nolint:nilerr // The webhook refuses.
+		}
+		return errors.New("the pod is not refused")
 	}); err != nil {
 		return fmt.Errorf("waiting until the API server calls the webhook: %w", err)
 	}

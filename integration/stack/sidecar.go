@@ -20,6 +20,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/certs/certstest"
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/process"
 )
 
@@ -136,11 +137,9 @@ func (c *Sidecar) WriteVolumes(ctx context.Context) error {
 
 // configMap reads a ConfigMap. It waits until the ConfigMap exists, as a kubelet does.
 func (c *Sidecar) configMap(ctx context.Context, name string) (m *corev1.ConfigMap, err error) {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	if err := poll(ctx, func() bool {
+	if err := await.Poll(ctx, func() error {
 		m, err = c.stack.Client.CoreV1().ConfigMaps(c.pod.Namespace).Get(ctx, name, metav1.GetOptions{})
-		return err == nil
+		return err
 	}); err != nil {
 		return nil, fmt.Errorf("reading ConfigMap %s/%s: %w", c.pod.Namespace, name, err)
 	}

@@ -35,6 +35,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/certs/trust"
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/process"
 )
@@ -66,8 +67,6 @@ const (
 	// propagation is the broker's setting for how long a changed ConfigMap takes to reach pods. Here no kubelet has to be
 	// waited for: the test that runs a sidecar writes its volumes.
 	propagation = 2 * time.Second
-	// pollInterval is the time between two polls. Most conditions here take tens of milliseconds.
-	pollInterval = 20 * time.Millisecond
 )
 
 // Config configures [Start].
@@ -89,22 +88,29 @@ type Stack struct {
 	STS *ststest.Server
 	// Client has all rights on the cluster.
 	Client kubernetes.Interface
+	// Broker and Webhook are the programs.
+	Broker, Webhook *Program
 
-	cluster         *cluster.Cluster
-	run             *process.Run
-	ca              *certstest.CA
-	broker, webhook *Program
-	registration    *admissionregistrationv1.MutatingWebhookConfiguration
+	cluster      *cluster.Cluster
+	run          *process.Run
+	ca           *certstest.CA
+	registration *admissionregistrationv1.MutatingWebhookConfiguration
 }
 
 // Program is the broker or the webhook, as started last.
 type Program struct {
 	*process.Process // nil before the first start
 
-	name, address, admin string
-	memory               int64 // limit; 0: none
-	limit                *process.MemoryLimit
-	starts               int
+	// Address is where the program serves. The broker's has a host name, as a Service has, because a certificate is compared
+	// with the dialed name.
+	Address string
+	// Admin is the address of health, readiness and metrics.
+	Admin string
+
+	name, listen string
+	memory       int64 // limit; 0: none
+	limit        *process.MemoryLimit
+	starts       int
 }
 
 // MemoryPeak returns the program's highest memory since its start, in bytes, if its memory is limited.
@@ -113,6 +119,13 @@ func (p *Program) MemoryPeak() (int64, error) {
 		return 0, fmt.Errorf("the memory of %s is not limited", p.name)
 	}
 	return p.limit.Peak()
+}
+
+// ShutDown stops the program, with time to drain. Not for concurrent use.
+func (p *Program) ShutDown() {
+	if p.Process != nil {
+		p.Stop(stopGrace)
+	}
 }
 
 // Start installs and starts everything, and returns when the broker and the webhook are ready. The caller must Close it.
@@ -128,18 +141,20 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	}
 	s := &Stack{
 		cluster: cfg.Cluster, run: cfg.Cluster.Run(), Client: client,
-		broker:  &Program{name: brokerName, memory: cfg.BrokerMemory},
-		webhook: &Program{name: webhookName, memory: cfg.WebhookMemory},
+		Broker:  &Program{name: brokerName, memory: cfg.BrokerMemory},
+		Webhook: &Program{name: webhookName, memory: cfg.WebhookMemory},
 	}
 	if err := s.build(ctx, cfg.Progress); err != nil {
 		return nil, err
 	}
-	for _, address := range []*string{&s.broker.address, &s.broker.admin, &s.webhook.address, &s.webhook.admin} {
+	for p, host := range map[*Program]string{s.Broker: brokerHost, s.Webhook: loopback} {
 		port, err := process.FreePort(ctx)
-		if err != nil {
+		adminPort, err2 := process.FreePort(ctx)
+		if err := errors.Join(err, err2); err != nil {
 			return nil, err
 		}
-		*address = net.JoinHostPort(loopback, strconv.Itoa(port))
+		p.listen, p.Address = net.JoinHostPort(loopback, strconv.Itoa(port)), net.JoinHostPort(host, strconv.Itoa(port))
+		p.Admin = net.JoinHostPort(loopback, strconv.Itoa(adminPort))
 	}
 	if err := certificates(func() { s.setCA(certstest.NewCA(tb{})) }); err != nil {
 		return nil, err
@@ -164,74 +179,35 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 
 // Close stops the programs, each with time to drain. The cluster keeps running.
 func (s *Stack) Close() {
-	s.StopWebhook()
-	s.StopBroker()
+	s.Webhook.ShutDown()
+	s.Broker.ShutDown()
 	s.STS.Close()
-}
-
-// BrokerAddress is the broker's gRPC target. It has a host name, as a Service has, because a certificate is compared with
-// the dialed name.
-func (s *Stack) BrokerAddress() string {
-	return brokerHost + strings.TrimPrefix(s.broker.address, loopback)
-}
-
-// WebhookAddress is the address of the webhook.
-func (s *Stack) WebhookAddress() string { return s.webhook.address }
-
-// BrokerAdminAddress is the address of the broker's health, readiness and metrics.
-func (s *Stack) BrokerAdminAddress() string { return s.broker.admin }
-
-// WebhookAdminAddress is the address of the webhook's health, readiness and metrics.
-func (s *Stack) WebhookAdminAddress() string { return s.webhook.admin }
-
-// BrokerLog is the path of the broker's log, audit lines included.
-func (s *Stack) BrokerLog() string { return s.broker.Log() }
-
-// WebhookLog is the path of the webhook's log.
-func (s *Stack) WebhookLog() string { return s.webhook.Log() }
-
-// Broker is the broker's program.
-func (s *Stack) Broker() *Program { return s.broker }
-
-// Webhook is the webhook's program.
-func (s *Stack) Webhook() *Program { return s.webhook }
-
-// StopBroker stops the broker. Not for concurrent use.
-func (s *Stack) StopBroker() { s.broker.stop() }
-
-// StopWebhook stops the webhook. Not for concurrent use.
-func (s *Stack) StopWebhook() { s.webhook.stop() }
-
-func (p *Program) stop() {
-	if p.Process != nil {
-		p.Stop(stopGrace)
-	}
 }
 
 // StartBroker starts the broker at the same address as before, with further flags if there are any. It returns when the
 // broker is ready. Not for concurrent use.
 func (s *Stack) StartBroker(ctx context.Context, flags ...string) error {
 	keyID, secret := s.STS.Keys()
-	return s.start(ctx, s.broker, process.Command{
+	return s.start(ctx, s.Broker, process.Command{
 		Args: slices.Concat([]string{
 			"--debug-listen=", "--roots-file=" + filepath.Join(s.dir(brokerName), "ca.crt"), "--namespace=" + SystemNamespace,
 			"--trust-owner=" + brokerName, "--trust-propagation=" + propagation.String(), "--audience=" + Audience,
 			"--sts-endpoint=" + s.STS.URL(), "--region=" + Region,
 		}, flags),
 		Env: append(NoAWSFiles(), "AWS_ACCESS_KEY_ID="+keyID, "AWS_SECRET_ACCESS_KEY="+secret.Reveal()),
-	}, "http://"+s.broker.admin)
+	}, "http://"+s.Broker.Admin)
 }
 
 // StartWebhook starts the webhook at the same address as before, with further flags if there are any. It returns when the
 // webhook is ready. Not for concurrent use.
 func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
-	return s.start(ctx, s.webhook, process.Command{Args: append(s.InjectFlags(), flags...)}, "https://"+s.webhook.address)
+	return s.start(ctx, s.Webhook, process.Command{Args: append(s.InjectFlags(), flags...)}, "https://"+s.Webhook.Address)
 }
 
 // InjectFlags are the flags of the webhook that determine what it injects. The command "credence inject" has them too.
 func (s *Stack) InjectFlags() []string {
 	return []string{
-		"--audience=" + Audience, "--broker=" + s.BrokerAddress(),
+		"--audience=" + Audience, "--broker=" + s.Broker.Address,
 		"--sidecar-image=credence-sidecar:test", "--base-arn=" + RoleARN(""),
 	}
 }
@@ -245,7 +221,7 @@ func (s *Stack) start(ctx context.Context, p *Program, command process.Command, 
 	}
 	command.Name, command.Path, command.Env = p.name, s.program(p.name), append(command.Env, raceEnv)
 	command.Args = append([]string{
-		"--listen=" + p.address, "--admin-listen=" + p.admin, "--kubeconfig=" + kubeconfig,
+		"--listen=" + p.listen, "--admin-listen=" + p.Admin, "--kubeconfig=" + kubeconfig,
 		"--tls-cert=" + filepath.Join(s.dir(p.name), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(p.name), "tls.key"),
 	}, command.Args...)
 	if p.memory > 0 {
@@ -263,49 +239,34 @@ func (s *Stack) start(ctx context.Context, p *Program, command process.Command, 
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	return p.WaitReady(ctx, func(ctx context.Context) error {
-		status, body, err := s.get(ctx, url+"/readyz")
-		if err == nil && status != http.StatusOK {
-			err = fmt.Errorf("%s/readyz responds %d: %s", url, status, body)
-		}
+		_, err := s.get(ctx, url+"/readyz")
 		return err
 	})
 }
 
-// get requests a page of a program.
-func (s *Stack) get(ctx context.Context, url string) (status int, body string, err error) {
+// get returns a page of a program.
+func (s *Stack) get(ctx context.Context, url string) (string, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return 0, "", err
+		return "", err
 	}
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: s.ca.Pool(), MinVersion: tls.VersionTLS13}}
 	defer transport.CloseIdleConnections()
 	response, err := (&http.Client{Transport: transport}).Do(request)
 	if err != nil {
-		return 0, "", err
+		return "", err
 	}
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
-	return response.StatusCode, string(text), err
-}
-
-// Metrics returns the broker's metrics.
-func (s *Stack) Metrics(ctx context.Context) (string, error) { return s.metrics(ctx, s.broker) }
-
-// WebhookMetrics returns the webhook's metrics.
-func (s *Stack) WebhookMetrics(ctx context.Context) (string, error) { return s.metrics(ctx, s.webhook) }
-
-func (s *Stack) metrics(ctx context.Context, p *Program) (string, error) {
-	status, text, err := s.get(ctx, "http://"+p.admin+"/metrics")
-	if err == nil && status != http.StatusOK {
-		err = fmt.Errorf("the metrics of %s have status %d", p.name, status)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s responds %d: %s", url, response.StatusCode, text)
 	}
-	return text, err
+	return string(text), err
 }
 
-// Readiness returns the response of the broker's /readyz: "ready", or the conditions that it waits for.
-func (s *Stack) Readiness(ctx context.Context) (string, error) {
-	_, text, err := s.get(ctx, "http://"+s.broker.admin+"/readyz")
-	return strings.TrimSuffix(text, "\n"), err
+// Metrics returns the metrics of a program.
+func (s *Stack) Metrics(ctx context.Context, p *Program) (string, error) {
+	return s.get(ctx, "http://"+p.Admin+"/metrics")
 }
 
 // module is Credence's module. A stack is always run from within it.
@@ -387,7 +348,7 @@ func (s *Stack) RotateCertificates(ctx context.Context) error {
 	}
 	for _, ns := range namespaces.Items {
 		if ns.DeletionTimestamp == nil {
-			if err := s.AwaitTrust(ctx, ns.Name); err != nil {
+			if err := s.awaitTrust(ctx, ns.Name); err != nil {
 				return err
 			}
 		}
@@ -443,41 +404,28 @@ func (s *Stack) MakeNamespace(ctx context.Context, ns *corev1.Namespace) error {
 	if _, err := s.Client.CoreV1().Namespaces().Create(ctx, ns, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("making a namespace: %w", err)
 	}
-	if err := poll(ctx, func() bool {
+	if err := await.Poll(ctx, func() error {
 		_, err := s.Client.CoreV1().ServiceAccounts(ns.Name).Get(ctx, "default", metav1.GetOptions{})
-		return err == nil
+		return err
 	}); err != nil {
 		return fmt.Errorf("waiting for the service account of namespace %s: %w", ns.Name, err)
 	}
 	if ns.Labels[optedIn] != "enabled" {
 		return nil
 	}
-	return s.AwaitTrust(ctx, ns.Name)
+	return s.awaitTrust(ctx, ns.Name)
 }
 
-// AwaitTrust waits until the broker has published its newest root in the namespace.
-func (s *Stack) AwaitTrust(ctx context.Context, namespace string) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
-	if err := poll(ctx, func() bool {
+// awaitTrust waits until the broker has published its newest root in the namespace.
+func (s *Stack) awaitTrust(ctx context.Context, namespace string) error {
+	if err := await.Poll(ctx, func() error {
 		roots, err := s.Client.CoreV1().ConfigMaps(namespace).Get(ctx, trustConfigMap, metav1.GetOptions{})
-		return err == nil && strings.Contains(roots.Data[trust.RootsKey], string(s.ca.PEM))
+		if err == nil && !strings.Contains(roots.Data[trust.RootsKey], string(s.ca.PEM)) {
+			err = errors.New("the newest root is missing")
+		}
+		return err
 	}); err != nil {
 		return fmt.Errorf("waiting for the broker to publish its roots in namespace %s: %w", namespace, err)
-	}
-	return nil
-}
-
-// poll calls done until it returns true or ctx ends.
-func poll(ctx context.Context, done func() bool) error {
-	ticker := time.NewTicker(pollInterval)
-	defer ticker.Stop()
-	for !done() {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-ticker.C:
-		}
 	}
 	return nil
 }
