@@ -9,6 +9,7 @@ package deployment
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,7 +18,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -26,6 +26,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/certmanager"
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/cluster"
@@ -39,10 +40,6 @@ import (
 const (
 	// Namespace is the namespace of the broker and the webhook.
 	Namespace = "credence"
-	// Region is the AWS region.
-	Region = stack.Region
-	// Account is the account of the broker, and of roles written as names.
-	Account = stack.Account
 	// AppImage is the image of awsclient, an application that uses an AWS SDK and does not know Credence.
 	AppImage = "localhost/awsclient:1"
 	// AppProgram is the program in AppImage.
@@ -53,9 +50,6 @@ const (
 	tag         = "local"
 	keysSecret  = "credence-aws-keys" // of the broker's own AWS user
 	helmTimeout = "3m"                // the disk that programs are loaded from may be busy
-
-	trustTimeout = time.Minute // it takes a second
-	pollInterval = 50 * time.Millisecond
 )
 
 // Config configures [Prepare].
@@ -151,7 +145,7 @@ func (d *Deployment) startServers(ctx context.Context, cfg Config) (err error) {
 	if d.Store, err = minio.Start(ctx, d.cluster.Run(), host, cfg.Progress); err != nil {
 		return err
 	}
-	cfg.STS.Account = Account
+	cfg.STS.Account = stack.Account
 	if cfg.STS.MinIO, err = stack.FillStore(ctx, d.Store, cfg.Buckets...); err != nil {
 		return err
 	}
@@ -162,9 +156,6 @@ func (d *Deployment) startServers(ctx context.Context, cfg Config) (err error) {
 	d.STS, err = ststest.StartOn(ctx, listener, host.Dial, cfg.STS)
 	return err
 }
-
-// RoleARN is the ARN of a role of the broker's account.
-func RoleARN(role string) string { return stack.RoleARN(role) }
 
 // prepareCredence makes the namespace with the keys of the broker's AWS user, as outside AWS, and writes the values of
 // the chart.
@@ -186,7 +177,7 @@ func (d *Deployment) prepareCredence(ctx context.Context) error {
 		return fmt.Errorf("storing the broker's AWS keys: %w", err)
 	}
 	values := filepath.Join(d.dir(), "credence-values.yaml")
-	if err := os.WriteFile(values, []byte(fmt.Sprintf(credenceValues, tag, Region, d.STS.URL(), RoleARN(""), keysSecret)), 0o600); err != nil {
+	if err := os.WriteFile(values, []byte(fmt.Sprintf(credenceValues, tag, stack.Region, d.STS.URL(), stack.RoleARN(""), keysSecret)), 0o600); err != nil {
 		return fmt.Errorf("writing the chart's values: %w", err)
 	}
 	d.Credence = []string{
@@ -225,22 +216,16 @@ func (d *Deployment) Upgrade(ctx context.Context, more ...string) error {
 		return err
 	}
 	// Helm does not wait until cert-manager has given the API server the webhook's root.
-	ctx, cancel := context.WithTimeout(ctx, trustTimeout)
-	defer cancel()
-	for {
+	if err := await.Poll(ctx, func() error {
 		hook, err := d.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(ctx, release, metav1.GetOptions{})
-		if err != nil {
-			return fmt.Errorf("waiting for the webhook's roots: %w", err)
+		if err == nil && (len(hook.Webhooks) == 0 || len(hook.Webhooks[0].ClientConfig.CABundle) == 0) {
+			err = errors.New("the configuration has no root")
 		}
-		if len(hook.Webhooks) > 0 && len(hook.Webhooks[0].ClientConfig.CABundle) > 0 {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("waiting for the webhook's roots: %w", context.Cause(ctx))
-		case <-time.After(pollInterval):
-		}
+		return err
+	}); err != nil {
+		return fmt.Errorf("waiting for the webhook's roots: %w", err)
 	}
+	return nil
 }
 
 // Uninstall removes Credence, and returns when it is removed.
@@ -270,7 +255,7 @@ func (d *Deployment) Run(ctx context.Context, stdin, path string, args ...string
 // of AWS's.
 func (d *Deployment) AppEnv() []corev1.EnvVar {
 	return []corev1.EnvVar{
-		{Name: "AWS_REGION", Value: Region},
+		{Name: "AWS_REGION", Value: stack.Region},
 		{Name: "AWS_ENDPOINT_URL_STS", Value: d.STS.URL()},
 		{Name: "AWS_ENDPOINT_URL_S3", Value: d.Store.Endpoint()},
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // observer computes which broker owns which session, from the brokers' endpoints, as each broker does.
@@ -149,7 +150,7 @@ func TestBrokersComeAndGo(t *testing.T) {
 	ns := namespace(t)
 	calls := func() (n int) {
 		for i := range roles {
-			n += d.STS.Count("AssumeRole", deployment.RoleARN("placed-"+strconv.Itoa(i)))
+			n += d.STS.Count("AssumeRole", stack.RoleARN("placed-"+strconv.Itoa(i)))
 		}
 		return n
 	}

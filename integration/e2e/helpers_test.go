@@ -18,6 +18,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // The keys that users write, and names in injected pods.
@@ -215,7 +216,7 @@ func logs(t *testing.T, namespace, name, container string) string {
 
 // assumed is the start of the ARN that STS gives a session of the role.
 func assumed(role string) string {
-	return "arn:aws:sts::" + deployment.Account + ":assumed-role/" + role + "/"
+	return "arn:aws:sts::" + stack.Account + ":assumed-role/" + role + "/"
 }
 
 // status returns the status of a container.

@@ -15,7 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/integration/await"
-	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // TestPodsOfAnotherNodeReachTheBroker runs injected pods on a new node: they reach the brokers on other nodes, and get the
@@ -34,7 +34,7 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	const zone = deployment.Region + "b"
+	const zone = stack.Region + "b"
 	label := fmt.Appendf(nil, `{"metadata":{"labels":{%q:%q}}}`, corev1.LabelTopologyZone, zone)
 	if _, err := d.Client.CoreV1().Nodes().Patch(t.Context(), node.Name(), types.MergePatchType, label, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)

@@ -20,6 +20,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // Metrics of the webhook.
@@ -98,7 +99,7 @@ func counted(t *testing.T, before map[string]int) map[string]int {
 
 // TestWebhookCountsItsDecisions shows that each decision on a pod is counted once, by its outcome and reason.
 func TestWebhookCountsItsDecisions(t *testing.T) {
-	ns := namespace(t, func(ns *corev1.Namespace) { ns.Annotations[permittedKey] = deployment.RoleARN(bucket) })
+	ns := namespace(t, func(ns *corev1.Namespace) { ns.Annotations[permittedKey] = stack.RoleARN(bucket) })
 	try := func(annotations map[string]string) error {
 		_, err := tryDry(t, ns, app("app", annotations))
 		return err

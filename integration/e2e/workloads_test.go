@@ -17,7 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/await"
-	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // apply creates an object with kubectl.
@@ -170,7 +170,7 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 		aws + " s3 cp s3://" + bucket + "/from-the-cli.txt -",
 	}, "\n")
 	// Old CLIs read another variable for the region. The webhook sets both.
-	pod := once(app("cli", map[string]string{roleKey: bucket, "iam.amazonaws.com/region": deployment.Region}))
+	pod := once(app("cli", map[string]string{roleKey: bucket, "iam.amazonaws.com/region": stack.Region}))
 	pod.Spec.SecurityContext = nil
 	pod.Spec.Volumes = []corev1.Volume{{Name: "node", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/"}}}}
 	c := &pod.Spec.Containers[0]
