@@ -52,7 +52,11 @@ func (p *printer) headline(text string) { p.print(bold, "", "\n"+text) }
 func (p *printer) say(text string) { p.print(plain, "   ", text) }
 
 // output prints the output of a program.
-func (p *printer) output(text string) { p.print(plain, "     ", text) }
+func (p *printer) output(text string) {
+	if text != "" {
+		p.print(plain, "     ", text)
+	}
+}
 
 // Write prints complete lines of progress.
 func (p *printer) Write(b []byte) (int, error) { //nolint:unparam // The form of an io.Writer.

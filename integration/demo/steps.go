@@ -134,7 +134,7 @@ func (d *demo) showInjected(ctx context.Context) error {
 		Containers: []corev1.Container{{Name: application.Name, Env: application.Env}},
 		Volumes:    []corev1.Volume{d.pod.Spec.Volumes[volume]},
 	})
-	d.say("The webhook added, in short:")
+	d.say("The sidecar, the env of the application and the volume, as stored:")
 	d.output(string(added))
 	return err
 }
