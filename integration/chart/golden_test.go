@@ -15,8 +15,8 @@ import (
 	"github.com/credence-iam/credence/integration/chart"
 )
 
-// TestGolden compares the objects of each kind of installation with a golden file, so that a change of the chart shows its
-// effect. Kubernetes and cert-manager have all their fields.
+// TestGolden compares the objects of each kind of installation, and the notes that Helm prints, with golden files, so that
+// a change of the chart shows its effect. Kubernetes and cert-manager have all fields of the objects.
 func TestGolden(t *testing.T) {
 	t.Parallel()
 	for name, values := range cases(t) {
@@ -27,15 +27,22 @@ func TestGolden(t *testing.T) {
 				t.Error(err)
 			}
 			golden(t, strings.TrimSuffix(values, valuesEnding)+goldenEnding, got)
+			notes, err := chart.Notes(t.Context(), chart.Config{Helm: helm, ValueFiles: []string{values}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			golden(t, strings.TrimSuffix(values, valuesEnding)+notesEnding, []byte(notes))
 		})
 	}
-	goldens, err := filepath.Glob("testdata/*" + goldenEnding)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range goldens {
-		if _, ok := cases(t)[strings.TrimSuffix(filepath.Base(file), goldenEnding)]; !ok {
-			t.Errorf("%s has no file of values", file)
+	for _, ending := range []string{goldenEnding, notesEnding} {
+		goldens, err := filepath.Glob("testdata/*" + ending)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range goldens {
+			if _, ok := cases(t)[strings.TrimSuffix(filepath.Base(file), ending)]; !ok {
+				t.Errorf("%s has no file of values", file)
+			}
 		}
 	}
 }
@@ -53,32 +60,6 @@ func golden(t *testing.T, file string, got []byte) {
 	}
 	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(string(got), "\n")); diff != "" {
 		t.Errorf("%s (- want, + got; -update accepts it):\n%s", file, diff)
-	}
-}
-
-// TestNotes shows that the notes name what was installed.
-func TestNotes(t *testing.T) {
-	t.Parallel()
-	for name, want := range map[string][]string{
-		"defaults":   {"namespace credence.", "No aws.region is set", "iam.amazonaws.com/inject=enabled", "describe certificate"},
-		"secrets":    {"iam.amazonaws.com/permitted="},
-		"everything": {"aws.example.com/inject=enabled", "aws.example.com/role: NAME"},
-	} {
-		notes, err := chart.Notes(t.Context(), chart.Config{Helm: helm, ValueFiles: []string{cases(t)[name]}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, text := range want {
-			if !strings.Contains(notes, text) {
-				t.Errorf("%s: the notes do not have %q:\n%s", name, text, notes)
-			}
-		}
-		if name == "secrets" && strings.Contains(notes, "cert-manager") {
-			t.Errorf("the notes name cert-manager, which is not used:\n%s", notes)
-		}
-		if lines := strings.Count(notes, "\n"); lines > 30 {
-			t.Errorf("%s: the notes have %d lines, want at most 30", name, lines)
-		}
 	}
 }
 

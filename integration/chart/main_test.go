@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-const valuesEnding, goldenEnding = ".values.yaml", ".golden.yaml"
+const valuesEnding, goldenEnding, notesEnding = ".values.yaml", ".golden.yaml", ".notes.txt"
 
 // cases returns the files of values in testdata, by their names without ending.
 func cases(t *testing.T) map[string]string {
@@ -81,37 +81,25 @@ func objects(t *testing.T, name string) []runtime.Object {
 	return all
 }
 
-// deployment returns the Deployment of a component.
-func deployment(t *testing.T, all []runtime.Object, component string) *appsv1.Deployment {
+// deployments returns the Deployments of the broker and the webhook.
+func deployments(t *testing.T, all []runtime.Object) []*appsv1.Deployment {
 	t.Helper()
 	found := chart.Of[*appsv1.Deployment](all)
 	if len(found) != 2 {
 		t.Fatalf("there are %d Deployments, want those of broker and webhook", len(found))
 	}
+	return found
+}
+
+// deployment returns the Deployment of a component.
+func deployment(t *testing.T, all []runtime.Object, component string) *appsv1.Deployment {
+	t.Helper()
+	found := deployments(t, all)
 	at := slices.IndexFunc(found, func(d *appsv1.Deployment) bool { return d.Name == "credence-"+component })
 	if at < 0 {
 		t.Fatalf("there is no Deployment credence-%s", component)
 	}
 	return found[at]
-}
-
-// mustMount checks that a program mounts a ConfigMap as a read-only folder, which kubelets update, and gets the flag that
-// names the file in it.
-func mustMount(t *testing.T, values string, pod corev1.PodSpec, configMap, path, flag string) {
-	t.Helper()
-	mounts := pod.Containers[0].VolumeMounts
-	at := slices.IndexFunc(mounts, func(m corev1.VolumeMount) bool { return m.MountPath == path })
-	if at < 0 || mounts[at].SubPath != "" || !mounts[at].ReadOnly {
-		t.Errorf("%s: %s is not mounted as a read-only folder", values, path)
-		return
-	}
-	volume := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == mounts[at].Name })
-	if volume < 0 || pod.Volumes[volume].ConfigMap == nil || pod.Volumes[volume].ConfigMap.Name != configMap {
-		t.Errorf("%s: %s is not ConfigMap %s", values, path, configMap)
-	}
-	if !slices.Contains(pod.Containers[0].Args, flag) {
-		t.Errorf("%s: the program does not get %s", values, flag)
-	}
 }
 
 // configMaps returns the ConfigMaps with that name.

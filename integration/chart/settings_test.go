@@ -14,12 +14,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/rulesfile"
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/webhook/inject"
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
-// TestSettings shows that the webhook gets the chart's sidecar settings as a valid file that it can follow.
+// TestSettings shows that the chart's sidecar settings are a valid file. TestObjectsAgree shows that the webhook gets it.
 func TestSettings(t *testing.T) {
 	t.Parallel()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
@@ -53,7 +54,27 @@ func TestSettings(t *testing.T) {
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s (- want, + got):\n%s", name, diff)
 		}
-		mustMount(t, name, deployment(t, all, "webhook").Spec.Template.Spec, maps[0].Name, "/etc/credence/sidecar", "--sidecar-settings-file=/etc/credence/sidecar/settings.yaml")
+	}
+}
+
+// TestRules shows that the chart's rules are a valid file. TestObjectsAgree shows that both programs get it.
+func TestRules(t *testing.T) {
+	t.Parallel()
+	files := configMaps(objects(t, "everything"), "credence-rules")
+	if len(files) != 1 {
+		t.Fatalf("there are %d ConfigMaps with rules", len(files))
+	}
+	file, err := rulesfile.Parse([]byte(files[0].Data["rules.yaml"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The case sets all fields, so a field that the schema does not have shows.
+	for _, v := range []reflect.Value{reflect.ValueOf(file), reflect.ValueOf(file.Namespaces[0])} {
+		for i := range v.NumField() {
+			if v.Field(i).IsZero() {
+				t.Errorf("%s is not set", v.Type().Field(i).Name)
+			}
+		}
 	}
 }
 
