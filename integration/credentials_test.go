@@ -59,6 +59,19 @@ func TestCredentialsOpenARealObjectStore(t *testing.T) {
 	if got, err := command(t, env, "", awsclient, "ls", bucket); !slices.Contains(strings.Fields(got), "object") {
 		t.Errorf("listed %q (%v), want object", got, err)
 	}
+	t.Run("AWS CLI", func(t *testing.T) {
+		aws, err := exec.LookPath("aws")
+		if err != nil {
+			t.Skip("the AWS CLI is not installed on this machine (on Debian: apt-get install awscli)")
+		}
+		const url = "s3://" + bucket + "/from-the-cli"
+		if _, err := command(t, env, content, aws, "s3", "cp", "-", url); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := command(t, env, "", aws, "s3", "cp", url, "-"); got != content {
+			t.Errorf("got %q (%v)", got, err)
+		}
+	})
 	// The credentials of another role are valid, but do not open the bucket.
 	other, _ := app(t, create(t, ns, "other", role("other")))
 	if got, err := command(t, other, "", awsclient, "whoami"); got != assumed("other") {

@@ -22,13 +22,13 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/client"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/integration/cluster"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/minio"
 	"github.com/credence-iam/credence/integration/stack"
 )
@@ -48,14 +48,13 @@ const (
 	roleKey      = "iam.amazonaws.com/role"
 	permittedKey = "iam.amazonaws.com/permitted"
 	durationKey  = "iam.amazonaws.com/duration"
+	regionKey    = "iam.amazonaws.com/region"
 	injectLabel  = "iam.amazonaws.com/inject"
 )
 
 // shortLife is the real duration of a session that was requested for 15 minutes, the minimum of STS. It is long enough
 // that the minimum RefreshAfter, 30 s, is less than half of it.
 const shortLife = 70 * time.Second
-
-var dryRun = metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 
 func TestMain(m *testing.M) {
 	os.Exit(cluster.RunTests(cluster.Config{Progress: os.Stderr}, setUp, func() int {
@@ -114,28 +113,16 @@ func assumed(role string) string {
 // role annotates a pod with a role.
 func role(name string) map[string]string { return map[string]string{roleKey: name} }
 
-// namespaceWith creates a namespace named after the test, deletes it when the test ends, and returns its name.
+// namespaceWith creates a namespace, and waits for the broker's roots in it if it is opted in.
 func namespaceWith(t *testing.T, labels, annotations map[string]string) string {
 	t.Helper()
-	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name[:min(len(name), 60)], Labels: labels, Annotations: annotations}}
-	for n := 1; ; n++ { // a test can have several
-		_, err := credence.Client.CoreV1().Namespaces().Get(t.Context(), ns.Name, metav1.GetOptions{})
-		if err != nil {
-			break
+	name := kubetest.Namespace(t, credence.Client, labels, annotations)
+	if labels[injectLabel] == "enabled" {
+		if err := credence.AwaitTrust(t.Context(), name); err != nil {
+			t.Fatal(err)
 		}
-		ns.Name = fmt.Sprint(name[:min(len(name), 60)], "-", n)
 	}
-	if err := credence.MakeNamespace(t.Context(), ns); err != nil {
-		t.Fatal(err)
-	}
-	// The test of replaced certificates waits for all opted-in namespaces, so a test leaves none.
-	t.Cleanup(func() {
-		if err := credence.Client.CoreV1().Namespaces().Delete(context.WithoutCancel(t.Context()), ns.Name, metav1.DeleteOptions{}); err != nil {
-			t.Error(err)
-		}
-	})
-	return ns.Name
+	return name
 }
 
 // namespace creates an opted-in namespace that permits the roles that the expression matches.
@@ -144,14 +131,11 @@ func namespace(t *testing.T, permitted string) string {
 	return namespaceWith(t, map[string]string{injectLabel: "enabled"}, map[string]string{permittedKey: permitted})
 }
 
-// create creates a pod with these annotations and returns it as stored.
+// create creates a pod with these annotations and that of its region, and returns it as stored.
 func create(t *testing.T, namespace, name string, annotations map[string]string) *corev1.Pod {
 	t.Helper()
-	pod, err := credence.Client.CoreV1().Pods(namespace).Create(t.Context(), stack.Pod(name, annotations), metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pod
+	annotations[regionKey] = stack.Region
+	return kubetest.Create(t, credence.Client, namespace, stack.Pod(name, annotations))
 }
 
 // injected returns what an injected pod lacks, or nil.
@@ -160,7 +144,7 @@ func injected(pod *corev1.Pod) error {
 		return fmt.Errorf("pod %s has %d sidecars", pod.Name, n)
 	}
 	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
-		if c.Name != stack.SidecarName && value(c, "AWS_CONTAINER_CREDENTIALS_FULL_URI") == "" {
+		if c.Name != stack.SidecarName && kubetest.Variable(c, "AWS_CONTAINER_CREDENTIALS_FULL_URI") == "" {
 			return fmt.Errorf("container %s of pod %s has no AWS_CONTAINER_CREDENTIALS_FULL_URI", c.Name, pod.Name)
 		}
 	}
@@ -186,17 +170,8 @@ func initNames(pod *corev1.Pod) (names []string) {
 	return names
 }
 
-func value(c corev1.Container, name string) string {
-	for _, v := range c.Env {
-		if v.Name == name {
-			return v.Value
-		}
-	}
-	return ""
-}
-
-// app runs the pod's sidecar until the test ends, and returns the environment of the pod's application. The endpoints of
-// AWS are those of the test's STS and object store.
+// app runs the pod's sidecar until the test ends, and returns the environment of the pod's application. Its region is the
+// one of the pod's annotation. The endpoints of AWS are those of the test's STS and object store.
 func app(t *testing.T, pod *corev1.Pod) ([]string, *stack.Sidecar) {
 	t.Helper()
 	sidecar, err := credence.RunSidecar(t.Context(), pod)
@@ -215,7 +190,6 @@ func app(t *testing.T, pod *corev1.Pod) ([]string, *stack.Sidecar) {
 	}
 	return slices.Concat(env, stack.NoAWSFiles(), []string{
 		"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH"),
-		"AWS_REGION=" + stack.Region, "AWS_DEFAULT_REGION=" + stack.Region,
 		"AWS_ENDPOINT_URL_STS=" + credence.STS.URL(), "AWS_ENDPOINT_URL_S3=" + store.Endpoint(),
 	}), sidecar
 }

@@ -5,6 +5,7 @@ package integration
 import (
 	"bytes"
 	"encoding/json"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -15,84 +16,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+
+	"github.com/credence-iam/credence/integration/kubetest"
 )
 
-// manifests is a file of many documents, as users keep it in Git.
-const manifests = `# All of the shop.
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: settings}
-data: {k: v}
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: deployment}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: deployment}}
-  template:
-    metadata:
-      labels: {app: deployment}
-      annotations: {iam.amazonaws.com/role: cart, iam.amazonaws.com/region: eu-central-1}
-    spec:
-      initContainers:
-        - {name: migrate, image: "app:1", args: [migrate]}
-      containers:
-        - name: app
-          image: app:1 # ours
-          env: [{name: A, value: b}]
-          resources: {limits: {cpu: "1", memory: 1Gi}}
-        - name: proxy
-          image: proxy:1
-      volumes:
-        - {name: settings, configMap: {name: settings}}
----
-apiVersion: batch/v1
-kind: Job
-metadata: {name: job}
-spec:
-  backoffLimit: 1
-  template:
-    metadata:
-      annotations: {iam.amazonaws.com/role: cart, iam.amazonaws.com/start-timeout: "0"}
-    spec:
-      restartPolicy: Never
-      serviceAccountName: default
-      terminationGracePeriodSeconds: 7200
-      containers: [{name: app, image: "app:1"}]
----
-apiVersion: batch/v1
-kind: CronJob
-metadata: {name: cronjob}
-spec:
-  schedule: "@daily"
-  jobTemplate:
-    spec:
-      template:
-        metadata:
-          annotations: {iam.amazonaws.com/role: cart, iam.amazonaws.com/skip-containers: helper}
-        spec:
-          restartPolicy: OnFailure
-          containers:
-            - {name: app, image: "app:1"}
-            - {name: helper, image: "helper:1"}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: pod, annotations: {iam.amazonaws.com/role: cart}}
-spec: {containers: [{name: app, image: "app:1"}]}
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: other}
-spec:
-  selector: {matchLabels: {app: other}}
-  template:
-    metadata: {labels: {app: other}}
-    spec: {containers: [{name: app, image: "app:1"}]}
-`
-
-// templates are the paths of the pods and pod templates in manifests, by object.
+// templates are the paths of the pods and pod templates in testdata/manifests.yaml, by object.
 var templates = map[string][]string{
 	"deployments.apps/deployment": {"spec", "template"},
 	"deployments.apps/other":      {"spec", "template"},
@@ -105,6 +33,11 @@ var templates = map[string][]string{
 // those of the original manifests, although the webhook adds nothing to the former and everything to the latter.
 func TestInjectedManifests(t *testing.T) {
 	t.Parallel()
+	file, err := os.ReadFile("testdata/manifests.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifests := string(file)
 	program := filepath.Join(t.TempDir(), "credence")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../cmd/credence").CombinedOutput(); err != nil {
 		t.Fatalf("building credence: %v\n%s", err, out)
@@ -163,7 +96,7 @@ func podOf(t *testing.T, ns, object string, path []string) *corev1.Pod {
 	}
 	if len(path) > 0 {
 		pod.GenerateName = "created-"
-		made, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), &pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+		made, err := kubetest.Dry(t, credence.Client, ns, &pod)
 		if err != nil {
 			t.Fatalf("a pod of %s: %v", object, err)
 		}

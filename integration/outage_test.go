@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/credence-iam/credence/integration/await"
@@ -36,6 +37,9 @@ func TestBrokerServesWhileTheAPIServerIsUnavailable(t *testing.T) {
 		t.Fatal(err)
 	}
 	control.StopAPIServer()
+	if _, err := credence.Client.Discovery().ServerVersion(); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("the stopped API server: got %v, want connection refused", err)
+	}
 	lease, err := call(t, text)
 	if startErr := control.StartAPIServer(t.Context()); startErr != nil {
 		t.Fatal(startErr)

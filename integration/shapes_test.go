@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 	"github.com/credence-iam/credence/integration/tools"
 )
@@ -132,6 +133,16 @@ func TestKubectl(t *testing.T) {
 		t.Errorf("kubectl run with a role that is not permitted: %v\n%s", err, out)
 	}
 
+	// "kubectl describe" prints the refusal of a controller's pods.
+	must(fmt.Sprintf(`{apiVersion: apps/v1, kind: ReplicaSet, metadata: {name: greedy}, spec: {selector: {matchLabels: {app: greedy}},
+  template: {metadata: {labels: {app: greedy}, annotations: {%s: admin}}, spec: {containers: [{name: app, image: app}]}}}}`, roleKey), "apply", "-f", "-")
+	await.Until(t, "kubectl describe prints the refusal", func() error {
+		if out := must("", "describe", "replicaset", "greedy"); !strings.Contains(out, "does not permit role") {
+			return fmt.Errorf("it prints:\n%s", out)
+		}
+		return nil
+	})
+
 	// The webhook does not change ephemeral containers, which are added later.
 	must("", "debug", "run", "--image=debug:1", "--container=debugger", "--target=run", "--attach=false")
 	pod := get("run")
@@ -186,18 +197,18 @@ func TestLargePods(t *testing.T) {
 	if _, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), plain, metav1.CreateOptions{}); err == nil {
 		t.Error("a pod of 3 MB without injection was stored: the webhook may refuse pods that can be stored")
 	}
-	pod, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(1_250_000), dryRun)
+	pod, err := kubetest.Dry(t, credence.Client, ns, large(1_250_000))
 	if err != nil {
 		t.Fatalf("1.25 MB: %.500v", err)
 	}
 	if err := injected(pod); err != nil {
 		t.Errorf("1.25 MB: %v", err)
 	}
-	_, err = credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(2_500_000), dryRun)
+	_, err = kubetest.Dry(t, credence.Client, ns, large(2_500_000))
 	if err == nil || !strings.Contains(err.Error(), "an API server accepts at most") || len(err.Error()) > 1000 {
 		t.Errorf("2.5 MB: got %.500v", err)
 	}
-	_, err = credence.Client.CoreV1().Pods(ns).Create(t.Context(), large(4_000_000), dryRun)
+	_, err = kubetest.Dry(t, credence.Client, ns, large(4_000_000))
 	if !apierrors.IsRequestEntityTooLargeError(err) || len(err.Error()) > 1000 {
 		t.Errorf("4 MB: got %.500v", err)
 	}
@@ -313,7 +324,7 @@ func TestLimitRangeAndQuota(t *testing.T) {
 				tc.has = "5m 100m 16Mi 16Mi"
 			}
 			await.Until(t, "the pod gets its decision", func() error { // the API server watches LimitRanges
-				made, err := credence.Client.CoreV1().Pods(ns).Create(t.Context(), requested, dryRun)
+				made, err := kubetest.Dry(t, credence.Client, ns, requested)
 				switch {
 				case tc.want == "" && err == nil && tc.plain:
 					if len(made.Spec.InitContainers) > 0 {

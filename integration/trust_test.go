@@ -14,12 +14,15 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
 
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/certs/trust"
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // trustName is the name of the ConfigMaps that the broker publishes.
@@ -63,6 +66,24 @@ func TestTrustIsRepaired(t *testing.T) {
 		t.Fatal(err)
 	}
 	repaired("a deleted", good.Data)
+}
+
+// TestProgramsHaveOnlyTheirRights guards all other tests: with all rights of the cluster they would pass too.
+func TestProgramsHaveOnlyTheirRights(t *testing.T) {
+	t.Parallel()
+	for _, account := range []string{"credence-broker", "credence-webhook"} {
+		config, err := control.ServiceAccount(t.Context(), stack.SystemNamespace, account)
+		if err != nil {
+			t.Fatal(err)
+		}
+		client, err := kubernetes.NewForConfig(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.CoreV1().Secrets("").List(t.Context(), metav1.ListOptions{}); !apierrors.IsForbidden(err) {
+			t.Errorf("%s lists Secrets: got %v, want forbidden", account, err)
+		}
+	}
 }
 
 type roundTripper func(*http.Request) (*http.Response, error)

@@ -348,7 +348,7 @@ func (s *Stack) RotateCertificates(ctx context.Context) error {
 	}
 	for _, ns := range namespaces.Items {
 		if ns.DeletionTimestamp == nil {
-			if err := s.awaitTrust(ctx, ns.Name); err != nil {
+			if err := s.AwaitTrust(ctx, ns.Name); err != nil {
 				return err
 			}
 		}
@@ -413,11 +413,11 @@ func (s *Stack) MakeNamespace(ctx context.Context, ns *corev1.Namespace) error {
 	if ns.Labels[optedIn] != "enabled" {
 		return nil
 	}
-	return s.awaitTrust(ctx, ns.Name)
+	return s.AwaitTrust(ctx, ns.Name)
 }
 
-// awaitTrust waits until the broker has published its newest root in the namespace.
-func (s *Stack) awaitTrust(ctx context.Context, namespace string) error {
+// AwaitTrust waits until the broker has published its newest root in the namespace.
+func (s *Stack) AwaitTrust(ctx context.Context, namespace string) error {
 	if err := await.Poll(ctx, func() error {
 		roots, err := s.Client.CoreV1().ConfigMaps(namespace).Get(ctx, trustConfigMap, metav1.GetOptions{})
 		if err == nil && !strings.Contains(roots.Data[trust.RootsKey], string(s.ca.PEM)) {
