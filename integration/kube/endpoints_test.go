@@ -5,7 +5,6 @@ package kube_test
 import (
 	"fmt"
 	"net/netip"
-	"reflect"
 	"slices"
 	"sync"
 	"testing"
@@ -58,11 +57,10 @@ func slice(t *testing.T, ns, service, name string, family discoveryv1.AddressTyp
 	}
 }
 
-// updates records the updates that a broker gets.
+// updates records the last update that a broker got.
 type updates struct {
 	mu   sync.Mutex
 	last placement.Members // guarded by mu
-	n    int               // the number of different updates; guarded by mu
 }
 
 func (w *updates) add(m placement.Members) {
@@ -71,11 +69,7 @@ func (w *updates) add(m placement.Members) {
 	for _, list := range [][]netip.Addr{m.Ready, m.Starting} {
 		slices.SortFunc(list, netip.Addr.Compare)
 	}
-	// An update can repeat: the store can have the next event before the loop reads the last one. The broker ignores a
-	// repetition too (placement.Update).
-	if w.n == 0 || !reflect.DeepEqual(m, w.last) {
-		w.last, w.n = m, w.n+1
-	}
+	w.last = m
 }
 
 func (w *updates) String() string {
@@ -87,16 +81,6 @@ func (w *updates) String() string {
 func (w *updates) want(t *testing.T, want string) {
 	t.Helper()
 	eventually(t, "the broker gets the update "+want, func() bool { return w.String() == want })
-}
-
-// count fails the test unless the broker got n different updates.
-func (w *updates) count(t *testing.T, n int) {
-	t.Helper()
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.n != n {
-		t.Errorf("the broker got %d different updates, want %d", w.n, n)
-	}
 }
 
 // follow watches the endpoints of the brokers' Service as the broker with these addresses.
@@ -117,6 +101,8 @@ func follow(t *testing.T, ns string, own ...string) *updates {
 	return w
 }
 
+// TestEndpoints shows that brokers follow the slices of their Service. Package kube tests in virtual time that a broker
+// waits until it is listed, and that it keeps the last list if the Service has no endpoints.
 func TestEndpoints(t *testing.T) {
 	ns := namespace(t)
 	slice(t, ns, "other", "other-1", discoveryv1.AddressTypeIPv4, "10.9.9.9 ready")
@@ -144,34 +130,6 @@ func TestEndpointsOfTwoFamilies(t *testing.T) {
 	slice(t, ns, brokers, brokers+"-4", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 ready")
 	both := follow(t, ns, "fd00::1", "10.0.0.1")
 	both.want(t, "self 10.0.0.1, ready [10.0.0.1 10.0.0.2], starting [], ending false")
-}
-
-// TestBrokerThatIsNotListedYet shows that a starting broker waits until it is listed, about a second later. Package kube
-// tests the limit in virtual time.
-func TestBrokerThatIsNotListedYet(t *testing.T) {
-	ns := namespace(t)
-	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready")
-	late := follow(t, ns, "10.0.0.2")
-	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 starting")
-	late.want(t, "self 10.0.0.2, ready [10.0.0.1], starting [10.0.0.2], ending false")
-	late.count(t, 1)
-}
-
-// TestEndpointsOfNobody shows that an empty list changes nothing: a recreated Service makes no broker think it is alone.
-func TestEndpointsOfNobody(t *testing.T) {
-	ns := namespace(t)
-	first := follow(t, ns, "10.0.0.1")
-	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4)
-	slice(t, ns, brokers, brokers+"-1", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.2 ready")
-	const both = "self 10.0.0.1, ready [10.0.0.1 10.0.0.2], starting [], ending false"
-	first.want(t, both)
-	first.count(t, 1)
-	if err := client.DiscoveryV1().EndpointSlices(ns).Delete(t.Context(), brokers+"-1", metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	slice(t, ns, brokers, brokers+"-2", discoveryv1.AddressTypeIPv4, "10.0.0.1 ready", "10.0.0.3 ready")
-	first.want(t, "self 10.0.0.1, ready [10.0.0.1 10.0.0.3], starting [], ending false")
-	first.count(t, 2)
 }
 
 // TestEndpointsOfAnAddressThatIsUsedAgain covers a new pod with the address of a pod that is still listed.

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"log/slog"
 	"os"
-	"strings"
 	"testing"
 	"time"
 
@@ -27,6 +26,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/cluster"
+	"github.com/credence-iam/credence/integration/kubetest"
 )
 
 const (
@@ -104,17 +104,12 @@ func eventually(t *testing.T, what string, condition func() bool) {
 	})
 }
 
-// namespace creates an opted-in namespace with a new name, and returns its name.
+// namespace creates an opted-in namespace with ServiceAccount app, and returns its name.
 func namespace(t *testing.T) string {
 	t.Helper()
-	name := strings.ToLower(strings.NewReplacer("/", "-", "_", "-").Replace(t.Name()))
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: name + "-", Labels: map[string]string{injectKey: "enabled"}}}
-	ns, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	account(t, ns.Name, "app")
-	return ns.Name
+	ns := kubetest.Namespace(t, client, map[string]string{injectKey: "enabled"}, nil)
+	account(t, ns, "app")
+	return ns
 }
 
 func account(t *testing.T, ns, name string) *corev1.ServiceAccount {
@@ -139,11 +134,7 @@ func pod(t *testing.T, ns, name string, change func(*corev1.Pod)) *corev1.Pod {
 	if change != nil {
 		change(p)
 	}
-	made, err := client.CoreV1().Pods(ns).Create(t.Context(), p, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return made
+	return kubetest.Create(t, client, ns, p)
 }
 
 // remove deletes a pod immediately.
@@ -158,13 +149,8 @@ func podRef(p *corev1.Pod) *authenticationv1.BoundObjectReference {
 	return &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: p.Name, UID: p.UID}
 }
 
-// token requests a token of a service account for an hour. bound may be nil.
-func token(t *testing.T, ns, account string, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
-	t.Helper()
-	return tokenOfLife(t, ns, account, time.Hour, bound, audiences...)
-}
-
-func tokenOfLife(t *testing.T, ns, account string, life time.Duration, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
+// token requests a token of a service account. bound may be nil.
+func token(t *testing.T, ns, account string, life time.Duration, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
 	t.Helper()
 	response, err := client.CoreV1().ServiceAccounts(ns).CreateToken(t.Context(), account, &authenticationv1.TokenRequest{
 		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, BoundObjectRef: bound, ExpirationSeconds: new(int64(life.Seconds()))},
@@ -178,7 +164,7 @@ func tokenOfLife(t *testing.T, ns, account string, life time.Duration, bound *au
 // podToken requests the token that a kubelet would project into the pod.
 func podToken(t *testing.T, p *corev1.Pod) string {
 	t.Helper()
-	return token(t, p.Namespace, p.Spec.ServiceAccountName, podRef(p), audience)
+	return token(t, p.Namespace, p.Spec.ServiceAccountName, time.Hour, podRef(p), audience)
 }
 
 func idOf(t *testing.T, p *corev1.Pod) identity.Pod {
