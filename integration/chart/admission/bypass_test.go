@@ -3,14 +3,13 @@
 package admission
 
 import (
-	"errors"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/kubetest"
 )
 
 // recreated shows that a pod with the name of a deleted one is checked like any other, and that a terminating pod keeps
@@ -40,7 +39,7 @@ func (w *world) recreated(t *testing.T) {
 	if err := patch(client, map[string]any{"finalizers": nil})(t.Context(), terminating); err != nil {
 		t.Fatal(err)
 	}
-	awaitDeleted(t, pod)
+	kubetest.AwaitDeleted(t, client, namespace, pod.Name)
 	named := func(p *corev1.Pod) { p.Name = pod.Name }
 	for name, again := range map[string]*corev1.Pod{
 		"as a user writes it": w.pod(w.annotated, named),
@@ -50,24 +49,11 @@ func (w *world) recreated(t *testing.T) {
 			return stale
 		}(),
 	} {
-		_, err := try(t, namespace, again)
-		if err := refusedBy("credence-injected", err); err != nil {
+		if err := refusedBy("credence-injected", try(t, namespace, again)); err != nil {
 			t.Errorf("recreated %s: %v", name, err)
 		}
 	}
 	create(t, namespace, w.pod(w.complete, named))
-}
-
-// awaitDeleted waits until the API server has deleted the pod.
-func awaitDeleted(t *testing.T, pod *corev1.Pod) {
-	t.Helper()
-	await.Until(t, "pod "+pod.Name+" is deleted", func() error {
-		_, err := client.CoreV1().Pods(pod.Namespace).Get(t.Context(), pod.Name, metav1.GetOptions{})
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return errors.Join(err, errors.New("it exists"))
-	})
 }
 
 // relabelled shows that pods created before their namespace was opted in cannot become injected pods, and that the

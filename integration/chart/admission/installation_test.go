@@ -3,7 +3,6 @@
 package admission
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -13,11 +12,8 @@ import (
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/chart"
@@ -92,30 +88,11 @@ func everyObjectIsAccepted(t *testing.T) {
 				t.Logf("%s: %s is not tested, because the Prometheus Operator, which defines it, is not installed", filepath.Base(file), kind.Kind)
 				continue
 			}
-			if err := dryRun(t, object); err != nil {
+			if err := apply(t, object, metav1.DryRunAll); err != nil {
 				t.Errorf("%s: %v", filepath.Base(file), err)
 			}
 		}
 	}
-}
-
-// dryRun applies an object on the server without storing it.
-func dryRun(t *testing.T, object runtime.Object) error {
-	t.Helper()
-	kind := object.GetObjectKind().GroupVersionKind()
-	text, err := json.Marshal(object)
-	if err != nil {
-		t.Fatal(err)
-	}
-	resource, _ := meta.UnsafeGuessKindToResource(kind)
-	m := object.(metav1.Object)
-	_, err = objects.Resource(resource).Namespace(m.GetNamespace()).Patch(t.Context(), m.GetName(), types.ApplyPatchType, text, metav1.PatchOptions{
-		DryRun: []string{metav1.DryRunAll}, FieldManager: "test", FieldValidation: metav1.FieldValidationStrict,
-	})
-	if err != nil {
-		return fmt.Errorf("%s %s: %w", kind.Kind, m.GetName(), err)
-	}
-	return nil
 }
 
 // ownPodsAreAdmitted shows that the pods of the chart are admitted to a namespace that enforces PodSecurity "restricted",
@@ -173,8 +150,7 @@ func uninstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	await.Until(t, "an annotated pod is admitted", func() error { // the API server watches policies
-		_, err := try(t, namespace, w.pod(w.annotated))
-		return err
+		return try(t, namespace, w.pod(w.annotated))
 	})
 	for _, resource := range []schema.GroupVersionResource{
 		{Group: "admissionregistration.k8s.io", Version: "v1", Resource: "mutatingwebhookconfigurations"},

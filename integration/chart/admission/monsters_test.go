@@ -77,8 +77,7 @@ func (w *world) monsters(t *testing.T) {
 		w.unchanged(t, pod)
 	}
 	for _, key := range documented(t) {
-		_, err := try(t, namespace, w.pod(annotate(w.prefix+"/"+key, "x"), many(annotate)))
-		if err := refusedBy("credence-injected", err); err != nil {
+		if err := refusedBy("credence-injected", try(t, namespace, w.pod(annotate(w.prefix+"/"+key, "x"), many(annotate)))); err != nil {
 			t.Errorf("5,001 annotations, and %s, without a sidecar: %v", key, err)
 		}
 	}

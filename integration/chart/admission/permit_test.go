@@ -4,8 +4,6 @@ package admission
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -17,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"sigs.k8s.io/yaml"
@@ -65,12 +64,9 @@ func TestWhoMayPermit(t *testing.T) {
 		t.Errorf("cloud-team in team-b: got %v", err)
 	}
 	// The ClusterRole admin of Kubernetes does not let a team permit roles to itself.
-	admin := unstructured.Unstructured{Object: map[string]any{
-		"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": map[string]any{"name": "admin", "namespace": "team-a"},
-		"subjects": []any{map[string]any{"kind": "User", "name": "bob", "apiGroup": "rbac.authorization.k8s.io"}},
-		"roleRef":  map[string]any{"kind": "ClusterRole", "name": "admin", "apiGroup": "rbac.authorization.k8s.io"},
-	}}
-	applyOne(t, &admin)
+	applyAll(t, `{apiVersion: rbac.authorization.k8s.io/v1, kind: RoleBinding, metadata: {name: admin, namespace: team-a},
+  subjects: [{kind: User, name: bob, apiGroup: rbac.authorization.k8s.io}],
+  roleRef: {kind: ClusterRole, name: admin, apiGroup: rbac.authorization.k8s.io}}`)
 	await.Until(t, "the admin of team-a has its rights", func() error {
 		_, err := other.CoreV1().Pods("team-a").List(t.Context(), metav1.ListOptions{})
 		return err
@@ -116,6 +112,7 @@ func TestWhoMayPermit(t *testing.T) {
 	}
 }
 
+// applyAll applies manifests.
 func applyAll(t *testing.T, manifests string) {
 	t.Helper()
 	for manifest := range strings.SplitSeq(manifests, "\n---\n") {
@@ -123,19 +120,23 @@ func applyAll(t *testing.T, manifests string) {
 		if err := yaml.Unmarshal([]byte(manifest), &object.Object); err != nil {
 			t.Fatalf("%v in\n%s", err, manifest)
 		}
-		applyOne(t, &object)
+		if err := apply(t, &object); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
-func applyOne(t *testing.T, object *unstructured.Unstructured) {
+// apply applies an object. Unknown fields are an error.
+func apply(t *testing.T, object runtime.Object, dryRun ...string) error {
 	t.Helper()
-	text, err := json.Marshal(object)
+	kind := object.GetObjectKind().GroupVersionKind()
+	resource, _ := meta.UnsafeGuessKindToResource(kind)
+	m := object.(metav1.Object)
+	_, err := objects.Resource(resource).Namespace(m.GetNamespace()).Patch(t.Context(), m.GetName(), types.ApplyPatchType, encode(t, object), metav1.PatchOptions{
+		DryRun: dryRun, FieldManager: "test", FieldValidation: metav1.FieldValidationStrict,
+	})
 	if err != nil {
-		t.Fatal(err)
+		return fmt.Errorf("%s %s: %w", kind.Kind, m.GetName(), err)
 	}
-	resource, _ := meta.UnsafeGuessKindToResource(object.GroupVersionKind())
-	if _, err := objects.Resource(resource).Namespace(object.GetNamespace()).Patch(t.Context(), object.GetName(), types.ApplyPatchType, text,
-		metav1.PatchOptions{FieldManager: "test", FieldValidation: metav1.FieldValidationStrict}); err != nil {
-		t.Fatal(errors.Join(fmt.Errorf("%s %s", object.GetKind(), object.GetName()), err))
-	}
+	return nil
 }

@@ -16,6 +16,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
+
+	"github.com/credence-iam/credence/integration/kubetest"
 )
 
 // injected shows that an annotated pod of an opted-in namespace is admitted only with its sidecar.
@@ -72,11 +74,14 @@ func (w *world) injected(t *testing.T) {
 			p.Spec.Containers = append(p.Spec.Containers, corev1.Container{Name: "credence-sidecar", Image: sidecarImage, Command: []string{"/credence-sidecar"}})
 		}), true},
 
-		"injected, with a generated name":        {optedIn, w.pod(w.complete, generated), false},
-		"injected":                               {optedIn, w.pod(w.complete), false},
-		"injected, after another container":      {optedIn, w.pod(initFirst, w.complete), false},
-		"from a mirror":                          {optedIn, w.pod(w.completeWith("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
-		"pinned":                                 {optedIn, w.pod(w.completeWith("credence-sidecar@sha256:" + strings.Repeat("0", 64))), false},
+		"injected, with a generated name":   {optedIn, w.pod(w.complete, generated), false},
+		"injected":                          {optedIn, w.pod(w.complete), false},
+		"injected, after another container": {optedIn, w.pod(initFirst, w.complete), false},
+		"from a mirror":                     {optedIn, w.pod(w.completeWith("mirror.example:5000/gh/credence-sidecar:0.1.0")), false},
+		"pinned":                            {optedIn, w.pod(w.completeWith("credence-sidecar@sha256:" + strings.Repeat("0", 64))), false},
+		"with other resources": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].Resources.Limits = corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("1")}
+		}), false},
 		"of another version":                     {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/credence-sidecar:0.2.0")), false},
 		"only annotations of the webhook":        {optedIn, w.pod(annotate(w.prefix+"/service-account", "default"), annotate(w.prefix+"/warnings", "x")), false},
 		"a label without any annotation":         {optedIn, w.pod(label(w.prefix+"/injected", "true")), false},
@@ -85,7 +90,7 @@ func (w *world) injected(t *testing.T) {
 		"no annotation":                          {optedIn, w.pod(), false},
 		"annotated, in a namespace not opted in": {plain, w.pod(w.annotated), false},
 	} {
-		_, err := try(t, tc.namespace, tc.pod)
+		err := try(t, tc.namespace, tc.pod)
 		switch {
 		case tc.refused:
 			if err := refusedBy("credence-injected", err); err != nil {
@@ -178,8 +183,8 @@ func strategic(who kubernetes.Interface, text string, subresources ...string) at
 	}
 }
 
-// apply sends a server-side apply that takes the fields of other managers.
-func apply(metadata map[string]any, subresources ...string) attempt {
+// applyTo sends a server-side apply that takes the fields of other managers.
+func applyTo(metadata map[string]any, subresources ...string) attempt {
 	return func(ctx context.Context, pod *corev1.Pod) error {
 		metadata["name"], metadata["namespace"] = pod.Name, pod.Namespace
 		text, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
@@ -211,13 +216,13 @@ func (w *world) fixedKeys(t *testing.T) {
 		"patch of the role":                       patch(client, annotations(map[string]any{role: "admin"})),
 		"patch that removes a key":                patch(client, annotations(map[string]any{role: nil})),
 		"patch that removes all annotations":      patch(client, map[string]any{"annotations": nil}),
-		"server-side apply of the role":           apply(annotations(map[string]any{role: "admin"})),
-		"server-side apply of another key":        apply(annotations(map[string]any{session: "admin"})),
-		"server-side apply of the label":          apply(labels(map[string]any{injected: "no"})),
+		"server-side apply of the role":           applyTo(annotations(map[string]any{role: "admin"})),
+		"server-side apply of another key":        applyTo(annotations(map[string]any{session: "admin"})),
+		"server-side apply of the label":          applyTo(labels(map[string]any{injected: "no"})),
 		"patch of the status by its node":         patch(node, annotations(map[string]any{role: "admin"}), "status"),
 		"another key by its node":                 patch(node, annotations(map[string]any{session: "admin"}), "status"),
 		"the label through the status":            patch(client, labels(map[string]any{injected: "no"}), "status"),
-		"server-side apply through the status":    apply(annotations(map[string]any{role: "admin"}), "status"),
+		"server-side apply through the status":    applyTo(annotations(map[string]any{role: "admin"}), "status"),
 		"update of the status":                    updateStatus(client, annotate(role, "admin")),
 		"update of the status that removes a key": updateStatus(node, func(p *corev1.Pod) { delete(p.Annotations, role) }),
 		"operation that replaces the role":        jsonPatch(fmt.Sprintf(`[{"op":"replace","path":"/metadata/annotations/%s","value":"admin"}]`, pointer(role))),
@@ -278,12 +283,12 @@ func (w *world) uninjected(t *testing.T, namespace, where string) {
 	steps := map[string]attempt{
 		"the label by an update":                       update(label(injected, "true")),
 		"the label by a patch":                         patch(client, meta(isInjected, nil)),
-		"the label by server-side apply":               apply(map[string]any{"labels": isInjected}),
+		"the label by server-side apply":               applyTo(map[string]any{"labels": isInjected}),
 		"the label by an operation":                    jsonPatch(fmt.Sprintf(`[{"op":"add","path":"/metadata/labels","value":{%q:"true"}}]`, injected)),
 		"the label by a strategic merge":               strategic(client, fmt.Sprintf(`{"metadata":{"labels":{%q:"true"}}}`, injected)),
 		"the label through the status":                 patch(client, meta(isInjected, nil), "status"),
 		"the label and a role":                         patch(client, meta(isInjected, map[string]any{role: "admin"})),
-		"the label and a role, by server-side apply":   apply(meta(isInjected, map[string]any{role: "admin"})),
+		"the label and a role, by server-side apply":   applyTo(meta(isInjected, map[string]any{role: "admin"})),
 		"the label and no role":                        patch(client, meta(isInjected, map[string]any{role: nil})),
 		"the label and an annotation that is not ours": patch(client, meta(isInjected, map[string]any{"other": "x"})),
 		"the label, and all that the webhook adds, by an update": update(func(p *corev1.Pod) {
@@ -476,7 +481,7 @@ func (w *world) othersAreUnaffected(t *testing.T) {
 		for step, change := range map[string]attempt{
 			"an annotation":             patch(client, map[string]any{"annotations": map[string]any{"example.com/x": "y"}}),
 			"a label":                   patch(client, map[string]any{"labels": map[string]any{"example.com/x": "y"}}),
-			"server-side apply":         apply(map[string]any{"labels": map[string]any{"example.com/y": "z"}}),
+			"server-side apply":         applyTo(map[string]any{"labels": map[string]any{"example.com/y": "z"}}),
 			"an annotation by the node": patch(node, map[string]any{"annotations": map[string]any{"example.com/node": "y"}}, "status"),
 			"a finalizer":               patch(client, map[string]any{"finalizers": []string{"example.com/hold"}}),
 			"a new image":               strategic(client, `{"spec":{"containers":[{"name":"app","image":"app:2"}]}}`),
@@ -495,6 +500,6 @@ func (w *world) othersAreUnaffected(t *testing.T) {
 		if err := patch(client, map[string]any{"finalizers": nil})(t.Context(), pod); err != nil {
 			t.Errorf("%s: removing the finalizer of a terminating pod: %v", name, err)
 		}
-		awaitDeleted(t, pod)
+		kubetest.AwaitDeleted(t, client, namespace, pod.Name)
 	}
 }

@@ -16,7 +16,6 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/integration/await"
-	"github.com/credence-iam/credence/integration/chart"
 )
 
 // heard collects the warnings that a client gets.
@@ -152,19 +151,6 @@ func (w *world) warned(t *testing.T) {
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name("ns")}}
 	if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, dry); err != nil || len(h.from("credence-opt-in-label")) > 0 {
 		t.Errorf("a namespace without the label causes a warning (%v)", err)
-	}
-}
-
-// TestWarningsAreOff shows that the warnings about pods can be disabled, for clusters where kube2iam or kiam serve some
-// namespaces.
-func TestWarningsAreOff(t *testing.T) {
-	rendered, err := chart.Render(t.Context(), chart.Config{Set: []string{"webhook.warnNotOptedIn=false", "aws.region=eu-central-1"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := string(rendered)
-	if strings.Contains(text, "credence-not-opted-in") || !strings.Contains(text, "name: credence-opt-in-label") {
-		t.Error("the policies about pods are installed, or the one about namespaces is not")
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/kubetest"
 )
 
 // world creates pods and namespaces with keys of one prefix.
@@ -27,21 +28,14 @@ func name(what string) string {
 	return fmt.Sprintf("%s-%d", what, objectCount)
 }
 
-// namespace creates a namespace, waits until pods can be created in it, and returns its name.
+// namespace creates a namespace and returns its name.
 func (w *world) namespace(t *testing.T, optedIn bool) string {
 	t.Helper()
-	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name("ns")}}
+	labels := map[string]string{}
 	if optedIn {
-		ns.Labels = map[string]string{w.prefix + "/inject": "enabled"}
+		labels[w.prefix+"/inject"] = "enabled"
 	}
-	if _, err := client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	await.Until(t, "the namespace has its ServiceAccount", func() error {
-		_, err := client.CoreV1().ServiceAccounts(ns.Name).Get(t.Context(), "default", metav1.GetOptions{})
-		return err
-	})
-	return ns.Name
+	return kubetest.Namespace(t, client, labels, nil)
 }
 
 // pod returns a pod as a user writes it, with changes.
@@ -78,29 +72,35 @@ func sidecar(image string) func(*corev1.Pod) {
 const sidecarImage = "ghcr.io/credence-iam/credence-sidecar:0.1.0"
 
 // complete injects a pod as the webhook does.
-func (w *world) complete(pod *corev1.Pod) {
-	w.completeWith(sidecarImage)(pod)
+func (w *world) complete(pod *corev1.Pod) { w.completeWith(sidecarImage)(pod) }
+
+// completeWith is complete with another sidecar image.
+func (w *world) completeWith(image string) func(*corev1.Pod) {
+	return func(pod *corev1.Pod) {
+		w.annotated(pod)
+		annotate(w.prefix+"/service-account", "default")(pod)
+		label(w.prefix+"/injected", "true")(pod)
+		sidecar(image)(pod)
+	}
 }
 
 // create creates a pod and returns it as stored.
 func create(t *testing.T, namespace string, pod *corev1.Pod) *corev1.Pod {
 	t.Helper()
-	stored, err := try(t, namespace, pod)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return stored
+	return kubetest.Create(t, client, namespace, pod)
 }
 
-func try(t *testing.T, namespace string, pod *corev1.Pod) (*corev1.Pod, error) {
+// try creates a pod that may be refused.
+func try(t *testing.T, namespace string, pod *corev1.Pod) error {
 	t.Helper()
-	return client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{})
+	_, err := client.CoreV1().Pods(namespace).Create(t.Context(), pod, metav1.CreateOptions{})
+	return err
 }
 
 // tryDry creates the pod in a dry run.
 func tryDry(t *testing.T, namespace string, pod *corev1.Pod) error {
 	t.Helper()
-	_, err := client.CoreV1().Pods(namespace).Create(t.Context(), pod, dry)
+	_, err := kubetest.Dry(t, client, namespace, pod)
 	return err
 }
 
@@ -140,14 +140,4 @@ func (w *world) awaitPolicies(t *testing.T) {
 		_, err := client.CoreV1().Pods(namespace).Update(t.Context(), changed, metav1.UpdateOptions{DryRun: []string{metav1.DryRunAll}})
 		return refusedBy("credence-fixed-keys", err)
 	})
-}
-
-// completeWith is complete with another sidecar image.
-func (w *world) completeWith(image string) func(*corev1.Pod) {
-	return func(pod *corev1.Pod) {
-		w.annotated(pod)
-		annotate(w.prefix+"/service-account", "default")(pod)
-		label(w.prefix+"/injected", "true")(pod)
-		sidecar(image)(pod)
-	}
 }
