@@ -20,9 +20,9 @@ func TestDocsListCodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, table, ok := strings.Cut(string(page), "## What becomes of AWS's answers\n")
+	_, table, ok := strings.Cut(string(page), "## AWS's errors and their reasons\n")
 	if !ok {
-		t.Fatal("docs/aws.md has no table of answers")
+		t.Fatal("docs/aws.md has no table of errors")
 	}
 	listed := map[string][]string{}
 	for _, row := range regexp.MustCompile(`(?m)^\| (.*) \| (.*) \|$`).FindAllStringSubmatch(table, -1) {

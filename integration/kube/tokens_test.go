@@ -154,7 +154,7 @@ func TestDecisionTable(t *testing.T) {
 		"made in another hour":                          claim("iat", time.Now().Add(time.Hour).Unix()),
 		"of a life of 25 hours":                         claim("exp", int64(decoded(t, parts[1])["iat"].(float64))+int64((25*time.Hour).Seconds())),
 		"of a life of ten years":                        token(t, ns, "app", 10*365*24*time.Hour, podRef(live), audience),
-		"for another audience":                          token(t, ns, "app", time.Hour, podRef(live), "somebody-else"),
+		"for another audience":                          token(t, ns, "app", time.Hour, podRef(live), "another-audience"),
 		"for the API server":                            token(t, ns, "app", time.Hour, podRef(live)),
 		"without audience":                              claim("aud", nil),
 		"of another issuer":                             claim("iss", "https://elsewhere.example"),

@@ -94,6 +94,8 @@ func TestBrokenTrees(t *testing.T) {
 	}{
 		{"upward import", tree{"broker/policy/policy.go": source("policy", module+"/broker")},
 			"broker/policy/policy.go: imports " + module + "/broker: that is floor 3, this is floor 1"},
+		{"unclear word", tree{"broker/policy/policy.go": source("policy") + "// Whoever reads this.\n"},
+			`broker/policy/policy.go: says "Whoever"`},
 		{"import of the same floor", tree{"broker/policy/policy.go": source("policy", module+"/broker/placement")},
 			"that is floor 1, this is floor 1"},
 		{"upward import behind a build constraint", tree{"broker/policy/more.go": "//go:build never\n\n" + bare("policy", module+"/broker")},

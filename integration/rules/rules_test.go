@@ -55,6 +55,7 @@ func check(t *testing.T, tree fs.FS) []violation {
 		all = append(all, checkDoc(p)...)
 		all = append(all, checkMain(p)...)
 		all = append(all, checkGenerated(p)...)
+		all = append(all, checkWords(p)...)
 		all = append(all, checkSize(p)...)
 	}
 	all = append(all, checkExported(packages)...)

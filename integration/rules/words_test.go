@@ -5,6 +5,7 @@ import (
 	"go/scanner"
 	"go/token"
 	"path"
+	"regexp"
 	"strings"
 )
 
@@ -91,14 +92,31 @@ func linesOfCode(source []byte) int {
 // generatedNames are the endings of the files that our generators write.
 var generatedNames = []string{".pb.go", "_gen.go", "_string.go"}
 
-// checkGenerated requires the marker of generated files. Without it, somebody edits the file and the next generation
-// discards the edit.
+// checkGenerated requires the marker of generated files. Without it, a developer edits the file, and the next
+// generation discards the edit.
 func checkGenerated(p *pkg) (all []violation) {
 	for _, f := range p.files {
 		for _, ending := range generatedNames {
 			if strings.HasSuffix(f.path, ending) && !f.generated {
 				all = append(all, violation{f.path, `has the name of a generated file, but no line "// Code generated … DO NOT EDIT."`})
 			}
+		}
+	}
+	return all
+}
+
+// unclear matches words that the glossary of CONTRIBUTING.md replaces, and that never mean anything else in this code. A
+// reader whose first language is not English would have to look them up.
+var unclear = regexp.MustCompile(`(?i)\b(anew|becomes of|mend|whoever)\b`)
+
+// checkWords refuses unclear words in Go files: in comments, messages and names of tests.
+func checkWords(p *pkg) (all []violation) {
+	for _, f := range p.files {
+		if p.dir == "integration/rules" || f.generated {
+			continue // This package quotes them.
+		}
+		if word := unclear.Find(f.source); word != nil {
+			all = append(all, violation{f.path, fmt.Sprintf("says %q; use a word of the glossary in CONTRIBUTING.md", word)})
 		}
 	}
 	return all
