@@ -72,3 +72,33 @@ func TestLargeExceptions(t *testing.T) {
 		t.Error(v)
 	}
 }
+
+// The maximum lines of Go in integration, without its nested modules. The record docs/decisions/0028-size-of-integration.md
+// says where they go. Lower these numbers when integration shrinks.
+const (
+	maxIntegration      = 11_500
+	maxIntegrationTests = 13_800
+)
+
+// TestSizeOfIntegration keeps the test house from growing beside the product.
+func TestSizeOfIntegration(t *testing.T) {
+	packages, _, err := load(os.DirFS("../.."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	code, tests := 0, 0
+	for _, p := range packages {
+		if !within(p.dir, integration) {
+			continue
+		}
+		code += linesOf(p)
+		for _, f := range p.files {
+			if f.test {
+				tests += bytes.Count(f.source, []byte("\n"))
+			}
+		}
+	}
+	if code == 0 || tests == 0 || code > maxIntegration || tests > maxIntegrationTests {
+		t.Errorf("integration has %d lines and %d of tests, want at most %d and %d", code, tests, maxIntegration, maxIntegrationTests)
+	}
+}
