@@ -256,7 +256,7 @@ func (b *batch) add(e Entry) {
 	b.text = append(append(b.text, line...), '\n')
 }
 
-// writeTo writes the text and keeps what was not written.
+// writeTo writes the text and keeps the unwritten rest.
 func (b *batch) writeTo(w io.Writer) error {
 	if len(b.text) == 0 {
 		return nil
@@ -277,7 +277,7 @@ func (b *batch) writeTo(w io.Writer) error {
 	return nil
 }
 
-// drop removes what was not written, and returns how many lines it had.
+// drop removes the unwritten text and returns its number of lines.
 func (b *batch) drop() int {
 	lines := bytes.Count(b.text, []byte{'\n'})
 	b.text = nil
