@@ -59,9 +59,8 @@ func (s *Stack) RunSidecar(ctx context.Context, pod *corev1.Pod) (*Sidecar, erro
 	if err != nil {
 		return nil, err
 	}
-	command := process.Command{
-		Name: "sidecar-" + string(pod.UID), Path: s.program(c.container.Command[0]), Args: c.container.Command[1:], Env: append(env, raceEnv),
-	}
+	command := process.Command{Name: "sidecar-" + string(pod.UID), Env: append(env, raceEnv)}
+	command.Path, command.Args = s.command(c.container.Command[0], c.container.Command[1:])
 	if c.Process, err = s.run.Start(command); err != nil {
 		return nil, err
 	}
@@ -83,7 +82,8 @@ func (c *Sidecar) probe(ctx context.Context, command, env []string) error {
 		case <-ctx.Done():
 		}
 	}()
-	probe := exec.CommandContext(ctx, c.stack.program(command[0]), command[1:]...) //nolint:gosec // Our own program.
+	path, args := c.stack.command(command[0], command[1:])
+	probe := exec.CommandContext(ctx, path, args...) //nolint:gosec // Our own program.
 	probe.Env = env
 	output, err := probe.CombinedOutput()
 	if ctx.Err() != nil {

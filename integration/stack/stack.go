@@ -9,6 +9,7 @@
 package stack
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -19,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -37,6 +39,7 @@ import (
 	"github.com/credence-iam/credence/certs/trust"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/cluster"
+	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/process"
 )
 
@@ -78,6 +81,9 @@ type Config struct {
 	// BrokerMemory and WebhookMemory limit the memory of the programs, in bytes, as container limits do. Linux only, and
 	// needs root. Default: no limit.
 	BrokerMemory, WebhookMemory int64
+	// Architecture is the architecture of the programs, as in GOARCH. If it is not that of this machine, [Emulator] runs the
+	// programs, and their memory cannot be limited. Default: this machine's.
+	Architecture string
 	// Progress gets a line for each program that is built, and for each that ends unexpectedly. Default: discarded.
 	Progress io.Writer
 }
@@ -94,6 +100,8 @@ type Stack struct {
 	cluster      *cluster.Cluster
 	run          *process.Run
 	ca           *certstest.CA
+	architecture string // of the programs
+	emulator     string // the path of the program that runs them; empty: none is needed
 	registration *admissionregistrationv1.MutatingWebhookConfiguration
 }
 
@@ -143,6 +151,10 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 		cluster: cfg.Cluster, run: cfg.Cluster.Run(), Client: client,
 		Broker:  &Program{name: brokerName, memory: cfg.BrokerMemory},
 		Webhook: &Program{name: webhookName, memory: cfg.WebhookMemory},
+	}
+	s.architecture = cmp.Or(cfg.Architecture, runtime.GOARCH)
+	if s.emulator, err = Emulator(s.architecture); err != nil {
+		return nil, err
 	}
 	if err := s.build(ctx, cfg.Progress); err != nil {
 		return nil, err
@@ -219,11 +231,11 @@ func (s *Stack) start(ctx context.Context, p *Program, command process.Command, 
 	if err != nil {
 		return err
 	}
-	command.Name, command.Path, command.Env = p.name, s.program(p.name), append(command.Env, raceEnv)
-	command.Args = append([]string{
+	command.Name, command.Env = p.name, append(command.Env, raceEnv)
+	command.Path, command.Args = s.command(p.name, append([]string{
 		"--listen=" + p.listen, "--admin-listen=" + p.Admin, "--kubeconfig=" + kubeconfig,
 		"--tls-cert=" + filepath.Join(s.dir(p.name), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(p.name), "tls.key"),
-	}, command.Args...)
+	}, command.Args...))
 	if p.memory > 0 {
 		p.starts++
 		if p.limit, err = s.run.MemoryLimit(p.name+"-"+strconv.Itoa(p.starts), p.memory); err != nil {
@@ -275,12 +287,12 @@ const module = "github.com/credence-iam/credence"
 // programs are the programs that a stack runs.
 var programs = []string{"broker", "webhook", "sidecar"}
 
-// ReadSources reads the source files of the programs, and returns their number. Go's test cache records the files that
+// ReadSources reads the source files of the programs of a stack and of more programs, and returns their number. Go's test cache records the files that
 // a test reads, but not those that a compiler reads for the test. So without ReadSources, a package counts as passed
 // after a change of the programs.
-func ReadSources(ctx context.Context) (int, error) {
+func ReadSources(ctx context.Context, more ...string) (int, error) {
 	args := []string{"list", "-deps", "-f", `{{if .Module}}{{if eq .Module.Path "` + module + `"}}{{range .GoFiles}}{{$.Dir}}/{{.}}{{"\n"}}{{end}}{{end}}{{end}}`}
-	for _, name := range programs {
+	for _, name := range slices.Concat(programs, more) {
 		args = append(args, module+"/cmd/"+name)
 	}
 	list, err := exec.CommandContext(ctx, "go", args...).Output()
@@ -300,6 +312,12 @@ func ReadSources(ctx context.Context) (int, error) {
 func (s *Stack) build(ctx context.Context, progress io.Writer) error {
 	for _, name := range programs {
 		_, _ = fmt.Fprintln(progress, "building credence-"+name)
+		if s.architecture != runtime.GOARCH { // as an image has it, without the race detector
+			if err := images.Compile(ctx, module+"/cmd/"+name, s.architecture, s.program("credence-"+name)); err != nil {
+				return err
+			}
+			continue
+		}
 		// Without debug information, which is not used here, linking takes a third less.
 		args := []string{"build", "-tags=grpcnotrace", "-ldflags=-s -w", "-race=" + strconv.FormatBool(Race)}
 		args = append(args, "-o", s.program("credence-"+name), module+"/cmd/"+name)
