@@ -32,6 +32,7 @@ import (
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -46,15 +47,6 @@ import (
 const Issuer = "https://kubernetes.default.svc.cluster.local"
 
 const (
-	loopback = "127.0.0.1"
-	// unused is the address in the kubernetes Service of a cluster without nodes. The API server refuses a loopback address,
-	// and no other address of this machine is certain to exist. RFC 5737 reserves it, and without pods nothing calls it.
-	unused              = "192.0.2.1"
-	serviceRange        = "10.96.0.0/16"
-	kubernetesServiceIP = "10.96.0.1" // the first of serviceRange, by Kubernetes' rule
-)
-
-const (
 	// startTimeout limits the start of a component. It takes seconds, and many on two cores that compile meanwhile.
 	startTimeout = 2 * time.Minute
 	// startTries limits how often Start tries: another process may take the port first, which is rare.
@@ -67,6 +59,9 @@ type Config struct {
 	Runs string
 	// Nodes is the number of nodes at the start. Default: a control plane, which never has nodes.
 	Nodes int
+	// IPFamilies are the families of pods, Services and nodes: one or both, the preferred one first. Without nodes, only
+	// Services have them. Default: IPv4.
+	IPFamilies []corev1.IPFamily
 	// Progress gets lines while programs are built, and one if a component exits unexpectedly. Default: none.
 	Progress io.Writer
 	// APIServerFlags are added to the flags of kube-apiserver, and override them.
@@ -76,6 +71,7 @@ type Config struct {
 // Cluster is a running Kubernetes. Its methods can be called concurrently.
 type Cluster struct {
 	run      *process.Run
+	families []family
 	host     process.Host // of the control plane
 	ca       *authority
 	admin    *rest.Config
@@ -126,6 +122,10 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 			return nil, fmt.Errorf("starting a cluster with nodes: %w", err)
 		}
 	}
+	used, err := familiesOf(config.IPFamilies)
+	if err != nil {
+		return nil, fmt.Errorf("starting a cluster: %w", err)
+	}
 	paths := make(map[tools.Tool]string)
 	for _, tool := range programs(config.Nodes) {
 		path, err := tools.Path(ctx, tool, config.Progress)
@@ -134,10 +134,9 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 		}
 		paths[tool] = path
 	}
-	var err error
 	for range startTries {
 		var c *Cluster
-		c, err = startOnce(ctx, config, paths)
+		c, err = startOnce(ctx, config, used, paths)
 		if err == nil {
 			return c, nil
 		}
@@ -154,7 +153,7 @@ func defaultRuns() (string, error) {
 }
 
 // startOnce tries one port.
-func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) (_ *Cluster, err error) {
+func startOnce(ctx context.Context, config Config, used []family, paths map[tools.Tool]string) (_ *Cluster, err error) {
 	ca, err := newAuthority()
 	if err != nil {
 		return nil, err
@@ -175,7 +174,7 @@ func startOnce(ctx context.Context, config Config, paths map[tools.Tool]string) 
 			err = errors.Join(err, run.Close())
 		}
 	}()
-	c := &Cluster{run: run, host: run.Loopback(), ca: ca, programs: paths}
+	c := &Cluster{run: run, families: used, host: run.Loopback(), ca: ca, programs: paths}
 	if config.Nodes > 0 {
 		if c.nodes, err = newNodes(ctx, c); err != nil {
 			return nil, err
@@ -259,7 +258,7 @@ func (c *Cluster) startComponents(ctx context.Context) error {
 }
 
 func (c *Cluster) apiServerFlags(port int) []string {
-	advertised := unused
+	advertised := c.families[0].unused.String()
 	if c.nodes != nil {
 		advertised = c.host.Address() // for pods
 	}
@@ -275,7 +274,7 @@ func (c *Cluster) apiServerFlags(port int) []string {
 		"--service-account-issuer=" + Issuer,
 		"--service-account-key-file=" + tokenPublicFile,
 		"--service-account-signing-key-file=" + tokenPrivateFile,
-		"--service-cluster-ip-range=" + serviceRange,
+		"--service-cluster-ip-range=" + list(c.families, family.serviceRange),
 		"--authorization-mode=Node,RBAC",
 		"--enable-admission-plugins=NodeRestriction",
 		"--allow-privileged",

@@ -3,7 +3,6 @@ package cluster
 import (
 	"encoding/json"
 	"fmt"
-	"net"
 	"path/filepath"
 
 	"k8s.io/client-go/rest"
@@ -25,7 +24,7 @@ const (
 // writeFiles writes the files of the node's programs.
 func (node *Node) writeFiles() error {
 	c := node.nodes.cluster
-	cert, key, err := c.ca.server(node.Name(), []string{node.Name()}, []net.IP{net.ParseIP(node.Address())})
+	cert, key, err := c.ca.server(node.Name(), []string{node.Name()}, ips(node.Address(), c.families, node.address))
 	if err != nil {
 		return err
 	}
@@ -113,6 +112,11 @@ state = "/run/containerd"
 // networkConfig connects each pod to the node, which routes. With a bridge and without the kernel module br_netfilter,
 // packets between two pods bypass iptables, and Services do not work.
 func (node *Node) networkConfig() any {
+	var ranges, routes []any
+	for _, f := range node.nodes.cluster.families {
+		ranges = append(ranges, []any{map[string]any{"subnet": f.podsOf(node.number).String()}})
+		routes = append(routes, map[string]any{"dst": f.all})
+	}
 	return map[string]any{
 		"cniVersion": "1.0.0",
 		"name":       "pods",
@@ -121,8 +125,8 @@ func (node *Node) networkConfig() any {
 			"ipam": map[string]any{
 				"type":    "host-local",
 				"dataDir": filepath.Join(node.folder, "addresses"),
-				"ranges":  [][]any{{map[string]any{"subnet": node.pods.String()}}},
-				"routes":  []any{map[string]any{"dst": "0.0.0.0/0"}},
+				"ranges":  ranges,
+				"routes":  routes,
 			},
 		}},
 	}
@@ -141,7 +145,7 @@ func (node *Node) kubeletConfig() any {
 		"authentication":           map[string]any{"anonymous": map[string]any{"enabled": false}, "x509": map[string]any{"clientCAFile": ca}},
 		"authorization":            map[string]any{"mode": "Webhook"},
 		"clusterDomain":            "cluster.local",
-		"clusterDNS":               []string{dnsAddress},
+		"clusterDNS":               []string{c.families[0].dns().String()},
 		"resolvConf":               "", // the real machine's servers are unreachable
 		"podLogsDir":               filepath.Join(c.run.Logs(), node.Name()+"-pods"),
 		"registerWithTaints":       node.taints,

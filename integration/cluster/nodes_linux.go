@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,18 +35,13 @@ const module = "github.com/credence-iam/credence"
 // pauseImage is the image of pods' sandboxes.
 const pauseImage = "localhost/credence-pause:1"
 
-// Addresses of a cluster with nodes, in its own networks.
-const (
-	// hubAddress is the control plane's. Node N has 10.99.0.(10+N), and its pods have 10.244.N.0/24.
-	hubAddress = "10.99.0.1"
-	dnsAddress = "10.96.0.10" // of DNS, in serviceRange, as in most clusters
-	// maxNodes keeps these numbers below 256. Memory is exhausted earlier.
-	maxNodes = 200
-)
+// maxNodes keeps numbers in addresses below 256. Memory is exhausted earlier.
+const maxNodes = 200
 
 // fromSystem are the programs of this machine that a node uses, with their Debian packages.
 var fromSystem = []struct{ program, debian string }{
 	{"runc", "runc"}, {"iptables", "iptables"}, {"iptables-restore", "iptables"},
+	{"ip6tables", "iptables"}, {"ip6tables-restore", "iptables"},
 }
 
 // NodesPossible returns nil if clusters can have nodes, and otherwise the cause.
@@ -141,7 +137,11 @@ func newNodes(ctx context.Context, c *Cluster) (*nodes, error) {
 	if n.control, err = machine.Start(ctx, machine.Config{Run: c.run, Name: "control", Init: n.init}); err != nil {
 		return nil, err
 	}
-	return n, n.control.Network(&net.IPNet{IP: net.ParseIP(hubAddress), Mask: net.CIDRMask(24, 32)})
+	var addresses []netip.Prefix
+	for _, f := range c.families {
+		addresses = append(addresses, on(f.nodes, f.hub()))
+	}
+	return n, n.control.Network(addresses...)
 }
 
 func (n *nodes) hub() process.Host { return n.control }
@@ -172,8 +172,8 @@ func (n *nodes) start(ctx context.Context, count int) error {
 
 // startDNS starts CoreDNS on the control plane's machine, and creates its Service.
 func (n *nodes) startDNS(ctx context.Context) error {
-	c := n.cluster
-	corefile := ".:53 {\n bind " + hubAddress + "\n errors\n ready 127.0.0.1:8181\n" +
+	c, preferred := n.cluster, n.cluster.families[0]
+	corefile := ".:53 {\n bind " + preferred.hub().String() + "\n errors\n ready 127.0.0.1:8181\n" +
 		" kubernetes cluster.local in-addr.arpa ip6.arpa {\n  kubeconfig " + kubeconfigFile + "\n  pods insecure\n }\n}\n"
 	if err := writeFiles(c.run.Dir(), map[string][]byte{"Corefile": []byte(corefile)}); err != nil {
 		return err
@@ -194,7 +194,7 @@ func (n *nodes) startDNS(ctx context.Context) error {
 	names := []string{"dns", "dns-tcp"}
 	if _, err := client.CoreV1().Services(metav1.NamespaceSystem).Create(ctx, &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
-		Spec: corev1.ServiceSpec{ClusterIP: dnsAddress, Ports: []corev1.ServicePort{
+		Spec: corev1.ServiceSpec{ClusterIP: preferred.dns().String(), Ports: []corev1.ServicePort{
 			{Name: names[0], Port: port, Protocol: udp}, {Name: names[1], Port: port, Protocol: tcp},
 		}},
 	}, metav1.CreateOptions{}); err != nil {
@@ -202,9 +202,9 @@ func (n *nodes) startDNS(ctx context.Context) error {
 	}
 	if _, err := client.DiscoveryV1().EndpointSlices(metav1.NamespaceSystem).Create(ctx, &discoveryv1.EndpointSlice{
 		ObjectMeta:  metav1.ObjectMeta{Name: name, Labels: map[string]string{discoveryv1.LabelServiceName: name}},
-		AddressType: discoveryv1.AddressTypeIPv4,
+		AddressType: discoveryv1.AddressType(preferred.name),
 		Ports:       []discoveryv1.EndpointPort{{Name: &names[0], Port: &port, Protocol: &udp}, {Name: &names[1], Port: &port, Protocol: &tcp}},
-		Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{hubAddress}}},
+		Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{preferred.hub().String()}}},
 	}, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("creating the endpoints of DNS: %w", err)
 	}
@@ -238,8 +238,8 @@ type Node struct {
 	*machine.Machine
 
 	nodes  *nodes
-	folder string     // of its files
-	pods   *net.IPNet // addresses of pods
+	number byte
+	folder string // of its files
 	cgroup string
 	taints []corev1.Taint
 }
@@ -285,10 +285,7 @@ func (n *nodes) connect(ctx context.Context) (node *Node, archives []string, err
 	n.made++
 	number := byte(n.made) //nolint:gosec // at most maxNodes
 	name := "node" + strconv.Itoa(n.made)
-	node = &Node{
-		nodes: n, folder: filepath.Join(n.cluster.run.Dir(), name),
-		pods: &net.IPNet{IP: net.IPv4(10, 244, number, 0), Mask: net.CIDRMask(24, 32)},
-	}
+	node = &Node{nodes: n, number: number, folder: filepath.Join(n.cluster.run.Dir(), name)}
 	if node.cgroup, err = n.cluster.run.Cgroup(name); err != nil {
 		return nil, nil, err
 	}
@@ -300,21 +297,36 @@ func (n *nodes) connect(ctx context.Context) (node *Node, archives []string, err
 			node.Machine.Stop()
 		}
 	}()
-	address := &net.IPNet{IP: net.IPv4(10, 99, 0, 10+number), Mask: net.CIDRMask(24, 32)}
-	if err := node.Join(n.control, address, net.ParseIP(hubAddress)); err != nil {
+	if err := n.cable(node); err != nil {
 		return nil, nil, err
-	}
-	if err := n.control.Route(node.pods, address.IP); err != nil {
-		return nil, nil, err
-	}
-	for _, other := range n.running {
-		if err := errors.Join(other.Route(node.pods, address.IP), node.Route(other.pods, net.ParseIP(other.Address()))); err != nil {
-			return nil, nil, err
-		}
 	}
 	n.running = append(n.running, node)
 	return node, slices.Clone(n.archives), nil
 }
+
+// cable connects a node's machine to the control plane's, and routes packets between their pods and those of all nodes.
+func (n *nodes) cable(node *Node) error {
+	var addresses []netip.Prefix
+	var gateways []netip.Addr
+	for _, f := range n.cluster.families {
+		addresses, gateways = append(addresses, on(f.nodes, f.node(node.number))), append(gateways, f.hub())
+	}
+	if err := node.Join(n.control, addresses, gateways); err != nil {
+		return err
+	}
+	var err error
+	for _, f := range n.cluster.families {
+		pods, address := f.podsOf(node.number), f.node(node.number)
+		err = errors.Join(err, n.control.Route(pods, address))
+		for _, other := range n.running {
+			err = errors.Join(err, other.Route(pods, address), node.Route(f.podsOf(other.number), f.node(other.number)))
+		}
+	}
+	return err
+}
+
+// address is the node's address of a family.
+func (node *Node) address(f family) netip.Addr { return f.node(node.number) }
 
 // Stop kills everything on the node, as if its power had failed. Its Node object stays.
 func (node *Node) Stop() {
@@ -354,14 +366,14 @@ func (node *Node) start(ctx context.Context, archives []string) error {
 	}
 	kubelet, err := node.program(tools.Kubelet,
 		"--config="+filepath.Join(node.folder, kubeletFile), "--kubeconfig="+filepath.Join(node.folder, kubeconfigFile),
-		"--hostname-override="+node.Name(), "--node-ip="+node.Address(), "--root-dir="+filepath.Join(node.folder, "kubelet"),
+		"--hostname-override="+node.Name(), "--node-ip="+list(c.families, node.address), "--root-dir="+filepath.Join(node.folder, "kubelet"),
 	)
 	if err != nil {
 		return err
 	}
 	proxy, err := node.program(tools.KubeProxy,
 		"--kubeconfig="+filepath.Join(node.folder, proxyKubeconfigFile), "--hostname-override="+node.Name(),
-		"--cluster-cidr=10.244.0.0/16", "--proxy-mode=iptables",
+		"--cluster-cidr="+list(c.families, family.podRange), "--proxy-mode=iptables",
 		"--conntrack-max-per-core=0", // the setting is the kernel's, for all machines
 	)
 	if err != nil {

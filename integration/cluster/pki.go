@@ -133,7 +133,7 @@ const (
 func (c *Cluster) writePKI() error {
 	cert, key, err := c.ca.server("kube-apiserver",
 		[]string{"localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
-		[]net.IP{net.ParseIP(c.host.Address()), net.ParseIP(kubernetesServiceIP)},
+		ips(c.host.Address(), c.families, family.kubernetes),
 	)
 	if err != nil {
 		return err

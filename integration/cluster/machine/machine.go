@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
@@ -45,7 +46,7 @@ type Machine struct {
 	run     *process.Run
 	name    string
 	init    *process.Process
-	address net.IP // nil: in no network
+	address netip.Addr // invalid: in no network
 
 	mu       sync.Mutex
 	programs []*process.Process // in order of their start; some may have exited
@@ -144,7 +145,7 @@ func (m *Machine) Stop() {
 	m.init.Stop(0)
 }
 
-// Address returns the address in the machine's network; "<nil>" without a network.
+// Address returns the first address in the machine's network; "invalid IP" without a network.
 func (m *Machine) Address() string { return m.address.String() }
 
 // Start starts a program of the run in the machine.

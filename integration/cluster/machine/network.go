@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // bridge is the network device of a machine that is a switch.
@@ -30,8 +32,8 @@ func (m *Machine) handle() (*netlink.Handle, func(), error) {
 	return h, func() { h.Close(); _ = ns.Close() }, nil
 }
 
-// Network makes the machine the switch of a network, with an address.
-func (m *Machine) Network(address *net.IPNet) error {
+// Network makes the machine the switch of a network, with addresses, one of each IP family.
+func (m *Machine) Network(addresses ...netip.Prefix) error {
 	h, done, err := m.handle()
 	if err != nil {
 		return err
@@ -41,11 +43,11 @@ func (m *Machine) Network(address *net.IPNet) error {
 	if err := h.LinkAdd(link); err != nil {
 		return fmt.Errorf("making a bridge in machine %s: %w", m.name, err)
 	}
-	return m.up(h, link, address)
+	return m.up(h, link, addresses)
 }
 
-// Join connects the machine to the network of the switch hub, with an address and a default gateway.
-func (m *Machine) Join(hub *Machine, address *net.IPNet, gateway net.IP) error {
+// Join connects the machine to the network of the switch hub, with an address and a default gateway of each IP family.
+func (m *Machine) Join(hub *Machine, addresses []netip.Prefix, gateways []netip.Addr) error {
 	h, done, err := hub.handle()
 	if err != nil {
 		return err
@@ -75,36 +77,49 @@ func (m *Machine) Join(hub *Machine, address *net.IPNet, gateway net.IP) error {
 	if err != nil {
 		return fmt.Errorf("connecting machine %s to %s: %w", m.name, hub.name, err)
 	}
-	if err := m.up(own, peer, address); err != nil {
+	if err := m.up(own, peer, addresses); err != nil {
 		return err
 	}
-	return m.route(own, nil, gateway)
+	for _, gateway := range gateways {
+		if err := m.route(own, nil, gateway); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Route routes a network to the machine at address.
-func (m *Machine) Route(network *net.IPNet, address net.IP) error {
+func (m *Machine) Route(network netip.Prefix, address netip.Addr) error {
 	h, done, err := m.handle()
 	if err != nil {
 		return err
 	}
 	defer done()
-	return m.route(h, network, address)
+	return m.route(h, ipNet(network), address)
 }
 
-func (m *Machine) route(h *netlink.Handle, network *net.IPNet, address net.IP) error {
-	if err := h.RouteReplace(&netlink.Route{Dst: network, Gw: address}); err != nil {
+// route routes a network, or everything if it is nil.
+func (m *Machine) route(h *netlink.Handle, network *net.IPNet, address netip.Addr) error {
+	if err := h.RouteReplace(&netlink.Route{Dst: network, Gw: address.AsSlice()}); err != nil {
 		return fmt.Errorf("routing %v to %v in machine %s: %w", network, address, m.name, err)
 	}
 	return nil
 }
 
-func (m *Machine) up(h *netlink.Handle, link netlink.Link, address *net.IPNet) error {
-	if err := h.AddrAdd(link, &netlink.Addr{IPNet: address}); err != nil {
-		return fmt.Errorf("giving machine %s the address %v: %w", m.name, address, err)
+func (m *Machine) up(h *netlink.Handle, link netlink.Link, addresses []netip.Prefix) error {
+	for _, address := range addresses {
+		// Without the flag, the kernel looks for duplicates of an IPv6 address for a second, and no program can use it.
+		if err := h.AddrAdd(link, &netlink.Addr{IPNet: ipNet(address), Flags: unix.IFA_F_NODAD}); err != nil {
+			return fmt.Errorf("giving machine %s the address %v: %w", m.name, address, err)
+		}
 	}
 	if err := h.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bringing up %s of machine %s: %w", link.Attrs().Name, m.name, err)
 	}
-	m.address = address.IP
+	m.address = addresses[0].Addr()
 	return nil
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }

@@ -118,8 +118,13 @@ func network() error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("bringing the loopback device up: %w", err)
 	}
-	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o600); err != nil {
-		return fmt.Errorf("enabling forwarding of IPv4 packets: %w", err)
+	for _, setting := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+		if _, err := os.Stat(setting); errors.Is(err, unix.ENOENT) {
+			continue // the kernel lacks IPv6
+		}
+		if err := os.WriteFile(setting, []byte("1"), 0o600); err != nil {
+			return fmt.Errorf("enabling forwarding of packets: %w", err)
+		}
 	}
 	return nil
 }
