@@ -152,6 +152,12 @@ func podRef(p *corev1.Pod) *authenticationv1.BoundObjectReference {
 // token requests a token of a service account. bound may be nil.
 func token(t *testing.T, ns, account string, life time.Duration, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
 	t.Helper()
+	return tokenFrom(t, client, ns, account, life, bound, audiences...)
+}
+
+// tokenFrom is token for another cluster.
+func tokenFrom(t *testing.T, client kubernetes.Interface, ns, account string, life time.Duration, bound *authenticationv1.BoundObjectReference, audiences ...string) string {
+	t.Helper()
 	response, err := client.CoreV1().ServiceAccounts(ns).CreateToken(t.Context(), account, &authenticationv1.TokenRequest{
 		Spec: authenticationv1.TokenRequestSpec{Audiences: audiences, BoundObjectRef: bound, ExpirationSeconds: new(int64(life.Seconds()))},
 	}, metav1.CreateOptions{})
