@@ -13,8 +13,8 @@
 //     own limit, which tenants share in the same way.
 //
 // It knows neither TLS nor HTTP: the server reports the progress of each connection with the methods of [Conn].
-// An address is an IPv4 address, or the first 64 bits of an IPv6 address, because one machine can have all addresses of
-// such a network.
+// The addresses of an IPv6 network, those with the same first 64 bits, share what one IPv4 address has, because one machine
+// can have all of them. They share it in the same way, because all pods of a node, or of many nodes, can be in one network.
 package connlimit
 
 import (
@@ -90,12 +90,12 @@ type Limiter struct {
 	cfg Config
 
 	mu      sync.Mutex
-	known   pool[string]       // :: tenant → authenticated connections; guarded by mu
-	callers map[string]int     // :: caller → number of its connections in known; guarded by mu
-	unknown pool[netip.Prefix] // :: address → connections; guarded by mu
-	waiting pool[netip.Prefix] // :: address → connections that wait for room; guarded by mu
-	turns   turns              // guarded by mu
-	closed  [causes]uint64     // guarded by mu
+	known   pool[string]   // :: tenant → authenticated connections; guarded by mu
+	callers map[string]int // :: caller → number of its connections in known; guarded by mu
+	unknown addresses      // guarded by mu
+	waiting addresses      // that wait for room; guarded by mu
+	turns   turns          // guarded by mu
+	closed  [causes]uint64 // guarded by mu
 	// leaving counts connections that the Limiter has closed and the server has not. They still hold memory. Guarded by mu.
 	leaving int
 	filling bool       // fillSoon has a timer; guarded by mu
@@ -125,7 +125,7 @@ func maxLeaving(limit int) int { return max(1, limit/8) }
 func (l *Limiter) Stats() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return Stats{Unauthenticated: l.unknown.total, Authenticated: l.known.total, Waiting: l.waiting.total, Closed: l.closed}
+	return Stats{Unauthenticated: l.unknown.total(), Authenticated: l.known.total, Waiting: l.waiting.total(), Closed: l.closed}
 }
 
 // unlimited is more bytes than any connection reads.
@@ -136,21 +136,6 @@ func budget(bytes int) int64 {
 		return unlimited
 	}
 	return int64(bytes)
-}
-
-// addressOf returns the address that a connection counts for. All connections without an IP address count for one.
-func addressOf(addr net.Addr) netip.Prefix {
-	tcp, ok := addr.(*net.TCPAddr)
-	if !ok {
-		return netip.Prefix{}
-	}
-	ip := tcp.AddrPort().Addr().Unmap().WithZone("")
-	bits := ip.BitLen()
-	if ip.Is6() {
-		bits = 64
-	}
-	prefix, _ := ip.Prefix(bits)
-	return prefix
 }
 
 // end closes a connection that the server has not closed, and counts the cause. The caller holds l.mu.
@@ -173,14 +158,14 @@ func (l *Limiter) remove(c *Conn) {
 	c.late.Stop()
 	switch {
 	case c.waiting:
-		l.waiting.remove(c.address, c)
+		l.waiting.remove(c)
 	case c.known:
 		l.known.remove(c.tenant, c)
 		if l.callers[c.caller]--; l.callers[c.caller] == 0 {
 			delete(l.callers, c.caller)
 		}
 	default:
-		l.unknown.remove(c.address, c)
+		l.unknown.remove(c)
 	}
 	c.stage = ended
 	l.turns.give(c)
@@ -192,7 +177,7 @@ func (l *Limiter) move(c *Conn, to stage) {
 	if c.known {
 		l.known.move(c.tenant, c, to)
 	} else {
-		l.unknown.move(c.address, c, to)
+		l.unknown.move(c, to)
 	}
 }
 
@@ -213,7 +198,7 @@ type Conn struct {
 	net.Conn
 	limiter *Limiter
 	from    *listener
-	address netip.Prefix
+	address netip.Addr
 	since   time.Time // when it was accepted or entered its stage; guarded by limiter.mu
 
 	handshaking atomic.Bool
@@ -321,7 +306,7 @@ func (c *Conn) Authenticated(tenant, caller string) bool {
 			return false
 		}
 	}
-	l.unknown.remove(c.address, c)
+	l.unknown.remove(c)
 	c.known, c.tenant, c.caller = true, tenant, caller
 	l.callers[caller]++
 	l.known.add(tenant, c, responding)
@@ -362,7 +347,7 @@ func (l *Limiter) fillSoon() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.filling = false
-		if l.fill(); l.waiting.total > 0 {
+		if l.fill(); l.waiting.total() > 0 {
 			l.fillSoon()
 		}
 	})

@@ -316,6 +316,35 @@ func TestBytes(t *testing.T) {
 	})
 }
 
+// Networks take turns, and the addresses in each.
+func TestHandshakesOfNetworksInTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 100, Handshakes: 1})
+		var began []string
+		links := make(map[string]*link)
+		for _, address := range []string{"1::1", "1::1", "1::1", "1::2", "1::3", "2::1", "2::2", "3::1"} {
+			l := w.connect("2001:db8:0:" + address)
+			name := fmt.Sprint(address, " ", len(links))
+			links[name] = l
+			go func() { _, _ = l.client.Write([]byte("x")) }()
+			go func() {
+				if _, err := l.server().Read(make([]byte, 1)); err == nil {
+					began = append(began, name)
+				}
+			}()
+			synctest.Wait()
+		}
+		for range len(links) - 1 {
+			links[began[len(began)-1]].server().Handshaken()
+			synctest.Wait()
+		}
+		want := []string{"1::1 0", "1::1 1", "2::1 5", "3::1 7", "1::2 3", "2::2 6", "1::3 4", "1::1 2"}
+		if diff := cmp.Diff(want, began); diff != "" {
+			t.Errorf("order of handshakes (-want +got):\n%s", diff)
+		}
+	})
+}
+
 // An address with many connections waits for its own handshakes. Another address does not wait for them.
 func TestHandshakesInTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -430,13 +459,14 @@ func TestOneCaller(t *testing.T) {
 	})
 }
 
-// A machine can have all addresses of an IPv6 network. An IPv4 address can have two forms.
+// An IPv4 address can have two forms.
 func TestAddresses(t *testing.T) {
 	for _, test := range []struct {
 		many, few string
 		same      bool
 	}{
-		{"2001:db8:0:1::1", "2001:db8:0:1:ffff::2", true},
+		{"2001:db8:0:1::1", "2001:db8:0:1:ffff::2", false},
+		{"2001:db8:0:1::1", "2001:db8:0:1::1", true},
 		{"2001:db8:0:1::1", "2001:db8:0:2::1", false},
 		{"::ffff:10.0.0.1", "10.0.0.1", true},
 		{"10.0.0.1", "10.0.0.2", false},
@@ -452,6 +482,43 @@ func TestAddresses(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A machine can have all addresses of an IPv6 network, so networks share equally. Many pods can be in one, so its addresses
+// share what it has.
+func TestNetworksShareEqually(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 8, MaxWaiting: 8})
+		quiet := w.connect("2001:db8:0:1::1")
+		var machine, pod []*link
+		for i := range 30 {
+			pod = append(pod, w.connect("2001:db8:0:1::2"))
+			machine = append(machine, w.connect(fmt.Sprintf("2001:db8:0:2::%x", i)))
+		}
+		if quiet.closed() {
+			t.Error("the only connection of an address gave way to an address in its network")
+		}
+		time.Sleep(100 * time.Millisecond)
+		entered := func(links []*link) (n int) {
+			for _, l := range links {
+				if l.server() != nil && !l.closed() {
+					n++
+				}
+			}
+			return n
+		}
+		if n := entered(pod); n != 3 {
+			t.Errorf("a pod has %d of 8 connections, want the 3 that the other pod of its network leaves", n)
+		}
+		if n := entered(machine); n != 4 {
+			t.Errorf("a machine with many addresses has %d of 8 connections, want 4", n)
+		}
+		// A second connection of the quiet address takes the place of its neighbor, not that of another network.
+		again := w.connect("2001:db8:0:1::1")
+		if again.server() == nil || again.closed() || entered(pod) != 2 || entered(machine) != 4 {
+			t.Errorf("then the pod has %d connections and the machine %d, want 2 and 4", entered(pod), entered(machine))
+		}
+	})
 }
 
 // A connection that the Limiter has closed holds memory until the server closes it too. So the number of such connections
@@ -604,7 +671,10 @@ func TestRandomLives(t *testing.T) {
 			var links []*link
 			for range 2000 {
 				if random.IntN(3) == 0 || len(links) == 0 {
-					address := netip.AddrFrom4([4]byte{10, 0, 0, byte(random.IntN(4))})
+					address := netip.AddrFrom16([16]byte{0: 0xfd, 7: byte(random.IntN(2)), 15: byte(random.IntN(3))})
+					if seed%2 == 0 {
+						address = netip.AddrFrom4([4]byte{10, 0, 0, byte(random.IntN(4))})
+					}
 					links = append(links, w.connect(address.String()))
 				}
 				l := links[random.IntN(len(links))]

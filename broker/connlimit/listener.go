@@ -106,20 +106,20 @@ func (l *listener) offer(raw net.Conn) {
 		return
 	}
 	c.late = time.AfterFunc(m.cfg.RequestTime, c.closeLate)
-	if m.unknown.total < m.cfg.Max {
+	if m.unknown.total() < m.cfg.Max {
 		m.enter(c)
 		return
 	}
-	if victim := m.unknown.victim(c.address, c.since, true); victim != nil {
+	if victim := m.unknown.victim(c, c.since, true); victim != nil {
 		m.enter(c)
 		m.end(victim, Crowded)
 		return
 	}
 	c.waiting = true
 	c.buffers(waitingBuffer)
-	m.waiting.add(c.address, c, arriving)
+	m.waiting.add(c, arriving)
 	m.fillSoon()
-	if m.waiting.total > m.cfg.MaxWaiting {
+	if m.waiting.total() > m.cfg.MaxWaiting {
 		m.end(m.waiting.newest(), Crowded)
 	}
 }
@@ -138,7 +138,7 @@ func (l *Limiter) enter(c *Conn) {
 	if tcp, ok := c.Conn.(interface{ SetWriteBuffer(int) error }); ok && l.cfg.SocketBuffer > 0 {
 		_ = tcp.SetWriteBuffer(l.cfg.SocketBuffer)
 	}
-	l.unknown.add(c.address, c, arriving)
+	l.unknown.add(c, arriving)
 	c.from.ready = append(c.from.ready, c)
 	c.from.changed.Broadcast()
 }
@@ -146,15 +146,15 @@ func (l *Limiter) enter(c *Conn) {
 // fill lets waiting connections in while there is room. It prefers the address with the fewest connections inside. If
 // there is no room, it makes room if a waiting address has fewer connections than another. The caller holds l.mu.
 func (l *Limiter) fill() {
-	for l.waiting.total > 0 && l.leaving < maxLeaving(l.cfg.Max) {
-		next := l.waiting.least(l.unknown.count)
+	for l.waiting.total() > 0 && l.leaving < maxLeaving(l.cfg.Max) {
+		next := l.waiting.least(&l.unknown)
 		var victim *Conn
-		if l.unknown.total >= l.cfg.Max {
-			if victim = l.unknown.victim(next.address, time.Now(), false); victim == nil {
+		if l.unknown.total() >= l.cfg.Max {
+			if victim = l.unknown.victim(next, time.Now(), false); victim == nil {
 				return
 			}
 		}
-		l.waiting.remove(next.address, next)
+		l.waiting.remove(next)
 		l.enter(next)
 		if victim != nil {
 			l.end(victim, Crowded) // end calls fill again

@@ -27,6 +27,12 @@ type holder[K comparable] struct {
 
 // add adds c to the connections of key.
 func (p *pool[K]) add(key K, c *Conn, at stage) {
+	h := p.grow(key)
+	c.stage, c.element = at, h.stages[at].PushBack(c)
+}
+
+// grow counts one more connection of key.
+func (p *pool[K]) grow(key K) *holder[K] {
 	h := p.holders[key]
 	if h == nil {
 		if p.holders == nil {
@@ -35,15 +41,20 @@ func (p *pool[K]) add(key K, c *Conn, at stage) {
 		h = &holder[K]{key: key}
 		p.holders[key] = h
 	}
-	c.stage, c.element = at, h.stages[at].PushBack(c)
 	p.change(h, 1)
+	return h
 }
 
 // remove removes c from the connections of key.
 func (p *pool[K]) remove(key K, c *Conn) {
-	h := p.holders[key]
-	h.stages[c.stage].Remove(c.element)
+	p.holders[key].stages[c.stage].Remove(c.element)
 	c.element = nil
+	p.shrink(key)
+}
+
+// shrink counts one connection of key less.
+func (p *pool[K]) shrink(key K) {
+	h := p.holders[key]
 	p.change(h, -1)
 	if h.count == 0 {
 		delete(p.holders, key)
@@ -107,11 +118,22 @@ func (p *pool[K]) count(key K) int {
 // leave, and a request may take minAge to arrive, or any time if equal is false. Without minAge, clients that connect
 // faster than the server can serve them would keep all others from being served.
 func (p *pool[K]) victim(key K, now time.Time, equal bool) *Conn {
+	h := p.largestFor(key)
+	return h.victim(h.count <= p.count(key)+1, now, equal)
+}
+
+// largestFor returns the holder with the most connections. If key has as many, it returns that of key, because key would
+// have one more.
+func (p *pool[K]) largestFor(key K) *holder[K] {
 	h := p.largest()
 	if own := p.holders[key]; own != nil && own.count == h.count {
-		h = own // with one more connection, key is the largest
+		return own
 	}
-	fair := h.count <= p.count(key)+1
+	return h
+}
+
+// victim returns the connection of h that gives way. fair reports whether h has no more than it may have.
+func (h *holder[K]) victim(fair bool, now time.Time, equal bool) *Conn {
 	for at := range h.stages {
 		e := h.stages[at].Front()
 		if e == nil {
@@ -140,8 +162,8 @@ func (p *pool[K]) newest() *Conn {
 	return p.largest().stages[arriving].Back().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 }
 
-// least returns the oldest connection of the key with the fewest connections elsewhere.
-func (p *pool[K]) least(elsewhere func(K) int) *Conn {
+// least returns the holder with the fewest connections elsewhere.
+func (p *pool[K]) least(elsewhere func(K) int) *holder[K] {
 	var best *holder[K]
 	fewest := 0
 	for key, h := range p.holders {
@@ -149,7 +171,12 @@ func (p *pool[K]) least(elsewhere func(K) int) *Conn {
 			best, fewest = h, n
 		}
 	}
-	return best.stages[arriving].Front().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
+	return best
+}
+
+// oldest returns the oldest connection whose request has not arrived.
+func (h *holder[K]) oldest() *Conn {
+	return h.stages[arriving].Front().Value.(*Conn) //nolint:forcetypeassert // It contains nothing else.
 }
 
 // all returns the connections that match.

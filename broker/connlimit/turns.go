@@ -5,17 +5,26 @@ import (
 	"net/netip"
 )
 
-// turns limits how many connections compute a handshake at once. Addresses take turns. The connections of one address
-// take theirs in the order of arrival. Limiter.mu guards it.
+// turns limits how many connections compute a handshake at once. Networks take turns, and in each network its addresses.
+// The connections of one address take theirs in the order of arrival. Limiter.mu guards it.
 type turns struct {
-	free   int
-	queues map[netip.Prefix]*queue // of addresses with waiting connections
-	order  list.List               // of *queue; the first is next
+	free  int
+	lanes map[netip.Prefix]*lane // of networks with waiting connections
+	order list.List              // of *lane; the first is next
+}
+
+// lane has the addresses of one network with waiting connections.
+type lane struct {
+	network netip.Prefix
+	queues  map[netip.Addr]*queue
+	order   list.List // of *queue; the first is next
+	element *list.Element
 }
 
 // queue has the waiting connections of one address.
 type queue struct {
-	address netip.Prefix
+	lane    *lane
+	address netip.Addr
 	waiting list.List // of *turn
 	element *list.Element
 }
@@ -59,15 +68,22 @@ func (c *Conn) endTurn() {
 	c.limiter.turns.give(c)
 }
 
-func (s *turns) push(address netip.Prefix, t *turn) {
-	q := s.queues[address]
-	if q == nil {
-		if s.queues == nil {
-			s.queues = make(map[netip.Prefix]*queue)
+func (s *turns) push(address netip.Addr, t *turn) {
+	network := networkOf(address)
+	n := s.lanes[network]
+	if n == nil {
+		if s.lanes == nil {
+			s.lanes = make(map[netip.Prefix]*lane)
 		}
-		q = &queue{address: address}
-		q.element = s.order.PushBack(q)
-		s.queues[address] = q
+		n = &lane{network: network, queues: make(map[netip.Addr]*queue)}
+		n.element = s.order.PushBack(n)
+		s.lanes[network] = n
+	}
+	q := n.queues[address]
+	if q == nil {
+		q = &queue{lane: n, address: address}
+		q.element = n.order.PushBack(q)
+		n.queues[address] = q
 	}
 	t.queue, t.element = q, q.waiting.PushBack(t)
 }
@@ -77,9 +93,13 @@ func (s *turns) pull(t *turn) {
 	q := t.queue
 	q.waiting.Remove(t.element)
 	t.queue, t.element = nil, nil
-	if q.waiting.Len() == 0 {
-		s.order.Remove(q.element)
-		delete(s.queues, q.address)
+	if n := q.lane; q.waiting.Len() == 0 {
+		n.order.Remove(q.element)
+		delete(n.queues, q.address)
+		if n.order.Len() == 0 {
+			s.order.Remove(n.element)
+			delete(s.lanes, n.network)
+		}
 	}
 	close(t.decided)
 }
@@ -98,9 +118,11 @@ func (s *turns) give(c *Conn) {
 	}
 	c.turn = nil
 	for s.free > 0 && s.order.Len() > 0 {
-		q := s.order.Front().Value.(*queue)     //nolint:forcetypeassert // It contains nothing else.
+		n := s.order.Front().Value.(*lane)      //nolint:forcetypeassert // It contains nothing else.
+		q := n.order.Front().Value.(*queue)     //nolint:forcetypeassert // It contains nothing else.
 		next := q.waiting.Front().Value.(*turn) //nolint:forcetypeassert // It contains nothing else.
-		s.order.MoveToBack(q.element)
+		s.order.MoveToBack(n.element)
+		n.order.MoveToBack(q.element)
 		s.free--
 		next.active = true
 		s.pull(next)
