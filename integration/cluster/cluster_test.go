@@ -241,3 +241,14 @@ func processesOf(t *testing.T, dir string) []string {
 	}
 	return found
 }
+
+func TestWrongIPFamiliesAreRefused(t *testing.T) {
+	for _, families := range [][]corev1.IPFamily{{"IPv5"}, {corev1.IPv4Protocol, corev1.IPv4Protocol}} {
+		c, err := cluster.Start(t.Context(), cluster.Config{Runs: t.TempDir(), IPFamilies: families})
+		if err == nil {
+			t.Errorf("a cluster started with the IP families %v: %v", families, c.Stop())
+		} else if !strings.Contains(err.Error(), fmt.Sprint(families)) {
+			t.Errorf("the IP families %v: got %v, want an error that names them", families, err)
+		}
+	}
+}
