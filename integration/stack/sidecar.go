@@ -96,7 +96,7 @@ func (c *Sidecar) probe(ctx context.Context, command, env []string) error {
 }
 
 // program is the built program that an image would have at path.
-func (s *Stack) program(path string) string { return filepath.Join(s.dir("bin"), filepath.Base(path)) }
+func (s *Stack) program(path string) string { return filepath.Join(s.programs, filepath.Base(path)) }
 
 // WriteVolumes writes the projected volumes of the pod with a new token and the current ConfigMap, as a kubelet does when
 // a pod starts and when a source changes.

@@ -99,6 +99,7 @@ type Stack struct {
 
 	cluster      *cluster.Cluster
 	run          *process.Run
+	programs     string // the folder of the programs
 	ca           *certstest.CA
 	architecture string // of the programs
 	emulator     string // the path of the program that runs them; empty: none is needed
@@ -116,7 +117,8 @@ type Program struct {
 	Admin string
 
 	name, listen string
-	memory       int64 // limit; 0: none
+	log          string // the name of the log
+	memory       int64  // limit; 0: none
 	limit        *process.MemoryLimit
 	starts       int
 }
@@ -149,24 +151,19 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	}
 	s := &Stack{
 		cluster: cfg.Cluster, run: cfg.Cluster.Run(), Client: client,
-		Broker:  &Program{name: brokerName, memory: cfg.BrokerMemory},
-		Webhook: &Program{name: webhookName, memory: cfg.WebhookMemory},
+		Broker:  &Program{name: brokerName, log: brokerName, memory: cfg.BrokerMemory},
+		Webhook: &Program{name: webhookName, log: webhookName, memory: cfg.WebhookMemory},
 	}
 	s.architecture = cmp.Or(cfg.Architecture, runtime.GOARCH)
 	if s.emulator, err = Emulator(s.architecture); err != nil {
 		return nil, err
 	}
+	s.programs = s.dir("bin")
 	if err := s.build(ctx, cfg.Progress); err != nil {
 		return nil, err
 	}
-	for p, host := range map[*Program]string{s.Broker: brokerHost, s.Webhook: loopback} {
-		port, err := process.FreePort(ctx)
-		adminPort, err2 := process.FreePort(ctx)
-		if err := errors.Join(err, err2); err != nil {
-			return nil, err
-		}
-		p.listen, p.Address = net.JoinHostPort(loopback, strconv.Itoa(port)), net.JoinHostPort(host, strconv.Itoa(port))
-		p.Admin = net.JoinHostPort(loopback, strconv.Itoa(adminPort))
+	if err := s.findPorts(ctx); err != nil {
+		return nil, err
 	}
 	if err := certificates(func() { s.setCA(certstest.NewCA(tb{})) }); err != nil {
 		return nil, err
@@ -187,6 +184,30 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 		}
 	}
 	return s, nil
+}
+
+func (s *Stack) findPorts(ctx context.Context) error {
+	for p, host := range map[*Program]string{s.Broker: brokerHost, s.Webhook: loopback} {
+		port, err := process.FreePort(ctx)
+		adminPort, err2 := process.FreePort(ctx)
+		if err := errors.Join(err, err2); err != nil {
+			return err
+		}
+		p.listen, p.Address = net.JoinHostPort(loopback, strconv.Itoa(port)), net.JoinHostPort(host, strconv.Itoa(port))
+		p.Admin = net.JoinHostPort(loopback, strconv.Itoa(adminPort))
+	}
+	return nil
+}
+
+// Beside returns a stack that shares all with s but its programs. Its broker and its webhook are further ones, which are
+// not started, and name is in the names of their logs. They and its sidecars run from the folder of programs; empty: the
+// folder of s. Shut its programs down instead of calling Close.
+func (s *Stack) Beside(ctx context.Context, name, programs string) (*Stack, error) {
+	beside := *s
+	beside.programs = cmp.Or(programs, s.programs)
+	beside.Broker = &Program{name: brokerName, log: brokerName + "-" + name}
+	beside.Webhook = &Program{name: webhookName, log: webhookName + "-" + name}
+	return &beside, beside.findPorts(ctx)
 }
 
 // Close stops the programs, each with time to drain. The cluster keeps running.
@@ -231,7 +252,7 @@ func (s *Stack) start(ctx context.Context, p *Program, command process.Command, 
 	if err != nil {
 		return err
 	}
-	command.Name, command.Env = p.name, append(command.Env, raceEnv)
+	command.Name, command.Env = p.log, append(command.Env, raceEnv)
 	command.Path, command.Args = s.command(p.name, append([]string{
 		"--listen=" + p.listen, "--admin-listen=" + p.Admin, "--kubeconfig=" + kubeconfig,
 		"--tls-cert=" + filepath.Join(s.dir(p.name), "tls.crt"), "--tls-key=" + filepath.Join(s.dir(p.name), "tls.key"),
