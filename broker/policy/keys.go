@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/typo"
@@ -92,6 +93,13 @@ const (
 // byWebhook reports whether key is an annotation that the webhook writes. It requests nothing.
 func byWebhook(key Key) bool { return key == ServiceAccount || key == Warnings }
 
+// byLaterWebhooks begins the keys of annotations that later versions of the webhook may write. They request nothing, so an
+// older broker or webhook ignores them. It refuses all other unknown keys, because these may limit what a pod gets.
+const byLaterWebhooks = "injected-"
+
+// ignored reports whether key is no request of the user.
+func ignored(key Key) bool { return byWebhook(key) || strings.HasPrefix(string(key), byLaterWebhooks) }
+
 var (
 	podKeys = [...]Key{Role, SessionName, ExternalID, SessionTags, SessionPolicy, PolicyARNs, SessionScope,
 		Duration, Region, Containers, SkipContainers, IMDS, StartTimeout,
@@ -163,7 +171,7 @@ func (k Keys) cut(name string) (Key, bool) {
 func (k Keys) refuseUnknown(annotations map[string]string) error {
 	var unknown []string
 	for name := range annotations {
-		if key, ok := k.cut(name); ok && !byWebhook(key) && !slices.Contains(podKeys[:], key) {
+		if key, ok := k.cut(name); ok && !ignored(key) && !slices.Contains(podKeys[:], key) {
 			unknown = append(unknown, name)
 		}
 	}

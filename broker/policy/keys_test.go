@@ -51,6 +51,7 @@ func TestAnnotated(t *testing.T) {
 		"iam.amazonaws.com/":                true,
 		"iam.amazonaws.com/permitted":       true,
 		"iam.amazonaws.com/service-account": false, // written by the webhook
+		"iam.amazonaws.com/injected-hint":   true,  // the admission policies do not know it either
 		"iam.amazonaws.com":                 false,
 		"iam.amazonaws.com.example/role":    false,
 		"x.iam.amazonaws.com/role":          false,
@@ -112,6 +113,7 @@ func TestUnknownKeys(t *testing.T) {
 		{"imdsv2", `did you mean "iam.amazonaws.com/imds"?`},
 		{"start_timeout", `did you mean "iam.amazonaws.com/start-timeout"?`},
 		{"injected", "is unknown"}, // a label, and unknown as an annotation
+		{"Injected-hint", "is unknown"},
 		{"permitted", "no meaning on a pod; set it on the namespace"},
 		{"allowed-roles", "no meaning on a pod; set it on the namespace"},
 		{"default-role", "no meaning on a pod; set it on the namespace"},
@@ -133,9 +135,9 @@ func TestUnknownKeys(t *testing.T) {
 		_, err := keys.Request(map[string]string{"iam.amazonaws.com/b": "", "iam.amazonaws.com/a": "", "iam.amazonaws.com/c": "", "iam.amazonaws.com/role": ""}).Settings()
 		mustRefuse(t, "three keys", err, credential.ErrInvalid, credential.ReasonAnnotationUnknown, `"iam.amazonaws.com/a"`)
 	}
-	// Keys under other prefixes do not matter, and the webhook's own annotation is known.
+	// Keys under other prefixes do not matter. The webhook's own annotation is known, and one of a later webhook is ignored.
 	if _, err := keys.Request(map[string]string{
-		"iam.amazonaws.com/role": "reader", "iam.amazonaws.com/service-account": "default",
+		"iam.amazonaws.com/role": "reader", "iam.amazonaws.com/service-account": "default", "iam.amazonaws.com/injected-hint": "x",
 		"example.com/roel": "", "iam.amazonaws.com.example/roel": "", "roel": "",
 	}).Settings(); err != nil {
 		t.Error(err)

@@ -114,14 +114,15 @@ type Settings struct {
 }
 
 // parse reads the annotations of a pod. It refuses unknown keys under the prefix and values that do not parse, with an
-// [*credential.Error] of kind credential.ErrInvalid whose message names the annotation; nothing is ignored.
+// [*credential.Error] of kind credential.ErrInvalid whose message names the annotation. It ignores only what
+// webhooks write.
 func (k Keys) parse(annotations map[string]string) (Settings, error) {
 	// One pass over the annotations: a pod mostly has fewer than there are keys, and this needs no full names.
 	var values [len(podKeys)]string
 	var isSet [len(podKeys)]bool
 	for name, value := range annotations {
 		key, ok := k.cut(name)
-		if !ok || byWebhook(key) {
+		if !ok || ignored(key) {
 			continue
 		}
 		at := slices.Index(podKeys[:], key)
