@@ -37,7 +37,7 @@ const roleKey = "iam.amazonaws.com/role"
 func pod(name string) *corev1.Pod {
 	p := stack.Pod(name, map[string]string{
 		roleKey: name, "iam.amazonaws.com/session-scope": "pod", "iam.amazonaws.com/session-tags": "team=shop",
-		"iam.amazonaws.com/region": stack.Region, "iam.amazonaws.com/imds": "v1", "iam.amazonaws.com/start-timeout": "1h",
+		"iam.amazonaws.com/region": stack.Region, "iam.amazonaws.com/imds": "v1", "iam.amazonaws.com/start-timeout": "30s",
 	})
 	p.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
 	p.Spec.Containers = append(p.Spec.Containers, corev1.Container{
