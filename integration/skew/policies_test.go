@@ -11,19 +11,35 @@ import (
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-// installPolicies installs the admission policies of both versions' charts, side by side. A pod must comply with both.
-func installPolicies(t *testing.T) {
+// objects returns the objects of a version's chart with default values. They come from a golden file, which tests of package
+// chart compare with Helm's output.
+func objects(t *testing.T, n int) []runtime.Object {
 	t.Helper()
 	root, err := tools.Checkout()
 	if err != nil {
 		t.Fatal(err)
 	}
+	rendered, err := os.ReadFile(filepath.Join([]string{previous.Source, root}[n], "integration", "chart", "testdata", "defaults.golden.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := chart.Decode(rendered)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// installPolicies installs the admission policies of both versions' charts, side by side. A pod must comply with both.
+func installPolicies(t *testing.T) {
+	t.Helper()
 	admission := credence.Client.AdmissionregistrationV1()
 	policies, bindings := admission.ValidatingAdmissionPolicies(), admission.ValidatingAdmissionPolicyBindings()
 	install := func(policy *admissionregistrationv1.ValidatingAdmissionPolicy, binding *admissionregistrationv1.ValidatingAdmissionPolicyBinding) {
@@ -35,18 +51,10 @@ func installPolicies(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for n, source := range []string{previous.Source, root} {
-		rendered, err := os.ReadFile(filepath.Join(source, "integration", "chart", "testdata", "defaults.golden.yaml"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		objects, err := chart.Decode(rendered)
-		if err != nil {
-			t.Fatal(err)
-		}
-		installed := 0
-		for _, policy := range chart.Of[*admissionregistrationv1.ValidatingAdmissionPolicy](objects) {
-			for _, binding := range chart.Of[*admissionregistrationv1.ValidatingAdmissionPolicyBinding](objects) {
+	for n := range versions {
+		all, installed := objects(t, n), 0
+		for _, policy := range chart.Of[*admissionregistrationv1.ValidatingAdmissionPolicy](all) {
+			for _, binding := range chart.Of[*admissionregistrationv1.ValidatingAdmissionPolicyBinding](all) {
 				if binding.Spec.PolicyName == policy.Name {
 					name := versions[n].name + "-" + policy.Name
 					binding.Name, binding.Spec.PolicyName, policy.Name = name, name, name

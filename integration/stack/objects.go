@@ -86,7 +86,9 @@ func (s *Stack) install(ctx context.Context) error {
 		case *rbacv1.RoleBinding:
 			_, err = rbac.RoleBindings(SystemNamespace).Create(ctx, o, create)
 		case *admissionregistrationv1.MutatingWebhookConfiguration:
-			s.registration = o
+			if o.Name == configuration {
+				s.registration = o
+			}
 		}
 	}
 	if err == nil && s.registration == nil {
