@@ -104,19 +104,24 @@ func BuildLocal(ctx context.Context, folder, reference, pkg string) (Archive, er
 	return image.Write(filepath.Join(folder, name+".tar"))
 }
 
-// Compile builds a static program for Linux into a file, and creates the file's folder. The same source gives the same
-// bytes in each folder and on each machine with the same version of Go, because Compile overrides the variables that would
-// change them. If git knows the version of the source, the program records it.
+// Compile is CompileFor for Linux.
 func Compile(ctx context.Context, pkg, architecture, file string) error {
+	return CompileFor(ctx, pkg, "linux", architecture, file)
+}
+
+// CompileFor builds a static program for an operating system and an architecture into a file, and creates the file's folder.
+// The same source gives the same bytes in each folder and on each machine with the same version of Go, because CompileFor
+// overrides the variables that would change them. If git knows the version of the source, the program records it.
+func CompileFor(ctx context.Context, pkg, system, architecture, file string) error {
 	if err := os.MkdirAll(filepath.Dir(file), 0o750); err != nil {
 		return fmt.Errorf("creating the folder of %s: %w", file, err)
 	}
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=auto", "-tags=grpcnotrace", //nolint:gosec // the caller's package
 		"-ldflags=-s -w", "-o", file, pkg)
 	cmd.Env = append(os.Environ(), "GOFLAGS=", "GOWORK=off", "GOEXPERIMENT=", "CGO_ENABLED=0",
-		"GOOS=linux", "GOARCH="+architecture, "GOAMD64=v1", "GOARM64=v8.0")
+		"GOOS="+system, "GOARCH="+architecture, "GOAMD64=v1", "GOARM64=v8.0")
 	if output, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("building %s for linux/%s: %w\n%s", pkg, architecture, err, output)
+		return fmt.Errorf("building %s for %s/%s: %w\n%s", pkg, system, architecture, err, output)
 	}
 	return nil
 }
