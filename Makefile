@@ -71,6 +71,16 @@ chart: ## lint the Helm chart and package it into .build/chart
 	"$$helm" package charts/credence --destination .build/chart > /dev/null; \
 	ls .build/chart/credence-*.tgz
 
+# The version to release, the platforms of the command if not all, and who builds, for the provenance.
+VERSION    ?=
+PLATFORMS  ?=
+BUILDER    ?=
+INVOCATION ?=
+
+.PHONY: release
+release: ## make all that a release has from the clean tag that is checked out, into .build/release; VERSION=v1.2.3
+	@go run ./integration/release/make -version '$(VERSION)' -platforms '$(PLATFORMS)' -builder '$(BUILDER)' -invocation '$(INVOCATION)'
+
 .PHONY: bench
 bench: ## measure performance against the goals, into .build/bench/bench.json and $BENCH_OUT
 	@go run ./integration/bench
