@@ -137,6 +137,7 @@ func TestRelease(t *testing.T) {
 	t.Run("version", func(t *testing.T) { checkVersion(t, files) })
 	t.Run("provenance", func(t *testing.T) { checkProvenance(t, files, git(t, first, "rev-parse", "HEAD")) })
 	t.Run("descriptions", func(t *testing.T) { checkDescriptions(t, files) })
+	t.Run("published", func(t *testing.T) { checkPublished(t, files) })
 }
 
 // compare requires two folders with equal files, and these files.

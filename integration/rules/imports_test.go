@@ -88,7 +88,7 @@ const (
 // included, so that it could leave the repository.
 var tooling = []string{
 	"integration/certmanager", "integration/cluster", "integration/images",
-	"integration/minio", "integration/process", "integration/release", "integration/tools",
+	"integration/minio", "integration/process", "integration/registry", "integration/release", "integration/tools",
 }
 
 func floorOf(dir string) (floor int, known bool) {
