@@ -11,11 +11,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strings"
 	"testing"
@@ -24,31 +22,11 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/integration/release"
+	"github.com/credence-iam/credence/integration/release/releasetest"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
 const version = "0.2.0"
-
-// isolate makes git independent of the user's configuration.
-func isolate(t *testing.T) {
-	t.Setenv("GIT_CONFIG_GLOBAL", os.DevNull)
-	for _, who := range []string{"AUTHOR", "COMMITTER"} {
-		t.Setenv("GIT_"+who+"_NAME", "Test")
-		t.Setenv("GIT_"+who+"_EMAIL", "test@example.com")
-		t.Setenv("GIT_"+who+"_DATE", "2026-01-02T03:04:05+06:00")
-	}
-}
-
-func git(t *testing.T, folder string, args ...string) string {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "git", args...)
-	cmd.Dir = folder
-	output, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("git %v: %v\n%s", args, err, output)
-	}
-	return strings.TrimSpace(string(output))
-}
 
 func read(t *testing.T, path string) []byte {
 	t.Helper()
@@ -64,47 +42,6 @@ func write(t *testing.T, path, content string) {
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(content), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// tagged returns a repository with the files of this checkout, prepared and tagged as a maintainer does it. This process
-// reads the files itself, so that Go's test cache knows them.
-func tagged(t *testing.T) string {
-	t.Helper()
-	checkout, err := tools.Checkout()
-	if err != nil {
-		t.Fatal(err)
-	}
-	folder := filepath.Join(t.TempDir(), "origin")
-	if err := filepath.WalkDir(checkout, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.Name() == ".git" || d.Name() == ".build" {
-			if err == nil && d.IsDir() {
-				err = fs.SkipDir
-			}
-			return err
-		}
-		relative, err := filepath.Rel(checkout, path)
-		if err == nil && d.Type().IsRegular() {
-			content, info := read(t, path), d
-			mode := fs.FileMode(0o644)
-			if i, err := info.Info(); err == nil {
-				mode = i.Mode()
-			}
-			target := filepath.Join(folder, relative)
-			err = errors.Join(os.MkdirAll(filepath.Dir(target), 0o755), os.WriteFile(target, content, mode))
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	chart := filepath.Join(folder, "charts/credence/Chart.yaml")
-	write(t, chart, regexp.MustCompile(`(?m)^(version|appVersion): .*$`).ReplaceAllString(string(read(t, chart)), "$1: "+version))
-	changelog := filepath.Join(folder, "CHANGELOG.md")
-	write(t, changelog, strings.Replace(string(read(t, changelog)), "## [Unreleased]\n", "## [Unreleased]\n\n## ["+version+"] - 2026-01-02\n\n- See [a page](docs/errors.md).\n", 1))
-	git(t, folder, "init", "--quiet")
-	git(t, folder, "add", "--all")
-	git(t, folder, "commit", "--quiet", "--message=release")
-	git(t, folder, "tag", "v"+version)
-	return folder
 }
 
 // build builds a release in a clone, and returns its folder.
@@ -123,11 +60,11 @@ func TestRelease(t *testing.T) {
 	if testing.Short() && !tools.Built(tools.Helm) {
 		t.Skip("-short, and helm is not built (go run ./integration/tools/install helm)")
 	}
-	isolate(t)
-	origin := tagged(t)
+	releasetest.Isolate(t)
+	origin := releasetest.Tag(t, version)
 	first, second := filepath.Join(t.TempDir(), "one"), filepath.Join(t.TempDir(), "another", "folder")
-	git(t, origin, "clone", "--quiet", origin, first)
-	git(t, origin, "clone", "--quiet", origin, second)
+	releasetest.Git(t, origin, "clone", "--quiet", origin, first)
+	releasetest.Git(t, origin, "clone", "--quiet", origin, second)
 	files := build(t, first, "v"+version)
 	t.Run("reproducible", func(t *testing.T) {
 		t.Setenv("TZ", "Asia/Tokyo")
@@ -135,7 +72,7 @@ func TestRelease(t *testing.T) {
 		compare(t, files, build(t, second, version))
 	})
 	t.Run("version", func(t *testing.T) { checkVersion(t, files) })
-	t.Run("provenance", func(t *testing.T) { checkProvenance(t, files, git(t, first, "rev-parse", "HEAD")) })
+	t.Run("provenance", func(t *testing.T) { checkProvenance(t, files, releasetest.Git(t, first, "rev-parse", "HEAD")) })
 	t.Run("descriptions", func(t *testing.T) { checkDescriptions(t, files) })
 	t.Run("published", func(t *testing.T) { checkPublished(t, files) })
 }
@@ -331,7 +268,7 @@ func TestRefused(t *testing.T) {
 		"no tag": {version: "1.2.4", want: "tag v1.2.4 does not exist; create it with git tag --sign v1.2.4"},
 		"a tag elsewhere": {
 			change: func(t *testing.T, folder string) {
-				git(t, folder, "commit", "--quiet", "--allow-empty", "--message=later")
+				releasetest.Git(t, folder, "commit", "--quiet", "--allow-empty", "--message=later")
 			},
 			want: "run git checkout v1.2.3-rc.1",
 		},
@@ -354,7 +291,7 @@ func TestRefused(t *testing.T) {
 		"another folder of results": {change: func(t *testing.T, folder string) { write(t, filepath.Join(folder, ".build/release/precious"), "") }, want: "is not a release; name another folder"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			isolate(t)
+			releasetest.Isolate(t)
 			folder := t.TempDir()
 			for file, content := range map[string]string{
 				"go.mod":                     "module github.com/credence-iam/credence\n\ngo 1.26.0\n\ntoolchain " + runtime.Version() + "\n",
@@ -364,10 +301,10 @@ func TestRefused(t *testing.T) {
 			} {
 				write(t, filepath.Join(folder, file), content)
 			}
-			git(t, folder, "init", "--quiet")
-			git(t, folder, "add", "--all")
-			git(t, folder, "commit", "--quiet", "--message=release")
-			git(t, folder, "tag", ready)
+			releasetest.Git(t, folder, "init", "--quiet")
+			releasetest.Git(t, folder, "add", "--all")
+			releasetest.Git(t, folder, "commit", "--quiet", "--message=release")
+			releasetest.Git(t, folder, "tag", ready)
 			if c.change != nil {
 				c.change(t, folder)
 			}
@@ -396,7 +333,7 @@ func edit(file, from, to string) func(t *testing.T, folder string) {
 			t.Fatalf("%s has no %q", file, from)
 		}
 		write(t, path, text)
-		git(t, folder, "commit", "--quiet", "--all", "--message=change")
-		git(t, folder, "tag", "--force", "v1.2.3-rc.1")
+		releasetest.Git(t, folder, "commit", "--quiet", "--all", "--message=change")
+		releasetest.Git(t, folder, "tag", "--force", "v1.2.3-rc.1")
 	}
 }
