@@ -59,12 +59,19 @@ func TestInstallPageNamesValues(t *testing.T) {
 }
 
 // TestInstallPageRenders shows that the chart accepts each file of values in docs/install.md after the first one, which all
-// users need.
+// users need, and those in the pages with its details.
 func TestInstallPageRenders(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile(installPage)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, page := range []string{"../../docs/aws.md", "../../docs/network.md"} {
+		more, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = append(text, more...)
 	}
 	var files []string
 	for _, match := range fence.FindAllStringSubmatch(string(text), -1) {
@@ -85,7 +92,7 @@ func TestInstallPageRenders(t *testing.T) {
 			t.Errorf("the objects are invalid with:\n%s\n%v", match[2], err)
 		}
 	}
-	if len(files) < 4 {
-		t.Errorf("%s has %d files of values, want at least 4", installPage, len(files))
+	if len(files) < 6 {
+		t.Errorf("%s and the pages with its details have %d files of values, want at least 6", installPage, len(files))
 	}
 }
