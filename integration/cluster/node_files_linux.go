@@ -82,6 +82,8 @@ state = "/run/containerd"
   snapshotter = "overlayfs"
   [plugins."io.containerd.cri.v1.images".pinned_images]
     sandbox = %q
+  [plugins."io.containerd.cri.v1.images".registry]
+    config_path = %q
 
 [plugins."io.containerd.cri.v1.runtime"]
   # A profile would have to be loaded into the kernel.
@@ -104,7 +106,7 @@ state = "/run/containerd"
 [plugins."io.containerd.internal.v1.opt"]
   path = %q
 `,
-		filepath.Join(node.folder, "containerd"), containerdSocket, pauseImage,
+		filepath.Join(node.folder, "containerd"), containerdSocket, pauseImage, filepath.Join(c.run.Dir(), certsFolder),
 		filepath.Dir(c.programs[tools.CNIPtp]), filepath.Dir(c.programs[tools.CNIHostLocal]),
 		filepath.Join(node.folder, filepath.Dir(networkFile)), runc, filepath.Join(node.folder, "opt")), nil
 }
