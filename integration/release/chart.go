@@ -21,6 +21,12 @@ import (
 	"github.com/credence-iam/credence/integration/tools"
 )
 
+// chartRepository is the chart in the registry.
+const chartRepository = Registry + "/" + chartPath
+
+// chartPath is the path of the chart below the registry's.
+const chartPath = "charts/credence"
+
 // Helm's media types of charts in registries.
 const (
 	chartConfigType  = types.MediaType("application/vnd.cncf.helm.config.v1+json")
@@ -37,6 +43,7 @@ type chart struct {
 	AppVersion  string `json:"appVersion"`
 	Description string `json:"description"`
 	Home        string `json:"home"`
+	KubeVersion string `json:"kubeVersion"`
 }
 
 func readChart(folder string) (c chart, err error) {
@@ -82,6 +89,15 @@ func (r *release) writeChart(context.Context) error {
 		return fmt.Errorf("packing the chart: %w", err)
 	}
 	return r.write(r.chartArchive(), packed)
+}
+
+// chartDigest returns the digest that the chart has in a registry.
+func (r *release) chartDigest() (v1.Hash, error) {
+	image, err := chartImage(filepath.Join(r.Folder, r.chartArchive()))
+	if err != nil {
+		return v1.Hash{}, err
+	}
+	return image.Digest()
 }
 
 // chartImage returns the chart as an artifact in a registry, from its archive.

@@ -62,11 +62,11 @@ func (r *release) checkGit(ctx context.Context, root string) error {
 
 // checkChart requires the chart to have the version, for itself and for the images.
 func (r *release) checkChart(_ context.Context, root string) error {
-	chart, err := readChart(filepath.Join(root, chartFolder))
-	if err != nil {
+	var err error
+	if r.chart, err = readChart(filepath.Join(root, chartFolder)); err != nil {
 		return err
 	}
-	for field, value := range map[string]string{"version": chart.Version, "appVersion": chart.AppVersion} {
+	for field, value := range map[string]string{"version": r.chart.Version, "appVersion": r.chart.AppVersion} {
 		if value != r.version {
 			return fmt.Errorf("%s of %s/Chart.yaml is %q; set it to %s and commit that before the tag", field, chartFolder, value, r.version)
 		}

@@ -25,8 +25,13 @@ func (r *release) writeManifest(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Every supported cluster accepts what the oldest one does.
+	oldest := regexp.MustCompile(`^>=(\d+\.\d+\.\d+)`).FindStringSubmatch(r.chart.KubeVersion)
+	if oldest == nil {
+		return fmt.Errorf("kubeVersion of %s/Chart.yaml is %q; write it as >=MAJOR.MINOR.PATCH", chartFolder, r.chart.KubeVersion)
+	}
 	rendered, err := run(ctx, r.Folder, helm, "template", "credence", r.chartArchive(),
-		"--namespace="+namespace, "--values="+digestsFile, "--no-hooks")
+		"--namespace="+namespace, "--values="+digestsFile, "--kube-version="+oldest[1], "--no-hooks")
 	if err != nil {
 		return err
 	}
@@ -48,11 +53,16 @@ metadata:
 func (r *release) writeNotes(context.Context) error {
 	var notes strings.Builder
 	// Links in the changelog are relative to the repository.
-	_, _ = fmt.Fprintf(&notes, "%s\n\n## Install\n\nSee [how to install, and how to verify what you downloaded](%[2]s/blob/%[3]s/docs/install.md).\n\n| image | digest |\n|---|---|\n",
+	_, _ = fmt.Fprintf(&notes, "%s\n\n## Install\n\nSee [how to install, and how to verify what you downloaded](%[2]s/blob/%[3]s/docs/install.md).\n\n| image or chart | digest |\n|---|---|\n",
 		regexp.MustCompile(`\]\(([a-zA-Z][^):]*)\)`).ReplaceAllString(r.changes, "]("+repository+"/blob/"+r.tag()+"/$1)"), repository, r.tag())
+	chart, err := r.chartDigest()
+	if err != nil {
+		return err
+	}
 	for _, image := range r.images {
 		_, _ = fmt.Fprintf(&notes, "| `%s` | `%s` |\n", image.Reference, image.Digest)
 	}
+	_, _ = fmt.Fprintf(&notes, "| `%s:%s` | `%s` |\n", chartRepository, r.version, chart)
 	return r.write(notesFile, []byte(notes.String()))
 }
 
@@ -92,15 +102,11 @@ func (r *release) writeProvenance(context.Context) error {
 		name, _, _ := strings.Cut(image.Reference, ":")
 		subjects = append(subjects, subject{name, map[string]string{"sha256": strings.TrimPrefix(image.Digest, "sha256:")}})
 	}
-	chart, err := chartImage(filepath.Join(r.Folder, r.chartArchive()))
+	chart, err := r.chartDigest()
 	if err != nil {
 		return err
 	}
-	digest, err := chart.Digest()
-	if err != nil {
-		return fmt.Errorf("computing the digest of the chart: %w", err)
-	}
-	subjects = append(subjects, subject{Registry + "/charts/credence", map[string]string{"sha256": digest.Hex}})
+	subjects = append(subjects, subject{chartRepository, map[string]string{"sha256": chart.Hex}})
 	builder := r.Builder
 	if builder == "" {
 		builder = repository + "/blob/main/docs/release.md#build-by-hand"

@@ -74,6 +74,7 @@ type release struct {
 	date    time.Time // of the commit; the date of all files, so that they do not depend on the time of the build
 	goVer   string
 	changes string // the section of the changelog
+	chart   chart
 
 	work   string // folder of intermediate files
 	images []images.Archive

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -74,6 +75,7 @@ func TestRelease(t *testing.T) {
 	t.Run("version", func(t *testing.T) { checkVersion(t, files) })
 	t.Run("provenance", func(t *testing.T) { checkProvenance(t, files, releasetest.Git(t, first, "rev-parse", "HEAD")) })
 	t.Run("descriptions", func(t *testing.T) { checkDescriptions(t, files) })
+	t.Run("chart", func(t *testing.T) { checkChart(t, files) })
 	t.Run("published", func(t *testing.T) { checkPublished(t, files) })
 }
 
@@ -229,6 +231,41 @@ func checkDescriptions(t *testing.T, folder string) {
 	}
 	if want := "- See [a page](https://github.com/credence-iam/credence/blob/v0.2.0/docs/errors.md)."; !strings.Contains(notes, want) {
 		t.Errorf("the notes lack %q:\n%s", want, notes)
+	}
+}
+
+// checkChart compares the files in the chart with those that helm package takes.
+func checkChart(t *testing.T, folder string) {
+	helm, err := tools.Path(t.Context(), tools.Helm, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packaged := t.TempDir()
+	if output, err := exec.CommandContext(t.Context(), helm, "package", "charts/credence", "--destination="+packaged).CombinedOutput(); err != nil {
+		t.Fatalf("helm package: %v\n%s", err, output)
+	}
+	list := func(path string) (names []string) {
+		stream, err := gzip.NewReader(bytes.NewReader(read(t, path)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		archive := tar.NewReader(stream)
+		for {
+			header, err := archive.Next()
+			if errors.Is(err, io.EOF) {
+				slices.Sort(names)
+				return names
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			names = append(names, header.Name)
+		}
+	}
+	archive := "credence-" + version + ".tgz"
+	want := list(filepath.Join(packaged, archive))
+	if diff := cmp.Diff(want, list(filepath.Join(folder, archive))); diff != "" || len(want) < 10 {
+		t.Errorf("the chart has other files than from helm package (-want +got):\n%s", diff)
 	}
 }
 
