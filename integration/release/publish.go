@@ -4,6 +4,7 @@ package release
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -71,18 +72,22 @@ func Publish(ctx context.Context, folder, registry string, transport http.RoundT
 		return nil, err
 	}
 	version := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(charts[0]), "credence-"), ".tgz")
-	published, err := p.push(chart, path.Join(registry, "charts", "credence"), version)
+	published, err := p.push(chart, path.Join(registry, chartPath), version)
 	if err != nil {
 		return nil, fmt.Errorf("publishing %s: %w", charts[0], err)
 	}
 	return append(all, published), nil
 }
 
-// verify checks a folder against its checksums.
+// verify checks a folder against its checksums, and that its provenance names these checksums.
 func verify(folder string) error {
 	list, err := os.ReadFile(filepath.Join(folder, checksumsFile))
 	if err != nil {
 		return fmt.Errorf("reading the checksums: %w; run make release", err)
+	}
+	provenance, err := os.ReadFile(filepath.Join(folder, provenanceFile))
+	if err != nil || !bytes.Contains(provenance, []byte(`"`+sum(list)+`"`)) {
+		return errors.Join(fmt.Errorf("%s does not name this %s; run make release", filepath.Join(folder, provenanceFile), checksumsFile), err)
 	}
 	for line := range strings.SplitSeq(strings.TrimSuffix(string(list), "\n"), "\n") {
 		want, file, ok := strings.Cut(line, "  ")
@@ -127,10 +132,11 @@ func (p *publisher) image(archive, repository, version, sbom string) (_ Publishe
 	}
 	// A subject is named by type, size and digest alone.
 	subject = &v1.Descriptor{MediaType: subject.MediaType, Size: subject.Size, Digest: subject.Digest}
-	for file, mediaType := range map[string]types.MediaType{sbom: SBOMType, provenanceFile: ProvenanceType} {
-		if err := p.attach(subject, repository, file, mediaType); err != nil {
-			return Published{}, fmt.Errorf("attaching %s: %w", file, err)
-		}
+	if err := p.attach(subject, repository, sbom, SBOMType); err != nil {
+		return Published{}, fmt.Errorf("attaching %s: %w", sbom, err)
+	}
+	if err := p.attach(subject, repository, provenanceFile, ProvenanceType); err != nil {
+		return Published{}, fmt.Errorf("attaching %s: %w", provenanceFile, err)
 	}
 	return published, nil
 }

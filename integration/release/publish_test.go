@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -63,6 +64,7 @@ func checkPublished(t *testing.T, folder string) {
 		checkSBOM(t, read(t, filepath.Join(folder, p.SBOM)), pull(t, p, product))
 		checkReferrers(t, folder, p)
 	}
+	t.Run("no API for referrers", func(t *testing.T) { checkWithoutReferrers(t, folder) })
 	checkSBOM(t, read(t, filepath.Join(folder, "credence_"+version+".spdx.json")), command(t, folder))
 
 	helm, err := tools.Path(t.Context(), tools.Helm, os.Stderr)
@@ -102,6 +104,10 @@ func checkPublished(t *testing.T, folder string) {
 		if _, err := release.Publish(t.Context(), changed, startRegistry(t), nil); err == nil || !strings.Contains(err.Error(), "install.yaml differs from checksums.txt") {
 			t.Errorf("publishing a changed file: %v", err)
 		}
+		write(t, filepath.Join(changed, "checksums.txt"), "")
+		if _, err := release.Publish(t.Context(), changed, startRegistry(t), nil); err == nil || !strings.Contains(err.Error(), "does not name this checksums.txt") {
+			t.Errorf("publishing other checksums: %v", err)
+		}
 	})
 }
 
@@ -140,10 +146,37 @@ func reference(t *testing.T, p release.Published) name.Digest {
 	return digest
 }
 
+// older is the transport to a registry without the API for referrers, such as ghcr.io. Clients keep them under a tag there.
+type older struct{ refused int }
+
+func (o *older) RoundTrip(request *http.Request) (*http.Response, error) {
+	if strings.Contains(request.URL.Path, "/referrers/") {
+		o.refused++
+		return &http.Response{StatusCode: http.StatusNotFound, Body: http.NoBody, Header: http.Header{}, Request: request}, nil
+	}
+	return http.DefaultTransport.RoundTrip(request)
+}
+
+func checkWithoutReferrers(t *testing.T, folder string) {
+	to, transport := startRegistry(t), &older{}
+	for range 2 {
+		published, err := release.Publish(t.Context(), folder, to, transport)
+		if err != nil || len(published) != 4 {
+			t.Fatal(published, err)
+		}
+		for _, p := range published[:3] {
+			checkReferrers(t, folder, p, remote.WithTransport(transport))
+		}
+	}
+	if transport.refused == 0 {
+		t.Error("nothing called the API for referrers")
+	}
+}
+
 // checkReferrers finds SBOM and provenance by the image's digest alone, as verifiers do.
-func checkReferrers(t *testing.T, folder string, p release.Published) {
+func checkReferrers(t *testing.T, folder string, p release.Published, options ...remote.Option) {
 	t.Helper()
-	index, err := remote.Referrers(reference(t, p))
+	index, err := remote.Referrers(reference(t, p), options...)
 	if err != nil {
 		t.Fatal(err)
 	}
