@@ -45,7 +45,7 @@ func TestSDKsSeeTheAssumedRole(t *testing.T) {
 	}
 }
 
-func TestCredentialsOpenARealObjectStore(t *testing.T) {
+func TestCredentialsOpenTheBucketOfTheirRole(t *testing.T) {
 	t.Parallel()
 	ns := namespace(t, ".*")
 	env, _ := app(t, create(t, ns, "app", role("shelf")))

@@ -1,8 +1,8 @@
 //go:build unix
 
 // Package integration tests Credence end to end on a real control plane. It runs the real programs of the webhook and
-// the broker, and the injected sidecar as in its pod's spec. Unmodified AWS SDKs use the credentials on a real object
-// store.
+// the broker, and the injected sidecar as in its pod's spec. Unmodified AWS SDKs use the credentials on an S3 double,
+// which verifies them.
 //
 // The tests see Credence only from outside. There are no nodes: package e2e has them. Each package's own tests and the
 // wiring tests of the programs hold the details, such as flags, metrics and the kinds of tokens.
@@ -29,15 +29,13 @@ import (
 	"github.com/credence-iam/credence/certs"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/kubetest"
-	"github.com/credence-iam/credence/integration/minio"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
-// All tests share one control plane, one Credence on it, and one object store.
+// All tests share one control plane, and one Credence on it.
 var (
 	control   *cluster.Cluster
 	credence  *stack.Stack
-	store     *minio.Server
 	awsclient string // the path of the program
 )
 
@@ -73,15 +71,7 @@ func TestSourcesAreRead(t *testing.T) {
 
 func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	control = c
-	if store, err = minio.Start(ctx, control.Run(), control.Host(), os.Stderr); err != nil {
-		return err
-	}
-	sessions, err := stack.FillStore(ctx, store, bucket)
-	if err != nil {
-		return err
-	}
-	credence, err = stack.Start(ctx, stack.Config{Cluster: control, Progress: os.Stderr, STS: ststest.Config{
-		MinIO: sessions,
+	credence, err = stack.Start(ctx, stack.Config{Cluster: control, Progress: os.Stderr, Buckets: []string{bucket}, STS: ststest.Config{
 		SessionDuration: func(requested time.Duration) time.Duration {
 			if requested == 15*time.Minute {
 				return shortLife
@@ -171,7 +161,7 @@ func initNames(pod *corev1.Pod) (names []string) {
 }
 
 // app runs the pod's sidecar until the test ends, and returns the environment of the pod's application. Its region is the
-// one of the pod's annotation. The endpoints of AWS are those of the test's STS and object store.
+// one of the pod's annotation. The endpoints of AWS are those of the test's doubles.
 func app(t *testing.T, pod *corev1.Pod) ([]string, *stack.Sidecar) {
 	t.Helper()
 	sidecar, err := credence.RunSidecar(t.Context(), pod)
@@ -190,7 +180,7 @@ func app(t *testing.T, pod *corev1.Pod) ([]string, *stack.Sidecar) {
 	}
 	return slices.Concat(env, stack.NoAWSFiles(), []string{
 		"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH"),
-		"AWS_ENDPOINT_URL_STS=" + credence.STS.URL(), "AWS_ENDPOINT_URL_S3=" + store.Endpoint(),
+		"AWS_ENDPOINT_URL_STS=" + credence.STS.URL(), "AWS_ENDPOINT_URL_S3=" + credence.Store.URL(),
 	}), sidecar
 }
 

@@ -38,7 +38,7 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	// MinIO has one host name for all buckets.
+	// Stores outside AWS often have one host name for all buckets.
 	store := s3.NewFromConfig(cfg, func(o *s3.Options) { o.UsePathStyle = true })
 	switch {
 	case len(args) == 1 && args[0] == "whoami":

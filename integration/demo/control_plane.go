@@ -15,9 +15,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/cluster"
-	"github.com/credence-iam/credence/integration/minio"
 	"github.com/credence-iam/credence/integration/stack"
 	"github.com/credence-iam/credence/integration/tools"
 )
@@ -29,7 +27,6 @@ var podYAML string
 type controlPlane struct {
 	*demo
 
-	store     *minio.Server
 	stack     *stack.Stack
 	awsclient string // the path of the program
 	sidecar   *stack.Sidecar
@@ -41,8 +38,8 @@ func onControlPlane(d *demo) play {
 		opening: "Kubernetes control plane without nodes.\nWhat a node would run, runs here as local processes.",
 		steps: []step{
 			{"Start a control plane, Credence, an STS and an object store", `etcd, kube-apiserver and kube-controller-manager run on the loopback address. Beside them run the broker,
-the webhook, an STS with AWS's protocol, and MinIO, which makes the STS's credentials. Each bucket opens
-only for the role of the same name. The demo runs each command as shown.`, p.start},
+the webhook, and local doubles of STS and S3 with AWS's protocols. Each bucket opens only for the role of
+the same name. The demo runs each command as shown.`, p.start},
 			{"A namespace opts in and permits roles", optInText, p.optIn},
 			{"A pod requests a role", "", p.createPod},
 			{"What the webhook added to the pod", "", p.showInjected},
@@ -70,14 +67,7 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 	if _, err := p.kube(ctx, "", "version"); err != nil {
 		return err
 	}
-	if p.store, err = minio.Start(ctx, p.cluster.Run(), p.cluster.Host(), p); err != nil {
-		return err
-	}
-	sessions, err := stack.FillStore(ctx, p.store, buckets...)
-	if err != nil {
-		return err
-	}
-	if p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, STS: ststest.Config{MinIO: sessions}}); err != nil {
+	if p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, Buckets: buckets}); err != nil {
 		return err
 	}
 	_, _ = fmt.Fprintln(p, "building awsclient")
@@ -132,7 +122,7 @@ func (p *controlPlane) runApplication(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	env = append(env, "AWS_REGION="+stack.Region, "AWS_ENDPOINT_URL_STS="+p.stack.STS.URL(), "AWS_ENDPOINT_URL_S3="+p.store.Endpoint())
+	env = append(env, "AWS_REGION="+stack.Region, "AWS_ENDPOINT_URL_STS="+p.stack.STS.URL(), "AWS_ENDPOINT_URL_S3="+p.stack.Store.URL())
 	return p.showCalls(func(stdin string, args ...string) (string, error) {
 		return p.command(ctx, p.awsclient, env, stdin, args...)
 	})

@@ -33,7 +33,7 @@ func onNodes(d *demo) play {
 		steps: []step{
 			{"Start a cluster: control plane, DNS, a node with kubelet and containerd", "", p.start},
 			{"Build the images; start an STS and an object store that pods can reach", `The images are built FROM scratch, without Docker, and loaded on the node. Beside them run an STS with AWS's
-protocol and MinIO, which makes the STS's credentials. Each bucket opens only for the role of the same name.
+protocol and an S3 double. Each bucket opens only for the role of the same name.
 The demo runs each command as shown.`, p.prepare},
 			{"Install cert-manager with Helm", "", func(ctx context.Context) error { return p.install(ctx, p.deployment.CertManager) }},
 			{"Install Credence with Helm", "The values name the images, the local STS, and a Secret with the broker's own AWS keys.", p.installCredence},

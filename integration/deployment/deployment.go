@@ -1,7 +1,7 @@
 //go:build linux
 
 // Package deployment installs Credence on a cluster with nodes as users do: images, cert-manager and the chart, with Helm.
-// Beside it run an STS that tests control and a MinIO whose objects the STS's sessions open. Pods can reach both.
+// Beside it run an STS that tests control, and an S3 double whose buckets the STS's sessions open. Pods can reach both.
 //
 // Everything runs in the cluster's own networks, and ends with the cluster.
 package deployment
@@ -31,7 +31,7 @@ import (
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/images"
-	"github.com/credence-iam/credence/integration/minio"
+	"github.com/credence-iam/credence/integration/s3test"
 	"github.com/credence-iam/credence/integration/stack"
 	"github.com/credence-iam/credence/integration/tools"
 )
@@ -56,10 +56,9 @@ const (
 type Config struct {
 	// Cluster is the cluster on which Credence is installed. It has nodes. Required.
 	Cluster *cluster.Cluster
-	// STS configures the STS. Prepare sets its account, and MinIO makes its credentials. Default: every role can be
-	// assumed.
+	// STS configures the STS. Prepare sets its account. Default: every role can be assumed.
 	STS ststest.Config
-	// Buckets are made in MinIO. The role of a bucket's name may do everything in it. Other roles may do nothing.
+	// Buckets are made in the S3 double. Only the role of a bucket's name may use it.
 	Buckets []string
 	// Progress gets a line for each program that is built. Default: discarded.
 	Progress io.Writer
@@ -71,7 +70,7 @@ type Deployment struct {
 	// STS is the STS that the broker calls.
 	STS *ststest.Server
 	// Store has the buckets.
-	Store *minio.Server
+	Store *s3test.Server
 	// Client has all rights on the cluster.
 	Client kubernetes.Interface
 	// Helm and Kubectl are the paths of the programs.
@@ -82,8 +81,8 @@ type Deployment struct {
 	cluster *cluster.Cluster
 }
 
-// Prepare builds the images and loads them on the nodes, starts the STS and MinIO, and writes the values of the charts. It
-// installs nothing. The STS runs until ctx ends.
+// Prepare builds the images and loads them on the nodes, starts the STS and the S3 double, and writes the values of the
+// charts. It installs nothing. Both doubles run until ctx ends.
 func Prepare(ctx context.Context, cfg Config) (*Deployment, error) {
 	if cfg.Progress == nil {
 		cfg.Progress = io.Discard
@@ -139,22 +138,23 @@ func (d *Deployment) loadImages(ctx context.Context, progress io.Writer) error {
 	return nil
 }
 
-// startServers starts MinIO with the buckets, and an STS whose sessions open them.
-func (d *Deployment) startServers(ctx context.Context, cfg Config) (err error) {
+// startServers starts the STS and the S3 double.
+func (d *Deployment) startServers(ctx context.Context, cfg Config) error {
 	host := d.cluster.Host()
-	if d.Store, err = minio.Start(ctx, d.cluster.Run(), host, cfg.Progress); err != nil {
-		return err
+	var listeners [2]net.Listener
+	for i := range listeners {
+		var err error
+		if listeners[i], err = host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), "0")); err != nil {
+			return fmt.Errorf("listening for STS and S3: %w", err)
+		}
 	}
 	cfg.STS.Account = stack.Account
-	if cfg.STS.MinIO, err = stack.FillStore(ctx, d.Store, cfg.Buckets...); err != nil {
+	var err error
+	if d.STS, err = ststest.StartOn(ctx, listeners[0], host.Dial, cfg.STS); err != nil {
 		return err
 	}
-	listener, err := host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), "0"))
-	if err != nil {
-		return fmt.Errorf("listening for STS: %w", err)
-	}
-	d.STS, err = ststest.StartOn(ctx, listener, host.Dial, cfg.STS)
-	return err
+	d.Store = s3test.Start(ctx, listeners[1], d.STS, cfg.Buckets...)
+	return nil
 }
 
 // prepareCredence makes the namespace with the keys of the broker's AWS user, as outside AWS, and writes the values of
@@ -257,6 +257,6 @@ func (d *Deployment) AppEnv() []corev1.EnvVar {
 	return []corev1.EnvVar{
 		{Name: "AWS_REGION", Value: stack.Region},
 		{Name: "AWS_ENDPOINT_URL_STS", Value: d.STS.URL()},
-		{Name: "AWS_ENDPOINT_URL_S3", Value: d.Store.Endpoint()},
+		{Name: "AWS_ENDPOINT_URL_S3", Value: d.Store.URL()},
 	}
 }

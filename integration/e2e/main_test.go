@@ -92,7 +92,7 @@ func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 			return err
 		}
 	}
-	step("preparing images, STS and MinIO")
+	step("preparing images, STS and S3")
 	if err := d.Install(ctx); err != nil {
 		return err
 	}

@@ -218,7 +218,7 @@ func (p *Process) startError() error {
 	if err == nil {
 		return fmt.Errorf("waiting for %s to be ready: it was stopped", p.name)
 	}
-	// The system's text is "address already in use", MinIO's is "Specified port is already in use".
+	// The log has the text of the system, "address already in use".
 	if strings.Contains(err.Error(), "already in use") {
 		return fmt.Errorf("%w: %w", syscall.EADDRINUSE, err)
 	}

@@ -89,6 +89,7 @@ const (
 var tooling = []string{
 	"integration/certmanager", "integration/cluster", "integration/images",
 	"integration/minio", "integration/process", "integration/registry", "integration/release", "integration/tools",
+	"integration/process", "integration/tools",
 }
 
 func floorOf(dir string) (floor int, known bool) {

@@ -1,8 +1,8 @@
 //go:build unix
 
 // Package stack runs all of Credence on a control plane of package cluster: the real broker and the real webhook as
-// programs, with certificates, RBAC and a webhook configuration. Beside them runs an STS that tests control and, if
-// configured, a MinIO whose objects the STS's sessions open.
+// programs, with certificates, RBAC and a webhook configuration. Beside them run an STS that tests control, and an S3
+// double whose buckets the STS's sessions open.
 //
 // A control plane alone has no kubelet. RunSidecar stands in for it: it runs the sidecar of a stored pod as the pod's spec
 // says. Everything runs on the loopback address, without root, and ends with the cluster's run.
@@ -41,6 +41,7 @@ import (
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/s3test"
 )
 
 // These are the same in every stack.
@@ -62,6 +63,9 @@ const (
 	raceEnv = "GORACE=halt_on_error=1 atexit_sleep_ms=0"
 )
 
+// RoleARN is the ARN of a role of the broker's account.
+func RoleARN(role string) string { return "arn:aws:iam::" + Account + ":role/" + role }
+
 const (
 	// startTimeout bounds one start of a program, on a machine that compiles at the same time.
 	startTimeout = time.Minute
@@ -78,6 +82,8 @@ type Config struct {
 	Cluster *cluster.Cluster
 	// STS configures the STS. Default: every role can be assumed.
 	STS ststest.Config
+	// Buckets are made in the S3 double. Only the role of a bucket's name may use it.
+	Buckets []string
 	// BrokerMemory and WebhookMemory limit the memory of the programs, in bytes, as container limits do. Linux only, and
 	// needs root. Default: no limit.
 	BrokerMemory, WebhookMemory int64
@@ -92,6 +98,8 @@ type Config struct {
 type Stack struct {
 	// STS is the STS that the broker calls.
 	STS *ststest.Server
+	// Store has the buckets.
+	Store *s3test.Server
 	// Client has all rights on the cluster.
 	Client kubernetes.Interface
 	// Broker and Webhook are the programs.
@@ -172,6 +180,11 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	if s.STS, err = ststest.Start(ctx, cfg.STS); err != nil {
 		return nil, err
 	}
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", net.JoinHostPort(loopback, "0"))
+	if err != nil {
+		return nil, fmt.Errorf("listening for S3: %w", err)
+	}
+	s.Store = s3test.Start(ctx, listener, s.STS, cfg.Buckets...)
 	for _, step := range []func(context.Context) error{
 		s.install,
 		func(ctx context.Context) error { return s.StartBroker(ctx) },

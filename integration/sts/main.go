@@ -1,11 +1,10 @@
-// Command sts runs ststest, the STS double, as a process, for the demonstration.
+// Command sts runs ststest, the STS double, as a process.
 //
 // Its first line on stdout is "listening on http://ADDRESS". Each call adds one line
 // of JSON, without secrets. The command exits on SIGINT or SIGTERM.
 //
 // The environment has the keys of the broker's own credentials in AWS_ACCESS_KEY_ID
-// and AWS_SECRET_ACCESS_KEY. If MINIO_ENDPOINT is set, sessions come from that MinIO,
-// as MINIO_ROOT_USER with MINIO_ROOT_PASSWORD.
+// and AWS_SECRET_ACCESS_KEY.
 package main
 
 import (
@@ -42,7 +41,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	account := flags.String("account", "123456789012", "AWS `account` of the broker's own credentials")
 	latency := flags.Duration("latency", 0, "`time` to wait before each response to AssumeRole")
 	limit := flags.Duration("session-life", 0, "maximum session `duration`; 0 sets none")
-	policies := flags.String("minio-policies", "", "JSON `file` that maps role ARNs to the policies of their sessions in MinIO")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -57,25 +55,6 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout 
 	}
 	if *limit > 0 {
 		cfg.SessionDuration = func(requested time.Duration) time.Duration { return min(requested, *limit) }
-	}
-	if endpoint := getenv("MINIO_ENDPOINT"); endpoint != "" {
-		cfg.MinIO = &ststest.MinIO{Endpoint: endpoint, AccessKey: getenv("MINIO_ROOT_USER"), SecretKey: credential.NewSecret(getenv("MINIO_ROOT_PASSWORD"))}
-		if *policies != "" {
-			text, err := os.ReadFile(*policies)
-			if err != nil {
-				return fmt.Errorf("reading --minio-policies: %w", err)
-			}
-			byRole := map[string]json.RawMessage{}
-			if err := json.Unmarshal(text, &byRole); err != nil {
-				return fmt.Errorf("parsing --minio-policies %s: %w", *policies, err)
-			}
-			cfg.MinIO.Policies = make(map[string]string, len(byRole))
-			for role, policy := range byRole {
-				cfg.MinIO.Policies[role] = string(policy)
-			}
-		}
-	} else if *policies != "" {
-		return errors.New("--minio-policies needs MinIO; set MINIO_ENDPOINT or drop the flag")
 	}
 	cfg.OnCall = func(c ststest.Call) { _ = json.NewEncoder(stdout).Encode(c) } // the service continues without a reader
 	server, err := ststest.New(cfg)

@@ -32,7 +32,8 @@ func asAPIError(err error) *apiError {
 	return &apiError{http.StatusInternalServerError, "InternalFailure", "The request processing has failed because of an unknown error, exception or failure."}
 }
 
-func codeOf(err error) string {
+// Code returns the error code of an error of Authenticate, and "" for nil.
+func Code(err error) string {
 	if err == nil {
 		return ""
 	}

@@ -2,7 +2,6 @@ package ststest
 
 import (
 	"cmp"
-	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base32"
@@ -49,7 +48,7 @@ func parseRoleARN(arn string) (roleARN, error) {
 }
 
 // assumeRole handles a call of an authenticated caller: it checks the parameters and the role's trust, and makes a session.
-func (s *Server) assumeRole(ctx context.Context, form url.Values, caller principal, b Behavior) (*assumeRoleResult, error) {
+func (s *Server) assumeRole(form url.Values, caller principal, b Behavior) (*assumeRoleResult, error) {
 	q, err := parseAssumeRole(form)
 	if err != nil {
 		return nil, err
@@ -71,7 +70,7 @@ func (s *Server) assumeRole(ctx context.Context, form url.Values, caller princip
 	case b.NoSourceIdentity && q.sourceIdentity != "":
 		return nil, notAuthorized(caller, "sts:SetSourceIdentity", q.arn)
 	}
-	return s.mint(ctx, q)
+	return s.mint(q), nil
 }
 
 func notAuthorized(caller principal, action, resource string) error {
@@ -98,8 +97,10 @@ func (q *assumeRoleInput) inherit(caller principal) error {
 }
 
 // mint makes a session and registers its keys.
-func (s *Server) mint(ctx context.Context, q assumeRoleInput) (*assumeRoleResult, error) {
+func (s *Server) mint(q assumeRoleInput) *assumeRoleResult {
 	session := principal{
+		secret:         newSecret(),
+		token:          newToken(),
 		arn:            "arn:" + q.role.partition + ":sts::" + q.role.account + ":assumed-role/" + q.role.name + "/" + q.sessionName,
 		userID:         stableID("AROA", q.arn) + ":" + q.sessionName,
 		account:        q.role.account,
@@ -113,18 +114,6 @@ func (s *Server) mint(ctx context.Context, q assumeRoleInput) (*assumeRoleResult
 	}
 	session.expires = s.now().Add(life).UTC().Truncate(time.Second)
 	id := "ASIA" + rand.Text()[:16]
-	if s.minio == nil {
-		session.secret, session.token = newSecret(), newToken()
-	} else {
-		minted, err := s.minio.assumeRole(ctx, q)
-		if err != nil {
-			return nil, err
-		}
-		id, session.secret, session.token = minted.id, minted.secret, minted.token
-		if minted.expires.Before(session.expires) {
-			session.expires = minted.expires
-		}
-	}
 	s.remember(id, session)
 	return &assumeRoleResult{
 		AssumedRoleUser: assumedRoleUser{AssumedRoleID: session.userID, Arn: session.arn},
@@ -134,11 +123,11 @@ func (s *Server) mint(ctx context.Context, q assumeRoleInput) (*assumeRoleResult
 		},
 		PackedPolicySize: q.packed,
 		SourceIdentity:   q.sourceIdentity,
-	}, nil
+	}
 }
 
 // assumeRoleWithWebIdentity handles a call with an issuer's token. It compares the token and does not verify it.
-func (s *Server) assumeRoleWithWebIdentity(ctx context.Context, form url.Values, b Behavior) (*assumeRoleResult, error) {
+func (s *Server) assumeRoleWithWebIdentity(form url.Values, b Behavior) (*assumeRoleResult, error) {
 	q, err := parseAssumeRole(form)
 	if err != nil {
 		return nil, err
@@ -154,10 +143,7 @@ func (s *Server) assumeRoleWithWebIdentity(ctx context.Context, form url.Values,
 	case b.Deny:
 		return nil, fail(http.StatusForbidden, "AccessDenied", "Not authorized to perform sts:AssumeRoleWithWebIdentity")
 	}
-	result, err := s.mint(ctx, q)
-	if err != nil {
-		return nil, err
-	}
+	result := s.mint(q)
 	result.Provider, result.Audience, result.Subject = "oidc.example.com", "sts.amazonaws.com", "system:serviceaccount:credence:broker"
 	return result, nil
 }

@@ -7,7 +7,7 @@
 // time: latency, faults, garbage, denial, a required external ID. It can also throttle the whole server, make it unavailable,
 // and set its clock. The server records each call.
 //
-// With a MinIO server (Config.MinIO), its keys open a real object store. Role ARNs and identities stay those of AWS.
+// Doubles of other services can accept its keys: see Authenticate.
 //
 // It does not evaluate IAM policies, multi-factor parameters, sizes of session tokens, or signatures of web identity tokens. Its
 // packed policy size is an estimate. It is not for production: it stores the issued secrets in memory, and serves without TLS.
@@ -72,9 +72,6 @@ type Config struct {
 	// Throttle limits the calls of all roles together. Default: no limit.
 	Throttle *Throttle
 
-	// MinIO is a MinIO server that makes the keys. Default: this server makes them, and they open nothing else.
-	MinIO *MinIO
-
 	// OnCall gets each call after its response or its end without one. Calls of OnCall are serialized, and delay responses.
 	// Default: none.
 	OnCall func(Call)
@@ -83,7 +80,6 @@ type Config struct {
 // Server is the service. It is an http.Handler; Start and StartInMemory serve it. It is safe for concurrent use.
 type Server struct {
 	sessionLife func(time.Duration) time.Duration
-	minio       *minioFront
 	base        principal
 	baseKeyID   string
 	log         callLog
@@ -166,12 +162,6 @@ func New(cfg Config) (*Server, error) {
 	for arn, b := range cfg.Roles {
 		s.roles[arn] = newRole(b)
 	}
-	if cfg.MinIO != nil {
-		var err error
-		if s.minio, err = newMinIOFront(*cfg.MinIO); err != nil {
-			return nil, err
-		}
-	}
 	return s, nil
 }
 
@@ -245,7 +235,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		issued = res.Credentials.AccessKeyID
 	}
 	answer := newAnswer(id, s.now(), result, err)
-	code := codeOf(err)
+	code := Code(err)
 	if garble != nil {
 		garble(answer)
 		code = garbled
@@ -283,20 +273,20 @@ func (s *Server) answer(r *http.Request, form url.Values, body []byte, auth auth
 		garble = b.Fault.Garble
 	}
 	if action == "AssumeRoleWithWebIdentity" { // It is not signed. The token proves the caller.
-		result, err := s.assumeRoleWithWebIdentity(r.Context(), form, b)
+		result, err := s.assumeRoleWithWebIdentity(form, b)
 		return orNil(result, err), garble, err
 	}
 	if authErr != nil {
 		return nil, garble, authErr
 	}
-	caller, err := s.authenticate(r, body, auth)
+	caller, err := s.authenticate(r, auth, sigService, hexSHA256(body))
 	if err != nil {
 		return nil, garble, err
 	}
 	if action == "GetCallerIdentity" {
 		return &callerIdentityResult{Arn: caller.arn, UserID: caller.userID, Account: caller.account}, garble, nil
 	}
-	session, err := s.assumeRole(r.Context(), form, caller, b)
+	session, err := s.assumeRole(form, caller, b)
 	return orNil(session, err), garble, err
 }
 
@@ -308,8 +298,20 @@ func orNil(result *assumeRoleResult, err error) any {
 	return result
 }
 
+// Authenticate returns the ARN of the signer of r, which is a request to a double of another service such as "s3". payload is the
+// hash of the body in the canonical request. If the keys are unknown or expired, or did not make the signature, the error has a
+// code of STS: see Code. The caller checks payload. The call is not recorded.
+func (s *Server) Authenticate(r *http.Request, service, payload string) (arn string, err error) {
+	auth, err := parseAuthorization(r.Header.Get("Authorization"))
+	if err != nil {
+		return "", err
+	}
+	p, err := s.authenticate(r, auth, service, payload)
+	return p.arn, err
+}
+
 // authenticate returns the signer of r, or STS's error if the keys are unknown or expired, or did not make the signature.
-func (s *Server) authenticate(r *http.Request, body []byte, auth authorization) (principal, error) {
+func (s *Server) authenticate(r *http.Request, auth authorization, service, payload string) (principal, error) {
 	s.mu.Lock()
 	p, ok := s.principals[auth.accessKeyID]
 	s.mu.Unlock()
@@ -321,7 +323,7 @@ func (s *Server) authenticate(r *http.Request, body []byte, auth authorization) 
 	if !p.expires.IsZero() && !now.Before(p.expires) {
 		return principal{}, fail(http.StatusForbidden, "ExpiredToken", "The security token included in the request is expired")
 	}
-	if err := auth.verify(r, body, p.secret, now); err != nil {
+	if err := auth.verify(r, service, payload, p.secret, now); err != nil {
 		return principal{}, err
 	}
 	return p, nil

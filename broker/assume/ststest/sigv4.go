@@ -15,8 +15,8 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 )
 
-// This file implements Signature Version 4 of the IAM User Guide ("Create a signed AWS API request") as far as STS needs it:
-// one path, authentication by header, a signed body. The double verifies its callers, and signs for MinIO.
+// This file verifies Signature Version 4 of the IAM User Guide ("Create a signed AWS API request") in an Authorization header.
+// Presigned URLs are not supported.
 const (
 	sigAlgorithm  = "AWS4-HMAC-SHA256"
 	sigTerminator = "aws4_request"
@@ -72,13 +72,14 @@ func parseAuthorization(header string) (authorization, error) {
 	}, nil
 }
 
-// verify returns STS's error if secret did not make the signature of r.
-func (a authorization) verify(r *http.Request, body []byte, secret credential.Secret, now time.Time) error {
+// verify returns STS's error if secret did not make the signature of r for a service. payload is the hash of the body in the
+// canonical request.
+func (a authorization) verify(r *http.Request, service, payload string, secret credential.Secret, now time.Time) error {
 	mismatch := func(message string, args ...any) error {
 		return fail(http.StatusForbidden, "SignatureDoesNotMatch", message, args...)
 	}
-	if a.service != sigService {
-		return mismatch("Credential should be scoped to correct service: '%s'.", sigService)
+	if a.service != service {
+		return mismatch("Credential should be scoped to correct service: '%s'.", service)
 	}
 	stamp := r.Header.Get("X-Amz-Date")
 	at, err := time.Parse(sigTimeFormat, stamp)
@@ -103,7 +104,7 @@ func (a authorization) verify(r *http.Request, body []byte, secret credential.Se
 			return mismatch("'%s' must be a 'SignedHeader' in the AWS Authorization.", name)
 		}
 	}
-	if subtle.ConstantTimeCompare([]byte(a.signature), []byte(a.sign(r, body, secret))) != 1 {
+	if subtle.ConstantTimeCompare([]byte(a.signature), []byte(a.sign(r, payload, secret))) != 1 {
 		return mismatch("The request signature we calculated does not match the signature you provided. " +
 			"Check your AWS Secret Access Key and signing method. Consult the service documentation for details.")
 	}
@@ -111,10 +112,10 @@ func (a authorization) verify(r *http.Request, body []byte, secret credential.Se
 }
 
 // sign returns the signature of r with secret, in hex.
-func (a authorization) sign(r *http.Request, body []byte, secret credential.Secret) string {
+func (a authorization) sign(r *http.Request, payload string, secret credential.Secret) string {
 	scope := strings.Join([]string{a.date, a.region, a.service, sigTerminator}, "/")
 	toSign := strings.Join([]string{
-		sigAlgorithm, r.Header.Get("X-Amz-Date"), scope, hexSHA256([]byte(a.canonicalRequest(r, body))),
+		sigAlgorithm, r.Header.Get("X-Amz-Date"), scope, hexSHA256([]byte(a.canonicalRequest(r, payload))),
 	}, "\n")
 	key := []byte("AWS4" + secret.Reveal())
 	for _, part := range []string{a.date, a.region, a.service, sigTerminator} {
@@ -123,13 +124,15 @@ func (a authorization) sign(r *http.Request, body []byte, secret credential.Secr
 	return hex.EncodeToString(hmacSHA256(key, toSign))
 }
 
-func (a authorization) canonicalRequest(r *http.Request, body []byte) string {
+func (a authorization) canonicalRequest(r *http.Request, payload string) string {
 	var b strings.Builder
-	b.WriteString(r.Method + "\n/\n" + canonicalQuery(r.URL.Query()) + "\n")
+	// S3 encodes the path once, other services twice. STS has only the path "/".
+	path := strings.ReplaceAll(escape(r.URL.Path), "%2F", "/")
+	b.WriteString(r.Method + "\n" + path + "\n" + canonicalQuery(r.URL.Query()) + "\n")
 	for _, name := range a.signedHeaders {
 		b.WriteString(name + ":" + headerValue(r, name) + "\n")
 	}
-	b.WriteString("\n" + strings.Join(a.signedHeaders, ";") + "\n" + hexSHA256(body))
+	b.WriteString("\n" + strings.Join(a.signedHeaders, ";") + "\n" + payload)
 	return b.String()
 }
 
@@ -153,23 +156,14 @@ func canonicalQuery(query url.Values) string {
 	for _, values := range query {
 		slices.Sort(values)
 	}
-	// url.Values.Encode differs from RFC 3986 only for the space.
-	return strings.ReplaceAll(query.Encode(), "+", "%20")
+	return spaces(query.Encode())
 }
 
-// signRequest signs r, which has the given body, with keys.
-func signRequest(r *http.Request, body []byte, accessKeyID string, secret credential.Secret, region string, now time.Time) {
-	stamp := now.UTC().Format(sigTimeFormat)
-	r.Header.Set("X-Amz-Date", stamp)
-	a := authorization{
-		accessKeyID: accessKeyID, date: stamp[:8], region: region, service: sigService,
-		signedHeaders: []string{"content-type", "host", "x-amz-date"},
-	}
-	r.Header.Set("Authorization", sigAlgorithm+
-		" Credential="+strings.Join([]string{a.accessKeyID, a.date, a.region, a.service, sigTerminator}, "/")+
-		", SignedHeaders="+strings.Join(a.signedHeaders, ";")+
-		", Signature="+a.sign(r, body, secret))
-}
+// escape encodes all characters that RFC 3986 does not call unreserved.
+func escape(text string) string { return spaces(url.QueryEscape(text)) }
+
+// spaces changes the only difference between the encoding of package url and RFC 3986.
+func spaces(encoded string) string { return strings.ReplaceAll(encoded, "+", "%20") }
 
 func hexSHA256(b []byte) string {
 	sum := sha256.Sum256(b)
