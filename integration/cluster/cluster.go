@@ -213,10 +213,11 @@ func startOnce(ctx context.Context, config Config, used []family, paths map[tool
 }
 
 // etcdSocket is a socket in the components' working folder: it needs no free port, and only the owner of the folder can
-// read the data. It is relative because the path of a socket is limited to about 100 bytes.
+// read the data. It is relative because the path of a socket is limited to about 100 bytes. etcd before 3.6 wants a port
+// in each address; it becomes a part of the file's name.
 const (
-	etcdSocket = "unix://etcd.sock"
-	peerSocket = "unix://peer.sock" // etcd needs one
+	etcdSocket = "unix://etcd.sock:0"
+	peerSocket = "unix://peer.sock:0" // etcd needs one
 )
 
 func (c *Cluster) startComponents(ctx context.Context) error {
