@@ -119,3 +119,17 @@ func installCertManagerTypes(ctx context.Context) error {
 
 // config runs Helm on the cluster.
 func config() chart.Config { return chart.Config{Kubeconfig: control.Kubeconfig()} }
+
+// since reports whether the API server's minor version is at least the first one that has a feature, and logs if a test
+// leaves it out.
+func since(t *testing.T, first int, feature string) bool {
+	t.Helper()
+	minor, err := control.Minor()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if minor < first {
+		t.Logf("without %s, which Kubernetes 1.%d lacks", feature, minor)
+	}
+	return minor >= first
+}

@@ -46,9 +46,6 @@ func (w *world) injected(t *testing.T) {
 		"an image with our name as its digest": {optedIn, w.pod(w.completeWith("pause@sha256:credence-sidecar")), true},
 		"an image of a longer name":            {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/credence-sidecar-x:0.1.0")), true},
 		"an image in another case":             {optedIn, w.pod(w.completeWith("ghcr.io/credence-iam/Credence-Sidecar:0.1.0")), true},
-		"a restart policy that ends with the pod's": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
-			p.Spec.InitContainers[0].RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
-		}), true},
 		"our command and more": {optedIn, w.pod(w.complete, func(p *corev1.Pod) {
 			p.Spec.InitContainers[0].Command = []string{"/credence-sidecar", "probe"}
 		}), true},
@@ -98,6 +95,14 @@ func (w *world) injected(t *testing.T) {
 			}
 		case err != nil:
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if since(t, 35, "restart policies of init containers other than Always") {
+		ends := w.pod(w.complete, func(p *corev1.Pod) {
+			p.Spec.InitContainers[0].RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
+		})
+		if err := refusedBy("credence-injected", try(t, optedIn, ends)); err != nil {
+			t.Errorf("a restart policy that ends with the pod's: %v", err)
 		}
 	}
 	// Server-side apply creates a missing pod. A dry run gets the same decision.
@@ -401,12 +406,14 @@ func (w *world) otherSubresources(t *testing.T) {
 		label(w.prefix+"/injected", "no")(current)
 		return current
 	}
-	resized := changed()
-	cpu("10m")(resized)
-	if _, err := pods.UpdateResize(t.Context(), pod.Name, resized, metav1.UpdateOptions{}); err != nil {
-		t.Errorf("resize: %v", err)
+	if since(t, 33, "pods/resize") {
+		resized := changed()
+		cpu("10m")(resized)
+		if _, err := pods.UpdateResize(t.Context(), pod.Name, resized, metav1.UpdateOptions{}); err != nil {
+			t.Errorf("resize: %v", err)
+		}
+		w.unchanged(t, pod)
 	}
-	w.unchanged(t, pod)
 	debugged := changed()
 	debugged.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "debug:1"}}}
 	if _, err := pods.UpdateEphemeralContainers(t.Context(), pod.Name, debugged, metav1.UpdateOptions{}); err != nil {
