@@ -126,13 +126,9 @@ func Start(ctx context.Context, config Config) (*Cluster, error) {
 	if err != nil {
 		return nil, fmt.Errorf("starting a cluster: %w", err)
 	}
-	paths := make(map[tools.Tool]string)
-	for _, tool := range programs(config.Nodes) {
-		path, err := tools.Path(ctx, tool, config.Progress)
-		if err != nil {
-			return nil, err
-		}
-		paths[tool] = path
+	paths, err := tools.Paths(ctx, programs(config.Nodes), config.Progress)
+	if err != nil {
+		return nil, err
 	}
 	for range startTries {
 		var c *Cluster

@@ -1,9 +1,9 @@
 //go:build unix
 
 // Command install builds tools into the cache folder and prints their paths. A tool that is built is not built
-// again. Without arguments it builds a Kubernetes control plane.
+// again. Without arguments it builds a Kubernetes control plane. Package tools describes the environment.
 //
-//	go run ./integration/tools/install [-nodes] [tool...]
+//	go run ./integration/tools/install [-nodes | -version] [tool...]
 package main
 
 import (
@@ -19,29 +19,44 @@ import (
 
 func main() {
 	nodes := flag.Bool("nodes", false, "build the programs of a cluster with nodes, and those that install Credence there")
+	version := flag.Bool("version", false, "build nothing, and print the version of Kubernetes that the environment chooses")
 	flag.Usage = func() {
-		_, _ = fmt.Fprintf(flag.CommandLine.Output(), "usage: install [-nodes] [tool...]\n\nTools: %v\nWithout arguments: %v\nWith -nodes: %v\n",
+		_, _ = fmt.Fprintf(flag.CommandLine.Output(), "usage: install [-nodes | -version] [tool...]\n\nTools: %v\nWithout arguments: %v\nWith -nodes: %v\n",
 			tools.All(), tools.ControlPlane(), tools.Deployment())
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if err := run(ctx, *nodes, *version, flag.Args()); err != nil {
+		_, _ = fmt.Fprintln(os.Stderr, "install:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, nodes, version bool, names []string) error {
+	if version {
+		kubernetes, err := tools.Kubernetes()
+		if err == nil {
+			_, _ = fmt.Fprintln(os.Stdout, kubernetes)
+		}
+		return err
+	}
 	list := tools.ControlPlane()
-	if *nodes {
+	if nodes {
 		list = tools.Deployment()
 	}
-	if flag.NArg() > 0 {
+	if len(names) > 0 {
 		list = nil
-		for _, name := range flag.Args() {
+		for _, name := range names {
 			list = append(list, tools.Tool(name))
 		}
 	}
-	for _, tool := range list {
-		path, err := tools.Path(ctx, tool, os.Stderr)
-		if err != nil {
-			_, _ = fmt.Fprintln(os.Stderr, "install:", err)
-			os.Exit(1)
-		}
-		_, _ = fmt.Fprintln(os.Stdout, path)
+	paths, err := tools.Paths(ctx, list, os.Stderr)
+	if err != nil {
+		return err
 	}
+	for _, tool := range list {
+		_, _ = fmt.Fprintln(os.Stdout, paths[tool])
+	}
+	return nil
 }
