@@ -21,6 +21,11 @@ FUZZTIME ?= 30s
 
 INSTALL := go run ./integration/tools/install
 
+# The minor version of Kubernetes for test, e2e, soak and demo, such as 1.30; the newest by default. LOWEST is the oldest
+# supported one.
+export KUBERNETES ?=
+LOWEST := 1.30
+
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +48,12 @@ images: ## build the container images into .build/images, without Docker; REGIST
 	@go run ./integration/images/make -registry '$(REGISTRY)' -tag '$(TAG)'
 
 .PHONY: test
-test: ## run all tests except the long ones, on a real control plane, with the race detector if gcc is installed
+test: ## run all tests except the long ones, on a real control plane; KUBERNETES=1.30 runs those that need one, on that version
 	@.ci/test
+
+.PHONY: lowest
+lowest: ## run the tests that need a control plane on the oldest supported Kubernetes
+	@KUBERNETES=$(LOWEST) .ci/test
 
 .PHONY: e2e
 e2e: ## run the end-to-end tests on a cluster with nodes; needs root, on Linux
@@ -61,6 +70,7 @@ check: ## check format, lint, generated code, go.mod, the chart, commit subjects
 .PHONY: demo
 demo: ## show step by step how a pod gets credentials; DEMO_ROLE=name chooses the role, KEEP=1 keeps the cluster
 	@.ci/packages runc=runc iptables=iptables
+	@.ci/modules ./integration/demo
 	@go run ./integration/demo
 
 .PHONY: chart
