@@ -29,11 +29,12 @@ const (
 	injected  decision = "injected"
 	complete  decision = "complete" // the pod is already injected
 	refused   decision = "refused"
+	checked   decision = "checked" // the request is the check after an installation
 )
 
 // Decisions returns the values of [Observation.Decision].
 func Decisions() []string {
-	return []string{string(untouched), string(injected), string(complete), string(refused)}
+	return []string{string(untouched), string(injected), string(complete), string(refused), string(checked)}
 }
 
 // verdict is a decision with its inputs.
@@ -126,8 +127,12 @@ func (s *Server) safely(ctx context.Context, uid types.UID, f func()) (err error
 func (s *Server) decide(ctx context.Context, request *admissionv1.AdmissionRequest, memory *reservation) (verdict, error) {
 	// Only creation matters: the fields that injection adds cannot change later, and users must be able to edit pods that
 	// are older than the webhook.
-	pods := metav1.GroupVersionResource{Version: "v1", Resource: "pods"}
-	if request.Operation != admissionv1.Create || request.Resource != pods || request.SubResource != "" {
+	switch {
+	case request.Operation != admissionv1.Create || request.SubResource != "":
+		return verdict{decision: untouched}, nil
+	case request.Resource == podTemplates:
+		return s.checkTemplate(ctx, request, memory)
+	case request.Resource != pods:
 		return verdict{decision: untouched}, nil
 	}
 	result, err := s.cfg.Injector.InjectWithin(ctx, request.Object.Raw, request.Namespace, func(containers int) error {

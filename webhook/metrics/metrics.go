@@ -69,7 +69,7 @@ func New(version string, sources Sources) (*Metrics, error) {
 	}
 	reviews := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: prefix + "reviews_total",
-		Help: "Admission reviews by decision: untouched (not a new annotated pod), injected, complete (already injected), refused.",
+		Help: "Admission reviews by decision: untouched (not a new annotated pod), injected, complete (already injected), refused, checked (a check after an installation).",
 	}, []string{"decision"})
 	refusals := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: prefix + "refusals_total",
