@@ -13,19 +13,20 @@ import (
 )
 
 const usage = `credence-sidecar serves a pod's AWS credentials to the SDKs in that pod. With the argument probe,
-it waits until the serving process has credentials.
+it waits until the serving process has credentials. With the argument check, in a container of the application,
+it requests credentials as an SDK does, and prints the role, the end of the access key ID and the expiration.
 
-Usage: credence-sidecar [flags] [probe]
+Usage: credence-sidecar [flags] [probe|check]
 
 The webhook runs it in each pod that it injects. An environment variable can set each flag except version:
 CREDENCE_TOKEN_FILE sets --token-file, and so on. Required are only authorization, broker, roots-file and
-token-file. The probe requires no flag.`
+token-file. probe and check require no flag.`
 
 type options struct {
 	broker, dnsName, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string
 	startTimeout                                                                                     time.Duration
 	level                                                                                            slog.Level
-	probe                                                                                            bool
+	probe, check                                                                                     bool
 }
 
 // flags defines the flags. Environment variables set their defaults.
@@ -53,8 +54,11 @@ func flags(f *flag.FlagSet) func([]string) (options, error) {
 		case len(args) == 1 && args[0] == contract.ProbeArgument:
 			o.probe = true
 			return o, nil
+		case len(args) == 1 && args[0] == contract.CheckArgument:
+			o.check = true
+			return o, nil
 		case len(args) > 0:
-			return options{}, fmt.Errorf("unexpected argument %q; the only argument is probe", args[0])
+			return options{}, fmt.Errorf("unexpected argument %q; the only arguments are probe and check", args[0])
 		}
 		for _, name := range []string{contract.Broker, contract.TokenFile, contract.RootsFile, contract.Authorization} {
 			if f.Lookup(name).Value.String() == "" {

@@ -13,6 +13,8 @@ const (
 	Binary = "/credence-sidecar"
 	// ProbeArgument makes the program wait until the sidecar in the same container has credentials.
 	ProbeArgument = "probe"
+	// CheckArgument makes the program request credentials as an SDK does, in a container of the application.
+	CheckArgument = "check"
 )
 
 // CredentialsPath is the path of AWS_CONTAINER_CREDENTIALS_FULL_URI.
