@@ -21,7 +21,8 @@ type options struct {
 const usage = `credence-webhook responds to the API server's admission reviews. It adds a sidecar, which provides AWS
 credentials, to each annotated pod, or refuses the pod with a reason.
 
-Usage: credence-webhook --broker=ADDRESS --sidecar-image=IMAGE [flags]`
+Usage: credence-webhook --broker=ADDRESS --sidecar-image=IMAGE [flags]
+       credence-webhook check --namespace=NAMESPACE [flags]`
 
 // flags defines the flags. It returns the function that validates their values after parsing.
 func flags(f *flag.FlagSet) func(args []string) (options, error) {

@@ -2,6 +2,8 @@
 //
 // It serves admission reviews, health and readiness over HTTPS on --listen. It watches namespaces, to refuse pods that the
 // broker would refuse. It logs JSON to standard error. It exits with 1 after a failure, and with 2 if a flag is invalid.
+//
+// With the argument check it waits until the API server calls a running webhook, and exits.
 package main
 
 import (
@@ -27,6 +29,10 @@ import (
 )
 
 func main() {
+	if isCheck(os.Args) {
+		one := program.Program[checkOptions]{Name: "credence-webhook check", Usage: checkUsage, Flags: checkFlags, Run: check}
+		program.Commands{Name: "credence-webhook", Commands: []program.Command{one.Command("wait until pods can be injected")}}.Main()
+	}
 	program.Program[options]{Name: "credence-webhook", Usage: usage, Flags: flags, Run: run}.Main()
 }
 
