@@ -141,7 +141,7 @@ var fixes = []struct{ part, fix string }{
 	{"is forbidden", "grant the ServiceAccount of this check the right to create PodTemplates in the namespace"},
 }
 
-const unreachable = "the control plane cannot reach the webhook's pods: allow its connections to port 9443 in firewalls, security groups and NetworkPolicies, " +
+const unreachable = "the control plane cannot reach the webhook's pods: allow its connections to the webhook's port (9443 by default) in firewalls and NetworkPolicies, " +
 	"or set webhook.hostNetwork of the chart if it has no route to pods"
 
 // explain adds the fix to an error of the API server.

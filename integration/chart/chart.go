@@ -44,12 +44,20 @@ type Config struct {
 	Helm string
 	// Kubeconfig is the file that names the cluster. Default: no cluster.
 	Kubeconfig string
+	// Chart is the folder of the chart. Default: that of [Folder].
+	Chart string
+	// Release is the name of the release. Default [Release].
+	Release string
 	// Namespace is the namespace of the release. Default [Namespace].
 	Namespace string
+	// KubeVersion is the version of Kubernetes to render for. Default: that of the cluster, or Helm's own.
+	KubeVersion string
 	// ValueFiles are files of values. Later ones override earlier ones.
 	ValueFiles []string
 	// Set has single values, as KEY=VALUE, which override the files.
 	Set []string
+	// SetString has single values that are texts, even if they look like numbers.
+	SetString []string
 }
 
 // Render returns the objects of an installation as text. Its error has Helm's message, as users see it.
@@ -70,18 +78,20 @@ func Notes(ctx context.Context, cfg Config) (string, error) {
 	return notes, nil
 }
 
-// Install installs or upgrades the chart in the cluster of cfg.Kubeconfig. It does not wait for pods.
-func Install(ctx context.Context, cfg Config) error {
-	_, err := cfg.render(ctx, "upgrade", "--install", "--create-namespace")
-	return err
+// Install installs or upgrades the chart in the cluster of cfg.Kubeconfig, and returns Helm's output. It does not wait for
+// pods. Without a node, which could run the check, it must get "--no-hooks".
+func Install(ctx context.Context, cfg Config, args ...string) ([]byte, error) {
+	return cfg.render(ctx, append([]string{"upgrade", "--install", "--create-namespace"}, args...)...)
 }
 
 // render runs a command of Helm on copies of the chart and the files of values. Go's test cache knows only the files that
 // the test binary reads itself: if Helm read the originals, a cached result of an earlier chart would pass.
 func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err error) {
-	chart, err := Folder()
-	if err != nil {
-		return nil, err
+	chart := cfg.Chart
+	if chart == "" {
+		if chart, err = Folder(); err != nil {
+			return nil, err
+		}
 	}
 	copies, err := os.MkdirTemp("", "credence-chart-")
 	if err != nil {
@@ -92,7 +102,7 @@ func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err err
 	if err := os.CopyFS(copied, os.DirFS(chart)); err != nil {
 		return nil, fmt.Errorf("copying the chart: %w", err)
 	}
-	args = append(args, Release, copied)
+	args = append(args, cmp.Or(cfg.Release, Release), copied)
 	for n, file := range cfg.ValueFiles {
 		values, err := os.ReadFile(file)
 		if err != nil {
@@ -106,6 +116,12 @@ func (cfg Config) render(ctx context.Context, args ...string) (_ []byte, err err
 	}
 	for _, set := range cfg.Set {
 		args = append(args, "--set", set)
+	}
+	for _, set := range cfg.SetString {
+		args = append(args, "--set-string", set)
+	}
+	if cfg.KubeVersion != "" {
+		args = append(args, "--kube-version", cfg.KubeVersion)
 	}
 	return Helm(ctx, cfg, args...)
 }
@@ -155,22 +171,46 @@ func Helm(ctx context.Context, cfg Config, args ...string) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
-// ServiceMonitor has the fields of the Prometheus Operator's type that the chart uses. Its module is as large as that of
-// Kubernetes.
-type ServiceMonitor struct {
-	metav1.TypeMeta   `json:",inline"`
-	metav1.ObjectMeta `json:"metadata"`
-	Spec              struct {
-		Selector  metav1.LabelSelector `json:"selector"`
-		Endpoints []struct {
-			Port     string `json:"port"`
-			Interval string `json:"interval"`
-		} `json:"endpoints"`
-	} `json:"spec"`
-}
+type (
+	// ServiceMonitor has the fields of the Prometheus Operator's type that the chart uses. Its module is as large as that of
+	// Kubernetes.
+	ServiceMonitor struct {
+		metav1.TypeMeta   `json:",inline"`
+		metav1.ObjectMeta `json:"metadata"`
+		Spec              struct {
+			Selector  metav1.LabelSelector `json:"selector"`
+			Endpoints []monitorEndpoint    `json:"endpoints"`
+		} `json:"spec"`
+	}
+	// PodMonitor has the fields of that type that the chart uses.
+	PodMonitor struct {
+		metav1.TypeMeta   `json:",inline"`
+		metav1.ObjectMeta `json:"metadata"`
+		Spec              struct {
+			Selector            metav1.LabelSelector `json:"selector"`
+			PodMetricsEndpoints []monitorEndpoint    `json:"podMetricsEndpoints"`
+		} `json:"spec"`
+	}
+	monitorEndpoint struct {
+		Port              string    `json:"port"`
+		Interval          string    `json:"interval"`
+		ScrapeTimeout     string    `json:"scrapeTimeout"`
+		Relabelings       []relabel `json:"relabelings"`
+		MetricRelabelings []relabel `json:"metricRelabelings"`
+	}
+	relabel struct {
+		SourceLabels []string `json:"sourceLabels"`
+		TargetLabel  string   `json:"targetLabel"`
+		Regex        string   `json:"regex"`
+		Action       string   `json:"action"`
+	}
+)
 
 // DeepCopyObject implements [runtime.Object]. The copy is shallow, because nobody changes decoded objects.
 func (m *ServiceMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
+
+// DeepCopyObject implements [runtime.Object]. The copy is shallow.
+func (m *PodMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
 
 // Decode returns the objects of a rendered chart in their order, each as its Go type. An unknown or repeated field is an
 // error.
@@ -181,7 +221,7 @@ func Decode(rendered []byte) ([]runtime.Object, error) {
 			return nil, fmt.Errorf("preparing to decode: %w", err)
 		}
 	}
-	all.AddKnownTypes(schema.GroupVersion{Group: "monitoring.coreos.com", Version: "v1"}, &ServiceMonitor{})
+	all.AddKnownTypes(schema.GroupVersion{Group: "monitoring.coreos.com", Version: "v1"}, &ServiceMonitor{}, &PodMonitor{})
 	decoder := serializer.NewCodecFactory(all, serializer.EnableStrict).UniversalDeserializer()
 	var objects []runtime.Object
 	documents := utilyaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(rendered)))

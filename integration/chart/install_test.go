@@ -96,3 +96,28 @@ func TestInstallPageRenders(t *testing.T) {
 		t.Errorf("%s and the pages with its details have %d files of values, want at least 6", installPage, len(files))
 	}
 }
+
+// TestComparisonNamesValues shows that the chart has all values in its column of docs/chart.md.
+func TestComparisonNamesValues(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../docs/chart.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	known, named := leaves(t, valuesFile), 0
+	for line := range strings.Lines(string(text)) {
+		cells := strings.Split(line, "|")
+		if len(cells) != 9 {
+			continue
+		}
+		for _, match := range codeSpan.FindAllStringSubmatch(cells[2], -1) {
+			named++
+			if _, ok := known[match[1]]; !ok {
+				t.Errorf("the chart has no value %s", match[1])
+			}
+		}
+	}
+	if named < 20 {
+		t.Errorf("found only %d values", named)
+	}
+}

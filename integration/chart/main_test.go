@@ -84,11 +84,15 @@ func objects(t *testing.T, name string) []runtime.Object {
 // deployments returns the Deployments of the broker and the webhook.
 func deployments(t *testing.T, all []runtime.Object) []*appsv1.Deployment {
 	t.Helper()
-	found := chart.Of[*appsv1.Deployment](all)
+	found := deploymentsOf(all)
 	if len(found) != 2 {
 		t.Fatalf("there are %d Deployments, want those of broker and webhook", len(found))
 	}
 	return found
+}
+
+func deploymentsOf(all []runtime.Object) []*appsv1.Deployment {
+	return chart.Of[*appsv1.Deployment](all)
 }
 
 // deployment returns the Deployment of a component.

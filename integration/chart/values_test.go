@@ -30,7 +30,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"images.broker.pullPolicy=Always", "/images/broker", "additional properties 'pullPolicy' not allowed"},
 		{"broker.extraEnv=x", "/broker", "additional properties 'extraEnv' not allowed"},
 		{"broker.resources.request.cpu=1", "/broker/resources", "additional properties 'request' not allowed"},
-		{"broker.serviceAccount.name=x", "/broker/serviceAccount", "additional properties 'name' not allowed"},
+		{"broker.serviceAccount.namespace=x", "/broker/serviceAccount", "additional properties 'namespace' not allowed"},
 		{"broker.env[0].name=A,broker.env[0].vaule=x", "/broker/env/0", "additional properties 'vaule' not allowed"},
 		{"images.pullSecrets[0]=registry", "/images/pullSecrets/0", "want object"},
 		{"webhook.failurePolicy=Ignore", "/webhook", "additional properties 'failurePolicy' not allowed"},
@@ -41,6 +41,37 @@ func TestSchemaRefuses(t *testing.T) {
 		{"metrics.enabled=true", "/metrics", "additional properties 'enabled' not allowed"},
 		{"tracing.sampler=x", "/tracing", "additional properties 'sampler' not allowed"},
 		{"networkPolicy.enable=true", "/networkPolicy", "additional properties 'enable' not allowed"},
+
+		{"global.imageRegistry=https://mirror.example", "/global/imageRegistry", "does not match pattern"},
+		{"global.imagePullSecrets[0].names=x", "/global/imagePullSecrets/0", "'anyOf' failed"},
+		{"namespaceOverride=A", "/namespaceOverride", "does not match pattern"},
+		{"commonLabels.app\\.kubernetes\\.io/instance=x", "/commonLabels/app.kubernetes.io~1instance", "false schema"},
+		{"commonLabels.a=b c", "/commonLabels/a", "does not match pattern"},
+		{"commonLabels.a=1", "/commonLabels/a", "want string"},
+		{"commonLabels.a b=c", "/commonLabels", "additional properties 'a b' not allowed"},
+		{"extraObjects[0]=1", "/extraObjects/0", "want string or object"},
+		{"revisionHistoryLimit=-1", "/revisionHistoryLimit", "minimum"},
+		{"broker.extraArgs[0]=--region", "/broker/extraArgs/0", "does not match pattern"},
+		{"broker.hostNetwork=true", "/broker", "additional properties 'hostNetwork' not allowed"},
+		{"broker.podSecurityContext.runAsNonRoot=false", "/broker/podSecurityContext", "additional properties 'runAsNonRoot' not allowed"},
+		{"broker.podSecurityContext.seccompProfile.type=Unconfined", "/broker/podSecurityContext/seccompProfile/type", "value must be one of 'RuntimeDefault', 'Localhost'"},
+		{"broker.podSecurityContext.fsGroup=0", "/broker/podSecurityContext/fsGroup", "minimum"},
+		{"broker.podDisruptionBudget.maxUnavailable=half", "/broker/podDisruptionBudget/maxUnavailable", "does not match pattern"},
+		{"broker.podDisruptionBudget.minAvailable=101%", "/broker/podDisruptionBudget/minAvailable", "does not match pattern"},
+		{"webhook.serviceAccount.create=false", "/webhook/serviceAccount/name", "minLength"},
+		{"webhook.timeoutSeconds=31", "/webhook/timeoutSeconds", "maximum: got 31, want 30"},
+		{"webhook.timeoutSeconds=0", "/webhook/timeoutSeconds", "minimum"},
+		{"webhook.port=443", "/webhook/port", "minimum"},
+		{"webhook.hostNetwork=yes", "/webhook/hostNetwork", "want boolean"},
+		{"webhook.namespaceSelector.matchLabels.a=b", "/webhook/namespaceSelector", "additional properties 'matchLabels' not allowed"},
+		{"webhook.namespaceSelector.matchExpressions[0].key=a,webhook.namespaceSelector.matchExpressions[0].operator=In", "/webhook/namespaceSelector/matchExpressions/0", "missing property 'values'"},
+		{"webhook.namespaceSelector.matchExpressions[0].key=a,webhook.namespaceSelector.matchExpressions[0].operator=Is", "/webhook/namespaceSelector/matchExpressions/0/operator", "value must be one of"},
+		{"webhook.volumes[0].name=sidecar", "/webhook/volumes/0/name", "'not' failed"},
+		{"webhook.dnsConfig.option=x", "/webhook/dnsConfig", "additional properties 'option' not allowed"},
+		{"metrics.podMonitor.scrapeTimeout=10", "/metrics/podMonitor/scrapeTimeout", "want string"},
+		{"check.timeout=3", "/check/timeout", "want string"},
+		{"check.enable=false", "/check", "additional properties 'enable' not allowed"},
+		{"test.enabled=true", "/test", "additional properties 'enabled' not allowed"},
 
 		{"clusterName=x", "/clusterName", "does not match pattern"},
 		{"clusterDomain=cluster.local.", "/clusterDomain", "does not match pattern"},
@@ -131,7 +162,7 @@ func TestSchemaIsClosed(t *testing.T) {
 		}
 		_, properties := m["properties"].(map[string]any)
 		// The schema has only the required fields of array items of Kubernetes' types.
-		theirs := strings.HasSuffix(where, "/items")
+		theirs := strings.HasSuffix(where, "/items") || where == "/properties/global"
 		if more, isSet := m["additionalProperties"]; properties && m["type"] == "object" {
 			if !theirs && !free(where[strings.LastIndexByte(where, '/')+1:]) && (!isSet || more != false) {
 				t.Errorf("%s accepts unknown keys", where)

@@ -103,7 +103,9 @@ func (s *Stack) install(ctx context.Context) error {
 // registerWebhook registers the webhook as the chart does, but at its address here. It returns when the API server calls it.
 func (s *Stack) registerWebhook(ctx context.Context) error {
 	url := "https://" + s.Webhook.Address + "/mutate"
-	s.registration.Webhooks[0].ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
+	for at := range s.registration.Webhooks {
+		s.registration.Webhooks[at].ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
+	}
 	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
 	if _, err := configs.Create(ctx, s.registration, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("registering the webhook: %w", err)
@@ -130,7 +132,9 @@ func (s *Stack) setWebhookRoots(ctx context.Context, roots []byte) error {
 	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
 	config, err := configs.Get(ctx, configuration, metav1.GetOptions{})
 	if err == nil {
-		config.Webhooks[0].ClientConfig.CABundle = roots
+		for at := range config.Webhooks {
+			config.Webhooks[at].ClientConfig.CABundle = roots
+		}
 		_, err = configs.Update(ctx, config, metav1.UpdateOptions{})
 	}
 	if err != nil {

@@ -1,14 +1,22 @@
 {{/* Names do not depend on the release. Programs and sidecars know them, and must find them after a reinstallation
 under another release. Two installations in one cluster could not both be correct. */}}
 
+{{/* The namespace of all namespaced objects. */}}
+{{- define "credence.namespace" -}}
+{{ default .Release.Namespace .Values.namespaceOverride }}
+{{- end }}
+
 {{/* Labels of every object. Takes (dict "root" $ "component" "broker"). */}}
 {{- define "credence.labels" -}}
 {{ include "credence.selector" . }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 app.kubernetes.io/part-of: credence
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{/* The labels that select pods. They can never change, because a Deployment's selector is immutable. */}}
@@ -17,11 +25,37 @@ app.kubernetes.io/name: credence
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{/* The name of a component's ServiceAccount. */}}
+{{- define "credence.serviceAccountName" -}}
+{{ default (printf "credence-%s" .component) (index .root.Values .component).serviceAccount.name }}
+{{- end }}
+
 {{/* An image's full name. Takes (dict "root" $ "image" .Values.images.broker). */}}
 {{- define "credence.image" -}}
 {{- $tag := .image.tag -}}
 {{- if not (or $tag .image.digest) }}{{ $tag = .root.Chart.AppVersion }}{{ end -}}
-{{ .image.repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with .image.digest }}@{{ . }}{{ end }}
+{{- $repository := .image.repository -}}
+{{- with (.root.Values.global).imageRegistry -}}
+{{- /* As in references to images, the first component is a registry if it has a dot or a colon, or is localhost. */ -}}
+{{- $path := splitList "/" $repository -}}
+{{- if and (gt (len $path) 1) (regexMatch "[.:]|^localhost$" (first $path)) }}{{ $path = rest $path }}{{ end -}}
+{{- $repository = printf "%s/%s" (trimSuffix "/" .) (join "/" $path) -}}
+{{- end -}}
+{{ $repository }}{{ with $tag }}:{{ . }}{{ end }}{{ with .image.digest }}@{{ . }}{{ end }}
+{{- end }}
+
+{{/* The Secrets for pulling the images of our own pods. Other charts write the global ones as names or as objects. */}}
+{{- define "credence.pullSecrets" -}}
+{{- $names := list -}}
+{{- range concat (default list (.Values.global).imagePullSecrets) .Values.images.pullSecrets -}}
+{{- $names = append $names (kindIs "string" . | ternary . (get (kindIs "map" . | ternary . dict) "name")) -}}
+{{- end -}}
+{{- with $names | uniq -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
 {{- end }}
 
 {{/* The last component of the sidecar's repository. The admission policy recognizes the sidecar by it. */}}
@@ -31,7 +65,7 @@ app.kubernetes.io/component: {{ .component }}
 
 {{/* The namespaces without injection, whatever their labels, as a JSON list. */}}
 {{- define "credence.excludedNamespaces" -}}
-{{- $names := list .Release.Namespace .Values.certificates.certManagerNamespace -}}
+{{- $names := list (include "credence.namespace" .) .Values.certificates.certManagerNamespace -}}
 {{- if not .Values.webhook.allowKubeSystem }}{{ $names = append $names "kube-system" }}{{ end -}}
 {{ $names | uniq | sortAlpha | toJson }}
 {{- end }}

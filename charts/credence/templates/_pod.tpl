@@ -1,17 +1,18 @@
 {{/* Parts that the pods of broker and webhook share. Each takes (dict "root" $ "component" "broker"). */}}
 
-{{/* The labels have no version, so a new chart with the same programs restarts no pod. */}}
+{{/* The labels have no version, so a new chart with the same programs restarts no pod. There is no checksum of the
+ConfigMaps, because the programs follow all of them while they run. */}}
 {{- define "credence.podMetadata" -}}
 {{- $values := index .root.Values .component -}}
 labels:
   {{- include "credence.selector" . | nindent 2 }}
   app.kubernetes.io/part-of: credence
-  {{- with $values.podLabels }}
+  {{- with merge (dict) $values.podLabels .root.Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- $annotations := deepCopy $values.podAnnotations -}}
 {{- if .root.Values.metrics.annotatePods }}
-{{- $annotations = merge $annotations (dict "prometheus.io/scrape" "true" "prometheus.io/port" "8080" "prometheus.io/path" "/metrics") }}
+{{- $annotations = merge $annotations (dict "prometheus.io/scrape" "true" "prometheus.io/port" (include "credence.adminPort" .) "prometheus.io/path" "/metrics") }}
 {{- end }}
 {{- with $annotations }}
 annotations:
@@ -19,27 +20,48 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* The port for metrics, and for the health of brokers. */}}
+{{- define "credence.adminPort" -}}
+{{ if eq .component "webhook" }}{{ int .root.Values.webhook.adminPort }}{{ else }}8080{{ end }}
+{{- end }}
+
+{{/* The security context of pods. Takes (dict "root" $ "user" 65532 "more" dict). */}}
+{{- define "credence.podSecurity" -}}
+securityContext:
+  runAsNonRoot: true
+  {{- if ne (int .user) -1 }}
+  runAsUser: {{ int64 .user }}
+  runAsGroup: {{ int64 .user }}
+  {{- end }}
+  {{- toYaml (merge (deepCopy .more) (dict "seccompProfile" (dict "type" "RuntimeDefault"))) | nindent 2 }}
+{{- end }}
+
+{{/* The security context of every container. */}}
+{{- define "credence.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- end }}
+
 {{/* Fields of the pod's spec, except its containers and volumes. */}}
 {{- define "credence.podSpec" -}}
 {{- $values := index .root.Values .component -}}
-serviceAccountName: credence-{{ .component }}
+serviceAccountName: {{ include "credence.serviceAccountName" . | quote }}
 automountServiceAccountToken: true
 enableServiceLinks: false
 {{- with .root.Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
-{{- with .root.Values.images.pullSecrets }}
-imagePullSecrets:
+{{- with include "credence.pullSecrets" .root }}
+{{ . }}
+{{- end }}
+{{ include "credence.podSecurity" (dict "root" .root "user" .root.Values.runAsUser "more" $values.podSecurityContext) }}
+{{- with $values.dnsConfig }}
+dnsConfig:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-securityContext:
-  runAsNonRoot: true
-  {{- if ne (int .root.Values.runAsUser) -1 }}
-  runAsUser: {{ int .root.Values.runAsUser }}
-  runAsGroup: {{ int .root.Values.runAsUser }}
-  {{- end }}
-  seccompProfile:
-    type: RuntimeDefault
 {{- with $values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
@@ -76,50 +98,92 @@ image: {{ include "credence.image" (dict "root" .root "image" (index .root.Value
 imagePullPolicy: {{ .root.Values.images.pullPolicy }}
 command: [/credence-{{ .component }}]
 terminationMessagePolicy: FallbackToLogsOnError
-securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities:
-    drop: [ALL]
+{{ include "credence.containerSecurity" . }}
 {{- with $values.resources }}
 resources:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{/* A new pod is ready before an old one terminates, so the number of ready pods never falls below replicas. */}}
+{{/* The arguments of a program: args, a YAML list of the chart's own, and the value extraArgs. The last of two equal flags
+would win, so the value must not have a flag that the chart sets. The chart's ports, probes and mounts fit the defaults
+of the other flags that it refuses. */}}
+{{- define "credence.args" -}}
+{{- $set := list "--listen" "--admin-listen" "--tls-cert" "--tls-key" "--kubeconfig" -}}
+{{- range fromYamlArray .args }}{{ $set = append $set (first (splitList "=" .)) }}{{ end -}}
+{{ trim .args }}
+{{- range (index .root.Values .component).extraArgs }}
+{{- $flag := first (splitList "=" .) }}
+{{- if has $flag $set }}
+{{- fail (printf "%s.extraArgs: %s belongs to the chart or is there twice; remove it, and use the value that sets it" $.component $flag) }}
+{{- end }}
+{{- if and (eq $flag "--debug-listen") (not (regexMatch "=(127[.]0[.]0[.]1:[0-9]+|\\[::1\\]:[0-9]+)?$" .)) }}
+{{- fail (printf "%s.extraArgs: %s lets all pods read session data; use an address of the loopback, or none" $.component .) }}
+{{- end }}
+{{- $set = append $set $flag }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{/* The value env. Helm 4 uses server-side apply, with which an API server refuses a name that env has twice. Takes also
+"named", the names that the chart sets. */}}
+{{- define "credence.env" -}}
+{{- $named := .named -}}
+{{- range (index .root.Values .component).env }}
+{{- if has .name $named }}
+{{- fail (printf "%s.env: %s is set already, by the chart, by the value proxy, or earlier in the list; remove it" $.component .name) }}
+{{- end }}
+{{- $named = append $named .name }}
+{{- end }}
+{{- with (index .root.Values .component).env }}
+{{- toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* A new pod is ready before an old one terminates, so the number of ready pods never falls below replicas. On the host's
+network, a new pod may need the port of an old one. */}}
 {{- define "credence.strategy" -}}
 type: RollingUpdate
 rollingUpdate:
-  maxUnavailable: 0
+  maxUnavailable: {{ if (index .root.Values .component).hostNetwork }}1{{ else }}0{{ end }}
   maxSurge: 1
 {{- end }}
 
 {{- define "credence.disruptionBudget" -}}
+{{- with (index .root.Values .component).podDisruptionBudget -}}
+{{- if .enabled }}
+---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
-  name: credence-{{ .component }}
-  namespace: {{ .root.Release.Namespace | quote }}
+  name: credence-{{ $.component }}
+  namespace: {{ include "credence.namespace" $.root | quote }}
   labels:
-    {{- include "credence.labels" . | nindent 4 }}
+    {{- include "credence.labels" $ | nindent 4 }}
 spec:
+  {{- if not (kindIs "string" .minAvailable | ternary (empty .minAvailable) false) }}
+  minAvailable: {{ kindIs "string" .minAvailable | ternary .minAvailable (int .minAvailable) }}
+  {{- else }}
   # Not minAvailable: with one replica, it would block each drain of the node forever.
-  maxUnavailable: 1
+  maxUnavailable: {{ kindIs "string" .maxUnavailable | ternary .maxUnavailable (int .maxUnavailable) }}
+  {{- end }}
   # Pods that are not ready serve nothing, so they may be evicted.
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
-      {{- include "credence.selector" . | nindent 6 }}
+      {{- include "credence.selector" $ | nindent 6 }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "credence.serviceAccount" -}}
 {{- $values := index .root.Values .component -}}
+{{- if $values.serviceAccount.create }}
 apiVersion: v1
 kind: ServiceAccount
 metadata:
-  name: credence-{{ .component }}
-  namespace: {{ .root.Release.Namespace | quote }}
+  name: {{ include "credence.serviceAccountName" . | quote }}
+  namespace: {{ include "credence.namespace" .root | quote }}
   labels:
     {{- include "credence.labels" . | nindent 4 }}
   {{- with $values.serviceAccount.annotations }}
@@ -128,28 +192,51 @@ metadata:
   {{- end }}
 # Pods that need the token mount it explicitly.
 automountServiceAccountToken: false
+---
+{{- end }}
 {{- end }}
 
-{{/* The Prometheus Operator finds the pods of a component by this object. */}}
-{{- define "credence.serviceMonitor" -}}
-{{- if .root.Values.metrics.serviceMonitor.enabled }}
+{{/* The Prometheus Operator finds the pods of a component by one of these objects. */}}
+{{- define "credence.monitor" -}}
+{{- $metrics := .root.Values.metrics -}}
+{{- if and $metrics.serviceMonitor.enabled $metrics.podMonitor.enabled }}
+{{- fail "metrics: serviceMonitor and podMonitor are both enabled, so Prometheus would scrape each pod twice; disable one of them" }}
+{{- end }}
+{{- range $kind := list "ServiceMonitor" "PodMonitor" }}
+{{- with index $metrics (untitle $kind) }}
+{{- if .enabled }}
 ---
 apiVersion: monitoring.coreos.com/v1
-kind: ServiceMonitor
+kind: {{ $kind }}
 metadata:
-  name: credence-{{ .component }}
-  namespace: {{ .root.Release.Namespace | quote }}
+  name: credence-{{ $.component }}
+  namespace: {{ include "credence.namespace" $.root | quote }}
   labels:
-    {{- include "credence.labels" . | nindent 4 }}
-    {{- with .root.Values.metrics.serviceMonitor.labels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- merge (dict) .labels (include "credence.labels" $ | fromYaml) | toYaml | nindent 4 }}
 spec:
   selector:
     matchLabels:
-      {{- include "credence.selector" . | nindent 6 }}
+      {{- include "credence.selector" $ | nindent 6 }}
+  {{- if eq $kind "ServiceMonitor" }}
   endpoints:
     - port: http-metrics
-      interval: {{ .root.Values.metrics.serviceMonitor.interval }}
+  {{- else }}
+  podMetricsEndpoints:
+    - port: admin
+  {{- end }}
+      interval: {{ .interval | quote }}
+      {{- with .scrapeTimeout }}
+      scrapeTimeout: {{ . | quote }}
+      {{- end }}
+      {{- with .relabelings }}
+      relabelings:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      {{- with .metricRelabelings }}
+      metricRelabelings:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

@@ -36,7 +36,8 @@ func TestInstallation(t *testing.T) {
 		t.Run(release.name, func(t *testing.T) {
 			cfg := config()
 			cfg.Set = []string{"annotationPrefix=" + release.prefix}
-			if err := chart.Install(t.Context(), cfg); err != nil {
+			// No node runs the check. Check acts as one.
+			if _, err := chart.Install(t.Context(), cfg, "--no-hooks"); err != nil {
 				t.Fatal(err)
 			}
 			w := &world{prefix: release.prefix}
@@ -61,6 +62,8 @@ func TestInstallation(t *testing.T) {
 			}
 		})
 	}
+	t.Run("Check", check)
+	t.Run("OldNodesAreNamed", oldNodesAreNamed)
 	t.Run("UninstallLeavesNothingThatBlocks", uninstall)
 }
 
@@ -82,6 +85,11 @@ func everyObjectIsAccepted(t *testing.T) {
 		all, err := chart.Decode(rendered)
 		if err != nil {
 			t.Fatal(err)
+		}
+		for _, namespace := range []string{"credentials", "shop"} { // of the case "everything"
+			if err := apply(t, &corev1.Namespace{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"}, ObjectMeta: metav1.ObjectMeta{Name: namespace}}); err != nil {
+				t.Fatal(err)
+			}
 		}
 		for _, object := range all {
 			if kind := object.GetObjectKind().GroupVersionKind(); kind.Group == "monitoring.coreos.com" {
@@ -158,6 +166,11 @@ func uninstall(t *testing.T) {
 		{Group: "admissionregistration.k8s.io", Version: "v1", Resource: "validatingadmissionpolicybindings"},
 		{Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "clusterroles"},
 		{Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "clusterrolebindings"},
+		{Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "roles"},
+		{Group: "rbac.authorization.k8s.io", Version: "v1", Resource: "rolebindings"},
+		{Version: "v1", Resource: "serviceaccounts"},
+		{Version: "v1", Resource: "configmaps"},
+		{Group: "batch", Version: "v1", Resource: "jobs"},
 		{Group: "apps", Version: "v1", Resource: "deployments"},
 		{Group: "policy", Version: "v1", Resource: "poddisruptionbudgets"},
 	} {
