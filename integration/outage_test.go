@@ -4,6 +4,7 @@ package integration
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -12,9 +13,15 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/process"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // The tests of this file stop or restart what all tests share, so they do not run in parallel.
@@ -81,6 +88,70 @@ func TestReplacedCertificatesAreServedAndTrustedWithoutRestart(t *testing.T) {
 	if keys := strings.Fields(out); keys[len(keys)-1] == before {
 		t.Errorf("the sidecar still has session %s from before the rotation", before)
 	}
+}
+
+// TestInstallationIsChecked runs the check that the chart runs after an installation.
+func TestInstallationIsChecked(t *testing.T) {
+	const long, short = time.Minute, 3 * time.Second
+	succeeds := func() {
+		t.Helper()
+		if out, err := credence.CheckWebhook(t.Context(), long); err != nil || !strings.Contains(out, "the webhook injects pods") {
+			t.Errorf("the check of a good installation: %v\n%s", err, out)
+		}
+	}
+	fails := func(want string) {
+		t.Helper()
+		if out, err := credence.CheckWebhook(t.Context(), short); err == nil || !strings.Contains(out, want) {
+			t.Errorf("the check: %v, want %q\n%s", err, want, out)
+		}
+	}
+	succeeds()
+	templates, err := credence.Client.CoreV1().PodTemplates(stack.SystemNamespace).List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(templates.Items) > 0 {
+		t.Errorf("the check has stored %d objects: %v", len(templates.Items), err)
+	}
+
+	credence.Webhook.ShutDown()
+	fails("check the pods of Deployment credence-webhook")
+	if err := credence.StartWebhook(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+
+	configurations := credence.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
+	good, err := configurations.Get(t.Context(), "credence", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(webhooks []admissionregistrationv1.MutatingWebhook) {
+		t.Helper()
+		current, err := configurations.Get(t.Context(), "credence", metav1.GetOptions{})
+		if err == nil {
+			current.Webhooks = webhooks
+			_, err = configurations.Update(t.Context(), current, metav1.UpdateOptions{})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for want, change := range map[string]func([]admissionregistrationv1.MutatingWebhook) []admissionregistrationv1.MutatingWebhook{
+		"the API server lacks the webhook's current root": func(w []admissionregistrationv1.MutatingWebhook) []admissionregistrationv1.MutatingWebhook {
+			w[1].ClientConfig.CABundle = certstest.NewCA(t).PEM
+			return w
+		},
+		"the API server does not call the webhook": func(w []admissionregistrationv1.MutatingWebhook) []admissionregistrationv1.MutatingWebhook {
+			return w[:1]
+		},
+	} {
+		set(change(good.DeepCopy().Webhooks))
+		await.Until(t, "the check reports that "+want, func() error { // the API server watches the configuration
+			if out, err := credence.CheckWebhook(t.Context(), short); err == nil || !strings.Contains(out, want) {
+				return fmt.Errorf("the check ended with %w: %s", err, out)
+			}
+			return nil
+		})
+	}
+	set(good.Webhooks)
+	succeeds()
 }
 
 func TestSessionsOfOneRoleAreDroppedOnRequest(t *testing.T) {

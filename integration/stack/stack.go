@@ -250,6 +250,17 @@ func (s *Stack) StartWebhook(ctx context.Context, flags ...string) error {
 	return s.start(ctx, s.Webhook, process.Command{Args: append(s.InjectFlags(), flags...)}, "https://"+s.Webhook.Address)
 }
 
+// CheckWebhook runs the check that the chart runs after an installation, with its rights. It returns the output.
+func (s *Stack) CheckWebhook(ctx context.Context, timeout time.Duration) (string, error) {
+	kubeconfig, err := s.kubeconfig(ctx, "credence-check")
+	if err != nil {
+		return "", err
+	}
+	out, err := exec.CommandContext(ctx, s.program(webhookName), "check", //nolint:gosec // our own program
+		"--kubeconfig="+kubeconfig, "--namespace="+SystemNamespace, "--timeout="+timeout.String()).CombinedOutput()
+	return string(out), err
+}
+
 // InjectFlags are the flags of the webhook that determine what it injects. The command "credence inject" has them too.
 func (s *Stack) InjectFlags() []string {
 	return []string{
