@@ -41,10 +41,12 @@ func TestCheckOfOthers(t *testing.T) {
 		status     int
 		body, want string
 	}{
-		"another program":     {http.StatusOK, "secret-page", "responded without credentials"},
-		"half of credentials": {http.StatusOK, `{"AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"secret-key"}`, "responded without credentials"},
-		"another status":      {http.StatusTeapot, "secret-page", "responded with status 418"},
-		"a refusal":           {http.StatusForbidden, `{"Code":"STS_ACCESS_DENIED","Message":"AWS refused"}`, "STS_ACCESS_DENIED: AWS refused (status 403)"},
+		"another program": {http.StatusOK, "secret-page", "responded without credentials"},
+		"no token":        {http.StatusOK, `{"AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"secret-key","Expiration":"2030-01-01T00:00:00Z"}`, "responded without credentials"},
+		"no secret key":   {http.StatusOK, `{"AccessKeyId":"ASIAEXAMPLE","Token":"secret-token","Expiration":"2030-01-01T00:00:00Z"}`, "responded without credentials"},
+		"no expiration":   {http.StatusOK, `{"AccessKeyId":"ASIAEXAMPLE","SecretAccessKey":"secret-key","Token":"secret-token"}`, "responded without credentials"},
+		"another status":  {http.StatusTeapot, "secret-page", "responded with status 418"},
+		"a refusal":       {http.StatusForbidden, `{"Code":"STS_ACCESS_DENIED","Message":"AWS refused"}`, "STS_ACCESS_DENIED: AWS refused (status 403)"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -6,6 +6,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -87,6 +88,9 @@ func TestCheck(t *testing.T) {
 				p.MustFail(t, 1, tt.fails)
 			} else if err := p.Wait(); err != nil {
 				t.Errorf("%v: %s", err, p.Stderr)
+			}
+			if lines := strings.Split(p.Stdout.String(), "\n"); len(slices.Compact(slices.Clone(lines))) != len(lines) {
+				t.Errorf("the output repeats lines: %q", lines)
 			}
 			for _, want := range tt.want {
 				if !strings.Contains(p.Stdout.String(), want) {
