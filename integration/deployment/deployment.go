@@ -9,7 +9,6 @@ package deployment
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -26,7 +25,6 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
-	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/certmanager"
 	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/cluster"
@@ -196,6 +194,7 @@ aws:
   region: %[2]s
   stsEndpoint: %[3]q
   baseARN: %[4]q
+check: {timeout: 2m} # less than that of Helm, so that Helm shows the cause
 broker:
   env:
   - {name: AWS_ACCESS_KEY_ID, valueFrom: {secretKeyRef: {name: %[5]s, key: id}}}
@@ -210,22 +209,11 @@ func (d *Deployment) Install(ctx context.Context, more ...string) error {
 	return d.Upgrade(ctx, more...)
 }
 
-// Upgrade installs Credence, or changes the installed one. It returns when pods can be injected.
+// Upgrade installs Credence, or changes the installed one. It returns when pods can be injected, because the chart's check
+// waits for that.
 func (d *Deployment) Upgrade(ctx context.Context, more ...string) error {
-	if _, err := d.Run(ctx, "", d.Helm, slices.Concat(d.Credence, more)...); err != nil {
-		return err
-	}
-	// Helm does not wait until cert-manager has given the API server the webhook's root.
-	if err := await.Poll(ctx, func() error {
-		hook, err := d.Client.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(ctx, release, metav1.GetOptions{})
-		if err == nil && (len(hook.Webhooks) == 0 || len(hook.Webhooks[0].ClientConfig.CABundle) == 0) {
-			err = errors.New("the configuration has no root")
-		}
-		return err
-	}); err != nil {
-		return fmt.Errorf("waiting for the webhook's roots: %w", err)
-	}
-	return nil
+	_, err := d.Run(ctx, "", d.Helm, slices.Concat(d.Credence, more)...)
+	return err
 }
 
 // Uninstall removes Credence, and returns when it is removed.

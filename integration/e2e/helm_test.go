@@ -5,15 +5,130 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/stack"
 )
+
+// TestHelmReturnsWhenPodsAreInjected shows that a pod can be injected as soon as Helm has installed the chart, and that Helm
+// shows why not.
+func TestHelmReturnsWhenPodsAreInjected(t *testing.T) {
+	ns := namespace(t)
+	if err := d.Uninstall(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// A policy refuses the PodTemplate of the check.
+	values := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(values, []byte(refusal), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := d.Upgrade(t.Context(), "--values="+values, "--set=check.timeout=10s")
+	if err == nil || !strings.Contains(err.Error(), "pods cannot be injected after 10s") || !strings.Contains(err.Error(), "no PodTemplates today") {
+		t.Errorf("with a check that fails, Helm returns %v", err)
+	}
+	if err := d.Uninstall(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Upgrade(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	pod, err := tryDry(t, ns, app("app", annotated()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sidecarOf(pod)
+	jobs, err := d.Client.BatchV1().Jobs(deployment.Namespace).List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(jobs.Items) > 0 {
+		t.Errorf("the check has left %d Jobs: %v", len(jobs.Items), err)
+	}
+}
+
+// refusal are values with a policy that refuses PodTemplates.
+const refusal = `extraObjects:
+- apiVersion: admissionregistration.k8s.io/v1
+  kind: ValidatingAdmissionPolicy
+  metadata: {name: no-templates}
+  spec:
+    matchConstraints:
+      resourceRules:
+      - {apiGroups: [""], apiVersions: [v1], operations: [CREATE], resources: [podtemplates]}
+    validations:
+    - {expression: "false", message: no PodTemplates today}
+- apiVersion: admissionregistration.k8s.io/v1
+  kind: ValidatingAdmissionPolicyBinding
+  metadata: {name: no-templates}
+  spec: {policyName: no-templates, validationActions: [Deny]}
+`
+
+// TestWebhookOnTheHostsNetwork shows that pods are injected if the webhook uses the network of its node.
+func TestWebhookOnTheHostsNetwork(t *testing.T) {
+	ns := namespace(t)
+	enforce := func(level string) {
+		t.Helper()
+		if _, err := d.Run(context.WithoutCancel(t.Context()), "", d.Kubectl, "label", "namespace", deployment.Namespace, "--overwrite", "pod-security.kubernetes.io/enforce="+level); err != nil {
+			t.Fatal(err)
+		}
+	}
+	enforce("privileged")
+	t.Cleanup(func() {
+		if err := d.Upgrade(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+		enforce("restricted")
+	})
+	// The cluster has one node.
+	if err := d.Upgrade(t.Context(), "--set=webhook.hostNetwork=true,webhook.replicas=1,webhook.port=10260,webhook.adminPort=10261"); err != nil {
+		t.Fatal(err)
+	}
+	await.Until(t, "only the webhook on the host's network runs", func() error {
+		pods, err := podsOf(t.Context(), "webhook")
+		if err == nil && (len(pods) != 1 || pods[0].Status.PodIP != pods[0].Status.HostIP) {
+			err = fmt.Errorf("there are %d pods", len(pods))
+		}
+		return err
+	})
+	pod := create(t, ns, once(app("app", annotated(), "whoami")))
+	sidecarOf(pod)
+	awaitEnd(t, ns, "app")
+}
+
+// TestHelmTest shows that "helm test" gets credentials in a pod, prints no secret, and shows a refusal of AWS.
+func TestHelmTest(t *testing.T) {
+	ns := namespace(t)
+	t.Cleanup(func() {
+		if err := d.Upgrade(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	d.STS.SetRole(stack.RoleARN("untrusting"), ststest.Behavior{Deny: true})
+	for role, want := range map[string]string{
+		bucket:       "The pod has credentials of " + stack.RoleARN(bucket) + ", access key ID ...",
+		"untrusting": "STS_ACCESS_DENIED: ",
+	} {
+		if err := d.Upgrade(t.Context(), "--set=test.namespace="+ns, "--set=test.role="+role); err != nil {
+			t.Fatal(err)
+		}
+		out, err := d.Run(t.Context(), "", d.Helm, "test", "credence", "--namespace="+deployment.Namespace, "--timeout=5m")
+		if !strings.Contains(out, want) || (err == nil) != (role == bucket) {
+			t.Errorf("helm test with role %s: %v, want %q in\n%s", role, err, want, out)
+		}
+		t.Log(out)
+	}
+	jobs, err := d.Client.BatchV1().Jobs(ns).List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(jobs.Items) > 1 {
+		t.Errorf("there are %d Jobs, want at most that of the failed test: %v", len(jobs.Items), err)
+	}
+}
 
 // TestUninstallBlocksNoPod shows that an uninstalled release blocks no running and no new pod, and leaves nothing behind.
 // integration/chart/admission has the list of cluster-scoped objects. The cleanup installs it again.
