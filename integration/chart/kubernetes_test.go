@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -31,6 +32,18 @@ func TestKubernetesVersions(t *testing.T) {
 		t.Skip("not run: -short was given, and this may download the sources of Kubernetes")
 	}
 	t.Parallel()
+	// The newest version is that of the API in our programs, so an upgrade of that module is not forgotten here.
+	modules, err := os.ReadFile("../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if newest := strings.Replace(kubernetesVersions[1], "v1.", "v0.", 1); !strings.Contains(string(modules), "\tk8s.io/api "+newest+"\n") {
+		t.Errorf("go.mod does not require k8s.io/api %s", newest)
+	}
+	_, err = chart.Render(t.Context(), chart.Config{Helm: helm, KubeVersion: "v1.29.15"})
+	if err == nil || !strings.HasPrefix(kubernetesVersions[0], "v1.30.") {
+		t.Errorf("%v does not begin with the oldest version that the chart accepts: %v", kubernetesVersions, err)
+	}
 	for _, version := range kubernetesVersions {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
