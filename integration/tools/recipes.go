@@ -30,7 +30,6 @@ type recipe struct {
 const (
 	workspace  = "."
 	kubernetes = "kubernetes"
-	minio      = "minio"
 )
 
 var recipes = map[Tool]recipe{
@@ -60,7 +59,6 @@ var recipes = map[Tool]recipe{
 		url:    "https://get.helm.sh/helm-VERSION-linux-ARCH.tar.gz",
 		member: "linux-ARCH/helm", sums: ".sha256sum",
 	}},
-	MinIO:           {set: minio, source: "github.com/minio/minio", seconds: 500},
 	GolangciLint:    {source: "github.com/golangci/golangci-lint/v2", pkg: "cmd/golangci-lint", version: "v2.15.0", seconds: 300},
 	Buf:             {source: "github.com/bufbuild/buf", pkg: "cmd/buf", version: "v1.75.0", seconds: 120},
 	ProtocGenGo:     {source: "google.golang.org/protobuf", pkg: "cmd/protoc-gen-go", version: "v1.36.12", seconds: 10},

@@ -49,7 +49,6 @@ const (
 	CNIHostLocal          Tool = "host-local"
 	Helm                  Tool = "helm"
 	CertManager           Tool = "cert-manager"
-	MinIO                 Tool = "minio"
 	GolangciLint          Tool = "golangci-lint"
 	Buf                   Tool = "buf"
 	ProtocGenGo           Tool = "protoc-gen-go"
@@ -69,7 +68,7 @@ func Node() []Tool {
 
 // Deployment returns the programs of a cluster with nodes, and those that install Credence and its dependencies there.
 func Deployment() []Tool {
-	return slices.Concat(ControlPlane(), Node(), []Tool{Helm, CertManager, MinIO})
+	return slices.Concat(ControlPlane(), Node(), []Tool{Helm, CertManager})
 }
 
 // All returns every tool, sorted by name.
