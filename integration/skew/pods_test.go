@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -296,6 +297,10 @@ func (p *pods) last(t *testing.T, pod *corev1.Pod) {
 	p.lasting = append(p.lasting, l)
 }
 
+// direct opens a connection for each request. Servers close idle ones, which SDKs hide by another try, as they would hide
+// failures that matter here.
+var direct = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+
 // use gets credentials as an AWS SDK does, and calls STS with them if their access key is not the known one. It returns the
 // key.
 func use(ctx context.Context, pod *corev1.Pod, sidecar *stack.Sidecar, known string) (string, error) {
@@ -309,13 +314,13 @@ func use(ctx context.Context, pod *corev1.Pod, sidecar *stack.Sidecar, known str
 		variables[name] = value
 	}
 	got, err := endpointcreds.New(variables["AWS_CONTAINER_CREDENTIALS_FULL_URI"], func(o *endpointcreds.Options) {
-		o.AuthorizationToken, o.Retryer = variables["AWS_CONTAINER_AUTHORIZATION_TOKEN"], aws.NopRetryer{}
+		o.AuthorizationToken, o.Retryer, o.HTTPClient = variables["AWS_CONTAINER_AUTHORIZATION_TOKEN"], aws.NopRetryer{}, direct
 	}).Retrieve(ctx)
 	if err != nil || got.AccessKeyID == known {
 		return known, err
 	}
 	identity, err := sts.New(sts.Options{
-		Region: stack.Region, BaseEndpoint: new(credence.STS.URL()), Retryer: aws.NopRetryer{},
+		Region: stack.Region, BaseEndpoint: new(credence.STS.URL()), Retryer: aws.NopRetryer{}, HTTPClient: direct,
 		Credentials: credentials.NewStaticCredentialsProvider(got.AccessKeyID, got.SecretAccessKey, got.SessionToken),
 	}).GetCallerIdentity(ctx, nil)
 	if err != nil {
