@@ -71,6 +71,7 @@ check: ## check format, lint, generated code, go.mod, the chart, commit subjects
 demo: ## show step by step how a pod gets credentials; DEMO_ROLE=name chooses the role, KEEP=1 keeps the cluster
 	@.ci/packages runc=runc iptables=iptables
 	@.ci/modules ./integration/demo
+	@echo 'compiling the demo, which is slow only the first time'
 	@go run ./integration/demo
 
 .PHONY: chart

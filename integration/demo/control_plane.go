@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	_ "embed" // for the manifest
 	"encoding/base64"
 	"fmt"
 	"os"
@@ -20,9 +19,6 @@ import (
 	"github.com/credence-iam/credence/integration/tools"
 )
 
-//go:embed pod.yaml
-var podYAML string
-
 // controlPlane is the demo without nodes: it runs what a node would run.
 type controlPlane struct {
 	*demo
@@ -34,8 +30,9 @@ type controlPlane struct {
 
 func onControlPlane(d *demo) play {
 	p := &controlPlane{demo: d}
-	return play{
-		opening: "Kubernetes control plane without nodes.\nWhat a node would run, runs here as local processes.",
+	return d.local(play{
+		opening: "This demo shows the whole path on a real Kubernetes control plane. What a node would run, runs as local processes.\n" +
+			takes(notBuilt(tools.ControlPlane())),
 		steps: []step{
 			{"Start a control plane, Credence, an STS and an object store", `etcd, kube-apiserver and kube-controller-manager run on the loopback address. Beside them run the broker,
 the webhook, and local doubles of STS and S3 with AWS's protocols. Each bucket opens only for the role of
@@ -52,11 +49,18 @@ AWS_REGION, and AWS_ENDPOINT_URL_STS and AWS_ENDPOINT_URL_S3 for the local servi
 			{"What Credence refuses when a user creates a pod", "", p.showRefusals},
 			{"What the broker logged", auditText, func(ctx context.Context) error { return p.showAudit(ctx, p.readAudit) }},
 		},
-		kept: func() {},
-	}
+	})
 }
 
+// start starts the control plane and Credence. It compiles the programs of Credence while the control plane is built and
+// starts.
 func (p *controlPlane) start(ctx context.Context) (err error) {
+	compiled := make(chan struct{})
+	go func() {
+		defer close(compiled)
+		_ = stack.Compile(ctx) // stack.Start reports the error
+	}()
+	defer func() { <-compiled }()
 	// The cluster first: kubectl consists mostly of what the cluster builds.
 	if p.cluster, err = cluster.Start(ctx, cluster.Config{Runs: p.runs, Progress: p}); err != nil {
 		return err
@@ -67,21 +71,31 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 	if _, err := p.kube(ctx, "", "version"); err != nil {
 		return err
 	}
-	if p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, Buckets: buckets}); err != nil {
-		return err
+	if <-compiled; ctx.Err() != nil {
+		return ctx.Err()
 	}
+	p.stack, err = stack.Start(ctx, stack.Config{Cluster: p.cluster, Progress: p, Buckets: buckets})
+	return err
+}
+
+func (p *controlPlane) runSidecar(ctx context.Context) (err error) {
 	_, _ = fmt.Fprintln(p, "building awsclient")
 	p.awsclient = filepath.Join(p.cluster.Run().Dir(), "bin", "awsclient")
 	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", p.awsclient, "github.com/credence-iam/credence/integration/awsclient") //nolint:gosec // The path is ours.
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("building the AWS client: %w\n%s", err, out)
 	}
+	began := time.Now()
+	if p.sidecar, err = p.stack.RunSidecar(ctx, p.pod); err != nil {
+		return err
+	}
+	p.say(fmt.Sprintf("%s runs as process %d. Its startup probe passed after %d ms: it has credentials.",
+		stack.SidecarName, p.sidecar.PID(), time.Since(began).Milliseconds()))
 	return nil
 }
 
 func (p *controlPlane) createPod(ctx context.Context) error {
-	manifest := strings.NewReplacer("ROLE", quoteYAML(p.role), "BUCKET", p.bucket()).Replace(podYAML)
-	out, err := p.kube(ctx, manifest, "apply", "-n", namespace, "-f", "-")
+	out, err := p.kube(ctx, p.podManifest(), "apply", "-n", p.namespace, "-f", "-")
 	if err != nil && strings.Contains(out, "denied the request: credence:") {
 		return refusal()
 	}
@@ -89,7 +103,7 @@ func (p *controlPlane) createPod(ctx context.Context) error {
 }
 
 func (p *controlPlane) showToken(ctx context.Context) error {
-	token, err := p.quietKube(ctx, "", "create", "token", p.pod.Spec.ServiceAccountName, "-n", namespace, "--audience="+stack.Audience,
+	token, err := p.quietKube(ctx, "", "create", "token", p.pod.Spec.ServiceAccountName, "-n", p.namespace, "--audience="+stack.Audience,
 		"--bound-object-kind=Pod", "--bound-object-name="+p.pod.Name, "--bound-object-uid="+string(p.pod.UID))
 	if err != nil {
 		return err
@@ -104,16 +118,6 @@ func (p *controlPlane) showToken(ctx context.Context) error {
 		return fmt.Errorf("decoding the token's claims: %w", err)
 	}
 	p.output(string(claims))
-	return nil
-}
-
-func (p *controlPlane) runSidecar(ctx context.Context) (err error) {
-	began := time.Now()
-	if p.sidecar, err = p.stack.RunSidecar(ctx, p.pod); err != nil {
-		return err
-	}
-	p.say(fmt.Sprintf("%s runs as process %d. Its startup probe passed after %d ms: it has credentials.",
-		stack.SidecarName, p.sidecar.PID(), time.Since(began).Milliseconds()))
 	return nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/credence-iam/credence/integration/stack"
+	"github.com/credence-iam/credence/integration/tools"
 )
 
 // TestDemo runs the demo without nodes, with the role that is not the default.
@@ -30,7 +31,17 @@ func TestDemoOnNodes(t *testing.T) {
 	if os.Getenv("CREDENCE_E2E") == "" {
 		t.Skip("only make e2e runs it, which sets CREDENCE_E2E")
 	}
-	testDemo(t, onNodes, "", "$ kubectl exec -n shop deploy/app -c app -- /awsclient ls reports\n", "Error creating: admission")
+	testDemo(t, func(d *demo) play { return onNodes(d, nil) }, "", "$ kubectl exec -n shop deploy/app -c app -- /awsclient ls reports\n", "Error creating: admission")
+}
+
+// TestDemoInTwoParts runs the demo of a machine where nothing is built. Here the builds have nothing to do.
+func TestDemoInTwoParts(t *testing.T) {
+	if os.Getenv("CREDENCE_E2E") == "" {
+		t.Skip("only make e2e runs it, which sets CREDENCE_E2E")
+	}
+	testDemo(t, func(d *demo) play { return inTwoParts(d, tools.Deployment()) }, "",
+		"; meanwhile built kube-scheduler, ", "$ kubectl apply -n shop -f - <<'END'\n   apiVersion: v1\n   kind: Pod\n",
+		"$ kubectl exec -n shop deploy/app -c app -- /awsclient ls reports\n", "Error creating: admission")
 }
 
 // testDemo runs a demo, which must show these texts and those that every demo shows.
@@ -66,6 +77,11 @@ func testDemo(t *testing.T, kind func(*demo) play, runs string, texts ...string)
 	) {
 		if !strings.Contains(shown, want) {
 			t.Errorf("the demo did not show %q", want)
+		}
+	}
+	for _, once := range []string{"ConfigMap credence-trust.", "--annotations=iam.amazonaws.com/roel", "CREDENCE_BROKER\n", "runs each command as shown"} {
+		if n := strings.Count(shown, once); n != 1 {
+			t.Errorf("the demo showed %q %d times, want once", once, n)
 		}
 	}
 	if d.cluster != nil {
@@ -107,7 +123,7 @@ type watcher struct {
 }
 
 func (w *watcher) Write(b []byte) (int, error) {
-	if strings.Contains(string(b), w.text) {
+	if w.text != "" && strings.Contains(string(b), w.text) {
 		w.seen()
 	}
 	return w.shown.Write(b)

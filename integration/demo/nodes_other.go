@@ -2,5 +2,9 @@
 
 package main
 
-// onNodes is never called: only Linux can have clusters with nodes.
-func onNodes(d *demo) play { return onControlPlane(d) }
+import "github.com/credence-iam/credence/integration/tools"
+
+// onNodes and inTwoParts are never called: only Linux can have clusters with nodes.
+func onNodes(d *demo, _ []tools.Tool) play { return onControlPlane(d) }
+
+func inTwoParts(d *demo, _ []tools.Tool) play { return onControlPlane(d) }

@@ -6,11 +6,14 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	_ "embed" // for the manifest
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os/exec"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -22,10 +25,10 @@ import (
 	"github.com/credence-iam/credence/integration/stack"
 )
 
-const (
-	namespace = "shop"
-	app       = "app" // the name of the application: a pod or a Deployment
-)
+//go:embed pod.yaml
+var podYAML string
+
+const app = "app" // the name of the application: a pod or a Deployment
 
 // buckets are the buckets in the object store, and the roles that the namespace permits.
 var buckets = []string{"reports", "other"}
@@ -55,15 +58,27 @@ func (d *demo) foreign() string {
 	return buckets[slices.IndexFunc(buckets, func(b string) bool { return b != d.bucket() })]
 }
 
-// command shows a command and runs it, without the user's own environment. It returns the output.
+// command shows a command and runs it. It returns the output.
 func (d *demo) command(ctx context.Context, program string, env []string, stdin string, args ...string) (string, error) {
 	d.typed(stdin, append([]string{filepath.Base(program)}, args...)...)
-	cmd := d.cluster.Command(ctx, program, args...)
-	cmd.Env = append(cmd.Env, env...)
+	return d.launch(ctx, program, env, stdin, args...)
+}
+
+// launch runs a command without the user's own environment, or with it on the user's own cluster.
+func (d *demo) launch(ctx context.Context, program string, env []string, stdin string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, program, args...) //nolint:gosec // The steps name the programs.
+	start := cmd.Start
+	if d.cluster != nil {
+		cmd = d.cluster.Command(ctx, program, args...)
+		start = func() error { return d.cluster.Host().Launch(cmd) }
+	}
+	if env != nil {
+		cmd.Env = append(cmd.Environ(), env...)
+	}
 	cmd.Stdin = strings.NewReader(stdin)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	err := d.cluster.Host().Launch(cmd)
+	err := start()
 	if err == nil {
 		err = cmd.Wait()
 	}
@@ -75,7 +90,7 @@ func (d *demo) command(ctx context.Context, program string, env []string, stdin 
 
 // quietKube runs kubectl and does not show its output.
 func (d *demo) quietKube(ctx context.Context, stdin string, args ...string) (string, error) {
-	return d.command(ctx, d.kubectl, nil, stdin, args...)
+	return d.command(ctx, d.kubectl, nil, stdin, slices.Concat(args, d.kubeFlags)...)
 }
 
 // kube runs kubectl and shows its output.
@@ -87,10 +102,14 @@ func (d *demo) kube(ctx context.Context, stdin string, args ...string) (string, 
 
 // optIn makes the namespace.
 func (d *demo) optIn(ctx context.Context) error {
+	permitted := stack.RoleARN("(" + strings.Join(buckets, "|") + ")")
+	if d.cluster == nil { // the user's account
+		permitted = regexp.QuoteMeta(d.role)
+	}
 	for _, args := range [][]string{
-		{"create", "namespace", namespace},
-		{"label", "namespace", namespace, "iam.amazonaws.com/inject=enabled"},
-		{"annotate", "namespace", namespace, "iam.amazonaws.com/permitted=" + stack.RoleARN("("+strings.Join(buckets, "|")+")")},
+		{"create", "namespace", d.namespace},
+		{"label", "namespace", d.namespace, d.prefix + "/inject=enabled"},
+		{"annotate", "namespace", d.namespace, d.prefix + "/permitted=" + permitted},
 	} {
 		if _, err := d.kube(ctx, "", args...); err != nil {
 			return err
@@ -105,9 +124,14 @@ func quoteYAML(text string) string {
 	return strings.TrimSpace(string(quoted))
 }
 
-// showInjected gets the pod, and shows what the webhook added to it.
-func (d *demo) showInjected(ctx context.Context) error {
-	out, err := d.quietKube(ctx, "", "get", "pods", "-n", namespace, "-l", "app="+app, "-o", "json")
+// podManifest is a pod that requests the role.
+func (d *demo) podManifest() string {
+	return strings.NewReplacer("PREFIX", d.prefix, "ROLE", quoteYAML(d.role), "BUCKET", d.bucket()).Replace(podYAML)
+}
+
+// findPod gets the pod of the application. run runs kubectl.
+func (d *demo) findPod(ctx context.Context, run func(ctx context.Context, program string, env []string, stdin string, args ...string) (string, error)) error {
+	out, err := run(ctx, d.kubectl, nil, "", "get", "pods", "-n", d.namespace, "-l", "app="+app, "-o", "json")
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, out)
 	}
@@ -119,12 +143,26 @@ func (d *demo) showInjected(ctx context.Context) error {
 		return errors.New("the pod is not stored")
 	}
 	d.pod = &pods.Items[0]
-	at := slices.IndexFunc(d.pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == stack.SidecarName })
-	volume := slices.IndexFunc(d.pod.Spec.Volumes, func(v corev1.Volume) bool { return strings.HasPrefix(v.Name, "credence-") })
-	if at < 0 || volume < 0 {
-		return errors.New("the stored pod lacks the sidecar, or its token and roots")
+	return nil
+}
+
+// showInjected gets the pod, and shows what the webhook added to it.
+func (d *demo) showInjected(ctx context.Context) error {
+	if err := d.findPod(ctx, d.command); err != nil {
+		return err
 	}
-	sidecar, application := d.pod.Spec.InitContainers[at], d.pod.Spec.Containers[0]
+	d.say("The sidecar, the env of the application and the volume, as stored:")
+	return d.showAdded(d.pod)
+}
+
+// showAdded shows what the webhook added to a pod.
+func (d *demo) showAdded(pod *corev1.Pod) error {
+	at := slices.IndexFunc(pod.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == stack.SidecarName })
+	volume := slices.IndexFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return strings.HasPrefix(v.Name, "credence-") })
+	if at < 0 || volume < 0 {
+		return errors.New("the pod lacks the sidecar, or its token and roots")
+	}
+	sidecar, application := pod.Spec.InitContainers[at], pod.Spec.Containers[0]
 	// Without the fields that every container has.
 	added, err := yaml.Marshal(corev1.PodSpec{
 		InitContainers: []corev1.Container{{
@@ -132,9 +170,8 @@ func (d *demo) showInjected(ctx context.Context) error {
 			StartupProbe: &corev1.Probe{ProbeHandler: sidecar.StartupProbe.ProbeHandler},
 		}},
 		Containers: []corev1.Container{{Name: application.Name, Env: application.Env}},
-		Volumes:    []corev1.Volume{d.pod.Spec.Volumes[volume]},
+		Volumes:    []corev1.Volume{pod.Spec.Volumes[volume]},
 	})
-	d.say("The sidecar, the env of the application and the volume, as stored:")
 	d.output(string(added))
 	return err
 }
@@ -142,11 +179,15 @@ func (d *demo) showInjected(ctx context.Context) error {
 // showRefusals shows how Credence refuses pods that a user makes.
 func (d *demo) showRefusals(ctx context.Context) error {
 	for _, pod := range []struct{ why, annotation, message string }{
-		{"A role that the namespace does not permit:", "role=admin", "does not permit role"},
+		{"A role that the namespace does not permit:", "role=" + strings.TrimSuffix(d.role, d.bucket()) + "admin", "does not permit role"},
 		{"A misspelled annotation, which would otherwise mean a pod without credentials:", "roel=" + d.role, "did you mean"},
 	} {
 		d.say(pod.why)
-		out, err := d.kube(ctx, "", "run", "greedy", "-n", namespace, "--image=amazon/aws-cli", "--annotations=iam.amazonaws.com/"+pod.annotation)
+		args := []string{"run", "greedy", "-n", d.namespace, "--image=amazon/aws-cli", "--annotations=" + d.prefix + "/" + pod.annotation}
+		if d.cluster == nil { // the user's
+			args = append(args, "--dry-run=server")
+		}
+		out, err := d.kube(ctx, "", args...)
 		if err == nil || !strings.Contains(out, pod.message) {
 			return fmt.Errorf("the pod with %s should be refused with %q: %w", pod.annotation, pod.message, cmp.Or(err, errUnexpected))
 		}
@@ -189,6 +230,11 @@ const auditTimeout = 10 * time.Second
 func (d *demo) showAudit(ctx context.Context, read func(context.Context) (string, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, auditTimeout)
 	defer cancel()
+	if d.pod == nil {
+		if err := d.findPod(ctx, d.launch); err != nil {
+			return err
+		}
+	}
 	return await.Poll(ctx, func() error {
 		log, err := read(ctx)
 		if err != nil {
