@@ -68,11 +68,11 @@ check: ## check format, lint, generated code, go.mod, the chart, commit subjects
 	@.ci/check
 
 .PHONY: demo
-demo: ## show step by step how a pod gets credentials; DEMO_ROLE=name chooses the role, KEEP=1 keeps the cluster
-	@.ci/packages runc=runc iptables=iptables
+demo: ## show step by step how a pod gets credentials; DEMO_ROLE=name chooses the role, KEEP=1 keeps the cluster, CONTEXT=name uses yours
+	@[ -n '$(CONTEXT)' ] || .ci/packages runc=runc iptables=iptables
 	@.ci/modules ./integration/demo
 	@echo 'compiling the demo, which is slow only the first time'
-	@go run ./integration/demo
+	@CONTEXT='$(CONTEXT)' go run ./integration/demo
 
 .PHONY: chart
 chart: ## lint the Helm chart and package it into .build/chart

@@ -6,6 +6,7 @@
 //	make demo
 //	DEMO_ROLE=other make demo
 //	KEEP=1 make demo
+//	make demo CONTEXT=NAME
 //
 // As root on Linux it starts a cluster with a node, installs cert-manager and Credence with Helm, and runs pods. If the
 // programs for that must be built first, it has two parts: it shows what a control plane alone can show while it builds
@@ -17,6 +18,9 @@
 //
 // It needs neither AWS nor a cluster. It leaves no process and no folder behind, also when it is interrupted. After a
 // failure it keeps the logs, and the error says where.
+//
+// CONTEXT names a context of the user's kubeconfig files. Then the demo runs on that cluster, where Credence must be
+// installed. It asks first, unless CONFIRM is yes. It makes one namespace and removes it again. Its pods are dry runs.
 package main
 
 import (
@@ -47,24 +51,31 @@ func main() {
 		role:    os.Getenv("DEMO_ROLE"), keep: os.Getenv("KEEP") != "" && os.Getenv("KEEP") != "0",
 	}
 	d.say("Credence gives each annotated pod its own short-lived AWS credentials.")
-	if err := d.run(ctx, choose(d)); err != nil {
+	p, err := choose(ctx, d, os.Getenv("CONTEXT"))
+	if err == nil {
+		err = d.run(ctx, p)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "\ndemo:", err)
 		os.Exit(1)
 	}
 }
 
-// choose returns the kind of demo for this machine.
-func choose(d *demo) play {
+// choose returns the kind of demo for this machine, or for the context.
+func choose(ctx context.Context, d *demo, name string) (play, error) {
+	if name != "" {
+		return onContext(ctx, d, name, os.Stdin)
+	}
 	if err := cluster.NodesPossible(); err != nil {
 		p := onControlPlane(d)
 		p.opening += "\nIt has no nodes, because pods cannot run on this machine: " + err.Error() + "."
-		return p
+		return p, nil
 	}
 	missing := notBuilt(tools.Deployment())
 	if slices.ContainsFunc(missing, onlyForNodes) {
-		return inTwoParts(d, missing)
+		return inTwoParts(d, missing), nil
 	}
-	return onNodes(d, missing)
+	return onNodes(d, missing), nil
 }
 
 // notBuilt returns those of the tools that must be built first.
