@@ -53,6 +53,9 @@ func onContext(ctx context.Context, d *demo, name string, input io.Reader) (play
 	if err != nil {
 		return play{}, fmt.Errorf("reading the kubeconfig files: %w", err)
 	}
+	if len(files.Contexts) == 0 {
+		return play{}, errors.New("found no kubeconfig file with contexts; set KUBECONFIG")
+	}
 	if files.Contexts[name] == nil {
 		return play{}, fmt.Errorf("the kubeconfig files have no context %q; set CONTEXT to one of %q", name, slices.Sorted(maps.Keys(files.Contexts)))
 	}
