@@ -375,6 +375,7 @@ type load struct {
 	stop             func()
 	ended            sync.WaitGroup
 	pods, namespaces atomic.Int64
+	roots            sync.Mutex // locked while a namespace waits for the roots, or while they change
 }
 
 func startLoad(t *testing.T, ns string) *load {
@@ -398,7 +399,10 @@ func startLoad(t *testing.T, ns string) *load {
 	l.ended.Go(func() {
 		for n := 0; ctx.Err() == nil; n++ {
 			time.Sleep(200 * time.Millisecond)
-			if err := credence.Namespace(ctx, fmt.Sprintf("load-%d", n), nil); err != nil && ctx.Err() == nil {
+			l.roots.Lock()
+			err := credence.Namespace(ctx, fmt.Sprintf("load-%d", n), nil)
+			l.roots.Unlock()
+			if err != nil && ctx.Err() == nil {
 				t.Errorf("opting namespaces in all the time: %v", err)
 				return
 			}

@@ -217,16 +217,19 @@ func TestEveryOrderOfUpgrade(t *testing.T) {
 			t.FailNow()
 		}
 	}
-	rotate(t, w, p)
+	rotate(t, w, p, l)
 	p.end(t)
 	l.end(t)
 }
 
 // rotate replaces the root certificate while brokers of both versions run. Either may publish it.
-func rotate(t *testing.T, w *world, p *pods) {
+func rotate(t *testing.T, w *world, p *pods, l *load) {
 	t.Helper()
 	w.updateBroker(t, versions[1], func() {
-		if err := credence.RotateCertificates(t.Context()); err != nil {
+		l.roots.Lock()
+		err := credence.RotateCertificates(t.Context())
+		l.roots.Unlock()
+		if err != nil {
 			t.Fatal(err)
 		}
 		for _, lasting := range p.lasting {
