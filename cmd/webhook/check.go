@@ -126,7 +126,7 @@ func attempt(ctx context.Context, templates corev1client.PodTemplateInterface, k
 		return nil
 	}
 	return errors.New("the API server does not call the webhook, or a webhook of an older version responded; " +
-		"check that MutatingWebhookConfiguration credence has the entry check.credence-iam.github.io")
+		"check that MutatingWebhookConfiguration credence-check exists")
 }
 
 // fixes has the fix for each failure of the API server to call the webhook, by a part of its message.

@@ -273,7 +273,7 @@ func TestPlatformValues(t *testing.T) {
 		want any
 	}{
 		"webhook.timeoutSeconds=30": {func(all []runtime.Object) any {
-			return *hook(all).Webhooks[0].TimeoutSeconds + *hook(all).Webhooks[1].TimeoutSeconds
+			return *hook(all).Webhooks[0].TimeoutSeconds + *chart.Of[*admissionregistrationv1.MutatingWebhookConfiguration](all)[1].Webhooks[0].TimeoutSeconds
 		}, int32(60)},
 		"webhook.namespaceSelector.matchExpressions[0].key=a,webhook.namespaceSelector.matchExpressions[0].operator=Exists": {func(all []runtime.Object) any {
 			e := hook(all).Webhooks[0].NamespaceSelector.MatchExpressions
