@@ -19,7 +19,9 @@ SDKS ?=
 # How long "make fuzz" runs each fuzz test.
 FUZZTIME ?= 30s
 
-INSTALL := go run ./integration/tools/install
+# Commands of this repository are compiled like the tools and the images, so that Go compiles each package once.
+GO_RUN  := CGO_ENABLED=0 go run -trimpath
+INSTALL := $(GO_RUN) ./integration/tools/install
 
 # The minor version of Kubernetes for test, e2e, soak and demo, such as 1.30; the newest by default. LOWEST is the oldest
 # supported one.
@@ -72,7 +74,7 @@ demo: ## show step by step how a pod gets credentials; DEMO_ROLE=name chooses th
 	@[ -n '$(CONTEXT)' ] || .ci/packages runc=runc iptables=iptables
 	@.ci/modules ./integration/demo
 	@echo 'compiling the demo, which is slow only the first time'
-	@CONTEXT='$(CONTEXT)' go run ./integration/demo
+	@CONTEXT='$(CONTEXT)' $(GO_RUN) ./integration/demo
 
 .PHONY: chart
 chart: ## lint the Helm chart and package it into .build/chart

@@ -61,7 +61,10 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 		_ = stack.Compile(ctx) // stack.Start reports the error
 	}()
 	defer func() { <-compiled }()
-	// The cluster first: kubectl consists mostly of what the cluster builds.
+	// One command builds all programs, which share most packages.
+	if _, err = tools.Paths(ctx, tools.ControlPlane(), p); err != nil {
+		return err
+	}
 	if p.cluster, err = cluster.Start(ctx, cluster.Config{Runs: p.runs, Progress: p}); err != nil {
 		return err
 	}
@@ -81,7 +84,9 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 func (p *controlPlane) runSidecar(ctx context.Context) (err error) {
 	_, _ = fmt.Fprintln(p, "building awsclient")
 	p.awsclient = filepath.Join(p.cluster.Run().Dir(), "bin", "awsclient")
-	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", p.awsclient, "github.com/credence-iam/credence/integration/awsclient") //nolint:gosec // The path is ours.
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", p.awsclient, //nolint:gosec // The path is ours.
+		"github.com/credence-iam/credence/integration/awsclient")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("building the AWS client: %w\n%s", err, out)
 	}

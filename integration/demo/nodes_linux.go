@@ -54,12 +54,8 @@ the webhook. The demo runs each command as shown.`, func(ctx context.Context) er
 					return err
 				}
 				d.background = inBackground(ctx, later, func(ctx context.Context, progress io.Writer) error {
-					for _, tool := range later {
-						if _, err := tools.Path(ctx, tool, progress); err != nil {
-							return err
-						}
-					}
-					return nil
+					_, err := tools.Paths(ctx, later, progress)
+					return err
 				})
 				return nil
 			}},
