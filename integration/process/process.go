@@ -36,10 +36,11 @@ type Command struct {
 
 // Process is a started program.
 type Process struct {
-	name string
-	pid  int
-	log  string
-	from int64 // size of the log at the start
+	name    string
+	command Command
+	pid     int
+	log     string
+	from    int64 // size of the log at the start
 
 	done     chan struct{} // closed when the program has exited
 	mu       sync.Mutex
@@ -63,7 +64,7 @@ func (r *Run) Start(c Command) (*Process, error) {
 	if slices.ContainsFunc(r.processes, func(p *Process) bool { return p.name == c.Name }) {
 		return nil, fmt.Errorf("starting %s: a program with this name runs", c.Name)
 	}
-	p := &Process{name: c.Name, log: filepath.Join(r.Logs(), c.Name+".log"), done: make(chan struct{})}
+	p := &Process{name: c.Name, command: c, log: filepath.Join(r.Logs(), c.Name+".log"), done: make(chan struct{})}
 	log, err := os.OpenFile(p.log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the log of %s: %w", c.Name, err)
@@ -88,6 +89,21 @@ func (r *Run) Start(c Command) (*Process, error) {
 	r.processes = append(r.processes, p)
 	go p.wait(cmd, r.report)
 	return p, nil
+}
+
+// Kill kills the running program of that name with SIGKILL, as the kernel does when memory is short. It returns the command
+// with which Start starts the program again, on the same machine.
+func (r *Run) Kill(name string) (Command, error) {
+	r.mu.Lock()
+	i := slices.IndexFunc(r.processes, func(p *Process) bool { return p.name == name && !p.Ended() })
+	if i < 0 {
+		r.mu.Unlock()
+		return Command{}, fmt.Errorf("killing %s: no program of this name runs", name)
+	}
+	p := r.processes[i]
+	r.mu.Unlock()
+	p.Stop(0)
+	return p.command, nil
 }
 
 // Launch starts cmd, whose SysProcAttr must be set. On Linux the kernel kills the program when this process dies.

@@ -386,3 +386,19 @@ func TestMemoryLimit(t *testing.T) {
 		t.Errorf("a program that exceeds the limit: %v", err)
 	}
 }
+
+func TestKill(t *testing.T) {
+	r := open(t, process.Config{Report: func(err error) { t.Errorf("reported: %v", err) }})
+	p := start(t, r, "sleeper")
+	again, err := r.Kill("sleeper")
+	if err != nil || alive(p.PID()) {
+		t.Fatalf("after Kill: %v, alive: %t", err, alive(p.PID()))
+	}
+	if _, err := r.Kill("sleeper"); err == nil {
+		t.Error("a program that does not run was killed")
+	}
+	p, err = r.Start(again)
+	if err != nil || !alive(p.PID()) {
+		t.Errorf("starting the command again: %v", err)
+	}
+}
