@@ -1,0 +1,180 @@
+//go:build linux
+
+// Package soak shows what happens when a part fails: of Credence, of the cluster, or AWS's STS. It runs on a real cluster
+// with nodes, with Credence installed by Helm beside a real cert-manager. Applications with real AWS SDKs call all the time,
+// and new pods are created all the time. No application may ever be without credentials. How long new pods wait, what is
+// logged and which alerts fire is recorded: the tests write docs/reliability.md.
+//
+// "make soak" runs the failures and sets CREDENCE_E2E. It needs root and more than an hour. Without it, a test only compares
+// the page with the recorded results. Effects of failures on programs in virtual time are tests of their packages.
+package soak
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/credence-iam/credence/integration/cluster"
+	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/images"
+)
+
+const (
+	// enable has the value "soak" when the failures run.
+	enable = "CREDENCE_E2E"
+	// sessionVariable sets the session duration of the applications that the failures are about.
+	sessionVariable = "CREDENCE_SOAK_SESSION"
+
+	module      = "github.com/credence-iam/credence"
+	sdkImage    = "localhost/sdk:1"
+	chrootImage = "localhost/chroot:1" // runs programs of the node
+)
+
+// All failures share one cluster.
+var (
+	world *cluster.Cluster
+	d     *deployment.Deployment
+	seen  *recorder
+
+	// session is the session duration. The default is the shortest that AWS allows. An outage that is about the session
+	// duration then takes a quarter of the time that it takes with the default of users, one hour.
+	session = 15 * time.Minute
+
+	// stsDown makes the STS close each connection of brokers. Applications reach it as before, as any other AWS service.
+	stsDown atomic.Bool
+	// settings are the arguments of Helm for each installation.
+	settings []string
+	// product is the last commit that changed the installed programs and chart.
+	product string
+)
+
+// part returns the same part of the load's session duration as d is of one hour.
+func part(d time.Duration) time.Duration {
+	return time.Duration(float64(d) * session.Hours())
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if os.Getenv(enable) != "soak" {
+		os.Exit(m.Run())
+	}
+	if text := os.Getenv(sessionVariable); text != "" {
+		var err error
+		if session, err = time.ParseDuration(text); err != nil {
+			fmt.Fprintln(os.Stderr, sessionVariable+":", err)
+			os.Exit(1)
+		}
+	}
+	os.Exit(cluster.RunTests(cluster.Config{Nodes: 2, Progress: os.Stderr}, setUp, m.Run))
+}
+
+// setUp installs Credence and starts the load, which ends with ctx.
+func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
+	world = c
+	if product, err = commit(ctx); err != nil {
+		return err
+	}
+	if d, err = deployment.Prepare(ctx, deployment.Config{Cluster: world, Progress: os.Stderr}); err != nil {
+		return err
+	}
+	folder := filepath.Join(world.Run().Dir(), "soak")
+	for reference, pkg := range map[string]string{sdkImage: "soak/sdk", chrootImage: "e2e/chroot"} {
+		archive, err := images.BuildLocal(ctx, folder, reference, module+"/integration/"+pkg)
+		if err != nil {
+			return err
+		}
+		if err := world.LoadImage(ctx, archive.Path); err != nil {
+			return err
+		}
+	}
+	// With zones, as in a cloud, the scheduler spreads brokers and webhooks.
+	for zone, n := range world.Nodes() {
+		label := fmt.Appendf(nil, `{"metadata":{"labels":{%q:"zone-%d"}}}`, corev1.LabelTopologyZone, zone)
+		if _, err := d.Client.CoreV1().Nodes().Patch(ctx, n.Name(), types.MergePatchType, label, metav1.PatchOptions{}); err != nil {
+			return err
+		}
+	}
+	url, err := serveSTS(ctx)
+	if err != nil {
+		return err
+	}
+	settings = []string{"--set=aws.stsEndpoint=" + url}
+	if err := d.Install(ctx, settings...); err != nil {
+		return err
+	}
+	return startLoad(ctx)
+}
+
+// upgrade installs or changes Credence.
+func upgrade(ctx context.Context, more ...string) error {
+	return d.Upgrade(ctx, slices.Concat(settings, more)...)
+}
+
+// serveSTS serves the STS for brokers alone, until ctx ends, so that it can fail for them alone.
+func serveSTS(ctx context.Context) (url string, err error) {
+	host := world.Host()
+	listener, err := host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), "0"))
+	if err != nil {
+		return "", err
+	}
+	server := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if stsDown.Load() {
+			panic(http.ErrAbortHandler) // closes the connection
+		}
+		d.STS.ServeHTTP(w, r)
+	})}
+	context.AfterFunc(ctx, func() { _ = server.Close() })
+	go func() { _ = server.Serve(listener) }()
+	return "http://" + listener.Addr().String(), nil
+}
+
+// commit returns the last commit that changed the product, and whether files were changed since.
+func commit(ctx context.Context) (string, error) {
+	git := func(args ...string) (string, error) {
+		cmd := exec.CommandContext(ctx, "git", append(args, "--", "broker", "certs", "charts", "cmd", "sidecar", "webhook")...)
+		cmd.Dir = "../.."
+		out, err := cmd.Output()
+		return strings.TrimSpace(string(out)), err
+	}
+	text, err := git("log", "-1", "--abbrev=9", "--format=%h")
+	changed, err2 := git("status", "--porcelain")
+	if err := errors.Join(err, err2); err != nil {
+		return "", fmt.Errorf("reading the commit: %w", err)
+	}
+	if changed != "" {
+		text += " with changes"
+	}
+	return text, nil
+}
+
+// node returns a node by its name.
+func node(name string) *cluster.Node {
+	nodes := world.Nodes()
+	return nodes[slices.IndexFunc(nodes, func(n *cluster.Node) bool { return n.Name() == name })]
+}
+
+// crash kills a program of the cluster, and starts it again after some time, as its supervisor would.
+func crash(name string, after time.Duration) error {
+	command, err := world.Run().Kill(name)
+	if err != nil {
+		return err
+	}
+	time.Sleep(after)
+	_, err = world.Run().Start(command)
+	return err
+}
