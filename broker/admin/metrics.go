@@ -1,12 +1,14 @@
 package admin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -137,12 +139,25 @@ func (m *Metrics) STSCall(action, outcome string, took time.Duration) {
 // Handler returns a handler that serves the metrics.
 func (m *Metrics) Handler() http.Handler { return MetricsHandler(m.registry, m.log) }
 
+// scrapeLog logs the errors of scrapes. A client that closes its connection during a scrape is none: Prometheus does so if
+// it gives up, or reuses a connection just when this server closes it because it was idle.
+type scrapeLog struct{ log *slog.Logger }
+
+func (l scrapeLog) Println(v ...any) {
+	for _, value := range v {
+		if err, ok := value.(error); ok && errors.Is(err, context.Canceled) {
+			return
+		}
+	}
+	l.log.Warn("Could not serve all metrics", "error", strings.TrimSpace(fmt.Sprintln(v...)))
+}
+
 // MetricsHandler serves the metrics of registry. Only one scrape runs at a time, because each counts all sessions under
 // the lock that requests need. The others wait: if they were refused, a client that scrapes all the time would keep
 // Prometheus out. As many can wait as there are connections, which addresses share equally. A client that reads slowly
 // delays no other, because http.TimeoutHandler buffers its response.
 func MetricsHandler(registry *prometheus.Registry, log *slog.Logger) http.Handler {
-	handler := promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)})
+	handler := promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: scrapeLog{log}})
 	one := make(chan struct{}, 1)
 	return http.TimeoutHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		select {
