@@ -60,7 +60,8 @@ func (s *addresses) remove(c *Conn) {
 
 func (s *addresses) move(c *Conn, to stage) { s.within[networkOf(c.address)].move(c.address, c, to) }
 
-// victim is [pool.victim]. If the largest network is not that of c, its largest address gives way.
+// victim is [pool.victim]. If the largest network is not that of c, its largest address gives way that can. Otherwise a
+// machine with a network of its own would keep all of its connections if the server always responded to one address of it.
 func (s *addresses) victim(c *Conn, now time.Time, equal bool) *Conn {
 	own := networkOf(c.address)
 	largest := s.networks.largestFor(own)
@@ -68,7 +69,7 @@ func (s *addresses) victim(c *Conn, now time.Time, equal bool) *Conn {
 	if largest.key == own {
 		return inside.victim(c.address, now, equal)
 	}
-	return inside.largest().victim(largest.count <= s.networks.count(own)+1, now, equal)
+	return inside.anyVictim(largest.count <= s.networks.count(own)+1, now, equal)
 }
 
 // newest returns the newest connection of the largest address in the largest network.

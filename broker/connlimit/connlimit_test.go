@@ -521,6 +521,24 @@ func TestNetworksShareEqually(t *testing.T) {
 	})
 }
 
+// A busy address of a network does not protect the other connections of the network.
+func TestBusyAddressProtectsNoNetwork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, connlimit.Config{Max: 4})
+		for _, address := range []string{"2001:db8:0:1::1", "2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:1::3"} {
+			w.connect(address)
+		}
+		busy, waits := w.links[:2], w.links[2]
+		time.Sleep(2 * time.Second)
+		for _, l := range busy {
+			l.server().Begin()
+		}
+		if other := w.connect("2001:db8:0:2::1"); other.server() == nil || other.closed() || !waits.closed() || busy[0].closed() || busy[1].closed() {
+			t.Errorf("open: %q, want a connection of 2001:db8:0:2::1 in place of that of 2001:db8:0:1::2", open(w.links))
+		}
+	})
+}
+
 // A connection that the Limiter has closed holds memory until the server closes it too. So the number of such connections
 // is limited.
 func TestServerThatFallsBehind(t *testing.T) {

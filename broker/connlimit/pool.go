@@ -2,6 +2,7 @@ package connlimit
 
 import (
 	"container/list"
+	"slices"
 	"time"
 )
 
@@ -153,6 +154,21 @@ func (h *holder[K]) victim(fair bool, now time.Time, equal bool) *Conn {
 			return c
 		}
 		return nil
+	}
+	return nil
+}
+
+// anyVictim returns the connection that gives way of the largest holder that has one; nil if none has.
+func (p *pool[K]) anyVictim(fair bool, now time.Time, equal bool) *Conn {
+	for _, holders := range slices.Backward(p.byCount) {
+		if holders == nil {
+			continue
+		}
+		for e := holders.Front(); e != nil; e = e.Next() {
+			if c := e.Value.(*holder[K]).victim(fair, now, equal); c != nil { //nolint:forcetypeassert // It contains nothing else.
+				return c
+			}
+		}
 	}
 	return nil
 }
