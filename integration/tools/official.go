@@ -56,6 +56,9 @@ func readChecksums(file string) (map[string]string, error) {
 		if !found || !checksum.MatchString(sum) {
 			return nil, fmt.Errorf("reading %s: line %q is not CHECKSUM, two spaces, URL; run go run ./integration/tools/pin", file, line)
 		}
+		if other := sums[url]; other != "" && other != sum {
+			return nil, fmt.Errorf("reading %s: %s has two checksums; remove the wrong one", file, url)
+		}
 		sums[url] = sum
 	}
 	return sums, nil
@@ -88,6 +91,9 @@ const hostTimeout = 3 * time.Second
 // maxDownload limits the size of a file, in bytes. The largest is about 150 MB.
 const maxDownload = 1 << 30
 
+// fileTimeout limits a download, so that a host that stops in the middle of a file does not block a build.
+const fileTimeout = 15 * time.Minute
+
 // downloader gets files. It tries an unreachable host only once.
 type downloader struct {
 	client *http.Client
@@ -97,7 +103,7 @@ type downloader struct {
 }
 
 // shared is the downloader of this process.
-var shared = downloader{client: &http.Client{Transport: &http.Transport{
+var shared = downloader{client: &http.Client{Timeout: fileTimeout, Transport: &http.Transport{
 	Proxy:                 http.ProxyFromEnvironment,
 	DialContext:           (&net.Dialer{Timeout: hostTimeout}).DialContext,
 	TLSHandshakeTimeout:   hostTimeout,

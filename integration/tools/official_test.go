@@ -284,6 +284,15 @@ func TestSettingsAreChecked(t *testing.T) {
 			t.Errorf("%q: got %v", line, err)
 		}
 	}
+	line := func(digit string) string { return strings.Repeat(digit, 64) + "  https://example.com/fake\n" }
+	write(t, file, line("1")+line("1"))
+	if sums, err := readChecksums(file); len(sums) != 1 || err != nil {
+		t.Errorf("a line twice: got %v, %v", sums, err)
+	}
+	write(t, file, line("1")+line("2"))
+	if _, err := readChecksums(file); err == nil || !strings.Contains(err.Error(), "https://example.com/fake has two checksums") {
+		t.Errorf("two checksums: got %v", err)
+	}
 	root, err := Checkout()
 	if err != nil {
 		t.Fatal(err)
