@@ -95,6 +95,9 @@ func byWebhook(key Key) bool { return key == ServiceAccount || key == Warnings }
 
 // byLaterWebhooks begins the keys of annotations that later versions of the webhook may write. They request nothing, so an
 // older broker or webhook ignores them. It refuses all other unknown keys, because these may limit what a pod gets.
+//
+// A user can write such an annotation before the version exists that knows it, and running pods keep it. So no version may
+// trust it, and none may let it limit what a pod gets. It is a hint, such as [ServiceAccount].
 const byLaterWebhooks = "injected-"
 
 // ignored reports whether key is no request of the user.
