@@ -82,12 +82,8 @@ func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	if err != nil {
 		return err
 	}
-	awsclient = filepath.Join(control.Run().Dir(), "bin", "awsclient")
-	build := exec.CommandContext(ctx, "go", "build", "-o", awsclient, "./awsclient")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("building the AWS client: %w\n%s", err, out)
-	}
-	return nil
+	awsclient, err = credence.BuildAWSClient(ctx)
+	return err
 }
 
 func logger(t *testing.T) *slog.Logger { return slog.New(slog.NewTextHandler(t.Output(), nil)) }

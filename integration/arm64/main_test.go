@@ -61,10 +61,9 @@ func TestSourcesAreRead(t *testing.T) {
 }
 
 func TestPodGetsCredentials(t *testing.T) {
-	awsclient := filepath.Join(t.TempDir(), "awsclient") // for this machine: an application needs no emulator
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", awsclient, module+"/integration/awsclient")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("building the AWS client: %v\n%s", err, out)
+	awsclient, err := credence.BuildAWSClient(t.Context()) // an application needs no emulator
+	if err != nil {
+		t.Fatal(err)
 	}
 	ns := kubetest.Namespace(t, credence.Client, map[string]string{"iam.amazonaws.com/inject": "enabled"},
 		map[string]string{"iam.amazonaws.com/permitted": stack.RoleARN(role)})

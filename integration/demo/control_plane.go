@@ -7,8 +7,6 @@ import (
 	"encoding/base64"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -83,12 +81,8 @@ func (p *controlPlane) start(ctx context.Context) (err error) {
 
 func (p *controlPlane) runSidecar(ctx context.Context) (err error) {
 	_, _ = fmt.Fprintln(p, "building awsclient")
-	p.awsclient = filepath.Join(p.cluster.Run().Dir(), "bin", "awsclient")
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", p.awsclient, //nolint:gosec // The path is ours.
-		"github.com/credence-iam/credence/integration/awsclient")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("building the AWS client: %w\n%s", err, out)
+	if p.awsclient, err = p.stack.BuildAWSClient(ctx); err != nil {
+		return err
 	}
 	began := time.Now()
 	if p.sidecar, err = p.stack.RunSidecar(ctx, p.pod); err != nil {

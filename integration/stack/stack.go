@@ -332,9 +332,9 @@ const module = "github.com/credence-iam/credence"
 // programs are the programs that a stack runs.
 var programs = []string{"broker", "webhook", "sidecar"}
 
-// ReadSources reads the source files of the programs of a stack and of more programs, and returns their number. Go's test cache records the files that
-// a test reads, but not those that a compiler reads for the test. So without ReadSources, a package counts as passed
-// after a change of the programs.
+// ReadSources reads the source files of the programs of a stack and of more programs, and returns their number. Go's test
+// cache records the files that a test reads, but not those that a compiler reads for the test. So without ReadSources, a
+// package counts as passed after a change of the programs.
 func ReadSources(ctx context.Context, more ...string) (int, error) {
 	args := []string{"list", "-deps", "-f", `{{if .Module}}{{if eq .Module.Path "` + module + `"}}{{range .GoFiles}}{{$.Dir}}/{{.}}{{"\n"}}{{end}}{{end}}{{end}}`}
 	for _, name := range slices.Concat(programs, more) {
@@ -370,6 +370,12 @@ func (s *Stack) build(ctx context.Context, progress io.Writer) error {
 	return nil
 }
 
+// BuildAWSClient builds awsclient, an application with an AWS SDK, for this machine. It returns the path of the program.
+func (s *Stack) BuildAWSClient(ctx context.Context) (string, error) {
+	file := filepath.Join(s.dir("bin"), "awsclient")
+	return file, images.CompileFor(ctx, module+"/integration/awsclient", runtime.GOOS, runtime.GOARCH, file)
+}
+
 // Compile fills Go's build cache for Start, so that a caller can compile while it waits for a cluster.
 func Compile(ctx context.Context) error {
 	var packages []string
@@ -383,7 +389,8 @@ func goBuild(ctx context.Context, args ...string) error {
 	// Without debug information, which is not used here, linking takes a third less.
 	args = append([]string{"build", "-trimpath", "-tags=grpcnotrace", "-ldflags=-s -w", "-race=" + strconv.FormatBool(Race)}, args...)
 	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // The arguments are constants and our own folder.
-	if !Race { // Images and tools are compiled like this, so that Go's build cache has most packages already.
+	// Images and tools are compiled like this, so that Go's build cache has most packages already.
+	if !Race {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
