@@ -35,6 +35,7 @@ func TestObjectsAgree(t *testing.T) {
 			podsAreRestricted(t, all)
 			podsAreSelected(t, all)
 			portsExist(t, all)
+			probesArePatient(t, all)
 			filesAreMounted(t, all)
 			sharedFlagsAreEqual(t, all)
 			rightsAreBound(t, all)
@@ -108,6 +109,20 @@ func portsExist(t *testing.T, all []runtime.Object) {
 			if !slices.ContainsFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.Name == name }) {
 				t.Errorf("%s has no port %q", d.Name, name)
 			}
+		}
+	}
+}
+
+// probesArePatient checks that no probe has the default time limit of 1 s, with which load on the nodes stops all programs
+// at once, and that a program is killed only if it does not respond for a minute.
+func probesArePatient(t *testing.T, all []runtime.Object) {
+	for _, d := range deployments(t, all) {
+		c := d.Spec.Template.Spec.Containers[0]
+		if ready := c.ReadinessProbe; ready.TimeoutSeconds < 5 {
+			t.Errorf("the readiness probe of %s waits %d s", d.Name, ready.TimeoutSeconds)
+		}
+		if live := c.LivenessProbe; live.TimeoutSeconds < 10 || live.PeriodSeconds*live.FailureThreshold < 60 {
+			t.Errorf("the liveness probe of %s waits %d s, %d times, each %d s", d.Name, live.TimeoutSeconds, live.FailureThreshold, live.PeriodSeconds)
 		}
 	}
 }
