@@ -132,7 +132,7 @@ func attempt(ctx context.Context, templates corev1client.PodTemplateInterface, k
 // fixes has the fix for each failure of the API server to call the webhook, by a part of its message.
 var fixes = []struct{ part, fix string }{
 	{"unknown authority", "the API server lacks the webhook's current root: check that cert-manager's cainjector runs and has set caBundle of " +
-		"MutatingWebhookConfiguration credence, or check the value certificates.roots"},
+		"MutatingWebhookConfiguration credence-check, or check the value certificates.roots"},
 	{"x509:", "check the webhook's certificate, and the clocks of control plane and nodes"},
 	{"connection refused", "no webhook serves yet: check the pods of Deployment credence-webhook"},
 	{"no endpoints available", "no webhook is ready yet: check the pods of Deployment credence-webhook"},

@@ -39,7 +39,7 @@ func TestCheck(t *testing.T) {
 	}{
 		"at once":             {[]string{injected}, nil, []string{"the webhook injects pods"}, ""},
 		"after a while":       {[]string{failing(unknownRoot), plain, injected}, nil, []string{"cainjector", notCalled, "the webhook injects pods"}, ""},
-		"no root":             {[]string{failing(unknownRoot)}, []string{"--timeout=5s"}, nil, "after 5s: " + failing(unknownRoot) + "; the API server lacks the webhook's current root"},
+		"no root":             {[]string{failing(unknownRoot)}, []string{"--timeout=5s"}, nil, "after 5s: " + failing(unknownRoot) + "; the API server lacks the webhook's current root: check that cert-manager's cainjector runs and has set caBundle of MutatingWebhookConfiguration credence-check,"},
 		"not called":          {[]string{plain}, []string{"--timeout=5s"}, nil, notCalled},
 		"refused":             {[]string{failing("dial tcp 10.96.0.1:443: connect: connection refused")}, []string{"--timeout=5s"}, nil, "check the pods of Deployment credence-webhook"},
 		"unreachable":         {[]string{failing("context deadline exceeded")}, []string{"--timeout=5s"}, nil, "webhook.hostNetwork"},
