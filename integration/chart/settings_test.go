@@ -216,3 +216,65 @@ func TestWrongSettings(t *testing.T) {
 		t.Errorf("Helm accepts %d of these, want 8", accepted)
 	}
 }
+
+// TestNullValues shows that a value that is null is empty or refused. Helm removes it before it validates values, and a
+// template would read it as 0, such as no replicas or the user root.
+func TestNullValues(t *testing.T) {
+	t.Parallel()
+	render := func(keys []string, set ...string) (string, error) {
+		nulls := set
+		for _, key := range keys {
+			nulls = append(nulls, strings.ReplaceAll(key, "kubernetes.io", `kubernetes\.io`)+"=null")
+		}
+		text, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: nulls})
+		return string(text), err
+	}
+	var objects, required, empty, optional []string
+	for key, value := range leaves(t, valuesFile) {
+		for at := strings.LastIndexByte(key, '.'); at > 0; at = strings.LastIndexByte(key[:at], '.') {
+			objects = append(objects, key[:at])
+		}
+		switch v := reflect.ValueOf(value); {
+		case value == false || v.Kind() != reflect.Bool && (v.IsZero() || (v.Kind() == reflect.Map || v.Kind() == reflect.Slice) && v.Len() == 0):
+			empty = append(empty, key)
+		case free(key) || key == "priorityClassName":
+			optional = append(optional, key)
+		default:
+			required = append(required, key)
+		}
+	}
+	slices.Sort(objects)
+	for _, object := range slices.Compact(objects) {
+		if object != "global" {
+			required = append(required, object)
+		}
+	}
+	for _, key := range required {
+		_, err := render([]string{key})
+		schema := "missing property '" + key[strings.LastIndexByte(key, '.')+1:] + "'"
+		if err == nil || !strings.Contains(err.Error(), "must not be null: "+key) && !strings.Contains(err.Error(), schema) && key != "check" {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+	if len(required) < 70 || len(optional) != 5 {
+		t.Errorf("found %d values that must not be null, and %q that may", len(required), optional)
+	}
+	uses := []string{"metrics.annotatePods=true", "metrics.podMonitor.enabled=true", "networkPolicy.enabled=true", "test.namespace=a", "test.role=b"}
+	empty = slices.DeleteFunc(empty, func(key string) bool {
+		return slices.Contains(uses, key+"=true") || key == "test.namespace" || key == "test.role"
+	})
+	want, err := render(nil, uses...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := render(empty, uses...); err != nil || got != want {
+		t.Errorf("with null for all values that are empty by default: %v %s", err, cmp.Diff(want, got))
+	}
+	got, err := render(append(optional, "global"), uses...)
+	if err == nil {
+		_, err = chart.Decode([]byte(got))
+	}
+	if err != nil || strings.Contains(got, "nil>") {
+		t.Errorf("with null for %q: %v", optional, err)
+	}
+}

@@ -1,6 +1,20 @@
 {{/* Names do not depend on the release. Programs and sidecars know them, and must find them after a reinstallation
 under another release. Two installations in one cluster could not both be correct. */}}
 
+{{/* The values that must not be null, except those that the schema requires. A test compares this with values.yaml. */}}
+{{- define "credence.required" -}}
+aws proxy images broker webhook sidecar certificates metrics tracing networkPolicy test
+{{- range list "broker" "webhook" "sidecar" }} images.{{ . }} images.{{ . }}.repository{{ end -}}
+{{- range $c := list "broker" "webhook" -}}
+{{- range splitList " " "replicas serviceAccount serviceAccount.create podDisruptionBudget podDisruptionBudget.enabled podDisruptionBudget.maxUnavailable" }} {{ $c }}.{{ . }}{{ end -}}
+{{- end -}}
+{{- range splitList " " "audit stsRate settleTime maxGrantsPerNamespace tokenVerification maxTokenLife" }} broker.{{ . }}{{ end -}}
+{{- range splitList " " "warnNotOptedIn port adminPort timeoutSeconds namespaceSelector" }} webhook.{{ . }}{{ end -}}
+{{- range splitList " " "source issuerRef issuerRef.group issuerRef.kind duration renewBeforePercentage trustPropagation brokerSecret webhookSecret certManagerNamespace" }} certificates.{{ . }}{{ end -}}
+{{- range list "serviceMonitor" "podMonitor" }} metrics.{{ . }} metrics.{{ . }}.interval{{ end }} sidecar.onShadowed tracing.ratio check.enabled check.timeout
+{{- print " revisionHistoryLimit clusterName annotationPrefix audience logLevel images.pullPolicy runAsUser" }}
+{{- end }}
+
 {{/* The namespace of all namespaced objects. */}}
 {{- define "credence.namespace" -}}
 {{ default .Release.Namespace .Values.namespaceOverride }}
@@ -47,7 +61,7 @@ app.kubernetes.io/component: {{ .component }}
 {{/* The Secrets for pulling the images of our own pods. Other charts write the global ones as names or as objects. */}}
 {{- define "credence.pullSecrets" -}}
 {{- $names := list -}}
-{{- range concat (default list (.Values.global).imagePullSecrets) .Values.images.pullSecrets -}}
+{{- range concat (default list (.Values.global).imagePullSecrets) (default list .Values.images.pullSecrets) -}}
 {{- $names = append $names (kindIs "string" . | ternary . (get (kindIs "map" . | ternary . dict) "name")) -}}
 {{- end -}}
 {{- with $names | uniq -}}

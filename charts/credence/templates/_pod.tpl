@@ -7,10 +7,10 @@ ConfigMaps, because the programs follow all of them while they run. */}}
 labels:
   {{- include "credence.selector" . | nindent 2 }}
   app.kubernetes.io/part-of: credence
-  {{- with merge (dict) $values.podLabels .root.Values.commonLabels }}
+  {{- with merge (dict) (default dict $values.podLabels) (default dict .root.Values.commonLabels) }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- $annotations := deepCopy $values.podAnnotations -}}
+{{- $annotations := deepCopy (default dict $values.podAnnotations) -}}
 {{- if .root.Values.metrics.annotatePods }}
 {{- $annotations = merge $annotations (dict "prometheus.io/scrape" "true" "prometheus.io/port" (include "credence.adminPort" .) "prometheus.io/path" "/metrics") }}
 {{- end }}
@@ -33,7 +33,7 @@ securityContext:
   runAsUser: {{ int64 .user }}
   runAsGroup: {{ int64 .user }}
   {{- end }}
-  {{- toYaml (merge (deepCopy .more) (dict "seccompProfile" (dict "type" "RuntimeDefault"))) | nindent 2 }}
+  {{- toYaml (merge (deepCopy (default dict .more)) (dict "seccompProfile" (dict "type" "RuntimeDefault"))) | nindent 2 }}
 {{- end }}
 
 {{/* The security context of every container. */}}
@@ -161,7 +161,7 @@ metadata:
   labels:
     {{- include "credence.labels" $ | nindent 4 }}
 spec:
-  {{- if not (kindIs "string" .minAvailable | ternary (empty .minAvailable) false) }}
+  {{- if not (has (toString .minAvailable) (list "" "<nil>")) }}
   minAvailable: {{ kindIs "string" .minAvailable | ternary .minAvailable (int .minAvailable) }}
   {{- else }}
   # Not minAvailable: with one replica, it would block each drain of the node forever.
@@ -212,7 +212,7 @@ metadata:
   name: credence-{{ $.component }}
   namespace: {{ include "credence.namespace" $.root | quote }}
   labels:
-    {{- merge (dict) .labels (include "credence.labels" $ | fromYaml) | toYaml | nindent 4 }}
+    {{- merge (dict) (default dict .labels) (include "credence.labels" $ | fromYaml) | toYaml | nindent 4 }}
 spec:
   selector:
     matchLabels:
