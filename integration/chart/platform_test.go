@@ -327,20 +327,25 @@ func TestPlatformValues(t *testing.T) {
 func TestPlatformValuesAreRefused(t *testing.T) {
 	t.Parallel()
 	for set, want := range map[string]string{
-		"broker.extraArgs[0]=--region=x,aws.region=y":                         "broker.extraArgs: --region belongs to the chart or is there twice; remove it",
-		"webhook.extraArgs[0]=--listen=:1":                                    "webhook.extraArgs: --listen belongs to the chart",
-		"broker.extraArgs[0]=--debug-listen=:8081":                            "lets all pods read session data; use an address of the loopback",
-		"broker.extraArgs[0]=--base-arn=a,broker.extraArgs[1]=--base-arn=b":   "--base-arn belongs to the chart or is there twice",
-		"webhook.env[0].name=A,webhook.env[1].name=A":                         "webhook.env: A is set already",
-		"broker.env[0].name=POD_UID":                                          "broker.env: POD_UID is set already, by the chart",
-		"broker.serviceAccount.name=x,webhook.serviceAccount.name=x":          "are equal, so the webhook would have the rights of the broker",
-		"broker.serviceAccount.name=credence-webhook":                         "use two ServiceAccounts",
-		"broker.serviceAccount.name=credence-check":                           "use another name",
-		"webhook.port=8080":                                                   "webhook.port and webhook.adminPort are both 8080; use two ports",
-		"test.role=reader":                                                    "test.namespace and test.role belong together",
-		"test.namespace=shop":                                                 "test.namespace and test.role belong together",
-		"test.role=reader,test.namespace=credence":                            "Credence does not inject into namespace credence; choose another test.namespace",
-		"metrics.serviceMonitor.enabled=true,metrics.podMonitor.enabled=true": "Prometheus would scrape each pod twice; disable one of them",
+		"broker.extraArgs[0]=--region=x,aws.region=y":                             "broker.extraArgs: --region belongs to the chart or is there twice; remove it",
+		"webhook.extraArgs[0]=--listen=:1":                                        "webhook.extraArgs: --listen belongs to the chart",
+		"broker.extraArgs[0]=--debug-listen=:8081":                                "lets all pods read session data; use an address of the loopback",
+		"broker.extraArgs[0]=--base-arn=a,broker.extraArgs[1]=--base-arn=b":       "--base-arn belongs to the chart or is there twice",
+		"webhook.env[0].name=A,webhook.env[1].name=A":                             "webhook.env: A is set already",
+		"broker.env[0].name=POD_UID":                                              "broker.env: POD_UID is set already, by the chart",
+		"broker.serviceAccount.name=x,webhook.serviceAccount.name=x":              "are equal, so the webhook would have the rights of the broker",
+		"broker.serviceAccount.name=credence-webhook":                             "use two ServiceAccounts",
+		"broker.serviceAccount.name=credence-check":                               "use another name",
+		`commonLabels.iam\.amazonaws\.com/a=b`:                                    "label iam.amazonaws.com/a is under annotationPrefix",
+		"annotationPrefix=a.b,webhook.podLabels.a\\.b/injected=b":                 "label a.b/injected is under annotationPrefix",
+		"webhook.serviceAccount.create=false,webhook.serviceAccount.name=default": "webhook.serviceAccount.name: default is the ServiceAccount of all pods that name none",
+		"certificates.brokerSecret=a,certificates.webhookSecret=a":                "are both a, so the webhook would have the broker's key; use two Secrets",
+		"certificates.brokerSecret=credence-ca":                                   "whose key no program may have; use another name",
+		"webhook.port=8080":                                                       "webhook.port and webhook.adminPort are both 8080; use two ports",
+		"test.role=reader":                                                        "test.namespace and test.role belong together",
+		"test.namespace=shop":                                                     "test.namespace and test.role belong together",
+		"test.role=reader,test.namespace=credence":                                "Credence does not inject into namespace credence; choose another test.namespace",
+		"metrics.serviceMonitor.enabled=true,metrics.podMonitor.enabled=true":     "Prometheus would scrape each pod twice; disable one of them",
 	} {
 		t.Run(set, func(t *testing.T) {
 			t.Parallel()
@@ -348,6 +353,22 @@ func TestPlatformValuesAreRefused(t *testing.T) {
 				t.Errorf("got %v, want %q", err, want)
 			}
 		})
+	}
+	flags := 0
+	for _, d := range deployments(t, objects(t, "everything")) {
+		for flag := range flagsOf(t, d) {
+			if flag == "--debug-listen" || flag == "--sidecar-port" { // extraArgs of that case
+				continue
+			}
+			flags++
+			component := strings.TrimPrefix(d.Name, "credence-")
+			if _, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: []string{component + ".extraArgs[0]=" + flag + "=a"}}); err == nil || !strings.Contains(err.Error(), flag+" belongs to the chart") {
+				t.Errorf("%s %s: got %v", d.Name, flag, err)
+			}
+		}
+	}
+	if flags < 30 {
+		t.Errorf("found %d flags of the chart", flags)
 	}
 	if _, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: []string{"broker.extraArgs[0]=--debug-listen=[::1]:9000", "webhook.extraArgs[0]=--sidecar-port=9000"}}); err != nil {
 		t.Error(err)

@@ -114,6 +114,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"broker.tokenVerification=none", "/broker/tokenVerification", "value must be one of 'jwks', 'tokenreview'"},
 		{"broker.maxTokenLife=1d", "/broker/maxTokenLife", "does not match pattern"},
 		{"broker.podLabels.app\\.kubernetes\\.io/component=x", "/broker/podLabels/app.kubernetes.io~1component", "false schema"},
+		{"broker.podLabels.a=b c", "/broker/podLabels/a", "does not match pattern"},
 		{"broker.env[0].name=POD_NAMESPACE", "/broker/env/0/name", "'not' failed"},
 		{"broker.volumes[0].name=tls", "/broker/volumes/0/name", "'not' failed"},
 		{"webhook.allowKubeSystem=maybe", "/webhook/allowKubeSystem", "want boolean"},

@@ -106,10 +106,15 @@ resources:
 {{- end }}
 
 {{/* The arguments of a program: args, a YAML list of the chart's own, and the value extraArgs. The last of two equal flags
-would win, so the value must not have a flag that the chart sets. The chart's ports, probes and mounts fit the defaults
-of the other flags that it refuses. */}}
+would win, so the value must not have a flag that the chart sets, nor one that it sets with other values: both programs may
+need to know. The chart's ports, probes and mounts fit the defaults of the other flags that it refuses. */}}
 {{- define "credence.args" -}}
-{{- $set := list "--listen" "--admin-listen" "--tls-cert" "--tls-key" "--kubeconfig" -}}
+{{- $set := list "--listen" "--admin-listen" "--tls-cert" "--tls-key" "--kubeconfig" "--base-arn" "--rules-file" -}}
+{{- if eq .component "broker" }}
+{{- $set = concat $set (list "--assume-role" "--issuer" "--pod-ips" "--region" "--sts-endpoint" "--trace-endpoint" "--trace-ratio") }}
+{{- else }}
+{{- $set = concat $set (list "--cluster-domain" "--role-chaining" "--sidecar-image-pull-policy") }}
+{{- end -}}
 {{- range fromYamlArray .args }}{{ $set = append $set (first (splitList "=" .)) }}{{ end -}}
 {{ trim .args }}
 {{- range (index .root.Values .component).extraArgs }}
