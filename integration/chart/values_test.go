@@ -70,6 +70,8 @@ func TestSchemaRefuses(t *testing.T) {
 		{"webhook.dnsConfig.option=x", "/webhook/dnsConfig", "additional properties 'option' not allowed"},
 		{"metrics.podMonitor.scrapeTimeout=10", "/metrics/podMonitor/scrapeTimeout", "want string"},
 		{"check.timeout=3", "/check/timeout", "want string"},
+		{"check.timeout=0s", "/check/timeout", "does not match pattern"},
+		{"check.timeout=1000s", "/check/timeout", "does not match pattern"},
 		{"check.enable=false", "/check", "additional properties 'enable' not allowed"},
 		{"test.enabled=true", "/test", "additional properties 'enabled' not allowed"},
 

@@ -59,8 +59,8 @@ func check(t *testing.T) {
 		t.Errorf("with a failed check, Helm returns %v", err)
 	}
 	job, err := client.BatchV1().Jobs(chart.Namespace).Get(t.Context(), "credence-check", metav1.GetOptions{})
-	if err != nil || job.Spec.TTLSecondsAfterFinished == nil {
-		t.Errorf("the failed Job is gone, or stays for ever: %v", err)
+	if err != nil || job.Spec.TTLSecondsAfterFinished == nil || job.Spec.ActiveDeadlineSeconds == nil {
+		t.Errorf("the failed Job is gone, or stays forever: %v", err)
 	}
 	if err := upgrade(corev1.PodSucceeded); err != nil {
 		t.Error(err)
