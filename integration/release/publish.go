@@ -42,7 +42,8 @@ type Published struct {
 // of each as referrers. Credentials are those of docker login. Publish can be repeated. It never moves a tag: a version that
 // has another content there is an error.
 func Publish(ctx context.Context, folder, registry string, transport http.RoundTripper) ([]Published, error) {
-	if err := verify(folder); err != nil {
+	files, err := verify(folder)
+	if err != nil {
 		return nil, err
 	}
 	options := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(authn.DefaultKeychain)}
@@ -50,13 +51,16 @@ func Publish(ctx context.Context, folder, registry string, transport http.RoundT
 		options = append(options, remote.WithTransport(transport))
 	}
 	p := &publisher{folder: folder, options: options}
-	archives, err := filepath.Glob(filepath.Join(folder, "*"+imageSuffix)) // sorted
-	if err != nil || len(archives) == 0 {
-		return nil, errors.Join(fmt.Errorf("no images in %s; run make release", folder), err)
+	var archives, charts []string
+	for _, file := range files {
+		if strings.HasSuffix(file, imageSuffix) {
+			archives = append(archives, filepath.Join(folder, file))
+		} else if strings.HasSuffix(file, ".tgz") {
+			charts = append(charts, filepath.Join(folder, file))
+		}
 	}
-	charts, err := filepath.Glob(filepath.Join(folder, "credence-*.tgz"))
-	if err != nil || len(charts) != 1 {
-		return nil, errors.Join(fmt.Errorf("%d charts in %s, want 1; run make release", len(charts), folder), err)
+	if len(archives) == 0 || len(charts) != 1 {
+		return nil, fmt.Errorf("%d images and %d charts in %s, want images and 1 chart; run make release", len(archives), len(charts), folder)
 	}
 	var all []Published
 	for _, archive := range archives {
@@ -79,30 +83,32 @@ func Publish(ctx context.Context, folder, registry string, transport http.RoundT
 	return append(all, published), nil
 }
 
-// verify checks a folder against its checksums, and that its provenance names these checksums.
-func verify(folder string) error {
+// verify checks a folder against its checksums, and that its provenance names these checksums. It returns the checked files
+// in the order of their names. Nothing else in the folder is part of the release.
+func verify(folder string) (files []string, err error) {
 	list, err := os.ReadFile(filepath.Join(folder, checksumsFile))
 	if err != nil {
-		return fmt.Errorf("reading the checksums: %w; run make release", err)
+		return nil, fmt.Errorf("reading the checksums: %w; run make release", err)
 	}
 	provenance, err := os.ReadFile(filepath.Join(folder, provenanceFile))
 	if err != nil || !bytes.Contains(provenance, []byte(`"`+sum(list)+`"`)) {
-		return errors.Join(fmt.Errorf("%s does not name this %s; run make release", filepath.Join(folder, provenanceFile), checksumsFile), err)
+		return nil, errors.Join(fmt.Errorf("%s does not name this %s; run make release", filepath.Join(folder, provenanceFile), checksumsFile), err)
 	}
 	for line := range strings.SplitSeq(strings.TrimSuffix(string(list), "\n"), "\n") {
 		want, file, ok := strings.Cut(line, "  ")
 		if !ok || file != filepath.Base(file) {
-			return fmt.Errorf("%s has the line %q; run make release", checksumsFile, line)
+			return nil, fmt.Errorf("%s has the line %q; run make release", checksumsFile, line)
 		}
 		content, err := os.ReadFile(filepath.Join(folder, file))
 		if err != nil {
-			return fmt.Errorf("checking a release: %w; run make release", err)
+			return nil, fmt.Errorf("checking a release: %w; run make release", err)
 		}
 		if sum(content) != want {
-			return fmt.Errorf("%s differs from %s; run make release", filepath.Join(folder, file), checksumsFile)
+			return nil, fmt.Errorf("%s differs from %s; run make release", filepath.Join(folder, file), checksumsFile)
 		}
+		files = append(files, file)
 	}
-	return nil
+	return files, nil
 }
 
 type publisher struct {

@@ -100,6 +100,10 @@ func checkPublished(t *testing.T, folder string) {
 		if err := os.CopyFS(changed, os.DirFS(folder)); err != nil {
 			t.Fatal(err)
 		}
+		write(t, filepath.Join(changed, "added_"+version+"_image.tar"), "not listed")
+		if again, err := release.Publish(t.Context(), changed, to, nil); err != nil || !slices.Equal(published, again) {
+			t.Errorf("published with a file that checksums.txt does not list: %v, %v, want %v", again, err, published)
+		}
 		write(t, filepath.Join(changed, "install.yaml"), "kind: Pod")
 		if _, err := release.Publish(t.Context(), changed, startRegistry(t), nil); err == nil || !strings.Contains(err.Error(), "install.yaml differs from checksums.txt") {
 			t.Errorf("publishing a changed file: %v", err)
