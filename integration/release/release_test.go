@@ -226,8 +226,13 @@ func checkDescriptions(t *testing.T, folder string) {
 			t.Errorf("the notes lack %s", reference)
 		}
 	}
-	if strings.Contains(manifest, "helm.sh/chart:") || strings.Contains(manifest, "managed-by: Helm") || !strings.Contains(manifest, "kind: Namespace\n") {
-		t.Error("install.yaml has labels of Helm, or no namespace")
+	for _, helm := range []string{"helm.sh/", "managed-by: Helm", "credence-check"} {
+		if strings.Contains(manifest, helm) {
+			t.Errorf("install.yaml has %q, which is for Helm alone", helm)
+		}
+	}
+	if !strings.Contains(manifest, "kind: Namespace\n") {
+		t.Error("install.yaml has no namespace")
 	}
 	if want := "- See [a page](https://github.com/credence-iam/credence/blob/v0.2.0/docs/errors.md)."; !strings.Contains(notes, want) {
 		t.Errorf("the notes lack %q:\n%s", want, notes)
