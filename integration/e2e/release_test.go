@@ -3,11 +3,9 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -17,7 +15,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -50,7 +47,11 @@ func TestReleaseAsDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	checkAttached(t, files, published, transport)
+	for _, p := range published {
+		if p.SBOM != "" {
+			releasetest.CheckReferrers(t, files, p, remote.WithTransport(transport))
+		}
+	}
 	if err := world.Mirror(registryOf, "http://"+address); err != nil {
 		t.Fatal(err)
 	}
@@ -79,54 +80,6 @@ func makeRelease(t *testing.T, version string) string {
 		t.Fatalf("make release: %v\n%s", err, output)
 	}
 	return filepath.Join(clone, ".build", "release")
-}
-
-// checkAttached fetches the SBOM of each published image by the image's digest.
-func checkAttached(t *testing.T, files string, published []release.Published, transport http.RoundTripper) {
-	t.Helper()
-	checked := 0
-	for _, p := range published {
-		if p.SBOM == "" {
-			continue
-		}
-		image, err := name.NewDigest(p.Name + "@" + p.Digest)
-		if err != nil {
-			t.Fatal(err)
-		}
-		index, err := remote.Referrers(image, remote.WithTransport(transport), remote.WithFilter("artifactType", string(release.SBOMType)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		manifest, err := index.IndexManifest()
-		if err != nil || len(manifest.Manifests) != 1 {
-			t.Fatalf("%s has %+v of type %s, %v", image, manifest, release.SBOMType, err)
-		}
-		artifact, err := remote.Image(image.Context().Digest(manifest.Manifests[0].Digest.String()), remote.WithTransport(transport))
-		if err != nil {
-			t.Fatal(err)
-		}
-		layers, err := artifact.Manifest()
-		if err != nil || len(layers.Layers) != 1 {
-			t.Fatalf("the SBOM has %+v, %v", layers, err)
-		}
-		layer, err := remote.Layer(image.Context().Digest(layers.Layers[0].Digest.String()), remote.WithTransport(transport))
-		if err != nil {
-			t.Fatal(err)
-		}
-		stream, err := layer.Compressed()
-		if err != nil {
-			t.Fatal(err)
-		}
-		got, err := io.ReadAll(stream)
-		want, readErr := os.ReadFile(filepath.Join(files, p.SBOM))
-		if err := errors.Join(err, readErr, stream.Close()); err != nil || !bytes.Equal(got, want) {
-			t.Errorf("the registry has %d bytes as SBOM of %s, the file %d; %v", len(got), p.Name, len(want), err)
-		}
-		checked++
-	}
-	if checked != 3 {
-		t.Errorf("published %d images, want 3: %v", checked, published)
-	}
 }
 
 // replaceInstallation removes the installation of all tests with its namespace, and brings both back when the test ends.

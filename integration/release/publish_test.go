@@ -9,7 +9,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -23,13 +22,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 	spdxjson "github.com/spdx/tools-golang/json"
 	spdx "github.com/spdx/tools-golang/spdx/v2/v2_3"
 	"github.com/spdx/tools-golang/spdxlib"
 
 	"github.com/credence-iam/credence/integration/registry"
 	"github.com/credence-iam/credence/integration/release"
+	"github.com/credence-iam/credence/integration/release/releasetest"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
@@ -62,7 +61,7 @@ func checkPublished(t *testing.T, folder string) {
 			t.Errorf("%s has digest %s, digests.yaml %v", p.Name, p.Digest, want)
 		}
 		checkSBOM(t, read(t, filepath.Join(folder, p.SBOM)), pull(t, p, product))
-		checkReferrers(t, folder, p)
+		releasetest.CheckReferrers(t, folder, p)
 	}
 	t.Run("no API for referrers", func(t *testing.T) { checkWithoutReferrers(t, folder) })
 	checkSBOM(t, read(t, filepath.Join(folder, "credence_"+version+".spdx.json")), command(t, folder))
@@ -169,66 +168,12 @@ func checkWithoutReferrers(t *testing.T, folder string) {
 			t.Fatal(published, err)
 		}
 		for _, p := range published[:3] {
-			checkReferrers(t, folder, p, remote.WithTransport(transport))
+			releasetest.CheckReferrers(t, folder, p, remote.WithTransport(transport))
 		}
 	}
 	if transport.refused == 0 {
 		t.Error("nothing called the API for referrers")
 	}
-}
-
-// checkReferrers finds SBOM and provenance by the image's digest alone, as verifiers do.
-func checkReferrers(t *testing.T, folder string, p release.Published, options ...remote.Option) {
-	t.Helper()
-	index, err := remote.Referrers(reference(t, p), options...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	manifest, err := index.IndexManifest()
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := map[string]string{string(release.SBOMType): p.SBOM, string(release.ProvenanceType): "provenance.intoto.json"}
-	if len(manifest.Manifests) != len(want) {
-		t.Errorf("%s has %d referrers, want %d", p.Name, len(manifest.Manifests), len(want))
-	}
-	for _, descriptor := range manifest.Manifests {
-		file, ok := want[descriptor.ArtifactType]
-		if !ok {
-			t.Errorf("%s has a referrer of type %q", p.Name, descriptor.ArtifactType)
-			continue
-		}
-		if got := content(t, reference(t, release.Published{Name: p.Name, Digest: descriptor.Digest.String()}), descriptor.ArtifactType); !bytes.Equal(got, read(t, filepath.Join(folder, file))) {
-			t.Errorf("the referrer of type %s is not %s", descriptor.ArtifactType, file)
-		}
-	}
-}
-
-// content returns the content of an artifact.
-func content(t *testing.T, artifact name.Digest, mediaType string) []byte {
-	t.Helper()
-	image, err := remote.Image(artifact)
-	if err != nil {
-		t.Fatal(err)
-	}
-	manifest, err := image.Manifest()
-	if err != nil || len(manifest.Layers) != 1 || manifest.Layers[0].MediaType != types.MediaType(mediaType) {
-		t.Fatalf("artifact %s has manifest %+v, %v", artifact, manifest, err)
-	}
-	layer, err := remote.Layer(artifact.Context().Digest(manifest.Layers[0].Digest.String()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	stream, err := layer.Compressed()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stream.Close()
-	all, err := io.ReadAll(stream)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return all
 }
 
 // checkSBOM requires a valid document with the modules in the program and no others.

@@ -1,11 +1,14 @@
 //go:build unix
 
 // Package releasetest prepares repositories from which tests make releases, as a maintainer prepares ours: the version in
-// chart and changelog, a commit and a tag. It changes nothing in the checkout, and git sees no configuration of the user.
+// chart and changelog, a commit and a tag. It changes nothing in the checkout, and git sees no configuration of the user. It
+// also checks what is published beside an image.
 package releasetest
 
 import (
+	"bytes"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -14,6 +17,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/credence-iam/credence/integration/release"
 	"github.com/credence-iam/credence/integration/tools"
 )
 
@@ -105,4 +112,64 @@ func copyFile(from, to string) error {
 		return err
 	}
 	return errors.Join(os.MkdirAll(filepath.Dir(to), 0o700), os.WriteFile(to, content, info.Mode()))
+}
+
+// CheckReferrers finds SBOM and provenance of a published image by its digest alone, as verifiers do, and compares them with
+// the files in the folder of the release.
+func CheckReferrers(t *testing.T, folder string, p release.Published, options ...remote.Option) {
+	t.Helper()
+	image, err := name.NewDigest(p.Name + "@" + p.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	index, err := remote.Referrers(image, options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := index.IndexManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{string(release.SBOMType): p.SBOM, string(release.ProvenanceType): "provenance.intoto.json"}
+	if len(manifest.Manifests) != len(files) {
+		t.Errorf("%s has %d referrers, want %d", p.Name, len(manifest.Manifests), len(files))
+	}
+	for _, descriptor := range manifest.Manifests {
+		file, ok := files[descriptor.ArtifactType]
+		if !ok {
+			t.Errorf("%s has a referrer of type %q", p.Name, descriptor.ArtifactType)
+			continue
+		}
+		got := content(t, image.Context().Digest(descriptor.Digest.String()), descriptor.ArtifactType, options)
+		if want, err := os.ReadFile(filepath.Join(folder, file)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("the referrer of type %s is not %s: %v", descriptor.ArtifactType, file, err)
+		}
+	}
+}
+
+// content returns the content of an artifact.
+func content(t *testing.T, artifact name.Digest, mediaType string, options []remote.Option) []byte {
+	t.Helper()
+	image, err := remote.Image(artifact, options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := image.Manifest()
+	if err != nil || len(manifest.Layers) != 1 || string(manifest.Layers[0].MediaType) != mediaType {
+		t.Fatalf("artifact %s has manifest %+v, %v", artifact, manifest, err)
+	}
+	layer, err := remote.Layer(artifact.Context().Digest(manifest.Layers[0].Digest.String()), options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream, err := layer.Compressed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	all, err := io.ReadAll(stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
 }
