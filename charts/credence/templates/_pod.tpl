@@ -70,24 +70,34 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.affinity }}
+{{- /* Each revision of the Deployment spreads on its own. Otherwise an upgrade would leave an uneven spread. The nodes are not
+a second constraint of the spread: the scheduler ignores nodes that lack the label of any constraint, and not all
+clusters have zones. */}}
 affinity:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+  {{- if $values.affinity }}
+  {{- toYaml $values.affinity | nindent 2 }}
+  {{- else }}
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+    - weight: 100
+      podAffinityTerm:
+        topologyKey: kubernetes.io/hostname
+        labelSelector:
+          matchLabels:
+            {{- include "credence.selector" . | nindent 12 }}
+        matchLabelKeys: [pod-template-hash]
+  {{- end }}
 topologySpreadConstraints:
   {{- if $values.topologySpreadConstraints }}
   {{- toYaml $values.topologySpreadConstraints | nindent 2 }}
   {{- else }}
-  {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
   - maxSkew: 1
-    topologyKey: {{ . }}
+    topologyKey: topology.kubernetes.io/zone
     whenUnsatisfiable: ScheduleAnyway
     labelSelector:
       matchLabels:
-        {{- include "credence.selector" $ | nindent 8 }}
-    # Each revision of the Deployment spreads on its own. Otherwise an upgrade would leave an uneven spread.
+        {{- include "credence.selector" . | nindent 8 }}
     matchLabelKeys: [pod-template-hash]
-  {{- end }}
   {{- end }}
 {{- end }}
 
