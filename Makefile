@@ -26,10 +26,12 @@ LOWEST := 1.30
 ## CONTEXT=name         demo: run on your own cluster, of this context of kubectl
 ## DEMO_ROLE=other      demo: the role of the pod
 ## KEEP=1               demo: keep the cluster until you press Ctrl-C
+## FAILURE=etcd         soak: the failure; all and the siege by default
 ## FUZZTIME=30s         fuzz: how long each test runs
 ## SDKS=go-v2,curl      sdks: the clients; all by default
 ## VERSION=v1.2.3       release: the tag that is checked out
 ## REGISTRY=host/path   images: push them there, with TAG=name
+FAILURE  ?=
 FUZZTIME ?= 30s
 SDKS     ?=
 REGISTRY ?=
@@ -71,9 +73,6 @@ lowest: ## run those with a control plane on the oldest Kubernetes
 .PHONY: e2e
 e2e: ## run the tests on a cluster with nodes; as root, on Linux
 	@.ci/e2e
-
-# The names of the failures that "make soak" makes happen, as a regular expression; all and the siege by default.
-FAILURE ?=
 
 .PHONY: soak
 soak: ## run the siege at length and failures on nodes, into docs/reliability.md

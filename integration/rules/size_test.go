@@ -74,10 +74,10 @@ func TestLargeExceptions(t *testing.T) {
 }
 
 // The maximum lines of Go in integration, without its nested modules. The record docs/decisions/0028-size-of-integration.md
-// says where they go. Lower these numbers when integration shrinks.
+// and 0038 say where they go. Lower these numbers when integration shrinks.
 const (
-	maxIntegration      = 11_500
-	maxIntegrationTests = 13_800
+	maxIntegration      = 15_000
+	maxIntegrationTests = 20_500
 )
 
 // TestSizeOfIntegration keeps the test house from growing beside the product.

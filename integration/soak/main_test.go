@@ -25,9 +25,7 @@ import (
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/deployment"
@@ -102,13 +100,6 @@ func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 			return err
 		}
 	}
-	// With zones, as in a cloud, the scheduler spreads brokers and webhooks.
-	for zone, n := range world.Nodes() {
-		label := fmt.Appendf(nil, `{"metadata":{"labels":{%q:"zone-%d"}}}`, corev1.LabelTopologyZone, zone)
-		if _, err := d.Client.CoreV1().Nodes().Patch(ctx, n.Name(), types.MergePatchType, label, metav1.PatchOptions{}); err != nil {
-			return err
-		}
-	}
 	url, err := serveSTS(ctx)
 	if err != nil {
 		return err
@@ -116,6 +107,12 @@ func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	settings = []string{"--set=aws.stsEndpoint=" + url}
 	if err := d.Install(ctx, settings...); err != nil {
 		return err
+	}
+	// The nodes have no zones, as in many clusters outside of clouds.
+	for _, component := range []string{"broker", "webhook"} {
+		if err := onTwoNodes(ctx, component); err != nil {
+			return err
+		}
 	}
 	return startLoad(ctx)
 }
@@ -177,4 +174,20 @@ func crash(name string, after time.Duration) error {
 	time.Sleep(after)
 	_, err = world.Run().Start(command)
 	return err
+}
+
+// onTwoNodes returns an error if the failure of one node would be the failure of all pods of a component.
+func onTwoNodes(ctx context.Context, component string) error {
+	pods, err := d.Client.CoreV1().Pods(deployment.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
+	if err != nil {
+		return err
+	}
+	nodes := make(map[string]bool)
+	for _, pod := range pods.Items {
+		nodes[pod.Spec.NodeName] = true
+	}
+	if len(nodes) < 2 {
+		return fmt.Errorf("the %d pods of the %s are on %d node", len(pods.Items), component, len(nodes))
+	}
+	return nil
 }
