@@ -8,6 +8,7 @@ package arm64
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -81,8 +82,8 @@ func TestPodGetsCredentials(t *testing.T) {
 		}
 		defer func() {
 			sidecar.Stop(stopGrace)
-			if err := sidecar.Err(); err != nil {
-				t.Errorf("the sidecar did not exit with status 0 after SIGTERM: %v", err)
+			if code := sidecar.ExitCode(); code != 0 {
+				t.Errorf("the sidecar exited with status %d after SIGTERM, want 0", code)
 			}
 		}()
 		env, err := sidecar.AppEnv()
@@ -99,11 +100,13 @@ func TestPodGetsCredentials(t *testing.T) {
 	}
 	check("first")
 
-	credence.Broker.ShutDown()
-	if err := credence.Broker.Err(); err != nil {
-		t.Errorf("the broker did not exit with status 0 after SIGTERM: %v", err)
+	for name, program := range map[string]*stack.Program{"broker": credence.Broker, "webhook": credence.Webhook} {
+		program.ShutDown()
+		if code := program.ExitCode(); code != 0 {
+			t.Errorf("the %s exited with status %d after SIGTERM, want 0", name, code)
+		}
 	}
-	if err := credence.StartBroker(t.Context()); err != nil {
+	if err := errors.Join(credence.StartBroker(t.Context()), credence.StartWebhook(t.Context())); err != nil {
 		t.Fatal(err)
 	}
 	check("after-restart")

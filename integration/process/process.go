@@ -41,6 +41,7 @@ type Process struct {
 	pid     int
 	log     string
 	from    int64 // size of the log at the start
+	code    int   // the exit code, set before done is closed
 
 	done     chan struct{} // closed when the program has exited
 	mu       sync.Mutex
@@ -128,6 +129,7 @@ func (p *Process) wait(cmd *exec.Cmd, report func(error)) {
 		p.mu.Unlock()
 	}
 	exit := cmd.Wait()
+	p.code = cmd.ProcessState.ExitCode()
 	p.mu.Lock()
 	p.exited = true
 	if !p.stopping {
@@ -180,6 +182,12 @@ func (p *Process) Err() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.err
+}
+
+// ExitCode waits until the program has exited and returns its exit code, also after Stop; -1 if a signal ended it.
+func (p *Process) ExitCode() int {
+	<-p.done
+	return p.code
 }
 
 // Stop sends SIGTERM to the program and its process group, and SIGKILL if it has not exited after grace; with a grace of

@@ -223,6 +223,9 @@ func TestStopTerminatesThenKills(t *testing.T) {
 		if err := p.Err(); err != nil {
 			t.Errorf("a stopped program has the error %v", err)
 		}
+		if code := p.ExitCode(); code != -1 {
+			t.Errorf("a program that a signal ended has the exit code %d", code)
+		}
 		if alive(p.PID()) {
 			t.Errorf("%s is alive after Stop", p.Log())
 		}
@@ -242,8 +245,8 @@ func TestUnexpectedExitIsReportedWithTheLog(t *testing.T) {
 	if strings.Contains(err.Error(), "line 79") {
 		t.Errorf("the report has more than the end of the log: %v", err)
 	}
-	if got := p.Err(); !errors.Is(got, err) {
-		t.Errorf("Err is %v, the report %v", got, err)
+	if got := p.Err(); !errors.Is(got, err) || p.ExitCode() != 3 {
+		t.Errorf("Err is %v, the report %v, the exit code %d", got, err, p.ExitCode())
 	}
 	if err := p.WaitReady(t.Context(), func(context.Context) error { return nil }); !errors.Is(err, p.Err()) {
 		t.Errorf("WaitReady after the exit: got %v, want Err", err)
