@@ -191,6 +191,22 @@ type (
 			PodMetricsEndpoints []monitorEndpoint    `json:"podMetricsEndpoints"`
 		} `json:"spec"`
 	}
+	// PrometheusRule has the fields of that type that the chart uses.
+	PrometheusRule struct {
+		metav1.TypeMeta   `json:",inline"`
+		metav1.ObjectMeta `json:"metadata"`
+		Spec              struct {
+			Groups []struct {
+				Name  string `json:"name"`
+				Rules []struct {
+					Alert  string            `json:"alert"`
+					Expr   string            `json:"expr"`
+					For    string            `json:"for"`
+					Labels map[string]string `json:"labels"`
+				} `json:"rules"`
+			} `json:"groups"`
+		} `json:"spec"`
+	}
 	monitorEndpoint struct {
 		Port              string    `json:"port"`
 		Interval          string    `json:"interval"`
@@ -212,6 +228,9 @@ func (m *ServiceMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
 // DeepCopyObject implements [runtime.Object]. The copy is shallow.
 func (m *PodMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
 
+// DeepCopyObject implements [runtime.Object]. The copy is shallow.
+func (r *PrometheusRule) DeepCopyObject() runtime.Object { c := *r; return &c }
+
 // Decode returns the objects of a rendered chart in their order, each as its Go type. An unknown or repeated field is an
 // error.
 func Decode(rendered []byte) ([]runtime.Object, error) {
@@ -221,7 +240,7 @@ func Decode(rendered []byte) ([]runtime.Object, error) {
 			return nil, fmt.Errorf("preparing to decode: %w", err)
 		}
 	}
-	all.AddKnownTypes(schema.GroupVersion{Group: "monitoring.coreos.com", Version: "v1"}, &ServiceMonitor{}, &PodMonitor{})
+	all.AddKnownTypes(schema.GroupVersion{Group: "monitoring.coreos.com", Version: "v1"}, &ServiceMonitor{}, &PodMonitor{}, &PrometheusRule{})
 	decoder := serializer.NewCodecFactory(all, serializer.EnableStrict).UniversalDeserializer()
 	var objects []runtime.Object
 	documents := utilyaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(rendered)))
