@@ -137,7 +137,8 @@ var fixes = []struct{ part, fix string }{
 	{"connection refused", "no webhook serves yet: check the pods of Deployment credence-webhook"},
 	{"no endpoints available", "no webhook is ready yet: check the pods of Deployment credence-webhook"},
 	{"service \"credence-webhook\" not found", "create Service credence-webhook"},
-	{"deadline exceeded", unreachable}, {"timeout", unreachable}, {"no route to host", unreachable},
+	// Not "timeout" alone, which is in the URL of each message.
+	{"deadline exceeded", unreachable}, {" timeout", unreachable}, {"Timeout exceeded", unreachable}, {"no route to host", unreachable},
 	{"is forbidden", "grant the ServiceAccount of this check the right to create PodTemplates in the namespace"},
 }
 

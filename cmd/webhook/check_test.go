@@ -43,6 +43,8 @@ func TestCheck(t *testing.T) {
 		"not called":          {[]string{plain}, []string{"--timeout=5s"}, nil, notCalled},
 		"refused":             {[]string{failing("dial tcp 10.96.0.1:443: connect: connection refused")}, []string{"--timeout=5s"}, nil, "check the pods of Deployment credence-webhook"},
 		"unreachable":         {[]string{failing("context deadline exceeded")}, []string{"--timeout=5s"}, nil, "webhook.hostNetwork"},
+		"handshake":           {[]string{failing("net/http: TLS handshake timeout")}, []string{"--timeout=5s"}, nil, "webhook.hostNetwork"},
+		"unknown cause":       {[]string{failing("EOF")}, []string{"--timeout=5s"}, nil, "after 5s: " + failing("EOF")},
 		"another certificate": {[]string{failing("x509: certificate has expired or is not yet valid")}, []string{"--timeout=5s"}, nil, "clocks"},
 		"no right":            {[]string{`podtemplates is forbidden: User "x" cannot create resource "podtemplates"`}, []string{"--timeout=5s"}, nil, "grant the ServiceAccount"},
 		"old API server":      {[]string{notNative}, []string{"--timeout=5s"}, nil, "does not support native sidecars"},
@@ -86,6 +88,9 @@ func TestCheck(t *testing.T) {
 			p := startCheck(t, server.URL, tt.args...)
 			if tt.fails != "" {
 				p.MustFail(t, 1, tt.fails)
+				if name == "unknown cause" && strings.Contains(p.Stderr.String(), "; ") {
+					t.Errorf("the output has a fix for another cause: %s", p.Stderr)
+				}
 			} else if err := p.Wait(); err != nil {
 				t.Errorf("%v: %s", err, p.Stderr)
 			}
