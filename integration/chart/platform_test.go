@@ -82,8 +82,8 @@ func TestImageRegistry(t *testing.T) {
 	}
 }
 
-// TestDependency shows that the chart renders as a dependency: Helm passes it the keys that other charts have below global,
-// and the parent's condition.
+// TestDependency shows that the chart renders as a dependency with an alias: Helm passes it the keys that other charts have
+// below global, and the parent's condition. A null in the parent's values stands for the default.
 func TestDependency(t *testing.T) {
 	t.Parallel()
 	folder, err := chart.Folder()
@@ -95,8 +95,8 @@ func TestDependency(t *testing.T) {
 		t.Fatal(err)
 	}
 	for file, text := range map[string]string{
-		"Chart.yaml":  "apiVersion: v2\nname: platform\nversion: 1.0.0\ndependencies:\n- {name: credence, version: 0.x, condition: credence.enabled}\n",
-		"values.yaml": "global: {imageRegistry: mirror.example, imagePullSecrets: [all], storageClass: fast, security: {allowInsecureImages: true}}\ncredence: {enabled: true, namespaceOverride: iam}\n",
+		"Chart.yaml":  "apiVersion: v2\nname: platform\nversion: 1.0.0\ndependencies:\n- {name: credence, alias: iam-1e3, version: 0.x, condition: iam-1e3.enabled}\n",
+		"values.yaml": "global: {imageRegistry: mirror.example, imagePullSecrets: [all], storageClass: fast, security: {allowInsecureImages: true}}\niam-1e3: {enabled: true, namespaceOverride: iam, runAsUser: null}\n",
 	} {
 		if err := os.WriteFile(filepath.Join(parent, file), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -106,6 +106,8 @@ func TestDependency(t *testing.T) {
 	for _, d := range deployments(t, all) {
 		if pod := d.Spec.Template.Spec; d.Namespace != "iam" || !strings.HasPrefix(pod.Containers[0].Image, "mirror.example/") || len(pod.ImagePullSecrets) != 1 || pod.ImagePullSecrets[0].Name != "all" {
 			t.Errorf("%s/%s has image %s and pull secrets %v", d.Namespace, d.Name, pod.Containers[0].Image, pod.ImagePullSecrets)
+		} else if user := pod.SecurityContext.RunAsUser; user == nil || *user == 0 {
+			t.Errorf("%s runs as user %v", d.Name, user)
 		}
 	}
 }
