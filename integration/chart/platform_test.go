@@ -237,11 +237,14 @@ func TestRollouts(t *testing.T) {
 		change   map[string]any
 		restarts bool
 	}{
-		"rules":            {map[string]any{"rules": map[string]any{"namespaces": []any{map[string]any{"match": []any{"a"}, "roles": []any{"*"}}}}}, false},
-		"sidecar settings": {map[string]any{"sidecar": map[string]any{"memory": "32Mi", "port": 9800}}, false},
-		"roots":            {map[string]any{"certificates": map[string]any{"roots": root + root}}, false},
-		"common metadata":  {map[string]any{"revisionHistoryLimit": 2, "webhook": map[string]any{"deploymentAnnotations": map[string]any{"a": "b"}, "timeoutSeconds": 9}}, false},
-		"arguments":        {map[string]any{"clusterName": "other"}, true},
+		"rules": {map[string]any{"rules": map[string]any{"namespaces": []any{map[string]any{"match": []any{"a"}, "roles": []any{"*"}}}}}, false},
+		"sidecar settings": {map[string]any{"sidecar": map[string]any{
+			"memory": "64Mi", "cpu": map[string]any{"limit": 0}, "port": 9800, "runAsUser": -1, "logLevel": "warn",
+			"imagePullSecrets": []any{"registry"}, "podAnnotations": map[string]any{"example.com/a": "b"},
+		}}, false},
+		"roots":           {map[string]any{"certificates": map[string]any{"roots": root + root}}, false},
+		"common metadata": {map[string]any{"revisionHistoryLimit": 2, "webhook": map[string]any{"deploymentAnnotations": map[string]any{"a": "b"}, "timeoutSeconds": 9}}, false},
+		"arguments":       {map[string]any{"clusterName": "other"}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -78,35 +78,6 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// TestSettingsRestartNothing shows that a change of settings changes their ConfigMap only.
-func TestSettingsRestartNothing(t *testing.T) {
-	t.Parallel()
-	rendered := func(set ...string) map[string]string {
-		text, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: set})
-		if err != nil {
-			t.Fatal(err)
-		}
-		documents := map[string]string{}
-		for document := range strings.SplitSeq(string(text), "\n---\n") {
-			source, _, _ := strings.Cut(document, "\n")
-			documents[source] += document
-		}
-		return documents
-	}
-	before := rendered()
-	after := rendered("sidecar.memory=64Mi", "sidecar.cpu.limit=0", "sidecar.port=9780", "sidecar.runAsUser=-1", "sidecar.logLevel=warn",
-		"sidecar.imagePullSecrets[0]=registry", `sidecar.podAnnotations.example\.com/a=b`)
-	var changed []string
-	for source := range after {
-		if before[source] != after[source] {
-			changed = append(changed, source)
-		}
-	}
-	if diff := cmp.Diff([]string{"# Source: credence/templates/settings.yaml"}, changed); diff != "" {
-		t.Errorf("changed documents (- want, + got):\n%s", diff)
-	}
-}
-
 // TestSchemaHasTheFieldsOfTheFiles shows that the schema has the fields that the programs read from the sidecar settings and
 // the rules file, except fields that the chart has in another place.
 func TestSchemaHasTheFieldsOfTheFiles(t *testing.T) {
