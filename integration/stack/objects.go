@@ -23,7 +23,6 @@ import (
 
 const (
 	trustConfigMap = "credence-trust"
-	configuration  = "credence"
 	optedIn        = "iam.amazonaws.com/inject" // the label of namespaces
 )
 
@@ -86,12 +85,10 @@ func (s *Stack) install(ctx context.Context) error {
 		case *rbacv1.RoleBinding:
 			_, err = rbac.RoleBindings(SystemNamespace).Create(ctx, o, create)
 		case *admissionregistrationv1.MutatingWebhookConfiguration:
-			if o.Name == configuration {
-				s.registration = o
-			}
+			s.registrations = append(s.registrations, o)
 		}
 	}
-	if err == nil && s.registration == nil {
+	if err == nil && len(s.registrations) == 0 {
 		err = errors.New("the chart registers no webhook")
 	}
 	if err != nil {
@@ -103,12 +100,14 @@ func (s *Stack) install(ctx context.Context) error {
 // registerWebhook registers the webhook as the chart does, but at its address here. It returns when the API server calls it.
 func (s *Stack) registerWebhook(ctx context.Context) error {
 	url := "https://" + s.Webhook.Address + "/mutate"
-	for at := range s.registration.Webhooks {
-		s.registration.Webhooks[at].ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
-	}
 	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
-	if _, err := configs.Create(ctx, s.registration, metav1.CreateOptions{}); err != nil {
-		return fmt.Errorf("registering the webhook: %w", err)
+	for _, config := range s.registrations {
+		for at := range config.Webhooks {
+			config.Webhooks[at].ClientConfig = admissionregistrationv1.WebhookClientConfig{URL: &url, CABundle: s.ca.PEM}
+		}
+		if _, err := configs.Create(ctx, config, metav1.CreateOptions{}); err != nil {
+			return fmt.Errorf("registering the webhook: %w", err)
+		}
 	}
 	const namespace = "credence-injection-check"
 	if err := s.Namespace(ctx, namespace, nil); err != nil {
@@ -130,15 +129,17 @@ func (s *Stack) registerWebhook(ctx context.Context) error {
 // setWebhookRoots replaces the roots with which the API server verifies the webhook.
 func (s *Stack) setWebhookRoots(ctx context.Context, roots []byte) error {
 	configs := s.Client.AdmissionregistrationV1().MutatingWebhookConfigurations()
-	config, err := configs.Get(ctx, configuration, metav1.GetOptions{})
-	if err == nil {
-		for at := range config.Webhooks {
-			config.Webhooks[at].ClientConfig.CABundle = roots
+	for _, registered := range s.registrations {
+		config, err := configs.Get(ctx, registered.Name, metav1.GetOptions{})
+		if err == nil {
+			for at := range config.Webhooks {
+				config.Webhooks[at].ClientConfig.CABundle = roots
+			}
+			_, err = configs.Update(ctx, config, metav1.UpdateOptions{})
 		}
-		_, err = configs.Update(ctx, config, metav1.UpdateOptions{})
-	}
-	if err != nil {
-		return fmt.Errorf("updating the webhook's registration: %w", err)
+		if err != nil {
+			return fmt.Errorf("updating the webhook's registration: %w", err)
+		}
 	}
 	return nil
 }

@@ -105,13 +105,13 @@ type Stack struct {
 	// Broker and Webhook are the programs.
 	Broker, Webhook *Program
 
-	cluster      *cluster.Cluster
-	run          *process.Run
-	programs     string // the folder of the programs
-	ca           *certstest.CA
-	architecture string // of the programs
-	emulator     string // the path of the program that runs them; empty: none is needed
-	registration *admissionregistrationv1.MutatingWebhookConfiguration
+	cluster       *cluster.Cluster
+	run           *process.Run
+	programs      string // the folder of the programs
+	ca            *certstest.CA
+	architecture  string                                                  // of the programs
+	emulator      string                                                  // the path of the program that runs them; empty: none is needed
+	registrations []*admissionregistrationv1.MutatingWebhookConfiguration // of the webhook
 }
 
 // Program is the broker or the webhook, as started last.
