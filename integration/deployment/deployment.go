@@ -181,6 +181,7 @@ func (d *Deployment) prepareCredence(ctx context.Context) error {
 	d.Credence = []string{
 		"upgrade", "--install", release, chartFolder, "--namespace=" + Namespace,
 		"--values=" + values, "--wait", "--timeout=" + helmTimeout,
+		"--set=check.timeout=2m", // less than that of Helm, so that Helm shows the cause
 	}
 	return nil
 }
@@ -194,7 +195,6 @@ aws:
   region: %[2]s
   stsEndpoint: %[3]q
   baseARN: %[4]q
-check: {timeout: 2m} # less than that of Helm, so that Helm shows the cause
 broker:
   env:
   - {name: AWS_ACCESS_KEY_ID, valueFrom: {secretKeyRef: {name: %[5]s, key: id}}}
