@@ -485,7 +485,7 @@ func TestAddresses(t *testing.T) {
 }
 
 // A machine can have all addresses of an IPv6 network, so networks share equally. Many pods can be in one, so its addresses
-// share what it has.
+// share its part.
 func TestNetworksShareEqually(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, connlimit.Config{Max: 8, MaxWaiting: 8})

@@ -55,7 +55,7 @@ type renewals struct {
 	demand [64]int64
 }
 
-// renewal records what was counted for an item.
+// renewal records how an item was counted.
 type renewal struct {
 	octave  int
 	share   int64 // of the octave's demand; 0: none
