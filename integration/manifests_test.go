@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
+	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/kubetest"
 )
 
@@ -39,8 +41,8 @@ func TestInjectedManifests(t *testing.T) {
 	}
 	manifests := string(file)
 	program := filepath.Join(t.TempDir(), "credence")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../cmd/credence").CombinedOutput(); err != nil {
-		t.Fatalf("building credence: %v\n%s", err, out)
+	if err := images.CompileFor(t.Context(), "../cmd/credence", runtime.GOOS, runtime.GOARCH, program); err != nil {
+		t.Fatal(err)
 	}
 	var injectedManifests, messages bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), program, append([]string{"inject"}, credence.InjectFlags()...)...)

@@ -387,9 +387,10 @@ func Compile(ctx context.Context) error {
 
 func goBuild(ctx context.Context, args ...string) error {
 	// Without debug information, which is not used here, linking takes a third less.
-	args = append([]string{"build", "-trimpath", "-tags=grpcnotrace", "-ldflags=-s -w", "-race=" + strconv.FormatBool(Race)}, args...)
+	args = append([]string{"build", "-tags=grpcnotrace", "-ldflags=-s -w", "-race=" + strconv.FormatBool(Race), "-trimpath=" + strconv.FormatBool(!Race)}, args...)
 	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // The arguments are constants and our own folder.
-	// Images and tools are compiled like this, so that Go's build cache has most packages already.
+	// With the race detector, programs are compiled like the tests that start them, else like images and tools, so that
+	// Go's build cache has most packages already.
 	if !Race {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	}

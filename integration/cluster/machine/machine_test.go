@@ -31,7 +31,7 @@ func run(t *testing.T) (r *process.Run, init string) {
 		}
 	})
 	init = filepath.Join(t.TempDir(), "init")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", init, "./init")
+	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", init, "./init")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building init: %v\n%s", err, out)
