@@ -33,29 +33,29 @@ const (
 )
 
 var recipes = map[Tool]recipe{
-	KubeAPIServer:         kubernetesProgram("kube-apiserver", 600),
-	KubeControllerManager: kubernetesProgram("kube-controller-manager", 160),
-	Kubectl:               kubernetesProgram("kubectl", 80),
-	Kubelet:               kubernetesProgram("kubelet", 90),
-	KubeProxy:             kubernetesProgram("kube-proxy", 30),
-	KubeScheduler:         kubernetesProgram("kube-scheduler", 20),
-	Etcd: {set: kubernetes, source: "go.etcd.io/etcd/server/v3", seconds: 100, official: official{
+	KubeAPIServer:         kubernetesProgram("kube-apiserver", 300),
+	KubeControllerManager: kubernetesProgram("kube-controller-manager", 80),
+	Kubectl:               kubernetesProgram("kubectl", 50),
+	Kubelet:               kubernetesProgram("kubelet", 50),
+	KubeProxy:             kubernetesProgram("kube-proxy", 20),
+	KubeScheduler:         kubernetesProgram("kube-scheduler", 15),
+	Etcd: {set: kubernetes, source: "go.etcd.io/etcd/server/v3", seconds: 50, official: official{
 		url:    "https://github.com/etcd-io/etcd/releases/download/VERSION/etcd-VERSION-linux-ARCH.tar.gz",
 		member: "etcd-VERSION-linux-ARCH/etcd", sums: "SHA256SUMS",
 	}},
-	Containerd:     containerdProgram("containerd", 90),
+	Containerd:     containerdProgram("containerd", 40),
 	ContainerdShim: containerdProgram("containerd-shim-runc-v2", 10),
 	Ctr:            containerdProgram("ctr", 10),
 	CNIPtp:         cniPlugin("main/ptp"),
 	CNIHostLocal:   cniPlugin("ipam/host-local"),
 	// Few plugins make the build much shorter.
-	CoreDNS: {set: workspace, source: "github.com/coredns/coredns", pkg: "/coredns", seconds: 60, official: official{
+	CoreDNS: {set: workspace, source: "github.com/coredns/coredns", pkg: "/coredns", seconds: 30, official: official{
 		url:    "https://github.com/coredns/coredns/releases/download/VERSION/coredns_BARE_linux_ARCH.tgz",
 		member: "coredns", sums: ".sha256",
 	}},
 	// This is a program of cert-manager's library: its own programs are in modules that the Go proxy does not serve.
-	CertManager: {set: workspace, source: "github.com/cert-manager/cert-manager", pkg: "credence", seconds: 60},
-	Helm: {set: workspace, source: "helm.sh/helm/v4", pkg: "cmd/helm", seconds: 60, official: official{
+	CertManager: {set: workspace, source: "github.com/cert-manager/cert-manager", pkg: "credence", seconds: 20},
+	Helm: {set: workspace, source: "helm.sh/helm/v4", pkg: "cmd/helm", seconds: 40, official: official{
 		url:    "https://get.helm.sh/helm-VERSION-linux-ARCH.tar.gz",
 		member: "linux-ARCH/helm", sums: ".sha256sum",
 	}},
