@@ -71,15 +71,9 @@ func TestSourcesAreRead(t *testing.T) {
 
 func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	control = c
-	credence, err = stack.Start(ctx, stack.Config{Cluster: control, Progress: os.Stderr, Buckets: []string{bucket}, STS: ststest.Config{
-		SessionDuration: func(requested time.Duration) time.Duration {
-			if requested == 15*time.Minute {
-				return shortLife
-			}
-			return requested
-		},
-	}})
-	if err != nil {
+	if credence, err = stack.Start(ctx, stack.Config{
+		Cluster: control, Progress: os.Stderr, Buckets: []string{bucket}, STS: ststest.Config{SessionDuration: stack.MinimumLasts(shortLife)},
+	}); err != nil {
 		return err
 	}
 	awsclient, err = credence.BuildAWSClient(ctx)

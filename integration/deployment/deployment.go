@@ -11,8 +11,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -58,6 +60,8 @@ type Config struct {
 	STS ststest.Config
 	// Buckets are made in the S3 double. Only the role of a bucket's name may use it.
 	Buckets []string
+	// Images are further images for the nodes: by reference, the package of the program in folder integration.
+	Images map[string]string
 	// Progress gets a line for each program that is built. Default: discarded.
 	Progress io.Writer
 }
@@ -65,6 +69,8 @@ type Config struct {
 // Deployment is everything that Credence needs on a cluster, and the commands that install it. Methods may be called
 // concurrently, except those that install and uninstall.
 type Deployment struct {
+	// Cluster is the cluster.
+	Cluster *cluster.Cluster
 	// STS is the STS that the broker calls.
 	STS *ststest.Server
 	// Store has the buckets.
@@ -75,8 +81,6 @@ type Deployment struct {
 	Helm, Kubectl string
 	// CertManager and Credence are the arguments with which helm installs each and waits for it.
 	CertManager, Credence []string
-
-	cluster *cluster.Cluster
 }
 
 // Prepare builds the images and loads them on the nodes, starts the STS and the S3 double, and writes the values of the
@@ -91,13 +95,13 @@ func Prepare(ctx context.Context, cfg Config) (*Deployment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a client: %w", err)
 	}
-	d := &Deployment{Client: client, cluster: cfg.Cluster}
+	d := &Deployment{Client: client, Cluster: cfg.Cluster}
 	for tool, path := range map[tools.Tool]*string{tools.Helm: &d.Helm, tools.Kubectl: &d.Kubectl} {
 		if *path, err = tools.Path(ctx, tool, cfg.Progress); err != nil {
 			return nil, err
 		}
 	}
-	if err := d.loadImages(ctx, cfg.Progress); err != nil {
+	if err := d.loadImages(ctx, cfg); err != nil {
 		return nil, err
 	}
 	if err := d.startServers(ctx, cfg); err != nil {
@@ -110,26 +114,31 @@ func Prepare(ctx context.Context, cfg Config) (*Deployment, error) {
 }
 
 // dir is the folder of the deployment's files.
-func (d *Deployment) dir() string { return filepath.Join(d.cluster.Run().Dir(), "deployment") }
+func (d *Deployment) dir() string { return filepath.Join(d.Cluster.Run().Dir(), "deployment") }
 
 // loadImages builds all images for this machine's processor, and loads them on the nodes.
-func (d *Deployment) loadImages(ctx context.Context, progress io.Writer) error {
+func (d *Deployment) loadImages(ctx context.Context, cfg Config) error {
 	folder := filepath.Join(d.dir(), "images")
-	archives, err := images.Build(ctx, images.Config{Folder: folder, Tag: tag, Architectures: []string{runtime.GOARCH}, Progress: progress})
+	archives, err := images.Build(ctx, images.Config{Folder: folder, Tag: tag, Architectures: []string{runtime.GOARCH}, Progress: cfg.Progress})
 	if err != nil {
 		return err
 	}
-	_, _ = fmt.Fprintln(progress, "building awsclient")
-	app, err := images.BuildLocal(ctx, folder, AppImage, module+"/integration/awsclient")
+	programs := map[string]string{AppImage: "awsclient"}
+	maps.Copy(programs, cfg.Images)
+	for reference, pkg := range programs {
+		_, _ = fmt.Fprintln(cfg.Progress, "building", path.Base(pkg))
+		archive, err := images.BuildLocal(ctx, folder, reference, module+"/integration/"+pkg)
+		if err != nil {
+			return err
+		}
+		archives = append(archives, archive)
+	}
+	issuer, err := certmanager.Archive(ctx, folder, cfg.Progress)
 	if err != nil {
 		return err
 	}
-	issuer, err := certmanager.Archive(ctx, folder, progress)
-	if err != nil {
-		return err
-	}
-	for _, archive := range append(archives, app, issuer) {
-		if err := d.cluster.LoadImage(ctx, archive.Path); err != nil {
+	for _, archive := range append(archives, issuer) {
+		if err := d.Cluster.LoadImage(ctx, archive.Path); err != nil {
 			return err
 		}
 	}
@@ -138,7 +147,7 @@ func (d *Deployment) loadImages(ctx context.Context, progress io.Writer) error {
 
 // startServers starts the STS and the S3 double.
 func (d *Deployment) startServers(ctx context.Context, cfg Config) error {
-	host := d.cluster.Host()
+	host := d.Cluster.Host()
 	var listeners [2]net.Listener
 	for i := range listeners {
 		var err error
@@ -216,20 +225,20 @@ func (d *Deployment) Upgrade(ctx context.Context, more ...string) error {
 	return err
 }
 
-// Uninstall removes Credence, and returns when it is removed.
+// Uninstall removes Credence if it is installed, and returns when it is removed.
 func (d *Deployment) Uninstall(ctx context.Context) error {
-	_, err := d.Run(ctx, "", d.Helm, "uninstall", release, "--namespace="+Namespace, "--wait", "--timeout="+helmTimeout)
+	_, err := d.Run(ctx, "", d.Helm, "uninstall", release, "--ignore-not-found", "--namespace="+Namespace, "--wait", "--timeout="+helmTimeout)
 	return err
 }
 
 // Run runs a program that can reach the cluster, such as kubectl, and returns its output. It returns the output with an
 // error, too.
 func (d *Deployment) Run(ctx context.Context, stdin, path string, args ...string) (string, error) {
-	cmd := d.cluster.Command(ctx, path, args...)
+	cmd := d.Cluster.Command(ctx, path, args...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	err := d.cluster.Host().Launch(cmd)
+	err := d.Cluster.Host().Launch(cmd)
 	if err == nil {
 		err = cmd.Wait()
 	}
@@ -237,14 +246,4 @@ func (d *Deployment) Run(ctx context.Context, stdin, path string, args ...string
 		return out.String(), fmt.Errorf("%s %s: %w\n%s", filepath.Base(path), strings.Join(args, " "), err, strings.TrimSpace(out.String()))
 	}
 	return out.String(), nil
-}
-
-// AppEnv is the environment of an application, without what injection adds: the region, and the local services in place
-// of AWS's.
-func (d *Deployment) AppEnv() []corev1.EnvVar {
-	return []corev1.EnvVar{
-		{Name: "AWS_REGION", Value: stack.Region},
-		{Name: "AWS_ENDPOINT_URL_STS", Value: d.STS.URL()},
-		{Name: "AWS_ENDPOINT_URL_S3", Value: d.Store.URL()},
-	}
 }

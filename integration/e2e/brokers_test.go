@@ -20,6 +20,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -42,7 +43,7 @@ func observe(t *testing.T, settleTime time.Duration) *observer {
 	var running sync.WaitGroup
 	t.Cleanup(func() { cancel(); running.Wait() })
 	endpoints, err := kube.NewEndpoints(kube.EndpointsConfig{
-		REST: world.Config(), Namespace: deployment.Namespace, Service: "credence-broker", Logger: slog.New(slog.DiscardHandler),
+		REST: d.Cluster.Config(), Namespace: deployment.Namespace, Service: "credence-broker", Logger: slog.New(slog.DiscardHandler),
 		Own:    []netip.Addr{netip.MustParseAddr("192.0.2.1")}, // no broker's address
 		Update: func(m placement.Members) { o.update(ctx, &running, m) },
 	})
@@ -147,33 +148,36 @@ func TestBrokersComeAndGo(t *testing.T) {
 	o := observe(t, settleTime)
 	o.await(t, 3)
 
-	ns := namespace(t)
+	ns := d.Namespace(t)
+	var pods []string // each has a role of its name
+	for i := range roles {
+		pods = append(pods, "placed-"+strconv.Itoa(i))
+	}
 	calls := func() (n int) {
-		for i := range roles {
-			n += d.STS.Count("AssumeRole", stack.RoleARN("placed-"+strconv.Itoa(i)))
+		for _, role := range pods {
+			n += d.STS.Count("AssumeRole", stack.RoleARN(role))
 		}
 		return n
 	}
-	for i := range roles {
-		name := "placed-" + strconv.Itoa(i)
+	for i, name := range pods {
 		pod := paused(name, map[string]string{roleKey: name})
 		if i < callers {
-			pod = caller(t, app(name, map[string]string{roleKey: name}, "watch", "1h"))
+			pod = caller(t, d.App(name, map[string]string{roleKey: name}, "watch", "1h"))
 		}
-		stored := create(t, ns, pod)
+		stored := kubetest.Create(t, d.Client, ns, pod)
 		key, err := policy.Pod{Namespace: ns, Name: name, UID: string(stored.UID), ServiceAccount: "default", Request: keys.Request(stored.Annotations)}.RoutingKey()
 		if err != nil {
 			t.Fatal(err)
 		}
 		o.add(string(key))
 		if i < callers {
-			if got := variableOf(sidecarOf(stored), "CREDENCE_ROUTING_KEY"); got != string(key) {
+			if got := kubetest.Variable(kubetest.Container(t, stored, stack.SidecarName), "CREDENCE_ROUTING_KEY"); got != string(key) {
 				t.Errorf("the sidecar of %s has routing key %q, brokers have %q", name, got, key)
 			}
 		}
 	}
-	for i := range roles {
-		awaitReady(t, ns, "placed-"+strconv.Itoa(i))
+	for _, pod := range pods {
+		kubetest.AwaitReady(t, d.Client, ns, pod)
 	}
 	check := func(after string) {
 		t.Helper()
@@ -182,16 +186,14 @@ func TestBrokersComeAndGo(t *testing.T) {
 		if tolerance := max(2, want/10); got < want-tolerance || got > want+tolerance {
 			t.Errorf("after %s: STS got %d calls, want about %d", after, got, want)
 		}
-		for i := range callers {
-			calm(t, ns, "placed-"+strconv.Itoa(i))
-		}
+		calm(t, ns, pods[:callers]...)
 	}
 	check("the start")
 	if got := calls(); got != placement.Owners*roles {
 		t.Errorf("%d roles with %d owners each are %d calls", roles, placement.Owners, got)
 	}
 
-	brokers, err := podsOf(t.Context(), "broker")
+	brokers, err := d.Pods(t.Context(), "broker")
 	if err != nil || len(brokers) != 3 {
 		t.Fatalf("%d brokers: %v", len(brokers), err)
 	}

@@ -10,6 +10,9 @@ import (
 	"testing"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // TestBrokerUnavailableForMinutes stops all brokers until after the time at which sidecars renew their sessions. No running
@@ -18,17 +21,17 @@ import (
 // A sidecar that is killed meanwhile loses its session. Its pod becomes ready after the start timeout, without crash
 // loops. Like all tests that stop or replace a part of Credence, it does not run in parallel.
 func TestBrokerUnavailableForMinutes(t *testing.T) {
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	const count = 3
 	short := map[string]string{roleKey: bucket, durationKey: "15m"}
 	for i := range count {
-		create(t, ns, app("app-"+strconv.Itoa(i), short, "watch", "1h"))
+		kubetest.Create(t, d.Client, ns, d.App("app-"+strconv.Itoa(i), short, "watch", "1h"))
 	}
-	create(t, ns, paused("killed", map[string]string{roleKey: bucket, startTimeoutKey: "20s"}))
+	kubetest.Create(t, d.Client, ns, paused("killed", map[string]string{roleKey: bucket, startTimeoutKey: "20s"}))
 	for i := range count {
-		awaitReady(t, ns, "app-"+strconv.Itoa(i))
+		kubetest.AwaitReady(t, d.Client, ns, "app-"+strconv.Itoa(i))
 	}
-	victim := awaitReady(t, ns, "killed")
+	victim := kubetest.AwaitReady(t, d.Client, ns, "killed")
 
 	start := stop(t, "broker")
 	kill(t, sidecarProcess(t, victim))
@@ -37,11 +40,11 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		s := status(t, pod, sidecarName)
+		s := kubetest.Status(t, pod, stack.SidecarName)
 		if s.State.Waiting != nil && s.State.Waiting.Reason == "CrashLoopBackOff" {
 			return await.Never{Err: errors.New("its sidecar is in CrashLoopBackOff")}
 		}
-		err = ready(pod)
+		err = kubetest.Ready(pod)
 		if err == nil && s.RestartCount != 1 {
 			err = fmt.Errorf("its sidecar was restarted %d times", s.RestartCount)
 		}
@@ -50,7 +53,7 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 	for i := range count {
 		name := "app-" + strconv.Itoa(i)
 		await.Until(t, "the sidecar of "+name+" could not renew its session", func() error {
-			if output := logs(t, ns, name, sidecarName); !strings.Contains(output, "WARN") {
+			if output := kubetest.Logs(t, d.Client, ns, name, stack.SidecarName); !strings.Contains(output, "WARN") {
 				return fmt.Errorf("it logged:\n%s", output)
 			}
 			return nil
@@ -63,7 +66,7 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 	}
 	start()
 	for _, name := range waiting {
-		awaitEnd(t, ns, name)
+		kubetest.AwaitEnd(t, d.Client, ns, name)
 	}
 	for i := range count {
 		name := "app-" + strconv.Itoa(i)
@@ -72,8 +75,8 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			if s := status(t, pod, "app"); s.RestartCount != 0 {
-				return await.Never{Err: fmt.Errorf("its application has failed: %s", states(pod))}
+			if s := kubetest.Status(t, pod, "app"); s.RestartCount != 0 {
+				return await.Never{Err: fmt.Errorf("its application has failed: %s", kubetest.States(pod))}
 			}
 			if now := keys(t, ns, name); now <= before[i] {
 				return fmt.Errorf("it has seen %d access keys", now)
@@ -88,13 +91,13 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 func startWithoutBroker(t *testing.T, ns string) (waiting []string) {
 	t.Helper()
 	for name, timeout := range map[string]string{"for-ever": "0", "two-minutes": "2m"} {
-		create(t, ns, once(app(name, map[string]string{roleKey: bucket, startTimeoutKey: timeout}, "whoami")))
+		kubetest.Create(t, d.Client, ns, deployment.Once(d.App(name, map[string]string{roleKey: bucket, startTimeoutKey: timeout}, "whoami")))
 		waiting = append(waiting, name)
 	}
 	brief := paused("ten-seconds", map[string]string{roleKey: bucket, startTimeoutKey: "10s"})
-	create(t, ns, brief)
-	awaitReady(t, ns, brief.Name)
-	if output := logs(t, ns, brief.Name, sidecarName); !strings.Contains(output, messageUnavailable) {
+	kubetest.Create(t, d.Client, ns, brief)
+	kubetest.AwaitReady(t, d.Client, ns, brief.Name)
+	if output := kubetest.Logs(t, d.Client, ns, brief.Name, stack.SidecarName); !strings.Contains(output, messageUnavailable) {
 		t.Errorf("a sidecar without credentials logged:\n%s", output)
 	}
 	for _, name := range waiting {
@@ -102,8 +105,8 @@ func startWithoutBroker(t *testing.T, ns string) (waiting []string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if s := status(t, pod, "app"); s.State.Waiting == nil || s.RestartCount != 0 {
-			t.Errorf("the application of %s did not wait for credentials: %s", name, states(pod))
+		if s := kubetest.Status(t, pod, "app"); s.State.Waiting == nil || s.RestartCount != 0 {
+			t.Errorf("the application of %s did not wait for credentials: %s", name, kubetest.States(pod))
 		}
 	}
 	return waiting

@@ -15,6 +15,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -24,7 +26,7 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 	t.Parallel()
 	// The taint keeps pods of other tests away, because the node is removed.
 	taint := corev1.Taint{Key: "example.com/far", Effect: corev1.TaintEffectNoSchedule}
-	node, err := world.AddNode(t.Context(), taint)
+	node, err := d.Cluster.AddNode(t.Context(), taint)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,28 +41,28 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 	if _, err := d.Client.CoreV1().Nodes().Patch(t.Context(), node.Name(), types.MergePatchType, label, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	far := func(pod *corev1.Pod) *corev1.Pod {
 		pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: node.Name()}
 		pod.Spec.Tolerations = []corev1.Toleration{{Key: taint.Key, Operator: corev1.TolerationOpExists}}
 		return pod
 	}
-	create(t, ns, far(once(app("far", annotated(), "whoami"))))
-	zoned := far(once(app("zoned", annotated(), "zone")))
+	kubetest.Create(t, d.Client, ns, far(deployment.Once(d.App("far", annotated(), "whoami"))))
+	zoned := far(deployment.Once(d.App("zoned", annotated(), "zone")))
 	zoned.Spec.Containers[0].Image = plainImage
-	create(t, ns, zoned)
-	ended := awaitEnd(t, ns, "far")
-	awaitEnd(t, ns, "zoned")
-	if output := strings.TrimSpace(logs(t, ns, "zoned", "app")); output != zone {
+	kubetest.Create(t, d.Client, ns, zoned)
+	ended := kubetest.AwaitEnd(t, d.Client, ns, "far")
+	kubetest.AwaitEnd(t, d.Client, ns, "zoned")
+	if output := strings.TrimSpace(kubetest.Logs(t, d.Client, ns, "zoned", "app")); output != zone {
 		t.Errorf("instance metadata has zone %q, want %q", output, zone)
 	}
 	if ended.Spec.NodeName != node.Name() {
 		t.Errorf("the pod ran on %s", ended.Spec.NodeName)
 	}
-	if output := logs(t, ns, "far", "app"); !strings.Contains(output, ":assumed-role/"+bucket+"/") {
+	if output := kubetest.Logs(t, d.Client, ns, "far", "app"); !strings.Contains(output, ":assumed-role/"+bucket+"/") {
 		t.Errorf("the application is %q", output)
 	}
-	brokers, err := podsOf(t.Context(), "broker")
+	brokers, err := d.Pods(t.Context(), "broker")
 	if err != nil || len(brokers) == 0 {
 		t.Fatalf("brokers: %v, %v", brokers, err)
 	}
@@ -75,19 +77,19 @@ func TestPodsOfAnotherNodeReachTheBroker(t *testing.T) {
 // it was opted in a moment before.
 func TestNamespaceLabelledASecondBefore(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t, func(ns *corev1.Namespace) { delete(ns.Labels, injectLabel) })
+	ns := d.Namespace(t, func(labels, _ map[string]string) { delete(labels, injectLabel) })
 	patch := fmt.Appendf(nil, `{"metadata":{"labels":{%q:"enabled"}}}`, injectLabel)
 	if _, err := d.Client.CoreV1().Namespaces().Patch(t.Context(), ns, types.MergePatchType, patch, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// Until the API server's own watch delivers the label, it calls no webhook and applies no policy.
 	await.Until(t, "the pod is injected", func() error {
-		pod, err := tryDry(t, ns, once(app("first", annotated(), "whoami")))
+		pod, err := kubetest.Dry(t, d.Client, ns, deployment.Once(d.App("first", annotated(), "whoami")))
 		if err == nil && len(pod.Spec.InitContainers) == 0 {
 			err = errors.New("it has no sidecar")
 		}
 		return err
 	})
-	create(t, ns, once(app("first", annotated(), "whoami")))
-	awaitEnd(t, ns, "first")
+	kubetest.Create(t, d.Client, ns, deployment.Once(d.App("first", annotated(), "whoami")))
+	kubetest.AwaitEnd(t, d.Client, ns, "first")
 }

@@ -18,6 +18,8 @@ import (
 
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // A flood creates annotated pods at a constant rate, as all controllers of a cluster do together. It does not wait for
@@ -63,14 +65,14 @@ func (f *flood) run(ctx context.Context, namespace string) {
 
 func (f *flood) create(ctx context.Context, namespace string, n int) {
 	terminating := f.terminating.Load()
-	pod := app("flood-"+strconv.Itoa(n), annotated(), "whoami")
+	pod := d.App("flood-"+strconv.Itoa(n), annotated(), "whoami")
 	pod.Spec.SchedulingGates = []corev1.PodSchedulingGate{{Name: "example.com/never"}} // no node runs it
 	options := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
 	if n%floodStored == 0 {
 		options.DryRun = nil
 	}
 	stored, err := d.Client.CoreV1().Pods(namespace).Create(ctx, pod, options)
-	if err == nil && (len(stored.Spec.InitContainers) != 1 || stored.Spec.InitContainers[0].Name != sidecarName) {
+	if err == nil && (len(stored.Spec.InitContainers) != 1 || stored.Spec.InitContainers[0].Name != stack.SidecarName) {
 		err = fmt.Errorf("pod %s was admitted with init containers %v", pod.Name, stored.Spec.InitContainers)
 	}
 	if err != nil {
@@ -99,7 +101,7 @@ func (f *flood) watch(ctx context.Context) {
 
 // webhooks returns the UIDs of the webhook's pods, and whether one of them terminates.
 func webhooks(ctx context.Context) (uids map[types.UID]bool, terminating bool, err error) {
-	pods, err := podsOf(ctx, "webhook")
+	pods, err := d.Pods(ctx, "webhook")
 	if err != nil {
 		return nil, false, err
 	}
@@ -125,9 +127,9 @@ func TestRolloutHasNoEffectOnPods(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ns := namespace(t)
-			create(t, ns, caller(t, app("app", annotated(), "watch", "1h")))
-			awaitReady(t, ns, "app")
+			ns := d.Namespace(t)
+			kubetest.Create(t, d.Client, ns, caller(t, d.App("app", annotated(), "watch", "1h")))
+			kubetest.AwaitReady(t, d.Client, ns, "app")
 			old, _, err := webhooks(t.Context())
 			if err != nil || len(old) != 2 {
 				t.Fatalf("there are %d webhooks, want 2 (%v)", len(old), err)

@@ -19,6 +19,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // sidecarProcess returns the folder in /proc of a pod's sidecar. The kubelet names the cgroups of containers by the UID of
@@ -81,9 +84,9 @@ func writable(path string, entry fs.DirEntry) (bool, error) {
 // and no volume except its own.
 func TestSidecarHasNoRightsOrStorage(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
-	create(t, ns, app("app", annotated(), "watch", "1h"))
-	pod := awaitReady(t, ns, "app")
+	ns := d.Namespace(t)
+	kubetest.Create(t, d.Client, ns, d.App("app", annotated(), "watch", "1h"))
+	pod := kubetest.AwaitReady(t, d.Client, ns, "app")
 	for _, volume := range pod.Spec.Volumes {
 		if volume.EmptyDir != nil {
 			t.Errorf("volume %s is an emptyDir, which keeps the autoscaler from removing the node", volume.Name)
@@ -128,7 +131,7 @@ func TestSidecarHasNoRightsOrStorage(t *testing.T) {
 	if !slices.Equal(names, []string{"roots.pem", "token"}) {
 		t.Errorf("the folder of the API token has %v", names)
 	}
-	for _, m := range sidecarOf(pod).VolumeMounts {
+	for _, m := range kubetest.Container(t, pod, stack.SidecarName).VolumeMounts {
 		if strings.HasPrefix(m.Name, "kube-api-access") {
 			t.Errorf("the sidecar mounts the API token from volume %s", m.Name)
 		}
@@ -148,24 +151,24 @@ func TestSidecarHasNoRightsOrStorage(t *testing.T) {
 // is restarted.
 func TestKilledSidecarComesBack(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
-	create(t, ns, paused("app", annotated()))
-	kill(t, sidecarProcess(t, awaitReady(t, ns, "app")))
+	ns := d.Namespace(t)
+	kubetest.Create(t, d.Client, ns, paused("app", annotated()))
+	kill(t, sidecarProcess(t, kubetest.AwaitReady(t, d.Client, ns, "app")))
 	await.Until(t, "the new sidecar has credentials", func() error {
 		pod, err := get(t.Context(), ns, "app")
 		if err != nil {
 			return err
 		}
-		if s := status(t, pod, "app"); s.RestartCount != 0 {
-			return await.Never{Err: errors.New("the application was restarted: " + states(pod))}
+		if s := kubetest.Status(t, pod, "app"); s.RestartCount != 0 {
+			return await.Never{Err: errors.New("the application was restarted: " + kubetest.States(pod))}
 		}
-		if s := status(t, pod, sidecarName); s.RestartCount != 1 {
-			return errors.New("the sidecar was not restarted: " + states(pod))
+		if s := kubetest.Status(t, pod, stack.SidecarName); s.RestartCount != 1 {
+			return errors.New("the sidecar was not restarted: " + kubetest.States(pod))
 		}
-		if output := logs(t, ns, "app", sidecarName); !strings.Contains(output, messageReceived) {
+		if output := kubetest.Logs(t, d.Client, ns, "app", stack.SidecarName); !strings.Contains(output, messageReceived) {
 			return fmt.Errorf("it logged:\n%s", output)
 		}
-		return ready(pod)
+		return kubetest.Ready(pod)
 	})
 }
 
@@ -181,24 +184,24 @@ func TestManyClientsAreServedInTheSidecarsMemory(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			ns := namespace(t)
+			ns := d.Namespace(t)
 			annotations, want := annotated(), "16Mi"
 			if tc.memory != "" {
 				annotations["iam.amazonaws.com/sidecar-memory"], want = tc.memory, tc.memory
 			}
-			pod := once(app("app", annotations, "crowd", tc.atOnce, tc.times))
+			pod := deployment.Once(d.App("app", annotations, "crowd", tc.atOnce, tc.times))
 			pod.Spec.Containers[0].Image = plainImage
-			stored := create(t, ns, pod)
-			limit := sidecarOf(stored).Resources.Limits[corev1.ResourceMemory]
+			stored := kubetest.Create(t, d.Client, ns, pod)
+			limit := kubetest.Container(t, stored, stack.SidecarName).Resources.Limits[corev1.ResourceMemory]
 			if limit.String() != want {
 				t.Errorf("the sidecar's memory is limited to %s, want %s", limit.String(), want)
 			}
-			ended := awaitEnd(t, ns, "app")
-			if output := strings.TrimSpace(logs(t, ns, "app", "app")); output != tc.all {
+			ended := kubetest.AwaitEnd(t, d.Client, ns, "app")
+			if output := strings.TrimSpace(kubetest.Logs(t, d.Client, ns, "app", "app")); output != tc.all {
 				t.Errorf("%q requests were served, want %s", output, tc.all)
 			}
-			if s := status(t, ended, sidecarName); s.RestartCount != 0 || s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
-				t.Errorf("with a limit of %s the sidecar has failed: %s", limit.String(), states(ended))
+			if s := kubetest.Status(t, ended, stack.SidecarName); s.RestartCount != 0 || s.State.Terminated == nil || s.State.Terminated.ExitCode != 0 {
+				t.Errorf("with a limit of %s the sidecar has failed: %s", limit.String(), kubetest.States(ended))
 			}
 		})
 	}
@@ -207,15 +210,15 @@ func TestManyClientsAreServedInTheSidecarsMemory(t *testing.T) {
 // TestTerminatingPodIsRenewed shows that a pod which terminates slowly has credentials until its end.
 func TestTerminatingPodIsRenewed(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
-	pod := app("app", map[string]string{roleKey: bucket, durationKey: "15m"}, "watch", "1h")
+	ns := d.Namespace(t)
+	pod := d.App("app", map[string]string{roleKey: bucket, durationKey: "15m"}, "watch", "1h")
 	pod.Spec.TerminationGracePeriodSeconds = new(int64(3600))
 	// The kubelet sends SIGTERM to the application after this hook.
 	pod.Spec.Containers[0].Lifecycle = &corev1.Lifecycle{PreStop: &corev1.LifecycleHandler{Sleep: &corev1.SleepAction{Seconds: 3500}}}
-	create(t, ns, pod)
-	awaitReady(t, ns, "app")
+	kubetest.Create(t, d.Client, ns, pod)
+	kubetest.AwaitReady(t, d.Client, ns, "app")
 	await.Until(t, "the application has seen a session", func() error {
-		if output := logs(t, ns, "app", "app"); len(strings.Fields(output)) != 1 { // its access key only
+		if output := kubetest.Logs(t, d.Client, ns, "app", "app"); len(strings.Fields(output)) != 1 { // its access key only
 			return fmt.Errorf("it printed %q", output)
 		}
 		return nil
@@ -235,8 +238,8 @@ func TestTerminatingPodIsRenewed(t *testing.T) {
 		if err != nil {
 			return await.Never{Err: err}
 		}
-		if s := status(t, pod, "app"); s.State.Running == nil || s.RestartCount != 0 || pod.DeletionTimestamp == nil {
-			return await.Never{Err: errors.New("the application does not run while its pod terminates: " + states(pod))}
+		if s := kubetest.Status(t, pod, "app"); s.State.Running == nil || s.RestartCount != 0 || pod.DeletionTimestamp == nil {
+			return await.Never{Err: errors.New("the application does not run while its pod terminates: " + kubetest.States(pod))}
 		}
 		if now := keys(t, ns, "app"); now <= before {
 			return fmt.Errorf("it has seen %d access keys, before the deletion %d", now, before)

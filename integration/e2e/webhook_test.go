@@ -14,12 +14,12 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -54,7 +54,7 @@ func counts(t *testing.T) map[string]int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client := &http.Client{Transport: &http.Transport{DialContext: world.Host().Dial, DisableKeepAlives: true}}
+	client := &http.Client{Transport: &http.Transport{DialContext: d.Cluster.Host().Dial, DisableKeepAlives: true}}
 	all, scraped := make(map[string]int), 0
 	for _, slice := range slices.Items {
 		for _, port := range slice.Ports {
@@ -99,9 +99,9 @@ func counted(t *testing.T, before map[string]int) map[string]int {
 
 // TestWebhookCountsItsDecisions shows that each decision on a pod is counted once, by its outcome and reason.
 func TestWebhookCountsItsDecisions(t *testing.T) {
-	ns := namespace(t, func(ns *corev1.Namespace) { ns.Annotations[permittedKey] = stack.RoleARN(bucket) })
+	ns := d.Namespace(t, func(_, annotations map[string]string) { annotations[permittedKey] = stack.RoleARN(bucket) })
 	try := func(annotations map[string]string) error {
-		_, err := tryDry(t, ns, app("app", annotations))
+		_, err := kubetest.Dry(t, d.Client, ns, d.App("app", annotations))
 		return err
 	}
 	// All counters exist from the start of the process.
@@ -141,9 +141,9 @@ func TestWebhookCountsItsDecisions(t *testing.T) {
 // TestWebhookUnavailable shows how the API server refuses an annotated pod without a webhook. The message leads to
 // docs/operations.md, and controllers retry. integration/chart/admission shows that other pods are admitted.
 func TestWebhookUnavailable(t *testing.T) {
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	stop(t, "webhook")
-	_, err := tryDry(t, ns, app("app", annotated()))
+	_, err := kubetest.Dry(t, d.Client, ns, d.App("app", annotated()))
 	for _, part := range []string{`failed calling webhook "inject.credence-iam.github.io"`, `no endpoints available for service "credence-webhook"`} {
 		if err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("an annotated pod got %v, want %s in it", err, part)

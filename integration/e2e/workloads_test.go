@@ -17,6 +17,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -36,21 +38,21 @@ func apply(t *testing.T, namespace string, object any) {
 // last one ends.
 func TestFirstLineFindsCredentials(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
-	pod := once(app("job", annotated(), "whoami"))
+	ns := d.Namespace(t)
+	pod := deployment.Once(d.App("job", annotated(), "whoami"))
 	// The user's init container runs before the application and has credentials too.
-	pod.Spec.InitContainers = []corev1.Container{container("init", "whoami")}
-	create(t, ns, pod)
-	ended := awaitEnd(t, ns, "job")
+	pod.Spec.InitContainers = []corev1.Container{d.Container("init", "whoami")}
+	kubetest.Create(t, d.Client, ns, pod)
+	ended := kubetest.AwaitEnd(t, d.Client, ns, "job")
 	for _, name := range []string{"init", "app"} {
-		if output := logs(t, ns, "job", name); !strings.HasPrefix(output, assumed(bucket)) {
+		if output := kubetest.Logs(t, d.Client, ns, "job", name); !strings.HasPrefix(output, assumed(bucket)) {
 			t.Errorf("container %s output %q", name, output)
 		}
 	}
 	// The kubelet starts the sidecar first and stops it last.
-	sidecar, init, own := status(t, ended, sidecarName), status(t, ended, "init"), status(t, ended, "app")
+	sidecar, init, own := kubetest.Status(t, ended, stack.SidecarName), kubetest.Status(t, ended, "init"), kubetest.Status(t, ended, "app")
 	if sidecar.State.Terminated == nil || sidecar.State.Terminated.ExitCode != 0 || sidecar.RestartCount != 0 {
-		t.Fatalf("the sidecar has failed: %s", states(ended))
+		t.Fatalf("the sidecar has failed: %s", kubetest.States(ended))
 	}
 	begin, end := sidecar.State.Terminated.StartedAt, sidecar.State.Terminated.FinishedAt
 	if init.State.Terminated.StartedAt.Before(&begin) || end.Before(&own.State.Terminated.FinishedAt) {
@@ -63,7 +65,7 @@ func TestFirstLineFindsCredentials(t *testing.T) {
 // LimitRange refuses the default sidecar.
 func TestSidecarOfItsOwn(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	least := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("20m"), corev1.ResourceMemory: resource.MustParse("24Mi")}
 	if _, err := d.Client.CoreV1().LimitRanges(ns).Create(t.Context(), &corev1.LimitRange{
 		ObjectMeta: metav1.ObjectMeta{Name: "limits"}, Spec: corev1.LimitRangeSpec{Limits: []corev1.LimitRangeItem{{
@@ -79,12 +81,12 @@ func TestSidecarOfItsOwn(t *testing.T) {
 	} {
 		annotations["iam.amazonaws.com/"+key] = value
 	}
-	create(t, ns, once(app("job", annotations, "whoami")))
-	awaitEnd(t, ns, "job")
-	if output := logs(t, ns, "job", "app"); !strings.HasPrefix(output, assumed(bucket)) {
+	kubetest.Create(t, d.Client, ns, deployment.Once(d.App("job", annotations, "whoami")))
+	kubetest.AwaitEnd(t, d.Client, ns, "job")
+	if output := kubetest.Logs(t, d.Client, ns, "job", "app"); !strings.HasPrefix(output, assumed(bucket)) {
 		t.Errorf("the application output %q", output)
 	}
-	if output := logs(t, ns, "job", sidecarName); strings.Contains(output, `"level":"INFO"`) {
+	if output := kubetest.Logs(t, d.Client, ns, "job", stack.SidecarName); strings.Contains(output, `"level":"INFO"`) {
 		t.Errorf("the sidecar output %q", output)
 	}
 }
@@ -93,11 +95,11 @@ func TestSidecarOfItsOwn(t *testing.T) {
 // enforces PodSecurity "restricted".
 func TestEveryKindOfWorkloadRuns(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	lasting := []string{"Pod", "Deployment", "StatefulSet", "DaemonSet"}
 	for _, kind := range lasting {
 		name := strings.ToLower(kind)
-		pod := app(name, annotated(), "watch", "1h")
+		pod := d.App(name, annotated(), "watch", "1h")
 		manifest := map[string]any{"apiVersion": "apps/v1", "kind": kind, "metadata": map[string]any{"name": name}, "spec": map[string]any{
 			"selector": map[string]any{"matchLabels": pod.Labels},
 			"template": map[string]any{"metadata": map[string]any{"labels": pod.Labels, "annotations": pod.Annotations}, "spec": pod.Spec},
@@ -107,7 +109,7 @@ func TestEveryKindOfWorkloadRuns(t *testing.T) {
 		}
 		apply(t, ns, manifest)
 	}
-	job := once(app("cronjob", annotated(), "whoami"))
+	job := deployment.Once(d.App("cronjob", annotated(), "whoami"))
 	apply(t, ns, map[string]any{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": map[string]any{"name": "cronjob"}, "spec": map[string]any{
 		"schedule":    "* * * * *",
 		"jobTemplate": map[string]any{"spec": map[string]any{"template": map[string]any{"metadata": map[string]any{"annotations": job.Annotations}, "spec": job.Spec}}},
@@ -122,15 +124,15 @@ func TestEveryKindOfWorkloadRuns(t *testing.T) {
 			if len(pods.Items) != 1 {
 				return fmt.Errorf("it has %d pods", len(pods.Items))
 			}
-			if err := ready(&pods.Items[0]); err != nil {
+			if err := kubetest.Ready(&pods.Items[0]); err != nil {
 				return err
 			}
 			// The application's first line is its access key.
-			if output := logs(t, ns, pods.Items[0].Name, "app"); output == "" {
+			if output := kubetest.Logs(t, d.Client, ns, pods.Items[0].Name, "app"); output == "" {
 				return errors.New("the application has no output")
 			}
-			if s := status(t, &pods.Items[0], "app"); s.RestartCount != 0 {
-				return await.Never{Err: fmt.Errorf("the application has failed: %s", states(&pods.Items[0]))}
+			if s := kubetest.Status(t, &pods.Items[0], "app"); s.RestartCount != 0 {
+				return await.Never{Err: fmt.Errorf("the application has failed: %s", kubetest.States(&pods.Items[0]))}
 			}
 			return nil
 		})
@@ -162,7 +164,7 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 	if aws, err = filepath.EvalSymlinks(aws); err != nil {
 		t.Fatal(err)
 	}
-	ns := namespace(t, unrestricted)
+	ns := d.Namespace(t, unrestricted)
 	script := strings.Join([]string{
 		"set -e", "cd /tmp", `export HOME=/root AWS_PAGER= AWS_CONFIG_FILE=/dev/null AWS_SHARED_CREDENTIALS_FILE=/dev/null`,
 		aws + " sts get-caller-identity --query Arn --output text",
@@ -170,7 +172,7 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 		aws + " s3 cp s3://" + bucket + "/from-the-cli.txt -",
 	}, "\n")
 	// Old CLIs read another variable for the region. The webhook sets both.
-	pod := once(app("cli", map[string]string{roleKey: bucket, "iam.amazonaws.com/region": stack.Region}))
+	pod := deployment.Once(d.App("cli", map[string]string{roleKey: bucket, "iam.amazonaws.com/region": stack.Region}))
 	pod.Spec.SecurityContext = nil
 	pod.Spec.Volumes = []corev1.Volume{{Name: "node", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/"}}}}
 	c := &pod.Spec.Containers[0]
@@ -179,9 +181,9 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 	c.Env = slices.DeleteFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "AWS_REGION" })
 	c.Env = append(c.Env, corev1.EnvVar{Name: "PATH", Value: filepath.Dir(aws) + ":/usr/local/bin:/usr/bin:/bin"})
 	c.VolumeMounts = []corev1.VolumeMount{{Name: "node", MountPath: "/node", ReadOnly: true}}
-	create(t, ns, pod)
-	awaitEnd(t, ns, "cli")
-	output := strings.Split(strings.TrimSpace(logs(t, ns, "cli", "app")), "\n")
+	kubetest.Create(t, d.Client, ns, pod)
+	kubetest.AwaitEnd(t, d.Client, ns, "cli")
+	output := strings.Split(strings.TrimSpace(kubetest.Logs(t, d.Client, ns, "cli", "app")), "\n")
 	if len(output) < 2 || !strings.HasPrefix(output[0], assumed(bucket)) || output[len(output)-1] != "up and down" {
 		t.Errorf("the CLI output %q", output)
 	}
@@ -191,10 +193,10 @@ func TestAWSCLIInThePodsNetwork(t *testing.T) {
 // sidecar as without it.
 func TestOwnProjectedTokens(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	outputs := map[string]string{}
 	for name, annotations := range map[string]map[string]string{"plain": nil, "injected": annotated()} {
-		pod := once(app(name, annotations, "read", "/var/run/mode/token", "/var/run/default/token"))
+		pod := deployment.Once(d.App(name, annotations, "read", "/var/run/mode/token", "/var/run/default/token"))
 		pod.Spec.Containers[0].Image = plainImage
 		for volume, mode := range map[string]*int32{"mode": new(int32(0o400)), "default": nil} {
 			pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: volume, VolumeSource: corev1.VolumeSource{
@@ -205,12 +207,12 @@ func TestOwnProjectedTokens(t *testing.T) {
 			pod.Spec.Containers[0].VolumeMounts = append(pod.Spec.Containers[0].VolumeMounts,
 				corev1.VolumeMount{Name: volume, MountPath: "/var/run/" + volume, ReadOnly: true})
 		}
-		create(t, ns, pod)
-		ended := awaitEnd(t, ns, name)
+		kubetest.Create(t, d.Client, ns, pod)
+		ended := kubetest.AwaitEnd(t, d.Client, ns, name)
 		if has := len(ended.Spec.InitContainers) == 1; has != (annotations != nil) {
 			t.Fatalf("pod %s has a sidecar: %t", name, has)
 		}
-		outputs[name] = logs(t, ns, name, "app")
+		outputs[name] = kubetest.Logs(t, d.Client, ns, name, "app")
 	}
 	if outputs["injected"] != outputs["plain"] || strings.Count(outputs["plain"], "-rw------- uid 1000, some text: true") != 2 {
 		t.Errorf("without the sidecar:\n%s\nwith it:\n%s", outputs["plain"], outputs["injected"])
@@ -221,30 +223,30 @@ func TestOwnProjectedTokens(t *testing.T) {
 // name server.
 func TestOwnDNS(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	dns, err := d.Client.CoreV1().Services(metav1.NamespaceSystem).Get(t.Context(), "kube-dns", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	own := func(name string, config *corev1.PodDNSConfig) *corev1.Pod {
-		pod := once(app(name, annotated(), "whoami"))
+		pod := deployment.Once(d.App(name, annotated(), "whoami"))
 		pod.Spec.DNSPolicy, pod.Spec.DNSConfig = corev1.DNSNone, config
 		return pod
 	}
-	create(t, ns, own("none", &corev1.PodDNSConfig{Nameservers: []string{dns.Spec.ClusterIP}}))
-	create(t, ns, own("searches", &corev1.PodDNSConfig{Nameservers: []string{dns.Spec.ClusterIP}, Searches: []string{"cluster.local"}}))
-	host := once(app("with-host-net", annotated(), "whoami"))
+	kubetest.Create(t, d.Client, ns, own("none", &corev1.PodDNSConfig{Nameservers: []string{dns.Spec.ClusterIP}}))
+	kubetest.Create(t, d.Client, ns, own("searches", &corev1.PodDNSConfig{Nameservers: []string{dns.Spec.ClusterIP}, Searches: []string{"cluster.local"}}))
+	host := deployment.Once(d.App("with-host-net", annotated(), "whoami"))
 	host.Spec.DNSPolicy = corev1.DNSClusterFirstWithHostNet
-	create(t, ns, host)
+	kubetest.Create(t, d.Client, ns, host)
 	for _, name := range []string{"none", "searches", "with-host-net"} {
 		await.Until(t, "the sidecar of pod "+name+" has credentials", func() error {
-			if output := logs(t, ns, name, sidecarName); !strings.Contains(output, messageReceived) {
+			if output := kubetest.Logs(t, d.Client, ns, name, stack.SidecarName); !strings.Contains(output, messageReceived) {
 				return errors.New(output)
 			}
 			return nil
 		})
 	}
-	node := app("default", annotated(), "whoami")
+	node := d.App("default", annotated(), "whoami")
 	node.Spec.DNSPolicy = corev1.DNSDefault
 	if _, err := d.Client.CoreV1().Pods(ns).Create(t.Context(), node, metav1.CreateOptions{}); err == nil || !strings.Contains(err.Error(), "dnsPolicy Default") {
 		t.Errorf("a pod with dnsPolicy Default: %v", err)
@@ -255,17 +257,17 @@ func TestOwnDNS(t *testing.T) {
 // immediately.
 func TestCopyForDebugging(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	annotations := annotated()
 	annotations[startTimeoutKey] = "1h"
-	create(t, ns, app("app", annotations, "watch", "1h"))
-	original := awaitReady(t, ns, "app")
+	kubetest.Create(t, d.Client, ns, d.App("app", annotations, "watch", "1h"))
+	original := kubetest.AwaitReady(t, d.Client, ns, "app")
 	debugged := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "copy"}, Spec: *original.Spec.DeepCopy()}
 	debugged.Spec.NodeName = ""
 	debugged.Spec.Containers[0].Image, debugged.Spec.Containers[0].Args = pauseImage, nil
-	create(t, ns, debugged)
-	awaitReady(t, ns, "copy")
-	if output := logs(t, ns, "copy", sidecarName); !strings.Contains(output, "POD_NOT_INJECTED") || !strings.Contains(output, messageNotInjected) {
+	kubetest.Create(t, d.Client, ns, debugged)
+	kubetest.AwaitReady(t, d.Client, ns, "copy")
+	if output := kubetest.Logs(t, d.Client, ns, "copy", stack.SidecarName); !strings.Contains(output, "POD_NOT_INJECTED") || !strings.Contains(output, messageNotInjected) {
 		t.Errorf("its sidecar output:\n%s", output)
 	}
 }
@@ -273,8 +275,8 @@ func TestCopyForDebugging(t *testing.T) {
 // TestRefusalIsVisible shows that "kubectl describe" prints the refusal of a controller's pods.
 func TestRefusalIsVisible(t *testing.T) {
 	t.Parallel()
-	ns := namespace(t, func(ns *corev1.Namespace) {
-		ns.Annotations[permittedKey] = "arn:aws:iam::123456789012:role/" + bucket
+	ns := d.Namespace(t, func(_, annotations map[string]string) {
+		annotations[permittedKey] = "arn:aws:iam::123456789012:role/" + bucket
 	})
 	manifest := fmt.Sprintf(`apiVersion: apps/v1
 kind: ReplicaSet

@@ -26,9 +26,6 @@ import (
 	"github.com/credence-iam/credence/integration/stack"
 )
 
-// variable enables these tests. Without it they would run with all other tests, which do not need root.
-const variable = "CREDENCE_E2E"
-
 // world is one installation.
 type world struct {
 	*deployment.Deployment
@@ -74,8 +71,8 @@ func TestDualStackWithIPv6Preferred(t *testing.T) {
 // install installs Credence on a new cluster with these families, and makes an opted-in namespace.
 func install(t *testing.T, families ...corev1.IPFamily) world {
 	t.Helper()
-	if os.Getenv(variable) == "" {
-		t.Skipf("this test runs by make e2e, which sets %s", variable)
+	if os.Getenv(deployment.Variable) == "" {
+		t.Skipf("this test runs by make e2e, which sets %s", deployment.Variable)
 	}
 	c, err := cluster.Start(t.Context(), cluster.Config{Nodes: 1, IPFamilies: families, Progress: os.Stderr})
 	if err != nil {
@@ -97,8 +94,7 @@ func install(t *testing.T, families ...corev1.IPFamily) world {
 	if err := d.Install(t.Context(), "--set=networkPolicy.enabled=true"); err != nil {
 		t.Fatal(err)
 	}
-	return world{d, families, kubetest.Namespace(t, d.Client, map[string]string{"iam.amazonaws.com/inject": "enabled"},
-		map[string]string{"iam.amazonaws.com/permitted": ".*"})}
+	return world{d, families, d.Namespace(t)}
 }
 
 // addresses checks that the cluster has the families that it should have: otherwise the other checks show nothing.
@@ -157,23 +153,12 @@ func (w world) works(t *testing.T) {
 // getsCredentials runs a pod with a role of its own. So its credentials cannot be those of an earlier pod.
 func (w world) getsCredentials(t *testing.T, role string) {
 	t.Helper()
-	pod := stack.Pod(role, map[string]string{"iam.amazonaws.com/role": role})
-	pod.Spec.RestartPolicy = corev1.RestartPolicyNever
-	app := &pod.Spec.Containers[0]
-	app.Image, app.ImagePullPolicy, app.Args, app.Env = deployment.AppImage, corev1.PullNever, []string{"whoami"}, w.AppEnv()
+	pod := deployment.Once(w.App(role, map[string]string{"iam.amazonaws.com/role": role}, "whoami"))
 	kubetest.Create(t, w.Client, w.namespace, pod)
-	pods := w.Client.CoreV1().Pods(w.namespace)
-	await.Until(t, "pod "+role+" ends", func() error {
-		stored, err := pods.Get(t.Context(), role, metav1.GetOptions{})
-		if err == nil && stored.Status.Phase != corev1.PodSucceeded && stored.Status.Phase != corev1.PodFailed {
-			err = fmt.Errorf("it is %s: %v", stored.Status.Phase, stored.Status.InitContainerStatuses)
-		}
-		return err
-	})
-	output, err := pods.GetLogs(role, &corev1.PodLogOptions{Container: app.Name}).DoRaw(t.Context())
+	kubetest.AwaitEnd(t, w.Client, w.namespace, role)
 	want := "arn:aws:sts::" + stack.Account + ":assumed-role/" + role + "/credence"
-	if got := strings.TrimSpace(string(output)); err != nil || got != want {
-		t.Errorf("an SDK in pod %s is %q (%v), want %q", role, got, err, want)
+	if got := strings.TrimSpace(kubetest.Logs(t, w.Client, w.namespace, role, "app")); got != want {
+		t.Errorf("an SDK in pod %s is %q, want %q", role, got, want)
 	}
 }
 
@@ -181,15 +166,14 @@ func (w world) getsCredentials(t *testing.T, role string) {
 func (w world) brokersKnowEachOther(t *testing.T) {
 	t.Helper()
 	await.Until(t, "each of two brokers has half of the rate", func() error {
-		brokers, err := w.Client.CoreV1().Pods(deployment.Namespace).
-			List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=broker"})
-		if err == nil && len(brokers.Items) != 2 {
-			err = fmt.Errorf("there are %d brokers", len(brokers.Items))
+		brokers, err := w.Pods(t.Context(), "broker")
+		if err == nil && len(brokers) != 2 {
+			err = fmt.Errorf("there are %d brokers", len(brokers))
 		}
 		if err != nil {
 			return err
 		}
-		for _, broker := range brokers.Items {
+		for _, broker := range brokers {
 			metrics, err := w.Client.CoreV1().Pods(deployment.Namespace).
 				ProxyGet("http", broker.Name, "8080", "metrics", nil).DoRaw(t.Context())
 			if err == nil && !strings.Contains(string(metrics), "\ncredence_broker_fetch_rate_share 200\n") {

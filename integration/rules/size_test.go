@@ -76,8 +76,8 @@ func TestLargeExceptions(t *testing.T) {
 // The maximum lines of Go in integration, without its nested modules. The record docs/decisions/0028-size-of-integration.md
 // and 0038 say where they go. Lower these numbers when integration shrinks.
 const (
-	maxIntegration      = 15_000
-	maxIntegrationTests = 20_500
+	maxIntegration      = 15_300
+	maxIntegrationTests = 20_200
 )
 
 // TestSizeOfIntegration keeps the test house from growing beside the product.

@@ -57,15 +57,9 @@ func TestMain(m *testing.M) {
 
 func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
 	control = c
-	credence, err = stack.Start(ctx, stack.Config{Cluster: c, Progress: os.Stderr, STS: ststest.Config{
-		SessionDuration: func(requested time.Duration) time.Duration {
-			if requested == 15*time.Minute {
-				return shortLife
-			}
-			return requested
-		},
-	}})
-	if err != nil {
+	if credence, err = stack.Start(ctx, stack.Config{
+		Cluster: c, Progress: os.Stderr, STS: ststest.Config{SessionDuration: stack.MinimumLasts(shortLife)},
+	}); err != nil {
 		return err
 	}
 	versions = [2]version{{"previous", previous.Programs, "16Mi"}, {"this", filepath.Join(c.Run().Dir(), "bin"), "17Mi"}}

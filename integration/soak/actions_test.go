@@ -4,11 +4,9 @@ package soak
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,6 +23,7 @@ import (
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/certmanager"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 )
 
 // nothing waits for a time in which nothing fails.
@@ -38,8 +37,6 @@ func pods(ctx context.Context, namespace, selector string) ([]corev1.Pod, error)
 	}
 	return list.Items, nil
 }
-
-func ours(component string) string { return "app.kubernetes.io/component=" + component }
 
 // killTwice kills a container of all these pods twice at once.
 func killTwice(namespace, selector, container string) func(*testing.T) {
@@ -78,25 +75,18 @@ func awaitRestart(t *testing.T, container string, before ...corev1.Pod) {
 			if err != nil {
 				return err
 			}
-			return ready(now, container, statusOf(t, p, container).RestartCount+1)
+			if s := kubetest.Status(t, now, container); s.RestartCount <= kubetest.Status(t, &p, container).RestartCount || !s.Ready {
+				return fmt.Errorf("container %s of pod %s was not restarted: %s", container, p.Name, kubetest.States(now))
+			}
+			return kubetest.Ready(now)
 		})
 	}
-}
-
-func statusOf(t *testing.T, p corev1.Pod, container string) corev1.ContainerStatus {
-	t.Helper()
-	all := append(p.Status.InitContainerStatuses, p.Status.ContainerStatuses...)
-	i := slices.IndexFunc(all, func(s corev1.ContainerStatus) bool { return s.Name == container })
-	if i < 0 {
-		t.Fatalf("pod %s has no container %s", p.Name, container)
-	}
-	return all[i]
 }
 
 // processOf returns the number of the process of a container. Its cgroup is named after the container.
 func processOf(t *testing.T, p corev1.Pod, container string) (pid int) {
 	t.Helper()
-	_, id, _ := strings.Cut(statusOf(t, p, container).ContainerID, "://")
+	_, id, _ := strings.Cut(kubetest.Status(t, &p, container).ContainerID, "://")
 	files, err := filepath.Glob("/proc/[0-9]*/cgroup")
 	if err != nil || id == "" {
 		t.Fatalf("container %s of pod %s does not run (%v)", container, p.Name, err)
@@ -155,9 +145,9 @@ func crashTwice(after time.Duration, names ...string) func(*testing.T) {
 // withoutAPIServer kills the API server, does something, and starts it again.
 func withoutAPIServer(t *testing.T, do func()) {
 	t.Helper()
-	world.StopAPIServer()
+	d.Cluster.StopAPIServer()
 	do()
-	if err := world.StartAPIServer(t.Context()); err != nil {
+	if err := d.Cluster.StartAPIServer(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	healthy(t)
@@ -206,38 +196,13 @@ func awaitRenewals(t *testing.T) {
 	}
 }
 
-// served returns the serial numbers of the certificates that the pods of a component serve.
-func served(ctx context.Context, component string) (map[string]bool, error) {
-	list, err := pods(ctx, deployment.Namespace, ours(component))
-	if err != nil {
-		return nil, err
-	}
-	serials := make(map[string]bool)
-	for _, p := range list {
-		conn, err := world.Host().Dial(ctx, "tcp", net.JoinHostPort(p.Status.PodIP, "9443"))
-		if err != nil {
-			return nil, err
-		}
-		// This only reads the certificate. Brokers serve HTTP/2 only, webhooks HTTP/1.1 only.
-		client := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2", "http/1.1"}})
-		err = client.HandshakeContext(ctx)
-		if err == nil {
-			serials[client.ConnectionState().PeerCertificates[0].SerialNumber.String()] = true
-		}
-		if err := errors.Join(err, conn.Close()); err != nil {
-			return nil, err
-		}
-	}
-	return serials, nil
-}
-
 // replaced does something, and waits until all brokers and webhooks serve other certificates than before.
 func replaced(t *testing.T, do func()) {
 	t.Helper()
 	components := []string{"broker", "webhook"}
 	before := map[string]bool{}
 	for _, c := range components {
-		serials, err := served(t.Context(), c)
+		serials, err := d.Served(t.Context(), c)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -246,7 +211,7 @@ func replaced(t *testing.T, do func()) {
 	do()
 	for _, c := range components {
 		await.Until(t, "each "+c+" serves a new certificate", func() error {
-			now, err := served(t.Context(), c)
+			now, err := d.Served(t.Context(), c)
 			for serial := range now {
 				if before[serial] {
 					err = errors.Join(err, errors.New("one serves the old certificate"))
@@ -257,14 +222,11 @@ func replaced(t *testing.T, do func()) {
 	}
 }
 
-// renew makes cert-manager renew the certificates of brokers and webhooks, as cmctl renew does.
+// renew makes cert-manager renew the certificates of brokers and webhooks.
 func renew(t *testing.T) {
 	t.Helper()
-	for _, name := range []string{"credence-broker", "credence-webhook"} {
-		patch := fmt.Appendf(nil, `{"status":{"conditions":[{"type":"Issuing","status":"True","reason":"ManuallyTriggered","message":"a test","lastTransitionTime":%q}]}}`,
-			time.Now().UTC().Format(time.RFC3339))
-		if err := d.Client.Discovery().RESTClient().Patch(types.MergePatchType).
-			AbsPath("/apis/cert-manager.io/v1/namespaces", deployment.Namespace, "certificates", name, "status").Body(patch).Do(t.Context()).Error(); err != nil {
+	for _, component := range []string{"broker", "webhook"} {
+		if err := d.RenewCertificate(t.Context(), component); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -6,11 +6,9 @@ import (
 	"cmp"
 	"context"
 	_ "embed" // for the program in Python
-	"errors"
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -178,19 +176,4 @@ func pause(ctx context.Context, d time.Duration) {
 	case <-ctx.Done():
 	case <-time.After(d):
 	}
-}
-
-// ready returns nil if the pod is ready and its container of that name, if any, was restarted at least so often.
-func ready(pod *corev1.Pod, name string, restarts int32) error {
-	for _, s := range append(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses...) {
-		if s.Name == name && (s.RestartCount < restarts || !s.Ready) {
-			return fmt.Errorf("container %s of pod %s was restarted %d times, ready: %t", name, pod.Name, s.RestartCount, s.Ready)
-		}
-	}
-	for _, c := range pod.Status.Conditions {
-		if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
-			return nil
-		}
-	}
-	return errors.New("pod " + pod.Name + " is not ready: " + strings.TrimSpace(string(pod.Status.Phase)+" "+pod.Status.Message))
 }

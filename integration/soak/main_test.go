@@ -18,36 +18,28 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/credence-iam/credence/integration/cluster"
 	"github.com/credence-iam/credence/integration/deployment"
-	"github.com/credence-iam/credence/integration/images"
 )
 
 const (
-	// enable has the value "soak" when the failures run.
-	enable = "CREDENCE_E2E"
 	// sessionVariable sets the session duration of the applications that the failures are about.
 	sessionVariable = "CREDENCE_SOAK_SESSION"
 
-	module      = "github.com/credence-iam/credence"
 	sdkImage    = "localhost/sdk:1"
 	chrootImage = "localhost/chroot:1" // runs programs of the node
 )
 
 // All failures share one cluster.
 var (
-	world *cluster.Cluster
-	d     *deployment.Deployment
-	seen  *recorder
+	d    *deployment.Deployment
+	seen *recorder
 
 	// session is the session duration. The default is the shortest that AWS allows. An outage that is about the session
 	// duration then takes a quarter of the time that it takes with the default of users, one hour.
@@ -68,7 +60,7 @@ func part(d time.Duration) time.Duration {
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	if os.Getenv(enable) != "soak" {
+	if !enabled() {
 		os.Exit(m.Run())
 	}
 	if text := os.Getenv(sessionVariable); text != "" {
@@ -78,27 +70,19 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	os.Exit(cluster.RunTests(cluster.Config{Nodes: 2, Progress: os.Stderr}, setUp, m.Run))
+	os.Exit(deployment.RunTests(cluster.Config{Nodes: 2}, deployment.Config{
+		Images: map[string]string{sdkImage: "soak/sdk", chrootImage: "e2e/chroot"},
+	}, setUp, m.Run))
 }
 
+// enabled reports whether the failures run.
+func enabled() bool { return os.Getenv(deployment.Variable) == "soak" }
+
 // setUp installs Credence and starts the load, which ends with ctx.
-func setUp(ctx context.Context, c *cluster.Cluster) (err error) {
-	world = c
+func setUp(ctx context.Context, prepared *deployment.Deployment) (err error) {
+	d = prepared
 	if product, err = commit(ctx); err != nil {
 		return err
-	}
-	if d, err = deployment.Prepare(ctx, deployment.Config{Cluster: world, Progress: os.Stderr}); err != nil {
-		return err
-	}
-	folder := filepath.Join(world.Run().Dir(), "soak")
-	for reference, pkg := range map[string]string{sdkImage: "soak/sdk", chrootImage: "e2e/chroot"} {
-		archive, err := images.BuildLocal(ctx, folder, reference, module+"/integration/"+pkg)
-		if err != nil {
-			return err
-		}
-		if err := world.LoadImage(ctx, archive.Path); err != nil {
-			return err
-		}
 	}
 	url, err := serveSTS(ctx)
 	if err != nil {
@@ -124,7 +108,7 @@ func upgrade(ctx context.Context, more ...string) error {
 
 // serveSTS serves the STS for brokers alone, until ctx ends, so that it can fail for them alone.
 func serveSTS(ctx context.Context) (url string, err error) {
-	host := world.Host()
+	host := d.Cluster.Host()
 	listener, err := host.Listen(ctx, "tcp", net.JoinHostPort(host.Address(), "0"))
 	if err != nil {
 		return "", err
@@ -161,33 +145,33 @@ func commit(ctx context.Context) (string, error) {
 
 // node returns a node by its name.
 func node(name string) *cluster.Node {
-	nodes := world.Nodes()
+	nodes := d.Cluster.Nodes()
 	return nodes[slices.IndexFunc(nodes, func(n *cluster.Node) bool { return n.Name() == name })]
 }
 
 // crash kills a program of the cluster, and starts it again after some time, as its supervisor would.
 func crash(name string, after time.Duration) error {
-	command, err := world.Run().Kill(name)
+	command, err := d.Cluster.Run().Kill(name)
 	if err != nil {
 		return err
 	}
 	time.Sleep(after)
-	_, err = world.Run().Start(command)
+	_, err = d.Cluster.Run().Start(command)
 	return err
 }
 
 // onTwoNodes returns an error if the failure of one node would be the failure of all pods of a component.
 func onTwoNodes(ctx context.Context, component string) error {
-	pods, err := d.Client.CoreV1().Pods(deployment.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
+	pods, err := d.Pods(ctx, component)
 	if err != nil {
 		return err
 	}
 	nodes := make(map[string]bool)
-	for _, pod := range pods.Items {
+	for _, pod := range pods {
 		nodes[pod.Spec.NodeName] = true
 	}
 	if len(nodes) < 2 {
-		return fmt.Errorf("the %d pods of the %s are on %d node", len(pods.Items), component, len(nodes))
+		return fmt.Errorf("the %d pods of the %s are on %d node", len(pods), component, len(nodes))
 	}
 	return nil
 }

@@ -54,7 +54,7 @@ func startPrometheus(ctx context.Context) (*prometheus, error) {
 		return nil, errors.New("docs/metrics.md has no rules, or none on the session duration")
 	}
 	rules = "groups:" + strings.Replace(rules, forAnHour, fmt.Sprintf("credence_broker_stalest_session_seconds < %.0f", part(20*time.Minute).Seconds()), 1)
-	folder := filepath.Join(world.Run().Dir(), "prometheus")
+	folder := filepath.Join(d.Cluster.Run().Dir(), "prometheus")
 	rulesFile, configFile, targets := filepath.Join(folder, "rules.yaml"), filepath.Join(folder, "prometheus.yaml"), filepath.Join(folder, "targets.json")
 	if err := errors.Join(
 		os.RemoveAll(folder), os.MkdirAll(folder, 0o700), os.WriteFile(rulesFile, []byte(rules), 0o600),
@@ -62,7 +62,7 @@ func startPrometheus(ctx context.Context) (*prometheus, error) {
 	); err != nil {
 		return nil, err
 	}
-	host := world.Host()
+	host := d.Cluster.Host()
 	address := host.Address() + ":9090" // the network is the cluster's
 	started, err := host.Start(process.Command{Name: "prometheus", Path: path, Args: []string{
 		"--config.file=" + configFile, "--storage.tsdb.path=" + folder, "--web.listen-address=" + address, "--log.level=warn",

@@ -49,10 +49,10 @@ func newRecorder() *recorder {
 // run reads until ctx ends. A kubelet removes the log of a deleted pod after some seconds.
 func (r *recorder) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		for _, n := range world.Nodes() {
+		for _, n := range d.Cluster.Nodes() {
 			// As the node sees it, because a failure mounts another file system there.
 			root := filepath.Join("/proc", strconv.Itoa(n.PID()), "root")
-			files, _ := filepath.Glob(filepath.Join(root, world.Logs(), n.Name()+"-pods", "*", "*", "*.log"))
+			files, _ := filepath.Glob(filepath.Join(root, d.Cluster.Logs(), n.Name()+"-pods", "*", "*", "*.log"))
 			for _, file := range files {
 				r.read(file)
 			}

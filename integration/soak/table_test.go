@@ -39,13 +39,13 @@ var failures = []failure{
 		name: "kill-broker", title: "All brokers are killed",
 		does:  "Both brokers are killed at once with SIGKILL, and a second time when they are back.",
 		means: "Sidecars serve the sessions that they have. Each new broker fetches the sessions of running pods before it is ready.",
-		do:    killTwice(deployment.Namespace, ours("broker"), "broker"),
+		do:    killTwice(deployment.Namespace, deployment.Selector("broker"), "broker"),
 	},
 	{
 		name: "kill-webhook", title: "All webhooks are killed",
 		does:  "Both webhooks are killed at once with SIGKILL, and a second time when they are back.",
 		means: "Running pods do not need the webhook. The API server refuses new annotated pods until one is back, and controllers try again.",
-		do:    killTwice(deployment.Namespace, ours("webhook"), "webhook"),
+		do:    killTwice(deployment.Namespace, deployment.Selector("webhook"), "webhook"),
 	},
 	{
 		name: "kill-api-server", title: "The API server is killed",
@@ -88,7 +88,7 @@ var failures = []failure{
 		do: func(t *testing.T) {
 			for _, part := range []string{"cert-manager-controller", "cert-manager-cainjector", "cert-manager-webhook"} {
 				component := strings.TrimPrefix(part, "cert-manager-")
-				killTwice(certManagerNamespace, ours(component), part)(t)
+				killTwice(certManagerNamespace, deployment.Selector(component), part)(t)
 			}
 		},
 	},
@@ -297,7 +297,7 @@ spec: {ca: {secretName: other-ca}}
 // aBroker returns one of the brokers.
 func aBroker(t *testing.T) corev1.Pod {
 	t.Helper()
-	list, err := pods(t.Context(), deployment.Namespace, ours("broker"))
+	list, err := d.Pods(t.Context(), "broker")
 	if err != nil || len(list) == 0 {
 		t.Fatalf("there are no brokers: %v", err)
 	}
@@ -309,7 +309,7 @@ func aBroker(t *testing.T) corev1.Pod {
 func fullDisk(t *testing.T) {
 	broker := aBroker(t)
 	on := broker.Spec.NodeName
-	logs := filepath.Join(world.Logs(), on+"-pods", fmt.Sprintf("%s_%s_%s", broker.Namespace, broker.Name, broker.UID))
+	logs := filepath.Join(d.Cluster.Logs(), on+"-pods", fmt.Sprintf("%s_%s_%s", broker.Namespace, broker.Name, broker.UID))
 	size := func() (total int64) {
 		files, _ := filepath.Glob(filepath.Join("/proc", strconv.Itoa(node(on).PID()), "root", logs, "broker", "*.log"))
 		for _, file := range files {
@@ -359,15 +359,15 @@ func outOfMemory(t *testing.T) {
 
 // restore takes a backup of etcd, and later starts etcd with it.
 func restore(t *testing.T) {
-	data := filepath.Join(world.Run().Dir(), "etcd")
+	data := filepath.Join(d.Cluster.Run().Dir(), "etcd")
 	backup := data + "-backup"
 	withoutAPIServer(t, func() {
-		etcd, err := world.Run().Kill("etcd")
+		etcd, err := d.Cluster.Run().Kill("etcd")
 		if err == nil {
 			err = os.CopyFS(backup, os.DirFS(data))
 		}
 		if err == nil {
-			_, err = world.Run().Start(etcd)
+			_, err = d.Cluster.Run().Start(etcd)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -375,12 +375,12 @@ func restore(t *testing.T) {
 	})
 	time.Sleep(90 * time.Second)
 	withoutAPIServer(t, func() {
-		etcd, err := world.Run().Kill("etcd")
+		etcd, err := d.Cluster.Run().Kill("etcd")
 		if err == nil {
 			err = errors.Join(os.RemoveAll(data), os.Rename(backup, data))
 		}
 		if err == nil {
-			_, err = world.Run().Start(etcd)
+			_, err = d.Cluster.Run().Start(etcd)
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
@@ -142,6 +143,17 @@ func (s *Stack) setWebhookRoots(ctx context.Context, roots []byte) error {
 		}
 	}
 	return nil
+}
+
+// MinimumLasts returns an ststest.Config.SessionDuration with which a session that was requested for 15 minutes, the minimum
+// of AWS, has the given duration. So tests can wait for renewals.
+func MinimumLasts(actual time.Duration) func(requested time.Duration) time.Duration {
+	return func(requested time.Duration) time.Duration {
+		if requested == 15*time.Minute {
+			return actual
+		}
+		return requested
+	}
 }
 
 // Pod returns a small pod with these annotations, as a user would write it.

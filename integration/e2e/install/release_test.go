@@ -1,6 +1,6 @@
 //go:build linux
 
-package e2e
+package install
 
 import (
 	"context"
@@ -22,13 +22,15 @@ import (
 
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/registry"
 	"github.com/credence-iam/credence/integration/release"
 	"github.com/credence-iam/credence/integration/release/releasetest"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 const (
-	installPage = "../../docs/install.md"
+	installPage = "../../../docs/install.md"
 	registryOf  = "ghcr.io" // of the page
 )
 
@@ -37,12 +39,12 @@ const (
 func TestReleaseAsDocumented(t *testing.T) {
 	page := readPage(t)
 	files := makeRelease(t, page.version)
-	listener, err := world.Host().Listen(t.Context(), "tcp", net.JoinHostPort(world.Host().Address(), "0"))
+	listener, err := d.Cluster.Host().Listen(t.Context(), "tcp", net.JoinHostPort(d.Cluster.Host().Address(), "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	address := registry.Start(t.Context(), listener)
-	transport := &http.Transport{DialContext: world.Host().Dial}
+	transport := &http.Transport{DialContext: d.Cluster.Host().Dial}
 	published, err := release.Publish(t.Context(), files, address+"/credence-iam", transport)
 	if err != nil {
 		t.Fatal(err)
@@ -52,11 +54,11 @@ func TestReleaseAsDocumented(t *testing.T) {
 			releasetest.CheckReferrers(t, files, p, remote.WithTransport(transport))
 		}
 	}
-	if err := world.Mirror(registryOf, "http://"+address); err != nil {
+	if err := d.Cluster.Mirror(registryOf, "http://"+address); err != nil {
 		t.Fatal(err)
 	}
 	page.prepare(t, address, files)
-	replaceInstallation(t)
+	withoutNamespace(t)
 
 	page.run(t, "create secret", "helm install", "create namespace shop")
 	checkFirstPod(t, page, published)
@@ -82,8 +84,8 @@ func makeRelease(t *testing.T, version string) string {
 	return filepath.Join(clone, ".build", "release")
 }
 
-// replaceInstallation removes the installation of all tests with its namespace, and brings both back when the test ends.
-func replaceInstallation(t *testing.T) {
+// withoutNamespace uninstalls Credence and removes its namespace, until the test ends.
+func withoutNamespace(t *testing.T) {
 	t.Helper()
 	secrets, err := d.Client.CoreV1().Secrets(deployment.Namespace).List(t.Context(), metav1.ListOptions{})
 	if err != nil {
@@ -114,9 +116,6 @@ func replaceInstallation(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := d.Upgrade(ctx); err != nil {
-			t.Fatal(err)
-		}
 	})
 }
 
@@ -138,15 +137,15 @@ func removeNamespace(t *testing.T, namespace string) {
 // checkFirstPod runs the page's first pod, and removes it.
 func checkFirstPod(t *testing.T, page *page, published []release.Published) {
 	t.Helper()
-	awaitServiceAccount(t, "shop")
+	kubetest.AwaitServiceAccount(t, d.Client, "shop")
 	if output := page.run(t, "whoami.yaml"); !strings.Contains(output, "assumed-role/shop-cart/credence") {
 		t.Errorf("the first pod printed %q", output)
 	}
-	pod, err := get(t.Context(), "shop", "whoami")
+	pod, err := d.Client.CoreV1().Pods("shop").Get(t.Context(), "whoami", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := status(t, pod, sidecarName).ImageID, reference(t, published, "sidecar"); got != want {
+	if got, want := kubetest.Status(t, pod, stack.SidecarName).ImageID, reference(t, published, "sidecar"); got != want {
 		t.Errorf("the sidecar is %s, want %s", got, want)
 	}
 	page.command(t, "kubectl -n shop delete pod whoami")
@@ -157,12 +156,12 @@ func checkImages(t *testing.T, published []release.Published) {
 	t.Helper()
 	for _, component := range []string{"broker", "webhook"} {
 		want := reference(t, published, component)
-		pods, err := podsOf(t.Context(), component)
+		pods, err := d.Pods(t.Context(), component)
 		if err != nil || len(pods) == 0 {
 			t.Fatalf("%d pods of the %s: %v", len(pods), component, err)
 		}
 		for _, pod := range pods {
-			if got := status(t, &pod, component).ImageID; got != want {
+			if got := kubetest.Status(t, &pod, component).ImageID; got != want {
 				t.Errorf("pod %s runs %s, want %s", pod.Name, got, want)
 			}
 		}

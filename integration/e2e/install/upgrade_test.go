@@ -1,46 +1,100 @@
 //go:build linux
 
-package helm
+package install
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/chart"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/kubetest"
+	"github.com/credence-iam/credence/integration/skew"
 	"github.com/credence-iam/credence/integration/stack"
 )
+
+// previousTag is the tag of the images of the previous version.
+const previousTag = "previous"
+
+// products are the images that the chart installs, with the names of their values.
+var products = []string{"broker", "webhook", "sidecar"}
+
+// loadPrevious loads the previous version's images, and returns Helm's arguments that install its chart and these images.
+func loadPrevious(t *testing.T, previous skew.Version) []string {
+	t.Helper()
+	references := map[string]string{skew.CallerProgram: callerImage}
+	for _, product := range products {
+		references["credence-"+product] = "localhost/credence-" + product
+	}
+	folder := filepath.Join(d.Cluster.Run().Dir(), "previous")
+	for program, reference := range references {
+		image := images.Image{
+			Reference: reference + ":" + previousTag, Name: program, Plain: true,
+			Programs: map[string]string{runtime.GOARCH: filepath.Join(previous.Programs, program)},
+		}
+		archive, err := image.Write(filepath.Join(folder, program+".tar"))
+		if err == nil {
+			err = d.Cluster.LoadImage(t.Context(), archive.Path)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ours, err := chart.Folder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := slices.Clone(d.Credence)
+	at := slices.Index(args, ours)
+	if at < 0 {
+		t.Fatalf("helm's arguments %q have no chart %s", args, ours)
+	}
+	args[at] = filepath.Join(previous.Source, "charts", "credence")
+	args = slices.DeleteFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "--set=check.") }) // It may have no check.
+	for _, product := range products {
+		args = append(args, "--set=images."+product+".tag="+previousTag)
+	}
+	return args
+}
 
 // TestUpgradeAndRollback installs the previous version, fails to upgrade it, upgrades it, rolls back, upgrades again and
 // uninstalls. Meanwhile, the API server admits each pod with its sidecar, and no call of a running pod fails, whatever the
 // version of its sidecar.
 func TestUpgradeAndRollback(t *testing.T) {
-	this := d.Credence
-	var err error
-	if d.Credence, err = previousArguments(); err != nil {
+	previous, err := skew.Previous(t.Context(), os.Stderr)
+	if errors.Is(err, skew.ErrNoHistory) {
+		t.Skip(err)
+	} else if err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Install(t.Context()); err != nil {
+	t.Log("the previous version is commit", previous.Commit)
+	if err := d.Uninstall(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	d.Credence = this
-	ns := kubetest.Namespace(t, d.Client, map[string]string{"iam.amazonaws.com/inject": "enabled"}, map[string]string{"iam.amazonaws.com/permitted": ".*"})
+	if _, err := d.Run(t.Context(), "", d.Helm, loadPrevious(t, previous)...); err != nil {
+		t.Fatal(err)
+	}
+	ns := d.Namespace(t)
 	w := &watched{t: t, namespace: ns}
 	w.add("installed", previousTag)
 	f := startFlood(t, ns)
 
 	// Brokers that cannot reach STS do not become ready, so the update of brokers stops. That of webhooks does not.
-	if _, err := d.Run(t.Context(), "", d.Helm, append(this, "--set=aws.stsEndpoint=http://127.0.0.1:1", "--timeout=5s")...); err == nil {
+	if _, err := d.Run(t.Context(), "", d.Helm, append(slices.Clone(d.Credence), "--set=aws.stsEndpoint=http://127.0.0.1:1", "--timeout=5s")...); err == nil {
 		t.Fatal("an upgrade with a wrong address of STS succeeded")
 	}
 	await.Until(t, "the failed upgrade has replaced the webhooks", func() error { return all("webhook", thisTag) })
@@ -72,7 +126,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	f.end()
 	await.Until(t, "the first sidecar has renewed its session", func() error {
-		if keys := strings.Fields(w.log("installed", "app")); len(keys) < 2 {
+		if keys := strings.Fields(kubetest.Logs(t, d.Client, ns, "installed", "app")); len(keys) < 2 {
 			return fmt.Errorf("its application has used %d access keys", len(keys))
 		}
 		return nil
@@ -81,7 +135,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	if err := d.Uninstall(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	w.unharmed("uninstallation")
+	d.CheckRunning(t, ns, w.names...)
 	await.Until(t, "annotated pods are admitted without a sidecar", func() error { // the API server watches policies
 		admitted, err := kubetest.Dry(t, d.Client, ns, app("after"))
 		if err == nil && len(admitted.Spec.InitContainers) > 0 {
@@ -91,34 +145,8 @@ func TestUpgradeAndRollback(t *testing.T) {
 	})
 }
 
-// app returns an annotated pod whose application uses credentials all the time. A caller of each tag calls the brokers all
-// the time, with the client of the sidecar of that version.
-func app(name string, callers ...string) *corev1.Pod {
-	const volume, path = "caller", "/identity"
-	pod := stack.Pod(name, map[string]string{"iam.amazonaws.com/role": "cart", "iam.amazonaws.com/duration": "15m"})
-	pod.Spec.TerminationGracePeriodSeconds = new(int64(1))
-	c := &pod.Spec.Containers[0]
-	c.Image, c.Args, c.Env = deployment.AppImage, []string{"watch", "1h"}, d.AppEnv()
-	for _, tag := range callers {
-		pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{
-			Name: "caller-" + tag, Image: callerImage + ":" + tag, VolumeMounts: []corev1.VolumeMount{{Name: volume, MountPath: path}},
-			Env: []corev1.EnvVar{
-				{Name: "CREDENCE_BROKER", Value: "credence-broker." + deployment.Namespace + ".svc:9443"},
-				{Name: "CREDENCE_TOKEN_FILE", Value: path + "/token"}, {Name: "CREDENCE_ROOTS_FILE", Value: path + "/roots.pem"},
-			},
-		})
-		pod.Spec.Volumes = []corev1.Volume{{Name: volume, VolumeSource: corev1.VolumeSource{
-			Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
-				{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Audience: stack.Audience, ExpirationSeconds: new(int64(3600)), Path: "token"}},
-				{ConfigMap: &corev1.ConfigMapProjection{
-					LocalObjectReference: corev1.LocalObjectReference{Name: "credence-trust"},
-					Items:                []corev1.KeyToPath{{Key: "roots.pem", Path: "roots.pem"}},
-				}},
-			}},
-		}}}
-	}
-	return pod
-}
+// callers are containers that call the brokers all the time, with the client of the sidecar of each version.
+var callers = []string{"caller-" + previousTag, "caller-" + thisTag}
 
 // watched are running pods in which nothing may fail.
 type watched struct {
@@ -130,14 +158,18 @@ type watched struct {
 // add creates a pod, and waits until its application uses credentials. Its sidecar must have the tag.
 func (w *watched) add(name, tag string) {
 	w.t.Helper()
-	pod := kubetest.Create(w.t, d.Client, w.namespace, app(name, previousTag, thisTag))
+	pod := app(name)
+	for _, c := range callers {
+		d.AddCaller(pod, c, callerImage+strings.Replace(c, "caller-", ":", 1), "")
+	}
+	pod = kubetest.Create(w.t, d.Client, w.namespace, pod)
 	if got := pod.Spec.InitContainers[0].Image; got != "localhost/credence-sidecar:"+tag {
 		w.t.Errorf("pod %s has a sidecar with image %s, want tag %s", name, got, tag)
 	}
 	w.names = append(w.names, name)
 	await.Until(w.t, "pod "+name+" uses credentials", func() error {
-		for _, container := range []string{"app", "caller-" + previousTag, "caller-" + thisTag} {
-			if w.log(name, container) == "" {
+		for _, container := range append(callers, "app") {
+			if kubetest.Logs(w.t, d.Client, w.namespace, name, container) == "" {
 				return fmt.Errorf("container %s has no output", container)
 			}
 		}
@@ -145,54 +177,19 @@ func (w *watched) add(name, tag string) {
 	})
 }
 
-func (w *watched) log(name, container string) string {
-	text, err := d.Client.CoreV1().Pods(w.namespace).GetLogs(name, &corev1.PodLogOptions{Container: container}).DoRaw(w.t.Context())
-	if err != nil {
-		return ""
-	}
-	return string(text)
-}
-
-// unharmed checks that no container was restarted.
-func (w *watched) unharmed(after string) {
-	w.t.Helper()
-	for _, name := range w.names {
-		pod, err := d.Client.CoreV1().Pods(w.namespace).Get(w.t.Context(), name, metav1.GetOptions{})
-		if err != nil {
-			w.t.Fatal(err)
-		}
-		for _, s := range append(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses...) {
-			if s.State.Running == nil || s.RestartCount != 0 {
-				w.t.Errorf("after %s, container %s of pod %s has failed: %+v", after, s.Name, name, s)
-			}
-		}
-	}
-}
-
 // check checks that no call and no container of any pod has failed, and prints what runs.
 func (w *watched) check(after string) {
 	w.t.Helper()
-	w.unharmed(after)
+	d.CheckCallers(w.t, w.namespace, callers, w.names...)
 	for _, name := range w.names {
-		for _, tag := range []string{previousTag, thisTag} {
-			before := strings.Count(w.log(name, "caller-"+tag), "calls ")
-			await.Until(w.t, "the callers call again", func() error {
-				if now := strings.Count(w.log(name, "caller-"+tag), "calls "); now <= before {
-					return fmt.Errorf("the caller of pod %s printed %d lines", name, now)
-				}
-				return nil
-			})
-			if output := w.log(name, "caller-"+tag); strings.Contains(output, "FAILED") {
-				w.t.Errorf("after %s, calls of pod %s with the client of %s have failed:\n%s", after, name, tag, output)
-			}
-		}
-		if output := w.log(name, stack.SidecarName); strings.Contains(output, `"level":"WARN"`) || strings.Contains(output, `"level":"ERROR"`) {
-			w.t.Errorf("after %s, the sidecar of pod %s has output:\n%s", after, name, output)
+		output := kubetest.Logs(w.t, d.Client, w.namespace, name, stack.SidecarName)
+		if strings.Contains(output, `"level":"WARN"`) || strings.Contains(output, `"level":"ERROR"`) {
+			w.t.Errorf("the sidecar of pod %s has output:\n%s", name, output)
 		}
 	}
 	w.t.Logf("after %s:", after)
 	for _, component := range []string{"broker", "webhook"} {
-		pods, err := podsOf(w.t.Context(), component)
+		pods, err := d.Pods(w.t.Context(), component)
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -207,17 +204,9 @@ func (w *watched) check(after string) {
 	}
 }
 
-func podsOf(ctx context.Context, component string) ([]corev1.Pod, error) {
-	list, err := d.Client.CoreV1().Pods(deployment.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=" + component})
-	if err != nil {
-		return nil, err
-	}
-	return list.Items, nil
-}
-
 // all returns nil if a component has two pods, which both have the tag.
 func all(component, tag string) error {
-	pods, err := podsOf(context.Background(), component)
+	pods, err := d.Pods(context.Background(), component)
 	if err != nil {
 		return err
 	}

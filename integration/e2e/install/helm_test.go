@@ -1,6 +1,6 @@
 //go:build linux
 
-package e2e
+package install
 
 import (
 	"context"
@@ -17,13 +17,14 @@ import (
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
 // TestHelmReturnsWhenPodsAreInjected shows that a pod can be injected as soon as Helm has installed the chart, and that Helm
 // shows why not.
 func TestHelmReturnsWhenPodsAreInjected(t *testing.T) {
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	if err := d.Uninstall(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -42,11 +43,11 @@ func TestHelmReturnsWhenPodsAreInjected(t *testing.T) {
 	if err := d.Upgrade(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	pod, err := tryDry(t, ns, app("app", annotated()))
+	pod, err := kubetest.Dry(t, d.Client, ns, app("app"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	sidecarOf(pod)
+	kubetest.Container(t, pod, stack.SidecarName)
 	jobs, err := d.Client.BatchV1().Jobs(deployment.Namespace).List(t.Context(), metav1.ListOptions{})
 	if err != nil || len(jobs.Items) > 0 {
 		t.Errorf("the check has left %d Jobs: %v", len(jobs.Items), err)
@@ -72,7 +73,7 @@ const refusal = `extraObjects:
 
 // TestWebhookOnTheHostsNetwork shows that pods are injected if the webhook uses the network of its node.
 func TestWebhookOnTheHostsNetwork(t *testing.T) {
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	enforce := func(level string) {
 		t.Helper()
 		if _, err := d.Run(context.WithoutCancel(t.Context()), "", d.Kubectl, "label", "namespace", deployment.Namespace, "--overwrite", "pod-security.kubernetes.io/enforce="+level); err != nil {
@@ -80,46 +81,38 @@ func TestWebhookOnTheHostsNetwork(t *testing.T) {
 		}
 	}
 	enforce("privileged")
-	t.Cleanup(func() {
-		if err := d.Upgrade(context.WithoutCancel(t.Context())); err != nil {
-			t.Error(err)
-		}
-		enforce("restricted")
-	})
+	t.Cleanup(func() { enforce("restricted") })
 	// The cluster has one node.
 	if err := d.Upgrade(t.Context(), "--set=webhook.hostNetwork=true,webhook.replicas=1,webhook.port=10260,webhook.adminPort=10261"); err != nil {
 		t.Fatal(err)
 	}
 	await.Until(t, "only the webhook on the host's network runs", func() error {
-		pods, err := podsOf(t.Context(), "webhook")
+		pods, err := d.Pods(t.Context(), "webhook")
 		if err == nil && (len(pods) != 1 || pods[0].Status.PodIP != pods[0].Status.HostIP) {
 			err = fmt.Errorf("there are %d pods", len(pods))
 		}
 		return err
 	})
-	pod := create(t, ns, once(app("app", annotated(), "whoami")))
-	sidecarOf(pod)
-	awaitEnd(t, ns, "app")
+	pod := deployment.Once(app("app"))
+	pod.Spec.Containers[0].Args = []string{"whoami"}
+	kubetest.Container(t, kubetest.Create(t, d.Client, ns, pod), stack.SidecarName)
+	kubetest.AwaitEnd(t, d.Client, ns, "app")
 }
 
 // TestHelmTest shows that "helm test" gets credentials in a pod, prints no secret, and shows a refusal of AWS.
 func TestHelmTest(t *testing.T) {
-	ns := namespace(t)
-	t.Cleanup(func() {
-		if err := d.Upgrade(context.WithoutCancel(t.Context())); err != nil {
-			t.Error(err)
-		}
-	})
+	const good = "shelf"
+	ns := d.Namespace(t)
 	d.STS.SetRole(stack.RoleARN("untrusting"), ststest.Behavior{Deny: true})
 	for role, want := range map[string]string{
-		bucket:       "The pod has credentials of " + stack.RoleARN(bucket) + ", access key ID ...",
+		good:         "The pod has credentials of " + stack.RoleARN(good) + ", access key ID ...",
 		"untrusting": "STS_ACCESS_DENIED: ",
 	} {
 		if err := d.Upgrade(t.Context(), "--set=test.namespace="+ns, "--set=test.role="+role); err != nil {
 			t.Fatal(err)
 		}
 		out, err := d.Run(t.Context(), "", d.Helm, "test", "credence", "--namespace="+deployment.Namespace, "--timeout=5m")
-		if !strings.Contains(out, want) || (err == nil) != (role == bucket) {
+		if !strings.Contains(out, want) || (err == nil) != (role == good) {
 			t.Errorf("helm test with role %s: %v, want %q in\n%s", role, err, want, out)
 		}
 		t.Log(out)
@@ -131,38 +124,36 @@ func TestHelmTest(t *testing.T) {
 }
 
 // TestUninstallBlocksNoPod shows that an uninstalled release blocks no running and no new pod, and leaves nothing behind.
-// integration/chart/admission has the list of cluster-scoped objects. The cleanup installs it again.
+// integration/chart/admission has the list of cluster-scoped objects.
 func TestUninstallBlocksNoPod(t *testing.T) {
-	ns := namespace(t)
-	create(t, ns, app("before", annotated(), "watch", "1h"))
-	awaitReady(t, ns, "before")
+	if err := d.Upgrade(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ns := d.Namespace(t)
+	kubetest.Create(t, d.Client, ns, app("before"))
+	kubetest.AwaitReady(t, d.Client, ns, "before")
 	if err := d.Uninstall(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := d.Upgrade(context.WithoutCancel(t.Context())); err != nil {
-			t.Fatal(err)
-		}
-	})
 	await.Until(t, "an annotated pod is admitted", func() error { // the API server watches policies
-		_, err := d.Client.CoreV1().Pods(ns).Create(t.Context(), paused("after", annotated()), metav1.CreateOptions{})
+		pod := app("after")
+		pod.Spec.Containers[0].Image = "localhost/credence-pause:1" // It does nothing.
+		_, err := d.Client.CoreV1().Pods(ns).Create(t.Context(), pod, metav1.CreateOptions{})
 		return err
 	})
-	if pod := awaitReady(t, ns, "after"); len(pod.Spec.InitContainers) != 0 {
+	if pod := kubetest.AwaitReady(t, d.Client, ns, "after"); len(pod.Spec.InitContainers) != 0 {
 		t.Errorf("the pod has init containers %v", pod.Spec.InitContainers)
 	}
 	await.Until(t, "its keys can change", func() error {
 		_, err := d.Run(t.Context(), "", d.Kubectl, "annotate", "pod", "after", "-n", ns, "--overwrite", roleKey+"=other")
 		return err
 	})
-	running := awaitReady(t, ns, "before")
-	if s := status(t, running, "app"); s.RestartCount != 0 {
-		t.Errorf("the application of a running pod has failed: %s", states(running))
-	}
+	kubetest.AwaitReady(t, d.Client, ns, "before")
+	d.CheckRunning(t, ns, "before")
 	if err := d.Client.CoreV1().Pods(ns).Delete(t.Context(), "before", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	awaitGone(t, ns, "before")
+	kubetest.AwaitDeleted(t, d.Client, ns, "before")
 	await.Until(t, "the published roots are deleted", func() error {
 		_, err := d.Client.CoreV1().ConfigMaps(ns).Get(t.Context(), "credence-trust", metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
