@@ -35,6 +35,7 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 
 	start := stop(t, "broker")
 	kill(t, sidecarProcess(t, victim))
+	waiting := startWithoutBroker(t, ns)
 	await.Until(t, "the pod whose sidecar was killed is ready again, without a broker", func() error {
 		pod, err := get(t.Context(), ns, "killed")
 		if err != nil {
@@ -59,7 +60,6 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 			return nil
 		})
 	}
-	waiting := startWithoutBroker(t, ns)
 	before := make([]int, count)
 	for i := range count {
 		before[i] = keys(t, ns, "app-"+strconv.Itoa(i))
@@ -90,7 +90,7 @@ func TestBrokerUnavailableForMinutes(t *testing.T) {
 // their start timeout.
 func startWithoutBroker(t *testing.T, ns string) (waiting []string) {
 	t.Helper()
-	for name, timeout := range map[string]string{"for-ever": "0", "two-minutes": "2m"} {
+	for name, timeout := range map[string]string{"for-ever": "0", "five-minutes": "5m"} {
 		kubetest.Create(t, d.Client, ns, deployment.Once(d.App(name, map[string]string{roleKey: bucket, startTimeoutKey: timeout}, "whoami")))
 		waiting = append(waiting, name)
 	}

@@ -36,9 +36,9 @@ const (
 	pauseImage = "localhost/credence-pause:1"
 )
 
-// shortLife is the real duration of a session that was requested for 15 minutes, the minimum of STS, so that tests can
-// wait for renewals.
-const shortLife = 3 * time.Minute
+// shortLife is the real duration of a session that was requested for 15 minutes. Sidecars renew it after half of it. The
+// other half must be longer than brokers need to start.
+const shortLife = 2 * time.Minute
 
 func TestMain(m *testing.M) {
 	config := cluster.Config{Nodes: 1}

@@ -34,7 +34,7 @@ const (
 	// patience is the timeout of a call, as in a sidecar.
 	patience = 10 * time.Second
 	// every is the number of calls between two lines.
-	every = 50
+	every = 10
 )
 
 func run(ctx context.Context, out io.Writer) error {

@@ -35,7 +35,7 @@ const (
 
 // shortLife is the real duration of a session that was requested for 15 minutes. It has to be longer than a test needs to
 // see that a pod is well after the brokers were uninstalled.
-const shortLife = 3 * time.Minute
+const shortLife = 2 * time.Minute
 
 func TestMain(m *testing.M) {
 	os.Exit(deployment.RunTests(cluster.Config{Nodes: 1}, deployment.Config{
