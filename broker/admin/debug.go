@@ -23,6 +23,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
@@ -52,7 +53,7 @@ type DebugConfig struct {
 // Limits of one page of grants. A grant takes some 600 bytes of JSON.
 const (
 	defaultGrants = 500
-	maxGrants     = 10_000
+	maxGrants     = debugapi.MaxGrants
 )
 
 // Debug returns a handler that serves
@@ -71,11 +72,11 @@ func Debug(cfg DebugConfig) (http.Handler, error) {
 	}
 	d := debug{cfg}
 	router := mux.NewRouter()
-	router.HandleFunc("/debug/grants", d.grants).Methods(http.MethodGet)
-	router.HandleFunc("/debug/grants/renew", func(w http.ResponseWriter, r *http.Request) {
+	router.HandleFunc(debugapi.GrantsPath, d.grants).Methods(http.MethodGet)
+	router.HandleFunc(debugapi.RenewPath, func(w http.ResponseWriter, r *http.Request) {
 		d.command(w, r, audit.Renew, cfg.Sessions.Renew)
 	}).Methods(http.MethodPost)
-	router.HandleFunc("/debug/grants/drop", func(w http.ResponseWriter, r *http.Request) {
+	router.HandleFunc(debugapi.DropPath, func(w http.ResponseWriter, r *http.Request) {
 		d.command(w, r, audit.Drop, cfg.Sessions.Drop)
 	}).Methods(http.MethodPost)
 	// Package pprof also registers these in http.DefaultServeMux, which nothing here serves.
@@ -127,40 +128,6 @@ func (d debug) trustedHost(host string) bool {
 	return ip != nil && (ip.IsLoopback() || d.cfg.AnyAddress)
 }
 
-// grant is the form of a State on the pages. Times are in UTC, durations in seconds.
-type grant struct {
-	Grant            string     `json:"grant"` // role, session name and scope
-	Role             string     `json:"role"`
-	SessionName      string     `json:"session_name"`
-	Duration         float64    `json:"duration_seconds"`
-	ExternalID       bool       `json:"external_id"` // whether there is one
-	SessionPolicy    bool       `json:"session_policy"`
-	PolicyARNs       int        `json:"policy_arns"`
-	Tags             int        `json:"tags"`
-	Pods             int        `json:"pods"`                 // live pods that use it
-	Namespaces       []string   `json:"namespaces,omitempty"` // whose pods requested it
-	AccessKeyID      string     `json:"access_key_id,omitempty"`
-	Issued           *time.Time `json:"issued,omitempty"`
-	Expiration       *time.Time `json:"expiration,omitempty"`
-	RemainingSeconds float64    `json:"remaining_seconds"`
-	NextLook         *time.Time `json:"next_look,omitempty"`
-	Fetching         bool       `json:"fetching"`
-	Waiters          int        `json:"waiters"`
-	Failures         int        `json:"failures"`
-	Reason           string     `json:"reason,omitempty"`
-	Message          string     `json:"message,omitempty"`
-	NotBefore        *time.Time `json:"not_before,omitempty"`
-}
-
-// page is a response of /debug/grants.
-type page struct {
-	Time    time.Time `json:"time"`
-	Matched int       `json:"matched"`
-	Offset  int       `json:"offset"`
-	LeftOut int       `json:"left_out"` // after those shown
-	Grants  []grant   `json:"grants"`
-}
-
 func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 	query, err := parse(r.URL.Query())
 	if err != nil {
@@ -178,7 +145,7 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 	slices.SortFunc(matched, func(a, b State) int {
 		return cmp.Or(cmp.Compare(a.Key.String(), b.Key.String()), cmp.Compare(a.AccessKeyID, b.AccessKeyID))
 	})
-	p := page{Time: now.UTC(), Matched: len(matched), Offset: min(query.offset, len(matched)), Grants: []grant{}}
+	p := debugapi.Page{Time: now.UTC(), Matched: len(matched), Offset: min(query.offset, len(matched)), Grants: []debugapi.Grant{}}
 	shown := matched[p.Offset:]
 	shown = shown[:min(len(shown), query.limit)]
 	p.LeftOut = len(matched) - p.Offset - len(shown)
@@ -187,7 +154,7 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 	}
 	if query.format == "table" || query.format == "" && strings.HasPrefix(r.Header.Get("Accept"), "text/plain") {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		p.table(w, now)
+		table(w, p, now)
 		return
 	}
 	writeJSON(w, p)
@@ -245,8 +212,9 @@ func roleOf(text string) (string, error) {
 	return role.String(), nil
 }
 
-func show(s State, now time.Time) grant {
-	g := grant{
+// show returns the form of s on the pages.
+func show(s State, now time.Time) debugapi.Grant {
+	g := debugapi.Grant{
 		Grant: s.Key.String(), Role: s.Key.Role().String(), SessionName: s.Key.SessionName(), Duration: s.Key.Duration().Seconds(),
 		ExternalID: s.Key.ExternalID() != "", SessionPolicy: s.Key.SessionPolicy() != "", PolicyARNs: len(s.Key.PolicyARNs()), Tags: len(s.Key.Tags()),
 		Pods: s.Active, Namespaces: slices.Sorted(slices.Values(s.Tenants)), AccessKeyID: s.AccessKeyID, Issued: timeOrNil(s.Issued), Expiration: timeOrNil(s.Expiration),
@@ -275,9 +243,9 @@ func timeOrNil(t time.Time) *time.Time {
 }
 
 // table writes p as a table. The message comes last, because it is long.
-func (p page) table(w io.Writer, now time.Time) {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	_, _ = fmt.Fprintln(table, "GRANT\tNAMESPACES\tPODS\tACCESS KEY\tREMAINING\tNEXT\tWAITERS\tFAILURES\tREASON\tMESSAGE")
+func table(w io.Writer, p debugapi.Page, now time.Time) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	_, _ = fmt.Fprintln(t, "GRANT\tNAMESPACES\tPODS\tACCESS KEY\tREMAINING\tNEXT\tWAITERS\tFAILURES\tREASON\tMESSAGE")
 	for _, g := range p.Grants {
 		remaining, next := "-", "-"
 		if g.Expiration != nil {
@@ -289,10 +257,10 @@ func (p page) table(w io.Writer, now time.Time) {
 		case g.NextLook != nil:
 			next = g.NextLook.Sub(now).Round(time.Second).String()
 		}
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n", printable(g.Grant), printable(namespaces(g.Namespaces)), g.Pods, printable(cmp.Or(g.AccessKeyID, "-")), remaining, next,
+		_, _ = fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%s\t%s\n", printable(g.Grant), printable(namespaces(g.Namespaces)), g.Pods, printable(cmp.Or(g.AccessKeyID, "-")), remaining, next,
 			g.Waiters, g.Failures, printable(cmp.Or(g.Reason, "-")), printable(g.Message))
 	}
-	_ = table.Flush() // A client that has disconnected does not matter.
+	_ = t.Flush() // A client that has disconnected does not matter.
 	_, _ = fmt.Fprintf(w, "\n%d of %d grants, from offset %d; %d left out", len(p.Grants), p.Matched, p.Offset, p.LeftOut)
 	if p.LeftOut > 0 {
 		_, _ = fmt.Fprintf(w, ": use offset=%d, or one role", p.Offset+len(p.Grants))
@@ -319,13 +287,6 @@ func printable(text string) string {
 	}, text)
 }
 
-// commandResult is the response to a command.
-type commandResult struct {
-	Role     string         `json:"role"`
-	Order    audit.Decision `json:"order"`
-	Sessions int            `json:"sessions"`
-}
-
 // command runs a command on the sessions of one role. If it cannot be audited although audit is required, it has no
 // effect.
 func (d debug) command(w http.ResponseWriter, r *http.Request, what audit.Decision, do func(func(policy.Grant) bool) int) {
@@ -345,7 +306,7 @@ func (d debug) command(w http.ResponseWriter, r *http.Request, what audit.Decisi
 	}
 	n := do(func(g policy.Grant) bool { return g.Role().String() == role })
 	d.cfg.Logger.InfoContext(r.Context(), "Carried out a command", "command", what, "role", role, "sessions", n, "peer", r.RemoteAddr)
-	writeJSON(w, commandResult{role, what, n})
+	writeJSON(w, debugapi.Result{Role: role, Order: string(what), Sessions: n})
 }
 
 func writeJSON(w http.ResponseWriter, value any) {

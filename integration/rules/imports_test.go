@@ -16,6 +16,7 @@ var floors = map[string]int{
 	"broker/clip":           0,
 	"broker/connlimit":      0,
 	"broker/credential":     0,
+	"broker/debugapi":       0, // the JSON of the debug pages
 	"broker/identity":       0,
 	"broker/policy/gate":    0,
 	"broker/policy/pattern": 0,
@@ -29,6 +30,7 @@ var floors = map[string]int{
 	"broker/placement":      1,
 	"broker/policy":         1,
 	"certs/certstest":       1,
+	"operator/finding":      1, // results of a diagnosis, and how they are printed
 	"operator/yamledit":     1, // YAML and JSON only
 
 	"webhook/inject/podview": 1, // the parts of a pod that injection reads
@@ -43,6 +45,8 @@ var floors = map[string]int{
 	"broker/tracing":    2,
 	"certs/trust":       2,
 	"webhook/inject":    2,
+
+	"operator/installation": 2, // the cluster, as far as the user of the credence command may see it
 
 	"broker/kube/events": 2, // besides the watches, the two other users of the API server
 	"broker/kube/verify": 2,
@@ -61,7 +65,11 @@ var floors = map[string]int{
 	"broker/brokertest":       4,
 	"broker/client/dnstest":   4,
 	"broker/tracing/otlptest": 4,
-	"operator":                4,
+	"operator/check":          4,
+	"operator/dashboard":      4,
+	"operator/explain":        4,
+	"operator/manifests":      4,
+	"operator/sessions":       4,
 	"webhook/metrics":         4,
 
 	"cmd/internal/twoprocessors":       4,
@@ -120,6 +128,8 @@ var doors = []struct {
 	{"github.com/prometheus", []string{"broker/admin", "webhook/metrics"}},
 	{"go.opentelemetry.io", []string{"broker/tracing"}},
 	{"golang.org/x/crypto/x509roots", []string{"cmd/broker", integration}},
+	{"github.com/spf13", []string{"cmd/credence"}},
+	{"k8s.io/cli-runtime", []string{"cmd/credence"}},
 	{"k8s.io/client-go", []string{"broker/kube", "certs/trust", "cmd", "operator", integration}},
 }
 

@@ -1,4 +1,4 @@
-package operator_test
+package manifests_test
 
 import (
 	"context"
@@ -9,7 +9,7 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/credence-iam/credence/operator"
+	"github.com/credence-iam/credence/operator/manifests"
 )
 
 // TestListsOfAliases: a few lines of aliases stand for more lists than the command can read. It refuses them.
@@ -133,7 +133,7 @@ func work(ctx context.Context, t *testing.T, text string) error {
 	cfg := config(t)
 	var out strings.Builder
 	cfg.Stdin, cfg.Stdout, cfg.Stderr = strings.NewReader(text), &out, io.Discard
-	err := operator.Inject(ctx, cfg)
+	err := manifests.Inject(ctx, cfg)
 	if err != nil && out.Len() > 0 {
 		return fmt.Errorf("error %v comes with output", err) //nolint:errorlint // The caller compares the error itself.
 	}

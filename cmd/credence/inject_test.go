@@ -1,7 +1,6 @@
 package main
 
 import (
-	"flag"
 	"io"
 	"os"
 	"regexp"
@@ -9,18 +8,27 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/credence-iam/credence/operator"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/credence-iam/credence/operator/manifests"
 )
 
-// parse parses args as package program does.
-func parse(args []string) (operator.InjectConfig, error) {
-	f := flag.NewFlagSet("credence inject", flag.ContinueOnError)
-	f.SetOutput(io.Discard)
-	finish := injectFlags(f)
-	if err := f.Parse(args); err != nil {
-		return operator.InjectConfig{}, err
+// parse parses the flags of inject. The flag of the namespace is that of all commands.
+func parse(args []string) (cfg manifests.Config, err error) {
+	root := &cobra.Command{Use: "credence"}
+	c := newCluster(root)
+	command := &cobra.Command{Use: "inject", Args: noArguments}
+	finish := injectFlags(command.Flags())
+	command.RunE = func(*cobra.Command, []string) (err error) {
+		cfg, err = finish(*c.flags.Namespace)
+		return err
 	}
-	return finish(f.Args())
+	root.AddCommand(command)
+	root.SetArgs(append([]string{"inject"}, args...))
+	root.SetErr(io.Discard)
+	root.SetOut(io.Discard)
+	return cfg, root.Execute()
 }
 
 func TestFlags(t *testing.T) {
@@ -39,7 +47,7 @@ func TestFlags(t *testing.T) {
 		{good[:1], "--broker and --sidecar-image are required"},
 		{append(slices.Clone(good), "a.yaml"), `unexpected argument "a.yaml"; use flags only`},
 		{append(slices.Clone(good), "--namespace=A"), `--namespace: "A" is not a valid namespace name`},
-		{append(slices.Clone(good), "-f="), `invalid value "" for flag -f: the file name is empty`},
+		{append(slices.Clone(good), "-f", ""), `invalid argument "" for "-f, --filename" flag: the file name is empty`},
 		{append(slices.Clone(good), "-f=-", "-f=-"), "standard input can be read only once"},
 		{append(slices.Clone(good), "--namespaces=-"), "standard input can be read only once"},
 		{append(slices.Clone(good), "--sidecar-port=80"), "--sidecar-port: 80 is out of bounds: from 1024 to 65535"},
@@ -60,9 +68,9 @@ func TestSettingsAreDocumented(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| `--?([a-z-]+)` \\|").FindAllSubmatch(page, -1) {
 		documented = append(documented, string(row[1]))
 	}
-	f := flag.NewFlagSet("credence inject", flag.ContinueOnError)
+	f := pflag.NewFlagSet("credence inject", pflag.ContinueOnError)
 	injectFlags(f)
-	f.VisitAll(func(f *flag.Flag) { want = append(want, f.Name) })
+	f.VisitAll(func(f *pflag.Flag) { want = append(want, f.Name) })
 	if !slices.Equal(documented, want) {
 		t.Errorf("documented are\n%q, there are\n%q", documented, want)
 	}

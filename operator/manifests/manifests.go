@@ -1,12 +1,11 @@
-// Package operator implements the credence command for manifest authors and cluster admins: so far [Inject], which changes
-// files as the webhook changes pods. It guarantees:
+// Package manifests changes files as the webhook changes pods at their creation. It guarantees:
 //   - the webhook's result, because it runs the webhook's code and checks that the webhook would add nothing to the output;
 //   - an unchanged document stays byte-identical, and other documents only gain lines: comments, order, numbers and quotes
 //     stay;
 //   - if one document is refused, none is written.
 //
 // It contacts no cluster. It does not check roles against namespaces that it has no data for, and reports that.
-package operator
+package manifests
 
 import (
 	"bytes"
@@ -25,8 +24,8 @@ import (
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
-// InjectConfig configures [Inject].
-type InjectConfig struct {
+// Config configures [Inject].
+type Config struct {
 	// Files are read in this order. The file "-" is Stdin. Required.
 	Files []string
 	// Namespace is the namespace of objects without one. Default: it is not known.
@@ -50,7 +49,7 @@ type InjectConfig struct {
 
 // Inject reads files, injects their pods and pod templates, and writes the result. If it refuses a document, it writes the
 // reason to Stderr, writes no output and returns an error.
-func Inject(ctx context.Context, cfg InjectConfig) error {
+func Inject(ctx context.Context, cfg Config) error {
 	if cfg.RulesFile != "" {
 		_, err := rulesfile.New(rulesfile.Config{Path: cfg.RulesFile, Rules: cfg.Rules, Logger: slog.New(slog.DiscardHandler)})
 		if err != nil {

@@ -1,4 +1,4 @@
-package operator_test
+package manifests_test
 
 import (
 	"math/rand/v2"
@@ -11,7 +11,7 @@ import (
 // FuzzInject: the command refuses any input, or injecting its output again changes no byte. Input without a key of ours
 // stays unchanged.
 func FuzzInject(f *testing.F) {
-	for _, pattern := range []string{"testdata/*.in.*", "../webhook/inject/testdata/*.in.yaml"} {
+	for _, pattern := range []string{"testdata/*.in.*", "../../webhook/inject/testdata/*.in.yaml"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
 			f.Fatalf("%s: no seeds: %v", pattern, err)

@@ -1,4 +1,4 @@
-package operator_test
+package manifests_test
 
 import (
 	"bytes"
@@ -23,7 +23,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
-	"github.com/credence-iam/credence/operator"
+	"github.com/credence-iam/credence/operator/manifests"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
@@ -32,7 +32,7 @@ var update = flag.Bool("update", false, "update the golden files")
 const namespace = "team-a"
 
 // config returns the settings of the webhook's golden tests, which all tests use.
-func config(t testing.TB) operator.InjectConfig {
+func config(t testing.TB) manifests.Config {
 	t.Helper()
 	keys, err := policy.NewKeys(policy.DefaultPrefix)
 	if err != nil {
@@ -52,11 +52,11 @@ func config(t testing.TB) operator.InjectConfig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return operator.InjectConfig{Files: []string{"-"}, Namespace: namespace, Injector: injector, Rules: rules}
+	return manifests.Config{Files: []string{"-"}, Namespace: namespace, Injector: injector, Rules: rules}
 }
 
 // run injects text as standard input.
-func run(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out, said string, err error) {
+func run(t testing.TB, text string, change ...func(*manifests.Config)) (out, said string, err error) {
 	t.Helper()
 	cfg := config(t)
 	for _, f := range change {
@@ -64,7 +64,7 @@ func run(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out
 	}
 	var stdout, stderr bytes.Buffer
 	cfg.Stdin, cfg.Stdout, cfg.Stderr = strings.NewReader(text), &stdout, &stderr
-	err = operator.Inject(t.Context(), cfg)
+	err = manifests.Inject(t.Context(), cfg)
 	if err != nil && stdout.Len() > 0 {
 		t.Errorf("error %v comes with output", err)
 	}
@@ -72,7 +72,7 @@ func run(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out
 }
 
 // must is run for input that is not refused. Injecting the result again must change no byte.
-func must(t testing.TB, text string, change ...func(*operator.InjectConfig)) (out, said string) {
+func must(t testing.TB, text string, change ...func(*manifests.Config)) (out, said string) {
 	t.Helper()
 	out, said, err := run(t, text, change...)
 	if err != nil {
@@ -88,7 +88,7 @@ func must(t testing.TB, text string, change ...func(*operator.InjectConfig)) (ou
 	return out, said
 }
 
-func withDiff(cfg *operator.InjectConfig) { cfg.Diff = true }
+func withDiff(cfg *manifests.Config) { cfg.Diff = true }
 
 // TestGolden compares output and messages with files. git apply of the difference must have the same result.
 func TestGolden(t *testing.T) {
@@ -188,13 +188,13 @@ func patch(t *testing.T, text, diff string) string {
 
 // TestWebhooksGolden: the command has the webhook's result for the pods of the webhook's golden files.
 func TestWebhooksGolden(t *testing.T) {
-	files, err := filepath.Glob("../webhook/inject/testdata/*.in.yaml")
+	files, err := filepath.Glob("../../webhook/inject/testdata/*.in.yaml")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("the webhook has no golden files: %v", err)
 	}
 	for _, in := range files {
 		t.Run(filepath.Base(in), func(t *testing.T) {
-			out, said := must(t, read(t, in), func(cfg *operator.InjectConfig) {
+			out, said := must(t, read(t, in), func(cfg *manifests.Config) {
 				if err := cfg.Injector.UseDNS(inject.DNS{Domain: "cluster.local"}); err != nil {
 					t.Fatal(err)
 				}
@@ -393,25 +393,25 @@ func TestDecisions(t *testing.T) {
 	const where = "standard input: document "
 	for _, tt := range []struct {
 		name, text string
-		change     func(*operator.InjectConfig)
+		change     func(*manifests.Config)
 		refused    bool
 		same       bool // the output equals the input
 		said       string
 	}{
 		{"permitted", optedIn + aPod, nil, false, false, ""},
-		{"permitted by file", aPod, func(c *operator.InjectConfig) { c.NamespacesFile = open }, false, false, ""},
-		{"the input counts more", optedIn + aPod, func(c *operator.InjectConfig) { c.NamespacesFile = closed }, false, false, ""},
+		{"permitted by file", aPod, func(c *manifests.Config) { c.NamespacesFile = open }, false, false, ""},
+		{"the input counts more", optedIn + aPod, func(c *manifests.Config) { c.NamespacesFile = closed }, false, false, ""},
 		{"unknown", aPod, nil, false, false, where + `1 (line 1), Pod p: note: its role is not checked, because namespace "team-a" is not known; set --namespaces` + "\n"},
-		{"no namespace", aPod, func(c *operator.InjectConfig) { c.Namespace = "" }, false, false,
+		{"no namespace", aPod, func(c *manifests.Config) { c.Namespace = "" }, false, false,
 			where + "1 (line 1), Pod p: note: its role is not checked, because its namespace is not known; set --namespace\n"},
-		{"no base", optedIn + aPod, func(c *operator.InjectConfig) { c.Rules = noBase }, false, false,
+		{"no base", optedIn + aPod, func(c *manifests.Config) { c.Rules = noBase }, false, false,
 			where + "2 (line 8), Pod p: note: its role is not checked, because it is not a full ARN; set --base-arn\n"},
-		{"not opted in", aPod, func(c *operator.InjectConfig) { c.NamespacesFile = closed }, false, true,
+		{"not opted in", aPod, func(c *manifests.Config) { c.NamespacesFile = closed }, false, true,
 			where + `1 (line 1), Pod p: note: unchanged, because namespace "team-a" is not opted in; label it iam.amazonaws.com/inject=enabled` + "\n"},
 		{"not permitted", optedIn + strings.ReplaceAll(aPod, "role: r", "role: s"), nil, true, false,
 			where + `2 (line 8), Pod p: refused: namespace "team-a" does not permit role arn:aws:iam::123456789012:role/s: its annotation "iam.amazonaws.com/permitted" is ` +
 				"`.*:role/r` and must match the whole ARN; change the namespace's annotation, or the pod's \"iam.amazonaws.com/role\"\n"},
-		{"rules file", optedIn + aPod, func(c *operator.InjectConfig) { c.RulesFile = nobody }, true, false,
+		{"rules file", optedIn + aPod, func(c *manifests.Config) { c.RulesFile = nobody }, true, false,
 			where + `2 (line 8), Pod p: refused: `},
 		{"misspelt, of one of two", aPod + "---\n# second\n" + strings.ReplaceAll(aPod, "role", "rloe"), nil, true, false,
 			where + `2 (line 10), Pod p: refused: annotation "iam.amazonaws.com/rloe" is unknown; did you mean "iam.amazonaws.com/role"?` + "\n"},
@@ -421,7 +421,7 @@ func TestDecisions(t *testing.T) {
 			where + `2 (line 8), Pod other/p-*: note: its role is not checked, because namespace "other" is not known; set --namespaces` + "\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			out, said, err := run(t, tt.text, func(c *operator.InjectConfig) {
+			out, said, err := run(t, tt.text, func(c *manifests.Config) {
 				if tt.change != nil {
 					tt.change(c)
 				}
@@ -448,16 +448,16 @@ func TestErrors(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		text   string
-		change func(*operator.InjectConfig)
+		change func(*manifests.Config)
 		want   string
 	}{
-		{"a: b\n---\na: {b\n", func(*operator.InjectConfig) {}, "standard input: cannot read document 2, which begins in line 2: "},
-		{"a: b\x85---\na: c\n", func(*operator.InjectConfig) {}, "standard input is not UTF-8 text"},
-		{"a: b\u0085---\na: c\n", func(*operator.InjectConfig) {}, "it has several documents; separate them by lines that begin with ---"},
-		{"", func(c *operator.InjectConfig) { c.Files = []string{filepath.Join(dir, "absent")} }, "no such file"},
-		{"", func(c *operator.InjectConfig) { c.NamespacesFile = none }, "--namespaces: " + none + " has no Namespace; use the output of kubectl get namespaces -o yaml"},
-		{"", func(c *operator.InjectConfig) { c.RulesFile = none }, "--rules-file: "},
-		{"apiVersion: v1\nkind: Namespace\nmetadata: {name: x, labels: {a: 1}}\n", func(*operator.InjectConfig) {}, "standard input: document 1 (line 1): cannot read the Namespace: "},
+		{"a: b\n---\na: {b\n", func(*manifests.Config) {}, "standard input: cannot read document 2, which begins in line 2: "},
+		{"a: b\x85---\na: c\n", func(*manifests.Config) {}, "standard input is not UTF-8 text"},
+		{"a: b\u0085---\na: c\n", func(*manifests.Config) {}, "it has several documents; separate them by lines that begin with ---"},
+		{"", func(c *manifests.Config) { c.Files = []string{filepath.Join(dir, "absent")} }, "no such file"},
+		{"", func(c *manifests.Config) { c.NamespacesFile = none }, "--namespaces: " + none + " has no Namespace; use the output of kubectl get namespaces -o yaml"},
+		{"", func(c *manifests.Config) { c.RulesFile = none }, "--rules-file: "},
+		{"apiVersion: v1\nkind: Namespace\nmetadata: {name: x, labels: {a: 1}}\n", func(*manifests.Config) {}, "standard input: document 1 (line 1): cannot read the Namespace: "},
 	} {
 		if _, _, err := run(t, tt.text, tt.change); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q: error %v, want %s", tt.text, err, tt.want)
@@ -465,11 +465,11 @@ func TestErrors(t *testing.T) {
 	}
 	cfg := config(t)
 	cfg.Stdin, cfg.Stdout, cfg.Stderr = endless{}, io.Discard, io.Discard
-	if err := operator.Inject(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "longer than 64 MiB") {
+	if err := manifests.Inject(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "longer than 64 MiB") {
 		t.Errorf("endless input: error %v", err)
 	}
 	cfg.Stdin, cfg.Stdout = strings.NewReader("a: b"), broken{}
-	if err := operator.Inject(t.Context(), cfg); !errors.Is(err, io.ErrClosedPipe) {
+	if err := manifests.Inject(t.Context(), cfg); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("output without a reader: error %v", err)
 	}
 }
@@ -491,7 +491,7 @@ func TestCancel(t *testing.T) {
 	cfg := config(t)
 	cfg.Stdin, cfg.Stdout, cfg.Stderr = reader, io.Discard, io.Discard
 	ended := make(chan error, 1)
-	go func() { ended <- operator.Inject(ctx, cfg) }()
+	go func() { ended <- manifests.Inject(ctx, cfg) }()
 	select {
 	case err := <-ended:
 		if !errors.Is(err, context.Canceled) {
@@ -512,7 +512,7 @@ func TestFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	out, _ := must(t, "", func(c *operator.InjectConfig) { c.Files = files })
+	out, _ := must(t, "", func(c *manifests.Config) { c.Files = files })
 	if want := "a: 1\n---\nb: 2\n---\n" + `{"c":3}`; out != want {
 		t.Errorf("output %q, want %q", out, want)
 	}
@@ -527,7 +527,7 @@ func TestSettingsFile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	bySettings := func(cfg *operator.InjectConfig) { cfg.SettingsFile = file }
+	bySettings := func(cfg *manifests.Config) { cfg.SettingsFile = file }
 	const note = "imagePullSecrets"
 	pod := func(spec string) string {
 		return "apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  annotations:\n    iam.amazonaws.com/role: r\nspec:\n" + spec + "  containers:\n    - name: app\n"

@@ -1,11 +1,11 @@
-package operator_test
+package manifests_test
 
 import (
 	"fmt"
 	"strings"
 	"testing"
 
-	"github.com/credence-iam/credence/operator"
+	"github.com/credence-iam/credence/operator/manifests"
 )
 
 // TestPassedBy: an annotated template of an unknown kind stays unchanged, and a note names it.
@@ -43,7 +43,7 @@ func TestPassedBy(t *testing.T) {
 		}
 	}
 	// Without a namespace, the command cannot check whether it is opted in.
-	_, said := must(t, rollout, func(c *operator.InjectConfig) { c.Namespace = "" })
+	_, said := must(t, rollout, func(c *manifests.Config) { c.Namespace = "" })
 	if !strings.HasSuffix(said, "and their namespace is opted in\n") {
 		t.Errorf("without a namespace: messages\n%s", said)
 	}

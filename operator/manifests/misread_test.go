@@ -1,4 +1,4 @@
-package operator_test
+package manifests_test
 
 import (
 	"strings"
