@@ -240,9 +240,20 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 // Connections returns the state of the webhook's connections.
 func (s *Server) Connections() connlimit.Stats { return s.connections.Stats() }
 
+// Ready reports whether the webhook is ready, as in /readyz.
+func (s *Server) Ready() bool { return len(s.missing()) == 0 }
+
 // readyz returns 200, or 503 with one line for each missing condition.
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
-	var missing []string
+	if missing := s.missing(); len(missing) > 0 {
+		writeText(w, http.StatusServiceUnavailable, strings.Join(missing, "\n"))
+		return
+	}
+	writeText(w, http.StatusOK, "ok")
+}
+
+// missing returns a line for each condition of readiness that is not met.
+func (s *Server) missing() (missing []string) {
 	if s.stopping.Load() {
 		missing = append(missing, "server: shutting down")
 	}
@@ -260,11 +271,7 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 			missing = append(missing, fmt.Sprintf("%s: %v", name, err))
 		}
 	}
-	if len(missing) > 0 {
-		writeText(w, http.StatusServiceUnavailable, strings.Join(missing, "\n"))
-		return
-	}
-	writeText(w, http.StatusOK, "ok")
+	return missing
 }
 
 func writeText(w http.ResponseWriter, code int, text string) {

@@ -76,6 +76,7 @@ func run(ctx context.Context, o options) error {
 	}
 	var server *webhook.Server // set before the first scrape
 	metrics, err := metrics.New(program.Version(), metrics.Sources{
+		Ready:       func() bool { return server.Ready() },
 		Connections: func() connlimit.Stats { return server.Connections() },
 		Certificate: pair.NotAfter, InformerAge: namespaces.Age, LiveReads: namespaces.Reads,
 		RulesFile: following(rules), SettingsFile: following(settings),

@@ -50,8 +50,10 @@ var wiring = []struct {
 		h := w.start("--admin-listen=" + address)
 		h.mustInject(cart())
 		_, text := h.get("http://" + address + "/metrics")
-		if want := `credence_webhook_reviews_total{decision="injected"} 1`; !strings.Contains(text, want) {
-			w.Errorf("metrics lack %s:\n%s", want, text)
+		for _, want := range []string{`credence_webhook_reviews_total{decision="injected"} 1`, "\ncredence_webhook_ready 1\n"} {
+			if !strings.Contains(text, want) {
+				w.Errorf("metrics lack %s:\n%s", want, text)
+			}
 		}
 		if strings.Contains(text, "_file_ok") {
 			w.Errorf("metrics show the state of files that the webhook does not have:\n%s", text)
@@ -278,10 +280,14 @@ func TestNotReadyWithoutNamespaces(t *testing.T) {
 	processtest.Must(t, err)
 	unreachable := regexp.MustCompile(`http://[0-9.:]+`).ReplaceAll(text, []byte("http://"+processtest.FreeAddress(w)))
 	processtest.Must(t, os.WriteFile(kubeconfig, unreachable, 0o600))
-	h := &running{Process: w.process("--kubeconfig=" + kubeconfig), w: w}
+	admin := processtest.FreeAddress(w)
+	h := &running{Process: w.process("--kubeconfig="+kubeconfig, "--admin-listen="+admin), w: w}
 	h.address = fmt.Sprint(h.Logged(t, "Serving")["address"])
 	if status, text := h.get("https://" + h.address + "/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(text, "namespaces") {
 		t.Errorf("/readyz returns %d: %s", status, text)
+	}
+	if _, text := h.get("http://" + admin + "/metrics"); !strings.Contains(text, "\ncredence_webhook_ready 0\n") {
+		t.Error("the metrics do not show that the webhook is not ready")
 	}
 	h.mustRefuse(cart(), credential.ReasonAPIServerUnavailable)
 }

@@ -42,6 +42,7 @@ type Metrics struct {
 
 // Sources are called at each scrape, from several goroutines. They must not block. All are required.
 type Sources struct {
+	Ready        func() bool
 	Certificate  func() time.Time              // end of validity of the serving certificate; zero: unknown
 	InformerAge  func() time.Duration          // time since the namespace watch last worked; 0 while it works
 	LiveReads    func() (made, refused uint64) // reads of namespaces that bypass the watch cache
@@ -52,7 +53,7 @@ type Sources struct {
 
 // New returns the metrics of a webhook of the given version, including those of its process.
 func New(version string, sources Sources) (*Metrics, error) {
-	if sources.Certificate == nil || sources.InformerAge == nil || sources.LiveReads == nil || sources.RulesFile == nil || sources.SettingsFile == nil || sources.Connections == nil {
+	if sources.Ready == nil || sources.Certificate == nil || sources.InformerAge == nil || sources.LiveReads == nil || sources.RulesFile == nil || sources.SettingsFile == nil || sources.Connections == nil {
 		return nil, errors.New("metrics of the webhook need all sources")
 	}
 	m := &Metrics{
@@ -125,6 +126,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // Metrics that are read from [Sources].
 var (
+	ready             = desc("ready", "1 if this webhook is ready, as in /readyz, otherwise 0.")
 	certificate       = desc("certificate_expiry_timestamp_seconds", "End of validity of the serving certificate, in seconds since 1970.")
 	informerAge       = desc("informer_age_seconds", "Time since the namespace watch last worked; 0 while it works.")
 	liveReads         = desc("live_reads_total", "Live reads of namespaces, by outcome: made, or refused by their rate limits.", "outcome")
@@ -136,7 +138,7 @@ var (
 
 // Describe implements prometheus.Collector.
 func (s Sources) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{certificate, informerAge, liveReads, rulesFile, settingsFile, connections, connectionsClosed} {
+	for _, d := range []*prometheus.Desc{ready, certificate, informerAge, liveReads, rulesFile, settingsFile, connections, connectionsClosed} {
 		out <- d
 	}
 }
@@ -148,6 +150,11 @@ func (s Sources) Collect(out chan<- prometheus.Metric) {
 	}
 	counter := func(d *prometheus.Desc, value uint64, label string) {
 		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(value), label)
+	}
+	if s.Ready() {
+		gauge(ready, 1)
+	} else {
+		gauge(ready, 0)
 	}
 	if end := s.Certificate(); !end.IsZero() {
 		gauge(certificate, float64(end.UnixMilli())/1000)

@@ -18,6 +18,7 @@ import (
 
 func sources() metrics.Sources {
 	return metrics.Sources{
+		Ready:        func() bool { return true },
 		Certificate:  func() time.Time { return time.Unix(1_800_000_000, 0) },
 		InformerAge:  func() time.Duration { return 14 * time.Second },
 		LiveReads:    func() (made, refused uint64) { return 20, 21 },
@@ -104,7 +105,7 @@ func TestMetrics(t *testing.T) {
 		`refusals_total{reason=ROLE_NOT_PERMITTED} 1`, `refusals_total{reason=INTERNAL} 5000`, `refusals_total{reason=POD_UNSUPPORTED} 0`,
 		`review_duration_seconds le 0.0025 2`, `review_duration_seconds count 5003`,
 		`patch_bytes le 2000 0`, `patch_bytes le 4000 1`, `patch_bytes count 1`,
-		`certificate_expiry_timestamp_seconds 1.8e+09`, `informer_age_seconds 14`, `rules_file_ok 1`, `sidecar_settings_file_ok 0`,
+		`ready 1`, `certificate_expiry_timestamp_seconds 1.8e+09`, `informer_age_seconds 14`, `rules_file_ok 1`, `sidecar_settings_file_ok 0`,
 		`live_reads_total{outcome=made} 20`, `live_reads_total{outcome=refused} 21`,
 		`connections{state=unauthenticated} 31`, `connections{state=waiting} 33`, `connections_closed_total{cause=crowded} 34`,
 	} {
@@ -147,7 +148,7 @@ func TestUnknownValues(t *testing.T) {
 
 func TestAllSourcesAreRequired(t *testing.T) {
 	for name, change := range map[string]func(*metrics.Sources){
-		"certificate": func(s *metrics.Sources) { s.Certificate = nil }, "informer": func(s *metrics.Sources) { s.InformerAge = nil },
+		"ready": func(s *metrics.Sources) { s.Ready = nil }, "certificate": func(s *metrics.Sources) { s.Certificate = nil }, "informer": func(s *metrics.Sources) { s.InformerAge = nil },
 		"live reads": func(s *metrics.Sources) { s.LiveReads = nil }, "rules": func(s *metrics.Sources) { s.RulesFile = nil },
 		"settings": func(s *metrics.Sources) { s.SettingsFile = nil }, "connections": func(s *metrics.Sources) { s.Connections = nil },
 	} {
