@@ -98,7 +98,7 @@ func TestScrapesWaitForEachOther(t *testing.T) {
 }
 
 var stats = cache.Stats{
-	Active: 11, Warm: 10, Refused: 1, Entries: 12, Waiting: 1, Renewing: 2, Ahead: 3, InFlight: 4, Rate: 400, Stalest: 90 * time.Second,
+	Active: 11, Warm: 10, Refused: 1, Entries: 12, Waiting: 1, Renewing: 2, Ahead: 3, InFlight: 4, Rate: 400, Stalest: 90 * time.Second, StalestPart: 0.25,
 	Hits: 100, Misses: 20, Stale: 5, Fetched: 30, Failed: 6,
 	Share: 410, Demand: 1.5, Late: 24, ForCallers: 25, Renewals: 26, Prefetches: 27,
 }
@@ -112,6 +112,7 @@ func everything() admin.Sources {
 		Cache:           func() cache.Stats { return stats },
 		Audit:           func() admin.AuditStats { return admin.AuditStats{Queued: 7, Capacity: 8192, Lost: 8} },
 		Ready:           func() bool { return true },
+		TrustOK:         func() bool { return false },
 		LiveReads:       func() (made, refused uint64) { return 20, 21 },
 		TokenReviews:    func() (inFlight, limit int) { return 22, 23 },
 		TokensWaiting:   func() int { return 24 },
@@ -147,7 +148,7 @@ func TestSourcesAreScraped(t *testing.T) {
 		`fetches_in_flight 4`, `fetch_rate_limit 400`, `fetch_rate_share 410`, `fetch_rate_demand 1.5`, `sessions_late 24`,
 		`fetches_begun_total{cause="caller"} 25`, `fetches_begun_total{cause="renewal"} 26`, `fetches_begun_total{cause="prefetch"} 27`,
 		`fetches_total{outcome="ok"} 30`, `fetches_total{outcome="failed"} 6`,
-		`sessions_kept 11`, `sessions_warm 10`, `sessions_known 12`, `stalest_session_seconds 90`,
+		`sessions_kept 11`, `sessions_warm 10`, `sessions_known 12`, `stalest_session_seconds 90`, `stalest_session_ratio 0.25`, `trust_ok 0`,
 		`lookups_total{outcome="hit"} 100`, `lookups_total{outcome="miss"} 20`, `lookups_total{outcome="stale"} 5`,
 		`audit_lines_queued 7`, `audit_lines_queued_max 8192`, `audit_lines_lost_total 8`,
 		`ready 1`, `live_reads_total{outcome="made"} 20`, `live_reads_total{outcome="refused"} 21`, `token_reviews_in_flight 22`, `token_reviews_in_flight_max 23`, `tokens_waiting 24`,

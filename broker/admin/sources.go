@@ -46,6 +46,7 @@ type Sources struct {
 	VerificationAge func() time.Duration         // time since the API server last provided signing keys or a review
 	RulesFile       func() (RulesFile, bool)
 	Ready           func() bool
+	TrustOK         func() bool                   // whether the broker's roots are published as configured
 	LiveReads       func() (made, refused uint64) // reads that bypass the watch cache
 	TokenReviews    func() (inFlight, limit int)
 	TokensWaiting   func() int // tokens that wait for their verification
@@ -85,6 +86,7 @@ var (
 	sessionsKnown   = gauge("sessions_known", "Grants in the cache, inactive and refused ones included.")
 	sessionsLate    = gauge("sessions_late", "Active grants whose session has less than 0.45 of its duration left although AWS does not refuse.")
 	stalest         = gauge("stalest_session_seconds", "Shortest time left of a session of an active grant; absent without one.")
+	stalestPart     = gauge("stalest_session_ratio", "Smallest part of its session duration that a session of an active grant has left; absent without one.")
 	lookups         = counter("lookups_total", "Requests to the cache, by outcome: hit (a valid session), miss (none), stale (a session with less than half of its duration left).", "outcome")
 
 	auditQueued   = gauge("audit_lines_queued", "Audit lines that wait to be written.")
@@ -106,6 +108,7 @@ var (
 	reviewsInFlight    = gauge("token_reviews_in_flight", "TokenReviews in flight, with --token-verification=tokenreview.")
 	reviewsInFlightMax = gauge("token_reviews_in_flight_max", "Maximum of TokenReviews in flight; further ones wait.")
 	tokensWaiting      = gauge("tokens_waiting", "Tokens that wait for their verification.")
+	trustOK            = gauge("trust_ok", "1 if the broker's roots are published as configured, 0 if this broker cannot publish or read them; absent without --roots-file.")
 	rulesLoaded        = gauge("rules_file_loaded_timestamp_seconds", "When the rules in force were loaded from the rules file, in seconds since 1970.")
 	rulesOK            = gauge("rules_file_ok", "1 if the rules in force are those of the rules file, 0 if the file is invalid or unreadable.")
 	spans              = counter("trace_spans_total", "Trace spans, by outcome: ended, and exported to the collector.", "outcome")
@@ -187,7 +190,7 @@ func (s Sources) collector() (all collector) {
 	if s.Cache != nil {
 		add(func(send emit) { sendCache(send, s.Cache()) },
 			fetchesQueued, fetchesInFlight, fetchRate, fetchShare, fetchDemand, fetchesBegun, fetchesEnded,
-			sessionsActive, sessionsWarm, sessionsRefused, sessionsLate, sessionsKnown, stalest, lookups)
+			sessionsActive, sessionsWarm, sessionsRefused, sessionsLate, sessionsKnown, stalest, stalestPart, lookups)
 	}
 	if s.Audit != nil {
 		add(func(send emit) {
@@ -226,6 +229,9 @@ func (s Sources) collector() (all collector) {
 	}
 	if s.Ready != nil {
 		all = append(all, always(readiness, func() float64 { return fromBool(s.Ready()) }))
+	}
+	if s.TrustOK != nil {
+		all = append(all, always(trustOK, func() float64 { return fromBool(s.TrustOK()) }))
 	}
 	if s.LiveReads != nil {
 		add(func(send emit) {
@@ -293,6 +299,7 @@ func sendCache(send emit, c cache.Stats) {
 	send(sessionsKnown, float64(c.Entries))
 	if c.Warm > 0 {
 		send(stalest, c.Stalest.Seconds())
+		send(stalestPart, c.StalestPart)
 	}
 	send(lookups, float64(c.Hits), "hit")
 	send(lookups, float64(c.Misses), "miss")

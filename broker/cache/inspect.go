@@ -35,8 +35,10 @@ type Stats struct {
 	// Rate is how many fetches may begin per second at present. Share is its maximum, this cache's share of Config.Rate.
 	// Demand is how many fetches per second the renewals of active keys need on average.
 	Rate, Share, Demand float64
-	// Stalest is the shortest time left of an active key that is warm; 0 without one.
-	Stalest time.Duration
+	// Stalest is the shortest time left of an active key that is warm, and StalestPart the smallest part of a session
+	// duration that is left of one; 0 without one.
+	Stalest     time.Duration
+	StalestPart float64
 	// Hits, Misses and Stale count calls of Get that found a session with at least half of its duration left, none, and
 	// one with less left.
 	Hits, Misses, Stale uint64
@@ -82,7 +84,11 @@ func (c *Cache[K]) Stats() Stats {
 			if left := e.session.Remaining(now); s.Warm == 1 || left < s.Stalest {
 				s.Stalest = left
 			}
-			if fractionLeft(e.session, now) < refreshLow && !refused(e.failure) {
+			part := fractionLeft(e.session, now)
+			if s.Warm == 1 || part < s.StalestPart {
+				s.StalestPart = part
+			}
+			if part < refreshLow && !refused(e.failure) {
 				s.Late++
 			}
 		case refused(e.failure):

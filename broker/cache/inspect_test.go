@@ -178,12 +178,12 @@ func TestStatsAndStates(t *testing.T) {
 		want(cache.Stats{})
 		retain(t, c, "cached")
 		mustGet(t, c, "cached")
-		want(cache.Stats{Entries: 1, Active: 1, Warm: 1, Stalest: fullDuration, Misses: 1, Fetched: 1, ForCallers: 1})
+		want(cache.Stats{Entries: 1, Active: 1, Warm: 1, Stalest: fullDuration, StalestPart: 1, Misses: 1, Fetched: 1, ForCallers: 1})
 
 		time.Sleep(time.Minute)
 		s.fail(refusal())
 		retain(t, c, "refused")
-		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: fullDuration - time.Minute, Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
+		want(cache.Stats{Entries: 2, Active: 2, Warm: 1, Refused: 1, Stalest: fullDuration - time.Minute, StalestPart: fractionAfter(time.Minute), Misses: 1, Fetched: 1, Failed: 1, ForCallers: 1, Prefetches: 1})
 		if done, active := c.Progress(); done != 2 || active != 2 {
 			t.Errorf("%d of %d need no fetch", done, active)
 		}
@@ -201,7 +201,7 @@ func TestStatsAndStates(t *testing.T) {
 		mustGet(t, c, "cached")
 		want(cache.Stats{
 			Entries: 5, Active: 3, Warm: 1, Refused: 1, Waiting: 1, Renewing: 1, Ahead: 1, InFlight: 1,
-			Stalest: fullDuration - 61*time.Second, Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
+			Stalest: fullDuration - 61*time.Second, StalestPart: fractionAfter(61 * time.Second), Hits: 1, Misses: 3, Fetched: 1, Failed: 1, ForCallers: 2, Prefetches: 1,
 		})
 		if done, active := c.Progress(); done != 2 || active != 3 {
 			t.Errorf("%d of %d need no fetch", done, active)
@@ -219,6 +219,9 @@ func TestStatsAndStates(t *testing.T) {
 		callers.Wait()
 	})
 }
+
+// fractionAfter is the part of a session that is left after that time.
+func fractionAfter(t time.Duration) float64 { return float64(fullDuration-t) / float64(fullDuration) }
 
 // Stats shows overdue renewals, and why fetches began.
 func TestStatsOfLateRenewals(t *testing.T) {

@@ -44,6 +44,9 @@ func (p parts) sources() admin.Sources {
 	if reviews, ok := p.verifier.(*verify.TokenReview); ok {
 		s.TokenReviews = reviews.InFlight
 	}
+	if p.trust != nil {
+		s.TrustOK = func() bool { return p.trust.Err() == nil }
+	}
 	if p.traces != nil {
 		s.Spans = func() admin.SpanStats {
 			ended, exported := p.traces.Spans()

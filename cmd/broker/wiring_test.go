@@ -360,6 +360,7 @@ var wiring = []struct {
 	{"trust-config-map", "the ConfigMaps have that name", func(w *world) {
 		b := w.start("--roots-file="+w.rootsFile, "--trust-config-map=brokers-roots")
 		b.Await(w.T, "roots are published", func() bool { return w.roots("shop", "brokers-roots") == string(w.ca.PEM) })
+		b.Await(w.T, "the metrics show it", func() bool { return b.metric("trust_ok") == 1 })
 	}},
 	{"trust-owner", "that ClusterRole owns the ConfigMaps", func(w *world) {
 		owner := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: "credence-owner"}}
