@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	cmv1 "github.com/cert-manager/cert-manager/pkg/apis/certmanager/v1"
@@ -195,17 +196,22 @@ type (
 	PrometheusRule struct {
 		metav1.TypeMeta   `json:",inline"`
 		metav1.ObjectMeta `json:"metadata"`
-		Spec              struct {
-			Groups []struct {
-				Name  string `json:"name"`
-				Rules []struct {
-					Alert  string            `json:"alert"`
-					Expr   string            `json:"expr"`
-					For    string            `json:"for"`
-					Labels map[string]string `json:"labels"`
-				} `json:"rules"`
-			} `json:"groups"`
-		} `json:"spec"`
+		Spec              RuleFile `json:"spec"`
+	}
+	// RuleFile is a file of rules for Prometheus, with the fields that the chart uses.
+	RuleFile struct {
+		Groups []struct {
+			Name  string  `json:"name"`
+			Rules []Alert `json:"rules"`
+		} `json:"groups"`
+	}
+	// Alert is a rule of a RuleFile.
+	Alert struct {
+		Alert       string            `json:"alert"`
+		Expr        string            `json:"expr"`
+		For         string            `json:"for,omitempty"`
+		Labels      map[string]string `json:"labels"`
+		Annotations map[string]string `json:"annotations"`
 	}
 	monitorEndpoint struct {
 		Port              string    `json:"port"`
@@ -230,6 +236,24 @@ func (m *PodMonitor) DeepCopyObject() runtime.Object { c := *m; return &c }
 
 // DeepCopyObject implements [runtime.Object]. The copy is shallow.
 func (r *PrometheusRule) DeepCopyObject() runtime.Object { c := *r; return &c }
+
+// Alerts returns the rules that the chart creates with cfg.
+func Alerts(ctx context.Context, cfg Config) (RuleFile, error) {
+	cfg.Set = append(slices.Clone(cfg.Set), "metrics.prometheusRule.enabled=true")
+	rendered, err := Render(ctx, cfg)
+	if err != nil {
+		return RuleFile{}, err
+	}
+	objects, err := Decode(rendered)
+	if err != nil {
+		return RuleFile{}, err
+	}
+	rules := Of[*PrometheusRule](objects)
+	if len(rules) != 1 || len(rules[0].Spec.Groups) != 1 {
+		return RuleFile{}, errors.New("the chart has not one PrometheusRule with one group")
+	}
+	return rules[0].Spec, nil
+}
 
 // Decode returns the objects of a rendered chart in their order, each as its Go type. An unknown or repeated field is an
 // error.

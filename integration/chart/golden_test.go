@@ -122,6 +122,6 @@ func leaves(t *testing.T, file string) map[string]any {
 // free reports whether the chart does not define the keys of that value: types of Kubernetes, and the rules file.
 func free(key string) bool {
 	last := key[strings.LastIndexByte(key, '.')+1:]
-	return slices.Contains([]string{"annotations", "labels", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity", "rules",
+	return slices.Contains([]string{"annotations", "labels", "alertLabels", "alerts", "resources", "podAnnotations", "podLabels", "nodeSelector", "affinity", "rules",
 		"commonLabels", "deploymentAnnotations", "configurationAnnotations", "podSecurityContext", "dnsConfig"}, last)
 }

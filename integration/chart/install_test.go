@@ -6,12 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
-	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/integration/chart"
 )
@@ -98,29 +94,6 @@ func TestInstallPageRenders(t *testing.T) {
 	}
 	if len(files) < 6 {
 		t.Errorf("%s and the pages with its details have %d files of values, want at least 6", installPage, len(files))
-	}
-}
-
-// TestAlerts shows that the chart creates the alerts of docs/metrics.md, whose own test compares them with the metrics.
-func TestAlerts(t *testing.T) {
-	t.Parallel()
-	page, err := os.ReadFile("../../docs/metrics.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := slices.IndexFunc(fence.FindAllStringSubmatch(string(page), -1), func(match []string) bool { return strings.HasPrefix(match[2], "groups:\n") })
-	if at < 0 {
-		t.Fatal("docs/metrics.md has no alerts")
-	}
-	var want, got chart.PrometheusRule
-	if err := yaml.UnmarshalStrict([]byte(fence.FindAllStringSubmatch(string(page), -1)[at][2]), &want.Spec); err != nil {
-		t.Fatal(err)
-	}
-	for _, rule := range chart.Of[*chart.PrometheusRule](objects(t, "everything")) {
-		got = *rule
-	}
-	if diff := cmp.Diff(want.Spec, got.Spec); diff != "" || len(got.Spec.Groups) == 0 {
-		t.Errorf("the alerts of docs/metrics.md and of charts/credence/alerts.yaml differ (- page, + chart):\n%s", diff)
 	}
 }
 

@@ -52,7 +52,7 @@ func TestFailures(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer alerts.process.Stop(0)
+			defer alerts.Stop(0)
 			before := calls()
 			from := time.Now()
 			f.do(t)
@@ -61,11 +61,11 @@ func TestFailures(t *testing.T) {
 			r, unreachable := seen.result(from, to)
 			r.Date, r.Commit, r.Kubernetes, r.Session = from.UTC().Format(time.DateOnly), product, version.GitVersion, session.String()
 			r.Seconds, r.Calls = int(to.Sub(from).Seconds()), calls()-before
-			if r.Firing, err = alerts.between(t.Context(), "firing", 0, from, to); err != nil {
+			if r.Firing, err = alertsIn(t.Context(), alerts, "firing", 0, from, to); err != nil {
 				t.Fatal(err)
 			}
 			// While a session is fetched, an alert can be pending for a moment.
-			if r.Pending, err = alerts.between(t.Context(), "pending", 30*time.Second, from, to); err != nil {
+			if r.Pending, err = alertsIn(t.Context(), alerts, "pending", 30*time.Second, from, to); err != nil {
 				t.Fatal(err)
 			}
 			t.Logf("%s\nunreachable: %v\nwaits: %.1f and %.1f", section(f, r), unreachable, r.Known, r.New)

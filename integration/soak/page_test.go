@@ -129,8 +129,8 @@ allowed, except where the section says so. A call that cannot reach the service 
 **Waits** depend on the machine. Compare them with those without a failure, in the first row. New pods wait without a limit here
 (` + "`start-timeout: \"0\"`" + `). With the default, a pod that waits for two minutes starts its application without credentials.
 
-**Alerts** are those of [metrics](metrics.md#rules-to-begin-with), in a Prometheus that runs beside. A pending alert was
-true for 30 seconds or more, but not long enough to fire. In ` + "`CredenceSessionsNearExpiry`" + ` the time is adapted to the session duration, as that page advises.
+**Alerts** are those of [metrics](metrics.md#alerts), in a Prometheus that runs beside. A pending alert was
+true for 30 seconds or more, but not long enough to fire.
 
 `
 

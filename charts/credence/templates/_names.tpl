@@ -11,7 +11,7 @@ aws proxy images broker webhook sidecar certificates metrics tracing networkPoli
 {{- range splitList " " "audit stsRate settleTime maxGrantsPerNamespace tokenVerification maxTokenLife" }} broker.{{ . }}{{ end -}}
 {{- range splitList " " "warnNotOptedIn port adminPort timeoutSeconds namespaceSelector" }} webhook.{{ . }}{{ end -}}
 {{- range splitList " " "source issuerRef issuerRef.group issuerRef.kind duration renewBeforePercentage trustPropagation brokerSecret webhookSecret certManagerNamespace" }} certificates.{{ . }}{{ end -}}
-{{- range list "serviceMonitor" "podMonitor" }} metrics.{{ . }} metrics.{{ . }}.interval{{ end }} metrics.prometheusRule sidecar.onShadowed tracing.ratio check.enabled check.timeout
+{{- range list "serviceMonitor" "podMonitor" }} metrics.{{ . }} metrics.{{ . }}.interval{{ end }} metrics.prometheusRule metrics.prometheusRule.runbookURL sidecar.onShadowed tracing.ratio check.enabled check.timeout
 {{- print " revisionHistoryLimit clusterName annotationPrefix audience logLevel images.pullPolicy runAsUser" }}
 {{- end }}
 
@@ -82,6 +82,15 @@ imagePullSecrets:
 {{- $names := list (include "credence.namespace" .) .Values.certificates.certManagerNamespace -}}
 {{- if not .Values.webhook.allowKubeSystem }}{{ $names = append $names "kube-system" }}{{ end -}}
 {{ $names | uniq | sortAlpha | toJson }}
+{{- end }}
+
+{{/* The seconds in a duration such as 2160h or 1h30m. */}}
+{{- define "credence.seconds" -}}
+{{- $seconds := 0 -}}
+{{- range regexFindAll "[0-9]+[hms]" . -1 -}}
+{{- $seconds = add $seconds (mul (int64 (regexFind "[0-9]+" .)) (get (dict "h" 3600 "m" 60 "s" 1) (regexFind "[hms]" .))) -}}
+{{- end -}}
+{{ $seconds }}
 {{- end }}
 
 {{/* The thousandths of a CPU in an amount such as 50m or 1. */}}
