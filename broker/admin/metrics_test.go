@@ -349,7 +349,7 @@ func comparePage(t *testing.T, name string, scraped []family) {
 	}
 }
 
-// The pages and the alerts of the chart name only existing metrics and label values.
+// The pages, and the alerts and the dashboard of the chart, name only existing metrics and label values.
 func TestNamesOfMetrics(t *testing.T) {
 	m := newMetrics(t)
 	if err := m.Watch(everything()); err != nil {
@@ -373,7 +373,7 @@ func TestNamesOfMetrics(t *testing.T) {
 		known[string(row[1])], known[string(row[1])+"_bucket"] = true, true
 	}
 	for file, least := range map[string]int{
-		metricsPage: 40, "../../docs/operations.md": 5, "../../charts/credence/alerts.yaml": 25,
+		metricsPage: 40, "../../docs/operations.md": 5, "../../charts/credence/alerts.yaml": 25, "../../charts/credence/dashboards/credence.json": 50,
 	} {
 		text, err := os.ReadFile(filepath.FromSlash(file))
 		if err != nil {

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/integration/chart"
@@ -24,6 +25,7 @@ import (
 const (
 	metricsPage    = "../../docs/metrics.md"
 	operationsPage = "../../docs/operations.md"
+	dashboardFile  = "../../charts/credence/dashboards/credence.json"
 )
 
 // alerts returns the rules that the chart creates with these values.
@@ -259,3 +261,81 @@ func TestAlertPages(t *testing.T) {
 
 // runbook matches the section of an alert.
 var runbook = regexp.MustCompile(`(?s)^\n\*\*Users notice:\*\* .+\n\n\*\*First:\*\* .*\n\n    \S.*\n\*\*Causes, in order:\*\*\n\n1\. .+`)
+
+// TestDashboard shows that the ConfigMap has the dashboard, and that Grafana can place and read it.
+func TestDashboard(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile(dashboardFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	maps := configMaps(objects(t, "everything"), "credence-dashboard")
+	if len(maps) != 1 || maps[0].Namespace != "monitoring" || maps[0].Annotations["grafana_folder"] != "Credence" || maps[0].Labels["grafana_dashboard"] != "credence" {
+		t.Fatalf("the ConfigMaps are %+v", maps)
+	}
+	if got := maps[0].Data["credence.json"]; got != strings.TrimSuffix(string(text), "\n") {
+		t.Errorf("the ConfigMap has %d bytes, the dashboard %d", len(got), len(text))
+	}
+	if got := configMaps(objectsWith(t, "metrics.grafanaDashboard.enabled=true"), "credence-dashboard"); len(got) != 1 ||
+		got[0].Labels["grafana_dashboard"] != "1" || got[0].Annotations != nil || got[0].Namespace != chart.Namespace {
+		t.Errorf("by default the ConfigMap is %+v", got)
+	}
+	var board struct {
+		Panels []struct {
+			ID                       int
+			Type, Title, Description string
+			GridPos                  struct{ X, Y, W, H int }
+			Targets                  []struct{ Expr string }
+			Datasource               struct{ UID string }
+		}
+	}
+	if err := json.Unmarshal(text, &board); err != nil {
+		t.Fatal(err)
+	}
+	ids, cells, queries := map[int]bool{}, map[[2]int]string{}, 0
+	for _, panel := range board.Panels {
+		if ids[panel.ID] || panel.ID == 0 {
+			t.Errorf("panel %q has the number %d of another one", panel.Title, panel.ID)
+		}
+		ids[panel.ID] = true
+		for x := panel.GridPos.X; x < panel.GridPos.X+panel.GridPos.W; x++ {
+			for y := panel.GridPos.Y; y < panel.GridPos.Y+panel.GridPos.H; y++ {
+				if other := cells[[2]int{x, y}]; other != "" || x > 23 {
+					t.Fatalf("panel %q covers %q, or is outside", panel.Title, other)
+				}
+				cells[[2]int{x, y}] = panel.Title
+			}
+		}
+		if panel.Type == "row" {
+			continue
+		}
+		if panel.Description == "" || !strings.HasSuffix(panel.Description, ".") || len(panel.Targets) == 0 || panel.Datasource.UID != "${datasource}" {
+			t.Errorf("panel %q needs a description, a query and the data source of the dashboard", panel.Title)
+		}
+		for _, target := range panel.Targets {
+			queries++
+			for _, variable := range regexp.MustCompile(`\$\w+`).FindAllString(target.Expr, -1) {
+				if variable != "$namespace" && variable != "$__rate_interval" {
+					t.Errorf("panel %q uses %s", panel.Title, variable)
+				}
+			}
+		}
+	}
+	if queries < 40 {
+		t.Errorf("the dashboard has %d queries", queries)
+	}
+}
+
+// objectsWith renders the chart with these values.
+func objectsWith(t *testing.T, set ...string) []runtime.Object {
+	t.Helper()
+	rendered, err := chart.Render(t.Context(), chart.Config{Helm: helm, Set: set})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := chart.Decode(rendered)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}

@@ -227,10 +227,10 @@ func TestNullValues(t *testing.T) {
 			t.Errorf("%s: %v", key, err)
 		}
 	}
-	if len(required) < 70 || len(optional) != 5 {
+	if len(required) < 70 || len(optional) != 6 {
 		t.Errorf("found %d values that must not be null, and %q that may", len(required), optional)
 	}
-	uses := []string{"metrics.annotatePods=true", "metrics.podMonitor.enabled=true", "metrics.prometheusRule.enabled=true", "networkPolicy.enabled=true", "test.namespace=a", "test.role=b"}
+	uses := []string{"metrics.annotatePods=true", "metrics.podMonitor.enabled=true", "metrics.prometheusRule.enabled=true", "metrics.grafanaDashboard.enabled=true", "networkPolicy.enabled=true", "test.namespace=a", "test.role=b"}
 	empty = slices.DeleteFunc(empty, func(key string) bool {
 		return slices.Contains(uses, key+"=true") || key == "test.namespace" || key == "test.role"
 	})
