@@ -40,13 +40,12 @@ func loadPrevious(t *testing.T, previous skew.Version) []string {
 	for _, product := range products {
 		references["credence-"+product] = "localhost/credence-" + product
 	}
-	folder := filepath.Join(d.Cluster.Run().Dir(), "previous")
 	for program, reference := range references {
 		image := images.Image{
 			Reference: reference + ":" + previousTag, Name: program, Plain: true,
 			Programs: map[string]string{runtime.GOARCH: filepath.Join(previous.Programs, program)},
 		}
-		archive, err := image.Write(filepath.Join(folder, program+".tar"))
+		archive, err := image.Write(filepath.Join(d.Cluster.Run().Dir(), "previous-"+program+".tar"))
 		if err == nil {
 			err = d.Cluster.LoadImage(t.Context(), archive.Path)
 		}
