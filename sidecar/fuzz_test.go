@@ -42,7 +42,7 @@ func ready(f *testing.F, metadata policy.Metadata, log io.Writer) (*sidecar.Side
 		}
 	}()
 	f.Cleanup(func() { <-ended }) // f.Context ends first
-	if err := sidecar.Probe(f.Context(), listener.Addr().String()); err != nil {
+	if err := sidecar.Probe(f.Context(), listener.Addr().String(), authorization); err != nil {
 		f.Fatal(err)
 	}
 	return s, listener.Addr().String()
@@ -191,7 +191,7 @@ func FuzzConnection(f *testing.F) {
 		if containsSecret(log.String()) {
 			t.Error("a secret was logged")
 		}
-		if err := sidecar.Probe(t.Context(), address); err != nil {
+		if err := sidecar.Probe(t.Context(), address, authorization); err != nil {
 			t.Errorf("after %q: %v", sent, err)
 		}
 	})

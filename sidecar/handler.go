@@ -4,6 +4,7 @@ import (
 	"crypto/subtle"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/gorilla/mux"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/sidecar/contract"
@@ -96,10 +98,15 @@ func isLoopback(host string) bool {
 	return err == nil && addr.IsLoopback() && addr.Zone() == ""
 }
 
+// authorized reports whether the request has the authorization of this pod.
+func (s *Sidecar) authorized(r *http.Request) bool {
+	// The length is not secret: it is the length of a pod's UID.
+	return subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), s.authorization) == 1
+}
+
 // serveCredentials serves the container-credentials endpoint.
 func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
-	// The length is not secret: it is the length of a pod's UID.
-	if subtle.ConstantTimeCompare([]byte(r.Header.Get("Authorization")), s.authorization) != 1 {
+	if !s.authorized(r) {
 		writeError(w, http.StatusForbidden, "AUTHORIZATION_INVALID",
 			"the Authorization header must be the value of AWS_CONTAINER_AUTHORIZATION_TOKEN")
 		return
@@ -116,10 +123,16 @@ func (s *Sidecar) serveCredentials(w http.ResponseWriter, r *http.Request) {
 // of the server.
 const readyPoll = 5 * time.Second
 
+// statusReport is the status of a response for [Probe] to report.
+const statusReport = http.StatusGatewayTimeout
+
 // serveReady responds with 204 when there is a session, when the start timeout has passed, or when the broker has
-// reported that the pod was not injected. It responds with 503 if none of these happens within readyPoll.
+// reported that the pod was not injected. It responds with 503 if none of these happens within readyPoll. An authorized
+// request that waits when a report is due gets statusReport with the report. The report has addresses of the cluster, so
+// others do not get it.
 func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
-	started := s.startTimeout > 0 && time.Since(s.started) >= s.startTimeout
+	waited := time.Since(s.started)
+	started := s.startTimeout > 0 && waited >= s.startTimeout
 	if st := s.state.Load(); started || st.valid(time.Now()) || st.uninjected() {
 		w.WriteHeader(http.StatusNoContent)
 		return
@@ -131,14 +144,19 @@ func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "too many requests wait for credentials; try again")
 		return
 	}
-	poll := time.NewTimer(readyPoll)
-	defer poll.Stop()
-	var start <-chan time.Time // nil if there is no start timeout
-	if s.startTimeout > 0 {
-		timer := time.NewTimer(time.Until(s.started.Add(s.startTimeout)))
-		defer timer.Stop()
-		start = timer.C
+	// The request ends with a session, or with the first of these moments.
+	wait, situation := readyPoll, "" // no report
+	authorized := s.authorized(r)
+	if due := nextReport(waited); authorized && due-waited <= wait && (s.startTimeout == 0 || due < s.startTimeout-reportGap) {
+		wait, situation = due-waited, "no credentials yet"
 	}
+	timeout := s.startTimeout > 0 && s.startTimeout-waited <= wait
+	if timeout {
+		wait = s.startTimeout - waited
+		situation = fmt.Sprintf("no credentials within the start timeout of %s, so the application starts without them", s.startTimeout)
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
 	for {
 		st := s.state.Load()
 		if st.valid(time.Now()) || st.uninjected() {
@@ -147,17 +165,55 @@ func (s *Sidecar) serveReady(w http.ResponseWriter, r *http.Request) {
 		}
 		select {
 		case <-st.changed:
-		case <-start:
-			w.WriteHeader(http.StatusNoContent)
-			return
-		case <-poll.C:
-			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet; try again")
-			return
+			continue
+		case <-timer.C:
 		case <-r.Context().Done():
-			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet; try again")
-			return
+			timeout, situation = false, ""
 		}
+		switch {
+		case authorized && situation != "":
+			st.writeReport(w, situation)
+		case timeout:
+			w.WriteHeader(http.StatusNoContent)
+		default:
+			writeError(w, http.StatusServiceUnavailable, string(errPending.Reason), "no credentials yet; try again")
+		}
+		return
 	}
+}
+
+const (
+	// firstReport is when a sidecar without credentials first has that reported. A broker usually responds within a second.
+	firstReport = 10 * time.Second
+	// reportInterval is the maximum time between two reports. An API server keeps an Event for an hour. A kubelet writes 25
+	// warnings about a pod, and then one in 5 minutes. The others should remain for other causes.
+	reportInterval = 30 * time.Minute
+	// reportGap is the minimum time between the last report and the start timeout. A kubelet that probes once a second then
+	// probes again without a pause, so that no report delays the application.
+	reportGap = 2 * time.Second
+	// maxReport is the maximum length of a report in bytes. Events of other programs than kubelets have 1,024 at most.
+	maxReport = 1000
+)
+
+// nextReport returns the time from the start of the sidecar to its first report after waited: 10 s, 20 s, 40 s and so on,
+// and finally each half an hour.
+func nextReport(waited time.Duration) time.Duration {
+	next := firstReport
+	for next <= waited {
+		next += min(next, reportInterval)
+	}
+	return next
+}
+
+// writeReport responds with the situation of the pod and the reason why st has no valid lease.
+func (st *state) writeReport(w http.ResponseWriter, situation string) {
+	err := st.failure()
+	text := err.Error()
+	if e, ok := errors.AsType[*credential.Error](err); ok {
+		text = e.Error() // without the broker's address, which changes: the kubelet counts equal reports
+	}
+	reason := string(credential.ReasonOf(err))
+	writeError(w, statusReport, reason, clip.Line(fmt.Sprintf("%s: %s: %s", situation, reason, text), maxReport))
 }
 
 // timeFormat is RFC 3339 in UTC with whole seconds. On the metadata path, botocore parses no other form, and silently

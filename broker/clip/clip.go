@@ -2,7 +2,10 @@
 // text ends with "…", so that a reader sees that there was more.
 package clip
 
-import "strings"
+import (
+	"strings"
+	"unicode"
+)
 
 // mark ends a shortened text. It has three bytes.
 const mark = "…"
@@ -32,4 +35,19 @@ func Runes(s string, limit int) string {
 		}
 	}
 	return s
+}
+
+// Line returns [Bytes] of s on one line: a semicolon replaces a newline, and "?" each other character that is not printable.
+// Terminals show Events, and others write parts of their texts.
+func Line(s string, limit int) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n':
+			return ';'
+		case unicode.IsPrint(r):
+			return r
+		default:
+			return '?'
+		}
+	}, Bytes(s, limit))
 }

@@ -60,3 +60,16 @@ func FuzzClip(f *testing.F) {
 		}
 	})
 }
+
+func TestLine(t *testing.T) {
+	for s, want := range map[string]string{
+		"":                       "",
+		"a\nb":                   "a;b",
+		"\x1b[2Jä\u202e\tb\xff":  "?[2Jä??b",
+		strings.Repeat("x", 100): strings.Repeat("x", 27) + "…",
+	} {
+		if got := clip.Line(s, 30); got != want {
+			t.Errorf("Line(%q) = %q, want %q", s, got, want)
+		}
+	}
+}

@@ -13,14 +13,15 @@ import (
 )
 
 const usage = `credence-sidecar serves a pod's AWS credentials to the SDKs in that pod. With the argument probe,
-it waits until the serving process has credentials. With the argument check, in a container of the application,
-it requests credentials as an SDK does, and prints the role, the end of the access key ID and the expiration.
+it waits until the serving process has credentials, and fails now and then to report why there are none. With the
+argument check, in a container of the application, it requests credentials as an SDK does, and prints the role, the
+end of the access key ID and the expiration.
 
 Usage: credence-sidecar [flags] [probe|check]
 
 The webhook runs it in each pod that it injects. An environment variable can set each flag except version:
 CREDENCE_TOKEN_FILE sets --token-file, and so on. Required are only authorization, broker, roots-file and
-token-file. probe and check require no flag.`
+token-file. probe and check require no flag. Without the authorization, probe reports nothing.`
 
 type options struct {
 	broker, dnsName, routingKey, podUID, listen, tokenFile, rootsFile, authorization, metadata, zone string

@@ -1,7 +1,7 @@
 // Command credence-sidecar serves a pod's AWS credentials to the SDKs in that pod. The webhook adds it to
 // pods as their first container, and sets the environment variables that are the defaults of its flags.
-// With the argument probe it waits until the serving process has credentials. With the argument check it requests
-// credentials as an SDK does.
+// With the argument probe it waits until the serving process has credentials, and fails now and then to report why there
+// are none. With the argument check it requests credentials as an SDK does.
 //
 // It logs JSON to standard error. It exits with 0 after SIGTERM or SIGINT, with 1 after a failure, and with
 // 2 if its flags are invalid. It does not exit because the broker is unavailable.
@@ -35,7 +35,7 @@ func main() {
 
 func run(ctx context.Context, o options) error {
 	if o.probe {
-		return sidecar.Probe(ctx, o.listen)
+		return sidecar.Probe(ctx, o.listen, o.authorization)
 	}
 	if o.check {
 		line, err := sidecar.Check(ctx, os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI"), os.Getenv("AWS_CONTAINER_AUTHORIZATION_TOKEN"))

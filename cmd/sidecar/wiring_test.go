@@ -80,6 +80,11 @@ var wiring = []struct {
 			w.Errorf("a request with another text got status %d, want 403", status)
 		}
 	}},
+	{"authorization", "with it, the probe reports why there are no credentials", func(w *world) {
+		s := w.start("--broker=" + net.JoinHostPort(brokerHost, portOf(processtest.FreeAddress(w))))
+		probe := processtest.Start(w.T, processtest.Command{Args: []string{"--listen=" + s.address, "--authorization=" + authorization, "probe"}})
+		probe.MustFail(w.T, 1, "no credentials yet: BROKER_UNREACHABLE: ")
+	}},
 	{"metadata", "v1 serves instance metadata without a token", func(w *world) {
 		s := w.start("--metadata=v1")
 		s.mustServe("cart")

@@ -3,6 +3,7 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -83,16 +84,19 @@ func (c *Sidecar) probe(ctx context.Context, command, env []string) error {
 		}
 	}()
 	path, args := c.stack.command(command[0], command[1:])
-	probe := exec.CommandContext(ctx, path, args...) //nolint:gosec // Our own program.
-	probe.Env = env
-	output, err := probe.CombinedOutput()
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+	for {
+		probe := exec.CommandContext(ctx, path, args...) //nolint:gosec // Our own program.
+		probe.Env = env
+		output, err := probe.CombinedOutput()
+		switch {
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case err == nil:
+			return nil
+		case !bytes.Contains(output, []byte("no credentials")): // otherwise it is a report, after which a kubelet probes again
+			return fmt.Errorf("probing: %w: %s", err, output)
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("probing: %w: %s", err, output)
-	}
-	return nil
 }
 
 // program is the built program that an image would have at path.

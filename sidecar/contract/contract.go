@@ -11,7 +11,8 @@ const (
 	ContainerName = "credence-sidecar"
 	// Binary is the path of the program in its image.
 	Binary = "/credence-sidecar"
-	// ProbeArgument makes the program wait until the sidecar in the same container has credentials.
+	// ProbeArgument makes the program wait until the sidecar in the same container has credentials. It may fail earlier to
+	// report why there are none.
 	ProbeArgument = "probe"
 	// CheckArgument makes the program request credentials as an SDK does, in a container of the application.
 	CheckArgument = "check"

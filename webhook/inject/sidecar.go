@@ -114,7 +114,8 @@ const (
 )
 
 // startupProbe delays all other containers. One call of the probe waits until the first credentials arrive or the start
-// timeout passes, and then succeeds. The probe never fails the container: MaxInt32 failures, at most one a second, take 68
+// timeout passes, and then succeeds. Meanwhile the sidecar makes some calls fail, so that the kubelet reports why there are
+// no credentials; sidecars of older versions do not. The probe never fails the container: MaxInt32 failures, at most one a second, take 68
 // years. The product of period and failures still fits the 32 bits in which tools multiply them.
 // It is an exec probe, because the sidecar listens on loopback only, and PodSecurity refuses probes that name a host.
 func startupProbe(startTimeout time.Duration) *corev1.Probe {
