@@ -42,7 +42,8 @@ type reports struct {
 func (r *reports) Refused(pod policy.Pod, refusal *credential.Error) {
 	r.refused, r.reasons = append(r.refused, pod), append(r.reasons, refusal.Reason)
 }
-func (r *reports) Shadowed(policy.Pod, string) {}
+func (r *reports) Shadowed(policy.Pod, string)               {}
+func (r *reports) Unavailable(policy.Pod, *credential.Error) {}
 
 // A genuine token for another audience shows wrong settings, so the broker reports it on the pod. It reports nothing for a
 // token that proves no identity.
@@ -78,9 +79,15 @@ func TestTokenForAnotherAudienceIsReported(t *testing.T) {
 			}
 			var from string
 			var reported reports
+			impairments, err := broker.NewImpairments(broker.ImpairmentsConfig{
+				Impaired: func(broker.Impairment) {}, Recovered: func(broker.Impairment) {}, Logger: log,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
 			b, err := broker.New(broker.Config{
 				Verifier: refusing{err: tt.err, from: &from}, Binder: world{}, Rules: rules, Sessions: world{}, Audit: decisions, Logger: log,
-				Observers: []broker.Observer{broker.ReportTo(&reported, tt.expects)},
+				Observers: []broker.Observer{broker.ReportTo(&reported, tt.expects, impairments)},
 			})
 			if err != nil {
 				t.Fatal(err)

@@ -45,6 +45,8 @@ type engine struct {
 	pods    map[string]policy.Pod // :: NAMESPACE/NAME → live pod; guarded by mu
 	warned  []string              // reported, as POD: WARNINGS; guarded by mu
 	refused []*credential.Error   // reported; guarded by mu
+
+	unavailable []string // reported, as POD: REASON; guarded by mu
 }
 
 // newEngine returns an engine that calls an STS over HTTP as the program does.
@@ -74,7 +76,11 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	log := slog.New(slog.DiscardHandler)
 	cacheConfig.Logger = log
 	e := &engine{t: t, pods: make(map[string]policy.Pod)}
-	var err error
+	impairments, err := broker.NewImpairments(broker.ImpairmentsConfig{
+		Impaired: func(broker.Impairment) {}, Recovered: func(broker.Impairment) {}, Logger: log,
+	})
+	fatal(t, err)
+	cacheConfig.Source = impairments.Source(cacheConfig.Source)
 	e.sessions, err = cache.New(cacheConfig)
 	fatal(t, err)
 	e.keys, err = policy.NewKeys(policy.DefaultPrefix)
@@ -87,7 +93,7 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	fatal(t, err)
 	e.broker, err = broker.New(broker.Config{
 		Verifier: e, Binder: e, Rules: rules, Sessions: e.sessions, Audit: decisions, Logger: log,
-		Observers: []broker.Observer{broker.ReportTo(e, func(identity.Pod) bool { return false })},
+		Observers: []broker.Observer{broker.ReportTo(e, func(identity.Pod) bool { return false }, impairments)},
 	})
 	fatal(t, err)
 	e.prefetch, err = broker.NewPrefetch(broker.PrefetchConfig{Lookup: e.lookup, Sessions: e.sessions, Logger: log})
@@ -96,7 +102,7 @@ func newEngineOn(t *testing.T, cacheConfig cache.Config[policy.Grant]) *engine {
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	for _, run := range []func(context.Context) error{
-		e.sessions.Run, func(ctx context.Context) error { return e.prefetch.Run(ctx, rules) }, decisions.Run,
+		e.sessions.Run, func(ctx context.Context) error { return e.prefetch.Run(ctx, rules) }, decisions.Run, impairments.Run,
 	} {
 		running.Go(func() { _ = run(ctx) })
 	}
@@ -112,6 +118,13 @@ func (e *engine) Refused(_ policy.Pod, refusal *credential.Error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.refused = append(e.refused, refusal)
+}
+
+// Unavailable implements [broker.Events].
+func (e *engine) Unavailable(pod policy.Pod, failure *credential.Error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unavailable = append(e.unavailable, pod.Name+": "+string(failure.Reason))
 }
 
 // Shadowed implements [broker.Events].

@@ -33,29 +33,36 @@ type Call struct {
 type Events interface {
 	// Refused reports a refusal that a user must fix.
 	Refused(pod policy.Pod, refusal *credential.Error)
+	// Unavailable reports that the pod gets no credentials because this broker is impaired.
+	Unavailable(pod policy.Pod, failure *credential.Error)
 	// Shadowed reports the webhook's warnings about what outranks the pod's role.
 	Shadowed(pod policy.Pod, warnings string)
 }
 
 // ReportTo returns an observer that reports to events what users must fix: refusals, failed renewals of sessions that pods
-// still get, and credentials that outrank a pod's role.
+// still get, and credentials that outrank a pod's role. It also reports that a pod gets no credentials because this broker is
+// impaired, so that its user need not look for a mistake.
 //
-// It also reports a token for another audience if nothing else is wrong with it: the webhook and the broker then have
-// different settings. It does so only if expects returns true for the token's pod; expects makes no live read. Otherwise a
-// service that receives tokens of pods could have this reported on any pod.
-func ReportTo(events Events, expects func(identity.Pod) bool) Observer {
+// It also reports a token for another audience, to events and to impairments, if nothing else is wrong with it: the webhook
+// and the broker then have different settings. It does so only if expects returns true for the token's pod; expects makes no
+// live read. Otherwise a service that receives tokens of pods could have this reported on any pod.
+func ReportTo(events Events, expects func(identity.Pod) bool, impairments *Impairments) Observer {
 	return func(_ context.Context, call Call) {
 		if warnings := call.Pod.Request.Warnings(); warnings != "" {
 			events.Shadowed(call.Pod, warnings)
 		}
+		e, _ := errors.AsType[*credential.Error](call.Err)
 		if call.Pod.UID != "" {
 			report(events, call.Pod, call.Err)
 			report(events, call.Pod, call.RenewalErr)
-		}
-		if other, ok := errors.AsType[*identity.OtherAudienceError](call.Err); ok && expects(other.Pod) {
-			if e, ok := errors.AsType[*credential.Error](call.Err); ok {
-				events.Refused(policy.Pod{Namespace: other.Pod.Namespace, Name: other.Pod.Name, UID: other.Pod.UID}, e)
+			if impairments.hasLasted(e) {
+				events.Unavailable(call.Pod, e)
 			}
+		}
+		if other, ok := errors.AsType[*identity.OtherAudienceError](call.Err); ok && e != nil && expects(other.Pod) {
+			pod := policy.Pod{Namespace: other.Pod.Namespace, Name: other.Pod.Name, UID: other.Pod.UID}
+			events.Refused(pod, e)
+			impairments.record(e, pod)
 		}
 	}
 }

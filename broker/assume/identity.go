@@ -131,6 +131,15 @@ func (e *assumeFirstError) Error() string {
 
 func (e *assumeFirstError) Unwrap() error { return e.err }
 
+// Explain returns the cause of an error of [STS.Credential] that is not about its role, with the fix, for a cluster admin. The text
+// has no secret, and is the same for the same cause.
+func (s *STS) Explain(err *credential.Error) string {
+	if err.Cause == nil {
+		return err.Message
+	}
+	return s.problem(err.Cause)
+}
+
 // problem describes a failure of the broker's identity, with its fix. It returns the same text for the same cause. The text has
 // no role and no request ID, because not every client of /readyz may know the ARNs. The log has them.
 func (s *STS) problem(err error) string {

@@ -22,11 +22,13 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 
+	"github.com/credence-iam/credence/broker"
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube/events"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/cmd/internal/program/processtest"
@@ -66,11 +68,14 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	log := slog.New(slog.NewJSONHandler(s.logged, nil))
 	source, err := assume.New(t.Context(), assume.Config{Region: "eu-central-1", Endpoint: server.URL(), Dial: server.Dial, Logger: log})
 	processtest.Must(t, err)
-	sessions, err := cache.New(cache.Config[policy.Grant]{Source: source, Logger: log})
-	processtest.Must(t, err)
 	recorder, err := events.New(&rest.Config{Host: "http://api.invalid", Transport: s.events}, "broker-1", log)
 	processtest.Must(t, err)
-	s.parts = parts{log: log, self: policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}, sts: source, sessions: sessions, events: recorder}
+	self := policy.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}
+	impaired, err := newImpairments(source, recorder, self, log)
+	processtest.Must(t, err)
+	sessions, err := cache.New(cache.Config[policy.Grant]{Source: impaired.Source(source), Logger: log})
+	processtest.Must(t, err)
+	s.parts = parts{log: log, self: self, sts: source, sessions: sessions, events: recorder, impaired: impaired}
 	began := time.Now()
 	s.checks, s.check = s.parts.readiness(nil, nil)
 	s.checks = slices.DeleteFunc(s.checks, func(c admin.Check) bool { return c.Name != "AWS identity" }) // All others need a cluster.
@@ -87,7 +92,7 @@ func start(t *testing.T, compatible bool, pods int, prepare func(s *starting)) *
 	for _, run := range []func(context.Context) error{
 		sessions.Run, recorder.Run,
 		func(ctx context.Context) error { source.AwaitIdentity(ctx, log); return nil },
-		func(ctx context.Context) error { return s.check.run(ctx, s.parts.reportIdentity) },
+		func(ctx context.Context) error { return s.parts.watchAWS(ctx, s.check) },
 	} {
 		running.Go(func() { _ = run(ctx) })
 	}
@@ -168,16 +173,22 @@ func (e *eventServer) RoundTrip(r *http.Request) (*http.Response, error) {
 	return &http.Response{StatusCode: http.StatusCreated, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(strings.NewReader(`{"kind":"Event","apiVersion":"events.k8s.io/v1"}`))}, nil
 }
 
-// notes returns the notes of the Events so far, which must be warnings on the broker's own pod.
-func (e *eventServer) notes(t *testing.T) (all []string) {
+// notes returns the notes of the Events so far of a reason, which must be on the broker's own pod.
+func (e *eventServer) notes(t *testing.T, reason string) (all []string) {
 	t.Helper()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, event := range e.taken {
-		if event.Reason != events.ReasonIdentity || event.Type != "Warning" || event.Regarding.Name != "broker-1" || event.Regarding.UID != "u-1" || event.Namespace != "credence" {
+		normal := event.Reason == events.ReasonConfirmed || event.Reason == events.ReasonRecovered
+		if (event.Type == "Normal") != normal || event.Regarding.Name != "broker-1" || event.Regarding.UID != "u-1" || event.Namespace != "credence" || event.Action == "" {
 			t.Errorf("an Event is %+v", event)
 		}
-		all = append(all, event.Note)
+		if strings.Contains(event.Note, "wrong-secret") {
+			t.Error("an Event has a secret")
+		}
+		if event.Reason == reason {
+			all = append(all, event.Note)
+		}
 	}
 	return all
 }
@@ -207,7 +218,7 @@ func TestBrokerWithWrongKeysIsNotReady(t *testing.T) {
 				time.Sleep(10 * time.Minute)
 				const problem = "(InvalidClientTokenId): their access key does not exist or is inactive"
 				s.want("wrong keys", false, problem, "Secret")
-				notes := s.events.notes(t)
+				notes := s.events.notes(t, events.ReasonIdentity)
 				if len(notes) != 1 || !strings.Contains(notes[0], problem) || !strings.Contains(notes[0], "not ready") {
 					t.Errorf("the Events have %q, want one with the problem", notes)
 				}
@@ -220,12 +231,15 @@ func TestBrokerWithWrongKeysIsNotReady(t *testing.T) {
 				time.Sleep(2 * time.Minute)
 				s.want("a wrong secret", false, "(SignatureDoesNotMatch)")
 				time.Sleep(time.Hour)
-				if notes := s.events.notes(t); len(notes) != 3 || !strings.Contains(notes[1], "SignatureDoesNotMatch") || notes[2] != notes[1] {
+				if notes := s.events.notes(t, events.ReasonIdentity); len(notes) != 3 || !strings.Contains(notes[1], "SignatureDoesNotMatch") || notes[2] != notes[1] {
 					t.Errorf("after an hour the Events have %q", notes)
 				}
 				s.rightKeys()
 				time.Sleep(2 * time.Minute)
 				s.want("corrected", true)
+				if notes := s.events.notes(t, events.ReasonConfirmed); len(notes) != 1 {
+					t.Errorf("the Events have %q, want one that the identity is confirmed", notes)
+				}
 			})
 		})
 	}
@@ -242,7 +256,7 @@ func TestRestartInAnOutage(t *testing.T) {
 				})
 				time.Sleep(time.Hour)
 				s.want("in the outage", false, "STS")
-				if notes := s.events.notes(t); len(notes) == 0 {
+				if notes := s.events.notes(t, events.ReasonIdentity); len(notes) == 0 {
 					t.Error("no Event has the reason")
 				}
 				s.sts.SetOutage(ststest.NoOutage)
@@ -265,10 +279,95 @@ func TestShortTroubleIsNotReported(t *testing.T) {
 		s.sts.SetOutage(ststest.NoOutage)
 		time.Sleep(time.Minute)
 		s.want("after it", true)
-		if notes := s.events.notes(t); len(notes) != 0 {
+		if notes := s.events.notes(t, events.ReasonIdentity); len(notes) != 0 {
 			t.Errorf("the Events have %q", notes)
 		}
 	})
+}
+
+// A ready broker whose keys stop to work, or whose STS does, has an Event with the cause and the fix, and one at the end.
+func TestImpairedBroker(t *testing.T) {
+	for name, tt := range map[string]struct {
+		fail func(s *starting)
+		want []string // words of the note
+	}{
+		"keys": {func(s *starting) { s.setKeys("AKIAWRONG", "wrong-secret") }, []string{
+			"BROKER_CREDENTIALS: AWS refuses the broker's own credentials (InvalidClientTokenId): their access key does not exist", "a cluster admin must fix this",
+		}},
+		"failing":     {func(s *starting) { s.sts.SetOutage(ststest.Failing) }, []string{"STS_UNAVAILABLE: STS fails (", "do not restart brokers"}},
+		"unreachable": {func(s *starting) { s.sts.SetOutage(ststest.Refusing) }, []string{"STS_UNAVAILABLE: the broker cannot reach STS; it keeps trying; check egress, DNS"}},
+		"throttling": {func(s *starting) {
+			s.sts.SetDefault(ststest.Behavior{Fault: &ststest.Fault{Code: "Throttling", Message: "Rate exceeded", Status: http.StatusBadRequest}})
+		}, []string{"STS_THROTTLED: STS throttles this account", "--sts-rate"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := start(t, false, 2, (*starting).rightKeys)
+				time.Sleep(time.Minute)
+				tt.fail(s)
+				time.Sleep(40 * time.Minute) // The renewals are due after 30.
+				notes := s.events.notes(t, events.ReasonImpaired)
+				if len(notes) != 1 {
+					t.Fatalf("the Events have %q, want one", notes)
+				}
+				for _, words := range append(tt.want, "kubectl -n credence logs broker-1") {
+					if !strings.Contains(notes[0], words) {
+						t.Errorf("the Event does not have %q: %s", words, notes[0])
+					}
+				}
+				if e := s.events.last(); e.Series == nil || e.Series.Count < 2 || !e.EventTime.Before(&e.Series.LastObservedTime) {
+					t.Errorf("the Event is not a series: %+v", e)
+				}
+				time.Sleep(2 * time.Hour)
+				if notes := s.events.notes(t, events.ReasonImpaired); len(notes) < 2 || len(notes) > 3 {
+					t.Errorf("two hours later the Events have %q, want one more each hour", notes)
+				}
+				if notes := s.events.notes(t, events.ReasonRecovered); len(notes) != 0 {
+					t.Errorf("before it has recovered, an Event has %q", notes)
+				}
+				s.sts.SetOutage(ststest.NoOutage)
+				s.sts.SetDefault(ststest.Behavior{})
+				s.rightKeys()
+				time.Sleep(40 * time.Minute)
+				notes = s.events.notes(t, events.ReasonRecovered)
+				reason, _, _ := strings.Cut(tt.want[0], ":")
+				if len(notes) != 1 || !strings.HasPrefix(notes[0], reason+" has ended after ") {
+					t.Errorf("after the recovery the Events have %q, want one with %s", notes, reason)
+				}
+				s.want("still", true)
+			})
+		})
+	}
+}
+
+// A broker whose pods have tokens for another audience has an Event that names both audiences and a pod.
+func TestBrokerWithAnotherAudience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := start(t, false, 0, (*starting).rightKeys)
+		observe := broker.ReportTo(s.parts.events, func(identity.Pod) bool { return true }, s.parts.impaired)
+		for range 3 {
+			time.Sleep(time.Minute)
+			observe(t.Context(), broker.Call{Err: &credential.Error{
+				Kind: credential.ErrUnauthenticated, Reason: credential.ReasonTokenAudience, Message: "the token is made for audience \"a\"",
+				Cause: &identity.OtherAudienceError{Pod: identity.Pod{Namespace: "credence", Name: "broker-1", UID: "u-1"}},
+			}})
+		}
+		time.Sleep(time.Minute)
+		const want = `TOKEN_AUDIENCE: pod credence/broker-1: the token is made for audience "a"; each failure: kubectl -n credence logs broker-1`
+		if notes := s.events.notes(t, events.ReasonImpaired); len(notes) != 1 || notes[0] != want {
+			t.Errorf("the Events have %q, want %s", notes, want)
+		}
+		if notes := s.events.notes(t, "CredentialsRefused"); len(notes) != 1 {
+			t.Errorf("the Events on the pod have %q, want one", notes)
+		}
+	})
+}
+
+// last returns the last Event.
+func (e *eventServer) last() eventsv1.Event {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.taken[len(e.taken)-1]
 }
 
 // A ready broker stays ready if STS or the broker's keys fail later.
@@ -283,7 +382,7 @@ func TestOutageLeavesReadyBrokersReady(t *testing.T) {
 			time.Sleep(90 * time.Minute) // Every session has expired.
 			s.want("when no session is left", true)
 		}
-		if notes := s.events.notes(t); len(notes) != 0 {
+		if notes := s.events.notes(t, events.ReasonIdentity); len(notes) != 0 {
 			t.Errorf("the Events have %q", notes)
 		}
 	})
@@ -332,7 +431,7 @@ func TestServiceWithoutGetCallerIdentity(t *testing.T) {
 			s := start(t, true, 2, func(*starting) {})
 			time.Sleep(5 * time.Minute)
 			s.want("wrong keys", false, "none of 2 sessions could be fetched", "--sts-endpoint")
-			if notes := s.events.notes(t); len(notes) != 1 {
+			if notes := s.events.notes(t, events.ReasonIdentity); len(notes) != 1 {
 				t.Errorf("the Events have %q", notes)
 			}
 			s.rightKeys()

@@ -23,6 +23,7 @@ import (
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/kube/events"
@@ -48,6 +49,7 @@ type parts struct {
 	verifier  verifier
 	events    *events.Recorder
 	budget    *broker.Budget
+	impaired  *broker.Impairments
 	sts       *assume.STS
 	sessions  *cache.Cache[policy.Grant]
 	prefetch  *broker.Prefetch
@@ -113,8 +115,12 @@ func build(ctx context.Context, o options) (parts, error) {
 	if err != nil {
 		return parts{}, err
 	}
+	impaired, err := newImpairments(sts, recorder, self, log)
+	if err != nil {
+		return parts{}, err
+	}
 	sessions, err := cache.New(cache.Config[policy.Grant]{
-		Source: source, Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerTenant: o.maxGrants, Logger: log,
+		Source: impaired.Source(source), Rate: rate.Limit(o.stsRate), Concurrency: o.stsConcurrency, MaxPerTenant: o.maxGrants, Logger: log,
 	})
 	if err != nil {
 		return parts{}, err
@@ -137,7 +143,7 @@ func build(ctx context.Context, o options) (parts, error) {
 	}
 	p := parts{
 		log: log, self: self, pair: pair, trust: publisher, directory: directory, placement: place, endpoints: endpoints, verifier: verifier,
-		events: recorder, budget: budget, sts: sts, sessions: sessions, prefetch: prefetch, decisions: decisions, metrics: metrics, traces: traces,
+		events: recorder, budget: budget, impaired: impaired, sts: sts, sessions: sessions, prefetch: prefetch, decisions: decisions, metrics: metrics, traces: traces,
 	}
 	return p, metrics.Watch(p.sources())
 }
@@ -239,8 +245,38 @@ func newBudget(sessions *cache.Cache[policy.Grant], recorder *events.Recorder, s
 		Stats: sessions.Stats, Logger: log,
 		Report: func(note string) {
 			if self.UID != "" { // outside a cluster there is no pod to write an Event on
-				recorder.BudgetShort(self, note)
+				recorder.Own(self, events.ReasonBudget, note, time.Time{}, 0)
 			}
 		},
+	})
+}
+
+// fixes say who fixes an impairment, and how. The message of TOKEN_AUDIENCE says it.
+var fixes = map[credential.Reason]string{
+	credential.ReasonBrokerCredentials: "a cluster admin must fix this; until then, new pods get no credentials",
+	credential.ReasonSTSUnavailable:    "until STS responds, new pods get no credentials; do not restart brokers, their cached sessions are still valid",
+	credential.ReasonSTSThrottled:      "a cluster admin must reduce the STS calls of this AWS account, of Credence by a lower --sts-rate (broker.stsRate)",
+	credential.ReasonTokenAudience:     "",
+}
+
+// newImpairments makes the detection of impairments. It writes Events on this broker's own pod.
+func newImpairments(sts *assume.STS, recorder *events.Recorder, self policy.Pod, log *slog.Logger) (*broker.Impairments, error) {
+	report := func(reason, note string, is broker.Impairment) {
+		if self.UID != "" { // outside a cluster there is no pod to write an Event on
+			recorder.Own(self, reason, note, is.Since, is.Count)
+		}
+	}
+	return broker.NewImpairments(broker.ImpairmentsConfig{
+		Impaired: func(is broker.Impairment) {
+			note := fmt.Sprintf("%s: %s; %s", is.Reason, sts.Explain(is.Err), fixes[is.Reason])
+			if is.Reason == credential.ReasonTokenAudience {
+				note = fmt.Sprintf("%s: pod %s/%s: %s", is.Reason, is.Pod.Namespace, is.Pod.Name, is.Err.Message)
+			}
+			report(events.ReasonImpaired, note+fmt.Sprintf("; each failure: kubectl -n %s logs %s", self.Namespace, self.Name), is)
+		},
+		Recovered: func(is broker.Impairment) {
+			report(events.ReasonRecovered, fmt.Sprintf("%s has ended after %s", is.Reason, is.Last.Sub(is.Since).Round(time.Second)), broker.Impairment{})
+		},
+		Logger: log,
 	})
 }

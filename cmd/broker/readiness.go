@@ -10,6 +10,7 @@ import (
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/assume"
 	"github.com/credence-iam/credence/broker/cache"
+	"github.com/credence-iam/credence/broker/kube/events"
 )
 
 // readiness returns the checks that this broker must pass to receive calls, and the check of its identity. shutdown is
@@ -132,11 +133,27 @@ func (i *identityCheck) run(ctx context.Context, report func(problem string)) er
 	}
 }
 
-// reportIdentity logs why this broker is not ready, and writes an Event on its own pod.
-func (p parts) reportIdentity(problem string) {
-	p.log.Warn("This broker is not ready, STS has not confirmed its identity", "problem", problem)
-	if p.self.UID != "" { // outside a cluster there is no pod to write an Event on
-		p.events.IdentityUnconfirmed(p.self, "This broker is not ready: "+problem)
+// watchAWS reports why this broker is not ready because of AWS, and when it is. Then it detects impairments until ctx ends.
+func (p parts) watchAWS(ctx context.Context, identity *identityCheck) error {
+	reported := false
+	err := identity.run(ctx, func(problem string) {
+		reported = true
+		p.log.WarnContext(ctx, "This broker is not ready, STS has not confirmed its identity", "problem", problem)
+		p.reportOwn(events.ReasonIdentity, "This broker is not ready: "+problem)
+	})
+	if err != nil || ctx.Err() != nil {
+		return err
+	}
+	if reported {
+		p.reportOwn(events.ReasonConfirmed, "STS has confirmed the identity of this broker")
+	}
+	return p.impaired.Run(ctx)
+}
+
+// reportOwn writes an Event on this broker's own pod. Outside a cluster there is none.
+func (p parts) reportOwn(reason, note string) {
+	if p.self.UID != "" {
+		p.events.Own(p.self, reason, note, time.Time{}, 0)
 	}
 }
 

@@ -45,7 +45,7 @@ func (p parts) run(ctx context.Context, o options, l listeners) error {
 	}
 	deciding := make(chan struct{})
 	checks, identity := p.readiness(serving.Done(), deciding)
-	group.Go(func() error { return identity.run(serving, p.reportIdentity) })
+	group.Go(func() error { return p.watchAWS(serving, identity) })
 	ready := func() bool { return admin.Ready(checks) == nil }
 	if err := p.metrics.Watch(admin.Sources{Ready: ready}); err != nil {
 		return err
@@ -130,7 +130,7 @@ func (p parts) decide(o options, base credential.RoleBase) (d deciders, err erro
 	}
 	d.broker, err = broker.New(broker.Config{
 		Verifier: p.verifier, Binder: p.directory, Rules: d.rules, Sessions: p.sessions, Audit: p.decisions,
-		Region: p.sts.Region(), Logger: p.log, Observers: append(p.observers(), broker.ReportTo(p.events, p.directory.Expects)),
+		Region: p.sts.Region(), Logger: p.log, Observers: append(p.observers(), broker.ReportTo(p.events, p.directory.Expects, p.impaired)),
 	})
 	return d, err
 }

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -281,6 +282,19 @@ func TestEventsAreSeen(t *testing.T) {
 	}
 	if e.EventTime.IsZero() {
 		t.Error("it has no time")
+	}
+
+	// An API server accepts a new Event with a series, without the right to change Events.
+	since := time.Now().Add(-time.Hour)
+	recorder.Own(refused, events.ReasonImpaired, "STS_UNAVAILABLE: wait", since, 5)
+	recorder.Own(refused, events.ReasonRecovered, "STS_UNAVAILABLE has ended", time.Time{}, 0)
+	eventually(t, "the other Events are written", func() bool { return recorder.Stats().Written == 3 })
+	list, err = client.CoreV1().Events(ns).List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.uid=" + string(p.UID) + ",reason=BrokerImpaired"})
+	if err != nil || len(list.Items) != 1 {
+		t.Fatalf("there are %d Events (%v), want one", len(list.Items), err)
+	}
+	if e := list.Items[0]; e.Series == nil || e.Series.Count != 5 || !e.EventTime.Time.Equal(since.Truncate(time.Microsecond)) || !e.Series.LastObservedTime.After(since) {
+		t.Errorf("the series is %+v since %v, want 5 since %v", e.Series, e.EventTime, since)
 	}
 }
 

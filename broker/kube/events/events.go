@@ -13,11 +13,11 @@ import (
 	"hash/fnv"
 	"log/slog"
 	"maps"
+	"math"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
@@ -38,18 +38,40 @@ const (
 	reasonRefused = "CredentialsRefused"
 	// reasonShadowed is the reason of an Event on a pod in which something takes precedence over its role.
 	reasonShadowed = "CredentialsShadowed"
-	// reasonBudget is the reason of an Event on a broker's own pod: --sts-rate is too low for its sessions.
-	reasonBudget = "STSBudgetShort"
+	// reasonUnavailable is the reason of an Event on a pod that gets no credentials because its broker is impaired.
+	reasonUnavailable = "CredentialsUnavailable"
+	// ReasonBudget is the reason of an Event on a broker's own pod: --sts-rate is too low for its sessions.
+	ReasonBudget = "STSBudgetShort"
 	// ReasonIdentity is the reason of an Event on a broker's own pod: it is not ready, because STS has not confirmed its
 	// identity.
 	ReasonIdentity = "AWSIdentityUnconfirmed"
+	// ReasonConfirmed is the reason of the Event when STS has confirmed it.
+	ReasonConfirmed = "AWSIdentityConfirmed"
+	// ReasonImpaired is the reason of an Event on a broker's own pod: it cannot do its work.
+	ReasonImpaired = "BrokerImpaired"
+	// ReasonRecovered is the reason of the Event when it can again.
+	ReasonRecovered = "BrokerRecovered"
 	// controller is the reporting controller of all Events.
 	controller = "credence-iam.github.io/broker"
 )
 
-// actions are the broker's actions, by the reason of the Event.
-var actions = map[string]string{
-	reasonRefused: "GetCredentials", reasonShadowed: "GetCredentials", reasonBudget: "RenewSessions", ReasonIdentity: "ConfirmIdentity",
+// kind is what Events of one reason have in common.
+type kind struct {
+	action string // of the broker
+	// quiet is the minimum time between two equal Events on one pod; 0: the caller limits them.
+	quiet  time.Duration
+	normal bool // it is no warning
+}
+
+var kinds = map[string]kind{
+	reasonRefused:     {"GetCredentials", refusedQuiet, false},
+	reasonUnavailable: {"GetCredentials", refusedQuiet, false},
+	reasonShadowed:    {"GetCredentials", shadowedQuiet, false},
+	ReasonBudget:      {"RenewSessions", refusedQuiet, false},
+	ReasonIdentity:    {"ConfirmIdentity", refusedQuiet, false},
+	ReasonConfirmed:   {"ConfirmIdentity", 0, true},
+	ReasonImpaired:    {"GetCredentials", 0, false},
+	ReasonRecovered:   {"GetCredentials", 0, true},
 }
 
 const (
@@ -59,7 +81,7 @@ const (
 	// shadowedQuiet is the minimum time between two Events for the warnings of one pod. They do not change while the pod
 	// exists.
 	shadowedQuiet = 24 * time.Hour
-	// maxSeen bounds the remembered Events, at about 150 bytes each.
+	// maxSeen bounds the remembered Events, at about 200 bytes each.
 	maxSeen = 20_000
 	// maxQueue bounds the Events that wait to be written. At perSecond they take a minute and a half.
 	maxQueue = 500
@@ -68,6 +90,9 @@ const (
 	// namespacePerSecond, above namespaceBurst, leaves room for other namespaces when one has a thousand pods with the same
 	// mistake. Twenty of them show it as well.
 	namespacePerSecond, namespaceBurst = 0.2, 20
+	// outagesPerSecond, above outagesBurst, limits Events on pods without credentials while the broker is impaired. All pods
+	// have the same cause, and the Events of refusals matter more.
+	outagesPerSecond, outagesBurst = 0.5, 20
 	// maxLimiters bounds the remembered limiters. When it is reached, unused ones are forgotten: they would be full anyway.
 	maxLimiters = 1000
 	// maxNote, maxName and maxInstance are the API's own limits.
@@ -82,10 +107,11 @@ type Recorder struct {
 	instance string
 	log      *slog.Logger
 	all      *rate.Limiter
+	outages  *rate.Limiter // used under mu
 	queue    chan event
 
 	mu       sync.Mutex
-	seen     map[eventKey]time.Time   // :: event → when it may be written again; guarded by mu
+	seen     map[eventKey]series      // guarded by mu
 	limiters map[string]*rate.Limiter // :: namespace → its limit; guarded by mu
 	stats    Stats                    // guarded by mu
 }
@@ -97,6 +123,13 @@ type eventKey struct {
 	text   uint64 // hash of the note
 }
 
+// series is what the Recorder remembers of equal Events.
+type series struct {
+	until time.Time // when the next one may be written
+	since time.Time // of the first one
+	count int       // including those that were not written
+}
+
 // event is an Event that waits to be written.
 type event struct {
 	eventKey
@@ -104,6 +137,8 @@ type event struct {
 	reason string
 	note   string
 	at     time.Time
+	since  time.Time // when it happened first
+	count  int       // how often it happened
 }
 
 // Stats counts Events since the start.
@@ -131,8 +166,8 @@ func New(config *rest.Config, instance string, log *slog.Logger) (*Recorder, err
 	}
 	return &Recorder{
 		client: client, instance: clip.Bytes(instance, maxInstance), log: log,
-		all: rate.NewLimiter(perSecond, burst), queue: make(chan event, maxQueue),
-		seen: make(map[eventKey]time.Time), limiters: make(map[string]*rate.Limiter),
+		all: rate.NewLimiter(perSecond, burst), outages: rate.NewLimiter(outagesPerSecond, outagesBurst), queue: make(chan event, maxQueue),
+		seen: make(map[eventKey]series), limiters: make(map[string]*rate.Limiter),
 	}, nil
 }
 
@@ -144,7 +179,15 @@ func (e *Recorder) Refused(pod policy.Pod, err *credential.Error) {
 		!errors.Is(err, credential.ErrDenied) && !errors.Is(err, credential.ErrInvalid) && err.Reason != credential.ReasonTokenAudience {
 		return
 	}
-	e.enqueue(pod, reasonRefused, err.Reason, string(err.Reason)+": "+err.Message)
+	e.enqueue(event{pod: pod, reason: reasonRefused, eventKey: eventKey{reason: err.Reason}, note: string(err.Reason) + ": " + err.Message})
+}
+
+// Unavailable queues an Event on the pod: it gets no credentials because of err, which lasts. A cluster admin must fix it.
+func (e *Recorder) Unavailable(pod policy.Pod, err *credential.Error) {
+	if err == nil || pod.UID == "" {
+		return
+	}
+	e.enqueue(event{pod: pod, reason: reasonUnavailable, eventKey: eventKey{reason: err.Reason}, note: string(err.Reason) + ": " + err.Message})
 }
 
 // Shadowed queues an Event on the pod with the warnings of its admission, which say what takes precedence over its role.
@@ -152,68 +195,75 @@ func (e *Recorder) Shadowed(pod policy.Pod, warnings string) {
 	if warnings == "" || pod.UID == "" {
 		return
 	}
-	e.enqueue(pod, reasonShadowed, credential.ReasonShadowed, "at its admission, the webhook warned: "+printable(clip.Bytes(warnings, maxNote)))
+	e.enqueue(event{
+		pod: pod, reason: reasonShadowed, eventKey: eventKey{reason: credential.ReasonShadowed},
+		note: "at its admission, the webhook warned: " + clip.Line(warnings, maxNote),
+	})
 }
 
-// printable returns s on one line, with a replacement for each unprintable character. Every user who may create pods can
-// write s, and terminals show it.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		switch {
-		case r == '\n':
-			return ';'
-		case unicode.IsPrint(r):
-			return r
-		default:
-			return '?'
-		}
-	}, s)
+// Own queues an Event on the broker's own pod. The reason is one of this package, and its cause was seen count times from
+// since; 0: once, now.
+func (e *Recorder) Own(pod policy.Pod, reason, note string, since time.Time, count int) {
+	e.enqueue(event{pod: pod, reason: reason, note: note, since: since, count: count})
 }
 
-// BudgetShort queues an Event with this note on the broker's own pod.
-func (e *Recorder) BudgetShort(pod policy.Pod, note string) { e.enqueue(pod, reasonBudget, "", note) }
-
-// IdentityUnconfirmed queues an Event with this note on the broker's own pod.
-func (e *Recorder) IdentityUnconfirmed(pod policy.Pod, note string) {
-	e.enqueue(pod, ReasonIdentity, "", note)
-}
-
-func (e *Recorder) enqueue(pod policy.Pod, reason string, refusal credential.Reason, note string) {
+func (e *Recorder) enqueue(queued event) {
 	now := time.Now()
 	text := fnv.New64a()
-	_, _ = text.Write([]byte(reason + note)) // never fails
-	queued := event{eventKey: eventKey{pod.UID, refusal, text.Sum64()}, at: now, reason: reason, note: clip.Bytes(note, maxNote)}
-	queued.pod = policy.Pod{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID} // without its annotations
+	_, _ = text.Write([]byte(queued.reason + queued.note)) // never fails
+	queued.eventKey = eventKey{queued.pod.UID, queued.eventKey.reason, text.Sum64()}
+	queued.at, queued.note = now, clip.Bytes(queued.note, maxNote)
+	queued.pod = policy.Pod{Namespace: queued.pod.Namespace, Name: queued.pod.Name, UID: queued.pod.UID} // without its annotations
+	quiet := kinds[queued.reason].quiet
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if until, ok := e.seen[queued.eventKey]; ok && now.Before(until) {
-		e.stats.Suppressed++
-		return
+	was, ok := e.seen[queued.eventKey]
+	if ok {
+		was.count++
+		e.seen[queued.eventKey] = was
+		if now.Before(was.until) {
+			e.stats.Suppressed++
+			return
+		}
+		queued.since, queued.count = was.since, was.count
+	} else if quiet > 0 {
+		queued.since, queued.count = now, 1
 	}
-	key := pod.Namespace
-	if reason == reasonShadowed {
-		key = "/" + key // Not a valid namespace: warnings do not use the limit of refusals.
-	}
-	if !e.canRemember(now) || !e.limiter(key).AllowN(now, 1) {
-		e.stats.Dropped++
+	if !e.canRemember(now) || !e.allow(queued, now) {
+		if queued.reason == reasonUnavailable {
+			e.stats.Suppressed++ // Other pods and the broker's own pod have one for the same cause.
+		} else {
+			e.stats.Dropped++
+		}
 		return
 	}
 	select {
 	case e.queue <- queued:
-		quiet := refusedQuiet
-		if reason == reasonShadowed {
-			quiet = shadowedQuiet
+		if quiet > 0 {
+			e.seen[queued.eventKey] = series{until: now.Add(quiet), since: queued.since, count: queued.count}
 		}
-		e.seen[queued.eventKey] = now.Add(quiet)
 	default:
 		e.stats.Dropped++
+	}
+}
+
+// allow reports whether the limits permit the Event now. The caller holds mu.
+func (e *Recorder) allow(queued event, now time.Time) bool {
+	// Keys with a slash are not valid namespaces: warnings and outages do not use the limit of refusals.
+	switch namespace := queued.pod.Namespace; queued.reason {
+	case reasonShadowed:
+		return e.limiter("/"+namespace).AllowN(now, 1)
+	case reasonUnavailable:
+		return e.outages.TokensAt(now) >= 1 && e.limiter("//"+namespace).AllowN(now, 1) && e.outages.AllowN(now, 1)
+	default:
+		return e.limiter(namespace).AllowN(now, 1)
 	}
 }
 
 // canRemember reports whether seen has room, after it removed expired entries. The caller holds mu.
 func (e *Recorder) canRemember(now time.Time) bool {
 	if len(e.seen) >= maxSeen {
-		maps.DeleteFunc(e.seen, func(_ eventKey, until time.Time) bool { return !now.Before(until) })
+		maps.DeleteFunc(e.seen, func(_ eventKey, s series) bool { return !now.Before(s.until) })
 	}
 	return len(e.seen) < maxSeen
 }
@@ -260,7 +310,10 @@ func (e *Recorder) Run(ctx context.Context) error {
 				e.stats.Written++
 			} else {
 				e.stats.Dropped++
-				delete(e.seen, queued.eventKey) // so that the next refusal is written
+				if was, ok := e.seen[queued.eventKey]; ok {
+					was.until = time.Time{} // so that the next one is written
+					e.seen[queued.eventKey] = was
+				}
 			}
 			e.mu.Unlock()
 			if err != nil && !failing && ctx.Err() == nil { // once per outage
@@ -280,10 +333,17 @@ func (e *Recorder) write(ctx context.Context, queued event) error {
 	object := &eventsv1.Event{
 		ObjectMeta: metav1.ObjectMeta{Namespace: queued.pod.Namespace, Name: strings.TrimRight(name, ".-") + suffix},
 		EventTime:  metav1.NewMicroTime(queued.at), ReportingController: controller, ReportingInstance: e.instance,
-		Action: actions[queued.reason], Reason: queued.reason, Type: corev1.EventTypeWarning, Note: queued.note,
+		Action: kinds[queued.reason].action, Reason: queued.reason, Type: corev1.EventTypeWarning, Note: queued.note,
 		Regarding: corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: queued.pod.Namespace, Name: queued.pod.Name, UID: types.UID(queued.pod.UID),
 		},
+	}
+	if kinds[queued.reason].normal {
+		object.Type = corev1.EventTypeNormal
+	}
+	if queued.count > 1 { // The API server refuses a series of one.
+		object.EventTime = metav1.NewMicroTime(queued.since)
+		object.Series = &eventsv1.EventSeries{Count: int32(min(queued.count, math.MaxInt32)), LastObservedTime: metav1.NewMicroTime(queued.at)}
 	}
 	if _, err := e.client.Events(queued.pod.Namespace).Create(ctx, object, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("creating an Event: %w", err)

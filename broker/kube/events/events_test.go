@@ -75,19 +75,35 @@ func TestEventsOnBrokers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e, w := startEvents(t)
 		for range 2 {
-			e.BudgetShort(refusedPod("credence", 1), "too many sessions")
-			e.IdentityUnconfirmed(refusedPod("credence", 1), "wrong keys")
+			e.Own(refusedPod("credence", 1), events.ReasonBudget, "too many sessions", time.Time{}, 0)
+			e.Own(refusedPod("credence", 1), events.ReasonIdentity, "wrong keys", time.Time{}, 0)
+		}
+		e.Own(refusedPod("credence", 1), events.ReasonConfirmed, "known", time.Time{}, 0)
+		since := time.Now()
+		time.Sleep(time.Minute)
+		for range 2 {
+			e.Own(refusedPod("credence", 1), events.ReasonImpaired, "wrong keys", since, 7)
+			e.Own(refusedPod("credence", 1), events.ReasonRecovered, "over", time.Time{}, 0)
 		}
 		e.Refused(refusedPod("credence", 1), notPermitted)
 		synctest.Wait()
 		var got []string
 		for _, event := range w.events() {
-			got = append(got, event.Reason+"/"+event.Action+": "+event.Note)
+			line := event.Type + " " + event.Reason + "/" + event.Action + ": " + event.Note
+			if s := event.Series; s != nil {
+				line += fmt.Sprintf(" (x%d over %v)", s.Count, s.LastObservedTime.Sub(event.EventTime.Time))
+			}
+			got = append(got, line)
 		}
 		want := []string{
-			"STSBudgetShort/RenewSessions: too many sessions",
-			"AWSIdentityUnconfirmed/ConfirmIdentity: wrong keys",
-			"CredentialsRefused/GetCredentials: ROLE_NOT_PERMITTED: role x is not permitted",
+			"Warning STSBudgetShort/RenewSessions: too many sessions",
+			"Warning AWSIdentityUnconfirmed/ConfirmIdentity: wrong keys",
+			"Normal AWSIdentityConfirmed/ConfirmIdentity: known",
+			"Warning BrokerImpaired/GetCredentials: wrong keys (x7 over 1m0s)",
+			"Normal BrokerRecovered/GetCredentials: over",
+			"Warning BrokerImpaired/GetCredentials: wrong keys (x7 over 1m0s)",
+			"Normal BrokerRecovered/GetCredentials: over",
+			"Warning CredentialsRefused/GetCredentials: ROLE_NOT_PERMITTED: role x is not permitted",
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("Events (- want, + got):\n%s", diff)
@@ -170,6 +186,10 @@ func TestWhichRefusalsBecomeEvents(t *testing.T) {
 		if n := len(w.events()); n != 4 {
 			t.Errorf("an hour later there are %d Events, want 4", n)
 		}
+		// It counts the refusal that was not written, too.
+		if s := w.events()[3].Series; s == nil || s.Count != 3 || s.LastObservedTime.Sub(w.events()[3].EventTime.Time) != time.Hour {
+			t.Errorf("an hour later the Event is the series %+v, want 3 in an hour", s)
+		}
 		if regarding := w.events()[3].Regarding; string(regarding.UID) != pod.UID || regarding.Kind != "Pod" || regarding.Name != pod.Name {
 			t.Errorf("the Event regards %+v", regarding)
 		}
@@ -193,6 +213,37 @@ func TestOneNamespaceDoesNotTakeAllEvents(t *testing.T) {
 		}
 		if got := e.Stats(); got.Dropped != 980 || got.Written != 21 {
 			t.Errorf("the counts are %+v", got)
+		}
+	})
+}
+
+// TestOutagesLeaveRoomForRefusals: thousands of pods without credentials for one cause have few Events, and these are not
+// counted as dropped, because no alert should fire for them.
+func TestOutagesLeaveRoomForRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, w := startEvents(t)
+		throttled := credential.Errorf(credential.ErrUnavailable, credential.ReasonSTSThrottled, "STS throttles this account")
+		e.Unavailable(policy.Pod{Namespace: "shop", Name: "p"}, throttled) // without a UID
+		e.Unavailable(refusedPod("shop", 1), nil)
+		for minute := range 10 {
+			for i := range 5000 {
+				e.Unavailable(refusedPod(fmt.Sprint("ns-", i%50), i), throttled)
+			}
+			e.Refused(refusedPod("ns-1", minute), notPermitted)
+			time.Sleep(time.Minute)
+		}
+		of := make(map[string]int)
+		for _, event := range w.events() {
+			of[event.Reason]++
+			if event.Reason == "CredentialsUnavailable" && (event.Type != "Warning" || event.Note != "STS_THROTTLED: STS throttles this account") {
+				t.Fatalf("an Event is %+v", event)
+			}
+		}
+		if of["CredentialsRefused"] != 10 || of["CredentialsUnavailable"] < 20 || of["CredentialsUnavailable"] > 20+9*20 {
+			t.Errorf("the Events of each reason are %v, want 10 refusals and 20 to 200 others", of)
+		}
+		if got := e.Stats(); got.Dropped != 0 {
+			t.Errorf("the counts are %+v, want 0 dropped", got)
 		}
 	})
 }
