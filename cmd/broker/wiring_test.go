@@ -757,7 +757,10 @@ func (w *world) stage(propagation string, check func(b *running, next *certstest
 
 // unwritable returns a file to which every write fails.
 func (w *world) unwritable() *os.File {
-	f, err := os.Open(os.DevNull)
+	f, err := os.OpenFile("/dev/full", os.O_WRONLY, 0) // Linux: a full disk
+	if err != nil {
+		f, err = os.Open(os.DevNull)
+	}
 	processtest.Must(w, err)
 	w.Cleanup(func() { _ = f.Close() })
 	return f
