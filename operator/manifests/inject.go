@@ -94,7 +94,42 @@ type injection struct {
 	injector   *inject.Injector
 	rules      *policy.Rules
 	namespace  string // for objects without one
+	lookUp     func(ctx context.Context, name string) (policy.Namespace, string, error)
 	namespaces map[string]policy.Namespace
+	lookUps    int
+	unknown    map[string]string // namespaces that lookUp does not know, and why
+}
+
+// maxLookUps is far above the namespaces whose manifests anybody injects at once, and takes some seconds.
+const maxLookUps = 1000
+
+// namespaceOf returns the namespace of that name. If it is not known, it returns why.
+func (in *injection) namespaceOf(ctx context.Context, name string) (ns policy.Namespace, why string, err error) {
+	ns, known := in.namespaces[name]
+	if known {
+		return ns, "", nil
+	}
+	if name == "" {
+		return ns, "its namespace is not known; set --namespace", nil
+	}
+	if in.lookUp == nil {
+		return ns, fmt.Sprintf("namespace %q is not known; set --namespaces", name), nil
+	}
+	if why, refused := in.unknown[name]; refused {
+		return ns, why, nil
+	}
+	if in.lookUps++; in.lookUps > maxLookUps {
+		return ns, "", fmt.Errorf("the documents name more than %d namespaces; use --namespaces", maxLookUps)
+	}
+	if ns, why, err = in.lookUp(ctx, name); err != nil {
+		return ns, "", fmt.Errorf("reading namespace %q: %w", name, err)
+	}
+	if why != "" {
+		in.unknown[name] = why
+	} else {
+		in.namespaces[name] = ns
+	}
+	return ns, why, nil
 }
 
 // result is the outcome for one document.
@@ -199,7 +234,7 @@ type placed struct {
 	ops      []inject.Operation
 }
 
-// document injects one document. It returns only errors of ctx.
+// document injects one document. It returns only errors of ctx and of lookUp.
 func (in *injection) document(ctx context.Context, d *document) (r result, err error) {
 	var (
 		whole any
@@ -212,7 +247,10 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 		if o.kind == "Namespace" {
 			continue
 		}
-		add, messages, err := in.object(d, &whole, o)
+		add, messages, err := in.object(ctx, d, &whole, o)
+		if failed, ok := errors.AsType[*lookUpError](err); ok {
+			return result{}, failed.error
+		}
 		who := d.where() + ", " + o.name() + ": "
 		for _, line := range messages {
 			r.messages = append(r.messages, who+line)
@@ -232,7 +270,11 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 		if err := ctx.Err(); err != nil {
 			return result{}, err
 		}
-		if note := in.passedBy(d, o); note != "" {
+		note, err := in.passedBy(ctx, d, o)
+		if err != nil {
+			return result{}, err
+		}
+		if note != "" {
 			r.messages = append(r.messages, d.where()+", "+o.name()+": note: "+note)
 		}
 	}
@@ -257,11 +299,11 @@ func (in *injection) document(ctx context.Context, d *document) (r result, err e
 
 // passedBy returns a note about an object of an unknown kind if it has annotations of Credence that its controller may
 // copy to pods. Argo's Rollout and Knative's Service are such kinds. Otherwise it returns "".
-func (in *injection) passedBy(d *document, o object) string {
+func (in *injection) passedBy(ctx context.Context, d *document, o object) (string, error) {
 	keys := in.injector.Keys()
 	path, n := annotationsOf(o.node, keys.Prefix()+"/")
 	if n == nil {
-		return ""
+		return "", nil
 	}
 	kind := o.kind
 	if version := yamledit.Text(o.node, "apiVersion"); version != "" {
@@ -273,14 +315,16 @@ func (in *injection) passedBy(d *document, o object) string {
 	if namespace == "" {
 		namespace = in.namespace
 	}
-	ns, known := in.namespaces[namespace]
+	ns, why, err := in.namespaceOf(ctx, namespace)
 	switch {
-	case !known:
-		return note + ", and their namespace is opted in"
+	case err != nil:
+		return "", err
+	case why != "":
+		note += ", and their namespace is opted in"
 	case !keys.OptedIn(ns.Labels):
-		return note + fmt.Sprintf(", but namespace %q is not opted in; label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)
+		note += fmt.Sprintf(", but namespace %q is not opted in; label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)
 	}
-	return note
+	return note, nil
 }
 
 // annotationsOf returns the path and the node of the first annotations below n that have a key with the prefix. It skips the
@@ -348,8 +392,11 @@ func (o object) name() string {
 	return strings.TrimSpace(o.kind + " " + name)
 }
 
+// lookUpError is an error of namespaceOf, which refuses no document.
+type lookUpError struct{ error }
+
 // object decides on one object. It returns the additions and messages for the user.
-func (in *injection) object(d *document, whole *any, o object) (add placed, messages []string, err error) {
+func (in *injection) object(ctx context.Context, d *document, whole *any, o object) (add placed, messages []string, err error) {
 	raw, err := d.at(whole, o.path)
 	var meta struct {
 		Metadata struct {
@@ -372,7 +419,6 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, mess
 	if namespace == "" {
 		namespace = in.namespace
 	}
-	ns, known := in.namespaces[namespace]
 	result, err := in.injector.Inject(pod, namespace)
 	if err != nil {
 		err = d.misreadPod(template, pod, err)
@@ -392,7 +438,11 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, mess
 	if err := d.templated(template, keys.Prefix()+"/"); err != nil {
 		return placed{}, nil, err
 	}
-	if known && !keys.OptedIn(ns.Labels) {
+	ns, why, lookUpErr := in.namespaceOf(ctx, namespace)
+	if lookUpErr != nil {
+		return placed{}, nil, &lookUpError{lookUpErr}
+	}
+	if why == "" && !keys.OptedIn(ns.Labels) {
 		// The API server does not call the webhook for it.
 		return placed{}, []string{fmt.Sprintf("note: unchanged, because namespace %q is not opted in; label it %s=%s", namespace, keys.Name(policy.Inject), policy.Enabled)}, nil
 	}
@@ -405,18 +455,13 @@ func (in *injection) object(d *document, whole *any, o object) (add placed, mess
 	if firstPullSecrets(pod, result.Patch) {
 		messages = append(messages, "note: it now has imagePullSecrets, so Kubernetes does not add those of its service account; add the ones that it needs")
 	}
-	switch {
-	case namespace == "":
-		messages = append(messages, "note: its role is not checked, because its namespace is not known; set --namespace")
-	case !known:
-		messages = append(messages, fmt.Sprintf("note: its role is not checked, because namespace %q is not known; set --namespaces", namespace))
-	default:
-		_, err := in.rules.Grant(result.Pod, ns)
-		if errors.Is(err, policy.ErrNoBase) {
-			messages = append(messages, "note: its role is not checked, because it is not a full ARN; set --base-arn")
-		} else if err != nil {
-			return placed{}, messages, err
-		}
+	if why != "" {
+		return placed{template, result.Patch}, append(messages, "note: its role is not checked, because "+why), nil
+	}
+	if _, err := in.rules.Grant(result.Pod, ns); errors.Is(err, policy.ErrNoBase) {
+		messages = append(messages, "note: its role is not checked, because it is not a full ARN; set --base-arn")
+	} else if err != nil {
+		return placed{}, messages, err
 	}
 	return placed{template, result.Patch}, messages, nil
 }

@@ -4,7 +4,8 @@
 //     stay;
 //   - if one document is refused, none is written.
 //
-// It contacts no cluster. It does not check roles against namespaces that it has no data for, and reports that.
+// It contacts no cluster, except by [Config.LookUp]. It does not check roles against namespaces that it has no data for, and
+// reports that.
 package manifests
 
 import (
@@ -32,6 +33,9 @@ type Config struct {
 	Namespace string
 	// NamespacesFile has Namespace objects. Those in Files have precedence. Default: none.
 	NamespacesFile string
+	// LookUp reads a Namespace that neither Files nor NamespacesFile have, and whose annotated pods need it. If it cannot be
+	// known, LookUp returns why, as in "its role is not checked, because" why. Default: it is not known.
+	LookUp func(ctx context.Context, name string) (ns policy.Namespace, why string, err error)
 	// Injector injects. Required.
 	Injector *inject.Injector
 	// Rules decide on roles, with the annotation keys of Injector. Required.
@@ -62,7 +66,7 @@ func Inject(ctx context.Context, cfg Config) error {
 			return fmt.Errorf("--sidecar-settings-file: %w", err)
 		}
 	}
-	in := injection{injector: cfg.Injector, rules: cfg.Rules, namespace: cfg.Namespace, namespaces: map[string]policy.Namespace{}}
+	in := injection{injector: cfg.Injector, rules: cfg.Rules, namespace: cfg.Namespace, lookUp: cfg.LookUp, namespaces: map[string]policy.Namespace{}, unknown: map[string]string{}}
 	remaining := int64(maxSize)
 	read := func(name string) ([]*document, error) {
 		text, err := readFile(ctx, name, cfg.Stdin, remaining)
