@@ -1,7 +1,7 @@
 // Package apitest is a Kubernetes API server for tests: a real HTTP server that keeps objects in memory.
 //
 // It supports the objects and requests that a broker or a webhook needs: get, list, watch, create, update, delete, apply,
-// label and field selectors, and token reviews. It refuses an update of an old version, publishes the keys that sign its
+// label and field selectors, logs of pods, and token reviews. It refuses an update of an old version, publishes the keys that sign its
 // tokens, and counts requests. [Server.Intercept] lets a test refuse requests. [Server.Put] and [Server.Delete] change
 // objects as another client would. Clients connect over TCP with a kubeconfig file, or in memory with [Network.Config], which
 // works in a synctest bubble.
@@ -26,6 +26,7 @@ import (
 	"sync"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -46,12 +47,19 @@ var kinds = []kind{
 	{"v1", "Pod", "pods", &corev1.Pod{}},
 	{"v1", "ServiceAccount", "serviceaccounts", &corev1.ServiceAccount{}},
 	{"v1", "ConfigMap", "configmaps", &corev1.ConfigMap{}},
+	{"apps/v1", "Deployment", "deployments", &appsv1.Deployment{}},
 	{"coordination.k8s.io/v1", "Lease", "leases", &coordinationv1.Lease{}},
 	{"discovery.k8s.io/v1", "EndpointSlice", "endpointslices", &discoveryv1.EndpointSlice{}},
 	{"events.k8s.io/v1", "Event", "events", &eventsv1.Event{}},
 	{"rbac.authorization.k8s.io/v1", "ClusterRole", "clusterroles", &rbacv1.ClusterRole{}},
 	{"authentication.k8s.io/v1", "TokenReview", "tokenreviews", &authenticationv1.TokenReview{}},
 }
+
+// podLog is the resource of a pod's log.
+const podLog = "pods/log"
+
+// Version is the version of Kubernetes that the server reports.
+const Version = "v1.37.2"
 
 // Issuer is the issuer in the server's discovery document.
 const Issuer = "https://kubernetes.default.svc.cluster.local"
@@ -65,6 +73,7 @@ type Server struct {
 	changes   []change                     // the nth one made version n; guarded by mu
 	objects   map[location]object          // guarded by mu
 	watchers  map[*watcher]bool            // guarded by mu
+	logs      map[location]string          // of pods; guarded by mu
 	requests  map[Request]int              // :: request without name and query → number; guarded by mu
 	intercept func(Request) *metav1.Status // guarded by mu
 }
@@ -93,7 +102,7 @@ func Start(t testing.TB) *Server {
 	}
 	s := &Server{
 		key:     key,
-		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[Request]int),
+		objects: make(map[location]object), watchers: make(map[*watcher]bool), requests: make(map[Request]int), logs: make(map[location]string),
 	}
 	s.Network = Serve(t, http.HandlerFunc(s.serve))
 	return s
@@ -138,6 +147,13 @@ func (s *Server) Delete(o metav1.Object) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.store(locate(o), nil)
+}
+
+// SetLog sets the log of the containers of a pod.
+func (s *Server) SetLog(namespace, pod, text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.logs[location{podLog, namespace, pod}] = text
 }
 
 // Load reads the object with o's type, namespace and name into o, and reports whether it exists.

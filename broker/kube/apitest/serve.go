@@ -64,6 +64,9 @@ func (q query) shape(o object) object {
 
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	switch r.URL.Path {
+	case "/version":
+		respond(w, http.StatusOK, map[string]string{"gitVersion": Version})
+		return
 	case "/openid/v1/jwks":
 		respond(w, http.StatusOK, s.keySet())
 		return
@@ -96,6 +99,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	switch {
+	case q.location.resource == podLog:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		_, _ = io.WriteString(w, s.logs[q.location])
 	case q.location.resource == "tokenreviews":
 		respond(w, http.StatusCreated, q.shape(s.review(sent)))
 	case r.Method == http.MethodGet && r.URL.Query().Get("sendInitialEvents") == "true":
@@ -125,6 +132,9 @@ func parse(r *http.Request) (q query, err error) {
 		q.namespace, rest = rest[1], rest[2:]
 	}
 	k, ok := kindOf(func(k kind) bool { return k.resource == rest[0] && k.version == groupVersion })
+	if isLog := len(rest) == 3 && rest[0]+"/"+rest[2] == podLog; ok && isLog {
+		return query{kind: k, location: location{podLog, q.namespace, rest[1]}}, nil
+	}
 	if !ok || len(rest) > 2 {
 		return query{}, fmt.Errorf("%s is not served", r.URL.Path)
 	}
