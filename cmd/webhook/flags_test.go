@@ -3,11 +3,13 @@ package main
 import (
 	"flag"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/credence-iam/credence/cmd/internal/injectflags"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
@@ -52,6 +54,21 @@ func TestBadFlags(t *testing.T) {
 	}
 	if _, err := parse(append(good, "--base-arn=x")); err == nil || !strings.HasPrefix(err.Error(), "--base-arn: ") {
 		t.Errorf("--base-arn=x: error is %v", err)
+	}
+}
+
+// TestSharedFlags: the webhook has the flags of package injectflags and those that the package says do not change what it
+// injects. So the credence command knows each argument of a webhook of its own version.
+func TestSharedFlags(t *testing.T) {
+	var all, shared []string
+	f := flag.NewFlagSet("", flag.ContinueOnError)
+	flags(f)
+	f.VisitAll(func(f *flag.Flag) { all = append(all, f.Name) })
+	f = flag.NewFlagSet("", flag.ContinueOnError)
+	injectflags.Define(f)
+	f.VisitAll(func(f *flag.Flag) { shared = append(shared, f.Name) })
+	if diff := cmp.Diff(all, slices.Sorted(slices.Values(append(shared, injectflags.WebhookOnly...)))); diff != "" {
+		t.Errorf("flags (-webhook +package injectflags):\n%s", diff)
 	}
 }
 

@@ -16,6 +16,9 @@ import (
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
+// WebhookOnly are the other flags of the webhook. They do not change what it injects.
+var WebhookOnly = []string{"admin-listen", "kubeconfig", "listen", "log-level", "tls-cert", "tls-key"}
+
 // Options are the values of the flags.
 type Options struct {
 	// Injector injects pods.
@@ -78,7 +81,7 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 		}
 		sidecar.ImagePullPolicy = corev1.PullPolicy(pullPolicy)
 		if wrong, ok := errors.AsType[*inject.FieldError](sidecar.Check(keys)); ok {
-			return Options{}, fmt.Errorf("--sidecar-%s: %w", flagName(wrong.Field), wrong.Err)
+			return Options{}, fmt.Errorf("--%s: %w", ForSetting(wrong.Field), wrong.Err)
 		}
 		o.Injector, err = inject.New(inject.Config{
 			Keys:           keys,
@@ -100,9 +103,11 @@ func Define(f *flag.FlagSet) func() (Options, error) {
 	}
 }
 
-// flagName returns the name of a setting in the form of a flag: cpu-request for cpu.request, run-as-user for runAsUser.
-func flagName(field string) string {
-	var name strings.Builder
+// ForSetting returns the name of the flag for a field of a file with sidecar settings: sidecar-cpu-request for cpu.request,
+// sidecar-run-as-user for runAsUser. Not all fields have a flag.
+func ForSetting(field string) string {
+	name := new(strings.Builder)
+	name.WriteString("sidecar-")
 	for _, r := range field {
 		switch {
 		case r == '.':
