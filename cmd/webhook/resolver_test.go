@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/webhook/inject"
 )
 
@@ -102,6 +103,9 @@ func TestUseDNS(t *testing.T) {
 			}
 			if unknown := strings.Contains(log.String(), "set --cluster-domain"); unknown != (tt.want == "") {
 				t.Errorf("log is %s", log.String())
+			}
+			if dns, err := installation.LoggedDNS(strings.NewReader(log.String())); err != nil || (dns.Domain == "") != (tt.want == "") || !strings.HasSuffix(tt.want, dns.Domain+".") && tt.want != "" {
+				t.Errorf("the credence command reads domain %q (%v), the webhook uses %q", dns.Domain, err, tt.want)
 			}
 			if differ := strings.Contains(log.String(), "remove --cluster-domain"); differ != tt.differ {
 				t.Errorf("log is %s", log.String())
