@@ -27,7 +27,7 @@ Writes all documents to standard output. If it refuses a document, it writes not
 	}
 	finish := injectFlags(command.Flags())
 	command.RunE = func(command *cobra.Command, _ []string) error {
-		cfg, err := finish(*c.flags.Namespace)
+		cfg, err := finish(c.overrides.Context.Namespace)
 		if err != nil {
 			return wrongFlags(err)
 		}

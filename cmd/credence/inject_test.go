@@ -21,7 +21,7 @@ func parse(args []string) (cfg manifests.Config, err error) {
 	command := &cobra.Command{Use: "inject", Args: noArguments}
 	finish := injectFlags(command.Flags())
 	command.RunE = func(*cobra.Command, []string) (err error) {
-		cfg, err = finish(*c.flags.Namespace)
+		cfg, err = finish(c.overrides.Context.Namespace)
 		return err
 	}
 	root.AddCommand(command)

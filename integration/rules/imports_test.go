@@ -129,7 +129,6 @@ var doors = []struct {
 	{"go.opentelemetry.io", []string{"broker/tracing"}},
 	{"golang.org/x/crypto/x509roots", []string{"cmd/broker", integration}},
 	{"github.com/spf13", []string{"cmd/credence"}},
-	{"k8s.io/cli-runtime", []string{"cmd/credence"}},
 	{"k8s.io/client-go", []string{"broker/kube", "certs/trust", "cmd", "operator", integration}},
 }
 
