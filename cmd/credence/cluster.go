@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -81,4 +82,16 @@ func (c *cluster) find(ctx context.Context) (*installation.Client, *installation
 func (c *cluster) namespaceOrDefault() (string, error) {
 	name, _, err := c.loader().Namespace()
 	return name, err
+}
+
+// name names the cluster in messages: by its context, or by its address.
+func (c *cluster) name(client *installation.Client) string {
+	context := c.overrides.CurrentContext
+	if raw, err := c.loader().RawConfig(); context == "" && err == nil {
+		context = raw.CurrentContext
+	}
+	if context == "" {
+		return "the cluster at " + client.Config.Host
+	}
+	return fmt.Sprintf("context %q", context)
 }

@@ -70,6 +70,7 @@ var floors = map[string]int{
 	"operator/explain":        4,
 	"operator/manifests":      4,
 	"operator/sessions":       4,
+	"operator/versions":       4,
 	"webhook/metrics":         4,
 
 	"cmd/internal/twoprocessors":       4,
