@@ -90,7 +90,7 @@ It uses the rights of your kubeconfig, as kubectl does, and changes nothing unle
 	// types of Kubernetes, 18 MB.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return wrongFlags(err) })
 	c := newCluster(root)
-	root.AddCommand(newInject(c))
+	root.AddCommand(newInject(c), newVersion(c))
 	return root
 }
 

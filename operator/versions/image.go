@@ -1,4 +1,3 @@
-// Package versions shows which versions of Credence run in a cluster.
 package versions
 
 import (

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/credence-iam/credence/broker/kube/apitest"
+	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/operator/versions"
+)
+
+// injected returns a running pod with a sidecar.
+func injected(namespace, name, image string) *corev1.Pod {
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, Labels: map[string]string{"iam.example.org/injected": "true"}},
+		Spec:       corev1.PodSpec{InitContainers: []corev1.Container{{Name: "credence-sidecar", Image: image}}},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, InitContainerStatuses: []corev1.ContainerStatus{
+			{Name: "credence-sidecar", ImageID: "registry.example/credence-sidecar@sha256:0123456789abcdef"},
+		}},
+	}
+}
+
+// running returns installed's server with two brokers and three sidecars, one of which is old.
+func running(t *testing.T, old string) *apitest.Server {
+	t.Helper()
+	server := installed(t, webhookArgs...)
+	labels := map[string]string{"app.kubernetes.io/name": "credence", "app.kubernetes.io/component": "broker"}
+	spec := corev1.PodSpec{Containers: []corev1.Container{{Name: "broker", Image: "registry.example/credence-broker@sha256:fedcba9876543210"}}}
+	server.Put(
+		&appsv1.Deployment{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: "credence-broker", Labels: map[string]string{"app.kubernetes.io/version": "1.2.3"}},
+			Spec:       appsv1.DeploymentSpec{Template: corev1.PodTemplateSpec{Spec: spec}, Selector: &metav1.LabelSelector{MatchLabels: labels}},
+		},
+		injected("shop", "a", "registry.example/credence-sidecar:1.2.3"),
+		injected("shop", "b", "registry.example/credence-sidecar:1.2.3"),
+		injected("bank", "c", "registry.example/credence-sidecar:"+old),
+	)
+	for n := range 2 {
+		server.Put(&corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: fmt.Sprintf("credence-broker-%d", n), Labels: labels},
+			Spec:       spec,
+			Status: corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{
+				{Name: "broker", ImageID: "registry.example/credence-broker@sha256:fedcba9876543210"},
+			}},
+		})
+	}
+	return server
+}
+
+func TestVersion(t *testing.T) {
+	server := running(t, "1.1.0")
+	code, out, messages := call(t, "", "credence", "version", "--kubeconfig="+server.Kubeconfig(t))
+	want := `PART        VERSION  PODS  IMAGE
+client      CLIENT   -     -
+Kubernetes  v1.37.2  -     -
+webhook     v1.2.3   1     registry.example/credence-webhook:1.2.3
+broker      v1.2.3   2     registry.example/credence-broker@sha256:fedcba9876543210
+sidecar     v1.2.3   2     registry.example/credence-sidecar:1.2.3 (sha256:0123456789a…)
+sidecar     v1.1.0   1     registry.example/credence-sidecar:1.1.0 (sha256:0123456789a…)
+`
+	want = strings.Replace(want, fmt.Sprintf("%-7s", "CLIENT"), fmt.Sprintf("%-7s", program.Version()), 1)
+	if diff := cmp.Diff(want, out); diff != "" || code != 0 || messages != "" {
+		t.Errorf("exit code %d, messages %s, output (-want +got):\n%s", code, messages, diff)
+	}
+
+	code, out, _ = call(t, "", "credence", "version", "-o", "json", "--kubeconfig="+server.Kubeconfig(t))
+	var report versions.Report
+	if err := json.Unmarshal([]byte(out), &report); err != nil || code != 0 {
+		t.Fatalf("exit code %d, %v: %s", code, err, out)
+	}
+	if p := report.Programs[3]; len(report.Programs) != 4 || p.Version != "v1.1.0" || p.Pods != 1 || p.Namespaces["bank"] != 1 || p.Digest != "sha256:0123456789abcdef" || report.Kubernetes != "v1.37.2" {
+		t.Errorf("JSON is %s", out)
+	}
+}
+
+// TestVersionSkew: parts that are two minor versions apart are a finding, with the pods to replace.
+func TestVersionSkew(t *testing.T) {
+	code, out, _ := call(t, "", "credence", "version", "--kubeconfig="+running(t, "1.0.9").Kubeconfig(t))
+	for _, want := range []string{
+		`! sidecar  the sidecar of 1 pods has version v1.0.9, and Credence in the cluster v1.2.3; they work together if they are one minor version apart`,
+		`$ kubectl -n bank get pods -l iam.example.org/injected=true -o custom-columns=`,
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q:\n%s", want, out)
+		}
+	}
+	if code != exitFailed || strings.Contains(out, "-n shop") {
+		t.Errorf("exit code %d:\n%s", code, out)
+	}
+}
+
+// TestVersionWithoutRights: what the user may read is shown, and the rest is unknown, with the missing right.
+func TestVersionWithoutRights(t *testing.T) {
+	server := running(t, "1.0.9")
+	server.Intercept(func(r apitest.Request) *metav1.Status {
+		if r.Resource == "pods" && r.Namespace == "" {
+			return apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, `pods is forbidden: User "u" cannot list resource "pods" in API group "" at the cluster scope`)
+		}
+		return nil
+	})
+	code, out, _ := call(t, "", "credence", "version", "-n", "shop", "--kubeconfig="+server.Kubeconfig(t))
+	if want := `? sidecar  only those of namespace shop are counted: pods is forbidden: User "u" cannot list resource "pods" in API group "" at the cluster scope`; code != 0 || !strings.Contains(out, want) || strings.Contains(out, "v1.0.9") || !strings.Contains(out, "sidecar     v1.2.3   2") {
+		t.Errorf("exit code %d, output lacks %q:\n%s", code, want, out)
+	}
+	server.Intercept(func(r apitest.Request) *metav1.Status {
+		if r.Resource == "deployments" {
+			return apitest.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "deployments is forbidden")
+		}
+		return nil
+	})
+	if code, out, _ := call(t, "", "credence", "version", "--kubeconfig="+server.Kubeconfig(t)); code != 0 || !strings.Contains(out, "? installation") || !strings.Contains(out, "deployments is forbidden") {
+		t.Errorf("exit code %d:\n%s", code, out)
+	}
+}
