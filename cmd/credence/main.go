@@ -35,11 +35,20 @@ func main() {
 
 // run runs the command that args name, and returns the exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	root := newRoot(filepath.Base(args[0]))
-	root.SetArgs(args[1:])
+	called, args := strings.TrimSuffix(filepath.Base(args[0]), ".exe"), args[1:]
+	if called == completer {
+		args = append([]string{cobra.ShellCompRequestCmd}, args...)
+	}
+	root := newRoot(called)
+	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	return execute(ctx, root, stderr)
+}
+
+// execute executes the command and returns the exit code. It prints errors.
+func execute(ctx context.Context, root *cobra.Command, stderr io.Writer) int {
 	command, err := root.ExecuteContextC(ctx)
 	if err == nil || errors.Is(err, errFound) {
 		return map[bool]int{true: 0, false: exitFailed}[err == nil]
@@ -65,13 +74,22 @@ type usageError struct {
 // wrongFlags returns err as an error of the command line.
 func wrongFlags(err error) error { return usageError{err, "flags"} }
 
+// These are the names under which kubectl calls a plugin, and asks it for completions.
+const (
+	plugin    = "kubectl-credence"
+	completer = "kubectl_complete-credence"
+)
+
 // newRoot returns the command with all of its commands. It names itself as its user calls it.
 func newRoot(called string) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "credence",
-		Short: "credence helps manifest authors and those who run Credence in a cluster.",
-		Long: `credence helps manifest authors and those who run Credence in a cluster.
-It uses the rights of your kubeconfig, as kubectl does, and changes nothing unless a command says so.`,
+		Short: "credence helps you give pods AWS credentials with Credence.",
+		Long: `credence helps you give pods AWS credentials with Credence: it shows what the webhook would add to a pod or why it would
+refuse it, and which versions run.
+
+It uses the cluster and the rights of your kubeconfig, as kubectl does, and changes nothing unless a command says so.
+Exit codes: 0 success, 1 a problem was found or the command failed, 2 the command line is wrong.`,
 		Version:       program.Version(),
 		SilenceErrors: true, // run prints them, on one line
 		SilenceUsage:  true,
@@ -83,14 +101,24 @@ It uses the rights of your kubeconfig, as kubectl does, and changes nothing unle
 		},
 		RunE: func(*cobra.Command, []string) error { return nil }, // Args refuses before
 	}
-	if strings.HasPrefix(called, "kubectl-") {
-		root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl credence"}
+	name := root.Use
+	if called == plugin {
+		name = "kubectl credence"
+		root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: name}
 	}
 	// Not SetVersionTemplate and the like: text/template calls methods by name, so the linker would keep all methods of all
 	// types of Kubernetes, 18 MB.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return wrongFlags(err) })
 	c := newCluster(root)
-	root.AddCommand(newInject(c), newVersion(c))
+	root.AddCommand(newInject(c), newVersion(c), newCompletion())
+	for _, command := range root.Commands() {
+		command.Example = strings.ReplaceAll(command.Example, "credence ", name+" ")
+	}
+	root.InitDefaultHelpCmd()
+	if help, _, err := root.Find([]string{"help"}); err == nil {
+		help.Short = "show the help of a command"
+	}
+	complete(root, c)
 	return root
 }
 
