@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -82,6 +83,26 @@ func TestHelp(t *testing.T) {
 				t.Errorf("%s: its description has a line of %d characters: %s", command.Name(), len(line), line)
 			}
 		}
+	}
+}
+
+// TestCommandsAreDocumented: docs/cli.md lists each command, and no other.
+func TestCommandsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented, want []string
+	for _, row := range regexp.MustCompile("(?m)^\\| \\[?`credence ([a-z]+)`").FindAllSubmatch(page, -1) {
+		documented = append(documented, string(row[1]))
+	}
+	for _, command := range newRoot("credence").Commands() {
+		if command.Name() != "help" {
+			want = append(want, command.Name())
+		}
+	}
+	if slices.Sort(documented); !slices.Equal(documented, want) {
+		t.Errorf("the first table of docs/cli.md has %q, the commands are %q", documented, want)
 	}
 }
 
