@@ -39,7 +39,8 @@ func (r *release) writeCommand(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	readme := fmt.Sprintf("credence %s, the command for users of Credence: %s\nAs the plugin \"kubectl credence\", rename it to kubectl-credence.\n",
+	readme := fmt.Sprintf("credence %s, the command for users of Credence: %s\n"+
+		"As the plugin \"kubectl credence\", link it as kubectl-credence. For kubectl's completion, link it as kubectl_complete-credence.\n",
 		r.version, repository)
 	built := product{name: name}
 	var plugins []map[string]any
@@ -85,8 +86,9 @@ func (r *release) writeCommand(ctx context.Context) error {
 			"version":          r.tag(),
 			"homepage":         repository,
 			"shortDescription": "Give pods AWS credentials with Credence",
-			"description":      "Adds Credence's sidecar to manifests, with the same code as the webhook in the cluster.",
-			"platforms":        plugins,
+			"description": "Adds Credence's sidecar to manifests, as the webhook in your cluster adds it to pods, and says why it would\n" +
+				"refuse a pod. Shows which versions of Credence run. Uses only your own rights.\n",
+			"platforms": plugins,
 		},
 	})
 	if err != nil {
