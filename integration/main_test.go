@@ -64,7 +64,7 @@ func TestMain(m *testing.M) {
 // TestSourcesAreRead makes Go's test cache depend on the sources of the programs that the tests run.
 func TestSourcesAreRead(t *testing.T) {
 	t.Parallel()
-	if n, err := stack.ReadSources(t.Context()); err != nil || n < 50 {
+	if n, err := stack.ReadSources(t.Context(), "credence"); err != nil || n < 50 {
 		t.Errorf("read %d sources: %v", n, err)
 	}
 }
