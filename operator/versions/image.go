@@ -20,12 +20,16 @@ func ImageOf(d *appsv1.Deployment, container string) Image {
 	return ""
 }
 
+// tag returns the image's tag, "" without one.
+func (i Image) tag() string {
+	name, _, _ := strings.Cut(string(i), "@")
+	_, tag, _ := strings.Cut(name[strings.LastIndexByte(name, '/')+1:], ":")
+	return tag
+}
+
 // Version returns the image's tag in the form v1.2.3, "" if it is no version.
 func (i Image) Version() string {
-	name, _, _ := strings.Cut(string(i), "@")
-	tag := name[strings.LastIndexByte(name, '/')+1:]
-	_, tag, _ = strings.Cut(tag, ":")
-	if v := parse(tag); v != nil {
+	if v := parse(i.tag()); v != nil {
 		return "v" + v.String()
 	}
 	return ""

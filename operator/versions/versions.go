@@ -161,7 +161,10 @@ func (r *Report) add(part, container string, pod *corev1.Pod) {
 // readPart reads the pods of a Deployment.
 func (r *Report) readPart(ctx context.Context, client *installation.Client, part string, d *appsv1.Deployment) error {
 	image := ImageOf(d, part)
-	said := Image(":" + d.Labels["app.kubernetes.io/version"]).Version() // it is the version of an image without a tag
+	said := "" // the version of an image without a tag
+	if image.tag() == "" {
+		said = Image(":" + d.Labels["app.kubernetes.io/version"]).Version()
+	}
 	selector, err := metav1.LabelSelectorAsSelector(d.Spec.Selector)
 	if err == nil {
 		err = eachPod(ctx, client, d.Namespace, selector.String(), func(pod *corev1.Pod) { r.add(part, part, pod) })
