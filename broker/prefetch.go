@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 
@@ -32,10 +34,18 @@ type Prefetch struct {
 	queues  map[string][]string // :: namespace → the keys of its pods in dirty, next first; guarded by mu
 	turns   []string            // the namespaces of queues, next first; guarded by mu
 	looking bool                // Run looks at a pod that is no longer in dirty; guarded by mu
+	// retained has what is retained for each pod, by the pod's key, and grants has the same by grant. Only Run changes them,
+	// holding mu.
+	retained map[string]*retained
+	grants   map[policy.Grant]*retained
 
-	// Used by Run alone.
-	retained map[string]policy.Grant // :: pod key → the grant retained for it
-	full     waitlist
+	full waitlist // used by Run alone
+}
+
+// retained is a grant that is retained for pods.
+type retained struct {
+	grant policy.Grant
+	pods  map[string]struct{} // by key; not empty
 }
 
 // PrefetchConfig configures [NewPrefetch].
@@ -61,7 +71,8 @@ func NewPrefetch(cfg PrefetchConfig) (*Prefetch, error) {
 		wake:     make(chan struct{}, 1),
 		dirty:    make(map[string]struct{}),
 		queues:   make(map[string][]string),
-		retained: make(map[string]policy.Grant),
+		retained: make(map[string]*retained),
+		grants:   make(map[policy.Grant]*retained),
 		full:     waitlist{waiting: make(map[string]map[string]struct{}), freed: make(map[string]bool)},
 	}, nil
 }
@@ -169,13 +180,13 @@ func (p *Prefetch) grantFor(ctx context.Context, rules *policy.Rules, key string
 
 // retain retains the grant for the pod, and releases the one before. Either may be zero.
 func (p *Prefetch) retain(ctx context.Context, key, namespace string, grant policy.Grant) {
-	before := p.retained[key]
+	before, _ := p.Grant(key)
 	if grant == before {
 		return
 	}
 	if !before.IsZero() {
 		p.cfg.Sessions.Release(before, namespace)
-		delete(p.retained, key)
+		p.setRetained(key, policy.Grant{})
 		p.full.free(namespace)
 	}
 	if grant.IsZero() {
@@ -186,7 +197,50 @@ func (p *Prefetch) retain(ctx context.Context, key, namespace string, grant poli
 		p.full.add(namespace, key)
 		return
 	}
-	p.retained[key] = grant
+	p.setRetained(key, grant)
+}
+
+// setRetained records the grant that is retained for the pod; zero: none.
+func (p *Prefetch) setRetained(key string, grant policy.Grant) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r := p.retained[key]; r != nil {
+		delete(p.retained, key)
+		if delete(r.pods, key); len(r.pods) == 0 {
+			delete(p.grants, r.grant)
+		}
+	}
+	if grant.IsZero() {
+		return
+	}
+	r := p.grants[grant]
+	if r == nil {
+		r = &retained{grant: grant, pods: make(map[string]struct{})}
+		p.grants[grant] = r
+	}
+	r.pods[key], p.retained[key] = struct{}{}, r
+}
+
+// Grant returns the grant that is retained for the pod with that key; ok is false if there is none.
+func (p *Prefetch) Grant(pod string) (grant policy.Grant, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := p.retained[pod]
+	if r == nil {
+		return policy.Grant{}, false
+	}
+	return r.grant, true
+}
+
+// Pods returns the keys of the pods for which the grant is retained, in no order.
+func (p *Prefetch) Pods(grant policy.Grant) []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := p.grants[grant]
+	if r == nil {
+		return nil
+	}
+	return slices.Collect(maps.Keys(r.pods))
 }
 
 // waitlist holds the pods that wait until their namespace may have one more grant.

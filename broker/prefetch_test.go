@@ -147,6 +147,17 @@ func TestPrefetchFollowsPods(t *testing.T) {
 		p.set("pod-1", "")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998, "b": 1})
+		a, ok := p.prefetch.Grant("shop/pod-4999")
+		if n := len(p.prefetch.Pods(a)); !ok || a.Role().Name() != "a" || n != 4998 {
+			t.Errorf("the last pod has role %s, as %d pods", a.Role(), n)
+		}
+		b, ok := p.prefetch.Grant("shop/pod-0")
+		if keys := p.prefetch.Pods(b); !ok || b.Role().Name() != "b" || !slices.Equal(keys, []string{"shop/pod-0"}) {
+			t.Errorf("the first pod has role %s, as %q", b.Role(), keys)
+		}
+		if _, ok := p.prefetch.Grant("shop/pod-1"); ok {
+			t.Error("a deleted pod has a grant")
+		}
 
 		for range 3 {
 			p.prefetch.Changed("shop/pod-0") // no change
@@ -160,6 +171,9 @@ func TestPrefetchFollowsPods(t *testing.T) {
 		p.prefetch.Changed("shop/pod-0")
 		synctest.Wait()
 		sessions.want(t, map[string]int{"a": 4998})
+		if keys := p.prefetch.Pods(b); len(keys) > 0 {
+			t.Errorf("a grant that is not retained has the pods %q", keys)
+		}
 	})
 }
 

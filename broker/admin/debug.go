@@ -37,10 +37,18 @@ type Sessions interface {
 	Drop(match func(policy.Grant) bool) int
 }
 
+// Pods knows the grants that are renewed for pods. A pod is namespace/name. Pods returns them in any order.
+type Pods interface {
+	Grant(pod string) (grant policy.Grant, ok bool)
+	Pods(grant policy.Grant) []string
+}
+
 // DebugConfig configures [Debug].
 type DebugConfig struct {
 	// Sessions are shown and changed. Required.
 	Sessions Sessions
+	// Pods knows which grants are renewed for which pods. Default: the pages name no pods.
+	Pods Pods
 	// Audit records each command before it takes effect. Required.
 	Audit interface{ Record(audit.Entry) error }
 	// Logger receives each command. Required.
@@ -50,7 +58,7 @@ type DebugConfig struct {
 	AnyAddress bool
 }
 
-// Limits of one page of grants. A grant takes some 600 bytes of JSON.
+// Limits of one page of grants. A grant takes some 600 bytes of JSON, and the names of its pods at most 7 kB.
 const (
 	defaultGrants = 500
 	maxGrants     = debugapi.MaxGrants
@@ -63,8 +71,9 @@ const (
 //	POST /debug/grants/drop?role=ARN    drop them, then fetch new ones
 //	GET  /debug/pprof/                  profiles of the process
 //
-// Grants are JSON, or a table with ?format=table or Accept: text/plain. ?role=ARN selects those of one role, ?failing=true
-// those whose last fetch failed, ?limit=N&offset=N a page. The pages serve every client that reaches them, without
+// Grants are JSON, or a table with ?format=table or Accept: text/plain. ?role=ARN selects those of one role,
+// ?pod=NAMESPACE/NAME the one that is renewed for that pod, ?failing=true those whose last fetch failed, ?limit=N&offset=N
+// a page. The pages serve every client that reaches them, without
 // authentication. They refuse requests that a browser sends on behalf of a web page, by Host and Origin.
 func Debug(cfg DebugConfig) (http.Handler, error) {
 	if cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
@@ -135,8 +144,14 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	now := time.Now()
+	var ofPod policy.Grant // no entry of the cache has the zero grant
+	if query.pod != "" && d.cfg.Pods != nil {
+		ofPod, _ = d.cfg.Pods.Grant(query.pod)
+	}
 	var matched []State
-	selected := func(g policy.Grant) bool { return query.role == "" || g.Role().String() == query.role }
+	selected := func(g policy.Grant) bool {
+		return (query.role == "" || g.Role().String() == query.role) && (query.pod == "" || g == ofPod)
+	}
 	for _, s := range d.cfg.Sessions.States(selected) {
 		if !query.failing || s.Failure != nil {
 			matched = append(matched, s)
@@ -150,7 +165,12 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 	shown = shown[:min(len(shown), query.limit)]
 	p.LeftOut = len(matched) - p.Offset - len(shown)
 	for _, s := range shown {
-		p.Grants = append(p.Grants, show(s, now))
+		g := show(s, now)
+		if d.cfg.Pods != nil {
+			g.PodNames = slices.Sorted(slices.Values(d.cfg.Pods.Pods(s.Key)))
+			g.PodNames = g.PodNames[:min(len(g.PodNames), debugapi.MaxPodNames)]
+		}
+		p.Grants = append(p.Grants, g)
 	}
 	if query.format == "table" || query.format == "" && strings.HasPrefix(r.Header.Get("Accept"), "text/plain") {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
@@ -163,6 +183,7 @@ func (d debug) grants(w http.ResponseWriter, r *http.Request) {
 // query holds the parameters of /debug/grants.
 type query struct {
 	role, format  string
+	pod           string // namespace/name
 	failing       bool
 	limit, offset int
 }
@@ -177,6 +198,11 @@ func parse(values url.Values) (q query, err error) {
 		switch key {
 		case "role":
 			q.role, err = roleOf(value)
+		case "pod":
+			q.pod = value
+			if namespace, name, ok := strings.Cut(value, "/"); !ok || namespace == "" || name == "" {
+				err = fmt.Errorf("pod=%.20q: must be NAMESPACE/NAME", value)
+			}
 		case "format":
 			if q.format = value; value != "table" && value != "json" {
 				err = fmt.Errorf("format=%.20q: must be table or json", value)
@@ -194,7 +220,7 @@ func parse(values url.Values) (q query, err error) {
 				err = fmt.Errorf("offset=%.20q: must be a number of grants", value)
 			}
 		default:
-			err = fmt.Errorf("unknown parameter %.20q; use role, failing, format, limit or offset", key)
+			err = fmt.Errorf("unknown parameter %.20q; use role, pod, failing, format, limit or offset", key)
 		}
 		if err != nil {
 			return query{}, err

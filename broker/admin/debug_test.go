@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -18,6 +19,7 @@ import (
 	"github.com/credence-iam/credence/broker/admin"
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
@@ -207,6 +209,60 @@ func TestGrants(t *testing.T) {
 	})
 }
 
+// podsOf has the pods of grants.
+type podsOf map[policy.Grant][]string
+
+func (p podsOf) Pods(g policy.Grant) []string { return p[g] }
+
+func (p podsOf) Grant(pod string) (policy.Grant, bool) {
+	for g, pods := range p {
+		if slices.Contains(pods, pod) {
+			return g, true
+		}
+	}
+	return policy.Grant{}, false
+}
+
+// The pods of a grant are named in order, as far as they fit, and select it.
+func TestPodsOfGrants(t *testing.T) {
+	all := states(t)
+	var many []string
+	for i := range 2 * debugapi.MaxPodNames {
+		many = append(many, fmt.Sprintf("shop/cart-%02d", i*7%(2*debugapi.MaxPodNames)))
+	}
+	handler, err := admin.Debug(admin.DebugConfig{
+		Sessions: &sessions{states: all}, Audit: &auditor{}, Logger: slog.New(slog.DiscardHandler),
+		Pods: podsOf{all[0].Key: {"shop/orders-1"}, all[1].Key: many},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := func(query string) (names []string) {
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://localhost/debug/grants?"+query, nil))
+		var p debugapi.Page
+		if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
+			t.Fatalf("%s: %d %s", query, w.Code, w.Body)
+		}
+		for _, g := range p.Grants {
+			names = append(names, fmt.Sprint(g.SessionName, g.PodNames))
+		}
+		return names
+	}
+	first := slices.Sorted(slices.Values(many))[:debugapi.MaxPodNames]
+	for query, want := range map[string][]string{
+		"":                                   {"credence[]", fmt.Sprint("shop-cart", first), "credence[shop/orders-1]"},
+		"pod=shop/orders-1":                  {"credence[shop/orders-1]"},
+		"pod=" + many[len(many)-1]:           {fmt.Sprint("shop-cart", first)},
+		"pod=shop/orders-2":                  nil,
+		"pod=shop/orders-1&role=" + cartRole: nil,
+	} {
+		if got := names(query); !slices.Equal(got, want) {
+			t.Errorf("%q returns %q, want %q", query, got, want)
+		}
+	}
+}
+
 func TestTable(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDesk(t, false, states(t)...)
@@ -254,7 +310,7 @@ func TestPages(t *testing.T) {
 	if text := d.do(t, http.MethodGet, "/debug/grants?format=table&limit=2").Body.String(); !strings.Contains(text, "2 of 1203 grants, from offset 0; 1201 left out: use offset=2, or one role") {
 		t.Errorf("the table ends with %q", text[max(len(text)-100, 0):])
 	}
-	for _, bad := range []string{"limit=0", "limit=10001", "limit=x", "offset=-1", "format=xml", "failing=perhaps", "role=cart", "rloe=x", "limit=1&limit=2"} {
+	for _, bad := range []string{"limit=0", "limit=10001", "limit=x", "offset=-1", "format=xml", "failing=perhaps", "role=cart", "rloe=x", "pod=cart", "pod=/cart", "pod=shop/", "limit=1&limit=2"} {
 		if w := d.do(t, http.MethodGet, "/debug/grants?"+bad); w.Code != http.StatusBadRequest || w.Body.Len() > 300 {
 			t.Errorf("%s: %d %s", bad, w.Code, w.Body)
 		}

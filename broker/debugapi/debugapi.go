@@ -13,8 +13,11 @@ const (
 	DropPath   = "/debug/grants/drop"
 )
 
-// MaxGrants is the greatest number of grants on one page.
-const MaxGrants = 10_000
+// MaxGrants is the greatest number of grants on one page, and MaxPodNames that of names of pods in one grant.
+const (
+	MaxGrants   = 10_000
+	MaxPodNames = 20
+)
 
 // Grant is the state of one grant and its session. Times are in UTC, durations in seconds.
 type Grant struct {
@@ -27,6 +30,7 @@ type Grant struct {
 	PolicyARNs       int        `json:"policy_arns"`
 	Tags             int        `json:"tags"`
 	Pods             int        `json:"pods"`                 // live pods that use it
+	PodNames         []string   `json:"pod_names,omitempty"`  // the first of these pods, as namespace/name
 	Namespaces       []string   `json:"namespaces,omitempty"` // whose pods requested it
 	AccessKeyID      string     `json:"access_key_id,omitempty"`
 	Issued           *time.Time `json:"issued,omitempty"`

@@ -103,5 +103,5 @@ func (p parts) debugPages(ctx context.Context, address net.Addr) (http.Handler, 
 	if !loopback {
 		p.log.WarnContext(ctx, "Started debug pages beyond loopback, anyone who can connect can use them", "address", address.String())
 	}
-	return admin.Debug(admin.DebugConfig{Sessions: p.sessions, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback})
+	return admin.Debug(admin.DebugConfig{Sessions: p.sessions, Pods: p.prefetch, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback})
 }
