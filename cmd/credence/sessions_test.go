@@ -1,0 +1,43 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func TestConfirmed(t *testing.T) {
+	for text, want := range map[string]bool{"y\n": true, " YES \n": true, "yes": true, "\n": false, "": false, "n\n": false, "yesterday\n": false} {
+		if got := confirmed(t.Context(), strings.NewReader(text), io.Discard); got != want {
+			t.Errorf("%q: %t", text, got)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	in, _ := io.Pipe() // nobody writes
+	if confirmed(ctx, in, io.Discard) {
+		t.Error("an interrupted command is confirmed")
+	}
+}
+
+// TestWatch shows again, also after errors, until the user interrupts.
+func TestWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*watchInterval+time.Second)
+		defer cancel()
+		command := &cobra.Command{}
+		command.SetContext(ctx)
+		var errs strings.Builder
+		command.SetErr(&errs)
+		results, shown := []error{nil, errFound, errors.New("no broker runs")}, 0
+		if err := repeat(command, func() error { shown++; return results[shown-1] }); err != nil || shown != 3 || errs.String() != "no broker runs\n" {
+			t.Errorf("error %v, shown %d times, messages %q", err, shown, errs.String())
+		}
+	})
+}
