@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func TestConfirmed(t *testing.T) {
@@ -40,4 +42,29 @@ func TestWatch(t *testing.T) {
 			t.Errorf("error %v, shown %d times, messages %q", err, shown, errs.String())
 		}
 	})
+}
+
+// docs/sessions.md names every flag of the commands.
+func TestSessionsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/sessions.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := newRoot("credence")
+	command, _, err := root.Find([]string{"sessions"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, c := range append(command.Commands(), command) {
+		c.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) {
+			seen++
+			if !strings.Contains(string(page), "`--"+f.Name) && !strings.Contains(string(page), "`-"+f.Shorthand+" ") {
+				t.Errorf("docs/sessions.md does not have --%s of %s", f.Name, c.CommandPath())
+			}
+		})
+	}
+	if seen < 10 {
+		t.Errorf("found %d flags", seen)
+	}
 }

@@ -107,6 +107,15 @@ func squeeze(text string) string {
 	return strings.Join(lines, "\n")
 }
 
+// Two brokers whose names end alike have their whole names.
+func TestEqualEnds(t *testing.T) {
+	s := sessions.Snapshot{Brokers: []sessions.Broker{broker("a-x", grant(cart, "")), broker("b-x", grant(cart, ""))}}
+	var out strings.Builder
+	if err := s.Write(&out, s.Rows(sessions.Query{}), sessions.Table); err != nil || !strings.Contains(out.String(), "-b-x ") || !strings.Contains(out.String(), "-a-x ") {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+}
+
 func TestJSON(t *testing.T) {
 	s := snapshot()
 	s.Brokers[0].Page.Grants[0].Message = "\u009b2J\u202e\U000e0001é"
