@@ -46,6 +46,7 @@ var floors = map[string]int{
 	"certs/trust":       2,
 	"webhook/inject":    2,
 
+	"operator/netpolicy":    2, // what NetworkPolicies block
 	"operator/installation": 2, // the cluster, as far as the user of the credence command may see it
 
 	"broker/kube/events": 2, // besides the watches, the two other users of the API server
@@ -55,6 +56,7 @@ var floors = map[string]int{
 	"broker":               3,
 	"broker/admin":         3,
 	"broker/rulesfile":     3,
+	"operator/snapshot":    3, // one pod and what its credentials need, read from the cluster
 	"sidecar":              3,
 	"webhook":              3,
 	"webhook/settingsfile": 3,
