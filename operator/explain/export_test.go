@@ -1,0 +1,4 @@
+package explain
+
+// AskNode is for tests.
+var AskNode = askNode

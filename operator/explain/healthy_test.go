@@ -1,0 +1,147 @@
+package explain_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/credence-iam/credence/operator/explain"
+	"github.com/credence-iam/credence/operator/finding"
+	"github.com/credence-iam/credence/operator/snapshot"
+)
+
+// TestHealthy: a healthy pod has no finding, whatever its user may not see.
+func TestHealthy(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change     func(*world)
+		unknown    int
+		conclusion string
+	}{
+		"as it is":   {func(*world) {}, 0, "The pod has credentials of " + roleARN + " until "},
+		"a bare pod": {func(w *world) { w.Workload = nil }, 0, "The pod has credentials of "},
+		"a sidecar that logs failures only": {func(w *world) { w.Log = []snapshot.LogLine{} }, 0, "The pod has credentials."},
+		"a user of the namespace": {func(w *world) {
+			w.Log, w.Installation.Configuration, w.Installation.WebhookTLS, w.Installation.WebhookPods, w.Installation.Brokers = nil, nil, nil, nil, nil
+			w.Judge, w.Installation.Found.Webhook, w.Installation.Found.Broker = snapshot.Judge{}, nil, nil
+			w.Installation.Found.Problems = []error{os.ErrPermission}
+			for _, source := range []string{snapshot.SourceLog, snapshot.SourceConfiguration, snapshot.SourceBrokers, snapshot.SourceGrants, snapshot.SourceCertificate} {
+				w.Problems[source] = "needs: get something"
+			}
+		}, 5, "The pod has credentials; 5 steps are not known."},
+		"variables of a Secret": {func(w *world) {
+			w.Pod.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "settings"}}}}
+		}, 1, "one step is not known."},
+		"a program that may ask the node": {func(w *world) { w.Pod.Spec.Containers[0].Image = "registry.example/s3fs:1.90" }, 1, "one step is not known."},
+		"a manifest": {func(w *world) { w.File, w.Pod = "cart.yaml", nil }, 0, "Nothing is wrong."},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := healthy(t)
+			tt.change(w)
+			x := explain.Explain(w.Snapshot)
+			unknown := 0
+			for _, f := range x.Findings {
+				switch f.State {
+				case finding.OK:
+				case finding.Unknown:
+					unknown++
+				default:
+					t.Errorf("%s %s: %s", f.State, f.Step, f.Text)
+				}
+			}
+			if unknown != tt.unknown || !x.Healthy || !strings.Contains(x.Conclusion, tt.conclusion) {
+				t.Errorf("%d steps are unknown, healthy is %t, conclusion is %q: %+v", unknown, x.Healthy, x.Conclusion, x.Findings)
+			}
+		})
+	}
+}
+
+// TestServedMeanwhile: what fails while the pod has credentials is a warning.
+func TestServedMeanwhile(t *testing.T) {
+	for _, name := range []string{"brokers with 0 replicas", "unreachable STS", "role that AWS does not have", "brokers without their rights", "wrong keys of the brokers", "audience of the brokers only"} {
+		t.Run(name, func(t *testing.T) {
+			w := healthy(t)
+			session := slices.Clone(w.Log)
+			broken[name](w)
+			failure := w.Log[len(w.Log)-1]
+			failure.Level, failure.Text, failure.Expiration = "WARN", "Could not renew credentials, serving the current ones", session[len(session)-1].Expiration
+			w.Log, w.Pod.Status.InitContainerStatuses[0].Started = append(session, failure), new(true)
+			x := explain.Explain(w.Snapshot)
+			if cause, ok := x.Cause(); !ok || cause.State != finding.Warning || !strings.HasPrefix(x.Conclusion, "The pod has credentials, but: ") {
+				t.Errorf("cause is %+v, conclusion is %q", cause, x.Conclusion)
+			}
+		})
+	}
+}
+
+// TestOtherFailures: each failure of a sidecar is explained, also one that no step knows.
+func TestOtherFailures(t *testing.T) {
+	for reason, want := range map[string]string{
+		"AUDIT_UNAVAILABLE":      "look up the reason",
+		"POD_NOT_FOUND":          "recreate the pod",
+		"ROLE_NOT_PERMITTED":     "wait",
+		"API_SERVER_UNAVAILABLE": "reach the API server",
+	} {
+		w := healthy(t)
+		w.Log = []snapshot.LogLine{{Time: w.Now, Level: "ERROR", Text: "Could not get credentials", Reason: reasonOf(reason), Error: "text"}}
+		x := explain.Explain(w.Snapshot)
+		if cause, ok := x.Cause(); !ok || cause.State != finding.Failed || !strings.Contains(cause.Remedy.What, want) {
+			t.Errorf("%s: cause is %+v, remedy %+v", reason, cause, cause.Remedy)
+		}
+		// Without the log, the broker's Event says it.
+		w.Log, w.Pod.Status.InitContainerStatuses[0].Started = nil, new(false)
+		w.Messages = []snapshot.Message{{Object: "pod/cart-1", Reason: "CredentialsRefused", Text: reason + ": text", Time: w.Now}}
+		byEvent := explain.Explain(w.Snapshot)
+		if again, ok := byEvent.Cause(); !ok || again.Step == "" || !strings.Contains(again.Remedy.What, want) {
+			t.Errorf("%s, by its Event: cause is %+v", reason, again)
+		}
+	}
+}
+
+// TestOutput: the output has no characters that move the reader's cursor, JSON has the same findings, and neither has a
+// secret.
+func TestOutput(t *testing.T) {
+	w := healthy(t)
+	w.Namespace.Annotations["iam.amazonaws.com/permitted"] = "\x1b[31m" + roleARN
+	x := explain.Explain(w.Snapshot)
+	var text, document bytes.Buffer
+	if err := x.Write(&text); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.WriteJSON(&document); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(text.String(), "\x1b") || strings.Contains(document.String(), "\x1b") {
+		t.Errorf("the output has an escape sequence: %q", text.String())
+	}
+	var again explain.Explanation
+	if err := json.Unmarshal(document.Bytes(), &again); err != nil || len(again.Findings) != len(x.Findings) || again.Conclusion != x.Conclusion || again.Subject != x.Subject {
+		t.Errorf("JSON is %+v, %v", again, err)
+	}
+	for _, f := range x.Findings {
+		if !strings.Contains(text.String(), finding.Printable(f.Text)) {
+			t.Errorf("text lacks %q", f.Text)
+		}
+	}
+}
+
+// TestAskersAreDocumented: docs/sdk-compatibility.md has each program that the command knows.
+func TestAskersAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/sdk-compatibility.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), "## What asks the node instead")
+	if len(explain.AskNode) == 0 {
+		t.Fatal("no program is known")
+	}
+	for _, program := range explain.AskNode {
+		if !strings.Contains(strings.ToLower(section), "| "+program) {
+			t.Errorf("the table lacks %s", program)
+		}
+	}
+}
