@@ -1,0 +1,185 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/credence-iam/credence/operator/explain"
+	"github.com/credence-iam/credence/operator/finding"
+	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/snapshot"
+)
+
+// watchInterval is the time between two diagnoses of --watch. Sidecars and kubelets need seconds, too.
+const watchInterval = 2 * time.Second
+
+// explainOptions are the flags of explain.
+type explainOptions struct {
+	file, output string
+	watch        bool
+}
+
+// newExplain returns the command explain.
+func newExplain(c *cluster) *cobra.Command {
+	var o explainOptions
+	command := &cobra.Command{
+		Use:   "explain (POD | KIND/NAME | -f FILE)",
+		Short: "say why a pod has no credentials, and what to do",
+		Long: `Follows the credentials' way to one pod: from the label of its namespace through admission, sidecar, brokers and STS
+to the environment of its containers. Ends with one sentence: the cause, and what to do.
+
+Of a controller, such as deployment/cart, it explains the pod that shows most, or why there is none. With -f it says
+what would happen to the pods and controllers of a manifest. It changes nothing, and reads no Secret.
+
+It exits with status 0 if nothing is wrong, and with 1 if something is.`,
+		Example: `  credence explain cart-7d4b9c-x2x5q -n shop
+  credence explain deployment/cart -n shop --watch
+  credence explain -f cart.yaml -o json`,
+	}
+	f := command.Flags()
+	f.StringVarP(&o.file, "filename", "f", "", "YAML or JSON `file` with pods and controllers to explain, - for standard input")
+	f.BoolVarP(&o.watch, "watch", "w", false, "repeat until nothing is wrong")
+	f.StringVarP(&o.output, "output", "o", "", "`format` of the output: json; by default text")
+	command.Args = func(_ *cobra.Command, args []string) error {
+		switch {
+		case o.file == "" && len(args) != 1:
+			return wrongFlags(errors.New("name one pod, one controller as KIND/NAME, or a file with -f"))
+		case o.file != "" && len(args) > 0:
+			return wrongFlags(fmt.Errorf("-f and %q cannot be combined", args[0]))
+		case o.file != "" && o.watch:
+			return wrongFlags(errors.New("-f and --watch cannot be combined: a file does not change by itself"))
+		case o.output != "" && o.output != "json":
+			return wrongFlags(fmt.Errorf("-o %q: must be json", o.output))
+		}
+		return nil
+	}
+	command.RunE = func(command *cobra.Command, args []string) error {
+		ctx, out := command.Context(), command.OutOrStdout()
+		if o.file != "" {
+			return c.explainFile(ctx, command.InOrStdin(), out, o)
+		}
+		kind, name, err := snapshot.ParseTarget(args[0])
+		if err != nil {
+			return wrongFlags(err)
+		}
+		return c.explainTarget(ctx, out, kind, name, o)
+	}
+	return command
+}
+
+// explainTarget explains a pod or controller of the cluster.
+func (c *cluster) explainTarget(ctx context.Context, out io.Writer, kind, name string, o explainOptions) error {
+	namespace, err := c.namespaceOrDefault()
+	if err != nil {
+		return err
+	}
+	var last []finding.Finding
+	for {
+		x, err := c.explain(ctx, snapshot.Request{Namespace: namespace, Kind: kind, Name: name})
+		if err != nil {
+			return err
+		}
+		// Texts have ages, which always change.
+		if !o.watch || !slices.EqualFunc(last, x.Findings, func(a, b finding.Finding) bool { return a.Step == b.Step && a.State == b.State }) {
+			if err := writeExplanation(out, x, o.output); err != nil {
+				return err
+			}
+		}
+		last = x.Findings
+		if x.Healthy || !o.watch {
+			return found(x)
+		}
+		pause := time.NewTimer(watchInterval)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return found(x)
+		}
+	}
+}
+
+// explainFile explains the pods and controllers of a file.
+func (c *cluster) explainFile(ctx context.Context, stdin io.Reader, out io.Writer, o explainOptions) error {
+	if o.file != "-" {
+		file, err := os.Open(o.file)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		stdin = file
+	}
+	manifests, err := snapshot.ReadManifests(stdin)
+	switch {
+	case err != nil:
+		return fmt.Errorf("reading %s: %w", o.file, err)
+	case len(manifests) == 0:
+		return fmt.Errorf("%s has no pod and no controller", o.file)
+	}
+	namespace, err := c.namespaceOrDefault()
+	if err != nil {
+		return err
+	}
+	var result error
+	for i, manifest := range manifests {
+		request := snapshot.Request{Namespace: namespace, Manifest: &manifest, File: o.file}
+		if manifest.Namespace != "" {
+			request.Namespace = manifest.Namespace
+		}
+		x, err := c.explain(ctx, request)
+		if err != nil {
+			return err
+		}
+		if i > 0 && o.output == "" {
+			_, _ = fmt.Fprintln(out)
+		}
+		if err := writeExplanation(out, x, o.output); err != nil {
+			return err
+		}
+		result = errors.Join(result, found(x))
+	}
+	return result
+}
+
+// explain explains what the request names.
+func (c *cluster) explain(ctx context.Context, r snapshot.Request) (explain.Explanation, error) {
+	client, known, err := c.find(ctx)
+	if err != nil && !errors.Is(err, installation.ErrNone) {
+		return explain.Explanation{}, err
+	}
+	r.Judge = judgeOf(known)
+	r.Kubectl, r.Helm = []string{"kubectl"}, []string{"helm"}
+	if name := *c.flags.Context; name != "" {
+		r.Kubectl, r.Helm = append(r.Kubectl, "--context="+name), append(r.Helm, "--kube-context="+name)
+	}
+	if file := *c.flags.KubeConfig; file != "" {
+		r.Kubectl, r.Helm = append(r.Kubectl, "--kubeconfig="+file), append(r.Helm, "--kubeconfig="+file)
+	}
+	s, err := snapshot.Gather(ctx, client, known, r)
+	if err != nil {
+		return explain.Explanation{}, err
+	}
+	return explain.Explain(s), nil
+}
+
+// found returns errFound if the explanation has something wrong.
+func found(x explain.Explanation) error {
+	if _, wrong := x.Cause(); wrong {
+		return errFound
+	}
+	return nil
+}
+
+func writeExplanation(out io.Writer, x explain.Explanation, format string) error {
+	if format == "json" {
+		return x.WriteJSON(out)
+	}
+	return x.Write(out)
+}

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"flag"
+	"slices"
+	"strings"
+
+	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/broker/rulesfile"
+	"github.com/credence-iam/credence/cmd/internal/injectflags"
+	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/snapshot"
+	"github.com/credence-iam/credence/webhook/settingsfile"
+)
+
+// judgeOf returns what decides as the webhook of the cluster does. It is zero if the webhook's arguments are not known, or
+// if this version of the command does not understand them.
+func judgeOf(found *installation.Installation) snapshot.Judge {
+	if found == nil {
+		return snapshot.Judge{}
+	}
+	file, invalid := policy.File{}, error(nil)
+	if found.Rules != "" {
+		file, invalid = rulesfile.Parse([]byte(found.Rules))
+	}
+	options := func(more ...string) (injectflags.Options, bool) {
+		f := flag.NewFlagSet("", flag.ContinueOnError)
+		finish := injectflags.Define(f)
+		var args []string
+		for _, arg := range slices.Concat(found.WebhookArgs(), more) {
+			name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+			if f.Lookup(name) != nil { // The webhook has flags that are not about injection.
+				args = append(args, arg)
+			}
+		}
+		if len(args) == 0 || f.Parse(args) != nil {
+			return injectflags.Options{}, false
+		}
+		o, err := finish()
+		if err != nil {
+			return o, false
+		}
+		if found.Rules != "" && invalid == nil {
+			invalid = o.Rules.Use(file)
+		}
+		if settings, err := settingsfile.Parse([]byte(found.Settings), o.Injector.Settings(), o.Rules.Keys()); err == nil {
+			_ = o.Injector.Use(settings) // Parse has checked it. The webhook keeps its last settings, too.
+		}
+		return o, true
+	}
+	o, ok := options()
+	if !ok {
+		return snapshot.Judge{}
+	}
+	return snapshot.Judge{Injector: o.Injector, Rules: o.Rules, RulesErr: invalid, Rebase: func(base credential.RoleBase) *policy.Rules {
+		if rebased, ok := options("--base-arn=" + base.String()); ok {
+			return rebased.Rules
+		}
+		return o.Rules
+	}}
+}
