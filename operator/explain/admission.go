@@ -221,7 +221,7 @@ func matchesWhole(expression, role string) bool {
 
 // refusal returns the newest message about a pod that could not be created, if the controller still lacks pods.
 func (s subject) refusal() (snapshot.Message, bool) {
-	if s.Pod != nil || s.Workload == nil || s.Workload.Wanted > 0 && s.Workload.Pods >= s.Workload.Wanted {
+	if s.File != "" || s.Workload == nil || s.Workload.Wanted > 0 && s.Workload.Pods >= s.Workload.Wanted {
 		return snapshot.Message{}, false
 	}
 	return s.message(func(m snapshot.Message) bool { return m.Reason == "FailedCreate" })
@@ -251,7 +251,7 @@ func (s subject) admission() []finding.Finding {
 		found = append(found, s.unknown(step, snapshot.SourceEvents)...)
 	}
 	refusal, refused := s.refusal()
-	if slices.ContainsFunc(found, func(f finding.Finding) bool { return f.State == finding.Failed }) || !refused || strings.Contains(refusal.Text, byQuota) {
+	if slices.ContainsFunc(found, func(f finding.Finding) bool { return f.State == finding.Failed }) || !refused || s.Pod != nil || strings.Contains(refusal.Text, byQuota) {
 		return found
 	}
 	since := "the API server refused a pod " + age(s.Now.Sub(refusal.Time)) + " ago: "
@@ -307,14 +307,14 @@ func (s subject) quota() []finding.Finding {
 	remedy := finding.Remedy{Who: finding.NamespaceOwner, What: "raise the quota, or remove pods; the sidecar counts with each pod", Page: "docs/settings.md"}
 	if match := quotaMessage.FindStringSubmatch(refusal.Text); match != nil {
 		hard := m{}
-		for _, requested := range strings.Split(match[2], ",") {
+		for requested := range strings.SplitSeq(match[2], ",") {
 			name, amount, _ := strings.Cut(requested, "=")
 			total, err := resource.ParseQuantity(amount)
 			for range max(s.Workload.Wanted-s.Workload.Pods, 1) - 1 {
 				more, _ := resource.ParseQuantity(amount)
 				total.Add(more)
 			}
-			for _, used := range strings.Split(match[3], ",") {
+			for used := range strings.SplitSeq(match[3], ",") {
 				if value, ok := strings.CutPrefix(used, name+"="); ok && err == nil {
 					more, _ := resource.ParseQuantity(value)
 					total.Add(more)
@@ -332,7 +332,7 @@ func (s subject) quota() []finding.Finding {
 func setAfter(meta *metav1.ObjectMeta, key string, created time.Time) (time.Time, bool) {
 	var first time.Time
 	for _, entry := range meta.ManagedFields {
-		if entry.FieldsV1 == nil || entry.Time == nil || !strings.Contains(string(entry.FieldsV1.Raw), `"f:`+key+`"`) {
+		if entry.FieldsV1 == nil || entry.Time == nil || !strings.Contains(entry.FieldsV1.GetRawString(), `"f:`+key+`"`) {
 			continue
 		}
 		if first.IsZero() || entry.Time.Time.Before(first) {

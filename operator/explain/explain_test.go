@@ -255,8 +255,10 @@ func (w *world) log(result source) {
 		text.Write(buffer[:n])
 	}
 	cancel()
-	go io.Copy(io.Discard, read)
-	<-done
+	read.Close()
+	if err := <-done; err != nil {
+		w.t.Fatal(err)
+	}
 	w.Log = snapshot.ParseLog(text.String())
 }
 
@@ -379,7 +381,7 @@ func (w *world) permits(key, value string) {
 
 // managed returns when a client set a key, as the API server notes it.
 func managed(at time.Time, key string) []metav1.ManagedFieldsEntry {
-	return []metav1.ManagedFieldsEntry{{Time: new(metav1.NewTime(at)), FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:metadata":{"f:labels":{"f:` + key + `":{}}}}`)}}}
+	return []metav1.ManagedFieldsEntry{{Time: new(metav1.NewTime(at)), FieldsV1: metav1.NewFieldsV1(`{"f:metadata":{"f:labels":{"f:` + key + `":{}}}}`)}}
 }
 
 func denyAll(name, namespace string, direction networkingv1.PolicyType, egress ...networkingv1.NetworkPolicyEgressRule) networkingv1.NetworkPolicy {

@@ -7,9 +7,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/operator/explain"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/snapshot"
@@ -22,8 +26,8 @@ func TestHealthy(t *testing.T) {
 		unknown    int
 		conclusion string
 	}{
-		"as it is":   {func(*world) {}, 0, "The pod has credentials of " + roleARN + " until "},
-		"a bare pod": {func(w *world) { w.Workload = nil }, 0, "The pod has credentials of "},
+		"as it is":                          {func(*world) {}, 0, "The pod has credentials of " + roleARN + " until "},
+		"a bare pod":                        {func(w *world) { w.Workload = nil }, 0, "The pod has credentials of "},
 		"a sidecar that logs failures only": {func(w *world) { w.Log = []snapshot.LogLine{} }, 0, "The pod has credentials."},
 		"a user of the namespace": {func(w *world) {
 			w.Log, w.Installation.Configuration, w.Installation.WebhookTLS, w.Installation.WebhookPods, w.Installation.Brokers = nil, nil, nil, nil, nil
@@ -37,7 +41,7 @@ func TestHealthy(t *testing.T) {
 			w.Pod.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "settings"}}}}
 		}, 1, "one step is not known."},
 		"a program that may ask the node": {func(w *world) { w.Pod.Spec.Containers[0].Image = "registry.example/s3fs:1.90" }, 1, "one step is not known."},
-		"a manifest": {func(w *world) { w.File, w.Pod = "cart.yaml", nil }, 0, "Nothing is wrong."},
+		"a manifest":                      {func(w *world) { w.File, w.Pod = "cart.yaml", nil }, 0, "Nothing is wrong."},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := healthy(t)
@@ -143,5 +147,64 @@ func TestAskersAreDocumented(t *testing.T) {
 		if !strings.Contains(strings.ToLower(section), "| "+program) {
 			t.Errorf("the table lacks %s", program)
 		}
+	}
+}
+
+// TestOtherStates: faults of the installation and of clusters that no set-up of testdata/faults.yaml has.
+func TestOtherStates(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change            func(*world)
+		step, text, fixed string
+	}{
+		"no Credence": {func(w *world) { w.Installation.Found = nil }, "installation", "found no Credence", "docs/install.md"},
+		"no Deployment of the brokers": {func(w *world) {
+			w.brokerless()
+			w.Installation.Found.Broker = nil
+			w.Installation.Found.Problems = []error{apierrors.NewNotFound(appsv1.Resource("deployments"), "credence-broker")}
+		}, "installation", `deployments.apps "credence-broker" not found`, "helm -n credence get manifest credence"},
+		"namespace that the webhook leaves out": {func(w *world) {
+			w.Installation.Configuration.Webhooks[0].NamespaceSelector.MatchLabels["x"] = "y"
+			w.uninjected()
+		}, "admission", "leaves out namespace shop", "namespaceSelector"},
+		"quota of some pods": {func(w *world) {
+			w.Workload.Wanted, w.Workload.Pods = 3, 1
+			w.Messages = []snapshot.Message{{Reason: "FailedCreate", Text: `pods "x" is forbidden: exceeded quota: memory, requested: requests.memory=16Mi, used: requests.memory=1Gi, limited: requests.memory=1Gi`}}
+		}, "quota", "exceeded quota: memory", `{"spec":{"hard":{"requests.memory":"1056Mi"}}}`},
+		"a pod that Kubernetes refuses": {func(w *world) {
+			w.refused(`pods "cart-1" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false`)
+		}, "admission", "violates PodSecurity", "describe deployment cart"},
+		"a node without room": {func(w *world) {
+			w.Pod.Status = corev1.PodStatus{Phase: corev1.PodPending, Conditions: []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Message: "0/3 nodes are available"}}}
+		}, "sidecar", "0/3 nodes are available", "describe pod cart-1"},
+		"a sidecar that ends": {func(w *world) {
+			w.Log = nil
+			w.Pod.Status.InitContainerStatuses[0].State = corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff"}}
+			w.Pod.Status.InitContainerStatuses[0].LastTerminationState.Terminated = &corev1.ContainerStateTerminated{Reason: "OOMKilled"}
+		}, "sidecar", "it ended with OOMKilled", "--previous"},
+		"certificate of another root": {func(w *world) {
+			w.unreachable("connection error: tls: failed to verify certificate: x509: certificate signed by unknown authority")
+		}, "trust", "signed by unknown authority", "rollout restart deployment/credence-broker"},
+		"DNS that does not work": {func(w *world) {
+			w.unreachable("DNS has no address for the broker's host credence-broker.credence.svc: no such host")
+		}, "DNS", "no such host", "k8s-app=kube-dns"},
+		"a firewall":      {func(w *world) { w.unreachable("connection error: dial tcp 10.0.0.2:9443: i/o timeout") }, "network", "i/o timeout", "get networkpolicies"},
+		"a copy of a pod": {func(w *world) { delete(w.Pod.Labels, "iam.amazonaws.com/injected") }, "injection", "copy of an injected pod", ""},
+		"a tag that STS denies": {func(w *world) {
+			w.fails(w.sts(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Status: 403, Message: "User: x is not authorized to perform: sts:TagSession on resource: y"}}, right))
+		}, "STS", "sts:TagSession", `["sts:AssumeRole","sts:TagSession"]`},
+		"session that STS rejects": {func(w *world) { w.fails(w.sts(ststest.Behavior{MaxDuration: 20 * time.Minute}, right)) }, "STS", "MaxSessionDuration", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := healthy(t)
+			tt.change(w)
+			x := explain.Explain(w.Snapshot)
+			cause, ok := x.Cause()
+			if !ok || cause.Step != tt.step || cause.State != finding.Failed || !strings.Contains(cause.Text, tt.text) {
+				t.Fatalf("cause is %+v", cause)
+			}
+			if remedy := strings.Join(append(cause.Remedy.Commands, cause.Remedy.Page), "\n"); !strings.Contains(remedy, tt.fixed) {
+				t.Errorf("remedy is %s", remedy)
+			}
+		})
 	}
 }

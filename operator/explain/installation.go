@@ -8,6 +8,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/operator/finding"
@@ -25,11 +26,12 @@ func (s subject) installation() []finding.Finding {
 	}
 	var all []finding.Finding
 	for _, problem := range found.Problems {
-		all = append(all, unsure(step, "%s", snapshot.ProblemOf(problem)))
-	}
-	if found.Webhook == nil && len(all) == 0 {
-		return []finding.Finding{failed(step, "namespace "+found.Namespace+" has no Deployment credence-webhook", finding.Remedy{
-			Who: finding.ClusterAdmin, What: "install Credence again", Commands: s.reinstall(), Page: "docs/install.md"})}
+		if !apierrors.IsNotFound(problem) {
+			all = append(all, unsure(step, "%s", snapshot.ProblemOf(problem)))
+			continue
+		}
+		all = append(all, unless(s.hasCredentials(), failed(step, "a part of Credence is missing: "+short(problem.Error()), finding.Remedy{
+			Who: finding.ClusterAdmin, What: "install it again", Commands: s.reinstall(), Page: "docs/install.md"})))
 	}
 	return append(all, passed(step, "Credence is in namespace %s", found.Namespace))
 }

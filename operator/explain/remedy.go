@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,7 +29,7 @@ func shell(words ...string) string {
 }
 
 func (s subject) kubectl(words ...string) string {
-	return shell(append(s.Kubectl[:len(s.Kubectl):len(s.Kubectl)], words...)...)
+	return shell(append(slices.Clip(s.Kubectl), words...)...)
 }
 
 // in returns a command of kubectl in the pod's namespace.
@@ -70,7 +71,7 @@ type m = map[string]any
 func (s subject) recreate() []string {
 	switch {
 	case s.File != "":
-		return []string{s.kubectl("apply", "-f", s.File)}
+		return []string{s.in("apply", "-f", s.File)}
 	case s.Workload != nil && (s.Workload.Kind == "Deployment" || s.Workload.Kind == "StatefulSet" || s.Workload.Kind == "DaemonSet"):
 		return []string{s.in("rollout", "restart", s.Workload.Resource())}
 	case s.Pod == nil:
@@ -106,7 +107,7 @@ func (s subject) reinstall() []string {
 				continue
 			}
 			if release := d.Annotations["meta.helm.sh/release-name"]; release != "" {
-				return []string{shell(append(s.Helm[:len(s.Helm):len(s.Helm)], "-n", s.credence(), "get", "manifest", release)...) + " | " +
+				return []string{shell(append(slices.Clip(s.Helm), "-n", s.credence(), "get", "manifest", release)...) + " | " +
 					s.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-")}
 			}
 		}
