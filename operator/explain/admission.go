@@ -224,7 +224,11 @@ func (s subject) refusal() (snapshot.Message, bool) {
 	if s.File != "" || s.Workload == nil || s.Workload.Wanted > 0 && s.Workload.Pods >= s.Workload.Wanted {
 		return snapshot.Message{}, false
 	}
-	return s.message(func(m snapshot.Message) bool { return m.Reason == "FailedCreate" })
+	m, ok := s.message(func(m snapshot.Message) bool { return m.Reason == "FailedCreate" })
+	if _, text, found := strings.Cut(m.Text, "Error creating: "); found {
+		m.Text = text
+	}
+	return m, ok
 }
 
 // These begin the messages of an API server about a pod that it did not create.

@@ -50,30 +50,24 @@ func (g *gatherer) aboutInstallation(ctx context.Context, found *installation.In
 		identity := g.identity(ctx, found)
 		return func() { g.Installation.Identity = identity }, nil
 	})
-	pods := func(component string) ([]corev1.Pod, error) {
-		ctx, cancel := context.WithTimeout(ctx, partTimeout)
-		defer cancel()
-		list, err := kube.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=credence,app.kubernetes.io/component=" + component, Limit: 500})
-		if err != nil {
-			return nil, err
+	pods := make(map[string][]corev1.Pod)
+	limited, cancel := context.WithTimeout(ctx, partTimeout)
+	defer cancel()
+	list, err := kube.CoreV1().Pods(ns).List(limited, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=credence", Limit: 500})
+	if err != nil {
+		g.fail(SourceBrokers, err)
+		return
+	}
+	for _, p := range list.Items {
+		if p.Status.Phase != corev1.PodSucceeded && p.Status.Phase != corev1.PodFailed {
+			component := p.Labels["app.kubernetes.io/component"]
+			pods[component] = append(pods[component], p)
 		}
-		return slices.DeleteFunc(list.Items, func(p corev1.Pod) bool {
-			return p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
-		}), nil
 	}
-	webhooks, err := pods("webhook")
-	if err != nil {
-		g.fail(SourceBrokers, err)
-		return
-	}
-	brokers, err := pods("broker")
-	if err != nil {
-		g.fail(SourceBrokers, err)
-		return
-	}
+	webhooks := pods["webhook"]
 	g.mu.Lock()
 	g.Installation.WebhookPods = webhooks
-	for _, p := range g.ranked(brokers) {
+	for _, p := range g.ranked(pods["broker"]) {
 		g.Installation.Brokers = append(g.Installation.Brokers, Broker{Pod: p})
 	}
 	brokerStates := g.Installation.Brokers
