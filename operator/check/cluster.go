@@ -1,0 +1,118 @@
+package check
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/credence-iam/credence/operator/finding"
+	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/survey"
+)
+
+func installationFound(s *snapshot, r *results) {
+	for _, err := range s.Found.Problems {
+		object := strings.TrimPrefix(strings.SplitN(err.Error(), ":", 2)[0], "reading ")
+		switch {
+		case apierrors.IsForbidden(err):
+			r.add(finding.Unknown, "", nil, "not checked; needs: get "+object)
+		case apierrors.IsNotFound(err):
+			r.fail("", s.reinstall("Install the chart again"), "%s does not exist", object)
+		default:
+			r.add(finding.Unknown, "", nil, "not checked: "+err.Error())
+		}
+	}
+	if len(r.findings) == 0 {
+		r.ok("found in namespace %s", s.Namespace)
+	}
+}
+
+// minAPIServer is the oldest supported minor version of Kubernetes.
+const minAPIServer = 30
+
+func kubernetesVersion(s *snapshot, r *results) {
+	if unread(r, s.Server) {
+		return
+	}
+	minor, ok := survey.Minor("v" + s.Server.Value.Major + "." + s.Server.Value.Minor)
+	if ok && minor < minAPIServer {
+		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: fmt.Sprintf("Upgrade the control plane to Kubernetes 1.%d or newer", minAPIServer), Page: "docs/install.md"},
+			"the API server is of %s, Credence needs 1.%d", s.Server.Value.GitVersion, minAPIServer)
+		return
+	}
+	r.ok("the API server is of %s", s.Server.Value.GitVersion)
+}
+
+func versions(s *snapshot, r *results) {
+	if unread(r, s.Own) {
+		return
+	}
+	count := make(map[string]bool) // "broker 0.1.0"
+	var all []string               // versions
+	for component, members := range map[string][]survey.Member{"webhook": s.Webhooks, "broker": s.Brokers} {
+		for _, m := range members {
+			for _, c := range m.Pod.Spec.Containers {
+				if c.Name == component {
+					version := survey.Tag(c.Image)
+					count[component+" "+version] = true
+					all = append(all, version)
+				}
+			}
+		}
+	}
+	if sidecar := installation.Arg(s.Found.WebhookArgs(), "sidecar-image"); sidecar != "" {
+		count["sidecar "+survey.Tag(sidecar)] = true
+		all = append(all, survey.Tag(sidecar))
+	}
+	slices.Sort(all)
+	all = slices.Compact(all)
+	text := strings.Join(survey.Sorted(count), ", ")
+	rollout := fmt.Sprintf("kubectl -n %s rollout status deployment/%%s", s.Namespace)
+	remedy := &finding.Remedy{
+		Who: finding.ClusterAdmin, What: "Finish the upgrade of the chart, or roll it back", Page: "docs/upgrade.md",
+		Commands: []string{fmt.Sprintf(rollout, installation.WebhookName), fmt.Sprintf(rollout, installation.BrokerName)},
+	}
+	for _, a := range all {
+		for _, b := range all {
+			if survey.MinorsApart(a, b) > 1 {
+				r.fail("", remedy, "parts are more than one minor version apart, which is not supported: %s", text)
+				return
+			}
+		}
+	}
+	if len(all) > 1 {
+		r.warn("", remedy, "parts have different versions, as during an upgrade: %s", text)
+		return
+	}
+	for _, v := range all {
+		if survey.MinorsApart(s.Version, v) > 1 {
+			r.warn("", &finding.Remedy{Who: finding.ClusterAdmin, What: "Use this command in version " + v, Page: "docs/upgrade.md"},
+				"this command is of version %s, more than one minor version from the cluster's %s", s.Version, v)
+			return
+		}
+	}
+	if text == "" {
+		text = "no pod of Credence runs"
+	}
+	r.ok("%s", text)
+}
+
+func rights(s *snapshot, r *results) {
+	if unread(r, s.Rights) {
+		return
+	}
+	var missing survey.Tally
+	for _, right := range s.Rights.Value {
+		if !right.Allowed {
+			missing.Add(right.Who+": "+right.Can(), fmt.Sprintf("kubectl auth can-i %s --as=%s", right.Can(), right.What.User))
+		}
+	}
+	if missing.Count > 0 {
+		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: "Install the chart again; it gives these rights. The commands show them", Commands: missing.Commands, Page: "docs/install.md"},
+			"%s missing: %s", some(missing.Count, "right"), &missing)
+		return
+	}
+	r.ok("brokers and webhook have their %s", some(len(s.Rights.Value), "right"))
+}
