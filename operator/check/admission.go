@@ -79,11 +79,11 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 	switch {
 	case want == 0 && good == 0:
 		r.fail("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "Start it", Commands: []string{fmt.Sprintf("kubectl -n %s scale deployment/%s --replicas=2", s.Namespace, name)}},
-			"no %s is wanted (replicas: 0): %s", strings.TrimPrefix(name, "credence-"), without)
+			"no %s is wanted (replicas: 0), so %s", strings.TrimPrefix(name, "credence-"), without)
 		return
 	case good == 0 && len(bad) == 0:
 		r.fail("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See why the pods are not created", Commands: []string{fmt.Sprintf("kubectl -n %s describe replicaset -l app.kubernetes.io/component=%s", s.Namespace, strings.TrimPrefix(name, "credence-"))}},
-			"has no pods: %s", without)
+			"has no pods, so %s", without)
 		return
 	case good >= want && len(bad) == 0:
 		r.ok("%d of %d ready", good, want)
@@ -98,9 +98,9 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 			why = m.Waits
 		}
 		if good == 0 {
-			r.fail("pod/"+m.Pod.Name, describe(m.Pod.Name), "not ready, as all of its kind: %s: %s", without, why)
+			r.fail("pod/"+m.Pod.Name, describe(m.Pod.Name), "not ready, nor is any other, so %s: %s", without, why)
 		} else {
-			r.warn("pod/"+m.Pod.Name, describe(m.Pod.Name), "not ready; %d of %d are: %s", good, want, why)
+			r.warn("pod/"+m.Pod.Name, describe(m.Pod.Name), "not ready, while %d of %d are: %s", good, want, why)
 		}
 	}
 	if len(bad) == 0 {

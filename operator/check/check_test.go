@@ -219,7 +219,7 @@ var faults = []struct {
 		s.Webhooks[1].Pod.Status = corev1.PodStatus{Phase: corev1.PodPending, ContainerStatuses: []corev1.ContainerStatus{
 			{State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}},
 		}}
-	}, "not ready; 1 of 2 are: ImagePullBackOff no such image"},
+	}, "not ready, while 1 of 2 are: ImagePullBackOff no such image"},
 	{"webhook-configuration", finding.Failed, func(_ *testing.T, s *snapshot) { s.Configs.Value = s.Configs.Value[1:] }, "does not exist"},
 	{"webhook-configuration", finding.Failed, func(_ *testing.T, s *snapshot) {
 		s.Configs.Value[0].Webhooks[0].FailurePolicy = new(admissionv1.Ignore)
