@@ -23,6 +23,7 @@ import (
 const (
 	configuration = "credence"
 	entry         = "inject.credence-iam.github.io"
+	ownCheck      = "credence-check"
 )
 
 func (s *snapshot) reinstall(what string, commands ...string) *finding.Remedy {
@@ -248,7 +249,7 @@ func webhookCertificate(s *snapshot, r *results) {
 }
 
 func injection(s *snapshot, r *results) {
-	check := slices.ContainsFunc(s.Configs.Value, func(c admissionv1.MutatingWebhookConfiguration) bool { return c.Name == "credence-check" })
+	check := slices.ContainsFunc(s.Configs.Value, func(c admissionv1.MutatingWebhookConfiguration) bool { return c.Name == ownCheck })
 	switch {
 	case s.Configs.Err == nil && !check:
 		r.ok("not tried: the chart's check.enabled is false")
@@ -323,6 +324,16 @@ func otherWebhooks(s *snapshot, r *results) {
 		r.warn("", &finding.Remedy{Who: finding.ClusterAdmin, What: "Opt in one namespace at a time; then remove the DaemonSet and its iptables rules", Page: "docs/annotations.md"},
 			"kiam or kube2iam runs, and gives roles by the same annotations: daemonset %s", strings.Join(s.Daemons.Value[:min(len(s.Daemons.Value), survey.MaxExamples)], ", "))
 		return
+	}
+	for _, c := range s.Configs.Value {
+		for _, hook := range c.Webhooks {
+			if c.Name != configuration && c.Name != ownCheck && strings.Contains(fmt.Sprint(hook.MatchConditions), s.Keys.Prefix()+"/") {
+				r.warn("mutatingwebhookconfiguration/"+c.Name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See what it does, and remove it if it gives roles too", Commands: []string{
+					fmt.Sprintf("kubectl get mutatingwebhookconfiguration %s -o yaml", c.Name),
+				}}, "it acts on pods with annotations %s/*, too", s.Keys.Prefix())
+				return
+			}
+		}
 	}
 	for _, c := range s.Configs.Value {
 		if strings.Contains(c.Name, "pod-identity-webhook") {

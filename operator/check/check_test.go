@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -41,29 +42,30 @@ var update = flag.Bool("update", false, "regenerate docs/check.md and golden fil
 // golden is the rendered chart, which tests of the chart compare with Helm's output.
 const golden = "../../integration/chart/testdata/defaults.golden.yaml"
 
-// chartObjects returns the objects of one kind in the chart.
-func chartObjects[T any](t *testing.T, kind string) (all []T) {
-	t.Helper()
+// documents are the objects of the chart, by kind.
+var documents = sync.OnceValues(func() (map[string][]string, error) {
 	text, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
+	all := make(map[string][]string)
 	for document := range strings.SplitSeq(string(text), "\n---\n") {
 		var head metav1.TypeMeta
-		if err := yaml.Unmarshal([]byte(document), &head); err != nil {
-			t.Fatal(err)
-		}
-		if head.Kind != kind {
-			continue
-		}
-		var object T
-		if err := yaml.UnmarshalStrict([]byte(document), &object); err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, object)
+		err = errors.Join(err, yaml.Unmarshal([]byte(document), &head))
+		all[head.Kind] = append(all[head.Kind], document)
 	}
-	if len(all) == 0 {
-		t.Fatalf("the chart has no %s", kind)
+	return all, err
+})
+
+// chartObjects returns the objects of one kind in the chart.
+func chartObjects[T any](t *testing.T, kind string) []T {
+	t.Helper()
+	byKind, err := documents()
+	if err != nil || len(byKind[kind]) == 0 {
+		t.Fatalf("the chart has no %s: %v", kind, err)
+	}
+	all := make([]T, len(byKind[kind]))
+	for i, document := range byKind[kind] {
+		if err := yaml.UnmarshalStrict([]byte(document), &all[i]); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return all
 }
@@ -238,6 +240,10 @@ var faults = []struct {
 		s.Bindings.Value[0].Spec.ValidationActions = []admissionv1.ValidationAction{admissionv1.Audit}
 	}, "has no binding that denies"},
 	{"other-webhooks", finding.Warning, func(_ *testing.T, s *snapshot) { s.Daemons.Value = []string{"kube-system/kiam-agent"} }, "daemonset kube-system/kiam-agent"},
+	{"other-webhooks", finding.Warning, func(_ *testing.T, s *snapshot) {
+		s.Configs.Value = append(s.Configs.Value, *s.Configs.Value[0].DeepCopy())
+		s.Configs.Value[len(s.Configs.Value)-1].Name = "another"
+	}, "it acts on pods with annotations iam.amazonaws.com/*, too"},
 	{"broker-pods", finding.Failed, func(_ *testing.T, s *snapshot) {
 		for i := range s.Brokers {
 			s.Brokers[i].Pod.Status.Conditions, s.Brokers[i].Waits = nil, "AWS identity: AWS refuses the broker's own credentials (InvalidClientTokenId)"
@@ -274,6 +280,10 @@ var faults = []struct {
 	}, "1 session that AWS refuses: arn:aws:iam::123456789012:role/cart (STS_DENIED)"},
 	{"sessions", finding.Warning, func(_ *testing.T, s *snapshot) { s.Grants.Value.Single = 2 }, "2 of 4 sessions are on one broker only"},
 	{"opt-in-labels", finding.Warning, func(_ *testing.T, s *snapshot) { s.Namespaces.Value.BadLabel.Add("shop (true)", "kubectl label") }, "opts nothing in: shop (true)"},
+	{"opt-in-labels", finding.Failed, func(_ *testing.T, s *snapshot) {
+		s.Scope, s.Namespaces.Err = "shpo", apierrors.NewNotFound(schema.GroupResource{Resource: "namespaces"}, "shpo")
+	}, "it does not exist"},
+	{"opt-in-labels", finding.Warning, func(_ *testing.T, s *snapshot) { s.Scope, s.Namespaces.Value.OptedIn = "shop", nil }, "it is not opted in"},
 	{"trust", finding.Failed, func(_ *testing.T, s *snapshot) { delete(s.Published.Value.Digests, "shop") }, "is missing in 1 opted-in namespace, whose pods cannot start: shop"},
 	{"trust", finding.Failed, func(_ *testing.T, s *snapshot) { s.Published.Value.Digests["shop"] = [sha256.Size]byte{2} }, "has other roots than that of namespace credence"},
 	{"permitted-roles", finding.Failed, func(_ *testing.T, s *snapshot) { s.Namespaces.Value.Invalid.Add("shop (is not an expression)", "") }, "1 namespace with an invalid annotation"},

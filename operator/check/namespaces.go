@@ -3,6 +3,8 @@ package check
 import (
 	"fmt"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/survey"
@@ -17,10 +19,20 @@ func some(n int, what string) string {
 }
 
 func optInLabels(s *snapshot, r *results) {
+	if apierrors.IsNotFound(s.Namespaces.Err) {
+		r.fail("namespace/"+s.Scope, &finding.Remedy{Who: finding.Author, What: "Correct the name", Commands: []string{"kubectl get namespaces"}}, "it does not exist")
+		return
+	}
 	if unread(r, s.Namespaces) {
 		return
 	}
 	n := s.Namespaces.Value
+	if s.Scope != "" && len(n.OptedIn) == 0 && n.BadLabel.Count == 0 {
+		r.warn("namespace/"+s.Scope, &finding.Remedy{Who: finding.NamespaceOwner, What: "Opt it in, and say which roles it permits", Page: "docs/install.md", Commands: []string{
+			fmt.Sprintf("kubectl label namespace %s %s=%s", s.Scope, s.Keys.Name(policy.Inject), policy.Enabled),
+		}}, "it is not opted in, so its pods get no sidecar")
+		return
+	}
 	if n.BadLabel.Count > 0 {
 		r.warn("", &finding.Remedy{
 			Who: finding.NamespaceOwner, What: "Set the label to enabled, or to disabled to leave a namespace out on purpose", Commands: n.BadLabel.Commands, Page: "docs/annotations.md",
