@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -38,8 +36,7 @@ It exits with 0 if all is well, and with 1 if something failed or has a warning.
 		Example: `  credence check
   credence check --pre --credence-namespace=credence
   credence check --wait=3m --quiet`,
-		Version: program.Version(),
-		Args:    noArguments,
+		Args: noArguments,
 	}
 	f := command.Flags()
 	f.BoolVar(&o.before, "pre", false, "check the cluster and your rights before an installation")
@@ -76,7 +73,7 @@ func runCheck(command *cobra.Command, c *cluster, o checkOptions) error {
 	if err != nil {
 		return err
 	}
-	cfg := check.Config{Version: program.Version(), Namespace: *c.flags.Namespace, Ignore: o.ignore}
+	cfg := check.Config{Version: program.Version(), Namespace: c.overrides.Context.Namespace, Ignore: o.ignore}
 	once := func(ctx context.Context) (*check.Result, error) {
 		if o.before {
 			namespace := c.credence
@@ -109,20 +106,10 @@ func runCheck(command *cobra.Command, c *cluster, o checkOptions) error {
 	if o.output == "json" {
 		err = result.WriteJSON(out)
 	} else {
-		err = result.Write(out, finding.Style{Quiet: o.quiet, Color: isTerminal(out)})
+		err = result.Write(out, finding.Style{Quiet: o.quiet, Color: colored(out)})
 	}
 	if err == nil && !result.Healthy() {
 		return errFound
 	}
 	return err
-}
-
-// isTerminal reports whether w is a terminal whose user wants colors.
-func isTerminal(w io.Writer) bool {
-	file, ok := w.(*os.File)
-	if !ok || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
-		return false
-	}
-	info, err := file.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }

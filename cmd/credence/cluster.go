@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -14,6 +15,10 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/operator/installation"
 )
+
+// watchInterval is the time between two readings of --watch. Each opens connections to brokers, and a kubelet or a sidecar
+// needs seconds to react to a change.
+const watchInterval = 3 * time.Second
 
 // cluster is the cluster that the flags of the command line name, as kubectl's flags do.
 type cluster struct {

@@ -17,9 +17,6 @@ import (
 	"github.com/credence-iam/credence/operator/snapshot"
 )
 
-// watchInterval is the time between two diagnoses of --watch. Sidecars and kubelets need seconds, too.
-const watchInterval = 2 * time.Second
-
 // explainOptions are the flags of explain.
 type explainOptions struct {
 	file, output string
@@ -156,10 +153,10 @@ func (c *cluster) explain(ctx context.Context, r snapshot.Request) (explain.Expl
 	}
 	r.Judge = judgeOf(known)
 	r.Kubectl, r.Helm = []string{"kubectl"}, []string{"helm"}
-	if name := *c.flags.Context; name != "" {
+	if name := c.overrides.CurrentContext; name != "" {
 		r.Kubectl, r.Helm = append(r.Kubectl, "--context="+name), append(r.Helm, "--kube-context="+name)
 	}
-	if file := *c.flags.KubeConfig; file != "" {
+	if file := c.rules.ExplicitPath; file != "" {
 		r.Kubectl, r.Helm = append(r.Kubectl, "--kubeconfig="+file), append(r.Helm, "--kubeconfig="+file)
 	}
 	s, err := snapshot.Gather(ctx, client, known, r)

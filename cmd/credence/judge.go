@@ -2,6 +2,7 @@ package main
 
 import (
 	"flag"
+	"io"
 	"slices"
 	"strings"
 
@@ -26,6 +27,7 @@ func judgeOf(found *installation.Installation) snapshot.Judge {
 	}
 	options := func(more ...string) (injectflags.Options, bool) {
 		f := flag.NewFlagSet("", flag.ContinueOnError)
+		f.SetOutput(io.Discard)
 		finish := injectflags.Define(f)
 		var args []string
 		for _, arg := range slices.Concat(found.WebhookArgs(), more) {

@@ -11,8 +11,8 @@ import (
 	"github.com/credence-iam/credence/operator/installation"
 )
 
-// installed returns an installation whose webhook has these arguments.
-func installed(args ...string) *installation.Installation {
+// withArgs returns an installation whose webhook has these arguments.
+func withArgs(args ...string) *installation.Installation {
 	d := &appsv1.Deployment{}
 	d.Spec.Template.Spec.Containers = []corev1.Container{{Name: "webhook", Args: args}}
 	return &installation.Installation{Webhook: d}
@@ -21,7 +21,7 @@ func installed(args ...string) *installation.Installation {
 // TestJudge: the judge decides by the arguments and files of the webhook.
 func TestJudge(t *testing.T) {
 	args := []string{"--listen=:9443", "--annotation-prefix=example.org", "--audience=a", "--broker=b.credence.svc:9443", "--sidecar-image=i:1", "--rules-file=/r"}
-	found := installed(args...)
+	found := withArgs(args...)
 	found.Settings, found.Rules = "port: 9000", "namespaces: [{match: [shop]}]"
 	judge := judgeOf(found)
 	if judge.RulesErr != nil || judge.Injector == nil || judge.Injector.Image() != "i:1" || judge.Injector.Settings().Port != 9000 || judge.Rules.Keys().Prefix() != "example.org" {
@@ -42,7 +42,7 @@ func TestJudge(t *testing.T) {
 		t.Errorf("invalid rules: %+v", judge)
 	}
 	for name, found := range map[string]*installation.Installation{
-		"no installation": nil, "unknown webhook": {}, "missing flags": installed("--audience=a"), "invalid flag": installed(append(args, "--sidecar-port=x")...),
+		"no installation": nil, "unknown webhook": {}, "missing flags": withArgs("--audience=a"), "invalid flag": withArgs(append(args, "--sidecar-port=x")...),
 	} {
 		if judge := judgeOf(found); judge.Injector != nil || judge.Rules != nil {
 			t.Errorf("%s: judge is %+v", name, judge)

@@ -6,22 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"k8s.io/apimachinery/pkg/util/validation"
 
-	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/operator/sessions"
 )
-
-// watchInterval is the time between two readings of --watch. Each opens one connection to each broker.
-const watchInterval = 5 * time.Second
 
 // newSessions returns the command sessions.
 func newSessions(c *cluster) *cobra.Command {
@@ -38,14 +32,16 @@ func newSessions(c *cluster) *cobra.Command {
 It exits with 1 if a broker cannot be read, if --failing shows a session, or if --pod shows none.
 
 It needs, in the namespace of Credence: list pods, create pods/portforward.`,
-		Version: program.Version(),
-		Args:    noArguments,
+		Example: `  credence sessions --failing
+  credence sessions --pod cart-7d4b9c-x2x5q -n shop
+  credence sessions drop --role cart`,
+		Args: noArguments,
 	}
 	f := command.Flags()
 	f.StringVar(&q.Role, "role", "", "show the sessions of one role: its `ARN` or name")
 	f.StringVar(&pod, "pod", "", "show the session of one pod: its `name`, in the namespace of -n")
 	f.BoolVar(&q.Failing, "failing", false, "show only sessions whose last fetch failed")
-	f.BoolVarP(&watch, "watch", "w", false, "show again every 5 s, until interrupted")
+	f.BoolVarP(&watch, "watch", "w", false, "show again every 3 s, until interrupted")
 	outputFlag(command, &format)
 	command.RunE = func(command *cobra.Command, _ []string) error {
 		form, err := formatOf(format)
@@ -139,8 +135,10 @@ func newCommand(c *cluster, what sessions.Command) *cobra.Command {
 
 It shows what it will touch, and waits for a confirmation. It exits with 1 if a broker fails, and names it.
 It needs, in the namespace of Credence: list pods, create pods/portforward.`,
-		Version: program.Version(),
-		Args:    noArguments,
+		Example: `  credence sessions --failing
+  credence sessions --pod cart-7d4b9c-x2x5q -n shop
+  credence sessions drop --role cart`,
+		Args: noArguments,
 	}
 	f := command.Flags()
 	f.StringVar(&role, "role", "", "`ARN` of the role, or its name if only one role has it. Required")
@@ -223,7 +221,6 @@ ACCESS_KEY_ID, it does so for all temporary keys in these files.
 
 It exits with 1 if no pod is known, or if a source could not be read to its end.
 It needs, in the namespace of Credence: list pods, get pods/log, create pods/portforward. --files-only needs nothing.`,
-		Version: program.Version(),
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case len(args) > 1:
@@ -297,10 +294,4 @@ func formatOf(text string) (sessions.Format, error) {
 		return "", wrongFlags(fmt.Errorf("-o: %.20q: must be json or wide", text))
 	}
 	return f, nil
-}
-
-// isTerminal reports whether a person may be at the other end.
-func isTerminal(stream any) bool {
-	file, ok := stream.(*os.File)
-	return ok && term.IsTerminal(int(file.Fd()))
 }

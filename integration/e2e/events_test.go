@@ -13,17 +13,19 @@ import (
 	"github.com/credence-iam/credence/broker/assume/ststest"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
+	"github.com/credence-iam/credence/integration/stack"
 )
 
 // TestDescribeSaysWhyPodsWait shows that "kubectl describe pod" prints why a pod has no credentials, if no broker is reached and
 // if the broker is impaired. It stops parts of Credence, so it does not run in parallel.
 func TestDescribeSaysWhyPodsWait(t *testing.T) {
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	start := stop(t, "broker")
-	create(t, ns, paused("unreachable", map[string]string{roleKey: bucket, startTimeoutKey: "25s"}))
+	kubetest.Create(t, d.Client, ns, paused("unreachable", map[string]string{roleKey: bucket, startTimeoutKey: "25s"}))
 	describes(t, ns, "no credentials yet", "unreachable").has(t,
 		"Startup probe failed: credence-sidecar: no credentials yet: BROKER_UNREACHABLE: cannot reach any broker")
-	pod := awaitReady(t, ns, "unreachable")
+	pod := kubetest.AwaitReady(t, d.Client, ns, "unreachable")
 	describes(t, ns, "within the start timeout", "unreachable").has(t,
 		"no credentials within the start timeout of 25s, so the application starts without them: BROKER_UNREACHABLE: ")
 	await.Until(t, "the limit of the kubelet's Events is not used up", func() error {
@@ -35,21 +37,21 @@ func TestDescribeSaysWhyPodsWait(t *testing.T) {
 		}
 		return err
 	})
-	if s := status(t, pod, sidecarName); s.RestartCount != 0 {
-		t.Errorf("reports have restarted the sidecar: %s", states(pod))
+	if s := kubetest.Status(t, pod, stack.SidecarName); s.RestartCount != 0 {
+		t.Errorf("reports have restarted the sidecar: %s", kubetest.States(pod))
 	}
-	began, app := status(t, pod, sidecarName).State.Running.StartedAt, status(t, pod, "app").State.Running.StartedAt
+	began, app := kubetest.Status(t, pod, stack.SidecarName).State.Running.StartedAt, kubetest.Status(t, pod, "app").State.Running.StartedAt
 	t.Logf("the application started %v after the sidecar, whose start timeout is 25s", app.Sub(began.Time))
 	start()
 
 	d.STS.SetOutage(ststest.Failing)
 	t.Cleanup(func() { d.STS.SetOutage(ststest.NoOutage) })
-	create(t, ns, paused("waiting", map[string]string{roleKey: "not-cached", startTimeoutKey: "0"}))
+	kubetest.Create(t, d.Client, ns, paused("waiting", map[string]string{roleKey: "not-cached", startTimeoutKey: "0"}))
 	describes(t, ns, "CredentialsUnavailable", "waiting").has(t, "STS_UNAVAILABLE: STS is unavailable; the broker retries by itself")
 	const brokers = "-l=app.kubernetes.io/component=broker"
 	describes(t, deployment.Namespace, "BrokerImpaired", brokers).has(t, "STS_UNAVAILABLE: STS fails (", "kubectl -n "+deployment.Namespace+" logs credence-broker-")
 	d.STS.SetOutage(ststest.NoOutage)
-	awaitReady(t, ns, "waiting")
+	kubetest.AwaitReady(t, d.Client, ns, "waiting")
 	describes(t, deployment.Namespace, "BrokerRecovered", brokers).has(t, "STS_UNAVAILABLE has ended after ")
 }
 
