@@ -27,7 +27,7 @@ func TestCompletion(t *testing.T) {
 	c.rules.ExplicitPath = strings.TrimPrefix(kubeconfig, "--kubeconfig=")
 	c.overrides.Context.Namespace = "shop"
 	root.SetContext(t.Context())
-	if names, _ := c.completePods(root, nil, ""); !cmp.Equal(names, []string{"a", "b"}) {
+	if names, _ := c.completePods(root, nil, ""); !cmp.Equal(names, []string{"a", "b", "pending"}) {
 		t.Errorf("pods are %q", names)
 	}
 	if names, _ := c.completePods(root, []string{"a"}, ""); names != nil {

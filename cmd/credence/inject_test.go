@@ -300,6 +300,17 @@ func TestClusterCannotBeUsed(t *testing.T) {
 	}
 }
 
+// TestNameServers: the name servers in the webhook's log are those of the cluster.
+func TestNameServers(t *testing.T) {
+	kubeconfig := "--kubeconfig=" + installed(t, webhookArgs...).Kubeconfig(t)
+	for server, warned := range map[string]bool{"10.96.0.10": false, "192.0.2.53": true} {
+		pod := strings.Replace(podYAML, "spec: {", "spec: {dnsPolicy: None, dnsConfig: {nameservers: ["+server+"]}, ", 1)
+		if code, _, messages := call(t, pod, "credence", "inject", kubeconfig); code != 0 || strings.Contains(messages, "may not know") != warned {
+			t.Errorf("name server %s: exit code %d, messages:\n%s", server, code, messages)
+		}
+	}
+}
+
 // TestClusterDomain: the domain comes from the webhook's log, or from injected pods, or stays unknown, with a note.
 func TestClusterDomain(t *testing.T) {
 	server := installed(t, webhookArgs...)
@@ -312,13 +323,20 @@ func TestClusterDomain(t *testing.T) {
 	if want := "note: the webhook's cluster domain is not known, so sidecars find the brokers by their pod's search domains; set --cluster-domain"; !strings.Contains(messages, want) {
 		t.Errorf("messages lack %q:\n%s", want, messages)
 	}
-	server.Put(&corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "app", Labels: map[string]string{"iam.example.org/injected": "true"}},
-		Spec: corev1.PodSpec{InitContainers: []corev1.Container{{Name: "credence-sidecar", Env: []corev1.EnvVar{
-			{Name: "CREDENCE_BROKER", Value: "credence-broker.security.svc:9443"},
-			{Name: "CREDENCE_BROKER_DNS_NAME", Value: "credence-broker.security.svc.corp.example."},
-		}}}},
-	})
+	witness := func(name, broker, domain string) *corev1.Pod {
+		return &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: map[string]string{"iam.example.org/injected": "true"}},
+			Spec: corev1.PodSpec{InitContainers: []corev1.Container{{Name: "credence-sidecar", Env: []corev1.EnvVar{
+				{Name: "CREDENCE_BROKER", Value: broker},
+				{Name: "CREDENCE_BROKER_DNS_NAME", Value: "credence-broker.security.svc." + domain + "."},
+			}}}},
+		}
+	}
+	const broker = "credence-broker.security.svc:9443"
+	server.Put(
+		witness("a", broker, "corp.example"), witness("b", broker, "corp.example"), witness("c", broker, "mistaken.example"),
+		witness("d", "other:1", "other.example"), witness("e", "other:1", "other.example"), witness("f", "other:1", "other.example"),
+	)
 	_, out, messages = call(t, podYAML, "credence", "inject", kubeconfig)
 	if !strings.Contains(out, "credence-broker.security.svc.corp.example.") || strings.Contains(messages, "note") {
 		t.Errorf("an injected pod has the domain, and the output is\n%s\n%s", out, messages)

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
@@ -43,6 +44,9 @@ func running(t *testing.T, old string) *apitest.Server {
 		injected("shop", "b", "registry.example/credence-sidecar:1.2.3"),
 		injected("bank", "c", "registry.example/credence-sidecar:"+old),
 	)
+	pending := injected("shop", "pending", "registry.example/credence-sidecar:1.2.3")
+	pending.Status.Phase = corev1.PodPending
+	server.Put(pending)
 	for n := range 2 {
 		server.Put(&corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: fmt.Sprintf("credence-broker-%d", n), Labels: labels},
@@ -94,6 +98,26 @@ func TestVersionSkew(t *testing.T) {
 	}
 	if code != exitFailed || strings.Contains(out, "-n shop") {
 		t.Errorf("exit code %d:\n%s", code, out)
+	}
+}
+
+// TestVersionOfDigests: an image with a digest alone has the version of the webhook that injects it, and otherwise none.
+func TestVersionOfDigests(t *testing.T) {
+	server := running(t, "1.2.3")
+	current, other := "registry.example/credence-sidecar@sha256:0123456789abcdef", "registry.example/credence-sidecar@sha256:eeee"
+	args := slices.Clone(webhookArgs)
+	args[slices.Index(args, "--sidecar-image=registry.example/credence-sidecar:1.2.3")] = "--sidecar-image=" + current
+	d := &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: "credence-webhook"}}
+	if !server.Load(d) {
+		t.Fatal("there is no webhook")
+	}
+	d.Spec.Template.Spec.Containers[0].Args = args
+	server.Put(d, injected("bank", "d", current), injected("bank", "e", other))
+	_, out, _ := call(t, "", "credence", "version", "--kubeconfig="+server.Kubeconfig(t))
+	for _, want := range []string{"sidecar     v1.2.3   1     " + current, "sidecar     unknown  1     " + other} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q:\n%s", want, out)
+		}
 	}
 }
 
