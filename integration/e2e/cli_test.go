@@ -6,8 +6,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"os/exec"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -18,7 +16,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
-	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/kubetest"
 )
 
@@ -26,10 +23,7 @@ import (
 // makes, with the cluster domain of the webhook's log. The webhook also accepts another domain. "credence version" shows
 // the images that run.
 func TestCommandOfAViewer(t *testing.T) {
-	program := filepath.Join(t.TempDir(), "credence")
-	if err := images.CompileFor(t.Context(), module+"/cmd/credence", runtime.GOOS, runtime.GOARCH, program); err != nil {
-		t.Fatal(err)
-	}
+	program := command(t)
 	bindings := d.Client.RbacV1().ClusterRoleBindings()
 	if _, err := bindings.Create(t.Context(), &rbacv1.ClusterRoleBinding{
 		ObjectMeta: metav1.ObjectMeta{Name: "viewer"},
@@ -41,9 +35,9 @@ func TestCommandOfAViewer(t *testing.T) {
 	run := func(stdin string, args ...string) (string, string) {
 		t.Helper()
 		var stdout, stderr bytes.Buffer
-		cmd := world.Command(t.Context(), program, append(args, "--kubeconfig="+world.Kubeconfig(), "--as=viewer")...)
+		cmd := d.Cluster.Command(t.Context(), program, append(args, "--kubeconfig="+d.Cluster.Kubeconfig(), "--as=viewer")...)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-		err := world.Host().Launch(cmd)
+		err := d.Cluster.Host().Launch(cmd)
 		if err == nil {
 			err = cmd.Wait()
 		}
@@ -52,15 +46,15 @@ func TestCommandOfAViewer(t *testing.T) {
 		}
 		return stdout.String(), stderr.String()
 	}
-	ns := namespace(t)
-	pod := app("app", annotated())
+	ns := d.Namespace(t)
+	pod := d.App("app", annotated())
 	pod.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
 	pod.Namespace = ns
 	manifest, err := yaml.Marshal(pod)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, err := tryDry(t, ns, pod)
+	want, err := kubetest.Dry(t, d.Client, ns, pod)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +71,7 @@ func TestCommandOfAViewer(t *testing.T) {
 		if err := yaml.UnmarshalStrict([]byte(out), &made); err != nil {
 			t.Fatal(err)
 		}
-		got, err := tryDry(t, ns, &made)
+		got, err := kubetest.Dry(t, d.Client, ns, &made)
 		if err != nil {
 			t.Fatalf("%q: %v", args, err)
 		}
@@ -103,7 +97,7 @@ func TestCommandOfAViewer(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, part := range []string{"webhook", "broker"} {
-		pods, err := podsOf(t.Context(), part)
+		pods, err := d.Pods(t.Context(), part)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -5,6 +5,8 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -15,6 +17,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/images"
 	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
@@ -40,6 +43,16 @@ func paused(name string, annotations map[string]string) *corev1.Pod {
 	pod := d.App(name, annotations)
 	pod.Spec.Containers[0].Image = pauseImage
 	return pod
+}
+
+// command builds the credence command and returns its path.
+func command(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "credence")
+	if err := images.CompileFor(t.Context(), "github.com/credence-iam/credence/cmd/credence", runtime.GOOS, runtime.GOARCH, program); err != nil {
+		t.Fatal(err)
+	}
+	return program
 }
 
 // annotated returns the annotation of the role that may use the bucket.

@@ -7,8 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -18,7 +16,7 @@ import (
 
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
-	"github.com/credence-iam/credence/integration/images"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -39,16 +37,13 @@ type sessionsPage struct {
 // TestSessionsOfRealBrokers reads three brokers through real kubelets, as a user with the few rights that the page in docs
 // names, also while brokers are deleted. It drops sessions, and finds the pods of a key in the brokers' logs.
 func TestSessionsOfRealBrokers(t *testing.T) {
-	before, err := podsOf(t.Context(), "broker")
+	before, err := d.Pods(t.Context(), "broker")
 	if err != nil {
 		t.Fatal(err)
 	}
 	scale(t, "broker", 3)
 	t.Cleanup(func() { scale(t, "broker", len(before)) })
-	program := filepath.Join(t.TempDir(), "credence")
-	if err := images.CompileFor(t.Context(), module+"/cmd/credence", runtime.GOOS, runtime.GOARCH, program); err != nil {
-		t.Fatal(err)
-	}
+	program := command(t)
 	allow(t, "oncall", rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"list"}},
 		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods/portforward"}, Verbs: []string{"create"}},
 		rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"pods/log"}, Verbs: []string{"get"}})
@@ -61,12 +56,12 @@ func TestSessionsOfRealBrokers(t *testing.T) {
 		return page, errors.Join(json.Unmarshal([]byte(out), &page), runErr)
 	}
 
-	ns := namespace(t)
+	ns := d.Namespace(t)
 	for _, name := range []string{"cart-1", "cart-2"} {
-		create(t, ns, paused(name, map[string]string{roleKey: "cart"}))
+		kubetest.Create(t, d.Client, ns, paused(name, map[string]string{roleKey: "cart"}))
 	}
 	for _, name := range []string{"cart-1", "cart-2"} {
-		awaitReady(t, ns, name)
+		kubetest.AwaitReady(t, d.Client, ns, name)
 	}
 	pods := []string{ns + "/cart-1", ns + "/cart-2"}
 	owners := func() (keys map[string]string) {
@@ -114,7 +109,7 @@ func TestSessionsOfRealBrokers(t *testing.T) {
 	out, err := run("oncall", "-o=wide")
 	t.Logf("%v\n%s", err, out)
 
-	brokers, err := podsOf(t.Context(), "broker")
+	brokers, err := d.Pods(t.Context(), "broker")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,9 +139,9 @@ func TestSessionsOfRealBrokers(t *testing.T) {
 
 // replaced returns nil if that many brokers are ready and none terminates.
 func replaced(ctx context.Context, count int) error {
-	pods, err := podsOf(ctx, "broker")
+	pods, err := d.Pods(ctx, "broker")
 	for n := range pods {
-		err = errors.Join(err, ready(&pods[n]))
+		err = errors.Join(err, kubetest.Ready(&pods[n]))
 		if pods[n].DeletionTimestamp != nil {
 			err = errors.Join(err, errors.New(pods[n].Name+" terminates"))
 		}
