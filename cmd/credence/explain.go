@@ -20,7 +20,7 @@ import (
 // explainOptions are the flags of explain.
 type explainOptions struct {
 	file, output string
-	watch        bool
+	watch, try   bool
 }
 
 // newExplain returns the command explain.
@@ -33,7 +33,7 @@ func newExplain(c *cluster) *cobra.Command {
 to the environment of its containers. Ends with one sentence: the cause, and what to do.
 
 Of a controller, such as deployment/cart, it explains the pod that shows most, or why there is none. With -f it says
-what would happen to the pods and controllers of a manifest. It changes nothing, and reads no Secret.
+what would happen to the pods and controllers of a manifest. It changes nothing, unless --try is set, and reads no Secret.
 
 It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 		Example: `  credence explain cart-7d4b9c-x2x5q -n shop
@@ -43,6 +43,7 @@ It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 	f := command.Flags()
 	f.StringVarP(&o.file, "filename", "f", "", "YAML or JSON `file` with pods and controllers to explain, - for standard input")
 	f.BoolVarP(&o.watch, "watch", "w", false, "repeat until nothing is wrong")
+	f.BoolVar(&o.try, "try", false, "also request credentials from inside the pod, by an ephemeral container, which stays in the pod's status")
 	f.StringVarP(&o.output, "output", "o", "", "`format` of the output: json; by default text")
 	command.Args = func(_ *cobra.Command, args []string) error {
 		switch {
@@ -52,6 +53,8 @@ It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 			return wrongFlags(fmt.Errorf("-f and %q cannot be combined", args[0]))
 		case o.file != "" && o.watch:
 			return wrongFlags(errors.New("-f and --watch cannot be combined: a file does not change by itself"))
+		case o.try && (o.file != "" || o.watch):
+			return wrongFlags(errors.New("--try can be combined neither with -f nor with --watch: it changes a pod, once"))
 		case o.output != "" && o.output != "json":
 			return wrongFlags(fmt.Errorf("-o %q: must be json", o.output))
 		}
@@ -79,7 +82,7 @@ func (c *cluster) explainTarget(ctx context.Context, out io.Writer, kind, name s
 	}
 	var last []finding.Finding
 	for {
-		x, err := c.explain(ctx, snapshot.Request{Namespace: namespace, Kind: kind, Name: name})
+		x, err := c.explain(ctx, snapshot.Request{Namespace: namespace, Kind: kind, Name: name}, o.try)
 		if err != nil {
 			return err
 		}
@@ -130,7 +133,7 @@ func (c *cluster) explainFile(ctx context.Context, stdin io.Reader, out io.Write
 		if manifest.Namespace != "" {
 			request.Namespace = manifest.Namespace
 		}
-		x, err := c.explain(ctx, request)
+		x, err := c.explain(ctx, request, false)
 		if err != nil {
 			return err
 		}
@@ -145,8 +148,8 @@ func (c *cluster) explainFile(ctx context.Context, stdin io.Reader, out io.Write
 	return result
 }
 
-// explain explains what the request names.
-func (c *cluster) explain(ctx context.Context, r snapshot.Request) (explain.Explanation, error) {
+// explain explains what the request names. If try is set, it also requests credentials in the pod.
+func (c *cluster) explain(ctx context.Context, r snapshot.Request, try bool) (explain.Explanation, error) {
 	client, known, err := c.find(ctx)
 	if err != nil && !errors.Is(err, installation.ErrNone) {
 		return explain.Explanation{}, err
@@ -162,6 +165,11 @@ func (c *cluster) explain(ctx context.Context, r snapshot.Request) (explain.Expl
 	s, err := snapshot.Gather(ctx, client, known, r)
 	if err != nil {
 		return explain.Explanation{}, err
+	}
+	if try {
+		if err := s.Try(ctx, client); err != nil {
+			s.Problems[snapshot.SourceTrial] = snapshot.ProblemOf(err)
+		}
 	}
 	return explain.Explain(s), nil
 }

@@ -24,7 +24,7 @@ func Explain(of *snapshot.Snapshot) Explanation {
 	switch {
 	case s.Installation.Found == nil:
 	case s.running() && s.Sidecar() != nil:
-		for _, step := range []func() []finding.Finding{s.start, s.clocks, s.brokers, s.ownCredentials, s.trust, s.token, s.network, s.session, s.sts, s.environment} {
+		for _, step := range []func() []finding.Finding{s.start, s.clocks, s.brokers, s.ownCredentials, s.trust, s.token, s.network, s.session, s.sts, s.environment, s.trial} {
 			x.Add(step()...)
 		}
 		if x.Worst() != finding.Failed {

@@ -346,7 +346,7 @@ func (w *world) unidentified(problem string) {
 	for i := range w.Installation.Brokers {
 		b := &w.Installation.Brokers[i]
 		b.Pod.Status.Conditions[0].Status = corev1.ConditionFalse
-		b.Problem = "AWS identity: " + problem
+		b.Problem = "AWS identity: " + problem + "\nsessions: 0 of 1 are warm, and prefetch has not looked at 0 pods"
 	}
 }
 

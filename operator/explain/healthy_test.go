@@ -192,6 +192,9 @@ func TestOtherStates(t *testing.T) {
 		"a tag that STS denies": {func(w *world) {
 			w.fails(w.sts(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Status: 403, Message: "User: x is not authorized to perform: sts:TagSession on resource: y"}}, right))
 		}, "STS", "sts:TagSession", `["sts:AssumeRole","sts:TagSession"]`},
+		"a program on the sidecar's port": {func(w *world) {
+			w.Trial = &snapshot.Trial{Line: "http://127.0.0.1:9779/v1/credentials responded with status 404 Not Found"}
+		}, "trial", "status 404", "docs/errors.md"},
 		"session that STS rejects": {func(w *world) { w.fails(w.sts(ststest.Behavior{MaxDuration: 20 * time.Minute}, right)) }, "STS", "MaxSessionDuration", ""},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -136,7 +136,7 @@ func (s subject) webhook(step string) (all []finding.Finding) {
 			Who: finding.ClusterAdmin, What: "change its namespaceSelector (the chart's value webhook.namespaceSelector), or use another namespace",
 			Commands: []string{s.kubectl("get", "mutatingwebhookconfiguration", "credence", "-o", "jsonpath={.webhooks[0].namespaceSelector}")}}))
 	}
-	if f, ok := s.down(step, "webhook", found.Webhook, i.WebhookPods); ok {
+	if f, ok := s.down(step, "webhook", found.Webhook, i.WebhookPods); ok && s.Problems[snapshot.SourceBrokers] == "" {
 		if tls := i.WebhookTLS; tls == nil || s.Now.Before(tls.Until) {
 			return append(all, f)
 		}
@@ -253,7 +253,13 @@ func (s subject) brokers() []finding.Finding {
 
 // brokerProblem returns the failure of a broker that says itself why it is not ready.
 func (s subject) brokerProblem(b snapshot.Broker) finding.Finding {
-	text := fmt.Sprintf("no broker is ready: pod %s: %s", b.Pod.Name, short(b.Problem))
+	problem := b.Problem // one line for each check that fails
+	for line := range strings.Lines(problem) {
+		if strings.HasPrefix(line, "AWS identity: ") {
+			problem = line // The others wait for it.
+		}
+	}
+	text := fmt.Sprintf("no broker is ready: pod %s: %s", b.Pod.Name, short(problem))
 	switch {
 	case strings.Contains(b.Problem, "own credentials"), strings.Contains(b.Problem, "no AWS credentials"), strings.Contains(b.Problem, "web identity"),
 		strings.Contains(b.Problem, "assume the role of --assume-role"):
@@ -314,7 +320,7 @@ func (s subject) ownCredentials() []finding.Finding {
 			}
 		}
 	}
-	if text == "" {
+	if text == "" || s.readyBrokers() == 0 { // The step of the brokers has it.
 		return nil
 	}
 	return []finding.Finding{unless(!s.running() || s.hasCredentials(), failed(step, short(text), s.ownKeys()))}

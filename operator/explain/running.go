@@ -365,3 +365,17 @@ func (s subject) denied(step string, basis policy.Basis, message string) []findi
 			iam("put-role-policy", "--role-name", brokers, "--policy-name", "assume-"+name, "--policy-document", encode(resource))),
 	}
 }
+
+// trial is the step of a request for credentials from inside the pod.
+func (s subject) trial() []finding.Finding {
+	const step = "trial"
+	switch {
+	case s.Trial == nil:
+		return s.unknown(step, snapshot.SourceTrial)
+	case s.Trial.Succeeded:
+		return []finding.Finding{passed(step, "%s", short(s.Trial.Line))}
+	}
+	return []finding.Finding{failed(step, "a container in the pod gets no credentials: "+short(s.Trial.Line), finding.Remedy{
+		Who: finding.Author, What: "see the reason; if the sidecar has credentials, look for a program on its port, and for a policy between containers",
+		Commands: []string{s.in("logs", s.Pod.Name, "-c", contract.ContainerName, "--tail=5")}, Page: "docs/errors.md"})}
+}

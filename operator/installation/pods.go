@@ -15,7 +15,7 @@ import (
 // BrokerOf returns the broker of a pod.
 func (c *Client) BrokerOf(pod *corev1.Pod) Broker { return Broker{Pod: pod, client: c} }
 
-// Unready returns the lines of /readyz of a pod about the checks that fail. It returns "" if none fails, or if the page
+// Unready returns the lines of /readyz of a pod, one for each check that fails. It returns "" if none fails, or if the page
 // cannot be read.
 func (c *Client) Unready(ctx context.Context, pod *corev1.Pod, port int) string {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -41,5 +41,5 @@ func (c *Client) Unready(ctx context.Context, pod *corev1.Pod, port int) string 
 			lines = append(lines, line)
 		}
 	}
-	return strings.Join(lines, "; ")
+	return strings.Join(lines, "\n")
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -243,14 +244,17 @@ func portOf(d *appsv1.Deployment) int {
 
 // serving returns the certificate that a pod presents for a name. It does not verify the certificate: see verify.
 func (g *gatherer) serving(ctx context.Context, pod *corev1.Pod, port int, name string) (*Serving, error) {
+	fail := func(err error) (*Serving, error) {
+		return nil, fmt.Errorf("reading the certificate of pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
 	raw, err := g.client.DialPod(ctx, pod, port)
 	if err != nil {
-		return nil, err
+		return fail(err)
 	}
 	defer raw.Close()
 	conn := tls.Client(raw, &tls.Config{ServerName: name, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}) //nolint:gosec // It sends nothing, and reports what is wrong with the certificate.
 	if err := conn.HandshakeContext(ctx); err != nil {
-		return nil, err
+		return fail(err)
 	}
 	chain := conn.ConnectionState().PeerCertificates
 	return &Serving{From: chain[0].NotBefore, Until: chain[0].NotAfter, name: name, chain: chain}, nil

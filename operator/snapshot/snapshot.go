@@ -72,6 +72,7 @@ const (
 	SourcePolicies      = "policies"
 	SourceRBAC          = "rbac"
 	SourceEnvironment   = "environment"
+	SourceTrial         = "trial"
 	SourceCertificate   = "certificate"
 )
 
@@ -104,6 +105,9 @@ type Snapshot struct {
 	Policies []networkingv1.NetworkPolicy
 	// BrokersNamespace has the labels of the namespace of the brokers.
 	BrokersNamespace *corev1.Namespace
+
+	// Trial is the result of [Snapshot.Try]; nil without a trial.
+	Trial *Trial
 
 	Installation Installation
 	Judge        Judge
