@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
 
 	"github.com/credence-iam/credence/operator/explain"
 	"github.com/credence-iam/credence/operator/finding"
@@ -61,6 +63,7 @@ It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 		return nil
 	}
 	command.RunE = func(command *cobra.Command, args []string) error {
+		klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // client-go logs a response that comes too late. The step says so, too.
 		ctx, out := command.Context(), command.OutOrStdout()
 		if o.file != "" {
 			return c.explainFile(ctx, command.InOrStdin(), out, o)
@@ -81,18 +84,22 @@ func (c *cluster) explainTarget(ctx context.Context, out io.Writer, kind, name s
 		return err
 	}
 	var last []finding.Finding
-	for {
+	for first := true; ; first = false {
 		x, err := c.explain(ctx, snapshot.Request{Namespace: namespace, Kind: kind, Name: name}, o.try)
 		if err != nil {
 			return err
 		}
-		// Texts have ages, which always change.
-		if !o.watch || !slices.EqualFunc(last, x.Findings, func(a, b finding.Finding) bool { return a.Step == b.Step && a.State == b.State }) {
+		// Texts have ages, which always change. What is unknown for a moment is no news.
+		now := slices.DeleteFunc(slices.Clone(x.Findings), func(f finding.Finding) bool { return f.State == finding.Unknown })
+		if first || x.Healthy || !slices.EqualFunc(last, now, func(a, b finding.Finding) bool { return a.Step == b.Step && a.State == b.State }) {
+			if !first && o.output == "" {
+				_, _ = fmt.Fprintln(out)
+			}
 			if err := writeExplanation(out, x, o.output); err != nil {
 				return err
 			}
 		}
-		last = x.Findings
+		last = now
 		if x.Healthy || !o.watch {
 			return found(x)
 		}

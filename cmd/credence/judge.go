@@ -15,8 +15,8 @@ import (
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
 
-// judgeOf returns what decides as the webhook of the cluster does. It is zero if the webhook's arguments are not known, or
-// if this version of the command does not understand them.
+// judgeOf returns what decides as the webhook of the cluster does. If the webhook's arguments are not known, or this version
+// of the command does not understand them, it decides on roles only, by the default keys and without a rules file.
 func judgeOf(found *installation.Installation) snapshot.Judge {
 	if found == nil {
 		return snapshot.Judge{}
@@ -53,7 +53,7 @@ func judgeOf(found *installation.Installation) snapshot.Judge {
 	}
 	o, ok := options()
 	if !ok {
-		return snapshot.Judge{}
+		return snapshot.Judge{Rules: defaultRules(credential.RoleBase{}), Rebase: defaultRules}
 	}
 	return snapshot.Judge{Injector: o.Injector, Rules: o.Rules, RulesErr: invalid, Rebase: func(base credential.RoleBase) *policy.Rules {
 		if rebased, ok := options("--base-arn=" + base.String()); ok {
@@ -61,4 +61,17 @@ func judgeOf(found *installation.Installation) snapshot.Judge {
 		}
 		return o.Rules
 	}}
+}
+
+// defaultRules returns the rules of a webhook without arguments.
+func defaultRules(base credential.RoleBase) *policy.Rules {
+	keys, err := policy.NewKeys(policy.DefaultPrefix)
+	if err != nil {
+		return nil
+	}
+	rules, err := policy.New(policy.Config{Keys: keys, Base: base})
+	if err != nil {
+		return nil
+	}
+	return rules
 }

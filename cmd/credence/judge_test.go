@@ -41,10 +41,13 @@ func TestJudge(t *testing.T) {
 	if judge := judgeOf(found); judge.RulesErr == nil || !strings.Contains(judge.RulesErr.Error(), "unknown field") || judge.Rules == nil {
 		t.Errorf("invalid rules: %+v", judge)
 	}
+	if judge := judgeOf(nil); judge.Rules != nil {
+		t.Errorf("without an installation: judge is %+v", judge)
+	}
 	for name, found := range map[string]*installation.Installation{
-		"no installation": nil, "unknown webhook": {}, "missing flags": withArgs("--audience=a"), "invalid flag": withArgs(append(args, "--sidecar-port=x")...),
+		"unknown webhook": {}, "missing flags": withArgs("--audience=a"), "invalid flag": withArgs(append(args, "--sidecar-port=x")...),
 	} {
-		if judge := judgeOf(found); judge.Injector != nil || judge.Rules != nil {
+		if judge := judgeOf(found); judge.Injector != nil || judge.Rules == nil || judge.Rules.Keys().Prefix() != "iam.amazonaws.com" || judge.Rebase(base) == nil {
 			t.Errorf("%s: judge is %+v", name, judge)
 		}
 	}

@@ -15,7 +15,7 @@ const maxLines = 1500
 // large are packages that may have more lines than maxLines, up to the ceiling. The decision record says why.
 var large = map[string]exception{
 	"broker/policy":    {ceiling: 2100, record: "docs/decisions/0023-smaller-packages.md"},
-	"operator/explain": {ceiling: 1850, record: "docs/decisions/0042-steps-of-explain.md"},
+	"operator/explain": {ceiling: 1900, record: "docs/decisions/0042-steps-of-explain.md"},
 }
 
 type exception struct {

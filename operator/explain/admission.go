@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -357,10 +358,19 @@ func (s subject) injection() []finding.Finding {
 	case sidecar != nil && s.Pod.Labels[s.key(policy.Injected)] != "true":
 		return []finding.Finding{failed(step, fmt.Sprintf("the pod has a sidecar but no label %s, so it is a copy of an injected pod, and the brokers refuse it", s.key(policy.Injected)),
 			finding.Remedy{Who: finding.Author, What: "copy the pod with its annotations (kubectl debug --copy-to … --keep-annotations), or create it from its manifest", Page: "docs/errors.md"})}
-	case sidecar != nil && s.Judge.Injector != nil && sidecar.Image != s.Judge.Injector.Image():
-		return []finding.Finding{passed(step, "the pod has the sidecar %s; new pods get %s", sidecar.Image, s.Judge.Injector.Image())}
 	case sidecar != nil:
-		return []finding.Finding{passed(step, "the pod has the sidecar %s", sidecar.Image)}
+		text := "the pod has the sidecar " + sidecar.Image
+		if s.Judge.Injector != nil && sidecar.Image != s.Judge.Injector.Image() {
+			text += "; new pods get " + s.Judge.Injector.Image()
+		}
+		var before []string
+		for _, c := range s.Spec().InitContainers[:slices.IndexFunc(s.Spec().InitContainers, func(c corev1.Container) bool { return c.Name == sidecar.Name })] {
+			before = append(before, c.Name)
+		}
+		if len(before) > 0 {
+			text += "; init containers that start before it have no credentials: " + strings.Join(before, ", ")
+		}
+		return []finding.Finding{passed(step, "%s", text)}
 	case !s.optedIn():
 		return nil // The label is the cause.
 	}

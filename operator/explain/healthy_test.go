@@ -32,7 +32,7 @@ func TestHealthy(t *testing.T) {
 		"a user of the namespace": {func(w *world) {
 			w.Log, w.Installation.Configuration, w.Installation.WebhookTLS, w.Installation.WebhookPods, w.Installation.Brokers = nil, nil, nil, nil, nil
 			w.Judge, w.Installation.Found.Webhook, w.Installation.Found.Broker = snapshot.Judge{}, nil, nil
-			w.Installation.Found.Problems = []error{os.ErrPermission}
+			w.Installation.Found.Problems = []error{os.ErrPermission, os.ErrPermission}
 			for _, source := range []string{snapshot.SourceLog, snapshot.SourceConfiguration, snapshot.SourceBrokers, snapshot.SourceGrants, snapshot.SourceCertificate} {
 				w.Problems[source] = "needs: get something"
 			}
@@ -187,7 +187,10 @@ func TestOtherStates(t *testing.T) {
 		"DNS that does not work": {func(w *world) {
 			w.unreachable("DNS has no address for the broker's host credence-broker.credence.svc: no such host")
 		}, "DNS", "no such host", "k8s-app=kube-dns"},
-		"a firewall":      {func(w *world) { w.unreachable("connection error: dial tcp 10.0.0.2:9443: i/o timeout") }, "network", "i/o timeout", "get networkpolicies"},
+		"a firewall": {func(w *world) { w.unreachable("connection error: dial tcp 10.0.0.2:9443: i/o timeout") }, "network", "i/o timeout", "get networkpolicies"},
+		"a pod that another webhook changed": {func(w *world) {
+			w.refused(`admission webhook "inject.credence-iam.github.io" denied the request: credence: the pod uses the network of its node; remove hostNetwork`)
+		}, "pod", "the pod uses the network of its node", "docs/errors.md"},
 		"a copy of a pod": {func(w *world) { delete(w.Pod.Labels, "iam.amazonaws.com/injected") }, "injection", "copy of an injected pod", ""},
 		"a tag that STS denies": {func(w *world) {
 			w.fails(w.sts(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Status: 403, Message: "User: x is not authorized to perform: sts:TagSession on resource: y"}}, right))
@@ -209,5 +212,17 @@ func TestOtherStates(t *testing.T) {
 				t.Errorf("remedy is %s", remedy)
 			}
 		})
+	}
+}
+
+// TestOrder: what starts before the sidecar gets no credentials, and the pod may have the sidecar of an earlier version.
+func TestOrder(t *testing.T) {
+	w := healthy(t)
+	w.Pod.Spec.InitContainers = append([]corev1.Container{{Name: "mesh"}}, w.Pod.Spec.InitContainers...)
+	w.Sidecar().Image = "localhost/credence-sidecar:old"
+	x := explain.Explain(w.Snapshot)
+	const want = "the pod has the sidecar localhost/credence-sidecar:old; new pods get localhost/credence-sidecar:local; init containers that start before it have no credentials: mesh"
+	if !slices.ContainsFunc(x.Findings, func(f finding.Finding) bool { return f.State == finding.OK && f.Text == want }) || !x.Healthy {
+		t.Errorf("findings are %+v", x.Findings)
 	}
 }

@@ -27,7 +27,9 @@ func (s subject) installation() []finding.Finding {
 	var all []finding.Finding
 	for _, problem := range found.Problems {
 		if !apierrors.IsNotFound(problem) {
-			all = append(all, unsure(step, "%s", snapshot.ProblemOf(problem)))
+			if f := unsure(step, "%s", snapshot.ProblemOf(problem)); !slices.Contains(all, f) {
+				all = append(all, f)
+			}
 			continue
 		}
 		all = append(all, unless(s.hasCredentials(), failed(step, "a part of Credence is missing: "+short(problem.Error()), finding.Remedy{

@@ -62,7 +62,7 @@ kind: Other
 func TestParseLog(t *testing.T) {
 	lines := snapshot.ParseLog("of a line\"}\n" +
 		`{"time":"2026-01-02T15:04:05Z","level":"INFO","msg":"Received credentials","role":"arn:aws:iam::123456789012:role/cart","access_key_id":"ASIA","expiration":"2026-01-02T16:04:05Z"}` + "\n" +
-		"panic: text\n" +
+		"panic: text\n{}\n" +
 		`{"time":"2026-01-02T15:05:05Z","level":"ERROR","msg":"Could not get credentials","reason":"STS_UNAVAILABLE","error":"text"}`)
 	if len(lines) != 2 || lines[0].AccessKeyID != "ASIA" || lines[0].Expiration.Sub(lines[0].Time).Hours() != 1 || lines[1].Reason != "STS_UNAVAILABLE" || lines[1].Error != "text" {
 		t.Errorf("%+v", lines)
