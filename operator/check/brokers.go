@@ -169,7 +169,7 @@ func configFiles(s *snapshot, r *results) {
 		r.fail("configmap/"+installation.SettingsConfigMap, edit(installation.SettingsConfigMap), "the sidecar settings are invalid, so earlier ones are in force: %s", because(settingsErr))
 	}
 	if !bad && len(r.findings) == 0 {
-		r.ok("the rules file and the sidecar settings are in force")
+		r.ok("the sidecar settings are in force; %s", map[bool]string{true: "there is no rules file", false: "so is the rules file"}[s.Found.Rules == ""])
 	}
 }
 
@@ -322,7 +322,8 @@ func sessions(s *snapshot, r *results) {
 		logs := &finding.Remedy{Who: finding.ClusterAdmin, What: "See why the fetches of this broker fail or wait", Page: "docs/operations.md#credencesessionsmissing", Commands: []string{
 			fmt.Sprintf("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
 		}}
-		if missing := k - w - refused; missing > 0 {
+		coming, _ := m.Broker("fetches_in_flight")
+		if missing := k - w - refused - coming; missing > 0 {
 			r.warn("pod/"+names[i], logs, "%.0f of %.0f sessions that pods use are not cached", missing, k)
 		}
 		if known && left < 120 {

@@ -79,7 +79,7 @@ func trust(s *snapshot, r *results) {
 			"ConfigMap %s has other roots than that of namespace %s in %s: %s", name, s.Namespace, some(differ.Count, "namespace"), &differ)
 	}
 	if missing.Count+differ.Count == 0 {
-		r.ok("%s in all %s, with the same %s", name, some(len(s.Namespaces.Value.OptedIn), "opted-in namespace"), some(len(p.Roots), "root"))
+		r.ok("%s in all opted-in namespaces (%d), with the same roots (%d)", name, len(s.Namespaces.Value.OptedIn), len(p.Roots))
 	}
 }
 

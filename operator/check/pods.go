@@ -84,7 +84,7 @@ func nodeVersions(s *snapshot, r *results) {
 			"%s older than Kubernetes 1.%d, without native sidecars: injected pods never start there: %s", some(n.Old.Count, "node"), survey.MinKubelet, &n.Old)
 		return
 	}
-	r.ok("all %s support native sidecars", some(s.Nodes.Value.Total, "node"))
+	r.ok("all nodes run native sidecars (%d)", s.Nodes.Value.Total)
 }
 
 func nodeMetadata(s *snapshot, r *results) {

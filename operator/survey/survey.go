@@ -417,6 +417,7 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 		mu   sync.Mutex
 		seed = maphash.MakeSeed()
 		held = make(map[uint64]uint8) // :: hash of the grant → number of brokers with a session
+		seen = make(map[uint64]bool)  // refused grants
 		sum  Grants
 		run  []func()
 		errs = make([]error, len(g.s.Brokers))
@@ -446,8 +447,10 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 						if grant.Issued == nil || g.s.Now.Sub(*grant.Issued) > Settle {
 							held[maphash.String(seed, grant.Grant)]++
 						}
-					case grant.Reason != "":
-						sum.Refused.Add(grant.Role+" ("+grant.Reason+")", "")
+					case grant.Reason != "" && !seen[maphash.String(seed, grant.Grant)]:
+						seen[maphash.String(seed, grant.Grant)] = true
+						users := strings.Join(grant.Namespaces[:min(len(grant.Namespaces), 3)], " ")
+						sum.Refused.Add(fmt.Sprintf("%s (%s, of namespace %s)", grant.Role, grant.Reason, users), "")
 					}
 				}
 				mu.Unlock()
