@@ -176,36 +176,39 @@ func configFiles(s *snapshot, r *results) {
 // threshold is a bound of a metric.
 type threshold struct {
 	metric string
-	state  finding.State
 	over   float64
-	text   string // with %g for the value
+	state  finding.State
+	text   string // with a verb for the value
 	what   string
 }
 
-// compare reports each broker whose metric is over its threshold, and ok if there is none.
-func (s *snapshot) compare(r *results, person finding.Person, page, ok string, all ...threshold) {
-	brokers, names := measured(r, s.Brokers)
-	for i, m := range brokers {
-		for _, t := range all {
-			if v, known := m.Broker(t.metric); known && v > t.over {
-				r.add(t.state, "pod/"+names[i], &finding.Remedy{Who: person, What: t.what, Page: page, Commands: []string{
+const reach = "See if it reaches the API server, and restart it if others do"
+
+// thresholds are of metrics that no other check looks at.
+var thresholds = []threshold{
+	{"credence_broker_audit_lines_lost_total", 0, finding.Warning, "%g audit lines were lost since its start", "See what reads its output: the node's disk, or a slow log collector"},
+	{`credence_broker_events_total{outcome="dropped"}`, 0, finding.Warning, "%g Kubernetes Events about refused pods were dropped since its start", "See in the audit log which pods are refused so often"},
+	{`credence_broker_refusals_total{reason="INTERNAL"}`, 0, finding.Warning, "it refused %g calls since its start because of an error of its own", "See the cause in its log, and report it to the project"},
+	{"credence_broker_tokens_waiting", 200, finding.Warning, "%g tokens wait for their verification", "See in the audit log who calls so often"},
+	{"credence_broker_informer_age_seconds", 300, finding.Failed, "its watches of the API server have not worked for %.0f s", reach},
+	{"credence_webhook_informer_age_seconds", 300, finding.Failed, "its watch of namespaces has not worked for %.0f s", reach},
+	{"credence_broker_token_verification_age_seconds", 3600, finding.Failed, "it got no signing keys from the API server for %.0f s", reach},
+}
+
+func metricsInBounds(s *snapshot, r *results) {
+	programs, names := measured(r, slices.Concat(s.Webhooks, s.Brokers))
+	for i, m := range programs {
+		for _, t := range thresholds {
+			if v := m[t.metric]; v > t.over {
+				r.add(t.state, "pod/"+names[i], &finding.Remedy{Who: finding.ClusterAdmin, What: t.what, Page: "docs/operations.md#alerts", Commands: []string{
 					fmt.Sprintf("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
 				}}, fmt.Sprintf(t.text, v))
 			}
 		}
 	}
 	if len(r.findings) == 0 {
-		r.ok("%s", ok)
+		r.ok("no audit line or Event lost; the API server responds to %d programs", len(programs))
 	}
-}
-
-func brokerMetrics(s *snapshot, r *results) {
-	s.compare(r, finding.ClusterAdmin, "docs/operations.md#alerts", "no audit line lost, and the API server responds to all brokers",
-		threshold{"audit_lines_lost_total", finding.Warning, 0, "%g audit lines were lost since its start", "See what reads its output: the node's disk, or a slow log collector"},
-		threshold{"informer_age_seconds", finding.Failed, 300, "its watches of the API server do not work since %.0f s", "See if it reaches the API server, and restart it if others do"},
-		threshold{"token_verification_age_seconds", finding.Failed, 3600, "it got no signing keys from the API server since %.0f s", "See if it reaches the API server, and restart it if others do"},
-		threshold{"tokens_waiting", finding.Warning, 200, "%g tokens wait for their verification", "See in the audit log who calls so often"},
-	)
 }
 
 func awsIdentity(s *snapshot, r *results) {

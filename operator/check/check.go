@@ -74,7 +74,7 @@ var installed = []check{
 	{"broker-certificate", groupBrokers, finding.Failed, "Sidecars cannot verify the certificate that a broker serves, or it expires soon.", "Make cert-manager renew it, and see that its root is published.", true, brokerCertificate},
 	{"certificates", groupBrokers, finding.Failed, "A Certificate of cert-manager is not ready, or its renewal is overdue.", "See the events of the Certificate.", false, certificates},
 	{"config-files", groupBrokers, finding.Failed, "The brokers or the webhook rejected the rules file or the sidecar settings, and use an earlier one.", "Correct the named line, before they restart.", false, configFiles},
-	{"broker-metrics", groupBrokers, finding.Failed, "A broker lost audit lines or Events, or does not hear from the API server.", "The finding names the metric; docs/operations.md has the rest.", false, brokerMetrics},
+	{"metrics", groupBrokers, finding.Failed, "A broker lost audit lines or Events, or refused pods because of an error of its own; or it or a webhook does not hear from the API server.", "The finding has the number; docs/operations.md has the rest.", false, metricsInBounds},
 	{"aws-identity", groupAWS, finding.Failed, "AWS refuses the brokers' own credentials, or they end soon.", "Correct the identity of the brokers.", false, awsIdentity},
 	{"sts", groupAWS, finding.Warning, "A fifth of the STS calls fail by no fault of a role, or one in a hundred takes over 5 s.", "See the path to STS, and AWS's status.", false, stsCalls},
 	{"clock-skew", groupAWS, finding.Failed, "A broker's clock and AWS's are more than a minute apart. At 5 minutes AWS refuses all calls.", "Correct the time of the broker's node.", false, clockSkew},

@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -262,8 +263,13 @@ var faults = []struct {
 	{"certificates", finding.Warning, func(_ *testing.T, s *snapshot) { s.Issued.Value[0] = certificate(s.Now.Add(-2*time.Hour), "True") }, "its renewal was due at"},
 	{"config-files", finding.Failed, func(_ *testing.T, s *snapshot) { s.Found.Settings = "memroy: 16Mi" }, "memroy"},
 	{"config-files", finding.Failed, func(_ *testing.T, s *snapshot) { s.Brokers[0].Metrics.Value["credence_broker_rules_file_ok"] = 0 }, "the rules file is invalid, so an earlier one is in force"},
-	{"broker-metrics", finding.Warning, metric("audit_lines_lost_total", 7), "7 audit lines were lost"},
-	{"broker-metrics", finding.Failed, metric("informer_age_seconds", 400), "do not work since 400 s"},
+	{"metrics", finding.Warning, metric("audit_lines_lost_total", 7), "7 audit lines were lost"},
+	{"metrics", finding.Failed, metric("informer_age_seconds", 400), "have not worked for 400 s"},
+	{"metrics", finding.Warning, metric(`events_total{outcome="dropped"}`, 2), "2 Kubernetes Events about refused pods were dropped"},
+	{"metrics", finding.Warning, metric(`refusals_total{reason="INTERNAL"}`, 1), "it refused 1 calls since its start because of an error of its own"},
+	{"metrics", finding.Failed, func(_ *testing.T, s *snapshot) {
+		s.Webhooks[1].Metrics.Value["credence_webhook_informer_age_seconds"] = 301
+	}, "its watch of namespaces has not worked for 301 s"},
 	{"aws-identity", finding.Failed, metric(`sts_calls_total{action="AssumeRole",outcome="BROKER_CREDENTIALS"}`, 90), "AWS refused its own credentials in 90 of 98 calls"},
 	{"aws-identity", finding.Failed, func(_ *testing.T, s *snapshot) {
 		s.Brokers[0].Metrics.Value["credence_broker_base_credentials_expiry_timestamp_seconds"] = float64(s.Now.Unix() + 100)
@@ -474,6 +480,31 @@ func TestWait(t *testing.T) {
 			t.Errorf("interrupted: %v", err)
 		}
 	})
+}
+
+// Each metric that a check looks at exists: docs/metrics.md is generated from them.
+func TestMetricsExist(t *testing.T) {
+	source, err := os.ReadFile("brokers.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := os.ReadFile("../../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`m\.Broker\("(\w+)"\)|credence_(?:broker|webhook)_\w+`).FindAllStringSubmatch(string(source), -1)
+	if len(found) < 20 {
+		t.Fatalf("found %d metrics", len(found))
+	}
+	for _, m := range found {
+		name := m[0]
+		if m[1] != "" {
+			name = "credence_broker_" + m[1]
+		}
+		if !bytes.Contains(page, []byte("`"+name+"`")) {
+			t.Errorf("there is no metric %s", name)
+		}
+	}
 }
 
 // docs/check.md has all checks.

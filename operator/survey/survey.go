@@ -297,7 +297,7 @@ func (g *gatherer) member(ctx context.Context, m *Member, port, adminPort int, q
 		read(&m.Served, needs, func() ([]*x509.Certificate, error) { return g.served(ctx, &m.Pod, port) })()
 		if !Ready(&m.Pod) && m.Pod.Labels["app.kubernetes.io/component"] == "broker" {
 			if _, err := g.client.PodCall(ctx, &m.Pod, http.MethodGet, adminPort, "/readyz", nil); err != nil {
-				m.Waits = err.Error()
+				m.Waits = waits(err)
 			}
 		}
 		if !quick && adminPort != 0 {
@@ -310,6 +310,16 @@ func (g *gatherer) member(ctx context.Context, m *Member, port, adminPort int, q
 			})()
 		}
 	}
+}
+
+// waits returns the page of /readyz out of the error that it gives while the broker is not ready.
+func waits(err error) string {
+	if _, page, ok := strings.Cut(err.Error(), http.StatusText(http.StatusServiceUnavailable)+": "); ok {
+		if text, err := strconv.Unquote(page); err == nil {
+			return strings.Join(strings.Fields(text), " ")
+		}
+	}
+	return err.Error()
 }
 
 var errNotRunning = errors.New("the pod does not run")
