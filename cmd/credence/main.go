@@ -110,7 +110,7 @@ Exit codes: 0 success, 1 a problem was found or the command failed, 2 the comman
 	// types of Kubernetes, 18 MB.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return wrongFlags(err) })
 	c := newCluster(root)
-	root.AddCommand(newCheck(c), newExplain(c), newInject(c), newSessions(c), newVersion(c), newCompletion())
+	root.AddCommand(newCheck(c), newDashboard(c), newExplain(c), newInject(c), newSessions(c), newVersion(c), newCompletion())
 	for _, command := range root.Commands() {
 		command.Example = strings.ReplaceAll(command.Example, "credence ", name+" ")
 	}
