@@ -2,6 +2,7 @@ package admin
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,6 +25,7 @@ import (
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/debugapi"
+	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
@@ -53,6 +55,9 @@ type DebugConfig struct {
 	Audit interface{ Record(audit.Entry) error }
 	// Logger receives each command. Required.
 	Logger *slog.Logger
+	// Authorize returns nil if the holder of a token may send commands. Its error is shown to the client. Nil: every client
+	// that reaches the listener may.
+	Authorize func(context.Context, identity.UnverifiedToken) error
 	// AnyAddress accepts any address as Host, for a listener that is deliberately not on loopback. Names other than
 	// localhost are still refused, because a web page can make a browser use a name.
 	AnyAddress bool
@@ -74,7 +79,8 @@ const (
 // Grants are JSON, or a table with ?format=table or Accept: text/plain. ?role=ARN selects those of one role,
 // ?pod=NAMESPACE/NAME the one that is renewed for that pod, ?failing=true those whose last fetch failed, ?limit=N&offset=N
 // a page. The pages serve every client that reaches them, without
-// authentication. They refuse requests that a browser sends on behalf of a web page, by Host and Origin.
+// authentication, except that commands can need a token, in the header Authorization: Bearer. They refuse requests that a
+// browser sends on behalf of a web page, by Host and Origin.
 func Debug(cfg DebugConfig) (http.Handler, error) {
 	if cfg.Sessions == nil || cfg.Audit == nil || cfg.Logger == nil {
 		return nil, errors.New("debug pages need Sessions, an Audit log and a Logger")
@@ -325,6 +331,22 @@ func (d debug) command(w http.ResponseWriter, r *http.Request, what audit.Decisi
 	if err != nil {
 		writeText(w, http.StatusBadRequest, err.Error())
 		return
+	}
+	if d.cfg.Authorize != nil {
+		token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if err := d.cfg.Authorize(r.Context(), identity.NewUnverifiedToken(token)); err != nil {
+			status := http.StatusUnauthorized
+			if errors.Is(err, credential.ErrUnavailable) {
+				status = http.StatusServiceUnavailable
+			}
+			message := "the token could not be verified"
+			if e, ok := errors.AsType[*credential.Error](err); ok {
+				message = e.Message // Causes are only in the log.
+			}
+			d.cfg.Logger.WarnContext(r.Context(), "Refused a command", "command", what, "role", role, "peer", r.RemoteAddr, "error", err)
+			writeText(w, status, "a command needs a token (docs/operations.md): "+message)
+			return
+		}
 	}
 	if err := d.cfg.Audit.Record(audit.Entry{Decision: what, Role: role, Peer: r.RemoteAddr}); err != nil {
 		writeText(w, http.StatusServiceUnavailable, err.Error())

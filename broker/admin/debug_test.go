@@ -2,6 +2,7 @@ package admin_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/debugapi"
+	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/policy"
 )
 
@@ -379,6 +381,50 @@ func TestRefusedCommands(t *testing.T) {
 	d.err = credential.Errorf(credential.ErrUnavailable, credential.ReasonAuditUnavailable, "no audit")
 	if w := d.do(t, http.MethodPost, "/debug/grants/drop"+role); w.Code != http.StatusServiceUnavailable || len(d.done) > 0 {
 		t.Errorf("without audit: %d, carried out: %v", w.Code, d.done)
+	}
+}
+
+// TestCommandsWithToken carries out a command only if the holder of its token may send commands. Pages need no token.
+func TestCommandsWithToken(t *testing.T) {
+	unavailable := credential.Errorf(credential.ErrUnavailable, credential.ReasonAPIServerUnavailable, "try again")
+	unavailable.Cause = errors.New(secretMarker)
+	for _, tt := range []struct {
+		header string
+		err    error
+		status int
+		text   string
+	}{
+		{"Bearer good", nil, http.StatusOK, ""},
+		{"Bearer bad", credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenInvalid, "no token of ours"), http.StatusUnauthorized, "no token of ours"},
+		{"", credential.Errorf(credential.ErrUnauthenticated, credential.ReasonTokenMissing, "there is no token"), http.StatusUnauthorized, "there is no token"},
+		{"Bearer good", unavailable, http.StatusServiceUnavailable, "try again"},
+		{"Bearer good", errors.New(secretMarker), http.StatusUnauthorized, "could not be verified"},
+	} {
+		s, log, got := &sessions{}, &auditor{}, ""
+		handler, err := admin.Debug(admin.DebugConfig{Sessions: s, Audit: log, Logger: slog.New(slog.DiscardHandler), Authorize: func(_ context.Context, token identity.UnverifiedToken) error {
+			got = token.Reveal()
+			return tt.err
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for method, path := range map[string]string{http.MethodPost: "/debug/grants/drop?role=" + url.QueryEscape(cartRole), http.MethodGet: "/debug/grants"} {
+			r := httptest.NewRequestWithContext(t.Context(), method, path, nil)
+			r.Host = "localhost"
+			r.Header.Set("Authorization", tt.header)
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, r)
+			want := tt.status
+			if method == http.MethodGet {
+				want = http.StatusOK
+			}
+			if w.Code != want || method == http.MethodPost && !strings.Contains(w.Body.String(), tt.text) || strings.Contains(w.Body.String(), secretMarker) {
+				t.Errorf("%s with %q: status %d, %q; want %d", method, tt.header, w.Code, w.Body, want)
+			}
+		}
+		if done := len(s.done) + len(log.entries); (done == 2) != (tt.status == http.StatusOK) || got != strings.TrimPrefix(tt.header, "Bearer ") {
+			t.Errorf("%q: %d effects, token %q", tt.header, done, got)
+		}
 	}
 }
 

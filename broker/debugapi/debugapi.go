@@ -19,6 +19,9 @@ const (
 	MaxPodNames = 20
 )
 
+// CommandAudience is added to the brokers' audience for the tokens that commands may need.
+const CommandAudience = "-commands"
+
 // Grant is the state of one grant and its session. Times are in UTC, durations in seconds.
 type Grant struct {
 	Grant            string     `json:"grant"` // role, session name and scope

@@ -48,6 +48,7 @@ type options struct {
 	trustPropagation            time.Duration
 	level                       slog.Level
 	debugListen                 string // empty: no debug pages
+	commandAccount              string // empty: commands need no token
 	traceEndpoint               string // empty: calls are not traced
 	traceRatio                  float64
 }
@@ -72,6 +73,7 @@ func flags(f *flag.FlagSet) func(args []string) (options, error) {
 	f.StringVar(&o.listen, "listen", ":9443", "`address` to serve gRPC on")
 	f.StringVar(&o.adminListen, "admin-listen", ":8080", "`address` to serve /healthz, /readyz and /metrics on")
 	f.StringVar(&o.debugListen, debugListenFlag, "127.0.0.1:8081", "`address` to serve /debug/grants and /debug/pprof on. Anyone who can connect to it can use them, so keep it on loopback; empty: none")
+	f.StringVar(&o.commandAccount, "command-account", "", "`name` of the ServiceAccount, in --namespace, of which commands on --debug-listen need a token, with the audience of --audience and -commands. The right to forward ports is then not enough to renew and drop sessions; empty: commands need no token")
 	f.StringVar(&o.traceEndpoint, "trace-endpoint", "", "`URL` of the OpenTelemetry collector that receives traces, http://HOST:PORT (OTLP over gRPC); empty: no traces")
 	f.Float64Var(&o.traceRatio, "trace-ratio", 0.01, "`fraction` of the calls that are traced, from 0 to 1")
 	f.StringVar(&o.tlsCert, "tls-cert", "/etc/credence/tls/tls.crt", "PEM `file` with the serving certificate; a replaced file takes effect without a restart")

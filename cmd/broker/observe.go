@@ -103,5 +103,9 @@ func (p parts) debugPages(ctx context.Context, address net.Addr) (http.Handler, 
 	if !loopback {
 		p.log.WarnContext(ctx, "Started debug pages beyond loopback, anyone who can connect can use them", "address", address.String())
 	}
-	return admin.Debug(admin.DebugConfig{Sessions: p.sessions, Pods: p.prefetch, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback})
+	cfg := admin.DebugConfig{Sessions: p.sessions, Pods: p.prefetch, Audit: p.decisions, Logger: p.log, AnyAddress: !loopback}
+	if p.commands != nil {
+		cfg.Authorize = p.commands.Verify
+	}
+	return admin.Debug(cfg)
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/credence-iam/credence/broker/audit"
 	"github.com/credence-iam/credence/broker/cache"
 	"github.com/credence-iam/credence/broker/credential"
+	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/broker/identity"
 	"github.com/credence-iam/credence/broker/kube"
 	"github.com/credence-iam/credence/broker/kube/events"
@@ -47,6 +48,7 @@ type parts struct {
 	placement *placement.Placement
 	endpoints *kube.Endpoints // nil: this broker is the only one
 	verifier  verifier
+	commands  *verify.Account // nil: commands need no token
 	events    *events.Recorder
 	budget    *broker.Budget
 	impaired  *broker.Impairments
@@ -92,6 +94,10 @@ func build(ctx context.Context, o options) (parts, error) {
 		return parts{}, err
 	}
 	verifier, err := newVerifier(o, config, directory, log)
+	if err != nil {
+		return parts{}, err
+	}
+	commands, err := newCommands(o, config)
 	if err != nil {
 		return parts{}, err
 	}
@@ -142,10 +148,21 @@ func build(ctx context.Context, o options) (parts, error) {
 		return parts{}, err
 	}
 	p := parts{
-		log: log, self: self, pair: pair, trust: publisher, directory: directory, placement: place, endpoints: endpoints, verifier: verifier,
+		log: log, self: self, pair: pair, trust: publisher, directory: directory, placement: place, endpoints: endpoints, verifier: verifier, commands: commands,
 		events: recorder, budget: budget, impaired: impaired, sts: sts, sessions: sessions, prefetch: prefetch, decisions: decisions, metrics: metrics, traces: traces,
 	}
 	return p, metrics.Watch(p.sources())
+}
+
+// newCommands returns the verifier of the tokens that commands need, nil if they need none.
+func newCommands(o options, rest *rest.Config) (*verify.Account, error) {
+	if o.commandAccount == "" {
+		return nil, nil
+	}
+	if o.namespace == "" {
+		return nil, errors.New("--command-account needs --namespace or POD_NAMESPACE outside a cluster")
+	}
+	return verify.NewAccount(rest, o.namespace, o.commandAccount, o.audience+debugapi.CommandAudience)
 }
 
 // verifier is either of the two verifiers of package kube.

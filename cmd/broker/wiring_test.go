@@ -76,6 +76,30 @@ var wiring = []struct {
 			w.Errorf("/debug/grants returns %d: %s", code, text)
 		}
 	}},
+	{"command-account", "the broker carries out commands only with a token of that account", func(w *world) {
+		account := &corev1.ServiceAccount{}
+		account.Namespace, account.Name = w.pod("commander", "cart").Namespace, "commander"
+		w.api.Put(account)
+		holder := &corev1.Pod{Spec: corev1.PodSpec{ServiceAccountName: account.Name}}
+		holder.Namespace, holder.Name = account.Namespace, "holder"
+		w.api.Put(holder)
+		address := processtest.FreeAddress(w)
+		w.start("--debug-listen="+address, "--command-account="+account.Name, "--namespace="+account.Namespace)
+		for token, want := range map[string]int{
+			"":                                      http.StatusUnauthorized,
+			w.api.Token(w, holder, apitest.Token{}): http.StatusUnauthorized,
+			w.api.Token(w, holder, apitest.Token{Audience: "credence-broker-commands"}): http.StatusOK,
+		} {
+			r, err := http.NewRequestWithContext(w.Context(), http.MethodPost, "http://"+address+"/debug/grants/renew?role="+roleARN("cart"), nil)
+			processtest.Must(w, err)
+			r.Header.Set("Authorization", "Bearer "+token)
+			response, err := http.DefaultClient.Do(r)
+			processtest.Must(w, err)
+			if _ = response.Body.Close(); response.StatusCode != want {
+				w.Errorf("a command with a token of %d bytes has status %s, want %d", len(token), response.Status, want)
+			}
+		}
+	}},
 	{"trace-endpoint", "the broker traces calls, from the server to STS", func(w *world) {
 		collector := otlptest.Start(w)
 		b := w.start("--trace-endpoint="+collector.Endpoint(), "--trace-ratio=1")
