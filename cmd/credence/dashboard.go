@@ -7,7 +7,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/operator/dashboard"
 )
 
@@ -21,8 +20,9 @@ the budget of STS calls. Prints its URL, and serves until you press Ctrl-C. The 
 
 It needs the rights "get deployments", "list pods" and "create pods/portforward" in the namespace of Credence, and
 "list events" in all namespaces for the pods that are refused. It says which right is missing.`,
-		Version: program.Version(),
-		Args:    noArguments,
+		Example: `  credence dashboard
+  credence dashboard --port=8090 --context=production`,
+		Args: noArguments,
 	}
 	port := command.Flags().Uint16("port", 0, "`port` on 127.0.0.1; 0: one that is free")
 	command.RunE = func(command *cobra.Command, _ []string) error {
@@ -31,10 +31,7 @@ It needs the rights "get deployments", "list pods" and "create pods/portforward"
 		if err != nil {
 			return err
 		}
-		name, err := c.contextName()
-		if err != nil {
-			return err
-		}
+		name := c.name(client)
 		gatherer := &dashboard.Gatherer{Client: client, Cluster: name, Namespace: found.Namespace}
 		d, err := dashboard.New(dashboard.Config{Gather: gatherer.Gather})
 		if err != nil {
@@ -45,18 +42,9 @@ It needs the rights "get deployments", "list pods" and "create pods/portforward"
 		if err != nil {
 			return fmt.Errorf("cannot listen; choose another --port, or none: %w", err)
 		}
-		_, _ = fmt.Fprintf(command.ErrOrStderr(), "Shows Credence in context %s, namespace %s, to everyone who knows this URL on this machine. Ctrl-C ends it.\n", name, found.Namespace)
+		_, _ = fmt.Fprintf(command.ErrOrStderr(), "Shows Credence in %s, namespace %s, to everyone who knows this URL on this machine. Ctrl-C ends it.\n", name, found.Namespace)
 		_, _ = fmt.Fprintf(command.OutOrStdout(), "http://%s%s\n", listener.Addr(), d.Path())
 		return d.Serve(ctx, listener)
 	}
 	return command
-}
-
-// contextName returns the name of the kubeconfig's context.
-func (c *cluster) contextName() (string, error) {
-	if name := *c.flags.Context; name != "" {
-		return name, nil
-	}
-	config, err := c.flags.ToRawKubeConfigLoader().RawConfig()
-	return config.CurrentContext, err
 }

@@ -197,7 +197,11 @@ func flagsOf(t *testing.T, d *appsv1.Deployment) map[string]string {
 	return flags
 }
 
-// rightsAreBound checks that each role is bound to a ServiceAccount of a program, and that no role is aggregated. The
+// forPeople are the roles that an admin binds.
+var forPeople = []string{"credence-viewer", "credence-commands"}
+
+// rightsAreBound checks that each role of a program is bound to its ServiceAccount, that no role for people is bound or has
+// Secrets, and that no role is aggregated. The
 // golden files list the rights. The chart has the reason of each one, and the tests on a control plane run with them.
 func rightsAreBound(t *testing.T, all []runtime.Object) {
 	roles := map[string]string{} // by ServiceAccount
@@ -208,7 +212,9 @@ func rightsAreBound(t *testing.T, all []runtime.Object) {
 		}
 	}
 	unbound := map[string]bool{}
+	rules := map[string][]rbacv1.PolicyRule{}
 	for _, o := range chart.Of[*rbacv1.ClusterRole](all) {
+		rules["ClusterRole "+o.Name] = o.Rules
 		unbound["ClusterRole "+o.Name] = true
 		aggregated := func(label string) bool { return strings.HasPrefix(label, "rbac.") }
 		if o.AggregationRule != nil || slices.ContainsFunc(slices.Collect(maps.Keys(o.Labels)), aggregated) {
@@ -216,6 +222,7 @@ func rightsAreBound(t *testing.T, all []runtime.Object) {
 		}
 	}
 	for _, o := range chart.Of[*rbacv1.Role](all) {
+		rules["Role "+o.Name] = o.Rules
 		unbound["Role "+o.Name] = true
 	}
 	check := func(role rbacv1.RoleRef, subjects []rbacv1.Subject) {
@@ -234,6 +241,17 @@ func rightsAreBound(t *testing.T, all []runtime.Object) {
 	}
 	for _, b := range chart.Of[*rbacv1.RoleBinding](all) {
 		check(b.RoleRef, b.Subjects)
+	}
+	for role := range unbound {
+		if !slices.Contains(forPeople, role[strings.IndexByte(role, ' ')+1:]) {
+			continue
+		}
+		delete(unbound, role)
+		for _, rule := range rules[role] {
+			if slices.Contains(rule.Resources, "secrets") || slices.Contains(rule.Resources, "*") || slices.Contains(rule.Verbs, "*") {
+				t.Errorf("%s has the rule %v", role, rule)
+			}
+		}
 	}
 	if len(unbound) > 0 {
 		t.Errorf("nothing is bound to %v", slices.Sorted(maps.Keys(unbound)))

@@ -341,6 +341,7 @@ func TestPlatformValuesAreRefused(t *testing.T) {
 		"broker.serviceAccount.name=x,webhook.serviceAccount.name=x":              "are equal, so the webhook would have the rights of the broker",
 		"broker.serviceAccount.name=credence-webhook":                             "use two ServiceAccounts",
 		"broker.serviceAccount.name=credence-check":                               "use another name",
+		"broker.serviceAccount.name=credence-commands":                            "credence-commands is the ServiceAccount of commands",
 		`commonLabels.iam\.amazonaws\.com/a=b`:                                    "label iam.amazonaws.com/a is under annotationPrefix",
 		"annotationPrefix=a.b,webhook.podLabels.a\\.b/injected=b":                 "label a.b/injected is under annotationPrefix",
 		"webhook.serviceAccount.create=false,webhook.serviceAccount.name=default": "webhook.serviceAccount.name: default is the ServiceAccount of all pods that name none",

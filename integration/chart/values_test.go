@@ -40,6 +40,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"metrics.serviceMonitor.namespace=x", "/metrics/serviceMonitor", "additional properties 'namespace' not allowed"},
 		{"metrics.enabled=true", "/metrics", "additional properties 'enabled' not allowed"},
 		{"tracing.sampler=x", "/tracing", "additional properties 'sampler' not allowed"},
+		{"rbac.viewer.craete=true", "/rbac/viewer", "additional properties 'craete' not allowed"},
 		{"networkPolicy.enable=true", "/networkPolicy", "additional properties 'enable' not allowed"},
 
 		{"global.imageRegistry=https://mirror.example", "/global/imageRegistry", "does not match pattern"},

@@ -11,7 +11,7 @@ aws proxy images broker webhook sidecar certificates metrics tracing networkPoli
 {{- range splitList " " "audit stsRate settleTime maxGrantsPerNamespace tokenVerification maxTokenLife" }} broker.{{ . }}{{ end -}}
 {{- range splitList " " "warnNotOptedIn port adminPort timeoutSeconds namespaceSelector" }} webhook.{{ . }}{{ end -}}
 {{- range splitList " " "source issuerRef issuerRef.group issuerRef.kind duration renewBeforePercentage trustPropagation brokerSecret webhookSecret certManagerNamespace" }} certificates.{{ . }}{{ end -}}
-{{- range list "serviceMonitor" "podMonitor" }} metrics.{{ . }} metrics.{{ . }}.interval{{ end }} metrics.prometheusRule metrics.prometheusRule.runbookURL metrics.grafanaDashboard sidecar.onShadowed tracing.ratio check.enabled check.timeout
+{{- range list "serviceMonitor" "podMonitor" }} metrics.{{ . }} metrics.{{ . }}.interval{{ end }} metrics.prometheusRule metrics.prometheusRule.runbookURL metrics.grafanaDashboard sidecar.onShadowed tracing.ratio check.enabled check.timeout rbac rbac.viewer
 {{- print " revisionHistoryLimit clusterName annotationPrefix audience logLevel images.pullPolicy runAsUser" }}
 {{- end }}
 

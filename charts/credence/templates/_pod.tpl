@@ -121,7 +121,7 @@ need to know. The chart's ports, probes and mounts fit the defaults of the other
 {{- define "credence.args" -}}
 {{- $set := list "--listen" "--admin-listen" "--tls-cert" "--tls-key" "--kubeconfig" "--base-arn" "--rules-file" -}}
 {{- if eq .component "broker" }}
-{{- $set = concat $set (list "--assume-role" "--issuer" "--pod-ips" "--region" "--sts-endpoint" "--trace-endpoint" "--trace-ratio") }}
+{{- $set = concat $set (list "--assume-role" "--command-account" "--issuer" "--pod-ips" "--region" "--sts-endpoint" "--trace-endpoint" "--trace-ratio") }}
 {{- else }}
 {{- $set = concat $set (list "--cluster-domain" "--role-chaining" "--sidecar-image-pull-policy") }}
 {{- end -}}
