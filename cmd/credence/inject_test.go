@@ -300,6 +300,17 @@ func TestClusterCannotBeUsed(t *testing.T) {
 	}
 }
 
+func TestVersionsDiffer(t *testing.T) {
+	for _, tt := range [][3]string{
+		{"v1.2.0", "v1.2.9", ""}, {"(devel)", "v1.2.0", ""}, {"v1.2.0", "", ""},
+		{"v1.2.0", "v1.3.0", "the webhook has version v1.3.0, this command v1.2.0, so results can differ; use credence v1.3.0"},
+	} {
+		if got := differ(tt[0], tt[1]); got != tt[2] {
+			t.Errorf("command %s and webhook %s: %q, want %q", tt[0], tt[1], got, tt[2])
+		}
+	}
+}
+
 // TestNameServers: the name servers in the webhook's log are those of the cluster.
 func TestNameServers(t *testing.T) {
 	kubeconfig := "--kubeconfig=" + installed(t, webhookArgs...).Kubeconfig(t)

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -118,6 +120,24 @@ func TestVersionOfDigests(t *testing.T) {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)
 		}
+	}
+}
+
+// TestVersionWithoutCluster: the client's version is shown in any case.
+func TestVersionWithoutCluster(t *testing.T) {
+	server := running(t, "1.2.3")
+	kubeconfig := "--kubeconfig=" + server.Kubeconfig(t)
+	for _, flag := range []string{"--server=http://127.0.0.1:1", "--context=mars"} {
+		code, out, messages := call(t, "", "credence", "version", kubeconfig, flag)
+		if code != exitFailed || !strings.Contains(out, "client") || strings.Contains(out, "Kubernetes") || !strings.HasPrefix(messages, "credence version: ") {
+			t.Errorf("%s: exit code %d: %s%s", flag, code, out, messages)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var out, messages bytes.Buffer
+	if code := run(ctx, []string{"credence", "version", kubeconfig}, nil, &out, &messages); code != exitFailed || !strings.Contains(messages.String(), context.Canceled.Error()) {
+		t.Errorf("after an interrupt: exit code %d: %s", code, messages.String())
 	}
 }
 

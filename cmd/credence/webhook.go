@@ -76,8 +76,8 @@ func (in *injection) fromCluster(ctx context.Context, cfg manifests.Config) (man
 		return cfg, fmt.Errorf("the webhook of %s: %w", name, err)
 	}
 	say("using the settings of webhook %s/%s of %s", found.Namespace, installation.WebhookName, name)
-	if own := program.Version(); versions.Apart(own, image.Version()) > 0 {
-		say("warning: the webhook has version %s, this command %s, so results can differ; use credence %[1]s", image.Version(), own)
+	if warning := differ(program.Version(), image.Version()); warning != "" {
+		say("warning: %s", warning)
 	}
 	if err := in.useDNS(asking, client, found, o, say); err != nil {
 		return cfg, err
@@ -87,6 +87,14 @@ func (in *injection) fromCluster(ctx context.Context, cfg manifests.Config) (man
 	}
 	cfg.LookUp = lookUp(client, name)
 	return cfg, nil
+}
+
+// differ returns a warning if the versions of this command and of the webhook are of different minor versions, else "".
+func differ(own, webhook string) string {
+	if versions.Apart(own, webhook) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("the webhook has version %s, this command %s, so results can differ; use credence %[1]s", webhook, own)
 }
 
 // ended returns the cause of an error after the end of ctx, which says more than the error.

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -35,6 +36,8 @@ const (
 )
 
 const (
+	// firstTimeout limits the first request, which shows whether the cluster is available.
+	firstTimeout = 20 * time.Second
 	// pageSize is how many pods one request lists. A page has a few MB.
 	pageSize = 500
 	// oldestMinor is the minor version of the oldest Kubernetes that Credence supports.
@@ -86,11 +89,10 @@ type Config struct {
 // findings.
 func Read(ctx context.Context, cfg Config) (Report, error) {
 	r := Report{Client: cfg.Version, Cluster: cfg.Cluster}
-	server, err := cfg.Client.Kube.Discovery().ServerVersion()
-	if err != nil {
+	var err error
+	if r.Kubernetes, err = kubernetes(ctx, cfg.Client); err != nil {
 		return r, fmt.Errorf("reading the version of Kubernetes of %s: %w", cfg.Cluster, err)
 	}
-	r.Kubernetes = server.GitVersion
 	found, err := cfg.Client.Find(ctx, cfg.Installed)
 	if err != nil {
 		r.unknown("installation", err)
@@ -122,6 +124,23 @@ func Read(ctx context.Context, cfg Config) (Report, error) {
 	})
 	r.judge()
 	return r, nil
+}
+
+// kubernetes returns the version of Kubernetes. It ends with ctx, unlike the method of the discovery client.
+func kubernetes(ctx context.Context, client *installation.Client) (string, error) {
+	ctx, stop := context.WithTimeoutCause(ctx, firstTimeout, fmt.Errorf("no response within %s", firstTimeout))
+	defer stop()
+	text, err := client.Kube.Discovery().RESTClient().Get().AbsPath("/version").Do(ctx).Raw()
+	if err != nil {
+		return "", cmp.Or(context.Cause(ctx), err)
+	}
+	var info struct {
+		GitVersion string `json:"gitVersion"`
+	}
+	if err := json.Unmarshal(text, &info); err != nil {
+		return "", fmt.Errorf("this is no API server of Kubernetes: %w", err)
+	}
+	return info.GitVersion, nil
 }
 
 // add counts the pod as one that runs the image in its container of that name.
