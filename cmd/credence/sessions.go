@@ -131,13 +131,12 @@ func newCommand(c *cluster, what sessions.Command) *cobra.Command {
 	command := &cobra.Command{
 		Use:   what.Name + " --role ROLE [--yes] [-o json]",
 		Short: what.Name + " the sessions of a role in all brokers",
-		Long: what.Effect + `
+		Long: strings.ReplaceAll(what.Effect, ". ", ".\n") + `
 
 It shows what it will touch, and waits for a confirmation. It exits with 1 if a broker fails, and names it.
 It needs, in the namespace of Credence: list pods, create pods/portforward.`,
-		Example: `  credence sessions --failing
-  credence sessions --pod cart-7d4b9c-x2x5q -n shop
-  credence sessions drop --role cart`,
+		Example: "  credence sessions " + what.Name + " --role cart\n" +
+			"  credence sessions " + what.Name + " --role arn:aws:iam::123456789012:role/cart --yes",
 		Args: noArguments,
 	}
 	f := command.Flags()
@@ -221,6 +220,8 @@ ACCESS_KEY_ID, it does so for all temporary keys in these files.
 
 It exits with 1 if no pod is known, or if a source could not be read to its end.
 It needs, in the namespace of Credence: list pods, get pods/log, create pods/portforward. --files-only needs nothing.`,
+		Example: `  credence sessions who ASIAIOSFODNN7EXAMPLE
+  credence sessions who --audit audit.jsonl --cloudtrail events.json.gz`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case len(args) > 1:
