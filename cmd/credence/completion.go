@@ -73,21 +73,25 @@ func complete(root *cobra.Command, c *cluster) {
 		"user":    ofKubeconfig(func(k clientcmdapi.Config) []string { return slices.Sorted(maps.Keys(k.AuthInfos)) }),
 
 		"namespace": c.completeNamespaces, "credence-namespace": c.completeNamespaces,
-		"output":                    cobra.FixedCompletions([]string{"json"}, cobra.ShellCompDirectiveNoFileComp),
+		"pod":                       c.completePods,
 		"on-shadowed":               cobra.FixedCompletions([]string{"refuse", "warn"}, cobra.ShellCompDirectiveNoFileComp),
 		"sidecar-image-pull-policy": cobra.FixedCompletions([]string{"Always", "IfNotPresent", "Never"}, cobra.ShellCompDirectiveNoFileComp),
 		"sidecar-log-level":         cobra.FixedCompletions([]string{"debug", "info", "warn", "error"}, cobra.ShellCompDirectiveNoFileComp),
 	}
-	for _, command := range append(root.Commands(), root) {
+	each(root, func(command *cobra.Command) {
 		for name, f := range flags {
 			if command.Flag(name) != nil {
 				_ = command.RegisterFlagCompletionFunc(name, f) // It fails if the command has done so itself.
 			}
 		}
+		if output := command.Flag("output"); output != nil {
+			formats := slices.DeleteFunc([]string{"json", "wide"}, func(format string) bool { return !strings.Contains(output.Usage, format) })
+			_ = command.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+		}
 		if command.ValidArgsFunction == nil && strings.Contains(command.Use, "POD") {
 			command.ValidArgsFunction = c.completePods
 		}
-	}
+	})
 }
 
 // completeNamespaces completes the names of namespaces.

@@ -3,9 +3,6 @@ package main
 import (
 	"strings"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
-	"github.com/spf13/cobra"
 )
 
 // TestCompletion: contexts come from the kubeconfig, namespaces and pods from the cluster.
@@ -16,21 +13,15 @@ func TestCompletion(t *testing.T) {
 		{"credence __complete inject " + kubeconfig + " -n", "shop\n:4\n"},
 		{"kubectl_complete-credence inject " + kubeconfig + " -n", "shop\n:4\n"},
 		{"credence __complete version -o", "json\n:4\n"},
+		{"credence __complete sessions -o", "json\nwide\n:4\n"},
+		{"credence __complete explain " + kubeconfig + " -n shop", "a\nb\npending\n:4\n"},
+		{"credence __complete explain a " + kubeconfig + " -n shop", ":4\n"},
+		{"credence __complete sessions " + kubeconfig + " -n shop --pod", "a\nb\npending\n:4\n"},
+		{"credence __complete sessions who " + kubeconfig + " -n", "shop\n:4\n"},
 		{"credence __complete version --kubeconfig=/none -n", ":4\n"},
 	} {
 		if _, out, _ := call(t, "", append(strings.Fields(tt.args), "")...); out != tt.want {
 			t.Errorf("%s completes\n%swant\n%s", tt.args, out, tt.want)
 		}
-	}
-	root := newRoot("credence")
-	c := newCluster(&cobra.Command{})
-	c.rules.ExplicitPath = strings.TrimPrefix(kubeconfig, "--kubeconfig=")
-	c.overrides.Context.Namespace = "shop"
-	root.SetContext(t.Context())
-	if names, _ := c.completePods(root, nil, ""); !cmp.Equal(names, []string{"a", "b", "pending"}) {
-		t.Errorf("pods are %q", names)
-	}
-	if names, _ := c.completePods(root, []string{"a"}, ""); names != nil {
-		t.Errorf("after one pod, completion offers %q", names)
 	}
 }

@@ -85,8 +85,8 @@ func newRoot(called string) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "credence",
 		Short: "credence helps you give pods AWS credentials with Credence.",
-		Long: `credence helps you give pods AWS credentials with Credence: it shows what the webhook would add to a pod or why it would
-refuse it, and which versions run.
+		Long: `credence helps you give pods AWS credentials with Credence. It says why a pod has no credentials and what is wrong with
+an installation, shows and steers the AWS sessions of the brokers, and adds the sidecar to manifests.
 
 It uses the cluster and the rights of your kubeconfig, as kubectl does, and changes nothing unless a command says so.
 Exit codes: 0 success, 1 a problem was found or the command failed, 2 the command line is wrong.`,
@@ -111,15 +111,23 @@ Exit codes: 0 success, 1 a problem was found or the command failed, 2 the comman
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return wrongFlags(err) })
 	c := newCluster(root)
 	root.AddCommand(newCheck(c), newDashboard(c), newExplain(c), newInject(c), newSessions(c), newVersion(c), newCompletion())
-	for _, command := range root.Commands() {
+	each(root, func(command *cobra.Command) {
 		command.Example = strings.ReplaceAll(command.Example, "credence ", name+" ")
-	}
+	})
 	root.InitDefaultHelpCmd()
 	if help, _, err := root.Find([]string{"help"}); err == nil {
 		help.Short = "show the help of a command"
 	}
 	complete(root, c)
 	return root
+}
+
+// each calls f for the command and all commands below it.
+func each(command *cobra.Command, f func(*cobra.Command)) {
+	f(command)
+	for _, below := range command.Commands() {
+		each(below, f)
+	}
 }
 
 // noArguments refuses arguments that are no flags.

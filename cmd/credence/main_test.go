@@ -66,12 +66,12 @@ func TestHelp(t *testing.T) {
 	if len(root.Commands()) < 4 {
 		t.Fatalf("there are only %d commands", len(root.Commands()))
 	}
-	for _, command := range root.Commands() {
-		if command.Name() == "help" {
-			continue
+	each(root, func(command *cobra.Command) {
+		if command.Name() == "help" || command == root {
+			return
 		}
 		if command.Short == "" || command.Long == "" || command.Example == "" {
-			t.Errorf("%s lacks Short, Long or Example", command.Name())
+			t.Errorf("%s lacks Short, Long or Example", command.CommandPath())
 		}
 		command.Flags().VisitAll(func(f *pflag.Flag) {
 			if f.Usage == "" {
@@ -83,7 +83,7 @@ func TestHelp(t *testing.T) {
 				t.Errorf("%s: its description has a line of %d characters: %s", command.Name(), len(line), line)
 			}
 		}
-	}
+	})
 }
 
 // TestCommandsAreDocumented: docs/cli.md lists each command, and no other.
