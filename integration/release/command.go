@@ -86,8 +86,8 @@ func (r *release) writeCommand(ctx context.Context) error {
 			"version":          r.tag(),
 			"homepage":         repository,
 			"shortDescription": "Give pods AWS credentials with Credence",
-			"description": "Adds Credence's sidecar to manifests, as the webhook in your cluster adds it to pods, and says why it would\n" +
-				"refuse a pod. Shows which versions of Credence run. Uses only your own rights.\n",
+			"description": "Says why a pod has no AWS credentials and what is wrong with an installation of Credence, shows and steers the\n" +
+				"AWS sessions of its brokers, and adds its sidecar to manifests. Uses only your own rights.\n",
 			"platforms": plugins,
 		},
 	})
