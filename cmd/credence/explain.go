@@ -35,7 +35,8 @@ func newExplain(c *cluster) *cobra.Command {
 to the environment of its containers. Ends with one sentence: the cause, and what to do.
 
 Of a controller, such as deployment/cart, it explains the pod that shows most, or why there is none. With -f it says
-what would happen to the pods and controllers of a manifest. It changes nothing, unless --try is set, and reads no Secret.
+what would happen to the pods and controllers of a manifest. It changes nothing, unless --try is set, and reads no
+Secret.
 
 It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 		Example: `  credence explain cart-7d4b9c-x2x5q -n shop
