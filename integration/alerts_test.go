@@ -149,7 +149,7 @@ func TestAlertsAndDashboard(t *testing.T) {
 		t.Fatal(err)
 	}
 	fires("CredenceRulesFile", "CredenceSidecarSettings", "CredenceTrustUnpublished", "CredenceClockSkew")
-	has(dashboard(t))
+	has(grafanaQueries(t))
 
 	write(rulesFile, "namespaces: [{match: ['*'], accounts: ['*'], roles: ['*']}]")
 	write(settingsFile, "memory: 64Mi")
@@ -202,8 +202,8 @@ func scrapeConfig(t *testing.T) string {
 	return text
 }
 
-// dashboard returns the queries of the dashboard by their panels, with the values of its variables.
-func dashboard(t *testing.T) map[string]string {
+// grafanaQueries returns the queries of the dashboard by their panels, with the values of its variables.
+func grafanaQueries(t *testing.T) map[string]string {
 	t.Helper()
 	text, err := os.ReadFile("../charts/credence/dashboards/credence.json")
 	if err != nil {

@@ -4,16 +4,14 @@ package e2e
 
 import (
 	"encoding/json"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/credence-iam/credence/integration/deployment"
+	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 )
 
@@ -21,19 +19,16 @@ import (
 // not look at, and that the first failure is the cause if a part does not work.
 func TestCheckCommand(t *testing.T) {
 	stop(t, "broker")() // New brokers, whose metrics have no failures of other tests.
-	ns := namespace(t, func(ns *corev1.Namespace) {
-		ns.Annotations[permittedKey] = "arn:aws:iam::" + stack.Account + ":role/" + bucket
-		delete(ns.Labels, injectLabel)
+	ns := d.Namespace(t, func(labels, annotations map[string]string) {
+		annotations[permittedKey] = "arn:aws:iam::" + stack.Account + ":role/" + bucket
+		delete(labels, injectLabel)
 	})
-	create(t, ns, paused("early", annotated())) // which is not injected
+	kubetest.Create(t, d.Client, ns, paused("early", annotated())) // which is not injected
 	optIn := []byte(`{"metadata":{"labels":{"` + injectLabel + `":"enabled"}}}`)
 	if _, err := d.Client.CoreV1().Namespaces().Patch(t.Context(), ns, types.MergePatchType, optIn, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	program := filepath.Join(t.TempDir(), "credence")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-tags=grpcnotrace", "-o", program, module+"/cmd/credence").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	program := command(t)
 	// check returns the findings that are not ok, as STATE CHECK: TEXT.
 	check := func(args ...string) (bad []string) {
 		t.Helper()
@@ -70,9 +65,9 @@ func TestCheckCommand(t *testing.T) {
 	if err := d.Client.CoreV1().Pods(ns).Delete(t.Context(), "early", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	awaitGone(t, ns, "early")
-	create(t, ns, paused("app", annotated()))
-	awaitReady(t, ns, "app")
+	kubetest.AwaitDeleted(t, d.Client, ns, "early")
+	kubetest.Create(t, d.Client, ns, paused("app", annotated()))
+	kubetest.AwaitReady(t, d.Client, ns, "app")
 	if bad := check("--wait=3m"); len(bad) > 0 {
 		t.Errorf("an installation that works has findings: %q", bad)
 	}
