@@ -41,11 +41,11 @@ const roleARN = "arn:aws:iam::123456789012:role/cart"
 
 // fault is an entry of testdata/faults.yaml.
 type fault struct {
-	Name, Subject, Step, Cause, What, Fix, Rights string
-	Setup                                         []string
-	Keep                                          bool
-	State                                         finding.State
-	Who                                           finding.Person
+	Name, Subject, Step, Cause, What, Fix string
+	Setup                                 []string
+	Keep                                  bool
+	State                                 finding.State
+	Who                                   finding.Person
 }
 
 func faults(t *testing.T) (all []fault) {
@@ -59,6 +59,11 @@ func faults(t *testing.T) (all []fault) {
 	}
 	if len(all) == 0 {
 		t.Fatal("there is no fault")
+	}
+	for _, f := range all {
+		if len(f.Setup) == 0 || f.Step == "" || f.Cause == "" || f.Who == "" || f.Fix == "" {
+			t.Errorf("%s is incomplete: %+v", f.Name, f)
+		}
 	}
 	return all
 }
@@ -280,7 +285,7 @@ func (w *world) receives() {
 func (w *world) grant(change func(*debugapi.Grant)) {
 	basis, _ := w.rules.Basis(w.PolicyPod(), w.PolicyNamespace())
 	for i := range w.Installation.Brokers {
-		g := debugapi.Grant{Grant: basis.Grant.String(), Role: roleARN, Pods: 1, Namespaces: []string{"shop"}}
+		g := debugapi.Grant{Grant: basis.Grant.String(), Role: roleARN, Pods: 1, Namespaces: []string{"shop"}, Duration: basis.Grant.Duration().Seconds()}
 		change(&g)
 		w.Installation.Brokers[i].Grants = []debugapi.Grant{g}
 	}

@@ -14,6 +14,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/operator/explain"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/snapshot"
@@ -41,7 +42,21 @@ func TestHealthy(t *testing.T) {
 			w.Pod.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "settings"}}}}
 		}, 1, "one step is not known."},
 		"a program that may ask the node": {func(w *world) { w.Pod.Spec.Containers[0].Image = "registry.example/s3fs:1.90" }, 1, "one step is not known."},
-		"a manifest":                      {func(w *world) { w.File, w.Pod = "cart.yaml", nil }, 0, "Nothing is wrong."},
+		"brokers that still have the grants of earlier pods": {func(w *world) {
+			for i := range w.Installation.Brokers {
+				b := &w.Installation.Brokers[i]
+				old := b.Grants[0]
+				old.AccessKeyID, old.Expiration, old.Reason, old.Failures = "", nil, "STS_ACCESS_DENIED", 3
+				ended := old
+				ended.Pods, old.ExternalID = 0, true
+				b.Grants = append([]debugapi.Grant{old, ended}, b.Grants...)
+			}
+		}, 0, "The pod has credentials of "},
+		"a trial": {func(w *world) { w.Trial = &snapshot.Trial{Line: "The pod has credentials of x", Succeeded: true} }, 0, "The pod has credentials of "},
+		"a trial without the right": {func(w *world) {
+			w.Problems[snapshot.SourceTrial] = "needs: update pods/ephemeralcontainers in namespace shop"
+		}, 1, "one step is not known."},
+		"a manifest": {func(w *world) { w.File, w.Pod = "cart.yaml", nil }, 0, "Nothing is wrong."},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := healthy(t)
