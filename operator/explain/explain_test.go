@@ -507,8 +507,11 @@ var broken = map[string]func(*world){
 		w.brokerless()
 		w.untrusting()
 	},
-	"trust ConfigMap gone, with brokers": func(w *world) { w.untrusting() },
-	"brokers with 0 replicas":            (*world).brokerless,
+	"trust ConfigMap gone, and brokers that cannot write it again": func(w *world) {
+		w.untrusting()
+		w.Installation.MissingRights = []string{"ClusterRoleBinding credence-broker"}
+	},
+	"brokers with 0 replicas": (*world).brokerless,
 	"NetworkPolicy of the pod's namespace": func(w *world) {
 		w.unreachable("connection error: dial tcp 10.0.0.2:9443: i/o timeout")
 		w.Policies = append(w.Policies, denyAll("deny", "shop", networkingv1.PolicyTypeEgress, networkingv1.NetworkPolicyEgressRule{

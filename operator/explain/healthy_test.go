@@ -206,7 +206,8 @@ func TestOtherStates(t *testing.T) {
 		"a pod that another webhook changed": {func(w *world) {
 			w.refused(`admission webhook "inject.credence-iam.github.io" denied the request: credence: the pod uses the network of its node; remove hostNetwork`)
 		}, "pod", "the pod uses the network of its node", "docs/errors.md"},
-		"a copy of a pod": {func(w *world) { delete(w.Pod.Labels, "iam.amazonaws.com/injected") }, "injection", "copy of an injected pod", ""},
+		"trust ConfigMap gone, with brokers": {(*world).untrusting, "trust", "ConfigMap shop/credence-trust is missing", "rollout restart deployment/credence-broker"},
+		"a copy of a pod":                    {func(w *world) { delete(w.Pod.Labels, "iam.amazonaws.com/injected") }, "injection", "copy of an injected pod", ""},
 		"a tag that STS denies": {func(w *world) {
 			w.fails(w.sts(ststest.Behavior{Fault: &ststest.Fault{Code: "AccessDenied", Status: 403, Message: "User: x is not authorized to perform: sts:TagSession on resource: y"}}, right))
 		}, "STS", "sts:TagSession", `["sts:AssumeRole","sts:TagSession"]`},
