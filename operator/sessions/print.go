@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -213,25 +214,34 @@ func rightOf(err error) string {
 
 // writeJSON prints value. It escapes characters that could move the cursor, which encoding/json leaves beyond ASCII.
 func writeJSON(w io.Writer, value any) error {
-	var text bytes.Buffer
-	encoder := json.NewEncoder(&text)
+	encoder := json.NewEncoder(escaper{w})
 	encoder.SetIndent("", "  ")
 	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(value); err != nil {
-		return err
-	}
-	out := make([]byte, 0, text.Len())
-	for _, r := range text.String() {
-		if r < utf8.RuneSelf || unicode.IsPrint(r) {
-			out = utf8.AppendRune(out, r)
-			continue
+	return encoder.Encode(value)
+}
+
+// escaper writes JSON with escapes for characters that do not print. A character must be within one Write.
+type escaper struct{ next io.Writer }
+
+// Write implements [io.Writer].
+func (e escaper) Write(text []byte) (int, error) {
+	written := 0
+	for at := 0; at < len(text); {
+		r, size := utf8.DecodeRune(text[at:])
+		if r >= utf8.RuneSelf && !unicode.IsPrint(r) {
+			var escaped []byte
+			for _, half := range utf16.Encode([]rune{r}) {
+				escaped = fmt.Appendf(escaped, `\u%04x`, half)
+			}
+			if _, err := e.next.Write(slices.Concat(text[written:at], escaped)); err != nil {
+				return written, err
+			}
+			written = at + size
 		}
-		for _, half := range utf16.Encode([]rune{r}) {
-			out = fmt.Appendf(out, `\u%04x`, half)
-		}
+		at += size
 	}
-	_, err := w.Write(out)
-	return err
+	_, err := e.next.Write(text[written:])
+	return len(text), err
 }
 
 // WriteKeys prints what is known of keys.
