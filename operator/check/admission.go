@@ -33,28 +33,6 @@ func (s *snapshot) reinstall(what string, commands ...string) *finding.Remedy {
 	}
 }
 
-// trouble returns why a pod is not ready, in the words of the kubelet and of the scheduler.
-func trouble(pod *corev1.Pod) string {
-	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
-		switch {
-		case c.State.Waiting != nil && c.State.Waiting.Reason != "PodInitializing":
-			text := c.State.Waiting.Reason
-			if last := c.LastTerminationState.Terminated; last != nil {
-				text += fmt.Sprintf(", exit code %d %s", last.ExitCode, last.Message)
-			}
-			return strings.TrimSpace(text + " " + c.State.Waiting.Message)
-		case c.State.Terminated != nil:
-			return fmt.Sprintf("ended with exit code %d %s", c.State.Terminated.ExitCode, c.State.Terminated.Message)
-		}
-	}
-	for _, c := range pod.Status.Conditions {
-		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
-			return c.Reason + ": " + c.Message
-		}
-	}
-	return "phase " + string(pod.Status.Phase)
-}
-
 // component checks the pods of the webhook or of the brokers.
 func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, members []survey.Member, without string) {
 	if unread(r, s.Own) {
@@ -90,11 +68,8 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 		r.ok("%d of %d ready", good, want)
 		return
 	}
-	for i, m := range bad {
-		if i == survey.MaxExamples {
-			break
-		}
-		why := trouble(&m.Pod)
+	for _, m := range bad {
+		why := survey.Trouble(&m.Pod)
 		if m.Pod.Status.Phase == corev1.PodRunning && m.Waits != "" {
 			why = m.Waits
 		}

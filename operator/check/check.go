@@ -76,7 +76,7 @@ var installed = []check{
 	{"config-files", groupBrokers, finding.Failed, "The brokers or the webhook rejected the rules file or the sidecar settings, and use an earlier one.", "Correct the named line, before they restart.", false, configFiles},
 	{"metrics", groupBrokers, finding.Failed, "A broker lost audit lines or Events, or refused pods because of an error of its own; or it or a webhook does not hear from the API server.", "The finding has the number; docs/operations.md has the rest.", false, metricsInBounds},
 	{"aws-identity", groupAWS, finding.Failed, "AWS refuses the brokers' own credentials, or they end soon.", "Correct the identity of the brokers.", false, awsIdentity},
-	{"sts", groupAWS, finding.Warning, "A fifth of the STS calls fail by no fault of a role, or one in a hundred takes over 5 s.", "See the path to STS, and AWS's status.", false, stsCalls},
+	{"sts", groupAWS, finding.Warning, "The last fetch of a session failed by no fault of its role, or one in a hundred STS calls takes over 5 s.", "See the path to STS, and AWS's status.", false, stsCalls},
 	{"clock-skew", groupAWS, finding.Failed, "A broker's clock and AWS's are more than a minute apart. At 5 minutes AWS refuses all calls.", "Correct the time of the broker's node.", false, clockSkew},
 	{"rate-budget", groupAWS, finding.Warning, "Renewals need more than 0.8 of the STS rate, renewals are late, or STS throttles.", "Raise the rate, or use fewer sessions.", false, rateBudget},
 	{"sessions", groupAWS, finding.Warning, "Pods use sessions that are not cached, that end soon, that AWS refuses, or that only one broker has.", "The finding names roles and reasons.", false, sessions},
@@ -157,6 +157,21 @@ func (r *results) add(state finding.State, subject string, m *finding.Remedy, te
 	r.findings = append(r.findings, finding.Finding{Step: r.id, Subject: subject, State: state, Text: finding.Printable(text), Remedy: m})
 }
 
+// maxFindings limits the findings of one check: there can be 63 brokers.
+const maxFindings = 5
+
+// bound removes findings beyond the limit, the harmless ones first.
+func (r *results) bound() {
+	severity := []finding.State{finding.Failed, finding.Warning, finding.Unknown, finding.OK}
+	slices.SortStableFunc(r.findings, func(a, b finding.Finding) int {
+		return slices.Index(severity, a.State) - slices.Index(severity, b.State)
+	})
+	if more := len(r.findings) - maxFindings; more > 0 {
+		r.findings = r.findings[:maxFindings]
+		r.findings[maxFindings-1].Text += fmt.Sprintf("; and %d more like this", more)
+	}
+}
+
 // unread adds a finding if a part could not be read, and reports whether that is so.
 func unread[T any](r *results, p survey.Part[T]) bool {
 	if p.Err == nil {
@@ -206,6 +221,7 @@ func (s *snapshot) report(checks []check, cfg Config) *Result {
 		}
 		r := &results{id: c.id}
 		c.run(s, r)
+		r.bound()
 		if n := len(result.Groups); n == 0 || result.Groups[n-1].Subject != c.group {
 			result.Groups = append(result.Groups, finding.Report{Subject: c.group})
 		}

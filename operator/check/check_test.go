@@ -274,7 +274,12 @@ var faults = []struct {
 	{"aws-identity", finding.Failed, func(_ *testing.T, s *snapshot) {
 		s.Brokers[0].Metrics.Value["credence_broker_base_credentials_expiry_timestamp_seconds"] = float64(s.Now.Unix() + 100)
 	}, "its own credentials end in 100 s"},
-	{"sts", finding.Warning, metric(`sts_calls_total{action="AssumeRole",outcome="STS_UNAVAILABLE"}`, 30), "30 of 46 STS calls failed"},
+	{"sts", finding.Warning, func(t *testing.T, s *snapshot) {
+		metric(`sts_calls_total{action="AssumeRole",outcome="STS_UNAVAILABLE"}`, 30)(t, s)
+		s.Grants.Err = errors.New("no port-forward")
+	}, "30 of 46 STS calls failed"},
+	{"sts", finding.Warning, func(_ *testing.T, s *snapshot) { s.Grants.Value.Failing.Add("cart (STS_UNAVAILABLE)", "") }, "the last fetch failed for 1 session that pods use: cart (STS_UNAVAILABLE)"},
+	{"sts", finding.OK, metric(`sts_calls_total{action="AssumeRole",outcome="STS_UNAVAILABLE"}`, 30), "30 of 46 failed"},
 	{"sts", finding.Warning, metric(`sts_call_duration_seconds_count{action="AssumeRole"}`, 50), "one in a hundred STS calls took more than 10 s"},
 	{"clock-skew", finding.Warning, metric("clock_skew_seconds", -70), "AWS's clock is -70 s ahead of this broker's"},
 	{"clock-skew", finding.Failed, metric("clock_skew_seconds", 290), "AWS's clock is 290 s ahead"},
@@ -435,6 +440,20 @@ func TestOutput(t *testing.T) {
 	}
 	if result := s.report(installed, Config{Ignore: []string{"trust", "clock-skew"}}); !result.Healthy() {
 		t.Errorf("ignored: %+v", findings(result))
+	}
+}
+
+// A fault that all brokers have is not 63 findings.
+func TestManyBrokers(t *testing.T) {
+	s := healthy(t)
+	for len(s.Brokers) < 63 {
+		s.Brokers = append(s.Brokers, s.Brokers[0])
+	}
+	s.Brokers[0].Metrics.Value["credence_broker_clock_skew_seconds"] = 70 // of all but one
+	s.Brokers[1].Metrics.Value["credence_broker_clock_skew_seconds"] = 290
+	bad := findings(s.report(installed, Config{}))
+	if len(bad) != maxFindings || bad[0].State != finding.Failed || !strings.HasSuffix(bad[maxFindings-1].Text, "; and 58 more like this") {
+		t.Errorf("%d findings: %+v", len(bad), bad)
 	}
 }
 

@@ -35,6 +35,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/operator/installation"
@@ -415,6 +416,7 @@ func (g *gatherer) certificates(ctx context.Context) ([]unstructured.Unstructure
 type Grants struct {
 	Active, Single int   // grants with a session; those that only one broker has
 	Refused        Tally // roles that AWS refuses, with the reason
+	Failing        Tally // roles whose last fetch failed for another reason, such as an outage
 }
 
 // grants reads the debug pages of all brokers.
@@ -427,7 +429,7 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 		mu   sync.Mutex
 		seed = maphash.MakeSeed()
 		held = make(map[uint64]uint8) // :: hash of the grant → number of brokers with a session
-		seen = make(map[uint64]bool)  // refused grants
+		seen = make(map[uint64]bool)  // grants whose last fetch failed
 		sum  Grants
 		run  []func()
 		errs = make([]error, len(g.s.Brokers))
@@ -450,18 +452,24 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 				}
 				mu.Lock()
 				for _, grant := range got.Grants {
-					switch {
-					case grant.Pods == 0:
-					case grant.AccessKeyID != "":
-						// A session that is minutes old may not have reached the second owner.
-						if grant.Issued == nil || g.s.Now.Sub(*grant.Issued) > Settle {
-							held[maphash.String(seed, grant.Grant)]++
-						}
-					case grant.Reason != "" && !seen[maphash.String(seed, grant.Grant)]:
-						seen[maphash.String(seed, grant.Grant)] = true
-						users := strings.Join(grant.Namespaces[:min(len(grant.Namespaces), 3)], " ")
-						sum.Refused.Add(fmt.Sprintf("%s (%s, of namespace %s)", grant.Role, grant.Reason, users), "")
+					if grant.Pods == 0 {
+						continue
 					}
+					id := maphash.String(seed, grant.Grant)
+					// A session that is minutes old may not have reached the second owner.
+					if grant.AccessKeyID != "" && (grant.Issued == nil || g.s.Now.Sub(*grant.Issued) > Settle) {
+						held[id]++
+					}
+					if grant.Reason == "" || seen[id] {
+						continue
+					}
+					seen[id] = true
+					what := &sum.Failing
+					if reason := credential.Reason(grant.Reason); reason == credential.ReasonSTSDenied || reason == credential.ReasonSTSRejected {
+						what = &sum.Refused
+					}
+					users := strings.Join(grant.Namespaces[:min(len(grant.Namespaces), 3)], " ")
+					what.Add(fmt.Sprintf("%s (%s, of namespace %s)", grant.Role, grant.Reason, users), "")
 				}
 				mu.Unlock()
 				if offset += len(got.Grants); got.LeftOut == 0 || len(got.Grants) == 0 {

@@ -1,6 +1,7 @@
 package survey
 
 import (
+	"fmt"
 	"maps"
 	"path"
 	"slices"
@@ -71,4 +72,26 @@ func Ready(pod *corev1.Pod) bool {
 	return slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
 		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
 	})
+}
+
+// Trouble returns why a pod is not ready, in the words of the kubelet and of the scheduler.
+func Trouble(pod *corev1.Pod) string {
+	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
+		switch {
+		case c.State.Waiting != nil && c.State.Waiting.Reason != "PodInitializing":
+			text := c.State.Waiting.Reason
+			if last := c.LastTerminationState.Terminated; last != nil {
+				text += fmt.Sprintf(", exit code %d %s", last.ExitCode, last.Message)
+			}
+			return strings.TrimSpace(text + " " + c.State.Waiting.Message)
+		case c.State.Terminated != nil:
+			return fmt.Sprintf("ended with exit code %d %s", c.State.Terminated.ExitCode, c.State.Terminated.Message)
+		}
+	}
+	for _, c := range pod.Status.Conditions {
+		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
+			return c.Reason + ": " + c.Message
+		}
+	}
+	return "phase " + string(pod.Status.Phase)
 }
