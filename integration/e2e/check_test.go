@@ -4,12 +4,15 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/deployment"
 	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
@@ -20,7 +23,7 @@ import (
 func TestCheckCommand(t *testing.T) {
 	stop(t, "broker")() // New brokers, whose metrics have no failures of other tests.
 	ns := d.Namespace(t, func(labels, annotations map[string]string) {
-		annotations[permittedKey] = "arn:aws:iam::" + stack.Account + ":role/" + bucket
+		annotations[permittedKey] = "arn:aws:iam::" + stack.Account + ":role/(" + bucket + "|untrusting)"
 		delete(labels, injectLabel)
 	})
 	kubetest.Create(t, d.Client, ns, paused("early", annotated())) // which is not injected
@@ -71,6 +74,20 @@ func TestCheckCommand(t *testing.T) {
 	if bad := check("--wait=3m"); len(bad) > 0 {
 		t.Errorf("an installation that works has findings: %q", bad)
 	}
+
+	d.STS.SetRole(stack.RoleARN("untrusting"), ststest.Behavior{Deny: true})
+	kubetest.Create(t, d.Client, ns, paused("refused", map[string]string{roleKey: "untrusting"}))
+	await.Until(t, "the refused role is found", func() error {
+		want := "warning sessions:  1 session that AWS refuses: " + stack.RoleARN("untrusting") + " (STS_ACCESS_DENIED, of namespace " + ns + ")"
+		if bad := check(); len(bad) != 1 || bad[0] != want {
+			return fmt.Errorf("findings %q, want %q", bad, want)
+		}
+		return nil
+	})
+	if err := d.Client.CoreV1().Pods(ns).Delete(t.Context(), "refused", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	kubetest.AwaitDeleted(t, d.Client, ns, "refused")
 
 	bindings := d.Client.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings()
 	binding, err := bindings.Get(t.Context(), "credence-injected", metav1.GetOptions{})

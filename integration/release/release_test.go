@@ -142,7 +142,7 @@ func checkVersion(t *testing.T, folder string) {
 		t.Skip("the program of this release is for Linux")
 	}
 	output, err := exec.CommandContext(t.Context(), program, "--version").CombinedOutput()
-	if string(output) != "credence v"+version+"\n" || err != nil {
+	if string(output) != "credence version v"+version+"\n" || err != nil {
 		t.Errorf("credence --version prints %q, %v", output, err)
 	}
 }
