@@ -4,9 +4,8 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"net"
-	"net/http"
-	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -14,18 +13,19 @@ import (
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
-	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/integration/await"
 	"github.com/credence-iam/credence/integration/chart"
+	"github.com/credence-iam/credence/integration/kubelettest"
 	"github.com/credence-iam/credence/integration/process"
 	"github.com/credence-iam/credence/integration/stack"
-	"github.com/credence-iam/credence/operator/dashboard"
+	cockpit "github.com/credence-iam/credence/operator/dashboard"
 	"github.com/credence-iam/credence/operator/dashboard/view"
 	"github.com/credence-iam/credence/operator/installation"
 )
@@ -75,7 +75,7 @@ func TestViewer(t *testing.T) {
 		found, err = viewer.Find(t.Context(), "")
 		return err
 	})
-	gatherer := dashboard.Gatherer{Client: viewer, Cluster: "test", Namespace: found.Namespace}
+	gatherer := cockpit.Gatherer{Client: viewer, Cluster: "test", Namespace: found.Namespace}
 	s := gatherer.Gather(t.Context())
 	if len(s.Problems) > 0 || s.Broker == nil || s.Broker.Want != 2 || s.Webhook == nil || found.Namespace != stack.SystemNamespace {
 		t.Errorf("in %s, a viewer sees %+v, with the problems %q", found.Namespace, s, s.Problems)
@@ -94,47 +94,58 @@ func TestViewer(t *testing.T) {
 		t.Errorf("a viewer creates a token for commands: %v", err)
 	}
 
-	port, err := process.FreePort(t.Context())
+	free, err := process.FreePort(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(free))
 	restartBroker(t, "--debug-listen="+address, "--command-account="+commandAccount)
-	token, err := commander.CommandToken(t.Context(), found)
+	pod := create(t, namespace, "app", role("viewed"))
+	if _, err := call(t, token(t, pod)); err != nil {
+		t.Fatal(err)
+	}
+	running := kubelettest.Start(t, credence.Client).Run(t, stack.SystemNamespace, brokerPod("credence-broker-1-viewed"), kubelettest.Pod{
+		Ports: map[int]string{installation.BrokerDebugPort: address, installation.BrokerAdminPort: credence.Broker.Admin},
+	})
+	t.Cleanup(func() {
+		if err := credence.Client.CoreV1().Pods(running.Namespace).Delete(context.WithoutCancel(t.Context()), running.Name, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+	s = gatherer.Gather(t.Context())
+	if at := slices.IndexFunc(s.Sessions, func(s view.Session) bool { return s.Role == arn("viewed") }); at < 0 || s.Sessions[at].RemainingSeconds < 60 || s.Sessions[at].Pods != 1 {
+		t.Errorf("a viewer sees the sessions %+v, with the problems %q", s.Sessions, s.Problems)
+	}
+	if at := slices.IndexFunc(s.Pods, func(p view.Pod) bool { return p.Name == "credence-broker-1-viewed" }); at < 0 || s.Pods[at].Err != "" || s.Pods[at].Metrics["credence_broker_ready"] != 1 {
+		t.Errorf("a viewer sees the pods %+v, with the problems %q", s.Pods, s.Problems)
+	}
+
+	own, err := credence.Token(t.Context(), pod, stack.Audience+"-commands", stack.TokenSeconds) // of another account
 	if err != nil {
 		t.Fatal(err)
 	}
-	seconds := int64(600)
-	own, err := credence.Client.CoreV1().ServiceAccounts(stack.SystemNamespace).CreateToken(t.Context(), "credence-broker", &authenticationv1.TokenRequest{
-		Spec: authenticationv1.TokenRequestSpec{Audiences: []string{stack.Audience + "-commands"}, ExpirationSeconds: &seconds},
-	}, metav1.CreateOptions{})
+	good, err := commander.CommandToken(t.Context(), found)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct {
-		name, method, token string
-		want                int
+		name, token string
+		client      *installation.Client
+		refused     bool
 	}{
-		{"a page without a token", http.MethodGet, "", http.StatusOK},
-		{"a command without a token", http.MethodPost, "", http.StatusUnauthorized},
-		{"a command with a token of another account", http.MethodPost, own.Status.Token, http.StatusUnauthorized},
-		{"a command with a token of the account", http.MethodPost, token, http.StatusOK},
+		{"a viewer without a token", "", viewer, true},
+		{"a viewer with a token of a pod", own, viewer, true},
+		{"a commander without a token", "", commander, true},
+		{"a commander with a token", good, commander, false},
 	} {
-		path := "/debug/grants"
-		if tt.method == http.MethodPost {
-			path += "/drop?role=" + url.QueryEscape(arn("shelf"))
+		brokers, err := tt.client.Brokers(t.Context(), stack.SystemNamespace)
+		if err != nil || len(brokers) != 1 {
+			t.Fatalf("%s finds %d brokers: %v", tt.name, len(brokers), err)
 		}
-		r, err := http.NewRequestWithContext(t.Context(), tt.method, "http://"+address+path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.Header.Set("Authorization", "Bearer "+tt.token)
-		response, err := http.DefaultClient.Do(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _ = response.Body.Close(); response.StatusCode != tt.want {
-			t.Errorf("%s has status %s, want %d", tt.name, response.Status, tt.want)
+		result, err := brokers[0].Post(t.Context(), debugapi.DropPath, arn("viewed"), tt.token)
+		status, _ := errors.AsType[*installation.StatusError](err)
+		if refused := status != nil && strings.Contains(err.Error(), "a command needs a token"); refused != tt.refused || !refused && (err != nil || result.Sessions != 1) {
+			t.Errorf("%s drops %d sessions: %v", tt.name, result.Sessions, err)
 		}
 	}
 }

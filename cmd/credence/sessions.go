@@ -134,7 +134,8 @@ func newCommand(c *cluster, what sessions.Command) *cobra.Command {
 		Long: strings.ReplaceAll(what.Effect, ". ", ".\n") + `
 
 It shows what it will touch, and waits for a confirmation. It exits with 1 if a broker fails, and names it.
-It needs, in the namespace of Credence: list pods, create pods/portforward.`,
+It needs, in the namespace of Credence: list pods, create pods/portforward. If the chart's value rbac.viewer.create is
+true, it also needs: create serviceaccounts/token credence-commands.`,
 		Example: "  credence sessions " + what.Name + " --role cart\n" +
 			"  credence sessions " + what.Name + " --role arn:aws:iam::123456789012:role/cart --yes",
 		Args: noArguments,
@@ -175,7 +176,7 @@ It needs, in the namespace of Credence: list pods, create pods/portforward.`,
 		if !yes && !confirmed(command.Context(), command.InOrStdin(), command.ErrOrStderr()) {
 			return errors.New("not confirmed; nothing was changed")
 		}
-		all, err := what.Run(command.Context(), client, found.Namespace, arn)
+		all, err := what.Run(command.Context(), client, found, arn)
 		if err != nil {
 			return err
 		}

@@ -86,7 +86,7 @@ func (b Broker) Grants(ctx context.Context, query url.Values) (debugapi.Page, er
 	for n, left := 0, maxAllPages; n < maxPages && left > 0; n++ {
 		q := url.Values{"limit": {strconv.Itoa(pageGrants)}, "offset": {strconv.Itoa(len(all.Grants))}}
 		maps.Copy(q, query)
-		text, err := call(ctx, transport, b.Pod, http.MethodGet, BrokerDebugPort, debugapi.GrantsPath, q)
+		text, err := call(ctx, transport, b.Pod, http.MethodGet, BrokerDebugPort, debugapi.GrantsPath, q, "")
 		if err != nil {
 			return debugapi.Page{}, err
 		}
@@ -109,10 +109,12 @@ func (b Broker) Get(ctx context.Context, port int, path string) ([]byte, error) 
 	return b.client.PodCall(ctx, b.Pod, http.MethodGet, port, path, nil)
 }
 
-// Post sends a command to the broker, [debugapi.RenewPath] or [debugapi.DropPath], for the sessions of one role. If it
-// fails, the broker may have carried out the command.
-func (b Broker) Post(ctx context.Context, path, role string) (debugapi.Result, error) {
-	text, err := b.client.PodCall(ctx, b.Pod, http.MethodPost, BrokerDebugPort, path, url.Values{"role": {role}})
+// Post sends a command to the broker, [debugapi.RenewPath] or [debugapi.DropPath], for the sessions of one role, with the
+// token of [Client.CommandToken]. If it fails, the broker may have carried out the command.
+func (b Broker) Post(ctx context.Context, path, role, token string) (debugapi.Result, error) {
+	transport := b.client.transport(b.Pod, BrokerDebugPort)
+	defer transport.CloseIdleConnections()
+	text, err := call(ctx, transport, b.Pod, http.MethodPost, BrokerDebugPort, path, url.Values{"role": {role}}, token)
 	if err != nil {
 		return debugapi.Result{}, err
 	}
@@ -129,7 +131,7 @@ func (b Broker) Post(ctx context.Context, path, role string) (debugapi.Result, e
 func (c *Client) PodCall(ctx context.Context, pod *corev1.Pod, method string, port int, path string, query url.Values) ([]byte, error) {
 	transport := c.transport(pod, port)
 	defer transport.CloseIdleConnections()
-	return call(ctx, transport, pod, method, port, path, query)
+	return call(ctx, transport, pod, method, port, path, query, "")
 }
 
 // transport returns a transport to one port of a pod. It has one connection at a time, until CloseIdleConnections.
@@ -152,7 +154,7 @@ func (e *StatusError) Error() string {
 	return fmt.Sprintf("status %d: %.300q", e.Status, strings.TrimSpace(e.Text))
 }
 
-func call(ctx context.Context, transport *http.Transport, pod *corev1.Pod, method string, port int, path string, query url.Values) ([]byte, error) {
+func call(ctx context.Context, transport *http.Transport, pod *corev1.Pod, method string, port int, path string, query url.Values, token string) ([]byte, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout, fmt.Errorf("no response within %s", callTimeout))
 	defer cancel()
 	fail := func(err error) error {
@@ -165,6 +167,9 @@ func call(ctx context.Context, transport *http.Transport, pod *corev1.Pod, metho
 	request, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return nil, fail(err)
+	}
+	if token != "" {
+		request.Header.Set("Authorization", "Bearer "+token)
 	}
 	response, err := transport.RoundTrip(request)
 	if err != nil {

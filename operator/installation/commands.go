@@ -27,7 +27,8 @@ func (c *Client) CommandToken(ctx context.Context, i *Installation) (string, err
 		Spec: authenticationv1.TokenRequestSpec{Audiences: []string{audience}, ExpirationSeconds: &seconds},
 	}, metav1.CreateOptions{})
 	if err != nil {
-		return "", fmt.Errorf("creating the token for commands (needs: create serviceaccounts/token %s in namespace %s): %w", account, i.Namespace, err)
+		right := fmt.Sprintf("create serviceaccounts/token %s in namespace %s", account, i.Namespace)
+		return "", fmt.Errorf("getting the token that brokers require with a command: %w", forbidden(err, right))
 	}
 	return request.Status.Token, nil
 }

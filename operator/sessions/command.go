@@ -108,9 +108,14 @@ type Done struct {
 	Error string `json:"error,omitempty"`
 }
 
-// Run sends the command to all brokers that run now, at once. It fails only if they cannot be listed.
-func (c Command) Run(ctx context.Context, client *installation.Client, namespace, role string) ([]Done, error) {
-	brokers, err := brokersOf(ctx, client, namespace)
+// Run sends the command to all brokers that run now, at once. It fails only if they cannot be listed, or if they require a
+// token that it cannot get.
+func (c Command) Run(ctx context.Context, client *installation.Client, found *installation.Installation, role string) ([]Done, error) {
+	brokers, err := brokersOf(ctx, client, found.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	token, err := client.CommandToken(ctx, found)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +125,7 @@ func (c Command) Run(ctx context.Context, client *installation.Client, namespace
 	for n, b := range brokers {
 		group.Go(func() error {
 			all[n].Broker = b.Pod.Name
-			result, err := b.Post(ctx, c.Path, role)
+			result, err := b.Post(ctx, c.Path, role, token)
 			if err != nil {
 				all[n].Error = clip.Runes(err.Error(), 2*maxWide)
 			}
