@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,11 +107,11 @@ func TestPaths(t *testing.T) {
 // TestReadsWhileOpen reads from the cluster once at the start, and then only while somebody looks.
 func TestReadsWhileOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		reads, took := 0, time.Duration(0)
+		var reads, took atomic.Int64
 		d, err := dashboard.New(dashboard.Config{Location: time.UTC, Gather: func(ctx context.Context) view.Snapshot {
-			reads++
+			reads.Add(1)
 			select {
-			case <-time.After(took):
+			case <-time.After(time.Duration(took.Load())):
 			case <-ctx.Done():
 			}
 			return view.Snapshot{Time: time.Now(), Cluster: "production"}
@@ -121,10 +122,10 @@ func TestReadsWhileOpen(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
 		go func() { ended <- d.Serve(ctx, &silent{done: make(chan struct{})}) }()
-		expect := func(what string, want int) {
+		expect := func(what string, want int64) {
 			t.Helper()
-			if synctest.Wait(); reads != want {
-				t.Errorf("%s: %d reads, want %d", what, reads, want)
+			if synctest.Wait(); reads.Load() != want {
+				t.Errorf("%s: %d reads, want %d", what, reads.Load(), want)
 			}
 		}
 		expect("at the start", 1)
@@ -146,7 +147,7 @@ func TestReadsWhileOpen(t *testing.T) {
 		time.Sleep(time.Hour)
 		expect("the page is closed", 11)
 
-		took = 30 * time.Second // A large cluster gets a pause of two minutes.
+		took.Store(int64(30 * time.Second)) // A large cluster gets a pause of two minutes.
 		for range 300 {
 			_ = text(t, d, "")
 			time.Sleep(time.Second)
