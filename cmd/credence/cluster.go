@@ -13,6 +13,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 )
 
@@ -20,12 +21,24 @@ import (
 // needs seconds to react to a change.
 const watchInterval = 3 * time.Second
 
+// wait returns after d, or when ctx ends.
+func wait(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
 // cluster is the cluster that the flags of the command line name, as kubectl's flags do.
 type cluster struct {
 	rules     *clientcmd.ClientConfigLoadingRules
 	overrides clientcmd.ConfigOverrides
 	// namespace of Credence; empty: find it
 	credence string
+
+	loaded clientcmd.ClientConfig // by loader
 }
 
 // frequent are the flags of kubectl that --help shows. The others work, too.
@@ -49,9 +62,13 @@ func newCluster(root *cobra.Command) *cluster {
 // errNoCluster means that nothing says which cluster to use.
 var errNoCluster = errors.New("no kubeconfig names a cluster; set --kubeconfig or the variable KUBECONFIG")
 
-// loader returns the access that kubeconfig, flags and, in a pod, the service account give.
+// loader returns the access that kubeconfig, flags and, in a pod, the service account give. It reads the kubeconfig once,
+// because another program may change its current context meanwhile: a command then names the cluster that it uses.
 func (c *cluster) loader() clientcmd.ClientConfig {
-	return clientcmd.NewNonInteractiveDeferredLoadingClientConfig(c.rules, &c.overrides)
+	if c.loaded == nil {
+		c.loaded = clientcmd.NewNonInteractiveDeferredLoadingClientConfig(c.rules, &c.overrides)
+	}
+	return c.loaded
 }
 
 // client returns access to the cluster.
@@ -87,6 +104,11 @@ func (c *cluster) find(ctx context.Context) (*installation.Client, *installation
 func (c *cluster) namespaceOrDefault() (string, error) {
 	name, _, err := c.loader().Namespace()
 	return name, err
+}
+
+// target returns the flags that choose the cluster, for the commands of remedies.
+func (c *cluster) target() finding.Cluster {
+	return finding.Cluster{Context: c.overrides.CurrentContext, Kubeconfig: c.rules.ExplicitPath}
 }
 
 // name names the cluster in messages: by its context, or by its address.

@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/spf13/cobra"
 
 	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/versions"
 )
 
@@ -41,7 +43,7 @@ Exits with 1 if two parts are more than one minor version apart, or if the clust
 		}
 		write := report.Write
 		if output == "json" {
-			write = report.WriteJSON
+			write = func(w io.Writer) error { return finding.WriteJSON(w, report) }
 		}
 		if err := errors.Join(failed, write(command.OutOrStdout())); err != nil {
 			return err
@@ -66,6 +68,6 @@ func readVersions(command *cobra.Command, c *cluster) (versions.Report, error) {
 		return report, err
 	}
 	return versions.Read(command.Context(), versions.Config{
-		Client: client, Cluster: c.name(client), Version: program.Version(), Installed: c.credence, Namespace: namespace,
+		Client: client, Cluster: c.name(client), Version: program.Version(), Target: c.target(), Installed: c.credence, Namespace: namespace,
 	})
 }

@@ -89,10 +89,12 @@ sidecar     v1.1.0   1     registry.example/credence-sidecar:1.1.0 (sha256:01234
 
 // TestVersionSkew: parts that are two minor versions apart are a finding, with the pods to replace.
 func TestVersionSkew(t *testing.T) {
-	code, out, _ := call(t, "", "credence", "version", "--kubeconfig="+running(t, "1.0.9").Kubeconfig(t))
+	kubeconfig := "--kubeconfig=" + running(t, "1.0.9").Kubeconfig(t)
+	code, out, _ := call(t, "", "credence", "version", kubeconfig)
 	for _, want := range []string{
 		`! sidecar  the sidecar of 1 pods has version v1.0.9, and Credence in the cluster v1.2.3; they work together if they are one minor version apart`,
-		`$ kubectl -n bank get pods -l iam.example.org/injected=true -o custom-columns=`,
+		"\n\nversions of context \"test\"\n",
+		`$ kubectl ` + kubeconfig + ` -n bank get pods -l iam.example.org/injected=true -o 'custom-columns=`,
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("output lacks %q:\n%s", want, out)

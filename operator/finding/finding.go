@@ -1,14 +1,19 @@
 // Package finding has the results of a diagnosis: steps in the order in which a credential travels, each ok, failed or
 // unknown, and for each failure the cause, the person who can fix it, and the commands that do. It guarantees: no output
-// contains characters that move the reader's cursor.
+// contains characters that move the reader's cursor; no text is too long to read; a command is shown whole or not at all.
 package finding
 
 import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
+
+	"github.com/credence-iam/credence/broker/clip"
 )
 
 // State is the result of one step.
@@ -65,8 +70,28 @@ type Report struct {
 	Findings []Finding `json:"findings"`
 }
 
-// Add appends findings.
-func (r *Report) Add(findings ...Finding) { r.Findings = append(r.Findings, findings...) }
+// Limits of one finding, in bytes. Annotations, logs and the pages of a broker can be of any size.
+const (
+	maxText    = 1200
+	maxCommand = 4 << 10
+)
+
+// Add appends findings. It shortens texts, and leaves out commands that cannot be shown as they are: a part of a command
+// would do something else.
+func (r *Report) Add(findings ...Finding) {
+	for _, f := range findings {
+		f.Step, f.Subject, f.Text = bounded(f.Step), bounded(f.Subject), bounded(f.Text)
+		if f.Remedy != nil {
+			m := *f.Remedy
+			m.What = bounded(m.What)
+			m.Commands = slices.DeleteFunc(slices.Clone(m.Commands), func(c string) bool { return len(c) > maxCommand || Printable(c) != c })
+			f.Remedy = &m
+		}
+		r.Findings = append(r.Findings, f)
+	}
+}
+
+func bounded(text string) string { return Printable(clip.Bytes(text, maxText)) }
 
 // Worst returns the most severe state, OK if there is no finding.
 func (r *Report) Worst() State {
@@ -160,12 +185,36 @@ func (m *Remedy) write(b *strings.Builder, indent string) {
 	}
 }
 
-// WriteJSON prints the report as JSON.
-func (r *Report) WriteJSON(w io.Writer) error {
-	encoder := json.NewEncoder(w)
+// WriteJSON prints value as JSON. It escapes characters that could move the cursor, which encoding/json leaves beyond ASCII.
+func WriteJSON(w io.Writer, value any) error {
+	encoder := json.NewEncoder(escaper{w})
 	encoder.SetIndent("", "  ")
 	encoder.SetEscapeHTML(false)
-	return encoder.Encode(r)
+	return encoder.Encode(value)
+}
+
+// escaper writes JSON with escapes for characters that do not print. A character must be within one Write.
+type escaper struct{ next io.Writer }
+
+// Write implements [io.Writer].
+func (e escaper) Write(text []byte) (int, error) {
+	written := 0
+	for at := 0; at < len(text); {
+		r, size := utf8.DecodeRune(text[at:])
+		if r != '\n' && !unicode.IsPrint(r) {
+			var escaped []byte
+			for _, half := range utf16.Encode([]rune{r}) {
+				escaped = fmt.Appendf(escaped, `\u%04x`, half)
+			}
+			if _, err := e.next.Write(slices.Concat(text[written:at], escaped)); err != nil {
+				return written, err
+			}
+			written = at + size
+		}
+		at += size
+	}
+	_, err := e.next.Write(text[written:])
+	return len(text), err
 }
 
 // Printable replaces characters with which the author of an annotation or a log line could change the reader's terminal.

@@ -152,7 +152,7 @@ func (c Command) Report(w io.Writer, role string, all []Done, format Format) (ok
 		_, _ = fmt.Fprintf(&out, "%d of %d brokers failed; run the command again, it does no harm to the others\n", failed, len(all))
 	}
 	if format == JSON {
-		return failed == 0, writeJSON(w, map[string]any{"command": c.Name, "role": role, "brokers": all})
+		return failed == 0, finding.WriteJSON(w, map[string]any{"command": c.Name, "role": role, "brokers": all})
 	}
 	_, err = io.WriteString(w, out.String())
 	return failed == 0, err

@@ -3,18 +3,13 @@ package sessions
 import (
 	"bytes"
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
-	"unicode/utf16"
-	"unicode/utf8"
 
 	"k8s.io/apimachinery/pkg/util/duration"
 
@@ -62,7 +57,7 @@ func (t *table) row(cells ...string) {
 // Write prints the brokers and the rows.
 func (s Snapshot) Write(w io.Writer, rows []Row, format Format) error {
 	if format == JSON {
-		return writeJSON(w, map[string]any{"namespace": s.Namespace, "brokers": s.states(), "sessions": rows})
+		return finding.WriteJSON(w, map[string]any{"namespace": s.Namespace, "brokers": s.states(), "sessions": rows})
 	}
 	var out bytes.Buffer
 	if len(rows) > 0 {
@@ -212,45 +207,13 @@ func rightOf(err error) string {
 	return ""
 }
 
-// writeJSON prints value. It escapes characters that could move the cursor, which encoding/json leaves beyond ASCII.
-func writeJSON(w io.Writer, value any) error {
-	encoder := json.NewEncoder(escaper{w})
-	encoder.SetIndent("", "  ")
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(value)
-}
-
-// escaper writes JSON with escapes for characters that do not print. A character must be within one Write.
-type escaper struct{ next io.Writer }
-
-// Write implements [io.Writer].
-func (e escaper) Write(text []byte) (int, error) {
-	written := 0
-	for at := 0; at < len(text); {
-		r, size := utf8.DecodeRune(text[at:])
-		if r >= utf8.RuneSelf && !unicode.IsPrint(r) {
-			var escaped []byte
-			for _, half := range utf16.Encode([]rune{r}) {
-				escaped = fmt.Appendf(escaped, `\u%04x`, half)
-			}
-			if _, err := e.next.Write(slices.Concat(text[written:at], escaped)); err != nil {
-				return written, err
-			}
-			written = at + size
-		}
-		at += size
-	}
-	_, err := e.next.Write(text[written:])
-	return len(text), err
-}
-
 // WriteKeys prints what is known of keys.
 func WriteKeys(w io.Writer, keys []Key, problems []Problem, format Format) error {
 	if format == JSON {
 		if problems == nil {
 			problems = []Problem{}
 		}
-		return writeJSON(w, map[string]any{"keys": keys, "problems": problems})
+		return finding.WriteJSON(w, map[string]any{"keys": keys, "problems": problems})
 	}
 	var out bytes.Buffer
 	for n, k := range keys {

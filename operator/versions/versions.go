@@ -6,7 +6,6 @@ package versions
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -71,7 +70,8 @@ type Report struct {
 	Programs   []Program         `json:"programs,omitempty"`
 	Findings   []finding.Finding `json:"findings,omitempty"`
 
-	label string // selects injected pods
+	label  string // selects injected pods
+	target finding.Cluster
 }
 
 // Config configures [Read].
@@ -79,6 +79,8 @@ type Config struct {
 	Client *installation.Client
 	// Cluster names the cluster. Version is that of the credence command.
 	Cluster, Version string
+	// Target has the flags that choose the cluster.
+	Target finding.Cluster
 	// Installed is the namespace of Credence. Default: Read looks for it.
 	Installed string
 	// Namespace is the namespace whose pods Read lists if the user may not list those of all namespaces.
@@ -88,7 +90,7 @@ type Config struct {
 // Read reads the versions from a cluster. It returns an error only if the cluster is unavailable. Other failures are
 // findings.
 func Read(ctx context.Context, cfg Config) (Report, error) {
-	r := Report{Client: cfg.Version, Cluster: cfg.Cluster}
+	r := Report{Client: cfg.Version, Cluster: cfg.Cluster, target: cfg.Target}
 	var err error
 	if r.Kubernetes, err = kubernetes(ctx, cfg.Client); err != nil {
 		return r, fmt.Errorf("reading the version of Kubernetes of %s: %w", cfg.Cluster, err)
@@ -247,13 +249,19 @@ func (r *Report) of(part string) (newest string) {
 }
 
 func (r *Report) unknown(step string, err error) {
-	r.Findings = append(r.Findings, finding.Finding{Step: step, State: finding.Unknown, Text: clip.Runes(err.Error(), 500)})
+	r.note(finding.Finding{Step: step, State: finding.Unknown, Text: err.Error()})
+}
+
+func (r *Report) note(f finding.Finding) {
+	all := finding.Report{Findings: r.Findings}
+	all.Add(f)
+	r.Findings = all.Findings
 }
 
 // judge adds findings about versions that do not work together.
 func (r *Report) judge() {
 	if v, err := version.ParseGeneric(r.Kubernetes); err == nil && v.Major() == 1 && v.Minor() < oldestMinor {
-		r.Findings = append(r.Findings, finding.Finding{
+		r.note(finding.Finding{
 			Step: "Kubernetes", State: finding.Failed, Text: fmt.Sprintf("Kubernetes %s is older than 1.%d, the oldest that Credence supports", r.Kubernetes, oldestMinor),
 			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "upgrade Kubernetes", Page: "docs/upgrade.md"},
 		})
@@ -275,7 +283,7 @@ func (r *Report) judge() {
 		if p.Part != sidecar {
 			r.skew(p.Part, p.Version, what, newest, finding.Remedy{
 				Who: finding.ClusterAdmin, What: "upgrade all parts to one version", Page: "docs/upgrade.md",
-				Commands: []string{"helm -n " + r.Namespace + " history credence"},
+				Commands: []string{r.target.Helm("-n", r.Namespace, "history", "credence")},
 			})
 			continue
 		}
@@ -287,7 +295,8 @@ func (r *Report) judge() {
 			return cmp.Or(-cmp.Compare(p.Namespaces[a], p.Namespaces[b]), cmp.Compare(a, b))
 		})
 		for _, name := range names[:min(len(names), maxNamed)] {
-			commands = append(commands, "kubectl -n "+name+" get pods -l "+r.label+` -o custom-columns='NAME:.metadata.name,OWNER:.metadata.ownerReferences[0].name,SIDECAR:.spec.initContainers[?(@.name=="`+contract.ContainerName+`")].image'`)
+			commands = append(commands, r.target.Kubectl("-n", name, "get", "pods", "-l", r.label, "-o",
+				`custom-columns=NAME:.metadata.name,OWNER:.metadata.ownerReferences[0].name,SIDECAR:.spec.initContainers[?(@.name=="`+contract.ContainerName+`")].image`))
 		}
 		if more := len(names) - maxNamed; more > 0 {
 			what += fmt.Sprintf(" in %d namespaces", len(names))
@@ -299,7 +308,7 @@ func (r *Report) judge() {
 }
 
 func (r *Report) skew(step, own, what, newest string, remedy finding.Remedy) {
-	r.Findings = append(r.Findings, finding.Finding{
+	r.note(finding.Finding{
 		Step: step, State: finding.Warning, Remedy: &remedy,
 		Text: fmt.Sprintf("the %s has version %s, and Credence in the cluster %s; they work together if they are one minor version apart", what, own, newest),
 	})
@@ -337,19 +346,14 @@ func (r *Report) Write(w io.Writer) error {
 	if err := table.Flush(); err != nil {
 		return err
 	}
+	if len(r.Findings) > 0 {
+		b.WriteByte('\n')
+	}
 	if _, err := io.WriteString(w, b.String()); err != nil || len(r.Findings) == 0 {
 		return err
 	}
-	all := finding.Report{Subject: "\nversions of " + r.Cluster, Findings: r.Findings}
+	all := finding.Report{Subject: "versions of " + r.Cluster, Findings: r.Findings}
 	return all.Write(w, finding.Style{})
-}
-
-// WriteJSON prints the report as JSON.
-func (r *Report) WriteJSON(w io.Writer) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(r)
 }
 
 // older reports whether a is an older version than b.
