@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"slices"
-	"time"
 
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
@@ -67,7 +66,7 @@ It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 		klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // client-go logs a response that comes too late. The step says so, too.
 		ctx, out := command.Context(), command.OutOrStdout()
 		if o.file != "" {
-			return c.explainFile(ctx, command.InOrStdin(), out, o)
+			return c.explainFile(ctx, interruptible(ctx, command.InOrStdin()), out, o)
 		}
 		kind, name, err := snapshot.ParseTarget(args[0])
 		if err != nil {
@@ -104,11 +103,7 @@ func (c *cluster) explainTarget(ctx context.Context, out io.Writer, kind, name s
 		if x.Healthy || !o.watch {
 			return found(x)
 		}
-		pause := time.NewTimer(watchInterval)
-		select {
-		case <-pause.C:
-		case <-ctx.Done():
-			pause.Stop()
+		if wait(ctx, watchInterval); ctx.Err() != nil {
 			return found(x)
 		}
 	}

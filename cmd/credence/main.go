@@ -18,7 +18,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/cmd/internal/program"
+	"github.com/credence-iam/credence/operator/finding"
 )
 
 // These are the exit codes. Shells also use 2 for an invalid command line.
@@ -29,7 +31,7 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	context.AfterFunc(ctx, stop) // A second signal ends the program at once, whatever it waits for.
 	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))
 }
 
@@ -54,13 +56,25 @@ func execute(ctx context.Context, root *cobra.Command, stderr io.Writer) int {
 		return map[bool]int{true: 0, false: exitFailed}[err == nil]
 	}
 	name := command.CommandPath()
-	_, _ = fmt.Fprintf(stderr, "%s: %v\n", name, err)
+	_, _ = fmt.Fprintf(stderr, "%s: %s\n", name, readable(err))
 	if wrong, ok := errors.AsType[usageError](err); ok {
 		_, _ = fmt.Fprintf(stderr, "%s: --help lists the %s\n", name, wrong.lists)
 		return exitUsage
 	}
 	return exitFailed
 }
+
+// readable returns the text of an error for a terminal. It can quote what pods, files and the API server say.
+func readable(err error) string {
+	lines := strings.Split(clip.Bytes(err.Error(), maxMessage), "\n")
+	for n, line := range lines {
+		lines[n] = finding.Printable(strings.ReplaceAll(line, "\t", " "))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// maxMessage limits an error, in bytes. That of inject has a line for each document.
+const maxMessage = 64 << 10
 
 // errFound ends a command that has printed what it found, and found something wrong.
 var errFound = errors.New("found something wrong")

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"io"
 	"os"
 	"path/filepath"
@@ -55,9 +54,16 @@ func TestExitCodes(t *testing.T) {
 			t.Errorf("%s: exit code %d and %q, want %d and %q", tt.args, code, stderr, tt.code, tt.stderr)
 		}
 	}
-	if code := execute(context.Background(), &cobra.Command{SilenceErrors: true, SilenceUsage: true, RunE: func(*cobra.Command, []string) error { return errFound }}, io.Discard); code != exitFailed {
+	if code := execute(t.Context(), failing(errFound), io.Discard); code != exitFailed {
 		t.Errorf("after a finding, the exit code is %d, want %d", code, exitFailed)
 	}
+}
+
+// failing returns a command that fails.
+func failing(err error) *cobra.Command {
+	command := &cobra.Command{Use: "credence", SilenceErrors: true, SilenceUsage: true, RunE: func(*cobra.Command, []string) error { return err }}
+	command.SetArgs([]string{})
+	return command
 }
 
 // TestHelp: each command has a summary, a description and, unless it needs none, an example. Each flag has a description.

@@ -8,11 +8,11 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"k8s.io/apimachinery/pkg/util/validation"
 
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/operator/sessions"
 )
@@ -65,7 +65,7 @@ It needs, in the namespace of Credence: list pods, create pods/portforward.`,
 		if err != nil {
 			return err
 		}
-		show := func() error { return showSessions(command, client, found.Namespace, q, form) }
+		show := func() error { return c.showSessions(command, client, found.Namespace, q, form) }
 		if watch {
 			return repeat(command, show)
 		}
@@ -79,7 +79,7 @@ It needs, in the namespace of Credence: list pods, create pods/portforward.`,
 }
 
 // showSessions shows all sessions once.
-func showSessions(command *cobra.Command, client *installation.Client, namespace string, q sessions.Query, format sessions.Format) error {
+func (c *cluster) showSessions(command *cobra.Command, client *installation.Client, namespace string, q sessions.Query, format sessions.Format) error {
 	snapshot, err := sessions.Gather(command.Context(), client, namespace, q)
 	if err != nil {
 		return err
@@ -97,7 +97,7 @@ func showSessions(command *cobra.Command, client *installation.Client, namespace
 		return nil
 	case q.Pod != "":
 		namespace, name, _ := strings.Cut(q.Pod, "/")
-		_, _ = fmt.Fprintf(command.ErrOrStderr(), "no broker has a session for pod %s; the pod's Events may have the reason: kubectl -n %s describe pod %s\n", q.Pod, namespace, name)
+		_, _ = fmt.Fprintf(command.ErrOrStderr(), "no broker has a session for pod %s; the pod's Events may have the reason: %s\n", q.Pod, c.target().Kubectl("-n", namespace, "describe", "pod", name))
 		return errFound
 	}
 	_, _ = fmt.Fprintf(command.ErrOrStderr(), "no session in %d brokers\n", len(snapshot.Brokers))
@@ -112,12 +112,9 @@ func repeat(command *cobra.Command, show func() error) error {
 			_, _ = io.WriteString(out, "\x1b[H\x1b[2J")
 		}
 		if err := show(); err != nil && !errors.Is(err, errFound) && ctx.Err() == nil {
-			_, _ = fmt.Fprintln(command.ErrOrStderr(), err)
+			_, _ = fmt.Fprintln(command.ErrOrStderr(), readable(err))
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(watchInterval):
-		}
+		wait(ctx, watchInterval)
 	}
 	return nil
 }
@@ -170,10 +167,10 @@ true, it also needs: create serviceaccounts/token credence-commands.`,
 		if err != nil {
 			return err
 		}
-		if err := what.Preview(command.ErrOrStderr(), snapshot, arn); err != nil {
+		if err := what.Preview(command.ErrOrStderr(), snapshot, arn, c.name(client)); err != nil {
 			return err
 		}
-		if !yes && !confirmed(command.Context(), command.InOrStdin(), command.ErrOrStderr()) {
+		if !yes && !confirmed(command.Context(), command.InOrStdin(), command.ErrOrStderr(), c.name(client)) {
 			return errors.New("not confirmed; nothing was changed")
 		}
 		all, err := what.Run(command.Context(), client, found, arn)
@@ -189,9 +186,10 @@ true, it also needs: create serviceaccounts/token credence-commands.`,
 	return command
 }
 
-// confirmed asks the user, and reports whether the response is yes.
-func confirmed(ctx context.Context, in io.Reader, out io.Writer) bool {
-	_, _ = io.WriteString(out, "\nContinue? [y/N] ")
+// confirmed asks the user, and reports whether the response is yes. It names the cluster, because the preview may have
+// scrolled away.
+func confirmed(ctx context.Context, in io.Reader, out io.Writer, cluster string) bool {
+	_, _ = fmt.Fprintf(out, "\nContinue in %s? [y/N] ", finding.Printable(cluster))
 	line := make(chan string, 1)
 	go func() { // Reading cannot be interrupted.
 		text, _ := bufio.NewReader(in).ReadString('\n')
@@ -252,7 +250,7 @@ It needs, in the namespace of Credence: list pods, get pods/log, create pods/por
 		case noCluster && len(s.AuditFiles) == 0:
 			return wrongFlags(errors.New("--files-only needs --audit"))
 		}
-		s.Stdin = command.InOrStdin()
+		s.Stdin = interruptible(command.Context(), command.InOrStdin())
 		if !noCluster {
 			client, found, err := c.find(command.Context())
 			if err != nil {

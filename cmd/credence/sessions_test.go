@@ -15,15 +15,20 @@ import (
 )
 
 func TestConfirmed(t *testing.T) {
+	var asked strings.Builder
+	confirmed(t.Context(), strings.NewReader(""), &asked, "context \"prod\x1b[2J\"")
+	if want := "\nContinue in context \"prod?[2J\"? [y/N] "; asked.String() != want {
+		t.Errorf("the question is %q, want %q", asked.String(), want)
+	}
 	for text, want := range map[string]bool{"y\n": true, " YES \n": true, "yes": true, "\n": false, "": false, "n\n": false, "yesterday\n": false} {
-		if got := confirmed(t.Context(), strings.NewReader(text), io.Discard); got != want {
+		if got := confirmed(t.Context(), strings.NewReader(text), io.Discard, ""); got != want {
 			t.Errorf("%q: %t", text, got)
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	in, _ := io.Pipe() // nobody writes
-	if confirmed(ctx, in, io.Discard) {
+	if confirmed(ctx, in, io.Discard, "") {
 		t.Error("an interrupted command is confirmed")
 	}
 }

@@ -39,7 +39,7 @@ func (in *injection) fromCluster(ctx context.Context, cfg manifests.Config) (man
 	}
 	name := in.cluster.name(client)
 	say := func(format string, args ...any) {
-		_, _ = fmt.Fprintf(in.command.ErrOrStderr(), in.command.CommandPath()+": "+format+"\n", args...)
+		_, _ = fmt.Fprintf(in.command.ErrOrStderr(), "%s: %s\n", in.command.CommandPath(), readable(fmt.Errorf(format, args...)))
 	}
 	if err == nil && found.Webhook == nil {
 		err = errors.Join(found.Problems...)

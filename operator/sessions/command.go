@@ -73,10 +73,11 @@ func (s Snapshot) RoleOf(name string) (string, error) {
 	return "", fmt.Errorf("%d roles have the name %q; use one of the ARNs: %s", len(roles), name, first(roles, 5))
 }
 
-// Preview prints what the command will touch in each broker.
-func (c Command) Preview(w io.Writer, s Snapshot, role string) error {
+// Preview prints what the command will touch in each broker. cluster names the cluster, which can be another one than the
+// user thinks.
+func (c Command) Preview(w io.Writer, s Snapshot, role, cluster string) error {
 	var out strings.Builder
-	_, _ = fmt.Fprintf(&out, "%s the sessions of %s in %d brokers:\n\n", c.Name, finding.Printable(role), len(s.Brokers))
+	_, _ = fmt.Fprintf(&out, "%s the sessions of %s in %d brokers of namespace %s, %s:\n\n", c.Name, finding.Printable(role), len(s.Brokers), s.Namespace, finding.Printable(cluster))
 	t := newTable(&out, maxWide, "BROKER", "SESSIONS", "PODS", "NAMESPACES", "NOTE")
 	for _, b := range s.Brokers {
 		sessions, pods := 0, 0

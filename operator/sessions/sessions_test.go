@@ -168,10 +168,10 @@ func TestRoleOf(t *testing.T) {
 
 func TestPreviewAndReport(t *testing.T) {
 	var out strings.Builder
-	if err := sessions.Drop.Preview(&out, snapshot(), cart); err != nil {
+	if err := sessions.Drop.Preview(&out, snapshot(), cart, `context "prod"`); err != nil {
 		t.Fatal(err)
 	}
-	want := `drop the sessions of arn:aws:iam::123456789012:role/shop/cart in 3 brokers:
+	want := `drop the sessions of arn:aws:iam::123456789012:role/shop/cart in 3 brokers of namespace credence, context "prod":
 
 BROKER SESSIONS PODS NAMESPACES NOTE
 credence-broker-6f8d-aaaaa 1 2 shop -
