@@ -73,7 +73,7 @@ func runCheck(command *cobra.Command, c *cluster, o checkOptions) error {
 	if err != nil {
 		return err
 	}
-	cfg := check.Config{Version: program.Version(), Namespace: c.overrides.Context.Namespace, Ignore: o.ignore}
+	cfg := check.Config{Version: program.Version(), Namespace: c.overrides.Context.Namespace, Ignore: o.ignore, Target: c.target()}
 	once := func(ctx context.Context) (*check.Result, error) {
 		if o.before {
 			namespace := c.credence

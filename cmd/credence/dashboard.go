@@ -32,7 +32,7 @@ It needs the rights "get deployments", "list pods" and "create pods/portforward"
 			return err
 		}
 		name := c.name(client)
-		gatherer := &dashboard.Gatherer{Client: client, Cluster: name, Namespace: found.Namespace}
+		gatherer := &dashboard.Gatherer{Client: client, Cluster: name, Namespace: found.Namespace, Target: c.target()}
 		d, err := dashboard.New(dashboard.Config{Gather: gatherer.Gather})
 		if err != nil {
 			return err

@@ -158,13 +158,7 @@ func (c *cluster) explain(ctx context.Context, r snapshot.Request, try bool) (ex
 		return explain.Explanation{}, err
 	}
 	r.Judge = judgeOf(known)
-	r.Kubectl, r.Helm = []string{"kubectl"}, []string{"helm"}
-	if name := c.overrides.CurrentContext; name != "" {
-		r.Kubectl, r.Helm = append(r.Kubectl, "--context="+name), append(r.Helm, "--kube-context="+name)
-	}
-	if file := c.rules.ExplicitPath; file != "" {
-		r.Kubectl, r.Helm = append(r.Kubectl, "--kubeconfig="+file), append(r.Helm, "--kubeconfig="+file)
-	}
+	r.Target = c.target()
 	s, err := snapshot.Gather(ctx, client, known, r)
 	if err != nil {
 		return explain.Explanation{}, err

@@ -29,7 +29,7 @@ const (
 func (s *snapshot) reinstall(what string, commands ...string) *finding.Remedy {
 	return &finding.Remedy{
 		Who: finding.ClusterAdmin, What: what, Page: "docs/install.md",
-		Commands: append(commands, fmt.Sprintf("helm -n %s list", s.Namespace)),
+		Commands: append(commands, s.Target.Command("helm -n %s list", s.Namespace)),
 	}
 }
 
@@ -52,16 +52,16 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 	}
 	describe := func(pod string) *finding.Remedy {
 		return &finding.Remedy{Who: finding.ClusterAdmin, What: "Fix the reason above", Page: "docs/operations.md", Commands: []string{
-			fmt.Sprintf("kubectl -n %s describe pod %s", s.Namespace, pod), fmt.Sprintf("kubectl -n %s logs %s", s.Namespace, pod),
+			s.Target.Command("kubectl -n %s describe pod %s", s.Namespace, pod), s.Target.Command("kubectl -n %s logs %s", s.Namespace, pod),
 		}}
 	}
 	switch {
 	case want == 0 && good == 0:
-		r.fail("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "Start it", Commands: []string{fmt.Sprintf("kubectl -n %s scale deployment/%s --replicas=2", s.Namespace, name)}},
+		r.fail("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "Start it", Commands: []string{s.Target.Command("kubectl -n %s scale deployment/%s --replicas=2", s.Namespace, name)}},
 			"no %s is wanted (replicas: 0), so %s", strings.TrimPrefix(name, "credence-"), without)
 		return
 	case good == 0 && len(bad) == 0:
-		r.fail("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See why the pods are not created", Commands: []string{fmt.Sprintf("kubectl -n %s describe replicaset -l app.kubernetes.io/component=%s", s.Namespace, strings.TrimPrefix(name, "credence-"))}},
+		r.fail("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See why the pods are not created", Commands: []string{s.Target.Command("kubectl -n %s describe replicaset -l app.kubernetes.io/component=%s", s.Namespace, strings.TrimPrefix(name, "credence-"))}},
 			"has no pods, so %s", without)
 		return
 	case good >= want && len(bad) == 0:
@@ -80,7 +80,7 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 		}
 	}
 	if len(bad) == 0 {
-		r.warn("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See why pods are missing", Commands: []string{fmt.Sprintf("kubectl -n %s describe deployment %s", s.Namespace, name)}}, "%d of %d ready", good, want)
+		r.warn("deployment/"+name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See why pods are missing", Commands: []string{s.Target.Command("kubectl -n %s describe deployment %s", s.Namespace, name)}}, "%d of %d ready", good, want)
 	}
 }
 
@@ -108,7 +108,7 @@ func webhookConfiguration(s *snapshot, r *results) {
 		return
 	}
 	subject := "mutatingwebhookconfiguration/" + configuration
-	show := "kubectl get mutatingwebhookconfiguration " + configuration + " -o yaml"
+	show := s.Target.Command("kubectl get mutatingwebhookconfiguration %s -o yaml", configuration)
 	hook := s.hook()
 	if hook == nil {
 		r.fail(subject, s.reinstall("Install the chart again"), "it or its entry %s does not exist, so the API server injects no pod", entry)
@@ -160,10 +160,10 @@ func verify(served []*x509.Certificate, roots []*x509.Certificate, name string, 
 
 // serving checks the certificates that the pods of a component serve.
 func (s *snapshot) serving(r *results, members []survey.Member, component string, roots []*x509.Certificate, where string) {
-	certificate := fmt.Sprintf("kubectl -n %s describe certificate credence-%s", s.Namespace, component)
+	certificate := s.Target.Command("kubectl -n %s describe certificate credence-%s", s.Namespace, component)
 	remedy := func(what string) *finding.Remedy {
 		return &finding.Remedy{Who: finding.ClusterAdmin, What: what, Page: "docs/certificates.md", Commands: []string{
-			certificate, fmt.Sprintf("kubectl -n %s logs -l app.kubernetes.io/component=%s --tail=-1 --prefix | grep -i certificate", s.Namespace, component),
+			certificate, s.Target.Command("kubectl -n %s logs -l app.kubernetes.io/component=%s --tail=-1 --prefix | grep -i certificate", s.Namespace, component),
 		}}
 	}
 	seen, good := 0, 0
@@ -209,7 +209,7 @@ func webhookCertificate(s *snapshot, r *results) {
 		return
 	}
 	inject := &finding.Remedy{Who: finding.ClusterAdmin, What: "See that cert-manager's cainjector runs, or set certificates.roots of the chart", Page: "docs/certificates.md", Commands: []string{
-		"kubectl get pods --all-namespaces -l app.kubernetes.io/component=cainjector", "kubectl get mutatingwebhookconfiguration " + configuration + " -o yaml",
+		s.Target.Command("kubectl get pods --all-namespaces -l app.kubernetes.io/component=cainjector"), s.Target.Command("kubectl get mutatingwebhookconfiguration %s -o yaml", configuration),
 	}}
 	roots, err := certs.ParseRoots(hook.ClientConfig.CABundle)
 	switch {
@@ -237,7 +237,7 @@ func injection(s *snapshot, r *results) {
 			what = fmt.Sprintf("Allow connections from the control plane to port %d of the webhook's pods in firewalls and network policies", survey.Port(s.Found.WebhookArgs(), "listen", 9443))
 		}
 		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: what, Page: "docs/network.md", Commands: []string{
-			fmt.Sprintf("kubectl -n %s get pods,endpointslices -l app.kubernetes.io/component=webhook", s.Namespace),
+			s.Target.Command("kubectl -n %s get pods,endpointslices -l app.kubernetes.io/component=webhook", s.Namespace),
 		}}, "%v", s.Injected.Err)
 	case unread(r, s.Injected):
 	case !s.Injected.Value:
@@ -304,7 +304,7 @@ func otherWebhooks(s *snapshot, r *results) {
 		for _, hook := range c.Webhooks {
 			if c.Name != configuration && c.Name != ownCheck && strings.Contains(fmt.Sprint(hook.MatchConditions), s.Keys.Prefix()+"/") {
 				r.warn("mutatingwebhookconfiguration/"+c.Name, &finding.Remedy{Who: finding.ClusterAdmin, What: "See what it does, and remove it if it gives roles too", Commands: []string{
-					fmt.Sprintf("kubectl get mutatingwebhookconfiguration %s -o yaml", c.Name),
+					s.Target.Command("kubectl get mutatingwebhookconfiguration %s -o yaml", c.Name),
 				}}, "it acts on pods with annotations %s/*, too", s.Keys.Prefix())
 				return
 			}

@@ -1,7 +1,6 @@
 package check
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 
@@ -13,7 +12,7 @@ import (
 
 func certManager(s *snapshot, r *results) {
 	remedy := &finding.Remedy{Who: finding.ClusterAdmin, What: "Install cert-manager, or set certificates.source=secrets and bring certificates of your own", Page: "docs/install.md", Commands: []string{
-		"kubectl get pods --all-namespaces -l app.kubernetes.io/instance=cert-manager",
+		s.Target.Command("kubectl get pods --all-namespaces -l app.kubernetes.io/instance=cert-manager"),
 	}}
 	switch {
 	case s.CertManager.Err != nil && !s.CertManager.Forbidden():
@@ -32,10 +31,10 @@ func yourRights(s *snapshot, r *results) {
 	}
 	var missing survey.Tally
 	for _, text := range s.Yours.Value {
-		if strings.Contains(text, "create namespaces") && s.Target.Err == nil && s.Target.Value != nil {
+		if strings.Contains(text, "create namespaces") && s.Destination.Err == nil && s.Destination.Value != nil {
 			continue // It exists.
 		}
-		missing.Add(text, "kubectl auth can-i "+text)
+		missing.Add(text, s.canI(text))
 	}
 	if missing.Count > 0 {
 		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: "Run the installation, or give these rights to the person who does", Commands: missing.Commands, Page: "docs/install.md"},
@@ -53,7 +52,7 @@ func existingInstallation(s *snapshot, r *results) {
 		if c.Name == configuration {
 			owner := c.Annotations["meta.helm.sh/release-namespace"]
 			r.warn("mutatingwebhookconfiguration/"+configuration, &finding.Remedy{Who: finding.ClusterAdmin, What: "Upgrade the existing installation, or uninstall it first", Page: "docs/upgrade.md", Commands: []string{
-				"helm list --all-namespaces --filter credence", "credence check",
+				s.Target.Command("helm list --all-namespaces --filter credence"), "credence check",
 			}}, "Credence is already installed%s", map[bool]string{true: " in namespace " + owner, false: ""}[owner != ""])
 			return
 		}
@@ -62,17 +61,17 @@ func existingInstallation(s *snapshot, r *results) {
 }
 
 func targetPodSecurity(s *snapshot, r *results) {
-	if unread(r, s.Target) {
+	if unread(r, s.Destination) {
 		return
 	}
-	if s.Target.Value == nil {
+	if s.Destination.Value == nil {
 		r.ok("namespace %s does not exist yet; helm creates it with --create-namespace", s.Namespace)
 		return
 	}
-	level := s.Target.Value.Labels[survey.EnforceLabel]
+	level := s.Destination.Value.Labels[survey.EnforceLabel]
 	if !survey.ValidLevel(level) {
 		r.warn("namespace/"+s.Namespace, &finding.Remedy{Who: finding.ClusterAdmin, What: "Write privileged, baseline or restricted", Commands: []string{
-			fmt.Sprintf("kubectl label --overwrite namespace %s %s=restricted", s.Namespace, survey.EnforceLabel),
+			s.Target.Command("kubectl label --overwrite namespace %s %s=restricted", s.Namespace, survey.EnforceLabel),
 		}}, "its label %s has the invalid value %q, which the API server treats as restricted", survey.EnforceLabel, level)
 		return
 	}

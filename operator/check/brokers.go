@@ -44,11 +44,11 @@ func brokerAgreement(s *snapshot, r *results) {
 		}
 		slices.Sort(pods)
 		r.warn("", &finding.Remedy{Who: finding.ClusterAdmin, What: "Finish the rollout, or undo it", Page: "docs/operations.md", Commands: []string{
-			fmt.Sprintf("kubectl -n %s rollout status deployment/%s", s.Namespace, installation.BrokerName),
+			s.Target.Command("kubectl -n %s rollout status deployment/%s", s.Namespace, installation.BrokerName),
 		}}, "brokers differ in image or arguments, for example %s", strings.Join(pods[:min(len(pods), survey.MaxExamples)], " and "))
 	}
 	if len(unlisted) > 0 {
-		r.fail("service/"+installation.BrokerName, s.reinstall("See why its selector does not match these pods", fmt.Sprintf("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s -o yaml", s.Namespace, installation.BrokerName)),
+		r.fail("service/"+installation.BrokerName, s.reinstall("See why its selector does not match these pods", s.Target.Command("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s -o yaml", s.Namespace, installation.BrokerName)),
 			"it does not list ready brokers, so no sidecar calls them: %s", strings.Join(unlisted[:min(len(unlisted), survey.MaxExamples)], ", "))
 	}
 	if s.Listed.Err != nil {
@@ -82,7 +82,7 @@ func certificates(s *snapshot, r *results) {
 	for _, c := range s.Issued.Value {
 		subject := "certificate/" + c.GetName()
 		remedy := &finding.Remedy{Who: finding.ClusterAdmin, What: "See in its conditions and events what cert-manager waits for", Page: "docs/certificates.md", Commands: []string{
-			fmt.Sprintf("kubectl -n %s describe certificate %s", s.Namespace, c.GetName()),
+			s.Target.Command("kubectl -n %s describe certificate %s", s.Namespace, c.GetName()),
 		}}
 		if ok, message := condition(c, "Ready"); !ok {
 			bad++
@@ -142,8 +142,8 @@ func configFiles(s *snapshot, r *results) {
 	webhooks, _ := measured(&results{}, s.Webhooks)
 	edit := func(name string) *finding.Remedy {
 		return &finding.Remedy{Who: finding.ClusterAdmin, What: "Correct it in the values of the chart; pods that restart do not start with it", Page: "docs/operations.md", Commands: []string{
-			fmt.Sprintf("kubectl -n %s get configmap %s -o yaml", s.Namespace, name),
-			fmt.Sprintf("kubectl -n %s logs -l app.kubernetes.io/part-of=credence --tail=-1 --prefix | grep 'Could not use'", s.Namespace),
+			s.Target.Command("kubectl -n %s get configmap %s -o yaml", s.Namespace, name),
+			s.Target.Command("kubectl -n %s logs -l app.kubernetes.io/part-of=credence --tail=-1 --prefix | grep 'Could not use'", s.Namespace),
 		}}
 	}
 	rejected := func(all []survey.Metrics, name string) bool {
@@ -201,7 +201,7 @@ func metricsInBounds(s *snapshot, r *results) {
 		for _, t := range thresholds {
 			if v := m[t.metric]; v > t.over {
 				r.add(t.state, "pod/"+names[i], &finding.Remedy{Who: finding.ClusterAdmin, What: t.what, Page: "docs/operations.md#alerts", Commands: []string{
-					fmt.Sprintf("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
+					s.Target.Command("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
 				}}, fmt.Sprintf(t.text, v))
 			}
 		}
@@ -219,7 +219,7 @@ func awsIdentity(s *snapshot, r *results) {
 		calls, refused := m.Sum("credence_broker_sts_calls_total", ""), m.Sum("credence_broker_sts_calls_total", `outcome="BROKER_CREDENTIALS"`)
 		end, expires := m.Broker("base_credentials_expiry_timestamp_seconds")
 		remedy := &finding.Remedy{Who: finding.AWSAdmin, What: "Correct the identity of the brokers: keys, the trust policy of their role, or that of aws.assumeRole", Page: page, Commands: []string{
-			fmt.Sprintf("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
+			s.Target.Command("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
 		}}
 		switch left := end - float64(s.Now.Unix()); {
 		case refused > 0 && refused >= 0.5*calls:
@@ -248,7 +248,7 @@ func stsCalls(s *snapshot, r *results) {
 		bad += m.Sum("credence_broker_sts_calls_total", `outcome="STS_UNAVAILABLE"`) + m.Sum("credence_broker_sts_calls_total", `outcome="STS_THROTTLED"`)
 	}
 	remedy := &finding.Remedy{Who: finding.ClusterAdmin, What: "See the network to STS, its VPC endpoint, and AWS's status", Page: "docs/operations.md#when-sts-is-down", Commands: []string{
-		fmt.Sprintf("kubectl -n %s logs -l app.kubernetes.io/component=broker --tail=200 --prefix | grep -i sts", s.Namespace),
+		s.Target.Command("kubectl -n %s logs -l app.kubernetes.io/component=broker --tail=200 --prefix | grep -i sts", s.Namespace),
 	}}
 	bound, count := survey.Within(brokers, "credence_broker_sts_call_duration_seconds", 0.99)
 	// The counters have no history: they also count outages that are over. The last fetch of each session does not.
@@ -284,7 +284,7 @@ func clockSkew(s *snapshot, r *results) {
 		}
 		if math.Abs(skew) > 60 {
 			r.add(state, "pod/"+names[i], &finding.Remedy{Who: finding.ClusterAdmin, What: "Correct the time service of the pod's node", Commands: []string{
-				fmt.Sprintf("kubectl -n %s get pod %s -o wide", s.Namespace, names[i]),
+				s.Target.Command("kubectl -n %s get pod %s -o wide", s.Namespace, names[i]),
 			}}, fmt.Sprintf("AWS's clock is %.0f s ahead of this broker's; at 300 s AWS refuses its calls", skew))
 		}
 	}
@@ -327,7 +327,7 @@ func sessions(s *snapshot, r *results) {
 		left, known := m.Broker("stalest_session_seconds")
 		kept, warm = kept+k, warm+w
 		logs := &finding.Remedy{Who: finding.ClusterAdmin, What: "See why the fetches of this broker fail or wait", Page: "docs/operations.md#credencesessionsmissing", Commands: []string{
-			fmt.Sprintf("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
+			s.Target.Command("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
 		}}
 		coming, _ := m.Broker("fetches_in_flight")
 		if missing := k - w - refused - coming; missing > 0 {
@@ -347,7 +347,7 @@ func sessions(s *snapshot, r *results) {
 	}
 	if g.Single > 0 && len(s.Brokers) > 1 && s.steady() {
 		r.warn("", &finding.Remedy{Who: finding.ClusterAdmin, What: "See if brokers disagree on who is ready", Page: "docs/scale.md", Commands: []string{
-			fmt.Sprintf("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s -o yaml", s.Namespace, installation.BrokerName),
+			s.Target.Command("kubectl -n %s get endpointslices -l kubernetes.io/service-name=%s -o yaml", s.Namespace, installation.BrokerName),
 		}}, "%d of %s are on one broker only, so its loss makes pods wait", g.Single, some(g.Active, "session"))
 	}
 	if len(r.findings) == 0 {

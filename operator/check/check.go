@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/credence-iam/credence/broker/policy"
@@ -33,6 +32,8 @@ type Config struct {
 	Quick bool
 	// Ignore has the IDs of checks that are left out.
 	Ignore []string
+	// Target has the flags that choose the cluster, for the commands of remedies.
+	Target finding.Cluster
 }
 
 // check is one row of docs/check.md.
@@ -147,14 +148,8 @@ func (r *results) fail(subject string, m *finding.Remedy, format string, args ..
 	r.add(finding.Failed, subject, m, fmt.Sprintf(format, args...))
 }
 
-// maxText bounds the text of one finding. Messages of AWS and of expressions can be long.
-const maxText = 600
-
 func (r *results) add(state finding.State, subject string, m *finding.Remedy, text string) {
-	if len(text) > maxText {
-		text = strings.ToValidUTF8(text[:maxText], "") + "…"
-	}
-	r.findings = append(r.findings, finding.Finding{Step: r.id, Subject: subject, State: state, Text: finding.Printable(text), Remedy: m})
+	r.findings = append(r.findings, finding.Finding{Step: r.id, Subject: subject, State: state, Text: text, Remedy: m})
 }
 
 // maxFindings limits the findings of one check: there can be 63 brokers.
@@ -195,13 +190,13 @@ func Run(ctx context.Context, client *installation.Client, found *installation.I
 			limits = &file
 		}
 	}
-	s.Snapshot = survey.Gather(ctx, client, found, survey.Config{Version: cfg.Version, Namespace: cfg.Namespace, Quick: cfg.Quick, Limits: limits})
+	s.Snapshot = survey.Gather(ctx, client, found, survey.Config{Version: cfg.Version, Namespace: cfg.Namespace, Quick: cfg.Quick, Limits: limits, Target: cfg.Target})
 	return run(ctx, s, installed, cfg)
 }
 
 // Before checks a cluster before Credence is installed in a namespace, which need not exist yet.
 func Before(ctx context.Context, client *installation.Client, namespace string, cfg Config) (*Result, error) {
-	return run(ctx, &snapshot{Snapshot: survey.Before(ctx, client, namespace)}, before, cfg)
+	return run(ctx, &snapshot{Snapshot: survey.Before(ctx, client, namespace, cfg.Target)}, before, cfg)
 }
 
 func run(ctx context.Context, s *snapshot, checks []check, cfg Config) (*Result, error) {

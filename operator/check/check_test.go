@@ -318,7 +318,7 @@ var faults = []struct {
 	}, "you lack 1 right"},
 	{"existing-installation", finding.Warning, func(*testing.T, *snapshot) {}, "Credence is already installed"},
 	{"target-pod-security", finding.Warning, func(_ *testing.T, s *snapshot) {
-		s.Target.Value = &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{survey.EnforceLabel: "restrictd"}}}
+		s.Destination.Value = &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{survey.EnforceLabel: "restrictd"}}}
 	}, `has the invalid value "restrictd"`},
 	{"target-network", finding.Warning, func(_ *testing.T, s *snapshot) {
 		s.Network.Value = []networkingv1.NetworkPolicy{{ObjectMeta: metav1.ObjectMeta{Name: "deny"}, Spec: networkingv1.NetworkPolicySpec{PolicyTypes: []networkingv1.PolicyType{"Ingress"}}}}

@@ -69,10 +69,12 @@ func versions(s *snapshot, r *results) {
 	slices.Sort(all)
 	all = slices.Compact(all)
 	text := strings.Join(survey.Sorted(count), ", ")
-	rollout := fmt.Sprintf("kubectl -n %s rollout status deployment/%%s", s.Namespace)
+	rollout := func(name string) string {
+		return s.Target.Command("kubectl -n %s rollout status deployment/%s", s.Namespace, name)
+	}
 	remedy := &finding.Remedy{
 		Who: finding.ClusterAdmin, What: "Finish the upgrade of the chart, or roll it back", Page: "docs/upgrade.md",
-		Commands: []string{fmt.Sprintf(rollout, installation.WebhookName), fmt.Sprintf(rollout, installation.BrokerName)},
+		Commands: []string{rollout(installation.WebhookName), rollout(installation.BrokerName)},
 	}
 	for _, a := range all {
 		for _, b := range all {
@@ -99,6 +101,11 @@ func versions(s *snapshot, r *results) {
 	r.ok("%s", text)
 }
 
+// canI returns the command that shows whether a user has a right, which is written as its arguments.
+func (s *snapshot) canI(right string, more ...string) string {
+	return s.Target.Kubectl(slices.Concat([]string{"auth", "can-i"}, strings.Fields(right), more)...)
+}
+
 func rights(s *snapshot, r *results) {
 	if unread(r, s.Rights) {
 		return
@@ -106,7 +113,7 @@ func rights(s *snapshot, r *results) {
 	var missing survey.Tally
 	for _, right := range s.Rights.Value {
 		if !right.Allowed {
-			missing.Add(right.Who+": "+right.Can(), fmt.Sprintf("kubectl auth can-i %s --as=%s", right.Can(), right.What.User))
+			missing.Add(right.Who+": "+right.Can(), s.canI(right.Can(), "--as="+right.What.User))
 		}
 	}
 	if missing.Count > 0 {

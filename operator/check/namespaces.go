@@ -20,7 +20,7 @@ func some(n int, what string) string {
 
 func optInLabels(s *snapshot, r *results) {
 	if apierrors.IsNotFound(s.Namespaces.Err) {
-		r.fail("namespace/"+s.Scope, &finding.Remedy{Who: finding.Author, What: "Correct the name", Commands: []string{"kubectl get namespaces"}}, "it does not exist")
+		r.fail("namespace/"+s.Scope, &finding.Remedy{Who: finding.Author, What: "Correct the name", Commands: []string{s.Target.Command("kubectl get namespaces")}}, "it does not exist")
 		return
 	}
 	if unread(r, s.Namespaces) {
@@ -29,7 +29,7 @@ func optInLabels(s *snapshot, r *results) {
 	n := s.Namespaces.Value
 	if s.Scope != "" && len(n.OptedIn) == 0 && n.BadLabel.Count == 0 {
 		r.warn("namespace/"+s.Scope, &finding.Remedy{Who: finding.NamespaceOwner, What: "Opt it in, and say which roles it permits", Page: "docs/install.md", Commands: []string{
-			fmt.Sprintf("kubectl label namespace %s %s=%s", s.Scope, s.Keys.Name(policy.Inject), policy.Enabled),
+			s.Target.Command("kubectl label namespace %s %s=%s", s.Scope, s.Keys.Name(policy.Inject), policy.Enabled),
 		}}, "it is not opted in, so its pods get no sidecar")
 		return
 	}
@@ -47,7 +47,7 @@ func trust(s *snapshot, r *results) {
 		return
 	}
 	p, name := s.Published.Value, s.TrustName()
-	logs := fmt.Sprintf("kubectl -n %s logs -l app.kubernetes.io/component=broker --tail=-1 --prefix | grep -i roots", s.Namespace)
+	logs := s.Target.Command("kubectl -n %s logs -l app.kubernetes.io/component=broker --tail=-1 --prefix | grep -i roots", s.Namespace)
 	repair := func(what string, commands ...string) *finding.Remedy {
 		return &finding.Remedy{Who: finding.ClusterAdmin, What: what, Commands: commands, Page: "docs/certificates.md"}
 	}
@@ -58,7 +58,7 @@ func trust(s *snapshot, r *results) {
 			"ConfigMap %s does not exist, so the brokers have published no roots", name)
 		return
 	case p.Err != nil:
-		r.fail("namespace/"+s.Namespace, repair("Remove the ConfigMap; the brokers write it again", fmt.Sprintf("kubectl -n %s delete configmap %s", s.Namespace, name)),
+		r.fail("namespace/"+s.Namespace, repair("Remove the ConfigMap; the brokers write it again", s.Target.Command("kubectl -n %s delete configmap %s", s.Namespace, name)),
 			"ConfigMap %s has no valid roots: %v", name, p.Err)
 		return
 	}
@@ -68,7 +68,7 @@ func trust(s *snapshot, r *results) {
 		case !ok:
 			missing.Add(ns, "")
 		case got != want:
-			differ.Add(ns, fmt.Sprintf("kubectl -n %s get configmap %s -o yaml", ns, name))
+			differ.Add(ns, s.Target.Command("kubectl -n %s get configmap %s -o yaml", ns, name))
 		}
 	}
 	if missing.Count > 0 {

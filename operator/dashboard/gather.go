@@ -18,6 +18,7 @@ import (
 	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/operator/dashboard/view"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 )
 
@@ -43,6 +44,8 @@ type Gatherer struct {
 	Client *installation.Client
 	// Cluster is the name of the context, Namespace that of Credence. Required.
 	Cluster, Namespace string
+	// Target has the flags that choose the cluster.
+	Target finding.Cluster
 
 	refused    []view.Refused
 	refusedErr error
@@ -51,7 +54,7 @@ type Gatherer struct {
 
 // Gather returns the present state. What cannot be read is a problem of the snapshot. It is for one goroutine at a time.
 func (g *Gatherer) Gather(ctx context.Context) view.Snapshot {
-	s := view.Snapshot{Cluster: g.Cluster, Namespace: g.Namespace}
+	s := view.Snapshot{Cluster: g.Cluster, Namespace: g.Namespace, Target: g.Target}
 	problem := func(err error, right string) {
 		if isForbidden(err) {
 			err = fmt.Errorf("needs: %s; the cluster admin can grant it: %w", right, err)

@@ -184,8 +184,8 @@ func (s subject) unshadow(message string) finding.Remedy {
 		r.Commands = append([]string{s.in("annotate", "serviceaccount", account, "eks.amazonaws.com/role-arn-")}, s.recreate()...)
 	case strings.HasPrefix(name, "AWS_CONTAINER_"):
 		r.Who, r.What = finding.AWSAdmin, "delete the Pod Identity association of service account "+account+", then recreate the pod"
-		r.Commands = append([]string{shell("aws", "eks", "list-pod-identity-associations", "--cluster-name", "CLUSTER", "--namespace", s.NamespaceName, "--service-account", account),
-			shell("aws", "eks", "delete-pod-identity-association", "--cluster-name", "CLUSTER", "--association-id", "ID")}, s.recreate()...)
+		r.Commands = append([]string{finding.Shell("aws", "eks", "list-pod-identity-associations", "--cluster-name", "CLUSTER", "--namespace", s.NamespaceName, "--service-account", account),
+			finding.Shell("aws", "eks", "delete-pod-identity-association", "--cluster-name", "CLUSTER", "--association-id", "ID")}, s.recreate()...)
 	}
 	return r
 }

@@ -122,7 +122,7 @@ func healthy(t *testing.T) *world {
 	now := time.Now().UTC().Truncate(time.Second)
 	created := metav1.NewTime(now.Add(-time.Hour))
 	w := &world{t: t, rules: newRules(t, "arn:aws:iam::123456789012:role/"), Snapshot: &snapshot.Snapshot{
-		Now: now, Kubectl: []string{"kubectl"}, Helm: []string{"helm"}, NamespaceName: "shop",
+		Now: now, NamespaceName: "shop",
 		Namespace: &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
 			Name: "shop", Labels: map[string]string{"iam.amazonaws.com/inject": "enabled", "kubernetes.io/metadata.name": "shop"},
 			Annotations: map[string]string{"iam.amazonaws.com/permitted": roleARN}, CreationTimestamp: metav1.NewTime(now.Add(-24 * time.Hour)),

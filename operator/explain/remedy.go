@@ -3,8 +3,6 @@ package explain
 import (
 	"encoding/json"
 	"fmt"
-	"regexp"
-	"slices"
 	"strings"
 	"time"
 
@@ -14,23 +12,7 @@ import (
 	"github.com/credence-iam/credence/operator/finding"
 )
 
-// plain are words that a shell takes as they are.
-var plain = regexp.MustCompile(`^[A-Za-z0-9_./:=@%+,-]+$`)
-
-// shell returns words as one command line.
-func shell(words ...string) string {
-	quoted := make([]string, len(words))
-	for i, word := range words {
-		if quoted[i] = word; !plain.MatchString(word) {
-			quoted[i] = "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
-		}
-	}
-	return strings.Join(quoted, " ")
-}
-
-func (s subject) kubectl(words ...string) string {
-	return shell(append(slices.Clip(s.Kubectl), words...)...)
-}
+func (s subject) kubectl(words ...string) string { return s.Target.Kubectl(words...) }
 
 // in returns a command of kubectl in the pod's namespace.
 func (s subject) in(words ...string) string {
@@ -52,7 +34,7 @@ func (s subject) credence() string {
 
 // apply returns a command that applies an object.
 func (s subject) apply(object any) string {
-	return shell("echo", encode(object)) + " | " + s.kubectl("apply", "-f", "-")
+	return finding.Shell("printf", "%s", encode(object)) + " | " + s.kubectl("apply", "-f", "-")
 }
 
 // encode returns an object as JSON on one line.
@@ -107,7 +89,7 @@ func (s subject) reinstall() []string {
 				continue
 			}
 			if release := d.Annotations["meta.helm.sh/release-name"]; release != "" {
-				return []string{shell(append(slices.Clip(s.Helm), "-n", s.credence(), "get", "manifest", release)...) + " | " +
+				return []string{s.Target.Helm("-n", s.credence(), "get", "manifest", release) + " | " +
 					s.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-")}
 			}
 		}

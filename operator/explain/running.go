@@ -340,7 +340,7 @@ func (s subject) denied(step string, basis policy.Basis, message string) []findi
 	}
 	name := role.String()[strings.LastIndexByte(role.String(), '/')+1:]
 	document := encode(m{"Version": "2012-10-17", "Statement": []m{statement}})
-	iam := func(words ...string) string { return shell(append([]string{"aws", "iam"}, words...)...) }
+	iam := func(words ...string) string { return finding.Shell(append([]string{"aws", "iam"}, words...)...) }
 	look := iam("get-role", "--role-name", name, "--query", "Role.AssumeRolePolicyDocument")
 	update := iam("update-assume-role-policy", "--role-name", name, "--policy-document", document)
 	if len(actions) > 1 && !strings.Contains(message, "check that it exists") {

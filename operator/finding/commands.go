@@ -1,6 +1,7 @@
 package finding
 
 import (
+	"fmt"
 	"regexp"
 	"strings"
 )
@@ -42,4 +43,17 @@ func (c Cluster) command(program, context string, words []string) string {
 		all = append(all, "--kubeconfig="+c.Kubeconfig)
 	}
 	return Shell(append(all, words...)...)
+}
+
+// Command returns a command line that begins with kubectl or helm. Each %s stands for one argument, which is quoted.
+func (c Cluster) Command(format string, args ...string) string {
+	quoted := make([]any, len(args))
+	for n, arg := range args {
+		quoted[n] = Shell(arg)
+	}
+	program, rest, _ := strings.Cut(fmt.Sprintf(format, quoted...), " ")
+	if program == "helm" {
+		return c.Helm() + " " + rest
+	}
+	return c.Kubectl() + " " + rest
 }

@@ -2,7 +2,10 @@ package finding_test
 
 import (
 	"encoding/json"
+	"io/fs"
+	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -68,5 +71,39 @@ func TestWriteJSON(t *testing.T) {
 	var got string
 	if err := finding.WriteJSON(&out, value); err != nil || json.Unmarshal([]byte(out.String()), &got) != nil || got != value || !strings.Contains(out.String(), "é") || strings.ContainsAny(out.String(), "\u009b\u202e\U000e0001\x7f") {
 		t.Errorf("%v: %q is %q", err, got, out.String())
+	}
+}
+
+// TestCommand: each argument is one word, in the format and behind a pipe.
+func TestCommand(t *testing.T) {
+	c := finding.Cluster{Context: "prod"}
+	for want, got := range map[string]string{
+		"kubectl --context=prod -n x logs 'a; b' | grep -i sts": c.Command("kubectl -n %s logs %s | grep -i sts", "x", "a; b"),
+		"kubectl --context=prod label ns x k='$v'":              c.Command("kubectl label ns x %s=%s", "k", "$v"),
+		"helm --kube-context=prod -n x list":                    c.Command("helm -n %s list", "x"),
+	} {
+		if got != want {
+			t.Errorf("command is %s, want %s", got, want)
+		}
+	}
+}
+
+// TestAllCommandsAreQuoted: no package writes a command in another way.
+func TestAllCommandsAreQuoted(t *testing.T) {
+	literal, files := regexp.MustCompile("(Command\\()?[\"`](kubectl|helm) [^\"`]*[\"`]"), 0
+	if err := fs.WalkDir(os.DirFS(".."), ".", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile("../" + path)
+		files++
+		for _, match := range literal.FindAllString(string(text), -1) {
+			if !strings.HasPrefix(match, "Command(") && !strings.Contains(path, "misread.go") {
+				t.Errorf("operator/%s has %s; use finding.Cluster", path, match)
+			}
+		}
+		return err
+	}); err != nil || files < 30 {
+		t.Fatalf("read %d files: %v", files, err)
 	}
 }

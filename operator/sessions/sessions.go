@@ -92,7 +92,7 @@ func Gather(ctx context.Context, client *installation.Client, namespace string, 
 func brokersOf(ctx context.Context, client *installation.Client, namespace string) ([]installation.Broker, error) {
 	brokers, err := client.Brokers(ctx, namespace)
 	if err == nil && len(brokers) == 0 {
-		err = errors.New("no broker runs in namespace " + namespace + "; name the namespace of Credence with --credence-namespace, or see: kubectl -n " + namespace + " get pods")
+		err = errors.New("no broker runs in namespace " + namespace + "; name the namespace of Credence with --credence-namespace, or see its pods")
 	}
 	return brokers, err
 }

@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/credence-iam/credence/broker/clip"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/sidecar/contract"
 )
@@ -41,9 +42,9 @@ type Request struct {
 	// Manifest is read from File and not looked for in the cluster. Nil: Kind and Name are.
 	Manifest *Manifest
 	File     string
-	// Judge, Kubectl and Helm are as in [Snapshot].
-	Judge         Judge
-	Kubectl, Helm []string
+	// Judge and Target are as in [Snapshot].
+	Judge  Judge
+	Target finding.Cluster
 }
 
 // gatherer collects the parts of a snapshot at the same time.
@@ -60,7 +61,7 @@ type gatherer struct {
 // cannot be read.
 func Gather(ctx context.Context, client *installation.Client, found *installation.Installation, r Request) (*Snapshot, error) {
 	g := &gatherer{client: client, Snapshot: &Snapshot{
-		Kubectl: r.Kubectl, Helm: r.Helm, File: r.File, NamespaceName: r.Namespace, Judge: r.Judge,
+		Target: r.Target, File: r.File, NamespaceName: r.Namespace, Judge: r.Judge,
 		Problems: map[string]Problem{}, Variables: map[string]*corev1.ConfigMap{}, Installation: Installation{Found: found},
 	}}
 	g.part(ctx, "", func(ctx context.Context) (func(), error) {

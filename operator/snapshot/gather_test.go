@@ -64,6 +64,15 @@ func TestGather(t *testing.T) {
 	if got := time.Until(s.Now).Abs(); got > time.Hour {
 		t.Errorf("the API server's clock differs by %s", got)
 	}
+	for name, owner := range map[string]metav1.OwnerReference{"flag": {Kind: "pods", Name: "--all"}, "kind": {Kind: "--all", Name: "x"}, "plausible": {Kind: "Rollout", Name: "cart"}} {
+		owner.Controller, owner.APIVersion, owner.UID = new(true), "example.com/v1", "1"
+		p := pod("shop", name, nil)
+		p.OwnerReferences = []metav1.OwnerReference{owner}
+		server.Put(p)
+		if s, err := gather(name); err != nil || (s.Workload != nil) != (name == "plausible") {
+			t.Errorf("the owner of %s is %+v: %v", name, s.Workload, err)
+		}
+	}
 	if _, err := gather("absent"); err == nil || !strings.Contains(err.Error(), "name the controller, such as deployment/absent") {
 		t.Errorf("an absent pod: %v", err)
 	}

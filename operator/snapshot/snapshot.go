@@ -19,6 +19,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/sidecar/contract"
 	"github.com/credence-iam/credence/webhook/inject"
@@ -81,8 +82,8 @@ const (
 type Snapshot struct {
 	// Now is the time of the API server.
 	Now time.Time
-	// Kubectl and Helm begin the commands of remedies, such as kubectl --context=staging.
-	Kubectl, Helm []string
+	// Target has the flags that choose the cluster, for the commands of remedies.
+	Target finding.Cluster
 	// File is the manifest that the subject is from; empty if it is in the cluster.
 	File string
 

@@ -19,6 +19,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/kubernetes/scheme"
 )
@@ -227,7 +228,7 @@ func badness(p *corev1.Pod) int {
 // none. If the user may not read it, or it is of another kind, the pod counts as its template.
 func (g *gatherer) controllerOf(ctx context.Context, pod *corev1.Pod) *Workload {
 	reference := metav1.GetControllerOf(pod)
-	if reference == nil || reference.Kind == "Node" {
+	if reference == nil || reference.Kind == "Node" || !plausible(reference) {
 		return nil
 	}
 	w := &Workload{Kind: reference.Kind, Meta: metav1.ObjectMeta{Name: reference.Name}, Template: corev1.PodTemplateSpec{ObjectMeta: pod.ObjectMeta, Spec: pod.Spec}}
@@ -240,6 +241,12 @@ func (g *gatherer) controllerOf(ctx context.Context, pod *corev1.Pod) *Workload 
 		reference = metav1.GetControllerOf(&w.Meta)
 	}
 	return w
+}
+
+// plausible reports whether a reference can be one that a controller made. The API server accepts any kind and name, so the
+// author of a pod could choose what a command of a remedy takes as a flag.
+func plausible(r *metav1.OwnerReference) bool {
+	return len(validation.IsDNS1123Label(strings.ToLower(r.Kind))) == 0 && len(validation.IsDNS1123Subdomain(r.Name)) == 0
 }
 
 // Manifest is a pod or a controller of a manifest.

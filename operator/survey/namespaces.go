@@ -108,7 +108,7 @@ func (n *Namespaces) Add(s *Snapshot, ns *corev1.Namespace) {
 	label, labeled := ns.Labels[s.Keys.Name(policy.Inject)]
 	if !s.Keys.OptedIn(ns.Labels) {
 		if labeled && label != "disabled" {
-			n.BadLabel.Add(ns.Name+" ("+label+")", fmt.Sprintf("kubectl label --overwrite namespace %s %s=%s", ns.Name, s.Keys.Name(policy.Inject), policy.Enabled))
+			n.BadLabel.Add(ns.Name+" ("+label+")", s.Target.Command("kubectl label --overwrite namespace %s %s=%s", ns.Name, s.Keys.Name(policy.Inject), policy.Enabled))
 		}
 		return
 	}
@@ -116,7 +116,7 @@ func (n *Namespaces) Add(s *Snapshot, ns *corev1.Namespace) {
 	level := ns.Labels[EnforceLabel]
 	n.Levels[level]++
 	if !ValidLevel(level) {
-		n.BadLevel.Add(ns.Name+" ("+level+")", fmt.Sprintf("kubectl label --overwrite namespace %s %s=restricted", ns.Name, EnforceLabel))
+		n.BadLevel.Add(ns.Name+" ("+level+")", s.Target.Command("kubectl label --overwrite namespace %s %s=restricted", ns.Name, EnforceLabel))
 	}
 	about := policy.Namespace{Name: ns.Name, Labels: ns.Labels, Annotations: ns.Annotations}
 	permits := func(account string) error {
@@ -128,7 +128,7 @@ func (n *Namespaces) Add(s *Snapshot, ns *corev1.Namespace) {
 		}
 		return nil
 	}
-	show := fmt.Sprintf("kubectl get namespace %s -o yaml", ns.Name)
+	show := s.Target.Command("kubectl get namespace %s -o yaml", ns.Name)
 	err := permits(otherAccount)
 	refused, _ := errors.AsType[*credential.Error](err)
 	switch {

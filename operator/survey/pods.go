@@ -48,10 +48,10 @@ func (p *Pods) Add(s *Snapshot, pod *corev1.Pod) {
 		switch {
 		case !s.Namespaces.Value.OptedIn[pod.Namespace]:
 			if sidecar == nil {
-				p.NotOptedIn.Add(name, fmt.Sprintf("kubectl label namespace %s %s=%s", pod.Namespace, s.Keys.Name(policy.Inject), policy.Enabled))
+				p.NotOptedIn.Add(name, s.Target.Command("kubectl label namespace %s %s=%s", pod.Namespace, s.Keys.Name(policy.Inject), policy.Enabled))
 			}
 		case sidecar == nil || pod.Labels[s.Keys.Name(policy.Injected)] != "true":
-			p.Without.Add(name, restart(pod))
+			p.Without.Add(name, s.restart(pod))
 		}
 	}
 	if sidecar == nil {
@@ -63,19 +63,19 @@ func (p *Pods) Add(s *Snapshot, pod *corev1.Pod) {
 		p.Versions[version]++
 	}
 	if MinorsApart(version, s.WebhookVersion()) > 1 {
-		p.Apart.Add(name+" ("+version+")", restart(pod))
+		p.Apart.Add(name+" ("+version+")", s.restart(pod))
 	}
 	if why := s.outdated(pod, sidecar); why != "" {
-		p.Outdated.Add(name+" ("+why+")", restart(pod))
+		p.Outdated.Add(name+" ("+why+")", s.restart(pod))
 	}
 	for _, c := range pod.Status.InitContainerStatuses {
 		if c.Name != contract.ContainerName {
 			continue
 		}
 		if c.RestartCount > MaxRestarts {
-			p.Restarting.Add(fmt.Sprintf("%s (%d times)", name, c.RestartCount), fmt.Sprintf("kubectl -n %s logs %s -c %s --previous", pod.Namespace, pod.Name, c.Name))
+			p.Restarting.Add(fmt.Sprintf("%s (%d times)", name, c.RestartCount), s.Target.Command("kubectl -n %s logs %s -c %s --previous", pod.Namespace, pod.Name, c.Name))
 		} else if c.State.Running != nil && (c.Started == nil || !*c.Started) && s.Now.Sub(c.State.Running.StartedAt.Time) > Patience {
-			p.Waiting.Add(name, fmt.Sprintf("kubectl -n %s logs %s -c %s", pod.Namespace, pod.Name, c.Name))
+			p.Waiting.Add(name, s.Target.Command("kubectl -n %s logs %s -c %s", pod.Namespace, pod.Name, c.Name))
 		}
 	}
 }
@@ -116,7 +116,7 @@ func (s *Snapshot) outdated(pod *corev1.Pod, sidecar *corev1.Container) string {
 }
 
 // restart returns the command that replaces the pod by a new one.
-func restart(pod *corev1.Pod) string {
+func (s *Snapshot) restart(pod *corev1.Pod) string {
 	for _, o := range pod.OwnerReferences {
 		name := o.Name
 		switch o.Kind {
@@ -125,12 +125,12 @@ func restart(pod *corev1.Pod) string {
 			if !ok || pod.Labels["pod-template-hash"] == "" {
 				continue
 			}
-			return fmt.Sprintf("kubectl -n %s rollout restart deployment/%s", pod.Namespace, short)
+			return s.Target.Command("kubectl -n %s rollout restart deployment/%s", pod.Namespace, short)
 		case "StatefulSet", "DaemonSet":
-			return fmt.Sprintf("kubectl -n %s rollout restart %s/%s", pod.Namespace, strings.ToLower(o.Kind), name)
+			return s.Target.Command("kubectl -n %s rollout restart %s/%s", pod.Namespace, strings.ToLower(o.Kind), name)
 		}
 	}
-	return fmt.Sprintf("kubectl -n %s delete pod %s", pod.Namespace, pod.Name)
+	return s.Target.Command("kubectl -n %s delete pod %s", pod.Namespace, pod.Name)
 }
 
 func sidecarOf(spec *corev1.PodSpec) *corev1.Container {
@@ -167,12 +167,12 @@ const (
 )
 
 // Add looks at one node.
-func (n *Nodes) Add(node *corev1.Node) {
+func (n *Nodes) Add(s *Snapshot, node *corev1.Node) {
 	n.Total++
 	if strings.HasPrefix(node.Spec.ProviderID, "aws://") {
 		n.EC2++
 	}
 	if minor, ok := Minor(node.Status.NodeInfo.KubeletVersion); ok && minor < MinKubelet {
-		n.Old.Add(node.Name+" ("+node.Status.NodeInfo.KubeletVersion+")", fmt.Sprintf("kubectl drain %s --ignore-daemonsets", node.Name))
+		n.Old.Add(node.Name+" ("+node.Status.NodeInfo.KubeletVersion+")", s.Target.Command("kubectl drain %s --ignore-daemonsets", node.Name))
 	}
 }

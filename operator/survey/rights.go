@@ -73,7 +73,7 @@ func (s *Snapshot) wantedRights() (all []Right) {
 	return all
 }
 
-// Can returns the right as arguments of "kubectl auth can-i".
+// Can returns the right as the arguments of the subcommand "auth can-i" of kubectl.
 func (r Right) Can() string {
 	if n := r.What.NonResourceAttributes; n != nil {
 		return n.Verb + " " + n.Path

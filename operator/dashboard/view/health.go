@@ -59,7 +59,7 @@ func health(s Snapshot, sessions []sessionRow, n numbers, now time.Time) (all []
 func describe(s Snapshot, component string) *finding.Remedy {
 	return &finding.Remedy{
 		Who: finding.ClusterAdmin, What: "See why its pods are not ready", Page: pageOperations,
-		Commands: []string{"kubectl -n " + s.Namespace + " describe pods -l app.kubernetes.io/name=credence,app.kubernetes.io/component=" + component},
+		Commands: []string{s.Target.Command("kubectl -n %s describe pods -l app.kubernetes.io/name=credence,app.kubernetes.io/component=%s", s.Namespace, component)},
 	}
 }
 
@@ -70,7 +70,7 @@ func deploymentHealth(s Snapshot, component string, d *Deployment, effect string
 		f.State, f.Text = finding.Unknown, "its Deployment is not known"
 	case d.Want == 0:
 		f.State, f.Text, f.Remedy = finding.Failed, "its Deployment has 0 replicas, so "+effect,
-			&finding.Remedy{Who: finding.ClusterAdmin, What: "Scale it", Commands: []string{"kubectl -n " + s.Namespace + " scale deployment/credence-" + component + " --replicas=2"}}
+			&finding.Remedy{Who: finding.ClusterAdmin, What: "Scale it", Commands: []string{s.Target.Command("kubectl -n %s scale deployment/credence-%s --replicas=2", s.Namespace, component)}}
 	case d.Ready == 0:
 		f.State, f.Text, f.Remedy = finding.Failed, "none is ready, so "+effect, describe(s, component)
 	case d.Ready < d.Want:
@@ -102,11 +102,11 @@ func podsHealth(s Snapshot) (all []finding.Finding) {
 	}
 	if running > 1 && len(nodes) == 1 {
 		all = append(all, finding.Finding{Step: "placement", State: finding.Warning, Text: "all brokers are on one node: " + slices.Collect(maps.Keys(nodes))[0],
-			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "Give the cluster another node for them, then restart the brokers", Commands: []string{"kubectl -n " + s.Namespace + " rollout restart deployment/credence-broker"}}})
+			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "Give the cluster another node for them, then restart the brokers", Commands: []string{s.Target.Command("kubectl -n %s rollout restart deployment/credence-broker", s.Namespace)}}})
 	}
 	if len(versions) > 1 {
 		all = append(all, finding.Finding{Step: "versions", State: finding.Warning, Text: "different versions run: " + strings.Join(slices.Sorted(maps.Keys(versions)), ", "),
-			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "Wait for the end of the upgrade, or find out why it does not end", Commands: []string{"kubectl -n " + s.Namespace + " rollout status deployment/credence-broker"}, Page: "docs/upgrade.md"}})
+			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "Wait for the end of the upgrade, or find out why it does not end", Commands: []string{s.Target.Command("kubectl -n %s rollout status deployment/credence-broker", s.Namespace)}, Page: "docs/upgrade.md"}})
 	}
 	return all
 }
@@ -121,7 +121,7 @@ func brokerEvents(s Snapshot) (all []finding.Finding) {
 		seen[e.Event] = true
 		all = append(all, finding.Finding{Step: "pod " + e.Pod, State: finding.Warning, Text: e.Event + ": " + e.Message, Remedy: &finding.Remedy{
 			Who: finding.ClusterAdmin, What: "See the events of this pod", Page: pageOperations,
-			Commands: []string{"kubectl -n " + s.Namespace + " describe pod " + e.Pod},
+			Commands: []string{s.Target.Command("kubectl -n %s describe pod %s", s.Namespace, e.Pod)},
 		}})
 	}
 	return all

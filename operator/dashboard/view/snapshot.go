@@ -14,6 +14,7 @@ import (
 	"unique"
 
 	"github.com/credence-iam/credence/broker/debugapi"
+	"github.com/credence-iam/credence/operator/finding"
 )
 
 // Limits of one snapshot. Beyond them, the page says how much it leaves out.
@@ -29,6 +30,8 @@ type Snapshot struct {
 	Time time.Time
 	// Cluster is the name of the context in the kubeconfig, Namespace that of Credence.
 	Cluster, Namespace string
+	// Target has the flags that choose the cluster, for the commands of remedies.
+	Target finding.Cluster
 	// Problems say what could not be read, and which right is needed.
 	Problems []string
 	// Webhook and Broker are the Deployments. Nil: not known.
