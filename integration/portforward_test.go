@@ -237,3 +237,52 @@ func clientOf(t *testing.T, namespace, user string, rules []rbacv1.PolicyRule) *
 	})
 	return client
 }
+
+// TestPodsSayWhatTheyServe: what a broker waits for, its certificate, and debug pages on another port.
+func TestPodsSayWhatTheyServe(t *testing.T) {
+	kubelet := kubelettest.Start(t, credence.Client)
+	ns := kubetest.Namespace(t, credence.Client, nil, nil)
+	secured := httptest.NewTLSServer(http.NotFoundHandler())
+	t.Cleanup(secured.Close)
+	page := func(status int, text string) string {
+		return strings.TrimPrefix(pages(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status); _, _ = fmt.Fprint(w, text) }), "http://")
+	}
+	moved, off := brokerPod("b-moved"), brokerPod("c-off")
+	moved.Spec.Containers[0].Args = []string{"--debug-listen=127.0.0.1:9000"}
+	off.Spec.Containers[0].Args = []string{"--debug-listen="}
+	kubelet.Run(t, ns, brokerPod("a-waits"), kubelettest.Pod{Ports: map[int]string{
+		8080: page(http.StatusServiceUnavailable, "AWS identity: refused\n\npods: not listed yet\n"), 9443: secured.Listener.Addr().String(), 9444: silent(t),
+	}})
+	kubelet.Run(t, ns, moved, kubelettest.Pod{Ports: map[int]string{8080: page(http.StatusOK, "ready"), 9000: page(http.StatusOK, `{"grants":[{"role":"r"}]}`)}})
+	kubelet.Run(t, ns, off, kubelettest.Pod{})
+	client, err := installation.NewClient(control.Config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, brokers, err := client.Pods(t.Context(), ns)
+	if err != nil || len(brokers) != 3 {
+		t.Fatalf("%d brokers, %v", len(brokers), err)
+	}
+	waits, ready := &brokers[0], &brokers[1]
+	if got := client.Unready(t.Context(), waits, 8080); got != "AWS identity: refused\npods: not listed yet" {
+		t.Errorf("it waits for %q", got)
+	}
+	if got := client.Unready(t.Context(), ready, 8080); got != "" {
+		t.Errorf("a ready pod waits for %q", got)
+	}
+	if got, err := client.Certificates(t.Context(), waits, 9443, "x.svc"); err != nil || len(got) != 1 || !got[0].Equal(secured.Certificate()) {
+		t.Errorf("%d certificates, %v", len(got), err)
+	}
+	cause := errors.New("it takes too long")
+	ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, cause)
+	defer cancel()
+	if _, err := client.Certificates(ctx, waits, 9444, "x.svc"); !errors.Is(err, cause) {
+		t.Errorf("the handshake of a silent pod: %v", err)
+	}
+	if page, err := client.BrokerOf(ready).Grants(t.Context(), nil); err != nil || len(page.Grants) != 1 {
+		t.Errorf("debug pages on another port: %+v, %v", page, err)
+	}
+	if _, err := client.BrokerOf(&brokers[2]).Grants(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "its --debug-listen is empty") {
+		t.Errorf("a broker without debug pages: %v", err)
+	}
+}

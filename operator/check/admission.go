@@ -2,6 +2,7 @@ package check
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"fmt"
 	"slices"
@@ -44,7 +45,7 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 	}
 	var bad []survey.Member
 	for _, m := range members {
-		if survey.Ready(&m.Pod) {
+		if installation.Ready(&m.Pod) {
 			good++
 		} else {
 			bad = append(bad, m)
@@ -69,10 +70,7 @@ func (s *snapshot) component(r *results, name string, d *appsv1.Deployment, memb
 		return
 	}
 	for _, m := range bad {
-		why := survey.Trouble(&m.Pod)
-		if m.Pod.Status.Phase == corev1.PodRunning && m.Waits != "" {
-			why = m.Waits
-		}
+		why := cmp.Or(strings.ReplaceAll(m.Waits, "\n", "; "), installation.Trouble(&m.Pod), "phase "+string(m.Pod.Status.Phase))
 		if good == 0 {
 			r.fail("pod/"+m.Pod.Name, describe(m.Pod.Name), "not ready, nor is any other, so %s: %s", without, why)
 		} else {
@@ -169,7 +167,7 @@ func (s *snapshot) serving(r *results, members []survey.Member, component string
 	seen, good := 0, 0
 	var first *x509.Certificate
 	for _, m := range members {
-		if m.Pod.Status.Phase != corev1.PodRunning || !survey.Ready(&m.Pod) && m.Served.Err != nil {
+		if m.Pod.Status.Phase != corev1.PodRunning || !installation.Ready(&m.Pod) && m.Served.Err != nil {
 			continue // webhook-pods and broker-pods report it
 		}
 		if unread(r, m.Served) {
@@ -234,7 +232,7 @@ func injection(s *snapshot, r *results) {
 		case strings.Contains(text, "x509:"):
 			what = "See that cert-manager's cainjector runs and has set the caBundle"
 		case strings.Contains(text, "deadline exceeded"), strings.Contains(text, "imeout"), strings.Contains(text, "no route"):
-			what = fmt.Sprintf("Allow connections from the control plane to port %d of the webhook's pods in firewalls and network policies", survey.Port(s.Found.WebhookArgs(), "listen", 9443))
+			what = fmt.Sprintf("Allow connections from the control plane to port %d of the webhook's pods in firewalls and network policies", installation.Port(s.Found.WebhookArgs(), "listen", 9443))
 		}
 		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: what, Page: "docs/network.md", Commands: []string{
 			s.Target.Command("kubectl -n %s get pods,endpointslices -l app.kubernetes.io/component=webhook", s.Namespace),

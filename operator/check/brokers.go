@@ -33,7 +33,7 @@ func brokerAgreement(s *snapshot, r *results) {
 				forms[c.Image+"\x00"+strings.Join(c.Args, "\x00")] = m.Pod.Name
 			}
 		}
-		if s.Listed.Err == nil && survey.Ready(&m.Pod) && !s.Listed.Value[m.Pod.Name] {
+		if s.Listed.Err == nil && installation.Ready(&m.Pod) && !s.Listed.Value[m.Pod.Name] {
 			unlisted = append(unlisted, m.Pod.Name)
 		}
 	}
@@ -358,6 +358,6 @@ func sessions(s *snapshot, r *results) {
 // steady reports whether the brokers are old enough for each session to have two owners.
 func (s *snapshot) steady() bool {
 	return !slices.ContainsFunc(s.Brokers, func(m survey.Member) bool {
-		return !survey.Ready(&m.Pod) || s.Now.Sub(m.Pod.CreationTimestamp.Time) < survey.Settle
+		return !installation.Ready(&m.Pod) || s.Now.Sub(m.Pod.CreationTimestamp.Time) < survey.Settle
 	})
 }

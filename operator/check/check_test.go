@@ -220,9 +220,9 @@ var faults = []struct {
 	{"webhook-pods", finding.Failed, func(_ *testing.T, s *snapshot) { *s.Found.Webhook.Spec.Replicas, s.Webhooks = 0, nil }, "no webhook is wanted (replicas: 0)"},
 	{"webhook-pods", finding.Warning, func(_ *testing.T, s *snapshot) {
 		s.Webhooks[1].Pod.Status = corev1.PodStatus{Phase: corev1.PodPending, ContainerStatuses: []corev1.ContainerStatus{
-			{State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}},
+			{Name: "webhook", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}},
 		}}
-	}, "not ready, while 1 of 2 are: ImagePullBackOff no such image"},
+	}, "not ready, while 1 of 2 are: container webhook waits with ImagePullBackOff: no such image"},
 	{"webhook-configuration", finding.Failed, func(_ *testing.T, s *snapshot) { s.Configs.Value = s.Configs.Value[1:] }, "does not exist"},
 	{"webhook-configuration", finding.Failed, func(_ *testing.T, s *snapshot) {
 		s.Configs.Value[0].Webhooks[0].FailurePolicy = new(admissionv1.Ignore)

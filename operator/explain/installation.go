@@ -56,45 +56,20 @@ func (s subject) rulesFile() []finding.Finding {
 // ready counts the pods that are ready.
 func ready(pods []corev1.Pod) (n int) {
 	for i := range pods {
-		if isReady(&pods[i]) {
+		if installation.Ready(&pods[i]) {
 			n++
 		}
 	}
 	return n
-}
-
-func isReady(pod *corev1.Pod) bool {
-	return pod.DeletionTimestamp == nil && slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
-		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
-	})
 }
 
 func (s subject) readyBrokers() (n int) {
 	for _, b := range s.Installation.Brokers {
-		if isReady(&b.Pod) {
+		if installation.Ready(&b.Pod) {
 			n++
 		}
 	}
 	return n
-}
-
-// trouble returns why a pod of the installation is not ready, as its containers say; empty if they do not.
-func trouble(pod *corev1.Pod) string {
-	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
-		if w := c.State.Waiting; w != nil && w.Reason != "ContainerCreating" && w.Reason != "PodInitializing" {
-			text := "container " + c.Name + " waits with " + w.Reason + ": " + short(w.Message)
-			if t := c.LastTerminationState.Terminated; t != nil && t.Message != "" {
-				text += "; it ended with: " + short(t.Message)
-			}
-			return text
-		}
-	}
-	for _, c := range pod.Status.Conditions {
-		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
-			return "it is not scheduled: " + short(c.Message)
-		}
-	}
-	return ""
 }
 
 // down returns the failure of a Deployment without a ready pod; false if it has one, or is not known.
@@ -113,8 +88,8 @@ func (s subject) down(step, what string, d *appsv1.Deployment, pods []corev1.Pod
 		text = fmt.Sprintf("no %s runs: Deployment %s/%s has no pod", what, d.Namespace, d.Name)
 	}
 	for i := range pods {
-		if why := trouble(&pods[i]); why != "" {
-			text += ": pod " + pods[i].Name + ": " + why
+		if why := installation.Trouble(&pods[i]); why != "" {
+			text += ": pod " + pods[i].Name + ": " + short(why)
 			break
 		}
 	}

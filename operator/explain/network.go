@@ -10,6 +10,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/operator/finding"
+	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/operator/netpolicy"
 	"github.com/credence-iam/credence/operator/snapshot"
 )
@@ -61,7 +62,7 @@ func isTLS(text string) bool {
 
 // blocking returns the NetworkPolicies that keep the pod from DNS, or from the brokers, and the commands that allow it.
 func (s subject) blocking(dns bool) (names, commands []string) {
-	at := slices.IndexFunc(s.Installation.Brokers, func(b snapshot.Broker) bool { return isReady(&b.Pod) })
+	at := slices.IndexFunc(s.Installation.Brokers, func(b snapshot.Broker) bool { return installation.Ready(&b.Pod) })
 	if at < 0 {
 		return nil, nil
 	}
@@ -99,7 +100,7 @@ func (s subject) blocking(dns bool) (names, commands []string) {
 // addresses returns the addresses of the ready brokers.
 func (s subject) addresses() (all []netip.Addr) {
 	for _, b := range s.Installation.Brokers {
-		if a, err := netip.ParseAddr(b.Pod.Status.PodIP); err == nil && isReady(&b.Pod) {
+		if a, err := netip.ParseAddr(b.Pod.Status.PodIP); err == nil && installation.Ready(&b.Pod) {
 			all = append(all, a)
 		}
 	}

@@ -50,6 +50,9 @@ const (
 // callTimeout limits one call to a pod. A connection on which nothing happens for that long is closed.
 const callTimeout = 20 * time.Second
 
+// pagesTimeout limits all pages of one broker. 100,000 grants are some 60 MB.
+const pagesTimeout = 2 * time.Minute
+
 // Broker is one broker's pod. Its pages are read by port-forward, which needs the right "create pods/portforward".
 type Broker struct {
 	// Pod is the pod.
@@ -57,6 +60,9 @@ type Broker struct {
 
 	client *Client
 }
+
+// BrokerOf returns the broker of a pod.
+func (c *Client) BrokerOf(pod *corev1.Pod) Broker { return Broker{Pod: pod, client: c} }
 
 // Brokers returns the pods of the brokers, by name. It leaves out pods that have ended.
 func (c *Client) Brokers(ctx context.Context, namespace string) ([]Broker, error) {
@@ -80,28 +86,55 @@ var ErrCut = errors.New("the broker has more grants than are read; choose a role
 // Grants returns the state of all grants of the broker that the query selects: role, failing, pod. It reads as many pages
 // as there are, over one connection. It returns [ErrCut] with the grants if there are too many.
 func (b Broker) Grants(ctx context.Context, query url.Values) (debugapi.Page, error) {
-	transport := b.client.transport(b.Pod, BrokerDebugPort)
-	defer transport.CloseIdleConnections()
 	var all debugapi.Page
-	for n, left := 0, maxAllPages; n < maxPages && left > 0; n++ {
-		q := url.Values{"limit": {strconv.Itoa(pageGrants)}, "offset": {strconv.Itoa(len(all.Grants))}}
+	err := b.EachPage(ctx, query, func(page debugapi.Page) {
+		all.Time, all.Matched, all.LeftOut = page.Time, page.Matched, page.LeftOut
+		all.Grants = append(all.Grants, page.Grants...)
+	})
+	if err != nil && !errors.Is(err, ErrCut) {
+		return debugapi.Page{}, err
+	}
+	return all, err
+}
+
+// EachPage calls f with each page of [Broker.Grants]. A broker that somebody has taken over cannot make it last for ever.
+func (b Broker) EachPage(ctx context.Context, query url.Values, f func(debugapi.Page)) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, pagesTimeout, fmt.Errorf("its pages have not ended within %s", pagesTimeout))
+	defer cancel()
+	port, err := b.debugPort()
+	if err != nil {
+		return err
+	}
+	transport := b.client.transport(b.Pod, port)
+	defer transport.CloseIdleConnections()
+	offset, left := 0, maxAllPages
+	for n := 0; n < maxPages && left > 0; n++ {
+		q := url.Values{"limit": {strconv.Itoa(pageGrants)}, "offset": {strconv.Itoa(offset)}}
 		maps.Copy(q, query)
-		text, err := call(ctx, transport, b.Pod, http.MethodGet, BrokerDebugPort, debugapi.GrantsPath, q, "")
+		text, err := call(ctx, transport, b.Pod, http.MethodGet, port, debugapi.GrantsPath, q, "")
 		if err != nil {
-			return debugapi.Page{}, err
+			return err
 		}
 		left -= len(text)
 		var page debugapi.Page
 		if err := json.Unmarshal(text, &page); err != nil {
-			return debugapi.Page{}, fmt.Errorf("broker %s: its page %s is not understood; is it of another version? %w", b.Pod.Name, debugapi.GrantsPath, err)
+			return fmt.Errorf("broker %s: its page %s is not understood; is it of another version? %w", b.Pod.Name, debugapi.GrantsPath, err)
 		}
-		all.Time, all.Matched, all.LeftOut = page.Time, page.Matched, page.LeftOut
-		all.Grants = append(all.Grants, page.Grants...)
-		if page.LeftOut <= 0 || len(page.Grants) == 0 {
-			return all, nil
+		f(page)
+		if offset += len(page.Grants); page.LeftOut <= 0 || len(page.Grants) == 0 {
+			return nil
 		}
 	}
-	return all, ErrCut
+	return ErrCut
+}
+
+// debugPort returns the port of the debug pages.
+func (b Broker) debugPort() (int, error) {
+	port := Port(arguments(b.Pod.Spec.Containers, brokerComponent), "debug-listen", BrokerDebugPort)
+	if port == 0 {
+		return 0, fmt.Errorf("broker %s serves no debug pages: its --debug-listen is empty", b.Pod.Name)
+	}
+	return port, nil
 }
 
 // Get returns a page of the broker's pod.
@@ -112,9 +145,13 @@ func (b Broker) Get(ctx context.Context, port int, path string) ([]byte, error) 
 // Post sends a command to the broker, [debugapi.RenewPath] or [debugapi.DropPath], for the sessions of one role, with the
 // token of [Client.CommandToken]. If it fails, the broker may have carried out the command.
 func (b Broker) Post(ctx context.Context, path, role, token string) (debugapi.Result, error) {
-	transport := b.client.transport(b.Pod, BrokerDebugPort)
+	port, err := b.debugPort()
+	if err != nil {
+		return debugapi.Result{}, err
+	}
+	transport := b.client.transport(b.Pod, port)
 	defer transport.CloseIdleConnections()
-	text, err := call(ctx, transport, b.Pod, http.MethodPost, BrokerDebugPort, path, url.Values{"role": {role}}, token)
+	text, err := call(ctx, transport, b.Pod, http.MethodPost, port, path, url.Values{"role": {role}}, token)
 	if err != nil {
 		return debugapi.Result{}, err
 	}

@@ -28,7 +28,8 @@ const (
 	RulesConfigMap        = "credence-rules"
 	TrustConfigMap        = "credence-trust"
 	DefaultNamespace      = "credence"
-	selector              = "app.kubernetes.io/name=credence,app.kubernetes.io/component="
+	componentLabel        = "app.kubernetes.io/component"
+	selector              = "app.kubernetes.io/name=credence," + componentLabel + "="
 	brokerComponent       = "broker"
 	webhookComponent      = "webhook"
 	settingsKey, rulesKey = "settings.yaml", "rules.yaml"
@@ -146,7 +147,11 @@ func argsOf(d *appsv1.Deployment, container string) []string {
 	if d == nil {
 		return nil
 	}
-	for _, c := range d.Spec.Template.Spec.Containers {
+	return arguments(d.Spec.Template.Spec.Containers, container)
+}
+
+func arguments(containers []corev1.Container, container string) []string {
+	for _, c := range containers {
 		if c.Name == container {
 			return c.Args
 		}

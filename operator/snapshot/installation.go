@@ -2,13 +2,10 @@ package snapshot
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
-	"fmt"
 	"net/netip"
 	"net/url"
 	"slices"
-	"strings"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -51,24 +48,16 @@ func (g *gatherer) aboutInstallation(ctx context.Context, found *installation.In
 		identity := g.identity(ctx, found)
 		return func() { g.Installation.Identity = identity }, nil
 	})
-	pods := make(map[string][]corev1.Pod)
 	limited, cancel := context.WithTimeout(ctx, partTimeout)
 	defer cancel()
-	list, err := kube.CoreV1().Pods(ns).List(limited, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=credence", Limit: 500})
+	webhooks, brokers, err := g.client.Pods(limited, ns)
 	if err != nil {
 		g.fail(SourceBrokers, err)
 		return
 	}
-	for _, p := range list.Items {
-		if p.Status.Phase != corev1.PodSucceeded && p.Status.Phase != corev1.PodFailed {
-			component := p.Labels["app.kubernetes.io/component"]
-			pods[component] = append(pods[component], p)
-		}
-	}
-	webhooks := pods["webhook"]
 	g.mu.Lock()
 	g.Installation.WebhookPods = webhooks
-	for _, p := range g.ranked(pods["broker"]) {
+	for _, p := range g.ranked(brokers) {
 		g.Installation.Brokers = append(g.Installation.Brokers, Broker{Pod: p})
 	}
 	brokerStates := g.Installation.Brokers
@@ -92,7 +81,6 @@ func (g *gatherer) fail(source string, err error) {
 
 // ranked returns the brokers, those first that sidecars of the pod call first.
 func (g *gatherer) ranked(pods []corev1.Pod) []corev1.Pod {
-	slices.SortFunc(pods, func(a, b corev1.Pod) int { return strings.Compare(a.Name, b.Name) })
 	key, sidecar := "", g.Sidecar()
 	if sidecar == nil {
 		return pods
@@ -122,10 +110,7 @@ func (g *gatherer) ranked(pods []corev1.Pod) []corev1.Pod {
 // broker reads what one broker says. It stores into b, which only its own parts change.
 func (g *gatherer) broker(ctx context.Context, b *Broker) {
 	pod, ns := &b.Pod, b.Pod.Namespace
-	ready := slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
-		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
-	})
-	if !ready {
+	if !installation.Ready(pod) {
 		g.part(ctx, "", func(ctx context.Context) (func(), error) {
 			text := g.unready(ctx, pod)
 			return func() { b.Problem = text }, nil
@@ -244,19 +229,10 @@ func portOf(d *appsv1.Deployment) int {
 
 // serving returns the certificate that a pod presents for a name. It does not verify the certificate: see verify.
 func (g *gatherer) serving(ctx context.Context, pod *corev1.Pod, port int, name string) (*Serving, error) {
-	fail := func(err error) (*Serving, error) {
-		return nil, fmt.Errorf("reading the certificate of pod %s/%s: %w", pod.Namespace, pod.Name, err)
-	}
-	raw, err := g.client.DialPod(ctx, pod, port)
+	chain, err := g.client.Certificates(ctx, pod, port, name)
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
-	defer raw.Close()
-	conn := tls.Client(raw, &tls.Config{ServerName: name, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}) //nolint:gosec // It sends nothing, and reports what is wrong with the certificate.
-	if err := conn.HandshakeContext(ctx); err != nil {
-		return fail(err)
-	}
-	chain := conn.ConnectionState().PeerCertificates
 	return &Serving{From: chain[0].NotBefore, Until: chain[0].NotAfter, name: name, chain: chain}, nil
 }
 

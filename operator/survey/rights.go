@@ -1,9 +1,6 @@
 package survey
 
 import (
-	"net"
-	"slices"
-	"strconv"
 	"strings"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
@@ -90,17 +87,4 @@ func (r Right) Can() string {
 		return text + " -n " + a.Namespace
 	}
 	return text + " --all-namespaces"
-}
-
-// Port returns the port of an argument such as --listen=:9443, or its default. 0 means that it does not listen.
-func Port(args []string, name string, otherwise int) int {
-	if !slices.ContainsFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "--"+name+"=") }) {
-		return otherwise
-	}
-	_, text, err := net.SplitHostPort(installation.Arg(args, name))
-	if err != nil {
-		return 0
-	}
-	port, _ := strconv.Atoi(text)
-	return port
 }

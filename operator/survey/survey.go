@@ -6,16 +6,12 @@ package survey
 
 import (
 	"context"
-	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/maphash"
 	"net/http"
-	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -99,7 +95,7 @@ type Snapshot struct {
 	Nodes       Part[Nodes]
 	Webhooks    []Member
 	Brokers     []Member
-	Own         Part[[]corev1.Pod] // of Credence
+	Own         Part[bool] // whether Webhooks and Brokers are known
 	Configs     Part[[]admissionv1.MutatingWebhookConfiguration]
 	Policies    Part[[]admissionv1.ValidatingAdmissionPolicy]
 	Bindings    Part[[]admissionv1.ValidatingAdmissionPolicyBinding]
@@ -180,24 +176,16 @@ func Gather(ctx context.Context, client *installation.Client, found *installatio
 		s.Own.Err = err
 		return s
 	}
-	read(&s.Own, "list pods in namespace "+s.Namespace, func() ([]corev1.Pod, error) {
-		list, err := g.kube.CoreV1().Pods(s.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=credence"})
-		if err != nil {
-			return nil, err
-		}
-		return list.Items, nil
-	})()
-	for _, pod := range s.Own.Value {
-		if pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed || pod.DeletionTimestamp != nil {
-			continue
-		}
-		switch pod.Labels["app.kubernetes.io/component"] {
-		case "webhook":
-			s.Webhooks = append(s.Webhooks, Member{Pod: pod})
-		case "broker":
-			s.Brokers = append(s.Brokers, Member{Pod: pod})
-		}
+	webhooks, brokers, err := client.Pods(ctx, s.Namespace)
+	s.Own = Part[bool]{Err: err, Needs: "list pods in namespace " + s.Namespace}
+	for _, pod := range webhooks {
+		s.Webhooks = append(s.Webhooks, Member{Pod: pod})
 	}
+	for _, pod := range brokers {
+		s.Brokers = append(s.Brokers, Member{Pod: pod})
+	}
+	gone := func(m Member) bool { return m.Pod.DeletionTimestamp != nil }
+	s.Webhooks, s.Brokers = slices.DeleteFunc(s.Webhooks, gone), slices.DeleteFunc(s.Brokers, gone)
 	admission := g.kube.AdmissionregistrationV1()
 	run := []func(){
 		read(&s.Configs, "list mutatingwebhookconfigurations", func() ([]admissionv1.MutatingWebhookConfiguration, error) {
@@ -211,10 +199,10 @@ func Gather(ctx context.Context, client *installation.Client, found *installatio
 		read(&s.Published, g.across("list configmaps"), func() (Published, error) { return g.published(ctx) }),
 	}
 	for i := range s.Webhooks {
-		run = append(run, g.member(ctx, &s.Webhooks[i], Port(found.WebhookArgs(), "listen", 9443), Port(found.WebhookArgs(), "admin-listen", installation.BrokerAdminPort), cfg.Quick))
+		run = append(run, g.member(ctx, &s.Webhooks[i], "webhook", installation.Port(found.WebhookArgs(), "listen", 9443), installation.Port(found.WebhookArgs(), "admin-listen", installation.BrokerAdminPort), cfg.Quick))
 	}
 	for i := range s.Brokers {
-		run = append(run, g.member(ctx, &s.Brokers[i], 9443, installation.BrokerAdminPort, cfg.Quick))
+		run = append(run, g.member(ctx, &s.Brokers[i], "broker", 9443, installation.BrokerAdminPort, cfg.Quick))
 	}
 	run = append(run, func() {
 		read(&s.Namespaces, g.across("list namespaces"), func() (Namespaces, error) { return g.namespaces(ctx) })()
@@ -292,18 +280,17 @@ func (g *gatherer) across(right string) string {
 }
 
 // member reads what one pod of Credence serves.
-func (g *gatherer) member(ctx context.Context, m *Member, port, adminPort int, quick bool) func() {
+func (g *gatherer) member(ctx context.Context, m *Member, component string, port, adminPort int, quick bool) func() {
 	needs := "create pods/portforward in namespace " + g.s.Namespace
 	return func() {
 		if m.Pod.Status.Phase != corev1.PodRunning {
 			m.Served.Err, m.Metrics.Err = errNotRunning, errNotRunning
 			return
 		}
-		read(&m.Served, needs, func() ([]*x509.Certificate, error) { return g.served(ctx, &m.Pod, port) })()
-		if !Ready(&m.Pod) && m.Pod.Labels["app.kubernetes.io/component"] == "broker" {
-			if _, err := g.client.PodCall(ctx, &m.Pod, http.MethodGet, adminPort, "/readyz", nil); err != nil {
-				m.Waits = waits(err)
-			}
+		name := "credence-" + component + "." + g.s.Namespace + ".svc"
+		read(&m.Served, needs, func() ([]*x509.Certificate, error) { return g.client.Certificates(ctx, &m.Pod, port, name) })()
+		if component == "broker" && !installation.Ready(&m.Pod) {
+			m.Waits = g.client.Unready(ctx, &m.Pod, adminPort)
 		}
 		if !quick && adminPort != 0 {
 			read(&m.Metrics, needs, func() (Metrics, error) {
@@ -317,38 +304,7 @@ func (g *gatherer) member(ctx context.Context, m *Member, port, adminPort int, q
 	}
 }
 
-// waits returns the page of /readyz out of the error that it gives while the broker is not ready.
-func waits(err error) string {
-	if _, page, ok := strings.Cut(err.Error(), http.StatusText(http.StatusServiceUnavailable)+": "); ok {
-		if text, err := strconv.Unquote(page); err == nil {
-			return strings.Join(strings.Fields(text), " ")
-		}
-	}
-	return err.Error()
-}
-
 var errNotRunning = errors.New("the pod does not run")
-
-// served returns the certificates that a pod serves. It verifies nothing: checks do.
-func (g *gatherer) served(ctx context.Context, pod *corev1.Pod, port int) ([]*x509.Certificate, error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	conn, err := g.client.DialPod(ctx, pod, port)
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer stop()
-	secured := tls.Client(conn, &tls.Config{
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2", "http/1.1"},
-		InsecureSkipVerify: true, //nolint:gosec // G402: nothing is sent; the certificates are the result
-	})
-	if err := secured.HandshakeContext(ctx); err != nil {
-		return nil, fmt.Errorf("TLS handshake with pod %s, port %d: %w", pod.Name, port, err)
-	}
-	return secured.ConnectionState().PeerCertificates, nil
-}
 
 // endpoints returns the names of the pods that the brokers' Service lists as ready.
 func (g *gatherer) endpoints(ctx context.Context) (map[string]bool, error) {
@@ -425,15 +381,11 @@ type Grants struct {
 
 // grants reads the debug pages of all brokers.
 func (g *gatherer) grants(ctx context.Context) (Grants, error) {
-	port := Port(g.s.Found.BrokerArgs(), "debug-listen", installation.BrokerDebugPort)
-	if port == 0 {
-		return Grants{}, errors.New("--debug-listen of the brokers is empty")
-	}
 	var (
 		mu   sync.Mutex
 		seed = maphash.MakeSeed()
-		held = make(map[uint64]uint8) // :: hash of the grant → number of brokers with a session
-		seen = make(map[uint64]bool)  // grants whose last fetch failed
+		held = make(map[uint64]int)  // :: hash of the grant → broker with a session, from 1; -1 for several
+		seen = make(map[uint64]bool) // grants whose last fetch failed
 		sum  Grants
 		run  []func()
 		errs = make([]error, len(g.s.Brokers))
@@ -444,16 +396,7 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 			continue
 		}
 		run = append(run, func() {
-			for offset := 0; ; {
-				text, err := g.client.PodCall(ctx, pod, http.MethodGet, port, debugapi.GrantsPath, url.Values{"limit": {strconv.Itoa(page)}, "offset": {strconv.Itoa(offset)}})
-				var got debugapi.Page
-				if err == nil {
-					err = json.Unmarshal(text, &got)
-				}
-				if err != nil {
-					errs[i] = err
-					return
-				}
+			errs[i] = g.client.BrokerOf(pod).EachPage(ctx, nil, func(got debugapi.Page) {
 				mu.Lock()
 				for _, grant := range got.Grants {
 					if grant.Pods == 0 {
@@ -462,7 +405,11 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 					id := maphash.String(seed, grant.Grant)
 					// A session that is minutes old may not have reached the second owner.
 					if grant.AccessKeyID != "" && (grant.Issued == nil || g.s.Now.Sub(*grant.Issued) > Settle) {
-						held[id]++
+						if first := held[id]; first == 0 {
+							held[id] = i + 1
+						} else if first != i+1 { // A broker may say twice that it has one.
+							held[id] = -1
+						}
 					}
 					if grant.Reason == "" || seen[id] {
 						continue
@@ -473,19 +420,16 @@ func (g *gatherer) grants(ctx context.Context) (Grants, error) {
 						what = &sum.Refused
 					}
 					users := strings.Join(grant.Namespaces[:min(len(grant.Namespaces), 3)], " ")
-					what.Add(fmt.Sprintf("%s (%s, of namespace %s)", grant.Role, grant.Reason, users), "")
+					what.Add(fmt.Sprintf("%.200s (%.50s, of namespace %.200s)", grant.Role, grant.Reason, users), "")
 				}
 				mu.Unlock()
-				if offset += len(got.Grants); got.LeftOut == 0 || len(got.Grants) == 0 {
-					return
-				}
-			}
+			})
 		})
 	}
 	all(run...)
-	for _, n := range held {
+	for _, only := range held {
 		sum.Active++
-		if n == 1 {
+		if only > 0 {
 			sum.Single++
 		}
 	}

@@ -1,7 +1,6 @@
 package survey
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -278,17 +277,6 @@ go_goroutines 12
 	}
 	if _, err := parseMetrics([]byte("<html>")); err == nil {
 		t.Error("a page without metrics is parsed")
-	}
-}
-
-func TestWaits(t *testing.T) {
-	for text, want := range map[string]string{
-		`GET /readyz of pod credence/b, port 8080: status 503 Service Unavailable: "not ready:\nAWS identity: AWS refuses the keys\n"`: "not ready: AWS identity: AWS refuses the keys",
-		"the node refuses the port-forward": "the node refuses the port-forward",
-	} {
-		if got := waits(errors.New(text)); got != want {
-			t.Errorf("%s: %q, want %q", text, got, want)
-		}
 	}
 }
 

@@ -1,14 +1,11 @@
 package survey
 
 import (
-	"fmt"
 	"maps"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
-
-	corev1 "k8s.io/api/core/v1"
 )
 
 // imageName returns the last component of an image's repository.
@@ -66,32 +63,3 @@ func release(version string) (major, minor int, ok bool) {
 
 // Sorted returns the members of a set.
 func Sorted(set map[string]bool) []string { return slices.Sorted(maps.Keys(set)) }
-
-// Ready reports whether a pod is ready.
-func Ready(pod *corev1.Pod) bool {
-	return slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
-		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
-	})
-}
-
-// Trouble returns why a pod is not ready, in the words of the kubelet and of the scheduler.
-func Trouble(pod *corev1.Pod) string {
-	for _, c := range slices.Concat(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses) {
-		switch {
-		case c.State.Waiting != nil && c.State.Waiting.Reason != "PodInitializing":
-			text := c.State.Waiting.Reason
-			if last := c.LastTerminationState.Terminated; last != nil {
-				text += fmt.Sprintf(", exit code %d %s", last.ExitCode, last.Message)
-			}
-			return strings.TrimSpace(text + " " + c.State.Waiting.Message)
-		case c.State.Terminated != nil:
-			return fmt.Sprintf("ended with exit code %d %s", c.State.Terminated.ExitCode, c.State.Terminated.Message)
-		}
-	}
-	for _, c := range pod.Status.Conditions {
-		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
-			return c.Reason + ": " + c.Message
-		}
-	}
-	return "phase " + string(pod.Status.Phase)
-}
