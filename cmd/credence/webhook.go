@@ -21,7 +21,6 @@ import (
 	"github.com/credence-iam/credence/cmd/internal/program"
 	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/operator/manifests"
-	"github.com/credence-iam/credence/operator/versions"
 	"github.com/credence-iam/credence/webhook/inject"
 	"github.com/credence-iam/credence/webhook/settingsfile"
 )
@@ -52,7 +51,7 @@ func (in *injection) fromCluster(ctx context.Context, cfg manifests.Config) (man
 		return cfg, fmt.Errorf("reading the webhook's settings from %s: Deployment %s/%s has no arguments in a container named webhook; %s",
 			name, found.Namespace, installation.WebhookName, withoutCluster)
 	}
-	image := versions.ImageOf(found.Webhook, "webhook")
+	image := installation.ImageOf(found.Webhook, "webhook")
 	if err := in.useArgs(args); err != nil {
 		return cfg, fmt.Errorf("the webhook of %s, image %s: %w", name, image, err)
 	}
@@ -91,7 +90,7 @@ func (in *injection) fromCluster(ctx context.Context, cfg manifests.Config) (man
 
 // differ returns a warning if the versions of this command and of the webhook are of different minor versions, else "".
 func differ(own, webhook string) string {
-	if versions.Apart(own, webhook) == 0 {
+	if installation.Apart(own, webhook) == 0 {
 		return ""
 	}
 	return fmt.Sprintf("the webhook has version %s, this command %s, so results can differ; use credence %[1]s", webhook, own)

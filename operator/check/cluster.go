@@ -2,6 +2,7 @@ package check
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -29,17 +30,13 @@ func installationFound(s *snapshot, r *results) {
 	}
 }
 
-// minAPIServer is the oldest supported minor version of Kubernetes.
-const minAPIServer = 30
-
 func kubernetesVersion(s *snapshot, r *results) {
 	if unread(r, s.Server) {
 		return
 	}
-	minor, ok := survey.Minor("v" + s.Server.Value.Major + "." + s.Server.Value.Minor)
-	if ok && minor < minAPIServer {
-		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: fmt.Sprintf("Upgrade the control plane to Kubernetes 1.%d or newer", minAPIServer), Page: "docs/install.md"},
-			"the API server is of %s, Credence needs 1.%d", s.Server.Value.GitVersion, minAPIServer)
+	if installation.OlderKubernetes(s.Server.Value.Major+"."+s.Server.Value.Minor, installation.OldestKubernetes) {
+		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: fmt.Sprintf("Upgrade the control plane to Kubernetes 1.%d or newer", installation.OldestKubernetes), Page: "docs/install.md"},
+			"the API server is of %s, Credence needs 1.%d", s.Server.Value.GitVersion, installation.OldestKubernetes)
 		return
 	}
 	r.ok("the API server is of %s", s.Server.Value.GitVersion)
@@ -55,20 +52,20 @@ func versions(s *snapshot, r *results) {
 		for _, m := range members {
 			for _, c := range m.Pod.Spec.Containers {
 				if c.Name == component {
-					version := survey.Tag(c.Image)
+					version := installation.Image(c.Image).Label()
 					count[component+" "+version] = true
 					all = append(all, version)
 				}
 			}
 		}
 	}
-	if sidecar := installation.Arg(s.Found.WebhookArgs(), "sidecar-image"); sidecar != "" {
-		count["sidecar "+survey.Tag(sidecar)] = true
-		all = append(all, survey.Tag(sidecar))
+	if sidecar := installation.Image(installation.Arg(s.Found.WebhookArgs(), "sidecar-image")); sidecar != "" {
+		count["sidecar "+sidecar.Label()] = true
+		all = append(all, sidecar.Label())
 	}
 	slices.Sort(all)
 	all = slices.Compact(all)
-	text := strings.Join(survey.Sorted(count), ", ")
+	text := strings.Join(slices.Sorted(maps.Keys(count)), ", ")
 	rollout := func(name string) string {
 		return s.Target.Command("kubectl -n %s rollout status deployment/%s", s.Namespace, name)
 	}
@@ -78,7 +75,7 @@ func versions(s *snapshot, r *results) {
 	}
 	for _, a := range all {
 		for _, b := range all {
-			if survey.MinorsApart(a, b) > 1 {
+			if installation.Apart(a, b) > installation.MaxApart {
 				r.fail("", remedy, "parts are more than one minor version apart, which is not supported: %s", text)
 				return
 			}
@@ -89,7 +86,7 @@ func versions(s *snapshot, r *results) {
 		return
 	}
 	for _, v := range all {
-		if survey.MinorsApart(s.Version, v) > 1 {
+		if installation.Apart(s.Version, v) > installation.MaxApart {
 			r.warn("", &finding.Remedy{Who: finding.ClusterAdmin, What: "Use this command in version " + v, Page: "docs/upgrade.md"},
 				"this command is of version %s, more than one minor version from the cluster's %s", s.Version, v)
 			return

@@ -2,6 +2,8 @@ package check
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
@@ -63,7 +65,7 @@ func trust(s *snapshot, r *results) {
 		return
 	}
 	var missing, differ survey.Tally
-	for _, ns := range survey.Sorted(s.Namespaces.Value.OptedIn) {
+	for _, ns := range slices.Sorted(maps.Keys(s.Namespaces.Value.OptedIn)) {
 		switch got, ok := p.Digests[ns]; {
 		case !ok:
 			missing.Add(ns, "")

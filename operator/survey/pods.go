@@ -58,11 +58,11 @@ func (p *Pods) Add(s *Snapshot, pod *corev1.Pod) {
 		return
 	}
 	p.Injected++
-	version := Tag(sidecar.Image)
+	version := installation.Image(sidecar.Image).Label()
 	if _, known := p.Versions[version]; known || len(p.Versions) < maxVersions {
 		p.Versions[version]++
 	}
-	if MinorsApart(version, s.WebhookVersion()) > 1 {
+	if installation.Apart(version, s.WebhookVersion()) > installation.MaxApart {
 		p.Apart.Add(name+" ("+version+")", s.restart(pod))
 	}
 	if why := s.outdated(pod, sidecar); why != "" {
@@ -160,11 +160,8 @@ type Nodes struct {
 	Old        Tally // kubelets without native sidecars
 }
 
-// Kubernetes versions, as minors.
-const (
-	minAPIServer = 30
-	MinKubelet   = 29
-)
+// MinKubelet is the minor version of the oldest kubelet with native sidecars.
+const MinKubelet = 29
 
 // Add looks at one node.
 func (n *Nodes) Add(s *Snapshot, node *corev1.Node) {
@@ -172,7 +169,7 @@ func (n *Nodes) Add(s *Snapshot, node *corev1.Node) {
 	if strings.HasPrefix(node.Spec.ProviderID, "aws://") {
 		n.EC2++
 	}
-	if minor, ok := Minor(node.Status.NodeInfo.KubeletVersion); ok && minor < MinKubelet {
+	if installation.OlderKubernetes(node.Status.NodeInfo.KubeletVersion, MinKubelet) {
 		n.Old.Add(node.Name+" ("+node.Status.NodeInfo.KubeletVersion+")", s.Target.Command("kubectl drain %s --ignore-daemonsets", node.Name))
 	}
 }

@@ -20,7 +20,7 @@ func (s *Snapshot) WebhookVersion() string {
 	if s.Found.Webhook == nil {
 		return ""
 	}
-	return Tag(s.Found.Webhook.Spec.Template.Spec.Containers[0].Image)
+	return installation.ImageOf(s.Found.Webhook, "webhook").Label()
 }
 
 // wantedRights returns what the chart gives to the ServiceAccounts of brokers and webhook.

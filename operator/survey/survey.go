@@ -257,7 +257,7 @@ func (g *gatherer) clusterParts(ctx context.Context) []func() {
 			}, func(list *appsv1.DaemonSetList) {
 				for _, d := range list.Items {
 					for _, c := range d.Spec.Template.Spec.Containers {
-						if name := imageName(c.Image); name == "kiam" || name == "kube2iam" {
+						if name := installation.Image(c.Image).Name(); name == "kiam" || name == "kube2iam" {
 							found = append(found, d.Namespace+"/"+d.Name)
 						}
 					}

@@ -280,30 +280,6 @@ go_goroutines 12
 	}
 }
 
-func TestVersions(t *testing.T) {
-	for image, want := range map[string]string{
-		"ghcr.io/credence-iam/credence-broker:0.1.0": "0.1.0", "localhost:5000/credence-broker": "", "credence-broker:v1@sha256:" + strings.Repeat("0", 64): "v1",
-		"registry.example:5000/a/b@sha256:0123456789abcdef0123456789": "sha256:0123456789ab",
-	} {
-		if got := Tag(image); got != want {
-			t.Errorf("%s has tag %q, want %q", image, got, want)
-		}
-	}
-	for _, tt := range []struct {
-		a, b string
-		want int
-	}{{"0.1.0", "v0.1.9", 0}, {"v0.1.0", "0.3.0-rc.1", 2}, {"1.0.0", "0.9.0", 1000}, {"local", "0.9.0", 0}, {"", "0.9.0", 0}, {"0.9", "0.1.0", 0}} {
-		if got := MinorsApart(tt.a, tt.b); got != tt.want {
-			t.Errorf("%s and %s are %d apart, want %d", tt.a, tt.b, got, tt.want)
-		}
-	}
-	for version, want := range map[string]int{"v1.29.4-eks-1": 29, "v1.30+": 30, "v2.0.0": 0, "": 0} {
-		if got, _ := Minor(version); got != want {
-			t.Errorf("%s: minor %d, want %d", version, got, want)
-		}
-	}
-}
-
 func TestNodes(t *testing.T) {
 	var n Nodes
 	for _, version := range []string{"v1.28.5", "v1.29.0", "v1.37.2", ""} {

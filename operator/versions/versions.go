@@ -19,7 +19,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/version"
 
 	"github.com/credence-iam/credence/broker/clip"
 	"github.com/credence-iam/credence/broker/policy"
@@ -40,10 +39,6 @@ const (
 	firstTimeout = 20 * time.Second
 	// pageSize is how many pods one request lists. A page has a few MB.
 	pageSize = 500
-	// oldestMinor is the minor version of the oldest Kubernetes that Credence supports.
-	oldestMinor = 30
-	// maxApart is how many minor versions apart two parts still work together: docs/upgrade.md.
-	maxApart = 1
 	// maxNamed limits the namespaces that a finding names.
 	maxNamed = 5
 )
@@ -148,10 +143,10 @@ func kubernetes(ctx context.Context, client *installation.Client) (string, error
 
 // add counts the pod as one that runs the image in its container of that name.
 func (r *Report) add(part, container string, pod *corev1.Pod) {
-	image := Image("")
+	image := installation.Image("")
 	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
 		if c.Name == container {
-			image = Image(c.Image)
+			image = installation.Image(c.Image)
 		}
 	}
 	if image == "" || pod.Status.Phase != corev1.PodRunning {
@@ -182,10 +177,10 @@ func (r *Report) add(part, container string, pod *corev1.Pod) {
 
 // readPart reads the pods of a Deployment.
 func (r *Report) readPart(ctx context.Context, client *installation.Client, part string, d *appsv1.Deployment) error {
-	image := ImageOf(d, part)
+	image := installation.ImageOf(d, part)
 	said := "" // the version of an image without a tag
-	if image.tag() == "" {
-		said = Image(":" + d.Labels["app.kubernetes.io/version"]).Version()
+	if image.Tag() == "" {
+		said = installation.Image(":" + d.Labels["app.kubernetes.io/version"]).Version()
 	}
 	selector, err := metav1.LabelSelectorAsSelector(d.Spec.Selector)
 	if err == nil {
@@ -242,7 +237,7 @@ func eachPod(ctx context.Context, client *installation.Client, namespace, select
 // of returns the newest version of a part, "" if it is not known.
 func (r *Report) of(part string) (newest string) {
 	for _, p := range r.Programs {
-		if p.Part == part && p.Version != "" && (newest == "" || older(newest, p.Version)) {
+		if p.Part == part && p.Version != "" && (newest == "" || installation.Older(newest, p.Version)) {
 			newest = p.Version
 		}
 	}
@@ -261,23 +256,23 @@ func (r *Report) note(f finding.Finding) {
 
 // judge adds findings about versions that do not work together.
 func (r *Report) judge() {
-	if v, err := version.ParseGeneric(r.Kubernetes); err == nil && v.Major() == 1 && v.Minor() < oldestMinor {
+	if installation.OlderKubernetes(r.Kubernetes, installation.OldestKubernetes) {
 		r.note(finding.Finding{
-			Step: "Kubernetes", State: finding.Failed, Text: fmt.Sprintf("Kubernetes %s is older than 1.%d, the oldest that Credence supports", r.Kubernetes, oldestMinor),
+			Step: "Kubernetes", State: finding.Failed, Text: fmt.Sprintf("Kubernetes %s is older than 1.%d, the oldest that Credence supports", r.Kubernetes, installation.OldestKubernetes),
 			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "upgrade Kubernetes", Page: "docs/upgrade.md"},
 		})
 	}
 	newest := r.of(broker)
-	if hook := r.of(webhook); newest == "" || hook != "" && older(newest, hook) {
+	if hook := r.of(webhook); newest == "" || hook != "" && installation.Older(newest, hook) {
 		newest = hook
 	}
-	if apart := Apart(r.Client, newest); apart > maxApart {
+	if apart := installation.Apart(r.Client, newest); apart > installation.MaxApart {
 		r.skew("client", r.Client, "this command", newest, finding.Remedy{
 			Who: finding.Author, What: "install the credence command " + newest, Page: "docs/cli.md",
 		})
 	}
 	for _, p := range r.Programs {
-		if Apart(p.Version, newest) <= maxApart {
+		if installation.Apart(p.Version, newest) <= installation.MaxApart {
 			continue
 		}
 		what := fmt.Sprintf("%s of %d pods", p.Part, p.Pods)
@@ -355,10 +350,4 @@ func (r *Report) Write(w io.Writer) error {
 	}
 	all := finding.Report{Subject: "versions of " + r.Cluster, Findings: r.Findings}
 	return all.Write(w, finding.Style{})
-}
-
-// older reports whether a is an older version than b.
-func older(a, b string) bool {
-	x, y := parse(a), parse(b)
-	return x != nil && y != nil && x.LessThan(y)
 }
