@@ -264,7 +264,7 @@ func TestClusterCannotBeUsed(t *testing.T) {
 		"no webhook": {nil, nil, func(_ *testing.T, s *apitest.Server) {
 			s.Delete(&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: "credence-webhook"}})
 		}, []string{"found no Credence in this cluster", flagsHelp}},
-		"unknown argument":  {append([]string{"--shield=strong"}, webhookArgs...), nil, none, []string{"not defined: -shield", "registry.example/credence-webhook:1.2.3", "use the credence command of the webhook's version", flagsHelp}},
+		"unknown argument":  {append([]string{"--shield=strong"}, webhookArgs...), nil, none, []string{"does not understand its argument \"--shield=strong\"", "registry.example/credence-webhook:1.2.3", "use the credence command of the webhook's version", flagsHelp}},
 		"a variable":        {append([]string{"--sidecar-memory=$(MEMORY)"}, webhookArgs...), nil, none, []string{"--sidecar-memory=$(MEMORY) has a variable", "set --sidecar-memory"}},
 		"invalid argument":  {append([]string{"--sidecar-memory=1Mi"}, webhookArgs...), nil, none, []string{"--sidecar-memory=1Mi is not valid: 1Mi is out of bounds", "set --sidecar-memory"}},
 		"invalid together":  {append([]string{"--sidecar-cpu-request=900m"}, webhookArgs...), nil, none, []string{"--sidecar-cpu-limit: 100m is less than the request", "of the webhook of context"}},

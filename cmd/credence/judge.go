@@ -2,9 +2,6 @@ package main
 
 import (
 	"flag"
-	"io"
-	"slices"
-	"strings"
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/policy"
@@ -25,19 +22,17 @@ func judgeOf(found *installation.Installation) snapshot.Judge {
 	if found.Rules != "" {
 		file, invalid = rulesfile.Parse([]byte(found.Rules))
 	}
-	options := func(more ...string) (injectflags.Options, bool) {
+	options := func(base credential.RoleBase) (injectflags.Options, bool) {
 		f := flag.NewFlagSet("", flag.ContinueOnError)
-		f.SetOutput(io.Discard)
 		finish := injectflags.Define(f)
-		var args []string
-		for _, arg := range slices.Concat(found.WebhookArgs(), more) {
-			name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-			if f.Lookup(name) != nil { // The webhook has flags that are not about injection.
-				args = append(args, arg)
-			}
+		values, _ := injectflags.OfWebhook(f, found.WebhookArgs()) // A newer webhook may have flags that are not known here.
+		if !base.IsZero() {
+			values["base-arn"] = base.String()
 		}
-		if len(args) == 0 || f.Parse(args) != nil {
-			return injectflags.Options{}, false
+		for name, value := range values {
+			if f.Set(name, value) != nil {
+				return injectflags.Options{}, false
+			}
 		}
 		o, err := finish()
 		if err != nil {
@@ -51,12 +46,12 @@ func judgeOf(found *installation.Installation) snapshot.Judge {
 		}
 		return o, true
 	}
-	o, ok := options()
+	o, ok := options(credential.RoleBase{})
 	if !ok {
 		return snapshot.Judge{Rules: defaultRules(credential.RoleBase{}), Rebase: defaultRules}
 	}
 	return snapshot.Judge{Injector: o.Injector, Rules: o.Rules, RulesErr: invalid, Rebase: func(base credential.RoleBase) *policy.Rules {
-		if rebased, ok := options("--base-arn=" + base.String()); ok {
+		if rebased, ok := options(base); ok {
 			return rebased.Rules
 		}
 		return o.Rules

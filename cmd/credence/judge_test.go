@@ -30,6 +30,9 @@ func TestJudge(t *testing.T) {
 	if got := judge.Rules.Keys().Prefix(); got != "example.org" {
 		t.Errorf("prefix is %s", got)
 	}
+	if newer := judgeOf(withArgs(append([]string{"--shield=strong"}, args...)...)); newer.Injector == nil || newer.Rules.Keys().Prefix() != "example.org" {
+		t.Errorf("a webhook with a flag that is not known: %+v", newer)
+	}
 	base, err := credential.ParseRoleBase("arn:aws:iam::123456789012:role/")
 	if err != nil {
 		t.Fatal(err)

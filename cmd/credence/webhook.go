@@ -4,9 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
-	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -106,30 +104,10 @@ func ended(ctx context.Context, err error) error {
 
 // useArgs sets the flags that the command line lacks to the values in the webhook's arguments.
 func (in *injection) useArgs(args []string) error {
-	values := map[string]string{}
-	webhook := flag.NewFlagSet("", flag.ContinueOnError)
-	webhook.SetOutput(io.Discard)
-	in.shared.VisitAll(func(f *flag.Flag) {
-		keep := func(value string) error {
-			values[f.Name] = value
-			return nil
-		}
-		if b, ok := f.Value.(interface{ IsBoolFlag() bool }); ok && b.IsBoolFlag() {
-			webhook.BoolFunc(f.Name, "", keep)
-		} else {
-			webhook.Func(f.Name, "", keep)
-		}
-	})
-	for _, name := range injectflags.WebhookOnly {
-		webhook.String(name, "", "")
-	}
-	err := webhook.Parse(args)
-	if err == nil && webhook.NArg() > 0 {
-		err = fmt.Errorf("unexpected argument %q", webhook.Arg(0))
-	}
-	if err != nil {
+	values, unknown := injectflags.OfWebhook(in.shared, args)
+	if len(unknown) > 0 {
 		// An unknown argument may change what the webhook injects.
-		return fmt.Errorf("this command does not understand its arguments: %w; use the credence command of the webhook's version, or %s", err, withoutCluster)
+		return fmt.Errorf("this command does not understand its argument %.200q; use the credence command of the webhook's version, or %s", unknown[0], withoutCluster)
 	}
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		value := values[name]

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -18,6 +19,37 @@ import (
 
 // WebhookOnly are the other flags of the webhook. They do not change what it injects.
 var WebhookOnly = []string{"admin-listen", "kubeconfig", "listen", "log-level", "tls-cert", "tls-key"}
+
+// OfWebhook returns the values of the flags of f in the arguments of a webhook, by name, and the arguments that are neither
+// of f nor [WebhookOnly]: the webhook may be of a newer version.
+func OfWebhook(f *flag.FlagSet, args []string) (values map[string]string, unknown []string) {
+	values = map[string]string{}
+	for at := 0; at < len(args); at++ {
+		arg := args[at]
+		name, value, inline := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
+		known := f.Lookup(name)
+		boolean := false
+		if known != nil {
+			b, ok := known.Value.(interface{ IsBoolFlag() bool })
+			boolean = ok && b.IsBoolFlag()
+		}
+		switch {
+		case !strings.HasPrefix(arg, "-"), known == nil && !slices.Contains(WebhookOnly, name), !inline && !boolean && at+1 == len(args):
+			unknown = append(unknown, arg)
+			continue
+		case inline:
+		case boolean:
+			value = "true"
+		default:
+			at++
+			value = args[at]
+		}
+		if known != nil {
+			values[name] = value
+		}
+	}
+	return values, unknown
+}
 
 // Options are the values of the flags.
 type Options struct {
