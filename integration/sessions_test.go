@@ -92,10 +92,10 @@ func TestSessionsOfAllBrokers(t *testing.T) {
 	}
 	kubelet := kubelettest.Start(t, credence.Client)
 	system := kubetest.Namespace(t, credence.Client, nil, nil)
-	var posts []string
+	posts := make(chan string, 10)
 	older := pages(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPost {
-			posts = append(posts, r.URL.Path+" "+r.FormValue("role"))
+			posts <- r.URL.Path + " " + r.FormValue("role")
 			_, _ = fmt.Fprint(w, `{"sessions":1}`)
 			return
 		}
@@ -151,19 +151,23 @@ func TestSessionsOfAllBrokers(t *testing.T) {
 		t.Errorf("sessions -o json: %d %v\n%s", code, err, out)
 	}
 
-	testDrop(t, o, keys, &posts)
+	testDrop(t, o, keys, posts)
 	testWho(t, o, kubelet, ns, keys)
 }
 
 // testDrop drops the sessions of a role.
-func testDrop(t *testing.T, o *operator, keys map[string]string, posts *[]string) {
+func testDrop(t *testing.T, o *operator, keys map[string]string, posts <-chan string) {
 	t.Helper()
-	if out, stderr, code := o.run("sessions", "drop", "--role=sessions-cart"); code != 1 || !strings.Contains(stderr, "use --yes") || out != "" || len(*posts) > 0 {
+	if out, stderr, code := o.run("sessions", "drop", "--role=sessions-cart"); code != 1 || !strings.Contains(stderr, "use --yes") || out != "" || len(posts) > 0 {
 		t.Errorf("sessions drop without a terminal: %d\n%s%s", code, out, stderr)
 	}
 	out, stderr, code := o.run("sessions", "drop", "--role=sessions-cart", "--yes")
-	if code != 1 || !strings.Contains(stderr, arn("sessions-cart")+" in 3 brokers") || !slices.Equal(*posts, []string{"/debug/grants/drop " + arn("sessions-cart")}) {
-		t.Errorf("sessions drop: %d\n%s%s%q", code, out, stderr, *posts)
+	var got []string
+	for len(posts) > 0 {
+		got = append(got, <-posts)
+	}
+	if code != 1 || !strings.Contains(stderr, arn("sessions-cart")+" in 3 brokers") || !slices.Equal(got, []string{"/debug/grants/drop " + arn("sessions-cart")}) {
+		t.Errorf("sessions drop: %d\n%s%s%q", code, out, stderr, got)
 	}
 	for _, want := range []string{"broker credence-broker-1-gone: failed: ", "broker credence-broker-1-older: dropped 1 sessions\n", "broker credence-broker-1-real: dropped 1 sessions\n", "1 of 3 brokers failed; "} {
 		if !strings.Contains(out, want) {

@@ -175,7 +175,7 @@ func (c *Client) PodCall(ctx context.Context, pod *corev1.Pod, method string, po
 func (c *Client) transport(pod *corev1.Pod, port int) *http.Transport {
 	return &http.Transport{
 		MaxResponseHeaderBytes: maxHeader, DisableCompression: true, MaxConnsPerHost: 1,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return c.DialPod(ctx, pod, port) },
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return c.dialPod(ctx, pod, port) },
 	}
 }
 
@@ -225,10 +225,10 @@ func call(ctx context.Context, transport *http.Transport, pod *corev1.Pod, metho
 	return text, nil
 }
 
-// DialPod opens a connection to a port of a pod by port-forward: the protocol of kubectl, over WebSocket if the API server
+// dialPod opens a connection to a port of a pod by port-forward: the protocol of kubectl, over WebSocket if the API server
 // knows it and the user may use it, else over SPDY. Other users of this machine cannot use the connection, as they could
 // use a local port. It returns a [*ForbiddenError] if the user lacks the right.
-func (c *Client) DialPod(ctx context.Context, pod *corev1.Pod, port int) (net.Conn, error) {
+func (c *Client) dialPod(ctx context.Context, pod *corev1.Pod, port int) (net.Conn, error) {
 	u := c.Kube.CoreV1().RESTClient().Post().Resource("pods").Namespace(pod.Namespace).Name(pod.Name).SubResource("portforward").URL()
 	right := "create pods/portforward in namespace " + pod.Namespace
 	type result struct {

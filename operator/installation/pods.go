@@ -90,7 +90,7 @@ func (c *Client) Unready(ctx context.Context, pod *corev1.Pod, port int) string 
 func (c *Client) Certificates(ctx context.Context, pod *corev1.Pod, port int, name string) ([]*x509.Certificate, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout, fmt.Errorf("no response within %s", callTimeout))
 	defer cancel()
-	conn, err := c.DialPod(ctx, pod, port)
+	conn, err := c.dialPod(ctx, pod, port)
 	if err != nil {
 		return nil, fmt.Errorf("reading the certificate of pod %s/%s, port %d: %w", pod.Namespace, pod.Name, port, err)
 	}

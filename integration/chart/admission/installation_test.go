@@ -86,7 +86,7 @@ func everyObjectIsAccepted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, namespace := range []string{"credentials", "shop"} { // of the case "everything"
+		for _, namespace := range []string{"credentials", "monitoring", "shop"} { // of the case "everything"
 			if err := apply(t, &corev1.Namespace{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Namespace"}, ObjectMeta: metav1.ObjectMeta{Name: namespace}}); err != nil {
 				t.Fatal(err)
 			}
