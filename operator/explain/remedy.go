@@ -90,7 +90,8 @@ func (s subject) reinstall() []string {
 			}
 			if release := d.Annotations["meta.helm.sh/release-name"]; release != "" {
 				return []string{s.Target.Helm("-n", s.credence(), "get", "manifest", release) + " | " +
-					s.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-")}
+					// As helm, because its next upgrade would conflict with another owner of the fields.
+					s.kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=helm", "-f", "-")}
 			}
 		}
 	}
