@@ -51,7 +51,10 @@ func (s subject) conclude(r *finding.Report) string {
 				begin = "The pod has credentials, but"
 			}
 		}
-		sentence := fmt.Sprintf("%s: %s.", begin, strings.TrimSuffix(cause.Text, "."))
+		sentence := begin + ": " + strings.TrimSuffix(cause.Text, ".")
+		if !strings.HasSuffix(sentence, "?") {
+			sentence += "."
+		}
 		if m := cause.Remedy; m != nil {
 			sentence += fmt.Sprintf(" What to do (%s): %s.", m.Who, m.What)
 		}
