@@ -38,6 +38,10 @@ func TestHealthy(t *testing.T) {
 				w.Problems[source] = "needs: get something"
 			}
 		}, 5, "The pod has credentials; 5 steps are not known."},
+		"a list of pods that takes too long": {func(w *world) {
+			w.Installation.WebhookTLS, w.Installation.WebhookPods, w.Installation.Brokers = nil, nil, nil
+			w.Problems[snapshot.SourceBrokers] = "no response within 1.2s"
+		}, 2, "The pod has credentials of " + roleARN + " until "},
 		"variables of a Secret": {func(w *world) {
 			w.Pod.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "settings"}}}}
 		}, 1, "one step is not known."},

@@ -45,7 +45,7 @@ func (s subject) rulesFile() []finding.Finding {
 		return nil
 	}
 	// Programs that run keep the last valid file. Programs that start do not start with it.
-	f := failed(step, "the rules file is invalid: "+short(s.Judge.RulesErr.Error())+"; webhook and brokers keep the last valid one, and cannot start", finding.Remedy{
+	f := failed(step, "the rules file is invalid: "+short(s.Judge.RulesErr.Error())+"; running webhooks and brokers keep the last valid one, and new ones do not start", finding.Remedy{
 		Who: finding.ClusterAdmin, What: "correct the rules file (the chart's value rules)", Page: "docs/rules.md",
 		Commands: []string{s.inCredence("edit", "configmap", installation.RulesConfigMap)},
 	})
@@ -83,6 +83,9 @@ func (s subject) down(step, what string, d *appsv1.Deployment, pods []corev1.Pod
 				s.inCredence("scale", "deployment", d.Name, "--replicas=2"), s.inCredence("rollout", "status", "deployment/"+d.Name)},
 		}), true
 	}
+	if s.Problems[snapshot.SourceBrokers] != "" {
+		return finding.Finding{}, false // No pod could be listed.
+	}
 	text := fmt.Sprintf("no %s is ready", what)
 	if len(pods) == 0 {
 		text = fmt.Sprintf("no %s runs: Deployment %s/%s has no pod", what, d.Namespace, d.Name)
@@ -119,6 +122,8 @@ func (s subject) webhook(step string) (all []finding.Finding) {
 		}
 	}
 	switch tls := i.WebhookTLS; {
+	case tls == nil && s.Problems[snapshot.SourceBrokers] != "":
+		all = append(all, s.unknown(step, snapshot.SourceBrokers)...)
 	case tls == nil:
 		all = append(all, s.unknown(step, snapshot.SourceCertificate)...)
 	case !s.Now.Before(tls.Until):
