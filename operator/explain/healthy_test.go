@@ -83,6 +83,17 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
+// TestStarting: the Events of a kubelet that reads the ConfigMap of a new pod are no failure.
+func TestStarting(t *testing.T) {
+	w := healthy(t)
+	w.Log, w.Pod.Status.InitContainerStatuses[0].State = nil, corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "PodInitializing"}}
+	w.Messages = []snapshot.Message{{Reason: "FailedMount", Time: w.Now, Text: `MountVolume.SetUp failed for volume "credence-identity" : failed to sync configmap cache: timed out waiting for the condition`}}
+	x := explain.Explain(w.Snapshot)
+	if cause, wrong := x.Cause(); wrong || x.Healthy || x.Conclusion != "The pod waits for its first credentials." {
+		t.Errorf("cause is %+v, conclusion is %q", cause, x.Conclusion)
+	}
+}
+
 // TestServedMeanwhile: what fails while the pod has credentials is a warning.
 func TestServedMeanwhile(t *testing.T) {
 	for _, name := range []string{"brokers with 0 replicas", "unreachable STS", "role that AWS does not have", "brokers without their rights", "wrong keys of the brokers", "audience of the brokers only"} {

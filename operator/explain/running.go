@@ -68,7 +68,8 @@ func (s subject) waiting(step string, status *corev1.ContainerStatus, w *corev1.
 		return []finding.Finding{failed("sidecar image", fmt.Sprintf("the node cannot pull the sidecar's image %s: %s", s.Sidecar().Image, short(w.Reason+": "+w.Message)), s.image())}
 	case "ContainerCreating", "PodInitializing":
 		mount, ok := s.message(func(m snapshot.Message) bool {
-			return m.Reason == "FailedMount" || m.Reason == "FailedCreatePodSandBox"
+			// The kubelet's caches are not ready in the first seconds of a pod.
+			return (m.Reason == "FailedMount" || m.Reason == "FailedCreatePodSandBox") && !strings.Contains(m.Text, "failed to sync")
 		})
 		if ok && !strings.Contains(mount.Text, installation.TrustConfigMap) && s.Now.Sub(mount.Time) < 5*time.Minute {
 			return []finding.Finding{failed(step, "the kubelet cannot start the pod: "+short(mount.Text), finding.Remedy{
