@@ -231,7 +231,7 @@ func injection(s *snapshot, r *results) {
 		switch text := s.Injected.Err.Error(); {
 		case strings.Contains(text, "x509:"):
 			what = "See that cert-manager's cainjector runs and has set the caBundle"
-		case strings.Contains(text, "deadline exceeded"), strings.Contains(text, "imeout"), strings.Contains(text, "no route"):
+		case strings.Contains(text, "deadline exceeded"), strings.Contains(text, "i/o timeout"), strings.Contains(text, "Client.Timeout"), strings.Contains(text, "no route"):
 			what = fmt.Sprintf("Allow connections from the control plane to port %d of the webhook's pods in firewalls and network policies", installation.Port(s.Found.WebhookArgs(), "listen", 9443))
 		}
 		r.fail("", &finding.Remedy{Who: finding.ClusterAdmin, What: what, Page: "docs/network.md", Commands: []string{

@@ -457,6 +457,16 @@ func TestManyBrokers(t *testing.T) {
 	}
 }
 
+// The URL in the API server's message has a timeout, which is not that of the call.
+func TestInjectionWithoutWebhook(t *testing.T) {
+	s, r := healthy(t), &results{}
+	s.Injected.Err = errors.New(`failed calling webhook "check.credence-iam.github.io": failed to call webhook: Post "https://credence-webhook.credence.svc:443/mutate?timeout=5s": no endpoints available for service "credence-webhook"`)
+	injection(s, r)
+	if len(r.findings) != 1 || r.findings[0].Remedy.What != "See the pods of the webhook" {
+		t.Errorf("%+v", r.findings)
+	}
+}
+
 // Texts of the cluster cannot move the cursor, and long ones are cut.
 func TestHostileText(t *testing.T) {
 	s := healthy(t)
