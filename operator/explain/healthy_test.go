@@ -14,6 +14,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/credence-iam/credence/broker/assume/ststest"
+	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/operator/explain"
 	"github.com/credence-iam/credence/operator/finding"
@@ -42,6 +43,13 @@ func TestHealthy(t *testing.T) {
 			w.Installation.WebhookTLS, w.Installation.WebhookPods, w.Installation.Brokers = nil, nil, nil
 			w.Problems[snapshot.SourceBrokers] = "no response within 1.2s"
 		}, 2, "The pod has credentials of " + roleARN + " until "},
+		"a new broker without keys, beside those that serve": {func(w *world) {
+			wrong := w.Installation.Brokers[1]
+			wrong.Pod = *wrong.Pod.DeepCopy()
+			wrong.Pod.Name, wrong.Pod.Status.Conditions = "credence-broker-3", nil
+			wrong.Grants = []debugapi.Grant{{Reason: string(credential.ReasonBrokerCredentials), Message: "the broker's own AWS credentials do not work"}}
+			w.Installation.Brokers = append(w.Installation.Brokers, wrong)
+		}, 0, "The pod has credentials of "},
 		"variables of a Secret": {func(w *world) {
 			w.Pod.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "settings"}}}}
 		}, 1, "one step is not known."},

@@ -297,7 +297,7 @@ func (s subject) ownCredentials() []finding.Finding {
 	}
 	for _, b := range s.Installation.Brokers {
 		for _, g := range b.Grants {
-			if g.Reason == string(credential.ReasonBrokerCredentials) {
+			if installation.Ready(&b.Pod) && g.Reason == string(credential.ReasonBrokerCredentials) {
 				text = g.Message
 			}
 		}
