@@ -90,16 +90,11 @@ func TestCheckCommand(t *testing.T) {
 	kubetest.AwaitDeleted(t, d.Client, ns, "refused")
 
 	bindings := d.Client.AdmissionregistrationV1().ValidatingAdmissionPolicyBindings()
-	binding, err := bindings.Get(t.Context(), "credence-injected", metav1.GetOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := bindings.Delete(t.Context(), binding.Name, metav1.DeleteOptions{}); err != nil {
+	if err := bindings.Delete(t.Context(), "credence-injected", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	first("failed admission-policies: validatingadmissionpolicy/credence-injected has no binding that denies", check())
-	binding.ResourceVersion, binding.UID = "", ""
-	if _, err := bindings.Create(t.Context(), binding, metav1.CreateOptions{}); err != nil {
+	if err := d.Upgrade(t.Context(), "--force-conflicts"); err != nil {
 		t.Fatal(err)
 	}
 
