@@ -286,8 +286,10 @@ func (b *broken) awaitCause() (x explain.Explanation) {
 			return err
 		}
 		cause, ok := x.Cause()
-		if ok && cause.Step == b.Step && cause.State == b.State && strings.Contains(cause.Text, b.real(b.Cause)) &&
-			(b.State == finding.Failed || strings.HasPrefix(x.Conclusion, "The pod has credentials, but: ")) {
+		// The session of a pod that is older than the fault is valid until it expires.
+		served := cause.State == finding.Warning && strings.HasPrefix(x.Conclusion, "The pod has credentials, but: ")
+		if right := cause.State == finding.Failed && b.State == finding.Failed || served && (b.Keep || b.State == finding.Warning); ok && right &&
+			cause.Step == b.Step && strings.Contains(cause.Text, b.real(b.Cause)) {
 			return nil
 		}
 		if now := cause.Step + ": " + cause.Text; cause.State == finding.Failed && now != other {

@@ -34,18 +34,14 @@ import (
 
 // elsewhere are the faults of faults.yaml that no test makes here, with the reason.
 var elsewhere = map[string]string{
-	"IRSA by the service account":        "it needs the webhook of EKS",
-	"NetworkPolicy without DNS":          "the cluster's network has no policies, and its DNS is not in a pod",
-	"trust ConfigMap gone, with brokers": "brokers write it again within seconds, and a cluster admin sees why they do not, see the next list",
-	"clock of the brokers' node ahead":   "all nodes have the clock of this machine; TestClock sets that of AWS",
-	"clock of the pod's node behind":     "all nodes have the clock of this machine",
+	"IRSA by the service account":      "it needs the webhook of EKS",
+	"NetworkPolicy without DNS":        "the cluster's network has no policies, and its DNS is not in a pod",
+	"clock of the brokers' node ahead": "all nodes have the clock of this machine; TestClock sets that of AWS",
+	"clock of the pod's node behind":   "all nodes have the clock of this machine",
 }
 
 // further are faults as they are on a cluster with nodes.
 var further = []fault{{
-	Name: "trust ConfigMap gone, with brokers without rights", Setup: []string{"kubectl delete clusterrolebinding credence-broker", "kubectl -n shop delete configmap credence-trust"},
-	Step: "brokers", Cause: "ClusterRoleBinding credence-broker is missing", Who: finding.ClusterAdmin, Fix: "helm -n credence get manifest credence",
-}, {
 	Name: "connections to the brokers are dropped", Setup: []string{"network: drop"},
 	Step: "network", Cause: "the sidecar cannot reach the brokers, which are ready", Who: finding.ClusterAdmin, Fix: "get networkpolicies",
 }}
