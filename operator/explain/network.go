@@ -35,8 +35,12 @@ func (s subject) network() []finding.Finding {
 		step, symptom = "DNS", "the sidecar cannot look up the brokers, which are ready"
 	}
 	if blocking, commands := s.blocking(step == "DNS"); len(blocking) > 0 {
+		who := finding.NamespaceOwner
+		if slices.ContainsFunc(blocking, func(name string) bool { return strings.HasPrefix(name, s.credence()+"/") }) {
+			who = finding.ClusterAdmin
+		}
 		return []finding.Finding{unless(harmless, failed(step, fmt.Sprintf("%s: NetworkPolicy %s does not allow it", symptom, strings.Join(blocking, " and ")), finding.Remedy{
-			Who: finding.NamespaceOwner, What: "allow the pod to reach DNS and port 9443 of the brokers", Commands: commands, Page: "docs/network.md",
+			Who: who, What: "allow the pod to reach DNS and port 9443 of the brokers", Commands: commands, Page: "docs/network.md",
 		}))}
 	}
 	text := symptom + ": " + short(failure.Error)
