@@ -41,7 +41,7 @@ type fault struct {
 }
 
 // alone matches the set-ups that break more than one namespace, so that no other test may run beside them.
-var alone = regexp.MustCompile(`-n (credence|cert-manager)|mutatingwebhook|clusterrole|helm: |certificate: |network: |sts: (stop|throttle|forget)`)
+var alone = regexp.MustCompile(`-n (credence|cert-manager)|mutatingwebhook|clusterrole|NetworkPolicy|helm: |certificate: |network: |sts: (stop|throttle|forget)`)
 
 // TestFaults breaks a namespace or the installation, reads the cause, carries out the remedy, and waits for credentials.
 func TestFaults(t *testing.T) {
@@ -108,11 +108,11 @@ func TestClock(t *testing.T) {
 	d.STS.SetClock(10 * time.Minute)
 	t.Cleanup(func() { d.STS.SetClock(0) })
 	b.deploy(t)
-	check := func(what, text string) {
+	check := func(what string, found bool) {
 		t.Helper()
 		await.Until(t, what, func() error {
 			out, _ := run(t.Context(), "credence check --quiet")
-			if !strings.Contains(out, text) {
+			if strings.Contains(out, "AWS's clock is 600 s ahead") != found {
 				time.Sleep(time.Second)
 				return fmt.Errorf("it says:\n%s", out)
 			}
@@ -120,7 +120,10 @@ func TestClock(t *testing.T) {
 			return nil
 		})
 	}
-	check("the command names the clock", "AWS's clock is 600 s ahead")
+	check("the command names the clock", true)
+	d.STS.SetClock(0)
+	(&broken{fault: fault{Keep: true}, app: "cart97"}).deploy(t) // Brokers see the clock when they call STS.
+	check("the command accepts the clock", false)
 }
 
 // broken is a fault in a namespace of the cluster. faults.yaml calls the namespace shop, and the Deployment and its role cart.
@@ -294,8 +297,8 @@ func (b *broken) awaitCause() (x explain.Explanation) {
 		}
 		if now := cause.Step + ": " + cause.Text; cause.State == finding.Failed && now != other {
 			other = now
-			// A broker that has just started does not know yet what it waits for.
-			if cause.Text != "no broker is ready" {
+			// A broker that has just started does not know yet what it waits for, and calls can take too long on a busy machine.
+			if cause.Text != "no broker is ready" && !strings.Contains(cause.Text, "deadline exceeded") {
 				b.t.Fail()
 			}
 			b.t.Logf("it first named another cause:\n%s", b.read(x, nil))
@@ -365,7 +368,8 @@ var changing = []struct {
 	{regexp.MustCompile(`\b(\d+m)?\d+(\.\d+)?m?s\b`), "AGE"},
 	{regexp.MustCompile(`\b\d+\.\d+\.\d+\.\d+(:\d{4,5})?\b`), "ADDRESS"},
 	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}`), "ID"},
-	{regexp.MustCompile(`[A-Za-z0-9+/]{200,}=*`), "BASE64"},
+	{regexp.MustCompile(`\(request send failed, [^)]*\)`), "(request send failed, …)"},
+	{regexp.MustCompile(`\(\d called, \d not\): (.*retrying: ).*?(\. What|\n)`), "(2 called, 0 not): $1…$2"},
 }
 
 // read returns what a user reads, without names and times. With keep, it has only the findings that keep accepts, and no step
@@ -392,7 +396,10 @@ func (b *broken) read(x explain.Explanation, keep func(finding.Finding) bool) st
 // time.
 func (b *broken) compare(x explain.Explanation) {
 	b.t.Helper()
-	text := b.read(x, func(f finding.Finding) bool { return f.Step == b.Step })
+	cause, _ := x.Cause()
+	text := b.read(x, func(f finding.Finding) bool {
+		return f.Step == b.Step && (f.Text == cause.Text || f.State == finding.Unknown) // One cause of several.
+	})
 	file := filepath.Join("testdata", b.id()+".txt")
 	if *update {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {

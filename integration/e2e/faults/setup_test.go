@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -70,8 +71,7 @@ func (b *broken) prepare(line string) {
 	case "certificate":
 		b.expire()
 	case "network":
-		drop(b.t, "-I")
-		b.person = func() { drop(b.t, "-D") }
+		b.person = drop(b.t)
 	default:
 		b.shell(strings.ReplaceAll(line, "OTHER_ROOT", base64.StdEncoding.EncodeToString(certificate(b.t, nil, nil, "other", time.Hour).roots)))
 		if strings.Contains(line, `"kind":"NetworkPolicy"`) {
@@ -131,25 +131,37 @@ func (b *broken) sts(what string) {
 	}
 }
 
-// drop inserts or deletes rules of the node that drop connections of pods to the brokers.
-func drop(t *testing.T, action string) {
+// drop makes the nodes drop connections of pods to the brokers, until the returned function is called or the test ends.
+func drop(t *testing.T) (accept func()) {
 	t.Helper()
 	brokers, err := d.Pods(t.Context(), "broker")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range brokers {
-		for _, node := range d.Cluster.Nodes() {
-			if _, err := node.Output(t.Context(), nil, "iptables", "-w", action, "FORWARD", "-d", p.Status.PodIP, "-p", "tcp", "--dport", "9443", "-j", "DROP"); err != nil {
-				t.Fatal(err)
+	rules := func(action string) (err error) {
+		for _, p := range brokers {
+			for _, node := range d.Cluster.Nodes() {
+				_, failed := node.Output(context.WithoutCancel(t.Context()), nil, "iptables", "-w", action, "FORWARD", "-d", p.Status.PodIP, "-p", "tcp", "--dport", "9443", "-j", "DROP")
+				err = errors.Join(err, failed)
 			}
 		}
+		return err
 	}
+	if err := rules("-I"); err != nil {
+		t.Fatal(err)
+	}
+	accept = sync.OnceFunc(func() {
+		if err := rules("-D"); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(accept)
+	return accept
 }
 
 // enforce stands for a network plugin: it drops connections to the brokers until the policies allow those of the pod.
 func (b *broken) enforce() {
-	drop(b.t, "-I")
+	accept := drop(b.t)
 	b.person = func() {
 		ctx := b.t.Context()
 		own, err := d.Client.NetworkingV1().NetworkPolicies(b.namespace).List(ctx, metav1.ListOptions{})
@@ -166,7 +178,7 @@ func (b *broken) enforce() {
 		if blocking := append(netpolicy.Egress(all, from, to, 9443, corev1.ProtocolTCP), netpolicy.Ingress(all, from, to, 9443, corev1.ProtocolTCP)...); len(blocking) > 0 {
 			b.t.Fatalf("after the remedy, %v do not allow the connection", blocking)
 		}
-		drop(b.t, "-D")
+		accept()
 	}
 }
 
