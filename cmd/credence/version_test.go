@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -163,6 +164,28 @@ func TestVersionWithoutRights(t *testing.T) {
 		return nil
 	})
 	if code, out, _ := call(t, "", "credence", "version", "--kubeconfig="+server.Kubeconfig(t)); code != 0 || !strings.Contains(out, "? installation") || !strings.Contains(out, "deployments is forbidden") {
+		t.Errorf("exit code %d:\n%s", code, out)
+	}
+}
+
+// TestTwoInstallations: of two webhooks, the one counts that the API server calls. Anybody can make a Deployment.
+func TestTwoInstallations(t *testing.T) {
+	server := running(t, "1.1.0")
+	forged := &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: "credence-webhook"}}
+	if !server.Load(forged) {
+		t.Fatal("there is no webhook")
+	}
+	forged = forged.DeepCopy()
+	forged.Namespace, forged.UID, forged.ResourceVersion = "evil", "", ""
+	server.Put(forged)
+	kubeconfig := "--kubeconfig=" + server.Kubeconfig(t)
+	if _, out, _ := call(t, "", "credence", "version", kubeconfig); !strings.Contains(out, "namespaces evil, security have a webhook of Credence; choose one with --credence-namespace") {
+		t.Errorf("two webhooks, and none of them configured:\n%s", out)
+	}
+	server.Put(&admissionv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: "credence"}, Webhooks: []admissionv1.MutatingWebhook{
+		{ClientConfig: admissionv1.WebhookClientConfig{Service: &admissionv1.ServiceReference{Namespace: "security", Name: "credence-webhook"}}},
+	}})
+	if code, out, _ := call(t, "", "credence", "version", kubeconfig); code != 0 || !strings.Contains(out, "broker      v1.2.3   2") {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
 }

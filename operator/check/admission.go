@@ -22,7 +22,7 @@ import (
 
 // Names that the chart gives to objects of admission.
 const (
-	configuration = "credence"
+	configuration = installation.Configuration
 	entry         = "inject.credence-iam.github.io"
 	ownCheck      = "credence-check"
 )

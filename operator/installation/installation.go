@@ -18,6 +18,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+
+	"github.com/credence-iam/credence/broker/clip"
 )
 
 // Names that the chart gives to its objects.
@@ -27,6 +29,7 @@ const (
 	SettingsConfigMap     = "credence-sidecar-settings"
 	RulesConfigMap        = "credence-rules"
 	TrustConfigMap        = "credence-trust"
+	Configuration         = "credence" // of the webhook in the API server
 	DefaultNamespace      = "credence"
 	componentLabel        = "app.kubernetes.io/component"
 	selector              = "app.kubernetes.io/name=credence," + componentLabel + "="
@@ -68,7 +71,8 @@ type Installation struct {
 var ErrNone = errors.New("found no Credence in this cluster; install it (docs/install.md), or name its namespace with --credence-namespace")
 
 // Find finds the installation. Without a namespace, it looks for the webhook's Deployment in all namespaces, or in
-// [DefaultNamespace] if the user may not list all. It returns [ErrNone] if there is none.
+// [DefaultNamespace] if the user may not list all. Of several, it takes the one that the API server calls. It returns
+// [ErrNone] if there is none.
 func (c *Client) Find(ctx context.Context, namespace string) (*Installation, error) {
 	if namespace == "" {
 		found, err := c.namespaceOf(ctx)
@@ -109,10 +113,17 @@ func (c *Client) namespaceOf(ctx context.Context) (string, error) {
 	for _, item := range list.Items {
 		namespaces = append(namespaces, item.Namespace)
 	}
-	if slices.Sort(namespaces); len(namespaces) > 1 {
-		return "", fmt.Errorf("namespaces %s have a webhook of Credence; choose one with --credence-namespace", strings.Join(namespaces, ", "))
+	if slices.Sort(namespaces); len(namespaces) == 1 {
+		return namespaces[0], nil
 	}
-	return namespaces[0], nil
+	// The owner of a namespace can make a Deployment with these labels, but only a cluster admin a configuration.
+	configuration, err := c.Kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(ctx, Configuration, metav1.GetOptions{})
+	if err == nil && len(configuration.Webhooks) > 0 {
+		if service := configuration.Webhooks[0].ClientConfig.Service; service != nil && slices.Contains(namespaces, service.Namespace) {
+			return service.Namespace, nil
+		}
+	}
+	return "", fmt.Errorf("namespaces %s have a webhook of Credence; choose one with --credence-namespace", clip.Bytes(strings.Join(namespaces, ", "), maxFailure))
 }
 
 // read returns an object, or nil with a problem.

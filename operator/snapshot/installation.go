@@ -20,9 +20,8 @@ import (
 
 // Names of the chart.
 const (
-	configurationName = "credence"
-	identityReason    = "AWSIdentityUnconfirmed" // of the Event on a broker's own pod
-	rootsKey          = "roots.pem"
+	identityReason = "AWSIdentityUnconfirmed" // of the Event on a broker's own pod
+	rootsKey       = "roots.pem"
 )
 
 const (
@@ -37,7 +36,7 @@ func (g *gatherer) aboutInstallation(ctx context.Context, found *installation.In
 	kube, ns := g.client.Kube, found.Namespace
 	g.aboutPolicies(ctx, ns)
 	g.part(ctx, SourceConfiguration, func(ctx context.Context) (func(), error) {
-		c, err := kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(ctx, configurationName, metav1.GetOptions{})
+		c, err := kube.AdmissionregistrationV1().MutatingWebhookConfigurations().Get(ctx, installation.Configuration, metav1.GetOptions{})
 		if apierrors.IsNotFound(err) {
 			return func() { g.Installation.ConfigurationGone = true }, nil
 		}

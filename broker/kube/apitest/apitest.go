@@ -26,6 +26,7 @@ import (
 	"sync"
 	"testing"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
@@ -47,6 +48,7 @@ var kinds = []kind{
 	{"v1", "Pod", "pods", &corev1.Pod{}},
 	{"v1", "ServiceAccount", "serviceaccounts", &corev1.ServiceAccount{}},
 	{"v1", "ConfigMap", "configmaps", &corev1.ConfigMap{}},
+	{"admissionregistration.k8s.io/v1", "MutatingWebhookConfiguration", "mutatingwebhookconfigurations", &admissionregistrationv1.MutatingWebhookConfiguration{}},
 	{"apps/v1", "Deployment", "deployments", &appsv1.Deployment{}},
 	{"coordination.k8s.io/v1", "Lease", "leases", &coordinationv1.Lease{}},
 	{"discovery.k8s.io/v1", "EndpointSlice", "endpointslices", &discoveryv1.EndpointSlice{}},
