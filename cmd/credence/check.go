@@ -20,7 +20,7 @@ import (
 type checkOptions struct {
 	before, quiet bool
 	wait          time.Duration
-	output        string
+	output        *output
 	ignore        []string
 }
 
@@ -42,7 +42,7 @@ It exits with 0 if all is well, and with 1 if something failed or has a warning.
 	f.BoolVar(&o.before, "pre", false, "check the cluster and your rights before an installation")
 	f.BoolVar(&o.quiet, "quiet", false, "print only what is not ok")
 	f.DurationVar(&o.wait, "wait", 0, "check again until all is well, at most for this `time`")
-	f.StringVarP(&o.output, "output", "o", "", "`format` of the output: json, or empty for text")
+	o.output = newOutput(command, formatJSON)
 	f.StringSliceVar(&o.ignore, "ignore", nil, "`IDs` of checks to leave out, separated by commas; docs/check.md has them")
 	command.RunE = func(command *cobra.Command, _ []string) error {
 		if err := o.validate(); err != nil {
@@ -54,9 +54,6 @@ It exits with 0 if all is well, and with 1 if something failed or has a warning.
 }
 
 func (o checkOptions) validate() error {
-	if o.output != "" && o.output != "json" {
-		return fmt.Errorf("--output: %q is not a format; write json, or leave it out", o.output)
-	}
 	if o.wait < 0 {
 		return fmt.Errorf("--wait: %s is negative", o.wait)
 	}
@@ -103,8 +100,8 @@ func runCheck(command *cobra.Command, c *cluster, o checkOptions) error {
 		return err
 	}
 	out := command.OutOrStdout()
-	if o.output == "json" {
-		err = result.WriteJSON(out)
+	if o.output.json() {
+		err = finding.WriteJSON(out, result)
 	} else {
 		err = result.Write(out, finding.Style{Quiet: o.quiet, Color: colored(out)})
 	}

@@ -84,10 +84,6 @@ func complete(root *cobra.Command, c *cluster) {
 				_ = command.RegisterFlagCompletionFunc(name, f) // It fails if the command has done so itself.
 			}
 		}
-		if output := command.Flag("output"); output != nil {
-			formats := slices.DeleteFunc([]string{"json", "wide"}, func(format string) bool { return !strings.Contains(output.Usage, format) })
-			_ = command.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
-		}
 		if command.ValidArgsFunction == nil && strings.Contains(command.Use, "POD") {
 			command.ValidArgsFunction = c.completePods
 		}

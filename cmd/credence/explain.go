@@ -20,8 +20,9 @@ import (
 
 // explainOptions are the flags of explain.
 type explainOptions struct {
-	file, output string
-	watch, try   bool
+	file       string
+	output     *output
+	watch, try bool
 }
 
 // newExplain returns the command explain.
@@ -46,7 +47,7 @@ It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 	f.StringVarP(&o.file, "filename", "f", "", "YAML or JSON `file` with pods and controllers to explain, - for standard input")
 	f.BoolVarP(&o.watch, "watch", "w", false, "repeat until nothing is wrong")
 	f.BoolVar(&o.try, "try", false, "also request credentials from inside the pod, by an ephemeral container, which stays in the pod's status")
-	f.StringVarP(&o.output, "output", "o", "", "`format` of the output: json; by default text")
+	o.output = newOutput(command, formatJSON)
 	command.Args = func(_ *cobra.Command, args []string) error {
 		switch {
 		case o.file == "" && len(args) != 1:
@@ -57,8 +58,6 @@ It exits with status 0 if nothing is wrong, and with 1 if something is.`,
 			return wrongFlags(errors.New("-f and --watch cannot be combined: a file does not change by itself"))
 		case o.try && (o.file != "" || o.watch):
 			return wrongFlags(errors.New("--try can be combined neither with -f nor with --watch: it changes a pod, once"))
-		case o.output != "" && o.output != "json":
-			return wrongFlags(fmt.Errorf("-o %q: must be json", o.output))
 		}
 		return nil
 	}
@@ -92,7 +91,7 @@ func (c *cluster) explainTarget(ctx context.Context, out io.Writer, kind, name s
 		// Texts have ages, which always change. What is unknown for a moment is no news.
 		now := slices.DeleteFunc(slices.Clone(x.Findings), func(f finding.Finding) bool { return f.State == finding.Unknown })
 		if first || x.Healthy || !slices.EqualFunc(last, now, func(a, b finding.Finding) bool { return a.Step == b.Step && a.State == b.State }) {
-			if !first && o.output == "" {
+			if !first && !o.output.json() {
 				_, _ = fmt.Fprintln(out)
 			}
 			if err := writeExplanation(out, x, o.output); err != nil {
@@ -140,7 +139,7 @@ func (c *cluster) explainFile(ctx context.Context, stdin io.Reader, out io.Write
 		if err != nil {
 			return err
 		}
-		if i > 0 && o.output == "" {
+		if i > 0 && !o.output.json() {
 			_, _ = fmt.Fprintln(out)
 		}
 		if err := writeExplanation(out, x, o.output); err != nil {
@@ -179,9 +178,9 @@ func found(x explain.Explanation) error {
 	return nil
 }
 
-func writeExplanation(out io.Writer, x explain.Explanation, format string) error {
-	if format == "json" {
-		return x.WriteJSON(out)
+func writeExplanation(out io.Writer, x explain.Explanation, o *output) error {
+	if o.json() {
+		return finding.WriteJSON(out, x)
 	}
-	return x.Write(out)
+	return x.Write(out, finding.Style{Color: colored(out)})
 }

@@ -45,7 +45,7 @@ func TestExitCodes(t *testing.T) {
 		{"credence injcet", "credence: unknown command \"injcet\"\ncredence: --help lists the commands\n", exitUsage},
 		{"kubectl-credence injcet", "kubectl credence: unknown command \"injcet\"\nkubectl credence: --help lists the commands\n", exitUsage},
 		{"kubectl-credence.exe injcet", "kubectl credence: unknown command \"injcet\"\nkubectl credence: --help lists the commands\n", exitUsage},
-		{"/bin/credence version --output=xml", "credence version: --output: \"xml\" is unknown; use json\ncredence version: --help lists the flags\n", exitUsage},
+		{"/bin/credence version --output=xml", "credence version: invalid argument \"xml\" for \"-o, --output\" flag: must be json\ncredence version: --help lists the flags\n", exitUsage},
 		{"credence version extra", "credence version: unexpected argument \"extra\"; use flags only\ncredence version: --help lists the flags\n", exitUsage},
 		{"credence version --kubeconfig=/dev/null/none", "credence version: error loading config file \"/dev/null/none\": open /dev/null/none: not a directory\n", exitFailed},
 		{"credence version --client", "", 0},

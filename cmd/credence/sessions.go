@@ -20,10 +20,9 @@ import (
 // newSessions returns the command sessions.
 func newSessions(c *cluster) *cobra.Command {
 	var (
-		q      sessions.Query
-		pod    string
-		format string
-		watch  bool
+		q     sessions.Query
+		pod   string
+		watch bool
 	)
 	command := &cobra.Command{
 		Use:   "sessions [--role ROLE] [--pod NAME] [--failing] [--watch] [-o json|wide]",
@@ -42,12 +41,8 @@ It needs, in the namespace of Credence: list pods, create pods/portforward.`,
 	f.StringVar(&pod, "pod", "", "show the session of one pod: its `name`, in the namespace of -n")
 	f.BoolVar(&q.Failing, "failing", false, "show only sessions whose last fetch failed")
 	f.BoolVarP(&watch, "watch", "w", false, "show again every 3 s, until interrupted")
-	outputFlag(command, &format)
+	output := newOutput(command, formatJSON, "wide")
 	command.RunE = func(command *cobra.Command, _ []string) error {
-		form, err := formatOf(format)
-		if err != nil {
-			return err
-		}
 		if err := sessions.CheckRole(q.Role); err != nil {
 			return wrongFlags(err)
 		}
@@ -65,7 +60,9 @@ It needs, in the namespace of Credence: list pods, create pods/portforward.`,
 		if err != nil {
 			return err
 		}
-		show := func() error { return c.showSessions(command, client, found.Namespace, q, form) }
+		show := func() error {
+			return c.showSessions(command, client, found.Namespace, q, sessions.Format(output.format))
+		}
 		if watch {
 			return repeat(command, show)
 		}
@@ -122,8 +119,8 @@ func repeat(command *cobra.Command, show func() error) error {
 // newCommand returns the command that does something with the sessions of a role.
 func newCommand(c *cluster, what sessions.Command) *cobra.Command {
 	var (
-		role, format string
-		yes          bool
+		role string
+		yes  bool
 	)
 	command := &cobra.Command{
 		Use:   what.Name + " --role ROLE [--yes] [-o json]",
@@ -140,12 +137,8 @@ true, it also needs: create serviceaccounts/token credence-commands.`,
 	f := command.Flags()
 	f.StringVar(&role, "role", "", "`ARN` of the role, or its name if only one role has it. Required")
 	f.BoolVarP(&yes, "yes", "y", false, "do not wait for a confirmation")
-	outputFlag(command, &format)
+	output := newOutput(command, formatJSON, "wide")
 	command.RunE = func(command *cobra.Command, _ []string) error {
-		form, err := formatOf(format)
-		if err != nil {
-			return err
-		}
 		if role == "" {
 			return wrongFlags(errors.New("--role is required"))
 		}
@@ -177,7 +170,7 @@ true, it also needs: create serviceaccounts/token credence-commands.`,
 		if err != nil {
 			return err
 		}
-		ok, err := what.Report(command.OutOrStdout(), arn, all, form)
+		ok, err := what.Report(command.OutOrStdout(), arn, all, sessions.Format(output.format))
 		if err == nil && !ok {
 			err = errFound
 		}
@@ -207,7 +200,6 @@ func confirmed(ctx context.Context, in io.Reader, out io.Writer, cluster string)
 func newWho(c *cluster) *cobra.Command {
 	var (
 		s         sessions.Search
-		format    string
 		noCluster bool
 	)
 	command := &cobra.Command{
@@ -235,12 +227,8 @@ It needs, in the namespace of Credence: list pods, get pods/log, create pods/por
 	f.Var((*names)(&s.AuditFiles), "audit", "`file` with lines of the audit log, gzip or not, - for standard input; may be repeated")
 	f.Var((*names)(&s.Trails), "cloudtrail", "`file` with CloudTrail events, gzip or not, - for standard input; may be repeated")
 	f.BoolVar(&noCluster, "files-only", false, "read only files, not the cluster")
-	outputFlag(command, &format)
+	output := newOutput(command, formatJSON, "wide")
 	command.RunE = func(command *cobra.Command, args []string) error {
-		form, err := formatOf(format)
-		if err != nil {
-			return err
-		}
 		if len(args) == 1 {
 			s.Key = args[0]
 		}
@@ -263,7 +251,7 @@ It needs, in the namespace of Credence: list pods, get pods/log, create pods/por
 			return err
 		}
 		keys := sources.Keys(s.Key)
-		if err := sessions.WriteKeys(command.OutOrStdout(), keys, sources.Problems, form); err != nil {
+		if err := sessions.WriteKeys(command.OutOrStdout(), keys, sources.Problems, sessions.Format(output.format)); err != nil {
 			return err
 		}
 		known := func(k sessions.Key) bool { return len(k.Pods) > 0 }
@@ -281,17 +269,4 @@ func validKey(text string) bool {
 		return r != '_' && (r < '0' || r > '9') && (r < 'A' || r > 'Z') && (r < 'a' || r > 'z')
 	}
 	return len(text) >= 16 && len(text) <= 128 && !strings.ContainsFunc(text, other)
-}
-
-// outputFlag defines -o.
-func outputFlag(command *cobra.Command, format *string) {
-	command.Flags().StringVarP(format, "output", "o", "", "`format` of the output: json or wide")
-}
-
-func formatOf(text string) (sessions.Format, error) {
-	f := sessions.Format(text)
-	if !slices.Contains([]sessions.Format{sessions.Table, sessions.Wide, sessions.JSON}, f) {
-		return "", wrongFlags(fmt.Errorf("-o: %.20q: must be json or wide", text))
-	}
-	return f, nil
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -15,7 +14,6 @@ import (
 // newVersion returns the command version.
 func newVersion(c *cluster) *cobra.Command {
 	var (
-		output string
 		client bool
 	)
 	command := &cobra.Command{
@@ -31,18 +29,15 @@ Exits with 1 if two parts are more than one minor version apart, or if the clust
 		Args: noArguments,
 	}
 	f := command.Flags()
-	f.StringVarP(&output, "output", "o", "", "`format`: json; by default a table")
+	output := newOutput(command, formatJSON)
 	f.BoolVar(&client, "client", false, "show only the version of this command, without a cluster")
 	command.RunE = func(command *cobra.Command, _ []string) error {
-		if output != "" && output != "json" {
-			return wrongFlags(fmt.Errorf("--output: %q is unknown; use json", output))
-		}
 		report, failed := versions.Report{Client: program.Version()}, error(nil)
 		if !client {
 			report, failed = readVersions(command, c)
 		}
 		write := report.Write
-		if output == "json" {
+		if output.json() {
 			write = func(w io.Writer) error { return finding.WriteJSON(w, report) }
 		}
 		if err := errors.Join(failed, write(command.OutOrStdout())); err != nil {

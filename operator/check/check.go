@@ -8,7 +8,6 @@ package check
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -276,14 +275,6 @@ func (r *Result) Write(w io.Writer, style finding.Style) error {
 	}
 	_, err := fmt.Fprintln(w, text)
 	return err
-}
-
-// WriteJSON prints the result as JSON.
-func (r *Result) WriteJSON(w io.Writer) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(r)
 }
 
 // pause is the time between two attempts of Wait.

@@ -432,7 +432,7 @@ func TestOutput(t *testing.T) {
 		t.Error(diff)
 	}
 	out.Reset()
-	if err := result.WriteJSON(&out); err != nil || !strings.Contains(out.String(), `"state": "failed"`) || !strings.Contains(out.String(), `"who": "cluster admin"`) {
+	if err := finding.WriteJSON(&out, result); err != nil || !strings.Contains(out.String(), `"state": "failed"`) || !strings.Contains(out.String(), `"who": "cluster admin"`) {
 		t.Errorf("%v, %s", err, &out)
 	}
 	if quick := s.report(installed, Config{Quick: true}); len(quick.Groups) != 4 || quick.State != finding.Failed {

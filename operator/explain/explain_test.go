@@ -630,7 +630,7 @@ func TestFaults(t *testing.T) {
 			broken[f.Name](w)
 			x := explain.Explain(w.Snapshot)
 			var out strings.Builder
-			if err := x.Write(&out); err != nil {
+			if err := x.Write(&out, finding.Style{}); err != nil {
 				t.Fatal(err)
 			}
 			t.Logf("\n%s", out.String())

@@ -151,10 +151,10 @@ func TestOutput(t *testing.T) {
 	w.Namespace.Annotations["iam.amazonaws.com/permitted"] = "\x1b[31m" + roleARN
 	x := explain.Explain(w.Snapshot)
 	var text, document bytes.Buffer
-	if err := x.Write(&text); err != nil {
+	if err := x.Write(&text, finding.Style{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := x.WriteJSON(&document); err != nil {
+	if err := finding.WriteJSON(&document, x); err != nil {
 		t.Fatal(err)
 	}
 	if strings.Contains(text.String(), "\x1b") || strings.Contains(document.String(), "\x1b") {

@@ -7,7 +7,6 @@
 package explain
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -70,18 +69,10 @@ func (s subject) message(f func(snapshot.Message) bool) (snapshot.Message, bool)
 }
 
 // Write prints the explanation for a terminal.
-func (x Explanation) Write(w io.Writer) error {
-	if err := x.Report.Write(w, finding.Style{}); err != nil {
+func (x Explanation) Write(w io.Writer, style finding.Style) error {
+	if err := x.Report.Write(w, style); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintf(w, "\n%s\n", finding.Printable(x.Conclusion))
 	return err
-}
-
-// WriteJSON prints the explanation as JSON.
-func (x Explanation) WriteJSON(w io.Writer) error {
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	encoder.SetEscapeHTML(false)
-	return encoder.Encode(x)
 }
