@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -404,6 +405,48 @@ func TestMissingRights(t *testing.T) {
 	}
 	if len(want) > 0 || !result.Healthy() {
 		t.Errorf("without a finding: %v", want)
+	}
+}
+
+// TestAnyTwoPartsMissing: whichever two parts cannot be read, each check has a result.
+func TestAnyTwoPartsMissing(t *testing.T) {
+	var parts []int
+	snapshots := reflect.TypeFor[survey.Snapshot]()
+	for i := range snapshots.NumField() {
+		if strings.HasPrefix(snapshots.Field(i).Type.Name(), "Part[") {
+			parts = append(parts, i)
+		}
+	}
+	if len(parts) < 15 {
+		t.Fatalf("there are %d parts", len(parts))
+	}
+	for _, first := range parts {
+		for _, second := range parts {
+			s := healthy(t)
+			for _, part := range []int{first, second} {
+				v := reflect.ValueOf(s.Snapshot).Elem().Field(part)
+				v.SetZero()
+				v.FieldByName("Err").Set(reflect.ValueOf(errors.New("no\x1b[2J" + strings.Repeat("x", 1<<16))))
+			}
+			for _, checks := range [][]check{installed, before} {
+				result := s.report(checks, Config{})
+				var out strings.Builder
+				if err := result.Write(&out, finding.Style{}); err != nil || out.Len() > 64<<10 || strings.Contains(out.String(), "\x1b") {
+					t.Fatalf("%v, %d bytes", err, out.Len())
+				}
+				seen := map[string]bool{}
+				for _, g := range result.Groups {
+					for _, f := range g.Findings {
+						seen[f.Step] = true
+					}
+				}
+				for _, c := range checks {
+					if !seen[c.id] {
+						t.Errorf("%s says nothing without %s and %s", c.id, snapshots.Field(first).Name, snapshots.Field(second).Name)
+					}
+				}
+			}
+		}
 	}
 }
 

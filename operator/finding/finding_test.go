@@ -91,11 +91,12 @@ func TestCommand(t *testing.T) {
 // TestAllCommandsAreQuoted: no package writes a command in another way.
 func TestAllCommandsAreQuoted(t *testing.T) {
 	literal, files := regexp.MustCompile("(Command\\()?[\"`](kubectl|helm) [^\"`]*[\"`]"), 0
-	if err := fs.WalkDir(os.DirFS(".."), ".", func(path string, _ fs.DirEntry, err error) error {
+	operator := os.DirFS("..")
+	if err := fs.WalkDir(operator, ".", func(path string, _ fs.DirEntry, err error) error {
 		if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
 			return err
 		}
-		text, err := os.ReadFile("../" + path)
+		text, err := fs.ReadFile(operator, path)
 		files++
 		for _, match := range literal.FindAllString(string(text), -1) {
 			if !strings.HasPrefix(match, "Command(") && !strings.Contains(path, "misread.go") {
