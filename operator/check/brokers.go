@@ -12,6 +12,7 @@ import (
 
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/metrics"
 	"github.com/credence-iam/credence/operator/survey"
 	"github.com/credence-iam/credence/webhook/inject"
 	"github.com/credence-iam/credence/webhook/settingsfile"
@@ -117,7 +118,7 @@ func condition(c unstructured.Unstructured, kind string) (bool, string) {
 }
 
 // measured returns the metrics of the running members, and adds a finding for each that could not be read.
-func measured(r *results, members []survey.Member) (all []survey.Metrics, names []string) {
+func measured(r *results, members []survey.Member) (all []metrics.Values, names []string) {
 	var unknown *survey.Member
 	for i, m := range members {
 		switch {
@@ -146,8 +147,8 @@ func configFiles(s *snapshot, r *results) {
 			s.Target.Command("kubectl -n %s logs -l app.kubernetes.io/part-of=credence --tail=-1 --prefix | grep 'Could not use'", s.Namespace),
 		}}
 	}
-	rejected := func(all []survey.Metrics, name string) bool {
-		return slices.ContainsFunc(all, func(m survey.Metrics) bool { v, ok := m[name]; return ok && v == 0 })
+	rejected := func(all []metrics.Values, name string) bool {
+		return slices.ContainsFunc(all, func(m metrics.Values) bool { v, ok := m[name]; return ok && v == 0 })
 	}
 	because := func(err error) string {
 		if err == nil {
@@ -216,7 +217,7 @@ func awsIdentity(s *snapshot, r *results) {
 	page := "docs/aws.md"
 	var ends float64
 	for i, m := range brokers {
-		calls, refused := m.Sum("credence_broker_sts_calls_total", ""), m.Sum("credence_broker_sts_calls_total", `outcome="BROKER_CREDENTIALS"`)
+		calls, refused := m.Of("credence_broker_sts_calls_total"), m.Of("credence_broker_sts_calls_total", `outcome="BROKER_CREDENTIALS"`)
 		end, expires := m.Broker("base_credentials_expiry_timestamp_seconds")
 		remedy := &finding.Remedy{Who: finding.AWSAdmin, What: "Correct the identity of the brokers: keys, the trust policy of their role, or that of aws.assumeRole", Page: page, Commands: []string{
 			s.Target.Command("kubectl -n %s logs %s --tail=200", s.Namespace, names[i]),
@@ -244,13 +245,13 @@ func stsCalls(s *snapshot, r *results) {
 	brokers, _ := measured(r, s.Brokers)
 	var calls, bad float64
 	for _, m := range brokers {
-		calls += m.Sum("credence_broker_sts_calls_total", "")
-		bad += m.Sum("credence_broker_sts_calls_total", `outcome="STS_UNAVAILABLE"`) + m.Sum("credence_broker_sts_calls_total", `outcome="STS_THROTTLED"`)
+		calls += m.Of("credence_broker_sts_calls_total")
+		bad += m.Of("credence_broker_sts_calls_total", `outcome="STS_UNAVAILABLE"`) + m.Of("credence_broker_sts_calls_total", `outcome="STS_THROTTLED"`)
 	}
 	remedy := &finding.Remedy{Who: finding.ClusterAdmin, What: "See the network to STS, its VPC endpoint, and AWS's status", Page: "docs/operations.md#when-sts-is-down", Commands: []string{
 		s.Target.Command("kubectl -n %s logs -l app.kubernetes.io/component=broker --tail=200 --prefix | grep -i sts", s.Namespace),
 	}}
-	bound, count := survey.Within(brokers, "credence_broker_sts_call_duration_seconds", 0.99)
+	bound, count := metrics.Sum(brokers).Within(0.99, "credence_broker_sts_call_duration_seconds", `action="AssumeRole"`)
 	// The counters have no history: they also count outages that are over. The last fetch of each session does not.
 	switch g := s.Grants.Value; {
 	case g.Failing.Count > 0:

@@ -36,6 +36,7 @@ import (
 	"github.com/credence-iam/credence/certs/certstest"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/metrics"
 	"github.com/credence-iam/credence/operator/survey"
 )
 
@@ -106,7 +107,7 @@ func healthy(t *testing.T) *snapshot {
 	s.Bindings.Value = chartObjects[admissionv1.ValidatingAdmissionPolicyBinding](t, "ValidatingAdmissionPolicyBinding")
 	s.Injected.Value = true
 	s.Rights.Value = []survey.Right{{Who: "broker", Allowed: true}}
-	member := func(d *appsv1.Deployment, component, name string, m survey.Metrics) survey.Member {
+	member := func(d *appsv1.Deployment, component, name string, m metrics.Values) survey.Member {
 		return survey.Member{
 			Pod: corev1.Pod{
 				ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "credence", CreationTimestamp: metav1.NewTime(now.Add(-time.Hour))},
@@ -114,18 +115,18 @@ func healthy(t *testing.T) *snapshot {
 				Status:     corev1.PodStatus{Phase: corev1.PodRunning, Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
 			},
 			Served:  survey.Part[[]*x509.Certificate]{Value: chain(t, ca.Leaf("credence-"+component+".credence.svc").TLS())},
-			Metrics: survey.Part[survey.Metrics]{Value: m},
+			Metrics: survey.Part[metrics.Values]{Value: m},
 		}
 	}
 	s.Listed.Value = map[string]bool{}
 	for i := range 2 {
-		s.Webhooks = append(s.Webhooks, member(found.Webhook, "webhook", fmt.Sprintf("credence-webhook-%d", i), survey.Metrics{"credence_webhook_sidecar_settings_file_ok": 1}))
+		s.Webhooks = append(s.Webhooks, member(found.Webhook, "webhook", fmt.Sprintf("credence-webhook-%d", i), metrics.Values{"credence_webhook_sidecar_settings_file_ok": 1}))
 		name := fmt.Sprintf("credence-broker-%d", i)
-		s.Brokers = append(s.Brokers, member(found.Broker, "broker", name, survey.Metrics{
+		s.Brokers = append(s.Brokers, member(found.Broker, "broker", name, metrics.Values{
 			"credence_broker_sessions_kept": 4, "credence_broker_sessions_warm": 4, "credence_broker_stalest_session_seconds": 2000,
 			"credence_broker_fetch_rate_share": 100, "credence_broker_fetch_rate_limit": 100, "credence_broker_fetch_rate_demand": 0.01,
 			`credence_broker_sts_calls_total{action="AssumeRole",outcome="ok"}`:              8,
-			`credence_broker_sts_call_duration_seconds{action="AssumeRole",le="0.5"}`:        8,
+			`credence_broker_sts_call_duration_seconds_bucket{action="AssumeRole",le="0.5"}`: 8,
 			`credence_broker_sts_call_duration_seconds_count{action="AssumeRole"}`:           8,
 			`credence_broker_sts_calls_total{action="AssumeRole",outcome="STS_UNAVAILABLE"}`: 0,
 		}))

@@ -20,6 +20,7 @@ import (
 	"github.com/credence-iam/credence/operator/dashboard/view"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/metrics"
 )
 
 const (
@@ -124,7 +125,7 @@ func (g *Gatherer) read(ctx context.Context, s *view.Snapshot, items []corev1.Po
 			defer func() { <-places }()
 			var text []byte
 			if text, errs[n] = g.Client.PodCall(ctx, &items[n], http.MethodGet, installation.BrokerAdminPort, metricsPath, nil); errs[n] == nil {
-				p.Metrics, p.Read = view.ParseMetrics(text), time.Now()
+				p.Metrics, p.Read = metrics.Parse(text), time.Now()
 				at := slices.IndexFunc(brokers, func(b installation.Broker) bool { return b.Pod.Name == p.Name })
 				if at >= 0 {
 					sessions[n], errs[n] = sessionsOf(ctx, brokers[at])

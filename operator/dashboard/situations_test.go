@@ -15,6 +15,7 @@ import (
 	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/operator/dashboard"
 	"github.com/credence-iam/credence/operator/dashboard/view"
+	"github.com/credence-iam/credence/operator/metrics"
 )
 
 // situation is a state of a cluster, and that of ten minutes before.
@@ -29,7 +30,7 @@ type load struct {
 }
 
 // metrics returns the metrics of a broker that did this, as the broker itself writes them.
-func metrics(t testing.TB, version string, did load) view.Metrics {
+func metricsOf(t testing.TB, version string, did load) metrics.Values {
 	t.Helper()
 	m, err := admin.NewMetrics(version, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -57,7 +58,7 @@ func metrics(t testing.TB, version string, did load) view.Metrics {
 	}
 	w := httptest.NewRecorder()
 	m.Handler().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/metrics", nil))
-	parsed := view.ParseMetrics(w.Body.Bytes())
+	parsed := metrics.Parse(w.Body.Bytes())
 	if len(parsed) < 100 {
 		t.Fatalf("the broker's metrics have %d series", len(parsed))
 	}
@@ -74,10 +75,10 @@ func installed(t testing.TB, at time.Time, did load) view.Snapshot {
 	for n, name := range []string{"credence-broker-6c5f7d8b9-4kx2p", "credence-broker-6c5f7d8b9-zt7mq", "credence-webhook-7b9c6d5f4-8hjwn", "credence-webhook-7b9c6d5f4-p2vxk"} {
 		p := view.Pod{
 			Name: name, Node: fmt.Sprintf("node-%d", n%2), Zone: fmt.Sprintf("eu-central-1%c", 'a'+n%2), Webhook: n > 1, Ready: true, State: "Running",
-			Started: at.Add(-5 * time.Hour), Image: "registry.example/credence-broker:v1.0.0", Metrics: metrics(t, "v1.0.0", did), Read: at,
+			Started: at.Add(-5 * time.Hour), Image: "registry.example/credence-broker:v1.0.0", Metrics: metricsOf(t, "v1.0.0", did), Read: at,
 		}
 		if p.Webhook {
-			p.Metrics = view.ParseMetrics([]byte("credence_webhook_build_info{goversion=\"go1.26\",version=\"v1.0.0\"} 1\n" +
+			p.Metrics = metrics.Parse([]byte("credence_webhook_build_info{goversion=\"go1.26\",version=\"v1.0.0\"} 1\n" +
 				"credence_webhook_reviews_total{decision=\"injected\"} 40\ncredence_webhook_refusals_total{reason=\"ROLE_NOT_PERMITTED\"} 0\n"))
 		}
 		s.Pods = append(s.Pods, p)

@@ -36,6 +36,7 @@ import (
 	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
+	"github.com/credence-iam/credence/operator/metrics"
 )
 
 // Bounds of one check.
@@ -76,7 +77,7 @@ func (p Part[T]) Forbidden() bool {
 type Member struct {
 	Pod     corev1.Pod
 	Served  Part[[]*x509.Certificate] // by its TLS port
-	Metrics Part[Metrics]
+	Metrics Part[metrics.Values]
 	Waits   string // what a pod that runs and is not ready waits for; empty if unknown
 }
 
@@ -293,12 +294,16 @@ func (g *gatherer) member(ctx context.Context, m *Member, component string, port
 			m.Waits = g.client.Unready(ctx, &m.Pod, adminPort)
 		}
 		if !quick && adminPort != 0 {
-			read(&m.Metrics, needs, func() (Metrics, error) {
+			read(&m.Metrics, needs, func() (metrics.Values, error) {
 				text, err := g.client.PodCall(ctx, &m.Pod, http.MethodGet, adminPort, "/metrics", nil)
 				if err != nil {
 					return nil, err
 				}
-				return parseMetrics(text)
+				values := metrics.Parse(text)
+				if len(values) == 0 {
+					return nil, errors.New("the page /metrics has no metric of Credence")
+				}
+				return values, nil
 			})()
 		}
 	}

@@ -2,7 +2,6 @@ package survey
 
 import (
 	"fmt"
-	"math"
 	"os"
 	"slices"
 	"strings"
@@ -240,43 +239,6 @@ func TestTally(t *testing.T) {
 	}
 	if tally.Count != 10_000 || len(tally.Examples) != MaxExamples || len(tally.Commands) != MaxExamples || tally.String() != "pod-0, pod-1, pod-2, pod-3, pod-4, …" {
 		t.Errorf("%+v", tally)
-	}
-}
-
-func TestMetrics(t *testing.T) {
-	m, err := parseMetrics([]byte(`# TYPE credence_broker_ready gauge
-credence_broker_ready 1
-# TYPE credence_broker_sts_calls_total counter
-credence_broker_sts_calls_total{outcome="ok",action="AssumeRole"} 7
-credence_broker_sts_calls_total{outcome="STS_UNAVAILABLE",action="AssumeRole"} 2
-# TYPE credence_broker_sts_call_duration_seconds histogram
-credence_broker_sts_call_duration_seconds_bucket{action="AssumeRole",le="0.5"} 90
-credence_broker_sts_call_duration_seconds_bucket{action="AssumeRole",le="5"} 99
-credence_broker_sts_call_duration_seconds_bucket{action="AssumeRole",le="+Inf"} 100
-credence_broker_sts_call_duration_seconds_sum{action="AssumeRole"} 3
-credence_broker_sts_call_duration_seconds_count{action="AssumeRole"} 100
-# TYPE go_goroutines gauge
-go_goroutines 12
-`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if v, ok := m.Broker("ready"); !ok || v != 1 {
-		t.Errorf("ready: %v, %v", v, ok)
-	}
-	if _, ok := m.Broker("rules_file_ok"); ok {
-		t.Error("a metric that is absent is known")
-	}
-	if all, bad := m.Sum("credence_broker_sts_calls_total", ""), m.Sum("credence_broker_sts_calls_total", `outcome="STS_UNAVAILABLE"`); all != 9 || bad != 2 {
-		t.Errorf("calls: %v, %v", all, bad)
-	}
-	for share, want := range map[float64]float64{0.5: 0.5, 0.99: 5, 0.999: math.Inf(1)} {
-		if bound, count := Within([]Metrics{m, m}, "credence_broker_sts_call_duration_seconds", share); bound != want || count != 200 {
-			t.Errorf("%v of the calls within %v of %v, want %v", share, bound, count, want)
-		}
-	}
-	if _, err := parseMetrics([]byte("<html>")); err == nil {
-		t.Error("a page without metrics is parsed")
 	}
 }
 

@@ -128,7 +128,7 @@ func brokerEvents(s Snapshot) (all []finding.Finding) {
 }
 
 func stsHealth(n numbers) (all []finding.Finding) {
-	calls, outcomes := n.recent.of(stsCalls), n.recent.by(stsCalls, "outcome")
+	calls, outcomes := n.recent.Of(stsCalls), n.recent.By(stsCalls, "outcome")
 	if own := outcomes[string(credential.ReasonBrokerCredentials)]; own > 0 {
 		all = append(all, finding.Finding{Step: "AWS", State: finding.Failed, Text: counted(int(own), "call fails", "calls fail") + " because of the brokers' own AWS credentials",
 			Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: "Correct the AWS credentials of the brokers; their logs have the words of AWS", Page: "docs/aws.md#how-its-own-credentials-are-kept"}})
@@ -182,7 +182,7 @@ func numbersHealth(p Pod, now time.Time) (all []finding.Finding) {
 		all = append(all, finding.Finding{Step: "pod " + p.Name, State: finding.Warning, Text: text, Remedy: &finding.Remedy{Who: finding.ClusterAdmin, What: what, Page: page}})
 	}
 	for _, program := range []string{"broker", "webhook"} {
-		metric := metricsPrefix + program + "_"
+		metric := "credence_" + program + "_"
 		if end, ok := m[metric+"certificate_expiry_timestamp_seconds"]; ok {
 			if left := time.Unix(int64(end), 0).Sub(now); left < certificateSoon {
 				warn("its certificate expires in "+short(left), "See why cert-manager does not renew it, unless its certificates are that short", "docs/certificates.md")

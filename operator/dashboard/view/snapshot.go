@@ -8,20 +8,17 @@ package view
 
 import (
 	"slices"
-	"strconv"
-	"strings"
 	"time"
-	"unique"
 
 	"github.com/credence-iam/credence/broker/debugapi"
 	"github.com/credence-iam/credence/operator/finding"
+	"github.com/credence-iam/credence/operator/metrics"
 )
 
 // Limits of one snapshot. Beyond them, the page says how much it leaves out.
 const (
 	MaxSessions = 20_000 // of all brokers; about 1 kB each
 	MaxRefused  = 2_000  // Events
-	maxSeries   = 2_000  // of one program; brokers have about 250
 )
 
 // Snapshot is the state of Credence at one moment, as far as the user may see it. It has no secret.
@@ -60,7 +57,7 @@ type Pod struct {
 	Restarts int
 	Started  time.Time
 	// Metrics are its numbers at the time Read. Err is why they could not be read now.
-	Metrics Metrics
+	Metrics metrics.Values
 	Read    time.Time
 	Err     string
 }
@@ -79,40 +76,6 @@ type Refused struct {
 	Reason         string // reason in docs/errors.md; empty without one
 	Message        string
 	Time           time.Time
-}
-
-// Metrics are the values of series, by their name and labels as in the text format of Prometheus.
-type Metrics map[string]float64
-
-// metricsPrefix starts the names of our metrics.
-const metricsPrefix = "credence_"
-
-// ParseMetrics reads the text format as our programs write it: labels in a fixed order, no timestamps. It skips the metrics
-// of libraries.
-func ParseMetrics(text []byte) Metrics {
-	m := Metrics{}
-	for line := range strings.Lines(string(text)) {
-		line = strings.TrimRight(line, "\n")
-		at := strings.LastIndexByte(line, ' ')
-		if at < 0 || !strings.HasPrefix(line, metricsPrefix) || len(m) >= maxSeries {
-			continue
-		}
-		if value, err := strconv.ParseFloat(line[at+1:], 64); err == nil {
-			m[unique.Make(line[:at]).Value()] = value // The names are the same in each snapshot.
-		}
-	}
-	return m
-}
-
-// label returns the value of one label of a series, "" if it has none.
-func label(series, name string) string {
-	for _, before := range []string{"{", ","} {
-		if _, rest, found := strings.Cut(series, before+name+`="`); found {
-			value, _, _ := strings.Cut(rest, `"`)
-			return value
-		}
-	}
-	return ""
 }
 
 // After returns s with what it lacks from the snapshot before: the last numbers of pods that do not respond now, and all
@@ -143,7 +106,7 @@ const (
 // sample has the metrics of all pods at one moment, by name.
 type sample struct {
 	at   time.Time
-	pods map[string]Metrics
+	pods map[string]metrics.Values
 }
 
 // History has the samples of the last [window], oldest first.
@@ -154,7 +117,7 @@ func (h History) With(s Snapshot) History {
 	if len(h) > 0 && s.Time.Sub(h[len(h)-1].at) < step {
 		return h
 	}
-	pods := map[string]Metrics{}
+	pods := map[string]metrics.Values{}
 	for _, p := range s.Pods {
 		if p.Err == "" && p.Metrics != nil {
 			pods[p.Name] = p.Metrics
@@ -166,19 +129,19 @@ func (h History) With(s Snapshot) History {
 
 // numbers are the metrics of several pods, added up.
 type numbers struct {
-	total  Metrics       // since each program started
-	recent Metrics       // of counters: since over
-	over   time.Duration // zero: there is no earlier sample
+	total  metrics.Values // since each program started
+	recent metrics.Values // of counters: since over
+	over   time.Duration  // zero: there is no earlier sample
 }
 
 // sum adds up the metrics of the pods that match.
 func sum(s Snapshot, h History, match func(Pod) bool) numbers {
-	n := numbers{total: Metrics{}, recent: Metrics{}}
+	n := numbers{total: metrics.Values{}, recent: metrics.Values{}}
 	for _, p := range s.Pods {
 		if !match(p) {
 			continue
 		}
-		var base Metrics
+		var base metrics.Values
 		at := slices.IndexFunc(h, func(old sample) bool { return old.pods[p.Name] != nil && old.at.Before(p.Read) })
 		if at >= 0 {
 			base, n.over = h[at].pods[p.Name], max(n.over, p.Read.Sub(h[at].at))
@@ -197,58 +160,4 @@ func sum(s Snapshot, h History, match func(Pod) bool) numbers {
 		}
 	}
 	return n
-}
-
-// of adds up the series of one metric that have all of these labels, as name="value".
-func (m Metrics) of(metric string, labels ...string) (total float64) {
-	for series, value := range m {
-		name, rest, _ := strings.Cut(series, "{")
-		if name == metric && !slices.ContainsFunc(labels, func(l string) bool { return !strings.Contains(rest, l) }) {
-			total += value
-		}
-	}
-	return total
-}
-
-// by adds up the series of one metric by the value of a label.
-func (m Metrics) by(metric, name string, labels ...string) map[string]float64 {
-	all := map[string]float64{}
-	for series, value := range m {
-		if found, rest, _ := strings.Cut(series, "{"); found == metric && !slices.ContainsFunc(labels, func(l string) bool { return !strings.Contains(rest, l) }) {
-			all[label(series, name)] += value
-		}
-	}
-	return all
-}
-
-// took returns a quantile of the durations of STS calls in seconds, as histogram_quantile of Prometheus does: within a
-// bucket, values are assumed to be spread evenly. It returns false without calls.
-func (m Metrics) took(q float64, action string) (float64, bool) {
-	type bucket struct{ end, count float64 }
-	var all []bucket
-	for text, count := range m.by(stsTook+"_bucket", "le", action) {
-		if end, err := strconv.ParseFloat(text, 64); err == nil {
-			all = append(all, bucket{end, count})
-		}
-	}
-	slices.SortFunc(all, func(a, b bucket) int {
-		if a.end < b.end {
-			return -1
-		}
-		return 1
-	})
-	if len(all) < 2 || all[len(all)-1].count == 0 {
-		return 0, false
-	}
-	want, begin, below := q*all[len(all)-1].count, 0.0, 0.0
-	for n, b := range all {
-		if b.count >= want {
-			if n == len(all)-1 { // Its end is infinite.
-				return begin, true
-			}
-			return begin + (b.end-begin)*(want-below)/max(b.count-below, 1e-9), true
-		}
-		begin, below = b.end, b.count
-	}
-	return begin, true
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/credence-iam/credence/broker/credential"
 	"github.com/credence-iam/credence/operator/finding"
+	"github.com/credence-iam/credence/operator/metrics"
 )
 
 const (
@@ -231,11 +232,11 @@ func facts(s Snapshot, merged []sessionRow, brokers numbers, v Page) []fact {
 		all = append(all, fact{"Shortest time left", shortSeconds(nearest), "of a session that pods use"})
 	}
 	value, over := "no call", v.Over
-	if high, ok := brokers.recent.took(0.99, assume); ok {
+	if high, ok := brokers.recent.Quantile(0.99, stsTook, assume); ok {
 		value = milliseconds(high)
 	}
 	all = append(all, fact{"STS, 99th percentile", value, over})
-	refused := brokers.recent.of(refusalsTotal)
+	refused := brokers.recent.Of(refusalsTotal)
 	return append(all, fact{"Refusals", count(refused), over})
 }
 
@@ -379,20 +380,20 @@ const (
 )
 
 func stsOf(n numbers) (rows []stsRow, errs []reasonRow) {
-	for _, action := range slices.Sorted(maps.Keys(n.total.by(stsCalls, "action"))) {
+	for _, action := range slices.Sorted(maps.Keys(n.total.By(stsCalls, "action"))) {
 		is := `action="` + action + `"`
 		row := stsRow{Action: action, Median: "–", High: "–"}
 		calls := n.recent
-		if _, ok := calls.took(0.5, is); !ok {
+		if _, ok := calls.Quantile(0.5, stsTook, is); !ok {
 			calls = n.total
 		}
-		if median, ok := calls.took(0.5, is); ok {
-			high, _ := calls.took(0.99, is)
+		if median, ok := calls.Quantile(0.5, stsTook, is); ok {
+			high, _ := calls.Quantile(0.99, stsTook, is)
 			row.Median, row.High = milliseconds(median), milliseconds(high)
 		}
-		recent, total := n.recent.by(stsCalls, "outcome", is), n.total.by(stsCalls, "outcome", is)
+		recent, total := n.recent.By(stsCalls, "outcome", is), n.total.By(stsCalls, "outcome", is)
 		good, goodTotal := recent[outcomeOK], total[outcomeOK]
-		all, allTotal := n.recent.of(stsCalls, is), n.total.of(stsCalls, is)
+		all, allTotal := n.recent.Of(stsCalls, is), n.total.Of(stsCalls, is)
 		row.Recent, row.Failed, row.Total, row.TotalFailed = count(all), count(all-good), count(allTotal), count(allTotal-goodTotal)
 		rows = append(rows, row)
 		for outcome := range total {
@@ -422,8 +423,8 @@ func reasonOn(reason string, recent, total float64) reasonRow {
 
 // refusalsOf returns a row for each reason for which brokers or webhooks refused, the most recent ones first.
 func refusalsOf(s Snapshot, brokers, webhooks numbers, now time.Time) []reasonRow {
-	admissions := webhooks.total.by("credence_webhook_refusals_total", "reason")
-	total, recent := brokers.total.by(refusalsTotal, "reason"), brokers.recent.by(refusalsTotal, "reason")
+	admissions := webhooks.total.By("credence_webhook_refusals_total", "reason")
+	total, recent := brokers.total.By(refusalsTotal, "reason"), brokers.recent.By(refusalsTotal, "reason")
 	pods := map[string][]Refused{}
 	for _, r := range s.Refused {
 		if r.Reason != "" {
@@ -497,11 +498,11 @@ func podOn(p Pod, now time.Time) podRow {
 		return r
 	}
 	if r.Data = short(now.Sub(p.Read)) + " old"; p.Webhook {
-		r.Answers = count(p.Metrics.of("credence_webhook_reviews_total"))
+		r.Answers = count(p.Metrics.Of("credence_webhook_reviews_total"))
 		return r
 	}
 	r.Sessions = fmt.Sprintf("%s of %s", count(p.Metrics["credence_broker_sessions_warm"]), count(p.Metrics["credence_broker_sessions_kept"]))
-	r.Answers = count(p.Metrics.of("credence_broker_answers_total"))
+	r.Answers = count(p.Metrics.Of("credence_broker_answers_total"))
 	return r
 }
 
@@ -509,7 +510,7 @@ func podOn(p Pod, now time.Time) podRow {
 func versionOf(p Pod) string {
 	for series := range p.Metrics {
 		if strings.HasSuffix(series, "}") && strings.Contains(series, "_build_info{") {
-			return label(series, "version")
+			return metrics.Label(series, "version")
 		}
 	}
 	name := p.Image[strings.LastIndexByte(p.Image, '/')+1:]
@@ -526,7 +527,7 @@ func budgetOf(p Pod) budgetRow {
 	m := p.Metrics
 	r := budgetRow{
 		Broker: p.Name, demand: m["credence_broker_fetch_rate_demand"], share: m["credence_broker_fetch_rate_share"], atMost: m["credence_broker_fetch_rate_limit"],
-		Queued: count(m.of("credence_broker_fetches_queued")), InFlight: count(m["credence_broker_fetches_in_flight"]), State: finding.OK, Label: "Enough",
+		Queued: count(m.Of("credence_broker_fetches_queued")), InFlight: count(m["credence_broker_fetches_in_flight"]), State: finding.OK, Label: "Enough",
 	}
 	r.Demand, r.Share, r.Limit = rate(r.demand), rate(r.share), rate(r.atMost)
 	if r.share > 0 {
