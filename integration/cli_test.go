@@ -45,7 +45,7 @@ func cli(t *testing.T) func(stdin string, args ...string) (stdout, stderr string
 	run := func(stdin string, args ...string) (string, string, int) {
 		t.Helper()
 		var stdout, stderr bytes.Buffer
-		cmd := exec.CommandContext(t.Context(), program, append(args, "--kubeconfig="+control.Kubeconfig(), "--as="+viewer)...)
+		cmd := exec.CommandContext(t.Context(), program, append(args, "--kubeconfig="+control.Kubeconfig(), "--as="+viewer, "--credence-namespace="+stack.SystemNamespace)...)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 		err := cmd.Run()
 		if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {

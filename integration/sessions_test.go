@@ -33,7 +33,8 @@ import (
 type operator struct {
 	t                   *testing.T
 	program, kubeconfig string
-	namespace           string // of Credence
+	namespace           string   // of Credence
+	secrets             []string // that no output may have
 }
 
 // newOperator builds the command.
@@ -43,7 +44,7 @@ func newOperator(t *testing.T, namespace string) *operator {
 	if err := images.CompileFor(t.Context(), "github.com/credence-iam/credence/cmd/credence", runtime.GOOS, runtime.GOARCH, file); err != nil {
 		t.Fatal(err)
 	}
-	return &operator{t, file, control.Kubeconfig(), namespace}
+	return &operator{t: t, program: file, kubeconfig: control.Kubeconfig(), namespace: namespace}
 }
 
 // run runs the command and returns its output and its exit code.
@@ -58,6 +59,11 @@ func (o *operator) run(args ...string) (stdout, stderr string, code int) {
 		code = exit.ExitCode()
 	} else if err != nil {
 		o.t.Fatal(err)
+	}
+	for _, secret := range o.secrets {
+		if strings.Contains(out.String()+errs.String(), secret) {
+			o.t.Errorf("%q prints a secret", args)
+		}
 	}
 	return out.String(), errs.String(), code
 }
@@ -80,15 +86,16 @@ func TestSessionsOfAllBrokers(t *testing.T) {
 	debug := net.JoinHostPort("127.0.0.1", strconv.Itoa(freePort))
 	restartBroker(t, "--debug-listen="+debug)
 	ns := namespace(t, ".*")
-	keys := map[string]string{}
+	keys, secrets := map[string]string{}, []string{}
 	for _, name := range []string{"cart-1", "cart-2", "other-1"} {
 		role, _, _ := strings.Cut(name, "-")
 		pod := create(t, ns, name, map[string]string{roleKey: "sessions-" + role})
-		lease, err := call(t, token(t, pod))
+		bearer := token(t, pod)
+		lease, err := call(t, bearer)
 		if err != nil {
 			t.Fatal(err)
 		}
-		keys[name] = lease.AccessKeyID
+		keys[name], secrets = lease.AccessKeyID, append(secrets, bearer, lease.SecretAccessKey.Reveal(), lease.SessionToken.Reveal())
 	}
 	kubelet := kubelettest.Start(t, credence.Client)
 	system := kubetest.Namespace(t, credence.Client, nil, nil)
@@ -108,6 +115,7 @@ func TestSessionsOfAllBrokers(t *testing.T) {
 	kubelet.Run(t, system, brokerPod("credence-broker-1-real"), port(debug))
 	kubelet.Run(t, system, brokerPod("credence-broker-1-older"), port(older))
 	o := newOperator(t, system)
+	o.secrets = secrets
 	if _, err := credence.Client.AppsV1().Deployments(system).Create(t.Context(), noReplicas(installation.BrokerName), metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
