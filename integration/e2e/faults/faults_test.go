@@ -9,6 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -23,6 +24,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/credence-iam/credence/integration/await"
+	"github.com/credence-iam/credence/integration/deployment"
 	"github.com/credence-iam/credence/integration/kubetest"
 	"github.com/credence-iam/credence/integration/stack"
 	"github.com/credence-iam/credence/operator/explain"
@@ -54,7 +56,7 @@ func TestFaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	all = append(all, further...)
-	for name := range elsewhere {
+	for _, name := range append(slices.Collect(maps.Keys(elsewhere)), long...) {
 		if !slices.ContainsFunc(all, func(f fault) bool { return f.Name == name }) {
 			t.Errorf("there is no fault %q", name)
 		}
@@ -65,6 +67,8 @@ func TestFaults(t *testing.T) {
 		switch {
 		case elsewhere[f.Name] != "":
 			t.Logf("SKIP %s: %s", f.Name, elsewhere[f.Name])
+		case slices.Contains(long, f.Name) && os.Getenv(deployment.Variable) != "soak":
+			t.Logf("SKIP %s: make soak makes it", f.Name)
 		case alone.MatchString(strings.Join(f.Setup, "\n")):
 			b.alone = true
 			ofInstallation = append(ofInstallation, b)

@@ -41,6 +41,12 @@ var elsewhere = map[string]string{
 	"clock of the pod's node behind":   "all nodes have the clock of this machine",
 }
 
+// long are the faults of the installation that make soak alone makes: each takes half a minute, and resembles another one.
+var long = []string{
+	"rules file without the namespace", "invalid rules file, and everything restarted", "unreachable STS, and new brokers",
+	"pod with a token of an earlier audience", "audience of the webhook only", "NetworkPolicy of the brokers' namespace",
+}
+
 // further are faults as they are on a cluster with nodes.
 var further = []fault{{
 	Name: "connections to the brokers are dropped", Setup: []string{"network: drop"},
