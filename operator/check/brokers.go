@@ -1,7 +1,9 @@
 package check
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -10,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
+	"github.com/credence-iam/credence/broker/policy"
 	"github.com/credence-iam/credence/operator/finding"
 	"github.com/credence-iam/credence/operator/installation"
 	"github.com/credence-iam/credence/operator/metrics"
@@ -56,6 +59,27 @@ func brokerAgreement(s *snapshot, r *results) {
 		unread(r, s.Listed)
 	} else if len(forms) <= 1 && len(unlisted) == 0 {
 		r.ok("same image and arguments; the Service lists all ready brokers")
+	}
+}
+
+// shared has the arguments that webhook and brokers must have alike, with their defaults.
+var shared = map[string]string{"annotation-prefix": policy.DefaultPrefix, "audience": inject.DefaultAudience, "cluster-name": ""}
+
+func sharedArguments(s *snapshot, r *results) {
+	webhook, broker := s.Found.WebhookArgs(), s.Found.BrokerArgs()
+	if webhook == nil || broker == nil {
+		return // The checks of their pods have the reason.
+	}
+	equal := true
+	for _, name := range slices.Sorted(maps.Keys(shared)) {
+		w, b := cmp.Or(installation.Arg(webhook, name), shared[name]), cmp.Or(installation.Arg(broker, name), shared[name])
+		if w != b {
+			equal = false
+			r.fail("", s.reinstall("Upgrade the release with the right value, which sets both"), "--%s is %q for webhooks and %q for brokers", name, w, b)
+		}
+	}
+	if equal {
+		r.ok("webhooks and brokers have the same annotation prefix, audience and cluster name")
 	}
 }
 

@@ -71,6 +71,7 @@ var installed = []check{
 	{"other-webhooks", groupAdmission, finding.Warning, "kiam, kube2iam or another webhook uses the same annotations.", "Migrate one namespace at a time, then remove it.", false, otherWebhooks},
 	{"broker-pods", groupBrokers, finding.Failed, "No broker is ready, so new pods get no credentials; or fewer are ready than the Deployment wants.", "The finding has what each broker waits for.", true, brokerPods},
 	{"broker-agreement", groupBrokers, finding.Failed, "Brokers differ in version or arguments, or the Service does not list a ready broker.", "Finish or undo the rollout.", true, brokerAgreement},
+	{"shared-arguments", groupBrokers, finding.Failed, "Webhook and brokers differ in an argument that both need, such as the audience of tokens.", "Upgrade with the chart's value, which sets both.", true, sharedArguments},
 	{"broker-certificate", groupBrokers, finding.Failed, "Sidecars cannot verify the certificate that a broker serves, or it expires soon.", "Make cert-manager renew it, and see that its root is published.", true, brokerCertificate},
 	{"certificates", groupBrokers, finding.Failed, "A Certificate of cert-manager is not ready, or its renewal is overdue.", "See the events of the Certificate.", false, certificates},
 	{"config-files", groupBrokers, finding.Failed, "The brokers or the webhook rejected the rules file or the sidecar settings, and use an earlier one.", "Correct the named line, before they restart.", false, configFiles},

@@ -258,6 +258,11 @@ var faults = []struct {
 		s.Brokers[1].Pod.Spec = *spec
 	}, "brokers differ in image or arguments"},
 	{"broker-agreement", finding.Failed, func(_ *testing.T, s *snapshot) { delete(s.Listed.Value, "credence-broker-1") }, "it does not list ready brokers, so no sidecar calls them: credence-broker-1"},
+	{"shared-arguments", finding.Failed, func(_ *testing.T, s *snapshot) {
+		s.Found.Broker = s.Found.Broker.DeepCopy()
+		args := s.Found.Broker.Spec.Template.Spec.Containers[0].Args
+		s.Found.Broker.Spec.Template.Spec.Containers[0].Args = append(args, "--audience=other")
+	}, `--audience is "credence-broker" for webhooks and "other" for brokers`},
 	{"broker-certificate", finding.Failed, func(t *testing.T, s *snapshot) {
 		s.Brokers[0].Served.Value = chain(t, certstest.NewCA(t).Leaf("credence-broker.credence.svc").TLS())
 	}, "cannot be verified with the roots in ConfigMap credence/credence-trust"},
