@@ -103,6 +103,9 @@ func (c *cluster) find(ctx context.Context) (*installation.Client, *installation
 // namespaceOrDefault returns the namespace of --namespace, or that of the context.
 func (c *cluster) namespaceOrDefault() (string, error) {
 	name, _, err := c.loader().Namespace()
+	if clientcmd.IsEmptyConfig(err) {
+		err = errNoCluster
+	}
 	return name, err
 }
 
