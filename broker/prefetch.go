@@ -34,7 +34,7 @@ type Prefetch struct {
 	queues  map[string][]string // :: namespace → the keys of its pods in dirty, next first; guarded by mu
 	turns   []string            // the namespaces of queues, next first; guarded by mu
 	looking bool                // Run looks at a pod that is no longer in dirty; guarded by mu
-	// retained has what is retained for each pod, by the pod's key, and grants has the same by grant. Only Run changes them,
+	// retained has the retained grants by pod, and grants the pods by grant. Only Run changes them,
 	// holding mu.
 	retained map[string]*retained
 	grants   map[policy.Grant]*retained

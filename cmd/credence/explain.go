@@ -88,7 +88,7 @@ func (c *cluster) explainTarget(ctx context.Context, out io.Writer, kind, name s
 		if err != nil {
 			return err
 		}
-		// Texts have ages, which always change. What is unknown for a moment is no news.
+		// Texts have ages, which always change. A step that is briefly unknown is not a change.
 		now := slices.DeleteFunc(slices.Clone(x.Findings), func(f finding.Finding) bool { return f.State == finding.Unknown })
 		if first || x.Healthy || !slices.EqualFunc(last, now, func(a, b finding.Finding) bool { return a.Step == b.Step && a.State == b.State }) {
 			if !first && !o.output.json() {

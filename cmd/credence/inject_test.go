@@ -273,7 +273,7 @@ func TestClusterCannotBeUsed(t *testing.T) {
 		"a foreign file": {webhookArgs, nil, func(_ *testing.T, s *apitest.Server) {
 			s.Put(&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "security", Name: "credence-sidecar-settings"}, Data: map[string]string{"settings.yaml": "memori: 1"}})
 		}, []string{"memori: unknown field", "set --sidecar-settings-file"}},
-		"a server that is away": {webhookArgs, []string{"--server=http://127.0.0.1:1"}, none, []string{"connection refused", flagsHelp}},
+		"an unreachable server": {webhookArgs, []string{"--server=http://127.0.0.1:1"}, none, []string{"connection refused", flagsHelp}},
 		"a failing server": {webhookArgs, nil, func(_ *testing.T, s *apitest.Server) {
 			s.Intercept(func(r apitest.Request) *metav1.Status {
 				if r.Resource == "namespaces" {
