@@ -12,7 +12,7 @@ import (
 	"github.com/credence-iam/credence/operator/finding"
 )
 
-// The limits of health are those of the alerts in docs/metrics.md.
+// The limits of health are those that the alerts in docs/metrics.md have by default.
 const (
 	certificateSoon = 7 * 24 * time.Hour
 	failingPart     = 0.2 // of the STS calls
